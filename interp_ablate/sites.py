@@ -1,0 +1,85 @@
+"""Sites: the places of the residual stream that can be read or written.
+
+Knows: the six points of a decoder block that this package names, and what TransformerLens calls them.
+Does not know: any model, tensor or hook; those are found by name in `model`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from interp_ablate.errors import InterpAblateError
+
+Point = Literal["embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"]
+POINTS: tuple[Point, ...] = get_args(Point)
+RESIDUAL_POINTS: tuple[Point, ...] = ("resid_pre", "resid_mid", "resid_post")
+WRITER_POINTS: tuple[Point, ...] = ("embed", "attn_out", "mlp_out")
+
+# The order in which the sites of one layer are reached in a forward pass.
+_ORDER: dict[str, int] = {
+    "embed": 0,
+    "resid_pre": 1,
+    "attn_out": 2,
+    "resid_mid": 3,
+    "mlp_out": 4,
+    "resid_post": 5,
+}
+_BLOCK_NAME = re.compile(r"blocks\.(\d+)\.hook_(\w+)")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place in a decoder: a layer index (from 0) and a point inside that layer.
+
+    `str(site)` is the TransformerLens hook name. The embedding's output has no layer: it is
+    `Site(0, "embed")`, written `hook_embed`.
+
+    Raises:
+        InterpAblateError: for a negative layer, an unknown point, or `embed` at a layer other than 0.
+    """
+
+    layer: int
+    point: Point
+
+    def __post_init__(self) -> None:
+        if self.point not in POINTS:
+            raise InterpAblateError(
+                f"unknown point {self.point!r}: accepted are {', '.join(POINTS)}"
+            )
+        if self.layer < 0 or (self.point == "embed" and self.layer != 0):
+            raise InterpAblateError(
+                f"no site {self.point!r} at layer {self.layer}: layers count from 0, "
+                "and the embedding is Site(0, 'embed')"
+            )
+
+    def __str__(self) -> str:
+        return "hook_embed" if self.point == "embed" else f"blocks.{self.layer}.hook_{self.point}"
+
+    def __lt__(self, other: Site) -> bool:
+        return self.order < other.order
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sort key: the order in which a forward pass reaches the sites."""
+        return (self.layer, _ORDER[self.point])
+
+    @classmethod
+    def parse(cls, text: str) -> Site:
+        """Read `blocks.3.hook_resid_mid`, `hook_embed`, or the short forms `3.resid_mid`, `embed`."""
+        if text in ("hook_embed", "embed"):
+            return cls(0, "embed")
+        match = _BLOCK_NAME.fullmatch(text) or re.fullmatch(r"(\d+)\.(\w+)", text)
+        if match is None or match[2] not in POINTS:
+            raise InterpAblateError(
+                f"cannot read {text!r} as a site: write a TransformerLens name such as "
+                f"'blocks.3.hook_resid_mid', or '3.resid_mid'; points are {', '.join(POINTS)}"
+            )
+        return cls(int(match[1]), match[2])  # type: ignore[arg-type]
+
+
+def sites_of(points: tuple[Point, ...] | list[Point], layers: range | list[int]) -> tuple[Site, ...]:
+    """Every given point at every given layer, in forward order; `embed` appears once, if asked for."""
+    found = {Site(0 if point == "embed" else layer, point) for layer in layers for point in points}
+    return tuple(sorted(found, key=lambda site: site.order))
