@@ -79,7 +79,9 @@ class Site:
         return cls(int(match[1]), match[2])  # type: ignore[arg-type]
 
 
-def sites_of(points: tuple[Point, ...] | list[Point], layers: range | list[int]) -> tuple[Site, ...]:
+def sites_of(
+    points: tuple[Point, ...] | list[Point], layers: range | list[int]
+) -> tuple[Site, ...]:
     """Every given point at every given layer, in forward order; `embed` appears once, if asked for."""
     found = {Site(0 if point == "embed" else layer, point) for layer in layers for point in points}
     return tuple(sorted(found, key=lambda site: site.order))

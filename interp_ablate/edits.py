@@ -1,0 +1,432 @@
+"""Edits and plans: what is done to the residual stream, as plain data and pure tensor maths.
+
+Knows: the affine map each edit is (x -> x + left right^T x + shift), where and at which positions it
+applies, composition, JSON. Does not know: hooks, weights or models; they interpret what is said here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from interp_ablate.directions import Direction
+from interp_ablate.errors import PlanError
+from interp_ablate.sites import Point, Site, sites_of
+
+Positions = Literal["all", "prompt", "generated"]
+FORMAT = "interp_ablate.plan/1"
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """x -> x + left (right^T x) + shift, with left and right of shape [d_model, k]; float64."""
+
+    left: Float[Tensor, "d_model k"]
+    right: Float[Tensor, "d_model k"]
+    shift: Float[Tensor, " d_model"]
+
+    @classmethod
+    def identity(cls, d_model: int) -> Affine:
+        """The map that changes nothing (k = 0)."""
+        empty = torch.zeros(d_model, 0, dtype=torch.float64)
+        return cls(empty, empty, torch.zeros(d_model, dtype=torch.float64))
+
+    def then(self, after: Affine) -> Affine:
+        """The map that applies this one first and `after` to its result."""
+        # right columns of `after` read x through this map: (I + left right^T)^T after.right
+        through = after.right + self.right @ (self.left.T @ after.right)
+        return Affine(
+            torch.cat([self.left, after.left], 1),
+            torch.cat([self.right, through], 1),
+            after(self.shift),
+        )
+
+    def linear(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The map without its shift."""
+        return x + (x @ self.right) @ self.left.T
+
+    def __call__(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        return self.linear(x) + self.shift
+
+    @property
+    def is_linear(self) -> bool:
+        """True where nothing is added whatever the input."""
+        return not bool(self.shift.any())
+
+    def to(self, like: Tensor) -> Affine:
+        """The same map in the dtype and on the device of `like`, for use inside a forward pass."""
+        return Affine(*(part.to(like) for part in (self.left, self.right, self.shift)))
+
+
+def _as_sites(sites: Site | Iterable[Site]) -> tuple[Site, ...]:
+    found = (sites,) if isinstance(sites, Site) else tuple(sites)
+    if not found or not all(isinstance(site, Site) for site in found):
+        raise PlanError(f"an edit needs one or more Site values; got {found!r}")
+    if len(set(found)) != len(found):
+        raise PlanError(f"the same site is named twice in one edit: {[str(s) for s in found]}")
+    return found
+
+
+def _as_vectors(direction: Direction | Tensor) -> Float[Tensor, "k d_model"]:
+    tensor = direction.vector if isinstance(direction, Direction) else torch.as_tensor(direction)
+    tensor = tensor.detach().to("cpu", torch.float64)
+    tensor = tensor[None] if tensor.ndim == 1 else tensor
+    if tensor.ndim != 2 or 0 in tensor.shape:
+        raise PlanError(
+            f"a direction has shape [d_model], a subspace [k, d_model]; got {tuple(tensor.shape)}"
+        )
+    if not torch.isfinite(tensor).all():
+        raise PlanError(
+            "the direction holds NaN or infinity: estimate it again in float32 or better"
+        )
+    if not tensor.any(dim=1).all():
+        raise PlanError("the direction is zero: nothing can be edited along it")
+    return tensor
+
+
+def _orthonormal(vectors: Float[Tensor, "k d_model"]) -> Float[Tensor, "k d_model"]:
+    units = vectors / vectors.norm(dim=1, keepdim=True)
+    if len(units) == 1:
+        return units
+    if float(torch.linalg.svdvals(units)[-1]) < 1e-6 or len(units) > units.shape[1]:
+        raise PlanError(
+            f"the {len(units)} directions of the subspace are not linearly independent: drop some"
+        )
+    basis, triangle = torch.linalg.qr(units.T)
+    return (basis * triangle.diagonal().sign()).T.contiguous()
+
+
+def _numbers(
+    value: float | Sequence[float], sites: tuple[Site, ...], what: str
+) -> tuple[float, ...]:
+    many = (float(value),) * len(sites) if isinstance(value, (int, float)) else tuple(value)
+    if len(many) != len(sites):
+        raise PlanError(
+            f"{len(many)} values of {what} for {len(sites)} sites: give one, or one a site"
+        )
+    if not all(torch.isfinite(torch.tensor(number)) for number in many):
+        raise PlanError(f"{what} must be finite; got {many}")
+    return tuple(float(number) for number in many)
+
+
+def _label(direction: Direction | Tensor) -> str:
+    return direction.name if isinstance(direction, Direction) else "given"
+
+
+class _Edit:
+    """What the three edits share: sites, positions, a number a site, vectors, a label, JSON."""
+
+    op: ClassVar[str]
+    amount: ClassVar[str]  # the name of the number that JSON holds
+    sites: tuple[Site, ...]
+    vectors: Float[Tensor, "k d_model"]
+    amounts: tuple[float, ...]
+    positions: Positions
+    label: str
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        if self.positions not in get_args(Positions):
+            raise PlanError(
+                f"unknown positions {self.positions!r}: accepted are {', '.join(get_args(Positions))}"
+            )
+
+    @property
+    def d_model(self) -> int:
+        return self.vectors.shape[1]
+
+    def map_at(self, site: Site) -> Affine:
+        """The affine map of this edit at one of its sites."""
+        return self._map(self.amounts[self.sites.index(site)])
+
+    def _map(self, amount: float) -> Affine:
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        same = len(set(self.amounts)) == 1
+        return {
+            "op": self.op,
+            self.amount: self.amounts[0] if same else list(self.amounts),
+            "sites": [str(site) for site in self.sites],
+            "positions": self.positions,
+            "label": self.label,
+            "vectors": self.vectors.tolist(),
+        }
+
+
+@dataclass(frozen=True, eq=False, init=False)
+class Ablate(_Edit):
+    """Directional ablation: x -> x - strength * (projection of x on the direction or subspace).
+
+    Strength 1 removes everything along the direction, 0.5 half of it, 2 reflects. One number, or one
+    a site. A tensor [k, d_model] is a rank-k subspace; it is made orthonormal.
+    Source: Arditi et al. 2024, https://arxiv.org/abs/2406.11717.
+    """
+
+    op: ClassVar[str] = "ablate"
+    amount: ClassVar[str] = "strength"
+
+    def __init__(
+        self,
+        direction: Direction | Float[Tensor, "*k d_model"],
+        sites: Site | Iterable[Site],
+        *,
+        strength: float | Sequence[float] = 1.0,
+        positions: Positions = "all",
+        label: str | None = None,
+    ) -> None:
+        places = _as_sites(sites)
+        self._set(
+            sites=places,
+            vectors=_orthonormal(_as_vectors(direction)),
+            amounts=_numbers(strength, places, self.amount),
+            positions=positions,
+            label=label or _label(direction),
+        )
+
+    def _map(self, amount: float) -> Affine:
+        basis = self.vectors.T
+        return Affine(-amount * basis, basis, torch.zeros(self.d_model, dtype=torch.float64))
+
+
+@dataclass(frozen=True, eq=False, init=False)
+class Add(_Edit):
+    """Activation addition: x -> x + coefficient * vector.
+
+    A `Direction` adds its raw vector (coefficient 1 = the whole difference in means); a tensor is
+    added as it is.
+    """
+
+    op: ClassVar[str] = "add"
+    amount: ClassVar[str] = "coefficient"
+
+    def __init__(
+        self,
+        direction: Direction | Float[Tensor, " d_model"],
+        sites: Site | Iterable[Site],
+        *,
+        coefficient: float | Sequence[float] = 1.0,
+        positions: Positions = "all",
+        label: str | None = None,
+    ) -> None:
+        places = _as_sites(sites)
+        raw = direction.raw if isinstance(direction, Direction) else direction
+        self._set(
+            sites=places,
+            vectors=_one(_as_vectors(raw), "add"),
+            amounts=_numbers(coefficient, places, self.amount),
+            positions=positions,
+            label=label or _label(direction),
+        )
+
+    def _map(self, amount: float) -> Affine:
+        empty = Affine.identity(self.d_model)
+        return Affine(empty.left, empty.right, amount * self.vectors[0])
+
+
+@dataclass(frozen=True, eq=False, init=False)
+class Clamp(_Edit):
+    """Clamping: the projection on the unit direction is set to `value` (in units of the stream)."""
+
+    op: ClassVar[str] = "clamp"
+    amount: ClassVar[str] = "value"
+
+    def __init__(
+        self,
+        direction: Direction | Float[Tensor, " d_model"],
+        sites: Site | Iterable[Site],
+        *,
+        value: float | Sequence[float],
+        positions: Positions = "all",
+        label: str | None = None,
+    ) -> None:
+        places = _as_sites(sites)
+        self._set(
+            sites=places,
+            vectors=_orthonormal(_one(_as_vectors(direction), "clamp")),
+            amounts=_numbers(value, places, self.amount),
+            positions=positions,
+            label=label or _label(direction),
+        )
+
+    def _map(self, amount: float) -> Affine:
+        basis = self.vectors.T
+        return Affine(-basis, basis, amount * self.vectors[0])
+
+
+def _one(vectors: Float[Tensor, "k d_model"], op: str) -> Float[Tensor, "1 d_model"]:
+    if len(vectors) != 1:
+        raise PlanError(f"{op} takes one vector [d_model]; got {len(vectors)} rows")
+    return vectors
+
+
+Edit = Ablate | Add | Clamp
+_EDITS: dict[str, type[Ablate] | type[Add] | type[Clamp]] = {
+    kind.op: kind for kind in (Ablate, Add, Clamp)
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A sequence of edits, applied in the order written where two share a site.
+
+    `plan + plan` and `plan + edit` append. Equal plans (same edits, same numbers) compare equal.
+
+    Raises:
+        PlanError: edits of different d_model.
+    """
+
+    edits: tuple[Edit, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        edits = (self.edits,) if isinstance(self.edits, _Edit) else tuple(self.edits)
+        object.__setattr__(self, "edits", edits)
+        widths = {edit.d_model for edit in edits}
+        if len(widths) > 1:
+            raise PlanError(f"edits of different d_model in one plan: {sorted(widths)}")
+
+    def __add__(self, other: Plan | Edit) -> Plan:
+        return Plan(self.edits + (other.edits if isinstance(other, Plan) else (other,)))
+
+    def __iter__(self) -> Iterator[Edit]:
+        return iter(self.edits)
+
+    def __len__(self) -> int:
+        return len(self.edits)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    @property
+    def d_model(self) -> int:
+        if not self.edits:
+            raise PlanError("the plan has no edits")
+        return self.edits[0].d_model
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Every site that is written, in forward order, once."""
+        return tuple(sorted({site for edit in self.edits for site in edit.sites}))
+
+    def maps_at(self, site: Site) -> list[tuple[Positions, Affine]]:
+        """The maps at one site in order, neighbours of equal positions composed into one."""
+        found: list[tuple[Positions, Affine]] = []
+        for edit in self.edits:
+            if site not in edit.sites:
+                continue
+            if found and found[-1][0] == edit.positions:
+                found[-1] = (edit.positions, found[-1][1].then(edit.map_at(site)))
+            else:
+                found.append((edit.positions, edit.map_at(site)))
+        return found
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the plan's JSON."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; floats keep every bit."""
+        return {"format": FORMAT, "edits": [edit.to_dict() for edit in self.edits]}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Plan:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            PlanError: another format, an unknown operation, a missing field.
+        """
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise PlanError(f'this is not a plan: expected a JSON object with "format": "{FORMAT}"')
+        return cls(tuple(_edit_from_dict(entry) for entry in data.get("edits", [])))
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict()))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan from JSON: a plan file, or any JSON object with a `plan` (`selected.json`).
+
+        Raises:
+            PlanError: no such file, not JSON, not a plan.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise PlanError(f"cannot read a plan from {path}: {error}") from error
+        if isinstance(data, dict) and "plan" in data:
+            data = data["plan"]
+        return cls.from_dict(data)
+
+
+def _edit_from_dict(entry: dict[str, Any]) -> Edit:
+    try:
+        kind = _EDITS[entry["op"]]
+        vectors = torch.tensor(entry["vectors"], dtype=torch.float64)
+        edit = kind(
+            vectors if kind is Ablate else vectors[0],
+            [Site.parse(name) for name in entry["sites"]],
+            positions=entry["positions"],
+            label=entry["label"],
+            **{kind.amount: entry[kind.amount]},
+        )
+    except KeyError as error:
+        raise PlanError(
+            f"an edit of the plan lacks or misnames {error}: operations are {', '.join(_EDITS)}"
+        ) from error
+    except (TypeError, ValueError, IndexError) as error:
+        raise PlanError(f"an edit of the plan cannot be read: {error}") from error
+    object.__setattr__(edit, "vectors", vectors)  # as stored, bit for bit
+    return edit
+
+
+def everywhere(n_layers: int) -> tuple[Site, ...]:
+    """The writers of the whole residual stream: embed, and attn_out and mlp_out of every layer.
+
+    Ablating a direction at all of them with strength 1 leaves nothing along it anywhere, and is what
+    ablation at resid_pre, resid_mid and resid_post of every layer computes; it is exact in weights.
+    """
+    points: tuple[Point, ...] = ("embed", "attn_out", "mlp_out")
+    return sites_of(points, range(n_layers))
+
+
+def band(
+    direction: Direction,
+    n_layers: int,
+    *,
+    attention: tuple[float, float],
+    mlp: tuple[float, float],
+    width: float,
+) -> Plan:
+    """Ablation of attention and MLP outputs with strengths that fall off linearly over the layers.
+
+    Args:
+        attention: (strength, centre layer) of the attention outputs.
+        mlp: (strength, centre layer) of the MLP outputs.
+        width: layers from a centre at which the strength reaches zero.
+
+    The idea of one kernel of strengths a component is that of published abliteration searches; sites
+    with strength 0 are left out.
+    """
+    plan = Plan()
+    for point, (peak, centre) in (("attn_out", attention), ("mlp_out", mlp)):
+        strengths = {
+            layer: peak * max(0.0, 1 - abs(layer - centre) / width) for layer in range(n_layers)
+        }
+        kept = {Site(layer, point): value for layer, value in strengths.items() if value > 0}
+        if kept:
+            plan += Ablate(direction, kept, strength=tuple(kept.values()))
+    return plan

