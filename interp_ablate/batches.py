@@ -18,11 +18,13 @@ from torch import Tensor
 class Batch:
     """Left-padded rows. `index[i]` is the place of row i in the caller's list.
 
-    `prompt_lengths` counts the tokens of each row that are prompt; what follows was generated.
+    `row_lengths` counts the tokens of each whole row, `prompt_lengths` those that are prompt (what
+    follows was generated); both include a shared prefix that the batch itself does not hold.
     """
 
     tokens: Int[Tensor, "batch pos"]
     mask: Int[Tensor, "batch pos"]
+    row_lengths: Int[Tensor, " batch"]
     prompt_lengths: Int[Tensor, " batch"]
     index: tuple[int, ...]
 
@@ -50,19 +52,21 @@ def batches(
     *,
     size: int,
     prompt_lengths: Sequence[int] | None = None,
+    prefix: int = 0,
     device: torch.device | str = "cpu",
 ) -> list[Batch]:
-    """Rows in batches of at most `size`, the longest first, so that little is padding."""
+    """Rows without their first `prefix` tokens, in batches of at most `size`, the longest first."""
     lengths = list(prompt_lengths or [len(row) for row in rows])
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
     found = []
     for start in range(0, len(order), size):
         index = tuple(order[start : start + size])
-        tokens, mask = pad_left([rows[i] for i in index])
+        tokens, mask = pad_left([rows[i][prefix:] for i in index])
         found.append(
             Batch(
                 tokens.to(device),
                 mask.to(device),
+                torch.tensor([len(rows[i]) for i in index], device=device),
                 torch.tensor([lengths[i] for i in index], device=device),
                 index,
             )

@@ -363,28 +363,42 @@ class Model:
         many of them at least. The tokens all rows share in front are run once for all.
         """
         capture = capture or {}
+        if not 0 <= keep <= min(len(row) for row in rows):
+            raise ModelError(f"keep={keep}: the shortest row has {min(map(len, rows))} tokens")
         prefix = common_prefix(rows, keep=max(keep, tail, 1))
         prefix = prefix if prefix >= MIN_SHARED_PREFIX and len(rows) > 1 else 0
         shared = self._prefix_cache(rows[0][:prefix], prompt_lengths) if prefix else None
-        rest = [row[prefix:] for row in rows]
-        lengths = list(prompt_lengths or [len(row) for row in rows])
-        for batch in batches(rest, size=batch_size, prompt_lengths=lengths, device=self.device):
+        for batch in batches(
+            rows,
+            size=batch_size,
+            prompt_lengths=prompt_lengths,
+            prefix=prefix,
+            device=self.device,
+        ):
             step = self._step_of(batch, prefix, shared)
-            captured: dict[Site, Tensor] = {}
-            handles = [
-                self.hook_point(site).register_forward_hook(
-                    lambda _m, _a, x, site=site, read=read: captured.__setitem__(
-                        site, read(x, batch)
-                    )
-                )
-                for site, read in capture.items()
-            ]
-            try:
+            with self._captured(capture, batch) as captured:
                 logits = self._forward(step, keep)
-            finally:
-                for handle in handles:
-                    handle.remove()
             yield batch, logits, captured
+
+    @contextmanager
+    def _captured(self, capture: dict[Site, Capture], batch: Batch) -> Iterator[dict[Site, Tensor]]:
+        """Reading hooks for one forward call; the dict is filled as the sites are reached."""
+        captured: dict[Site, Tensor] = {}
+
+        def reader(site: Site, read: Capture) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, x: Tensor) -> None:
+                captured[site] = read(x, batch)
+
+            return hook
+
+        handles: list[Any] = []
+        try:
+            for site, read in capture.items():
+                handles.append(self.hook_point(site).register_forward_hook(reader(site, read)))
+            yield captured
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _prefix_cache(self, prefix: Sequence[int], prompt_lengths: Sequence[int] | None) -> Any:
         """KV cache (batch 1) of the shared leading tokens, under the active plan."""
@@ -461,9 +475,8 @@ class Model:
         prefix = prefix if prefix >= MIN_SHARED_PREFIX and len(rows) > 1 else 0
         lengths = [len(row) for row in rows]
         shared = self._prefix_cache(rows[0][:prefix], lengths) if prefix else None
-        rest = [row[prefix:] for row in rows]
         written: dict[int, tuple[list[int], bool]] = {}
-        for batch in batches(rest, size=batch_size, prompt_lengths=lengths, device=self.device):
+        for batch in batches(rows, size=batch_size, prefix=prefix, device=self.device):
             step = self._step_of(batch, prefix, shared, cache=True)
             written.update(self._decode(step, batch.index, choose, max_new_tokens))
         return [

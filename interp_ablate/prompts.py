@@ -316,10 +316,10 @@ def _ordered(
         return hashlib.sha256(key.encode()).hexdigest()
 
     positive, negative = _distinct(contrast.positive), _distinct(contrast.negative)
-    if (positive, negative) == (contrast.positive, contrast.negative):
-        if len(positive) == len(negative):
-            pairs = sorted(zip(positive, negative, strict=True), key=lambda pair: rank(*pair))
-            return tuple(p for p, _ in pairs), tuple(n for _, n in pairs)
+    no_duplicates = (positive, negative) == (contrast.positive, contrast.negative)
+    if no_duplicates and len(positive) == len(negative):
+        pairs = sorted(zip(positive, negative, strict=True), key=lambda pair: rank(*pair))
+        return tuple(p for p, _ in pairs), tuple(n for _, n in pairs)
     return tuple(sorted(positive, key=rank)), tuple(sorted(negative, key=rank))
 
 
