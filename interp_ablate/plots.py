@@ -1,7 +1,7 @@
-"""Plots: the pictures of a run, each a function `(data, ax) -> ax`, and `save_figures` for a folder.
+"""Plots: a run's pictures, each a function `(data, ax) -> ax`, and `save_figures` for a folder.
 
 Knows: how projections, separation, cosines, trials and a test report are drawn so that they read at
-a README's size, and which files of a run folder hold them (`read_table`, `read_json`, `read_lines`).
+a README's size, and how the files of a run folder are read (`read_table`, `read_json`, ...).
 Does not know: any model, how a number was measured, or what the HTML report says about a picture.
 It keeps away from pyplot: no window, no global state, no open figures; any backend may be in use.
 """
@@ -53,9 +53,21 @@ _POINT_STYLE: dict[str, tuple[str, str]] = {
 }
 _LINE_STYLES = ("-", "--", ":", "-.")
 _HEAT: dict[Value, tuple[str, str, str]] = {
-    "behaviour": ("Behaviour, ablated", "target log-odds, positive prompts\nlow = removed", "viridis_r"),
-    "kl": ("Damage, ablated", "KL in nats, negative prompts\nlow = unharmed (log scale)", "magma_r"),
-    "addition": ("Behaviour, added", "target log-odds, negative prompts\nhigh = induced", "viridis"),
+    "behaviour": (
+        "Behaviour, ablated",
+        "target log-odds, positive prompts\nlow = removed",
+        "viridis_r",
+    ),
+    "kl": (
+        "Damage, ablated",
+        "KL in nats, negative prompts\nlow = unharmed (log scale)",
+        "magma_r",
+    ),
+    "addition": (
+        "Behaviour, added",
+        "target log-odds, negative prompts\nhigh = induced",
+        "viridis",
+    ),
 }
 _RATES: tuple[tuple[str, str, str], ...] = (
     ("behaviour_before", "positive prompts, unedited", POSITIVE),
@@ -68,14 +80,14 @@ _DPI, _WIDTH = 150, 7.8
 _SMALLEST_KL = 1e-8
 
 
-# Data functions ------------------------------------------------------------------------------------
+# Data functions ------------------------------------------------------------------------------
 
 
 def projections(frame: pd.DataFrame, ax: Axes) -> Axes:
     """Both labels' projections at every layer of one point, as pairs of half violins with medians.
 
     The stream grows with depth, so each layer's values are centred between the two label means and
-    divided by that layer's pooled standard deviation within the labels: the gap of a pair is its d'.
+    divided by that layer's pooled standard deviation within the labels: a pair's gap is its d'.
     The validation split is drawn; where a frame has none, whatever split it has, and the caption
     says which. Non-finite values are left out.
 
@@ -215,7 +227,7 @@ def cosine_similarity(directions: Iterable[Direction], ax: Axes) -> Axes:
         "layer",
         grid=False,
     )
-    bar = ax.get_figure().colorbar(image, ax=ax, fraction=0.046, pad=0.03)  # type: ignore[union-attr]
+    bar = _colour_bar(image, ax, fraction=0.046, pad=0.03)
     bar.set_label("cosine", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     return ax
@@ -297,14 +309,13 @@ def pareto(
     _mark_choice(ax, selected, max_kl)
     # Plain numbers, also between decades: the KLs of one sweep often span only one or two.
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    ax.xaxis.set_minor_formatter(
-        lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else ""
-    )
+    ax.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
     left_out = len(trials) - len(rows)
     _finish(
         ax,
         "Behaviour against damage, validation split",
-        f"{len(rows)} of {len(trials)} trials" + (f"; {left_out} failed or NaN" if left_out else ""),
+        f"{len(rows)} of {len(trials)} trials"
+        + (f"; {left_out} failed or NaN" if left_out else ""),
         "KL to the unedited model, first token, negative prompts (nats, log scale)",
         "target log-odds, positive prompts\n(lower = behaviour removed)",
     )
@@ -352,13 +363,13 @@ def before_after(test: Mapping[str, Any], ax: Axes) -> Axes:
     return ax
 
 
-# Drawing helpers -----------------------------------------------------------------------------------
+# Drawing helpers -----------------------------------------------------------------------------
 
 _LABELS = ("negative", "positive")
 
 
 def _standardised(rows: pd.DataFrame) -> list[np.ndarray]:
-    """Negative and positive values, centred between the means, over the spread within the labels."""
+    """Negative and positive values, centred between the means, over the spread within labels."""
     groups = [rows["projection"][rows["label"] == name].to_numpy(float) for name in _LABELS]
     filled = [group for group in groups if len(group)]
     if not filled:
@@ -409,8 +420,7 @@ def _heat_cells(ax: Axes, grid: np.ndarray, value: Value, label: str, colours: s
         np.ma.masked_invalid(grid), cmap=colours, aspect="auto", origin="lower",
         interpolation="nearest", **scale,
     )  # fmt: skip
-    figure = ax.get_figure()
-    bar = figure.colorbar(image, ax=ax, location="bottom", fraction=0.05, pad=0.02)  # type: ignore[union-attr]
+    bar = _colour_bar(image, ax, location="bottom", fraction=0.05, pad=0.02)
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=8)
     if value == "kl":
@@ -430,6 +440,10 @@ def _heat_cells(ax: Axes, grid: np.ndarray, value: Value, label: str, colours: s
             ax.plot(column, row, "o", markersize=size, markerfacecolor="none", color=colour)
 
 
+def _colour_bar(image: Any, ax: Axes, **options: Any) -> Any:
+    return ax.get_figure().colorbar(image, ax=ax, **options)  # type: ignore[union-attr]
+
+
 def _front(damage: np.ndarray, behaviour: np.ndarray) -> tuple[list[float], list[float]]:
     """The points that no other beats on both numbers, by rising damage."""
     xs: list[float] = []
@@ -444,7 +458,11 @@ def _front(damage: np.ndarray, behaviour: np.ndarray) -> tuple[list[float], list
 def _mark_choice(ax: Axes, selected: Mapping[str, Any] | None, max_kl: float | None) -> None:
     if max_kl is not None and max_kl > 0:
         ax.axvline(
-            max_kl, color=POSITIVE, linewidth=1.2, linestyle=(0, (4, 3)), label=f"limit: KL {max_kl:g}"
+            max_kl,
+            color=POSITIVE,
+            linewidth=1.2,
+            linestyle=(0, (4, 3)),
+            label=f"limit: KL {max_kl:g}",
         )
         right = max(ax.get_xlim()[1], max_kl * 1.3)
         ax.axvspan(max_kl, right, color=POSITIVE, alpha=0.06, linewidth=0)
@@ -496,7 +514,14 @@ def _usable(trials: pd.DataFrame, columns: Sequence[str]) -> pd.Series:
 
 
 def _point_order(point: str) -> int:
-    order: tuple[Point, ...] = ("embed", "resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+    order: tuple[Point, ...] = (
+        "embed",
+        "resid_pre",
+        "attn_out",
+        "resid_mid",
+        "mlp_out",
+        "resid_post",
+    )
     if point not in order:
         raise RunError(f"unknown point {point!r}: accepted are {', '.join(POINTS)}")
     return order.index(point)  # type: ignore[arg-type]
@@ -512,8 +537,8 @@ def _require(frame: pd.DataFrame, columns: Sequence[str], what: str) -> None:
     missing = [column for column in columns if column not in frame.columns]
     if missing:
         raise RunError(
-            f"the {what} lack the column{'s' if missing[1:] else ''} {', '.join(missing)}: expected "
-            f"{', '.join(columns)}; came {', '.join(map(str, frame.columns)) or 'none'}"
+            f"the {what} lack the column{'s' if missing[1:] else ''} {', '.join(missing)}: "
+            f"expected {', '.join(columns)}; came {', '.join(map(str, frame.columns)) or 'none'}"
         )
 
 
@@ -559,7 +584,7 @@ def _finish(
         ax.set_axisbelow(True)
 
 
-# The run folder ------------------------------------------------------------------------------------
+# The run folder ------------------------------------------------------------------------------
 
 
 def save_figures(folder: str | Path) -> list[Path]:
@@ -574,12 +599,16 @@ def save_figures(folder: str | Path) -> list[Path]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise RunError(f"no run folder at {folder}: make one with `interp-ablate run --out {folder}`")
+        raise RunError(
+            f"no run folder at {folder}: make one with `interp-ablate run --out {folder}`"
+        )
     written = []
     for draw in _FIGURES:
         figures = draw(folder)
         if not figures:
-            logger.info("skipped %s: no data yet in %s", draw.__name__.removeprefix("_draw_"), folder)
+            logger.info(
+                "skipped %s: no data yet in %s", draw.__name__.removeprefix("_draw_"), folder
+            )
         for name, figure in figures.items():
             written.append(_save(figure, folder / "figures" / name))
     return written
@@ -691,7 +720,9 @@ def _save(figure: Figure, path: Path) -> Path:
         figure.savefig(temporary, format="png")
         os.replace(temporary, path)
     except OSError as error:
-        raise RunError(f"cannot write {path}: {error}. Free space or choose another folder") from error
+        raise RunError(
+            f"cannot write {path}: {error}. Free space or choose another folder"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     logger.info("wrote %s", path)
@@ -739,7 +770,8 @@ def read_table(
         frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
     except (OSError, ValueError) as error:  # ParserError and EmptyDataError are ValueErrors
         raise RunError(
-            f"cannot read {path}: {str(error).strip()}. Delete it and run the stage that wrote it again"
+            f"cannot read {path}: {str(error).strip()}. "
+            "Delete it and run the stage that wrote it again"
         ) from error
     missing = [column for column in columns if column not in frame.columns]
     if missing:

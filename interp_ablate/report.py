@@ -3,7 +3,7 @@
 Knows: the files of a run folder, how to word their numbers, which split each number is from, and
 what to say where a file is missing. The page's layout is `data/report.html.j2`; every text of a
 model or a prompt passes through its autoescaping, and the page loads and runs nothing.
-Does not know: any model, how a number was measured, or how a figure is drawn (`plots` has drawn them).
+Does not know: any model, how a number was measured, or how a figure is drawn (see `plots`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import pandas as pd
 
@@ -41,16 +41,16 @@ _STAGE_OF = {
 _FIGURES = {
     "before_after": (
         "Before and after",
-        "How often generated answers express the behaviour, before and after the chosen plan, beside "
-        "control directions treated the same way. Test split: prompts that neither made nor chose "
-        "the direction.",
+        "How often generated answers express the behaviour, before and after the chosen plan, by "
+        "the side of control directions treated the same way. Test split: prompts that "
+        "neither made nor chose the direction.",
     ),
     "projections": (
         "Projections of both sets",
-        "Each prompt's activation projected on the direction of its own site, one half violin a set "
-        "and layer; the bars are medians. Values are centred and divided by the layer's pooled "
-        "standard deviation, since the stream grows with depth. Validation split, unless the figure "
-        "says otherwise.",
+        "Each prompt's activation projected on the direction of its own site, one half violin a "
+        "set and layer; the bars are medians. Values are centred and divided by the layer's pooled "
+        "standard deviation, since the stream grows with depth. Validation split, unless the "
+        "figure says otherwise.",
     ),
     "separation": (
         "Separation by layer",
@@ -64,13 +64,13 @@ _FIGURES = {
     ),
     "sweep": (
         "The sweep",
-        "Each site's direction, ablated everywhere at full strength (behaviour, damage) and added at "
-        "its own site. Hatched: failed or not tried. Validation split.",
+        "Each site's direction, ablated everywhere at full strength (behaviour, damage) and added "
+        "at its own site. Hatched: failed or not tried. Validation split.",
     ),
     "pareto": (
         "Behaviour against damage",
-        "Every finished trial; on the green line nothing is better on both counts. The behaviour is "
-        "measured on positive prompts, the damage on negative ones. Validation split.",
+        "Every finished trial; on the green line nothing is better on both counts. The behaviour "
+        "is measured on positive prompts, the damage on negative ones. Validation split.",
     ),
 }
 # Key of selected.json's test report -> name, prompts, whether it is a rate.
@@ -94,15 +94,15 @@ _TRIAL_COLUMNS = {
     "stage": "stage",
     "site": "direction of",
     "operation": "operation",
+    "behaviour": "behaviour (log-odds)",
+    "kl": "KL (nats)",
+    "addition": "addition (log-odds)",
+    "expression_rate": "expressed",
     "attention_strength": "attention strength",
     "attention_layer": "at layer",
     "mlp_strength": "MLP strength",
     "mlp_layer": "at layer",
     "width": "width",
-    "behaviour": "behaviour (log-odds)",
-    "addition": "addition (log-odds)",
-    "kl": "KL (nats)",
-    "expression_rate": "expressed",
     "repetition": "repetition",
     "length": "length",
     "seconds": "seconds",
@@ -119,13 +119,10 @@ def write_report(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise RunError(f"no run folder at {folder}: make one with `interp-ablate run --out {folder}`")
-    from jinja2 import Environment
-
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(rate=rate, number=number, duration=duration, plain=plain)
-    template = resources.files("interp_ablate").joinpath("data", "report.html.j2")
-    page = environment.from_string(template.read_text(encoding="utf-8")).render(_context(folder))
+        raise RunError(
+            f"no run folder at {folder}: make one with `interp-ablate run --out {folder}`"
+        )
+    page = _render(_context(folder))
     path = folder / "report.html"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -133,11 +130,26 @@ def write_report(folder: str | Path) -> Path:
         temporary.write_bytes(page.encode("utf-8", "replace"))
         os.replace(temporary, path)
     except OSError as error:
-        raise RunError(f"cannot write {path}: {error}. Free space or choose another folder") from error
+        raise RunError(
+            f"cannot write {path}: {error}. Free space or choose another folder"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     logger.info("wrote %s", path)
     return path
+
+
+def _render(context: Mapping[str, Any]) -> str:
+    """The page's text. A key that a file lacks reads as None in every filter."""
+    from jinja2 import Environment, Undefined
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    for show in (rate, number, duration, plain):
+        environment.filters[show.__name__] = lambda value, show=show: show(
+            None if isinstance(value, Undefined) else value
+        )
+    template = resources.files("interp_ablate").joinpath("data", "report.html.j2")
+    return environment.from_string(template.read_text(encoding="utf-8")).render(context)
 
 
 def _context(folder: Path) -> dict[str, Any]:
@@ -179,7 +191,7 @@ def _context(folder: Path) -> dict[str, Any]:
     }
 
 
-# Wording -------------------------------------------------------------------------------------------
+# Wording -------------------------------------------------------------------------------------
 
 
 def number(value: Any) -> str:
@@ -192,13 +204,13 @@ def number(value: Any) -> str:
         return str(value)
     if math.isnan(found):
         return "–"
-    if found == int(found) if math.isfinite(found) else False:
-        return f"{int(found):d}" if abs(found) < 1e9 else f"{found:.3g}"
+    if found.is_integer() and abs(found) < 1e9:
+        return f"{int(found)}"
     return f"{found:.3g}" if abs(found) < 1000 else f"{found:.0f}"
 
 
 def rate(value: Any) -> str:
-    """A share as a percentage, with one decimal below 10 % so that 1 of 96 does not read as 1 %."""
+    """A share as a percentage, with one decimal below 10% so that 1 of 64 does not read as 2%."""
     try:
         found = 100 * float(value)
     except (TypeError, ValueError):
@@ -206,7 +218,7 @@ def rate(value: Any) -> str:
     if not math.isfinite(found):
         return "–"
     text = f"{found:.1f}" if 0 < found < 10 else f"{found:.0f}"
-    return f"{text.removesuffix('.0')} %"
+    return f"{text.removesuffix('.0')}%"
 
 
 def duration(value: Any) -> str:
@@ -243,7 +255,9 @@ def _span(test: Mapping[str, Any], key: str, *, as_rate: bool) -> str:
 
 def _title(run: Mapping[str, Any], configuration: Mapping[str, Any]) -> str:
     model = _part(run, "model").get("name") or configuration.get("model")
-    return f"{_behaviour(run, configuration)} in {model}" if model else _behaviour(run, configuration)
+    title = _behaviour(run, configuration)
+    title = title[:1].upper() + title[1:]
+    return f"{title} in {model}" if model else title
 
 
 def _behaviour(run: Mapping[str, Any], configuration: Mapping[str, Any]) -> str:
@@ -283,8 +297,9 @@ def _headline(
     if test.get("addition_after") is not None:
         found.append(
             _say(f"Adding the direction makes "
-                 f"{_with_interval(test, 'addition_after', as_rate=True)} of the answers to negative "
-                 f"prompts express it, against {rate(test.get('negative_before'))} unedited.")
+                 f"{_with_interval(test, 'addition_after', as_rate=True)} of the answers to "
+                 f"negative prompts express it, against {rate(test.get('negative_before'))} "
+                 "unedited.")
         )  # fmt: skip
     return found + _about_controls(test) + _about_export(certificate)
 
@@ -300,7 +315,7 @@ def _about_damage(
     text += f" [{interval}]" if interval else ""
     if test.get("kl_continuation") is not None:
         text += f", and by {number(test['kl_continuation'])} a token over the whole continuation"
-    over = _is_number(kl) and _is_number(limit) and float(kl) > float(limit)  # type: ignore[arg-type]
+    over = _is_number(kl) and _is_number(limit) and float(kl) > float(limit)
     if limit is not None:
         text += f"; the limit in the choice was {number(limit)}"
         text += ", which the test split exceeds" if over else ""
@@ -311,13 +326,24 @@ def _about_controls(test: Mapping[str, Any]) -> list[dict[str, str]]:
     controls = _dictionaries(test.get("controls"))
     rates = [float(c["behaviour_after"]) for c in controls if _is_number(c.get("behaviour_after"))]
     if not rates:
-        return [_say("There are no controls: without them this is not evidence for a direction.", "warn")]
+        return [
+            _say(
+                "There are no controls: without them this is not evidence for a direction.", "warn"
+            )
+        ]
     low, high = rate(min(rates)), rate(max(rates))
     between = low if low == high else f"{low} to {high}"
-    text = f"Control directions treated the same way leave {between} (n = {len(rates)})"
+    text = (
+        f"Ablating control directions in the same way leaves the behaviour in {between} of the "
+        f"answers to positive prompts ({len(rates)} control{'s' if rates[1:] else ''})"
+    )
     after = test.get("behaviour_after")
-    if _is_number(after) and min(rates) <= float(after):  # type: ignore[arg-type]
-        return [_say(f"{text}: a control does as much as the direction, which speaks against it.", "bad")]
+    if _is_number(after) and min(rates) <= float(after):
+        return [
+            _say(
+                f"{text}: a control does as much as the direction, which speaks against it.", "bad"
+            )
+        ]
     return [_say(f"{text}.")]
 
 
@@ -326,19 +352,22 @@ def _about_export(certificate: Mapping[str, Any] | None) -> list[dict[str, str]]
         return [_say("Nothing has been exported yet.", "plain")]
     numbers = (
         f"largest logit difference to the hooked model "
-        f"{number(certificate.get('max_abs_logit_difference'))}, KL {number(certificate.get('kl'))}, "
+        f"{number(certificate.get('max_abs_logit_difference'))}, "
+        f"KL {number(certificate.get('kl'))}, "
         f"residual along the direction {number(certificate.get('residual_along_direction'))}"
     )
     if certificate.get("passed") is True:
         return [_say(f"The exported checkpoint passed its certificate: {numbers}.", "good")]
-    return [_say(f"The exported checkpoint FAILED its certificate, do not use it: {numbers}.", "bad")]
+    return [
+        _say(f"The exported checkpoint FAILED its certificate, do not use it: {numbers}.", "bad")
+    ]
 
 
 def _say(text: str, tone: str = "plain") -> dict[str, str]:
     return {"text": text, "tone": tone}
 
 
-# Parts of the page ---------------------------------------------------------------------------------
+# Parts of the page ---------------------------------------------------------------------------
 
 
 def _tiles(
@@ -356,7 +385,9 @@ def _tiles(
         found.append({"name": "expressed, added", "value": value, "note": "negative, test split"})
     if test.get("kl_first_token") is not None:
         limit = configuration.get("max_kl")
-        note = "nats, negative, test split" + (f"; limit {number(limit)}" if limit is not None else "")
+        note = "nats, negative, test split" + (
+            f"; limit {number(limit)}" if limit is not None else ""
+        )
         found.append({"name": "KL", "value": number(test["kl_first_token"]), "note": note})
     if found or certificate is not None:
         passed = certificate is not None and certificate.get("passed") is True
@@ -432,7 +463,9 @@ def _figures(folder: Path) -> list[dict[str, str]]:
         heading, caption = _FIGURES.get(stem, (path.stem.replace("_", " "), ""))
         content = path.read_bytes()
         if not content.startswith(b"\x89PNG"):
-            raise RunError(f"{path} is not a PNG: delete it and run `interp-ablate plot {folder}` again")
+            raise RunError(
+                f"{path} is not a PNG: delete it and run `interp-ablate plot {folder}` again"
+            )
         place = order.index(stem) if stem in order else len(order)
         found.append(
             {
@@ -455,7 +488,7 @@ def _trials(
     chosen = str(_part(selected, "trial").get("trial", "")) if (selected or {}).get("plan") else ""
     finished = frame[frame["status"] == "ok"]
     limit = configuration.get("max_kl")
-    within = finished["kl"] <= float(limit) if _is_number(limit) else finished["kl"].notna()  # type: ignore[arg-type]
+    within = finished["kl"] <= float(limit) if _is_number(limit) else finished["kl"].notna()
     ranked = finished.assign(_outside=~within).sort_values(["_outside", "behaviour"])
     is_chosen = ranked["trial"] == chosen
     top = pd.concat([ranked[is_chosen], ranked[~is_chosen]]).head(TOP_TRIALS)
@@ -542,5 +575,5 @@ def _dictionaries(found: Any) -> list[dict[str, Any]]:
     return [dict(item) for item in found or [] if isinstance(item, Mapping)]
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,9 +16,9 @@ from matplotlib.figure import Figure
 from interp_ablate import plots
 from interp_ablate.directions import Direction, Directions, Separation
 from interp_ablate.errors import InterpAblateError, RunError
-from interp_ablate.sites import Site
+from interp_ablate.sites import Point, Site
 
-POINTS = ("resid_pre", "resid_mid", "resid_post")
+POINTS: tuple[Point, ...] = ("resid_pre", "resid_mid", "resid_post")
 ALL_FIGURES = {
     "projections.png", "separation.png", "cosine_similarity.png", "sweep.png", "pareto.png",
     "before_after.png",
@@ -70,7 +71,10 @@ def make_directions(n_layers: int = 30, d_model: int = 48, seed: int = 0) -> Dir
             if (layer, point) != (0, "resid_pre"):
                 items.append(
                     Direction(
-                        vector, 0.4 * 1.2**layer, Site(layer, point), separation=Separation(auc, gap)
+                        vector,
+                        0.4 * 1.2**layer,
+                        Site(layer, point),
+                        separation=Separation(auc, gap),
                     )
                 )
     return Directions(tuple(items), {"blocks.0.hook_resid_pre[-1]": "the difference is zero"})
@@ -117,7 +121,7 @@ def make_trials(n_layers: int = 30, n_refine: int = 120, seed: int = 0) -> pd.Da
     return frame
 
 
-TEST = {
+TEST: dict[str, Any] = {
     "behaviour_before": 0.81, "behaviour_after": 0.02, "negative_before": 0.0,
     "negative_after": 0.0, "addition_after": 0.72, "kl_first_token": 0.04,
     "intervals": {
@@ -148,6 +152,420 @@ def make_run(folder: Path, n_layers: int = 30) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def coarse(monkeypatch):
+    """Fewer pixels and no layout engine, which is most of the time: what is drawn is the same."""
+    monkeypatch.setattr(plots, "_figure", lambda *, height: Figure(figsize=(8, height), dpi=30))
+
+
 @pytest.fixture
 def ax():
     return Figure().add_subplot()
+
+
+def lines_of(ax, label: str):
+    return next(line for line in ax.lines if line.get_label() == label)
+
+
+def everything_said(ax) -> str:
+    texts = [
+        ax.get_title(loc="left"),
+        ax.get_xlabel(),
+        ax.get_ylabel(),
+        *(t.get_text() for t in ax.texts),
+    ]
+    legend = ax.get_legend()
+    return " | ".join(texts + ([t.get_text() for t in legend.get_texts()] if legend else []))
+
+
+# Projections
+
+
+def test_projections_draw_distributions_of_the_validation_split(ax):
+    frame = make_projections(4)
+    rows = frame[frame["point"] == "resid_mid"]
+    assert plots.projections(rows, ax) is ax
+    assert len(ax.collections) == 8  # two half violins a layer
+    said = everything_said(ax)
+    assert "resid_mid" in said and "pooled SDs" in said
+    assert "validation split, 32 positive + 32 negative prompts" in said
+
+
+def test_projections_read_alike_however_large_the_stream_is(ax):
+    frame = make_projections(4)
+    rows = frame[frame["point"] == "resid_mid"]
+    plots.projections(rows, ax)
+    other = plots.projections(
+        rows.assign(projection=rows["projection"] * 1e4 + 7e5), Figure().add_subplot()
+    )
+    assert other.get_ylim() == pytest.approx(ax.get_ylim(), rel=1e-6)
+
+
+def test_the_gap_of_a_pair_is_its_d_prime():
+    frame = make_projections(4)
+    frame = frame[(frame["split"] == "train") & (frame["point"] == "resid_mid")]
+    rows = frame[frame["layer"] == 2]
+    groups = [rows["projection"][rows["label"] == name] for name in ("negative", "positive")]
+    spread = math.sqrt(np.mean([group.var() for group in groups]))
+    negative, positive = plots._standardised(rows)
+    expected = (groups[1].mean() - groups[0].mean()) / spread
+    assert positive.mean() - negative.mean() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("column", plots.PROJECTION_COLUMNS)
+def test_projections_name_a_missing_column(ax, column):
+    with pytest.raises(RunError, match=f"column {column}"):
+        plots.projections(make_projections(1).drop(columns=column), ax)
+
+
+def test_projections_refuse_mixed_points_and_positions(ax):
+    frame = make_projections(2)
+    with pytest.raises(RunError, match="resid_mid"):
+        plots.projections(frame, ax)
+    one = frame[frame["point"] == "resid_mid"]
+    both = pd.concat([one.assign(position="-1"), one.assign(position="-2")])
+    with pytest.raises(RunError, match="position"):
+        plots.projections(both, ax)
+
+
+def test_projections_without_rows_or_known_labels(ax):
+    frame = make_projections(2)
+    frame = frame[frame["point"] == "resid_mid"]
+    with pytest.raises(RunError, match="no projections"):
+        plots.projections(frame.iloc[:0], ax)
+    with pytest.raises(RunError, match="no projections"):
+        plots.projections(frame.assign(projection=np.nan), ax)
+    with pytest.raises(RunError, match="unknown labels"):
+        plots.projections(frame.assign(label="other"), ax)
+
+
+def test_projections_survive_constants_one_prompt_one_label_and_nan(ax):
+    def row(layer, label, value):
+        return {"layer": layer, "point": "resid_post", "split": "validation", "label": label,
+                "prompt": "p", "projection": value}  # fmt: skip
+
+    rows = [row(0, "positive", 2.0), row(0, "negative", 2.0)]  # the same constant
+    rows += [row(1, "positive", 3.0), row(1, "negative", 1.0)]  # constants that differ
+    rows += [row(2, "positive", 5.0)]  # one label only
+    rows += [row(3, "positive", value) for value in (1.0, np.nan, 2.0)]
+    rows += [row(3, "negative", -1.0)]
+    plots.projections(pd.DataFrame(rows), ax)
+    assert np.isfinite(ax.get_ylim()).all()
+    ax.figure.canvas.draw()
+
+
+def test_a_far_outlier_does_not_flatten_the_rest(ax):
+    frame = make_projections(4, n=100)
+    frame = frame[frame["point"] == "resid_mid"].reset_index(drop=True)
+    place = frame.index[frame["split"] == "validation"][0]
+    frame.loc[place, "projection"] += 1e4
+    plots.projections(frame, ax)
+    assert "1 values beyond the frame" in everything_said(ax)
+    assert max(ax.get_ylim()) < 40
+
+
+def test_projections_fall_back_to_the_split_there_is_and_say_so(ax):
+    frame = make_projections(2)
+    train = frame[(frame["split"] == "train") & (frame["point"] == "resid_mid")]
+    plots.projections(train, ax)
+    assert "train split" in everything_said(ax)
+
+
+# Directions
+
+
+@pytest.mark.parametrize("measure", ["d_prime", "auc"])
+def test_separation_has_one_line_a_site_kind(ax, measure):
+    directions = make_directions(6)
+    plots.separation_by_layer(directions, ax, measure=measure)
+    line = lines_of(ax, "resid_mid")
+    assert list(line.get_xdata()) == list(range(6))
+    wanted = [
+        getattr(directions[Site(layer, "resid_mid")].separation, measure) for layer in range(6)
+    ]
+    assert list(line.get_ydata()) == wanted
+    assert list(lines_of(ax, "resid_pre").get_xdata()) == list(range(1, 6))  # one was left out
+    assert "17 directions" in everything_said(ax)
+
+
+def test_separation_tells_positions_apart_and_leaves_gaps_at_infinity(ax):
+    vector = torch.ones(4)
+    items = [
+        Direction(vector, 1.0, Site(layer, "resid_post"), position, separation=Separation(1.0, d))
+        for position in ("-1", "-2")
+        for layer, d in enumerate((1.0, math.inf, 2.0))
+    ]
+    plots.separation_by_layer(items, ax)
+    first, second = (lines_of(ax, f"resid_post at {where}") for where in ("-1", "-2"))
+    assert first.get_linestyle() != second.get_linestyle()
+    assert np.isnan(first.get_ydata()[1])
+
+
+def test_separation_needs_some(ax):
+    item = Direction(torch.ones(4), 1.0, Site(0, "resid_post"))
+    for nothing in ([], [item]):
+        with pytest.raises(RunError, match="no direction has a separation"):
+            plots.separation_by_layer(nothing, ax)
+    with pytest.raises(RunError, match="unknown measure"):
+        plots.separation_by_layer([item], ax, measure="accuracy")  # type: ignore[arg-type]
+
+
+def test_cosine_is_a_matrix_in_forward_order(ax):
+    directions = make_directions(5)
+    shuffled = list(directions)[::-1]
+    plots.cosine_similarity(shuffled, ax)
+    vectors = torch.stack([item.vector for item in directions])
+    drawn = np.asarray(ax.images[0].get_array())
+    np.testing.assert_allclose(drawn, (vectors @ vectors.T).numpy(), atol=1e-12)
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "1", "2", "3", "4"]
+    assert list(ax.get_xticks()) == [0, 2, 5, 8, 11]  # layer 0 has no resid_pre
+    assert "14 sites" in everything_said(ax)
+
+
+def test_cosine_of_several_positions_and_of_none(ax):
+    one = list(make_directions(2))
+    moved = [Direction(d.vector, d.norm, d.site, "-2") for d in one]
+    plots.cosine_similarity(moved + one, ax)
+    assert "positions -1, -2" in everything_said(ax)
+    assert len(ax.lines) == 2  # the borders of the blocks
+    with pytest.raises(RunError, match="no directions"):
+        plots.cosine_similarity([], Figure().add_subplot())
+
+
+# Trials
+
+
+@pytest.mark.parametrize("value", ["behaviour", "kl", "addition"])
+def test_heatmap_puts_each_screening_score_in_its_cell(ax, value):
+    trials = make_trials(5)
+    plots.sweep_heatmap(trials, ax, value=value)
+    grid = np.ma.filled(ax.images[0].get_array(), np.nan)
+    assert grid.shape == (5, 3)
+    screen = trials[trials["stage"] == "screen"].set_index(["layer", "point"])
+    assert grid[3, 1] == screen.loc[(3, "resid_mid"), value]
+    assert np.isnan(grid[0, 0])  # the failed one
+    assert "14 of 15 sites" in everything_said(ax)
+
+
+def test_heatmap_has_a_column_for_each_position(ax):
+    trials = make_trials(2, n_refine=0)
+    both = pd.concat([trials, trials.assign(position=-2)])
+    plots.sweep_heatmap(both, ax, value="kl")
+    labels = [label.get_text() for label in ax.get_xticklabels()]
+    assert labels[0] == "resid_pre\n-1" and labels[-1] == "resid_post\n-2"
+
+
+def test_heatmap_of_failures_only_is_all_hatched(ax):
+    trials = make_trials(3).assign(status="failed", behaviour=np.nan, kl=np.nan)
+    for value in ("behaviour", "kl"):
+        plots.sweep_heatmap(trials, Figure().add_subplot(), value=value)
+    plots.sweep_heatmap(trials, ax, value="behaviour")
+    assert "0 of 9 sites" in everything_said(ax)
+    ax.figure.canvas.draw()
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.3])
+def test_heatmap_of_equal_or_zero_kl(ax, kl):
+    plots.sweep_heatmap(make_trials(3).assign(kl=kl, status="ok"), ax, value="kl")
+    ax.figure.canvas.draw()
+
+
+def test_trials_refuse_what_they_cannot_draw(ax):
+    trials = make_trials(2)
+    with pytest.raises(RunError, match="unknown value"):
+        plots.sweep_heatmap(trials, ax, value="loss")  # type: ignore[arg-type]
+    with pytest.raises(RunError, match="no screening trials"):
+        plots.sweep_heatmap(trials[trials["stage"] == "refine"], ax, value="kl")
+    with pytest.raises(RunError, match="unknown point 'middle'"):
+        plots.sweep_heatmap(trials.assign(point="middle"), ax, value="kl")
+    with pytest.raises(RunError, match="no finished trials"):
+        plots.pareto(trials.assign(status="failed"), ax)
+    for column in plots.TRIAL_COLUMNS:
+        with pytest.raises(RunError, match=f"column {column}"):
+            plots.pareto(trials.drop(columns=column), ax)
+        with pytest.raises(InterpAblateError, match=f"column {column}"):
+            plots.sweep_heatmap(trials.drop(columns=column), ax, value="kl")
+
+
+def test_no_trial_beats_the_pareto_front(ax):
+    trials = make_trials()
+    plots.pareto(trials, ax)
+    front = np.column_stack(lines_of(ax, "Pareto front").get_data())
+    good = trials[trials["status"] == "ok"][["kl", "behaviour"]].to_numpy()
+    for kl, behaviour in front:
+        better = (good <= (kl, behaviour)).all(1) & (good < (kl, behaviour)).any(1)
+        assert not better.any()
+    for point in good:  # and every trial is on it or beaten by one on it
+        assert (front <= point).all(1).any()
+
+
+def test_pareto_counts_what_it_leaves_out_and_marks_the_choice(ax):
+    trials = make_trials()
+    trials.loc[trials.index[-1], "kl"] = np.nan
+    chosen = {"trial": 7, "kl": 0.04, "behaviour": -8.0}
+    plots.pareto(trials, ax, selected=chosen, max_kl=0.1)
+    said = everything_said(ax)
+    assert "207 of 210 trials; 3 failed or NaN" in said
+    assert "limit: KL 0.1" in said and "finalist" in said
+    star = lines_of(ax, "chosen: trial 7")
+    assert (star.get_xdata()[0], star.get_ydata()[0]) == (0.04, -8.0)
+    assert ax.get_xscale() == "log"
+
+
+def test_pareto_takes_a_zero_kl_and_a_choice_without_scores(ax):
+    trials = make_trials(2).assign(kl=0.0, status="ok").drop(columns="expression_rate")
+    plots.pareto(trials.fillna({"behaviour": 0.0}), ax, selected={"trial": 1, "kl": None}, max_kl=0)
+    ax.figure.canvas.draw()
+    assert "chosen" not in everything_said(ax)
+    with pytest.raises(RunError, match="not numbers"):
+        plots.pareto(
+            make_trials(2), Figure().add_subplot(), selected={"kl": "low", "behaviour": 1.0}
+        )
+
+
+# The test report
+
+
+def test_before_after_draws_rates_controls_and_intervals(ax):
+    plots.before_after(TEST, ax)
+    labels = [label.get_text() for label in ax.get_yticklabels()]
+    assert labels[0] == "positive prompts, unedited" and labels[-1] == "negative prompts, added"
+    assert labels[2:5] == [f"control: {c['name']}, ablated" for c in TEST["controls"]]
+    values = [text.get_text() for text in ax.texts]
+    assert "0.81" in values and "0.72" in values
+    assert [0.69, 0.91] in [list(line.get_xdata()) for line in ax.lines]
+    assert "bootstrap" in everything_said(ax)
+
+
+def test_before_after_takes_what_there_is(ax):
+    plots.before_after({"behaviour_before": 0.5, "intervals": None, "controls": None}, ax)
+    assert len(ax.get_yticklabels()) == 1 and "no intervals" in everything_said(ax)
+    with pytest.raises(RunError, match="no rate to draw"):
+        plots.before_after({"kl_first_token": 0.1, "behaviour_before": math.nan}, ax)
+    with pytest.raises(RunError, match="not a rate"):
+        plots.before_after({"behaviour_before": "most"}, ax)
+    with pytest.raises(RunError, match="not a rate"):
+        plots.before_after({"behaviour_before": 1, "intervals": {"behaviour_before": [0.1]}}, ax)
+
+
+# The folder
+
+
+def test_a_run_folder_becomes_figures(tmp_path, monkeypatch):
+    monkeypatch.undo()  # as a user has them
+    run = make_run(tmp_path / "run", 3)
+    written = plots.save_figures(run)
+    assert {path.name for path in written} == ALL_FIGURES
+    assert {path.name for path in (run / "figures").iterdir()} == ALL_FIGURES  # nothing temporary
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+def test_one_layer_draws_all_the_same(tmp_path):
+    assert len(plots.save_figures(make_run(tmp_path / "run", 1))) == len(ALL_FIGURES)
+
+
+def test_pyplot_is_left_alone(tmp_path):
+    import matplotlib.pyplot as plt
+
+    before = plt.get_fignums()
+    plots.save_figures(make_run(tmp_path / "run", 1))
+    assert plt.get_fignums() == before
+
+
+def test_positions_get_a_file_each(tmp_path):
+    frame = make_projections(2, n=4)
+    both = pd.concat([frame.assign(position="mean of/response"), frame.assign(position=-1)])
+    both.to_csv(tmp_path / "projections.csv", index=False)
+    names = [path.name for path in plots.save_figures(tmp_path)]
+    assert names == ["projections.png", "projections_at_mean_of_response.png"]
+
+
+@pytest.mark.parametrize(
+    ("missing", "figures"),
+    [
+        ("projections.csv", {"projections.png"}),
+        ("directions.safetensors", {"separation.png", "cosine_similarity.png"}),
+        ("trials.csv", {"sweep.png", "pareto.png"}),
+        ("selected.json", {"before_after.png"}),
+        ("run.json", set()),
+    ],
+)
+def test_what_has_no_data_is_skipped(tmp_path, missing, figures):
+    run = make_run(tmp_path / "run", 1)
+    (run / missing).unlink()
+    assert {path.name for path in plots.save_figures(run)} == ALL_FIGURES - figures
+
+
+def test_nothing_to_draw_yet(tmp_path):
+    assert plots.save_figures(tmp_path) == []
+    make_projections(1).iloc[:0].to_csv(tmp_path / "projections.csv", index=False)
+    failed = make_trials(1, n_refine=1).assign(status="failed", kl=np.nan, stage="refine")
+    failed.to_csv(tmp_path / "trials.csv", index=False)
+    (tmp_path / "selected.json").write_text('{"plan": null, "limits": {}}')
+    assert plots.save_figures(tmp_path) == []
+    with pytest.raises(RunError, match="no run folder"):
+        plots.save_figures(tmp_path / "nowhere")
+
+
+PROJECTION_HEAD = ",".join(plots.PROJECTION_COLUMNS)
+TRIAL_HEAD = ",".join(plots.TRIAL_COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("projections.csv", "", "projections.csv: No columns"),
+        ("projections.csv", "layer,point\n", "line 1 lacks the columns split, label"),
+        (
+            "projections.csv",
+            f'{PROJECTION_HEAD}\n0,resid_mid,train,positive,"two\nlines",1\n\n'
+            "0,resid_mid,train,positive,p,much\n",
+            "line 5: projection is 'much'",
+        ),
+        (
+            "projections.csv",
+            f"{PROJECTION_HEAD}\n0,resid_mid,train,positive,p,1\n0,resid_mid,tra",
+            "line 3: projection is ''",
+        ),
+        ("projections.csv", f"{PROJECTION_HEAD}\n0,resid_mid,train,positive,p,nan\n", "line 2"),
+        ("projections.csv", f"{PROJECTION_HEAD}\n1,2,3,4,5,6\n1,2,3,4,5,6,7,8\n", "line 3"),
+        ("trials.csv", f"{TRIAL_HEAD}\n0,screen,x,resid_mid,-1,1,1,1,ok\n", "line 2: layer is 'x'"),
+        ("trials.csv", f"{TRIAL_HEAD}\n0,screen,1,resid_mid,-1,1,1,1,\n", "line 2: its status"),
+        ("trials.csv", f"{TRIAL_HEAD}\n0,screen,1,resid_mid,-1,1,1,low,ok\n", "kl is 'low'"),
+        ("selected.json", '{\n"plan": ', "selected.json.*line 2"),
+        ("selected.json", "[]", "selected.json holds a list"),
+        ("directions.json", "{", "cannot read directions"),
+    ],
+)
+def test_a_corrupt_file_is_named_with_its_line(tmp_path, name, content, message):
+    run = make_run(tmp_path / "run", 1)
+    (run / name).write_text(content)
+    with pytest.raises(InterpAblateError, match=f"(?s){message}"):
+        plots.save_figures(run)
+
+
+def test_a_figure_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", 1)
+    (run / "figures").mkdir()
+    old = run / "figures" / "projections.png"
+    old.write_bytes(b"old")
+
+    def full(self, path, **options):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    with pytest.raises(RunError, match="No space left"):
+        plots.save_figures(run)
+    assert [path.name for path in (run / "figures").iterdir()] == ["projections.png"]
+    assert old.read_bytes() == b"old"
+
+
+def test_read_lines_names_the_line(tmp_path):
+    path = tmp_path / "generations.jsonl"
+    assert plots.read_lines(path) is None
+    path.write_text('{"text": "a\\u2028b"}\n\n{"text": "c"}\n')
+    assert [record["text"] for record in plots.read_lines(path) or []] == ["a\u2028b", "c"]
+    path.write_text('{"a": 1}\n{"a"')
+    with pytest.raises(RunError, match="line 2"):
+        plots.read_lines(path)

@@ -1,0 +1,161 @@
+"""Verify: is an exported checkpoint the hooked model? Measured, against limits that follow the dtype.
+
+Knows: how the two are compared (logits, KL, projections at every residual site) and the limits.
+Does not know: how the export was made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from interp_ablate.edits import Plan
+from interp_ablate.errors import ExportError
+from interp_ablate.model import Model, PromptLike, from_hf
+from interp_ablate.scores import kl_divergence
+from interp_ablate.sites import RESIDUAL_POINTS, Site, sites_of
+from interp_ablate.sources import ModelSource
+
+# dtype of the stored weights -> (max |logit difference|, max KL in nats, max projection difference
+# as a share of the stream's norm). Half precision rounds every edited weight once: the limits say so.
+LIMITS: dict[str, tuple[float, float, float]] = {
+    "float64": (1e-3, 1e-6, 1e-5),
+    "float32": (1e-3, 1e-6, 1e-5),
+    "bfloat16": (1.0, 5e-2, 2e-2),
+    "float16": (0.2, 5e-3, 5e-3),
+}
+# Used where nothing else is given: the comparison needs ordinary text, not a particular task.
+PROBES = (
+    "Hello, how are you today?",
+    "Write two sentences about the sea.",
+    "What is the sum of seven and five?",
+    "Name three animals that live in a forest.",
+    "Please book a table for four people tonight.",
+    "Translate 'good morning' into Spanish.",
+    "Why do leaves change colour in autumn?",
+    "What time is it where I am?",
+)
+
+
+def plan_vectors(plan: Plan) -> Float[Tensor, "k d_model"]:
+    """Unit vectors of everything a plan edits along."""
+    vectors = torch.cat([edit.vectors for edit in plan])
+    return torch.unique(vectors / vectors.norm(dim=1, keepdim=True), dim=0)
+
+
+def _read(vectors: Tensor) -> Any:
+    """Capture: projections on the vectors, and the norm, at every position: [batch, pos, k + 1]."""
+
+    def read(x: Tensor, batch: Any) -> Tensor:
+        wide = x.double()
+        return torch.cat([wide @ vectors.T.to(wide), wide.norm(dim=-1, keepdim=True)], -1)
+
+    return read
+
+
+def _observe(
+    model: Model, rows: Sequence[Sequence[int]], vectors: Tensor
+) -> list[tuple[Tensor, dict[Site, Tensor]]]:
+    """Logits and projections at every position of each row, a row at a time: no padding, no sharing."""
+    capture = dict.fromkeys(sites_of(RESIDUAL_POINTS, range(model.n_layers)), _read(vectors))
+    found = []
+    for row in rows:
+        stream = model.stream([row], keep=len(row), capture=capture, batch_size=1)
+        for _, logits, captured in stream:
+            assert logits is not None
+            found.append((logits[0].float(), {s: x[0] for s, x in captured.items()}))
+    return found
+
+
+def compare(
+    model: Model, plan: Plan, other: Model, prompts: Sequence[PromptLike] = PROBES
+) -> dict[str, Any]:
+    """Numbers that say how far `other` (unedited hooks) is from `model` under `plan`.
+
+    Every position of every prompt counts. `residual_along_direction` is the largest difference of the
+    two projections on the plan's vectors at any residual site, as a share of the stream's norm there.
+    """
+    rows = model.encode_all(prompts)
+    vectors = plan_vectors(plan)
+    with model.applied(plan):
+        want = _observe(model, rows, vectors)
+    got = _observe(other, rows, vectors)
+    plain = _observe(model, rows, vectors)
+    difference = kl = apart = left = effect = 0.0
+    worst = ""
+    for (want_logits, want_sites), (got_logits, got_sites), (plain_logits, _) in zip(
+        want, got, plain
+    ):
+        difference = max(difference, float((want_logits - got_logits).abs().max()))
+        effect = max(effect, float((want_logits - plain_logits).abs().max()))
+        pair = (want_logits.double().log_softmax(-1), got_logits.double().log_softmax(-1))
+        kl = max(kl, float(kl_divergence(*pair).max()))
+        for site, hooked in want_sites.items():
+            norm = hooked[:, -1:].clamp(min=1e-30)
+            gap = float(((hooked - got_sites[site])[:, :-1].abs() / norm).max())
+            left = max(left, float((got_sites[site][:, :-1].abs() / norm).max()))
+            if gap >= apart:
+                apart, worst = gap, str(site)
+    return {
+        "max_abs_logit_difference": difference,
+        "kl": kl,
+        "residual_along_direction": apart,
+        "worst_site": worst,
+        "largest_projection_left": left,
+        "max_abs_logit_effect_of_plan": effect,
+        "prompts": len(rows),
+        "positions": sum(map(len, rows)),
+    }
+
+
+def certify(
+    model: Model,
+    plan: Plan,
+    folder: str | Path,
+    *,
+    prompts: Sequence[PromptLike] = PROBES,
+    stored_dtype: str | None = None,
+) -> dict[str, Any]:
+    """Reload a folder in plain transformers and compare it with the model under the plan.
+
+    Args:
+        stored_dtype: the dtype of the folder's weights; the limits follow it. Default: the model's.
+
+    Returns the certificate: the numbers of `compare`, the limits, and whether all hold.
+
+    Raises:
+        ExportError: a folder transformers cannot load with no option.
+    """
+    from transformers import AutoModelForCausalLM
+
+    dtype = stored_dtype or str(model.dtype).removeprefix("torch.")
+    try:
+        # As a user would, with no option; then in the dtype that the hooked model runs in.
+        reloaded = AutoModelForCausalLM.from_pretrained(folder).to(model.device, model.dtype)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ExportError(f"transformers cannot load the export {folder}: {error}") from error
+    rows = model.encode_all(prompts)
+    reloaded.eval()
+    with torch.no_grad():
+        bare = [
+            reloaded(torch.tensor([row], device=model.device)).logits[0].float() for row in rows
+        ]
+    other = from_hf(
+        reloaded, model.tokenizer, source=ModelSource(str(folder), "folder", str(folder))
+    )
+    numbers = compare(model, plan, other, rows)
+    # `compare` runs the export with hook points in it; this holds plain transformers to the same limit.
+    with model.applied(plan):
+        for row, logits in zip(rows, bare):
+            want = model.logits([row], keep=len(row))[0].float()
+            gap = float((want - logits).abs().max())
+            numbers["max_abs_logit_difference"] = max(numbers["max_abs_logit_difference"], gap)
+    names = ("max_abs_logit_difference", "kl", "residual_along_direction")
+    limits = dict(zip(names, LIMITS[dtype]))
+    failed = [name for name in names if not numbers[name] <= limits[name]]
+    return {**numbers, "limits": limits, "dtype": dtype, "failed": failed, "passed": not failed}
