@@ -1,0 +1,46 @@
+"""interp_ablate: from two sets of prompts to directions, plans, trials and certified edits.
+
+The public names, loaded when first used: importing the package does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "sites": ("Site", "sites_of"),
+    "prompts": ("Prompt", "ContrastSet"),
+    "model": ("Model", "load_model", "from_hf", "Generation"),
+    "activations": ("Activations", "Moments", "collect"),
+    "directions": (
+        "Direction",
+        "Directions",
+        "difference_in_means",
+        "estimate_directions",
+        "random_direction",
+    ),
+    "edits": ("Ablate", "Add", "Clamp", "Plan", "band", "everywhere"),
+    "scores": ("Evidence", "ExpressionScorer", "TargetLogOdds", "FirstTokenKL", "ContinuationKL"),
+    "selection": ("arditi", "constrained", "pareto_front", "bootstrap_interval"),
+    "convert": ("hooked_to_hf",),
+    "export.checkpoint": ("export_checkpoint",),
+    "export.verify": ("certify",),
+    "errors": ("InterpAblateError",),
+}
+_NAMES = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = sorted([*_NAMES, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'interp_ablate' has no attribute {name!r}")
+    value = getattr(import_module(f"interp_ablate.{_NAMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

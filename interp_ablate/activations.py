@@ -20,7 +20,8 @@ from torch import Tensor
 from interp_ablate.batches import Batch
 from interp_ablate.errors import InterpAblateError, ModelError
 from interp_ablate.model import Model, PromptLike
-from interp_ablate.prompts import ContrastSet, suffix_length
+from interp_ablate.prompts import ContrastSet
+from interp_ablate.rendering import suffix_length
 from interp_ablate.sites import RESIDUAL_POINTS, Site, sites_of
 
 RESPONSE_MEAN = "response_mean"
@@ -150,11 +151,15 @@ def _check_positions(
 ) -> tuple[str, ...]:
     if not positions:
         raise InterpAblateError("no positions: give offsets such as -1, or 'response_mean'")
-    reach = min(suffix_length(model.tokenizer, template=model.template), min(map(len, rows)))
+    suffix = (
+        1 if model.tokenizer is None else suffix_length(model.tokenizer, template=model.template)
+    )
+    reach = min(suffix, min(map(len, rows)))
+    offsets = [str(-i) for i in range(1, reach + 1)]
     names = []
     for position in positions:
         text = str(position)
-        if text != RESPONSE_MEAN and not (text.lstrip("-").isdigit() and -reach <= int(text) <= -1):
+        if text != RESPONSE_MEAN and text not in offsets:
             raise InterpAblateError(
                 f"unknown position {position!r}: accepted are -1 (the last token of the prompt) to "
                 f"-{reach} (the first one after the instruction, with this chat template), and "
@@ -292,9 +297,9 @@ def _cache_entry(
 
 
 def _write_cache(path: Path, found: Activations) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     assert found.moments is not None
     tensors = {
@@ -303,10 +308,16 @@ def _write_cache(path: Path, found: Activations) -> None:
         "squares": found.moments.squares.contiguous(),
     }
     try:
-        save_file(tensors, temporary, metadata={"count": str(found.moments.count)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(tensors, temporary, metadata={"count": str(found.moments.count)})
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (SafetensorError, OSError) as error:  # a full disk is a SafetensorError
+        raise InterpAblateError(
+            f"cannot write the activation cache {path}: {error}. Choose another folder, or none"
+        ) from error
 
 
 def _read_cache(

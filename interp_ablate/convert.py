@@ -124,7 +124,7 @@ def hooked_to_hf(state: Mapping[str, Tensor], hf_config: Any) -> dict[str, Tenso
         elif bool(tensor.any()):
             raise ExportError(
                 f"{name} is not zero, but this checkpoint has no {target}: the edit has no exact "
-                f"weight form in {hf_config.model_type}"
+                f"weight form in {hf_config.model_type}, or hf_config is another model's"
             )
     wrong = [
         f"{name} {tuple(found[name].shape) if name in found else 'missing'} (wanted {shape})"

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from interp_ablate.errors import DirectionError
+from interp_ablate.files import write_whole
 from interp_ablate.sites import Site
 
 # A difference of means shorter than this fraction of the activations' own norm is rounding, not signal.
 ZERO_TOLERANCE = 1e-6
+FORMAT = "interp_ablate.directions/1"
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,21 @@ def difference_in_means(
 def separation(
     projections: Float[Tensor, " prompt"], labels: Bool[Tensor, " prompt"]
 ) -> Separation:
-    """AUC and d' of projections under the labels (True = positive)."""
+    """AUC and d' of projections under the labels (True = positive).
+
+    Raises:
+        DirectionError: NaN or infinity, labels that are not one bool a projection, or only one set.
+    """
+    if labels.dtype != torch.bool or labels.shape != projections.shape or labels.ndim != 1:
+        raise DirectionError(
+            f"separation needs one bool a projection (True = positive); got {labels.dtype} of shape "
+            f"{tuple(labels.shape)} for projections of shape {tuple(projections.shape)}"
+        )
+    if not torch.isfinite(projections).all():
+        raise DirectionError(
+            "projections hold NaN or infinity: check the model's dtype; float16 often overflows, "
+            "bfloat16 or float32 do not"
+        )
     positive, negative = projections[labels].double(), projections[~labels].double()
     if not len(positive) or not len(negative):
         raise DirectionError("separation needs prompts of both sets")
@@ -151,6 +167,52 @@ def separation(
     )
 
 
+def estimate_directions(
+    train: HasActivations, held_out: HasActivations | None = None, *, source: str = ""
+) -> Directions:
+    """Difference in means at every site and position, each also orthogonalized to the negative mean.
+
+    Args:
+        train: labelled activations (`collect` over a ContrastSet).
+        held_out: labelled activations of other prompts; with them every direction carries how well it
+            separates prompts that did not make it.
+        source: what identifies model and prompts, kept with the result.
+
+    Raises:
+        DirectionError: activations without labels, or no site with a direction at all.
+    """
+    if train.labels is None or (held_out is not None and held_out.labels is None):
+        raise DirectionError("directions need labels: collect a ContrastSet, not a list of prompts")
+    found, left_out = [], {}
+    for site in train.sites:
+        for position in train.positions:
+            values = train.at(site, position)
+            positive, negative = values[train.labels], values[~train.labels]
+            first = difference_in_means(positive, negative, site, position=position, source=source)
+            if first is None:
+                left_out[f"{site}[{position}]"] = (
+                    "the difference in means is zero: this place sees the same activation whatever the "
+                    "prompt says"
+                )
+                continue
+            both = [first]
+            try:
+                both.append(orthogonalized(first, negative.double().mean(0)))
+            except DirectionError as error:
+                left_out[f"{site}[{position}] orthogonalized"] = str(error)
+            for item in both:
+                if held_out is not None and held_out.labels is not None:
+                    projections = held_out.at(site, position).double() @ item.vector
+                    item = replace(item, separation=separation(projections, held_out.labels))
+                found.append(item)
+    if not found:
+        raise DirectionError(
+            "no site has a direction: the two sets give the same activations everywhere. Are the "
+            "prompts the same, or the positions before the instruction?"
+        )
+    return Directions(tuple(found), left_out, source)
+
+
 def random_direction(like: Direction, *, seed: int) -> Direction:
     """A uniformly random direction of the same norm at the same site: a control."""
     generator = torch.Generator().manual_seed(seed)
@@ -158,12 +220,27 @@ def random_direction(like: Direction, *, seed: int) -> Direction:
     return Direction(vector, like.norm, like.site, like.position, "random", source=f"seed {seed}")
 
 
+class HasActivations(Protocol):
+    """What `estimate_directions` needs of `activations.Activations`."""
+
+    @property
+    def sites(self) -> tuple[Site, ...]: ...
+
+    @property
+    def positions(self) -> tuple[str, ...]: ...
+
+    @property
+    def labels(self) -> Bool[Tensor, " prompt"] | None: ...
+
+    def at(self, site: Site, position: str = "-1") -> Float[Tensor, "prompt d_model"]: ...
+
+
 @dataclass(frozen=True)
 class Directions:
-    """Directions by site and position, with the sites that were left out and why.
+    """Directions by site, position and method, with the sites that were left out and why.
 
-    Iterates over its directions in forward order; `directions[site]` or `directions[site, position]`
-    looks one up.
+    Iterates over its directions in forward order; `directions[site]`, `directions[site, position]` or
+    `directions[site, position, method]` looks one up (the first that fits).
     """
 
     items: tuple[Direction, ...]
@@ -176,18 +253,30 @@ class Directions:
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, key: Site | tuple[Site, str]) -> Direction:
-        site, position = key if isinstance(key, tuple) else (key, None)
+    def __getitem__(self, key: Site | tuple[Site, str] | tuple[Site, str, str]) -> Direction:
+        site, position, method = (*(key if isinstance(key, tuple) else (key,)), None, None)[:3]
         for item in self.items:
-            if item.site == site and position in (None, item.position):
+            if (
+                item.site == site
+                and position in (None, item.position)
+                and method in (None, item.method)
+            ):
                 return item
-        reason = self.left_out.get(f"{site}[{position or '-1'}]")
+        place = f"{site}[{position or '-1'}]"
+        reason = self.left_out.get(place)
+        if reason is None and method is not None and method.endswith("_orthogonalized"):
+            reason = self.left_out.get(f"{place} orthogonalized")
         known = sorted({str(item.site) for item in self.items})
         raise DirectionError(
             f"no direction at {site}"
-            + (f" and position {position}" if position else "")
-            + (f": {reason}" if reason else f"; there are {len(known)}, such as {known[:3]}")
+            + (f", position {position}" if position else "")
+            + (f", method {method}" if method else "")
+            + (f": {reason}" if reason else f"; there are {len(known)} sites, such as {known[:3]}")
         )
+
+    def of(self, method: str) -> Directions:
+        """Only the directions of one method."""
+        return replace(self, items=tuple(item for item in self.items if item.method == method))
 
     def where(self, keep: Iterable[Site]) -> Directions:
         """Only the directions at the given sites."""
@@ -195,10 +284,18 @@ class Directions:
         return replace(self, items=tuple(item for item in self.items if item.site in wanted))
 
     def save(self, path: str | Path) -> None:
-        """Write `path` (.safetensors: one float64 row a direction) and `path` with .json (the rest)."""
+        """Write `path` (.safetensors: one float64 row a direction) and `path` with .json (the rest).
+
+        Raises:
+            DirectionError: nothing to write, or a place that cannot be written.
+        """
         from safetensors.torch import save
 
         path = Path(path)
+        if not self.items:
+            raise DirectionError(
+                f"there is no direction to write to {path}: estimate some, or keep a site and method that has one"
+            )
         vectors = torch.stack([item.vector for item in self.items])
         records = [
             {
@@ -213,14 +310,15 @@ class Directions:
             for item in self.items
         ]
         payload = {
-            "format": "interp_ablate.directions/1",
+            "format": FORMAT,
             "source": self.source,
             "d_model": vectors.shape[1],
             "directions": records,
             "left_out": self.left_out,
         }
-        _replace_file(path, save({"directions": vectors}, metadata={"format": "pt"}))
-        _replace_file(path.with_suffix(".json"), json.dumps(payload, indent=1).encode())
+        content = save({"directions": vectors}, metadata={"format": "pt"})
+        write_whole(path, content, error=DirectionError)
+        write_whole(path.with_suffix(".json"), json.dumps(payload, indent=1), error=DirectionError)
 
     @classmethod
     def load(cls, path: str | Path) -> Directions:
@@ -237,18 +335,22 @@ class Directions:
             vectors = load_file(path)["directions"]
             payload = json.loads(path.with_suffix(".json").read_text())
             records = payload["directions"]
-        except (OSError, KeyError, SafetensorError, json.JSONDecodeError) as error:
+            if payload["format"] != FORMAT:
+                raise DirectionError(f"the format is {payload['format']!r}; accepted is {FORMAT!r}")
+            described = [len(records), payload["d_model"]]
+            if list(vectors.shape) != described:
+                raise DirectionError(
+                    f"there are {len(vectors)} vectors but its JSON describes {len(records)} (shapes "
+                    f"{list(vectors.shape)} and {described}): the files are of different runs"
+                )
+            items = tuple(_from_record(record, vector) for record, vector in zip(records, vectors))
+            return cls(items, payload["left_out"], payload["source"])
+        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+            why = f"no field {error}" if isinstance(error, KeyError) else error
             raise DirectionError(
-                f"cannot read directions from {path} and {path.with_suffix('.json').name}: {error}. "
+                f"cannot read directions from {path} and {path.with_suffix('.json').name}: {why}. "
                 "Both are written by `interp-ablate directions`; run it again"
             ) from error
-        if len(records) != len(vectors):
-            raise DirectionError(
-                f"{path} holds {len(vectors)} vectors but its JSON describes {len(records)}: "
-                "the two files are of different runs; run `interp-ablate directions` again"
-            )
-        items = tuple(_from_record(record, vector) for record, vector in zip(records, vectors))
-        return cls(items, payload["left_out"], payload["source"])
 
 
 def _from_record(record: dict, vector: Float[Tensor, " d_model"]) -> Direction:
@@ -262,18 +364,12 @@ def _from_record(record: dict, vector: Float[Tensor, " d_model"]) -> Direction:
         found,
         source=record["source"],
     )
+    if vector.dtype != torch.float64 or not torch.allclose(
+        direction.vector, vector, rtol=0, atol=1e-12
+    ):
+        raise DirectionError(f"the vector at {direction.site} is not a unit vector in float64")
     object.__setattr__(direction, "vector", vector)  # the stored unit vector, bit for bit
     return direction
-
-
-def _replace_file(path: Path, content: bytes) -> None:
-    """Write beside `path`, then rename: a reader sees the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def cosine_similarities(
@@ -282,3 +378,35 @@ def cosine_similarities(
     """Cosine of every pair of directions."""
     vectors = torch.stack([item.vector for item in directions])
     return vectors @ vectors.T
+
+
+def orthogonalized(direction: Direction, against: Float[Tensor, " d_model"]) -> Direction:
+    """The direction without its component along another vector (the negative set's mean activation).
+
+    What both sets share is left alone by such an edit, so that it costs less on other prompts; a zero
+    `against` takes nothing away. Two Gram-Schmidt passes, for rounding. Source: "projected
+    abliteration" (Lai 2025, on Hugging Face).
+
+    Raises:
+        DirectionError: nothing is left but rounding: the direction is parallel to `against`.
+    """
+    wide = against.double()
+    length = float(wide.norm())
+    unit = wide / length if length > 0 else wide
+    rest = direction.raw
+    for _ in range(2):
+        rest = rest - (rest @ unit) * unit
+    if float(rest.norm()) <= ZERO_TOLERANCE * direction.norm:
+        raise DirectionError(
+            f"nothing is left of the direction at {direction.site}[{direction.position}]: it is "
+            "parallel to what it is orthogonalized against (the negative set's mean activation); use "
+            f"the plain {direction.method}"
+        )
+    return Direction(
+        rest,
+        float(rest.norm()),
+        direction.site,
+        direction.position,
+        f"{direction.method}_orthogonalized",
+        source=direction.source,
+    )

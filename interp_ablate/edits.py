@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from interp_ablate.directions import Direction
 from interp_ablate.errors import PlanError
+from interp_ablate.files import write_whole
 from interp_ablate.sites import Point, Site, sites_of
 
 Positions = Literal["all", "prompt", "generated"]
@@ -67,7 +70,9 @@ class Affine:
 
 
 def _as_sites(sites: Site | Iterable[Site]) -> tuple[Site, ...]:
-    found = (sites,) if isinstance(sites, Site) else tuple(sites)
+    given: Any = sites
+    several = isinstance(given, Iterable) and not isinstance(given, str)
+    found: tuple[Site, ...] = tuple(given) if several else (given,)
     if not found or not all(isinstance(site, Site) for site in found):
         raise PlanError(f"an edit needs one or more Site values; got {found!r}")
     if len(set(found)) != len(found):
@@ -76,7 +81,14 @@ def _as_sites(sites: Site | Iterable[Site]) -> tuple[Site, ...]:
 
 
 def _as_vectors(direction: Direction | Tensor) -> Float[Tensor, "k d_model"]:
-    tensor = direction.vector if isinstance(direction, Direction) else torch.as_tensor(direction)
+    given = direction.vector if isinstance(direction, Direction) else direction
+    try:
+        tensor = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PlanError(
+            "an edit needs a Direction, or a tensor [d_model] ([k, d_model] for a subspace); got "
+            f"{direction!r} ({type(direction).__name__})"
+        ) from error
     tensor = tensor.detach().to("cpu", torch.float64)
     tensor = tensor[None] if tensor.ndim == 1 else tensor
     if tensor.ndim != 2 or 0 in tensor.shape:
@@ -104,17 +116,31 @@ def _orthonormal(vectors: Float[Tensor, "k d_model"]) -> Float[Tensor, "k d_mode
     return (basis * triangle.diagonal().sign()).T.contiguous()
 
 
+def _is_number(value: object) -> bool:
+    """One real number of Python, numpy or torch; a bool is none."""
+    if isinstance(value, Tensor):
+        return value.ndim == 0 and value.dtype != torch.bool and not value.is_complex()
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _numbers(
     value: float | Sequence[float], sites: tuple[Site, ...], what: str
 ) -> tuple[float, ...]:
-    many = (float(value),) * len(sites) if isinstance(value, (int, float)) else tuple(value)
+    given: Any = value
+    try:
+        many = (given,) * len(sites) if _is_number(given) else tuple(given)
+    except TypeError:
+        many = (given,)
+    if not all(_is_number(number) for number in many):
+        raise PlanError(f"{what} is a number, or a sequence with one a site; got {value!r}")
     if len(many) != len(sites):
         raise PlanError(
             f"{len(many)} values of {what} for {len(sites)} sites: give one, or one a site"
         )
-    if not all(torch.isfinite(torch.tensor(number)) for number in many):
-        raise PlanError(f"{what} must be finite; got {many}")
-    return tuple(float(number) for number in many)
+    amounts = tuple(float(number) for number in many)
+    if not all(math.isfinite(number) for number in amounts):
+        raise PlanError(f"{what} must be finite; got {amounts}")
+    return amounts
 
 
 def _label(direction: Direction | Tensor) -> str:
@@ -140,12 +166,29 @@ class _Edit:
                 f"unknown positions {self.positions!r}: accepted are {', '.join(get_args(Positions))}"
             )
 
+    def __repr__(self) -> str:
+        low, high = min(self.amounts), max(self.amounts)
+        amounts = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+        return (
+            f"<{self.op} {self.label} at {len(self.sites)} "
+            f"{'site' if len(self.sites) == 1 else 'sites'}, {self.amount} {amounts}>"
+        )
+
     @property
     def d_model(self) -> int:
         return self.vectors.shape[1]
 
     def map_at(self, site: Site) -> Affine:
-        """The affine map of this edit at one of its sites."""
+        """The affine map of this edit at one of its sites.
+
+        Raises:
+            PlanError: a site that this edit does not write.
+        """
+        if site not in self.sites:
+            raise PlanError(
+                f"{self!r} has no map at {site}: it writes {', '.join(map(str, self.sites[:4]))}"
+                + (" and more" if len(self.sites) > 4 else "")
+            )
         return self._map(self.amounts[self.sites.index(site)])
 
     def _map(self, amount: float) -> Affine:
@@ -163,7 +206,7 @@ class _Edit:
         }
 
 
-@dataclass(frozen=True, eq=False, init=False)
+@dataclass(frozen=True, eq=False, init=False, repr=False)
 class Ablate(_Edit):
     """Directional ablation: x -> x - strength * (projection of x on the direction or subspace).
 
@@ -198,7 +241,7 @@ class Ablate(_Edit):
         return Affine(-amount * basis, basis, torch.zeros(self.d_model, dtype=torch.float64))
 
 
-@dataclass(frozen=True, eq=False, init=False)
+@dataclass(frozen=True, eq=False, init=False, repr=False)
 class Add(_Edit):
     """Activation addition: x -> x + coefficient * vector.
 
@@ -233,7 +276,7 @@ class Add(_Edit):
         return Affine(empty.left, empty.right, amount * self.vectors[0])
 
 
-@dataclass(frozen=True, eq=False, init=False)
+@dataclass(frozen=True, eq=False, init=False, repr=False)
 class Clamp(_Edit):
     """Clamping: the projection on the unit direction is set to `value` (in units of the stream)."""
 
@@ -282,13 +325,18 @@ class Plan:
     `plan + plan` and `plan + edit` append. Equal plans (same edits, same numbers) compare equal.
 
     Raises:
-        PlanError: edits of different d_model.
+        PlanError: edits of different d_model, or something that is no edit.
     """
 
     edits: tuple[Edit, ...] = field(default=())
 
     def __post_init__(self) -> None:
-        edits = (self.edits,) if isinstance(self.edits, _Edit) else tuple(self.edits)
+        edits = tuple(self.edits) if isinstance(self.edits, Iterable) else (self.edits,)
+        for edit in edits:
+            if not isinstance(edit, _Edit):
+                raise PlanError(
+                    f"a plan is made of Ablate, Add and Clamp; got {edit!r} ({type(edit).__name__})"
+                )
         object.__setattr__(self, "edits", edits)
         widths = {edit.d_model for edit in edits}
         if len(widths) > 1:
@@ -346,15 +394,23 @@ class Plan:
         """Read what `to_dict` wrote.
 
         Raises:
-            PlanError: another format, an unknown operation, a missing field.
+            PlanError: another format, an unknown operation, a missing field, vectors that `to_dict` would
+                not have written.
         """
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise PlanError(f'this is not a plan: expected a JSON object with "format": "{FORMAT}"')
-        return cls(tuple(_edit_from_dict(entry) for entry in data.get("edits", [])))
+        entries = data.get("edits")
+        if not isinstance(entries, list):
+            raise PlanError(f'"edits" of a plan is a list of objects; got {entries!r}')
+        return cls(tuple(_edit_from_dict(entry) for entry in entries))
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict()))
+        """Write the plan as JSON, whole or not at all.
+
+        Raises:
+            PlanError: the place cannot be written.
+        """
+        write_whole(Path(path), json.dumps(self.to_dict()), error=PlanError)
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -377,7 +433,7 @@ def _edit_from_dict(entry: dict[str, Any]) -> Edit:
         kind = _EDITS[entry["op"]]
         vectors = torch.tensor(entry["vectors"], dtype=torch.float64)
         edit = kind(
-            vectors if kind is Ablate else vectors[0],
+            vectors,
             [Site.parse(name) for name in entry["sites"]],
             positions=entry["positions"],
             label=entry["label"],
@@ -387,8 +443,16 @@ def _edit_from_dict(entry: dict[str, Any]) -> Edit:
         raise PlanError(
             f"an edit of the plan lacks or misnames {error}: operations are {', '.join(_EDITS)}"
         ) from error
-    except (TypeError, ValueError, IndexError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise PlanError(f"an edit of the plan cannot be read: {error}") from error
+    if vectors.shape != edit.vectors.shape or not torch.allclose(
+        edit.vectors, vectors, rtol=0, atol=1e-12
+    ):
+        raise PlanError(
+            f"the vectors of {edit!r} are stored with shape {tuple(vectors.shape)} where a plan has "
+            f"{tuple(edit.vectors.shape)}, or are not unit, or not orthonormal: make the edit with "
+            f"{kind.__name__}(...), which scales them, and save the plan again"
+        )
     object.__setattr__(edit, "vectors", vectors)  # as stored, bit for bit
     return edit
 
@@ -420,13 +484,32 @@ def band(
 
     The idea of one kernel of strengths a component is that of published abliteration searches; sites
     with strength 0 are left out.
+
+    Raises:
+        PlanError: a width that is not above 0, a strength below 0, something that is not finite, or a
+            band that reaches no layer.
     """
+    finite = all(_is_number(n) and math.isfinite(n) for n in (*attention, *mlp, width))
+    if not finite or width <= 0 or attention[0] < 0 or mlp[0] < 0:
+        raise PlanError(
+            "a band has two pairs (strength from 0, centre layer) and a width above 0, all finite; got "
+            f"attention {attention}, mlp {mlp}, width {width}"
+        )
     plan = Plan()
-    for point, (peak, centre) in (("attn_out", attention), ("mlp_out", mlp)):
+    bands: tuple[tuple[Point, tuple[float, float]], ...] = (
+        ("attn_out", attention),
+        ("mlp_out", mlp),
+    )
+    for point, (peak, centre) in bands:
         strengths = {
             layer: peak * max(0.0, 1 - abs(layer - centre) / width) for layer in range(n_layers)
         }
         kept = {Site(layer, point): value for layer, value in strengths.items() if value > 0}
         if kept:
             plan += Ablate(direction, kept, strength=tuple(kept.values()))
+    if not plan.edits:
+        raise PlanError(
+            f"the band reaches none of {n_layers} layers: attention {attention} and mlp {mlp} (strength, "
+            f"centre) with width {width:g}; move a centre to a layer, or widen it"
+        )
     return plan

@@ -250,7 +250,7 @@ def hooked_from_hf(hf: Any, tokenizer: Any) -> Lens:
         fold_value_biases=False,
         refactor_factored_attn_matrices=False,
     )
-    hooked.to(hf.device).eval().requires_grad_(False)
+    hooked.to(hf.device, print_details=False).eval().requires_grad_(False)
     lens = HookedLens(hooked, hf.config)
     _check_hooked(lens, hf)
     return lens

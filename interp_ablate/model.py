@@ -31,7 +31,8 @@ from interp_ablate.lens import (
     hooked_from_hf,
     refuse_processed,
 )
-from interp_ablate.prompts import Prompt, encode
+from interp_ablate.prompts import Prompt
+from interp_ablate.rendering import encode
 from interp_ablate.sites import POINTS, Site
 from interp_ablate.sources import ModelSource, check_device, load_hf, resolve, torch_dtype
 
@@ -63,8 +64,16 @@ class _Applied:
     """A plan at work: the hooks' handles and how often each of its sites was written."""
 
     plan: Plan
+    parts: dict[Site, list[tuple[Positions, Affine]]] = field(default_factory=dict)
     fired: dict[Site, int] = field(default_factory=dict)
     handles: list[Any] = field(default_factory=list)
+    middle_handles: list[Any] = field(default_factory=list)  # those of resid_mid
+
+    def remove(self, *, middle_only: bool = False) -> None:
+        handles = self.middle_handles if middle_only else self.handles + self.middle_handles
+        for handle in handles:
+            handle.remove()
+        self.middle_handles = []
 
 
 class Model:
@@ -168,9 +177,12 @@ class Model:
         """
         return self._lens.hf_state_dict()
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """sha256 over every weight's name, shape, dtype and bytes, and the backend."""
+        """sha256 over every weight's name, shape, dtype and bytes, and the backend.
+
+        Computed anew each time: `model.tl` is the user's to edit in place.
+        """
         digest = hashlib.sha256(self.backend.encode())
         for name, tensor in self.tl.state_dict().items():
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
@@ -194,8 +206,16 @@ class Model:
         if isinstance(prompt, str):
             prompt = Prompt(prompt)
         if isinstance(prompt, Prompt):
+            if self.tokenizer is None:
+                raise ModelError(
+                    f"{self.source.name} was wrapped without a tokenizer: give token ids, or "
+                    "Model.wrap(..., tokenizer)"
+                )
             return encode(prompt, self.tokenizer, template=self.template)
         return list(prompt)
+
+    def _decoded(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True) if self.tokenizer else ""
 
     def encode_all(self, prompts: Sequence[PromptLike]) -> list[list[int]]:
         """Token ids of many prompts.
@@ -255,8 +275,7 @@ class Model:
             self._applied.append(state)
             yield self
         finally:
-            for handle in state.handles:
-                handle.remove()
+            state.remove()
             if state in self._applied:
                 self._applied.remove(state)
         silent = [str(site) for site, count in state.fired.items() if not count]
@@ -276,31 +295,30 @@ class Model:
                 "it was made for another model"
             )
         like = next(self.tl.parameters())
-        parts = {
-            site: [(kind, affine.to(like)) for kind, affine in plan.maps_at(site)]
-            for site in plan.sites
-        }
         for site in plan.sites:
             self.hook_point(site)  # every name is checked before any hook is placed
+            state.parts[site] = [(kind, affine.to(like)) for kind, affine in plan.maps_at(site)]
         state.fired.update(dict.fromkeys(plan.sites, 0))
         for site in plan.sites:
             if site.point == "resid_mid":
                 continue
 
             def write(module: nn.Module, args: Any, x: Tensor, site: Site = site) -> Tensor:
-                return self._edited(x, site, parts[site], state)
+                return self._edited(x, site, state)
 
             state.handles.append(self.hook_point(site).register_forward_hook(write))
-        for site in plan.sites:
-            if site.point == "resid_mid":
-                self._install_resid_mid(site, parts[site], state)
+        # An outer plan's resid_mid comes after what an inner plan writes at resid_pre and attn_out.
+        for applied in (*self._applied, state):
+            applied.remove(middle_only=True)
+            for site in applied.plan.sites:
+                if site.point == "resid_mid":
+                    self._install_resid_mid(site, applied)
 
-    def _install_resid_mid(
-        self, site: Site, parts: list[tuple[Positions, Affine]], state: _Applied
-    ) -> None:
+    def _install_resid_mid(self, site: Site, state: _Applied) -> None:
         """Write resid_mid through attn_out, which reaches the MLP and the skip path on both backends.
 
-        (On the Bridge, hook_resid_mid is the MLP branch's input only.)
+        (On the Bridge, hook_resid_mid is the MLP branch's input only.) What is read at attn_out under
+        such a plan holds the change at resid_mid.
         """
         held: list[Tensor] = []
 
@@ -309,16 +327,14 @@ class Model:
 
         def write(module: nn.Module, args: Any, attn_out: Tensor) -> Tensor:
             middle = held.pop() + attn_out
-            return attn_out + (self._edited(middle, site, parts, state) - middle)
+            return attn_out + (self._edited(middle, site, state) - middle)
 
         pre, attn = Site(site.layer, "resid_pre"), Site(site.layer, "attn_out")
-        state.handles.append(self.hook_point(pre).register_forward_hook(hold))
-        state.handles.append(self.hook_point(attn).register_forward_hook(write))
+        state.middle_handles.append(self.hook_point(pre).register_forward_hook(hold))
+        state.middle_handles.append(self.hook_point(attn).register_forward_hook(write))
 
-    def _edited(
-        self, x: Tensor, site: Site, parts: list[tuple[Positions, Affine]], state: _Applied
-    ) -> Tensor:
-        for kind, affine in parts:
+    def _edited(self, x: Tensor, site: Site, state: _Applied) -> Tensor:
+        for kind, affine in state.parts[site]:
             if kind == "all":
                 x = affine(x)
                 state.fired[site] += 1
@@ -365,9 +381,9 @@ class Model:
         capture = capture or {}
         if not 0 <= keep <= min(len(row) for row in rows):
             raise ModelError(f"keep={keep}: the shortest row has {min(map(len, rows))} tokens")
-        prefix = common_prefix(rows, keep=max(keep, tail, 1))
-        prefix = prefix if prefix >= MIN_SHARED_PREFIX and len(rows) > 1 else 0
-        shared = self._prefix_cache(rows[0][:prefix], prompt_lengths) if prefix else None
+        lengths = prompt_lengths or [len(row) for row in rows]
+        prefix = self._shared_prefix(rows, lengths, keep=max(keep, tail, 1))
+        shared = self._prefix_cache(rows[0][:prefix], lengths) if prefix else None
         for batch in batches(
             rows,
             size=batch_size,
@@ -400,17 +416,34 @@ class Model:
             for handle in handles:
                 handle.remove()
 
-    def _prefix_cache(self, prefix: Sequence[int], prompt_lengths: Sequence[int] | None) -> Any:
+    def _shared_prefix(
+        self,
+        rows: Sequence[Sequence[int]],
+        prompt_lengths: Sequence[int],
+        *,
+        keep: int,
+        new_tokens: int = 0,
+    ) -> int:
+        """How many leading tokens are run once for all rows: all of them prompt, in every row.
+
+        0 where a row outgrows a sliding window: that counts the padding between prefix and rest.
+        """
+        window = getattr(self.hf_config, "sliding_window", None)
+        if len(rows) < 2 or (window and max(map(len, rows)) + new_tokens > window):
+            return 0
+        prefix = min(common_prefix(rows, keep=keep), *prompt_lengths)
+        return prefix if prefix >= MIN_SHARED_PREFIX else 0
+
+    def _prefix_cache(self, prefix: Sequence[int], prompt_lengths: Sequence[int]) -> Any:
         """KV cache (batch 1) of the shared leading tokens, under the active plan."""
         cache = self._lens.new_cache(1)
         tokens = torch.tensor([list(prefix)], device=self.device)
-        shortest = min(prompt_lengths) if prompt_lengths else len(prefix)
         self._forward(
             Step(
                 tokens,
                 torch.ones_like(tokens),
                 torch.arange(len(prefix), device=self.device)[None],
-                torch.tensor([shortest], device=self.device),
+                torch.tensor([min(prompt_lengths)], device=self.device),
                 cache,
             ),
             keep=0,
@@ -432,9 +465,9 @@ class Model:
     ) -> Float[Tensor, "prompt keep d_vocab"]:
         """Logits at the last `keep` positions of every prompt, in the prompts' order."""
         rows = self.encode_all(prompts)
-        if keep > min(len(row) for row in rows):
+        if not 1 <= keep <= min(len(row) for row in rows):
             raise ModelError(
-                f"keep={keep} but the shortest prompt has {min(map(len, rows))} tokens"
+                f"keep={keep}: accepted are 1 to {min(map(len, rows))}, the shortest prompt's tokens"
             )
         found: list[Tensor | None] = [None] * len(rows)
         for batch, logits, _ in self.stream(rows, keep=keep, batch_size=batch_size):
@@ -471,9 +504,8 @@ class Model:
             chances = (logits.float() / temperature).softmax(-1)
             return torch.multinomial(chances, 1, generator=generator)[:, 0]
 
-        prefix = common_prefix(rows, keep=1)
-        prefix = prefix if prefix >= MIN_SHARED_PREFIX and len(rows) > 1 else 0
         lengths = [len(row) for row in rows]
+        prefix = self._shared_prefix(rows, lengths, keep=1, new_tokens=max_new_tokens)
         shared = self._prefix_cache(rows[0][:prefix], lengths) if prefix else None
         written: dict[int, tuple[list[int], bool]] = {}
         for batch in batches(rows, size=batch_size, prefix=prefix, device=self.device):
@@ -482,7 +514,7 @@ class Model:
         return [
             Generation(
                 tuple(written[i][0]),
-                self.tokenizer.decode(written[i][0], skip_special_tokens=True),
+                self._decoded(written[i][0]),
                 written[i][1],
             )
             for i in range(len(rows))

@@ -51,6 +51,7 @@ _POINT_STYLE: dict[str, tuple[str, str]] = {
     "mlp_out": ("#7A7A7A", "D"),
     "resid_post": ("#009E73", "^"),
 }
+_WHOLE = ("layer", "trial")  # whole numbers of a table
 _LINE_STYLES = ("-", "--", ":", "-.")
 _HEAT: dict[Value, tuple[str, str, str]] = {
     "behaviour": (
@@ -642,7 +643,11 @@ def _directions(folder: Path) -> list[Direction]:
     from interp_ablate.directions import Directions
 
     path = folder / "directions.safetensors"
-    return list(Directions.load(path)) if path.exists() else []
+    if not path.exists():
+        return []
+    found = Directions.load(path)
+    # the plain estimates; beside each stands its variant orthogonalized to the negative mean
+    return list(found.of("difference_in_means") or found)
 
 
 def _draw_separation(folder: Path) -> dict[str, Figure]:
@@ -740,8 +745,10 @@ def read_trials(path: str | Path) -> pd.DataFrame:
         RunError: a corrupt table, with its line.
     """
     numbers = (
-        "layer", "behaviour", "addition", "kl", "expression_rate", "repetition", "length",
-        "attention_strength", "attention_layer", "mlp_strength", "mlp_layer", "width", "seconds",
+        "trial", "layer", "behaviour", "own_words", "addition", "kl", "kl_high", "expression_rate",
+        "repetition", "length", "attention_strength", "attention_layer", "mlp_strength",
+        "mlp_layer", "width", "seconds", "behaviour_baseline", "own_words_baseline",
+        "addition_baseline",
     )  # fmt: skip
     frame = read_table(path, TRIAL_COLUMNS, numbers=numbers)
     unknown = ~frame["status"].isin(("ok", "failed"))
@@ -758,7 +765,7 @@ def read_table(
     numbers: Sequence[str] = (),
     complete: bool = False,
 ) -> pd.DataFrame:
-    """A CSV of the run folder; `layer` becomes an integer, the columns of `numbers` floats.
+    """A CSV of the run folder; `layer` and `trial` become integers, the columns of `numbers` floats.
 
     With `complete`, a row without a finite value in one of `numbers` is corrupt.
 
@@ -783,12 +790,12 @@ def read_table(
         text = frame[name].fillna("").str.strip()
         values = pd.to_numeric(text, errors="coerce").astype(float)
         absent = text.str.lower().isin(("", "nan", "none", "null"))
-        needed = complete or name == "layer"
+        needed = complete or name in _WHOLE
         bad = ~np.isfinite(values) if needed else values.isna() & ~absent
         if bad.any():
             row = int(np.flatnonzero(bad)[0])
             raise _corrupt(path, row, f"{name} is {text.iloc[row]!r}, not a number")
-        frame[name] = values.astype(int) if name == "layer" else values
+        frame[name] = values.astype(int) if name in _WHOLE else values
     return frame
 
 

@@ -56,10 +56,13 @@ EXPRESSIONS_OF_CONTRAST = {
 }
 
 
+_APOSTROPHES = re.compile("[\u2018\u2019\u201b\u02bc\u00b4`]")
+
+
 def fold(text: str) -> str:
     """Lower case, compatibility forms, straight apostrophes and quotes, single spaces."""
-    text = unicodedata.normalize("NFKC", text)
-    text = re.sub("[\u2018\u2019\u201b\u02bc\u00b4`]", "'", text)
+    text = _APOSTROPHES.sub("'", text)  # before NFKC, which takes U+00B4 apart, and after
+    text = _APOSTROPHES.sub("'", unicodedata.normalize("NFKC", text))
     text = re.sub("[\u201c\u201d\u201e]", '"', text)
     return re.sub(r"\s+", " ", text).casefold()
 
@@ -142,8 +145,11 @@ class Scorer(Protocol):
     `goal` says whether a smaller or larger number is better, or whether it is only held under a limit.
     """
 
-    name: str
-    goal: Goal
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def goal(self) -> Goal: ...
 
     def __call__(self, evidence: Evidence, baseline: Evidence) -> Float[Tensor, " prompt"]: ...
 
@@ -167,7 +173,8 @@ class ExpressionScorer:
         patterns: regular expressions, searched in the folded text.
 
     Raises:
-        InterpAblateError: an unknown list, no expression at all, a malformed regular expression.
+        InterpAblateError: an unknown list, no expression at all, one that is not text, a malformed
+            regular expression.
     """
 
     expressions: str | tuple[str, ...] = "declining"
@@ -188,6 +195,14 @@ class ExpressionScorer:
                     "own phrases are given as a tuple"
                 )
             phrases = EXPRESSIONS[phrases]
+        for what, given in (("expressions", phrases), ("patterns", self.patterns)):
+            if isinstance(given, str) or not isinstance(given, Sequence):
+                raise InterpAblateError(f"{what} are given as a tuple of texts; got {given!r}")
+            for each in given:
+                if not isinstance(each, str):
+                    raise InterpAblateError(
+                        f"{what} are texts; one is {each!r} ({type(each).__name__}): quote it"
+                    )
         found = [(phrase, _phrase_pattern(phrase)) for phrase in phrases if phrase.strip()]
         for pattern in self.patterns:
             try:
@@ -225,14 +240,29 @@ class TargetLogOdds:
     """log p - log(1 - p) of the first token being one of the target tokens, a prompt.
 
     Source: the refusal metric of Arditi et al. 2024, https://arxiv.org/abs/2406.11717.
+
+    Raises:
+        InterpAblateError: no token, or an id that the vocabulary does not have.
     """
 
     tokens: tuple[int, ...]
     name: str = "behaviour"
     goal: Goal = "min"
 
+    def __post_init__(self) -> None:
+        if min(self.tokens, default=-1) < 0:
+            raise InterpAblateError(
+                f"target tokens are one or more ids from 0; got {self.tokens}: find_target_tokens "
+                "finds those that tell the two sets apart"
+            )
+
     def of_logprobs(self, logprobs: Float[Tensor, "prompt d_vocab"]) -> Float[Tensor, " prompt"]:
         """From first-token log-probabilities, without cancellation near p = 0 and p = 1."""
+        if max(self.tokens) >= logprobs.shape[-1]:
+            raise InterpAblateError(
+                f"target token {max(self.tokens)} is beyond the vocabulary of {logprobs.shape[-1]}: "
+                "are the ids of another model's tokenizer?"
+            )
         chosen = torch.zeros(logprobs.shape[-1], dtype=torch.bool, device=logprobs.device)
         chosen[list(self.tokens)] = True
         wide = logprobs.double()
@@ -244,12 +274,47 @@ class TargetLogOdds:
         return self.of_logprobs(evidence.first_logprobs)
 
 
+@dataclass(frozen=True)
+class OwnWords:
+    """Log-probability of the first tokens of the unedited model's own answers that express the behaviour.
+
+    Teacher-forced over `tokens` tokens, summed; one number for each prompt whose unedited answer holds
+    an expression (all prompts where none does). Finer than a rate, and it sees past the first token.
+    """
+
+    expression: ExpressionScorer
+    tokens: int = 4
+    name: str = "own_words"
+    goal: Goal = "min"
+
+    def __call__(self, evidence: Evidence, baseline: Evidence) -> Float[Tensor, " prompt"]:
+        expressed = self.expression.score_texts(baseline.texts).bool().tolist()
+        answers = [list(g.tokens)[: self.tokens] for g in baseline.generations]
+        chosen = [i for i, yes in enumerate(expressed) if yes and answers[i]]
+        chosen = chosen or [i for i, answer in enumerate(answers) if answer]
+        part = Evidence(evidence.model, [evidence.rows[i] for i in chosen], evidence.plan)
+        ends = [answers[i] for i in chosen]
+        found = [
+            chosen_logprobs(logprobs, end).sum()
+            for logprobs, end in zip(part.continuation_logprobs(ends, batch_size=32), ends)
+        ]
+        return torch.stack(found) if found else torch.zeros(1, dtype=torch.float64)
+
+
+def chosen_logprobs(
+    logprobs: Float[Tensor, "pos d_vocab"], tokens: Sequence[int]
+) -> Float[Tensor, " pos"]:
+    """Log-probability of each token of a continuation, float64."""
+    index = torch.tensor(list(tokens), device=logprobs.device)[:, None]
+    return logprobs.double().gather(1, index)[:, 0]
+
+
 def find_target_tokens(
     positive: Float[Tensor, "prompt d_vocab"],
     negative: Float[Tensor, "prompt d_vocab"],
     *,
     at_most: int = 8,
-    share: float = 0.1,
+    share: float = 0.25,
 ) -> list[tuple[int, float, float]]:
     """The tokens whose mean first-token probability differs most between the two sets.
 
@@ -328,13 +393,13 @@ class Perplexity:
             part = slice(start, start + 8)
             chunk = Evidence(evidence.model, evidence.rows[part], evidence.plan)
             for logprobs, answer in zip(chunk.continuation_logprobs(answers[part]), answers[part]):
-                chosen = logprobs.gather(1, torch.tensor(answer, device=logprobs.device)[:, None])
-                found.append(float((-chosen.double().mean()).exp()))
+                found.append(float((-chosen_logprobs(logprobs, answer).mean()).exp()))
         return torch.tensor(found)
 
 
 def repetition(tokens: Sequence[int] | Int[Tensor, " pos"], n: int = 3) -> float:
     """Share of n-grams that occurred before in the same text; 0 for texts shorter than n + 1 tokens."""
+    tokens = [int(token) for token in tokens]
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if len(grams) > 1 else 0.0
 

@@ -6,8 +6,10 @@ Does not know: models, prompts or plans; it reads tables of numbers.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,29 @@ PUBLISHED_COLUMNS = {
     "steering_score": "addition",
     "kl_div_score": "kl",
 }
+
+
+def read_evaluations(path: str | Path) -> pd.DataFrame:
+    """A table of evaluations: JSON (a list of rows), JSONL or CSV.
+
+    Raises:
+        RunError: no such file, or not a table.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".csv":
+            return pd.read_csv(path)
+        text = path.read_text()
+        rows = (
+            [json.loads(line) for line in text.splitlines() if line.strip()]
+            if (path.suffix == ".jsonl")
+            else json.loads(text)
+        )
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError("expected a list of objects")
+        return pd.DataFrame(rows)
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot read evaluations from {path}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -48,7 +73,8 @@ class Choice:
 
 
 def _require(frame: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
-    renamed = frame.rename(columns=PUBLISHED_COLUMNS)
+    names = {old: new for old, new in PUBLISHED_COLUMNS.items() if new not in frame}
+    renamed = frame.rename(columns=names)
     missing = [column for column in columns if column not in renamed]
     if missing or renamed.empty:
         raise RunError(
@@ -95,7 +121,7 @@ def _choose(
     kept, removed = _apply(frame, limits)
     if kept.empty:
         return Choice(rule, None, len(frame), 0, removed, _advice(frame, limits))
-    best = kept.sort_values(order, kind="stable").iloc[0]
+    best = kept.sort_values(order, kind="stable").head(1).to_dict("records")[0]
     row = {str(k): v.item() if isinstance(v, np.generic) else v for k, v in best.items()}
     return Choice(rule, row, len(frame), len(kept), removed)
 
@@ -141,7 +167,7 @@ def constrained(
     """The least behaviour within a KL budget, held against the bootstrap's upper bound of the KL.
 
     Candidates whose `behaviour` is within `tolerance` of the best one count as equal; among them the
-    one with the lowest `behaviour_score` (the soft score) wins, then the lowest KL. `kl_high`, the upper
+    one with the lowest `own_words` (the soft score) wins, then the lowest KL. `kl_high`, the upper
     end of the KL's interval, is used where the table has it: a plan chosen at the limit on few prompts
     would exceed it on others half of the time.
     """
@@ -156,7 +182,7 @@ def constrained(
     kept, _ = _apply(rows, limits)
     best = kept[behaviour].min() if len(kept) else 0.0
     rows = rows.assign(_rounded=rows[behaviour].where(rows[behaviour] > best + tolerance, best))
-    order = ["_rounded", *(c for c in ("behaviour_score", "kl") if c in rows)]
+    order = ["_rounded", *(c for c in ("own_words", "kl") if c in rows)]
     found = _choose("constrained", rows, limits, order)
     if found.row is not None:
         found.row.pop("_rounded")
@@ -184,11 +210,13 @@ def bootstrap_interval(
     level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
+    proportion: bool = False,
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean over prompts.
 
-    Where all values are equal (0 of n declined) the bootstrap says nothing; for 0/1 values the exact
-    Clopper-Pearson bound takes its place.
+    Args:
+        proportion: the values are 0 or 1 a prompt and their mean is a rate. Where all are equal (0 of n
+            declined) the bootstrap says nothing, and the exact Clopper-Pearson bound takes its place.
 
     Raises:
         RunError: no values, or NaN among them.
@@ -196,7 +224,7 @@ def bootstrap_interval(
     array = np.asarray(values, dtype=float)
     if array.size == 0 or not np.isfinite(array).all():
         raise RunError("an interval needs at least one finite value a prompt")
-    if array.min() == array.max() and array[0] in (0.0, 1.0):
+    if proportion and array.min() == array.max() and array[0] in (0.0, 1.0):
         edge = (1 - level) / 2
         bound = edge ** (1 / array.size)
         return (bound, 1.0) if array[0] == 1.0 else (0.0, 1 - bound)

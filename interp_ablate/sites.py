@@ -6,6 +6,7 @@ Does not know: any model, tensor or hook; those are found by name in `model`.
 
 from __future__ import annotations
 
+import operator
 import re
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -37,7 +38,8 @@ class Site:
     `Site(0, "embed")`, written `hook_embed`.
 
     Raises:
-        InterpAblateError: for a negative layer, an unknown point, or `embed` at a layer other than 0.
+        InterpAblateError: for a layer that is negative or no integer, an unknown point, or `embed` at a
+            layer other than 0.
     """
 
     layer: int
@@ -48,6 +50,14 @@ class Site:
             raise InterpAblateError(
                 f"unknown point {self.point!r}: accepted are {', '.join(POINTS)}"
             )
+        try:
+            if isinstance(self.layer, bool):
+                raise TypeError
+            object.__setattr__(self, "layer", operator.index(self.layer))
+        except TypeError as error:
+            raise InterpAblateError(
+                f"a layer is an integer from 0; got {self.layer!r} ({type(self.layer).__name__})"
+            ) from error
         if self.layer < 0 or (self.point == "embed" and self.layer != 0):
             raise InterpAblateError(
                 f"no site {self.point!r} at layer {self.layer}: layers count from 0, "

@@ -59,7 +59,7 @@ def resolve(name_or_path: str | Path) -> ModelSource:
         if not path.is_file():
             raise ModelError(f"no GGUF file at {path}")
         return ModelSource(path.stem, "gguf", str(path.resolve()))
-    if path.is_dir():
+    if text and path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(
                 f"{path} is a folder without config.json: expected a Hugging Face checkpoint "
@@ -151,7 +151,7 @@ def load_hf(
             raise ModelError("reading GGUF files needs the gguf package: pip install gguf")
     try:
         tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             **where, dtype=dtype, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:

@@ -10,10 +10,12 @@ import fcntl
 import json
 import math
 import os
+import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +30,7 @@ from interp_ablate.scores import (
     ExpressionScorer,
     FirstTokenKL,
     Length,
+    OwnWords,
     Repetition,
     TargetLogOdds,
 )
@@ -35,7 +38,7 @@ from interp_ablate.selection import bootstrap_interval
 from interp_ablate.sites import Site
 
 Operation = Literal["ablate", "band"]
-Stage = Literal["screen", "refine"]
+Stage = Literal["screen", "refine", "finalist"]
 HEADER = "interp_ablate.journal/1"
 
 
@@ -50,6 +53,7 @@ class Candidate:
     layer: int
     point: str
     position: str = "-1"
+    method: str = "difference_in_means"
     stage: Stage = "screen"
     operation: Operation = "ablate"
     attention_strength: float | None = None
@@ -66,6 +70,15 @@ class Candidate:
     @property
     def site(self) -> Site:
         return Site(self.layer, self.point)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Candidate:
+        """From a row of the trials' table; NaN stands for None."""
+        values: dict[str, Any] = {
+            each.name: None if row[each.name] != row[each.name] else row[each.name]
+            for each in fields(cls)
+        }
+        return cls(**values | {"layer": int(row["layer"]), "position": str(row["position"])})
 
     def plan(self, direction: Direction, n_layers: int) -> Plan:
         """The plan along a direction: the candidate's own, or a control put in its place."""
@@ -119,6 +132,13 @@ class Bench:
         self.negative = Evidence(model, negative, new_tokens=new_tokens)
         self.new_tokens = new_tokens
 
+        self.own_words = OwnWords(expression)
+
+    @cached_property
+    def negative_repetition(self) -> float:
+        """Repetition of the unedited model's answers to negative prompts."""
+        return float(Repetition()(self.negative, self.negative).mean())
+
     def score(self, plan: Plan, *, generate: bool) -> dict[str, float]:
         """Means over prompts: behaviour and KL under the plan; with `generate` also text scores."""
         on_positive = Evidence(self.model, self.positive.rows, plan, new_tokens=self.new_tokens)
@@ -126,8 +146,9 @@ class Bench:
         kl = FirstTokenKL()(on_negative, self.negative).numpy()
         found = {
             "behaviour": float(self.target(on_positive, self.positive).mean()),
+            "own_words": float(self.own_words(on_positive, self.positive).mean()),
             "kl": float(kl.mean()),
-            "kl_high": bootstrap_interval(kl)[1],
+            "kl_high": bootstrap_interval(kl, level=KL_LEVEL)[1],
         }
         if generate:
             found["expression_rate"] = float(self.expression(on_positive, self.positive).mean())
@@ -156,50 +177,134 @@ def distinct(directions: Iterable[Direction]) -> list[Direction]:
 def screening(directions: Iterable[Direction]) -> list[Candidate]:
     """One candidate a distinct direction: full ablation everywhere (and addition at its own site)."""
     return [
-        Candidate(item.site.layer, item.site.point, item.position) for item in distinct(directions)
+        Candidate(item.site.layer, item.site.point, item.position, item.method)
+        for item in distinct(directions)
     ]
 
 
-def refinements(screened: pd.DataFrame, n_layers: int, *, sources: int = 4) -> list[Candidate]:
-    """Bands of partial strength along the most promising screened directions.
+def promising(screened: pd.DataFrame, *, n: int = 8) -> list[tuple[int, str, str]]:
+    """The (layer, point, position) of the screened directions worth refining, the best first.
 
-    Promising: the ones that lower the behaviour most for the KL they cost, among those whose addition
-    raises it above the unedited negative prompts' score. Grids of strengths, centres and widths are
-    stated as fractions of the depth, so that they mean the same on any model.
+    The ones that lower the behaviour most for the KL they cost, among those whose addition raises the
+    target log-odds of negative prompts above the unedited model's.
     """
     rows = screened[screened["status"] == "ok"]
     raised = rows[rows["addition"] > rows["addition_baseline"]]
     rows = raised if len(raised) else rows
-    gain = (rows["behaviour_baseline"] - rows["behaviour"]).clip(lower=0)
-    order = (gain / (0.05 + rows["kl"])).sort_values(ascending=False, kind="stable").index
-    found = []
-    for _, row in rows.loc[order[:sources]].iterrows():
-        layer = int(row["layer"])
-        for attention, mlp, centre, width in GRID:
-            found.append(
-                Candidate(
-                    layer,
-                    str(row["point"]),
-                    str(row["position"]),
-                    "refine",
-                    "band",
-                    attention,
-                    float(min(layer, n_layers - 1)),
-                    mlp,
-                    round(centre * n_layers, 1),
-                    round(width * n_layers, 1),
-                )
-            )
-    return found
+    gain = (rows["own_words_baseline"] - rows["own_words"]).clip(lower=0)
+    order = (gain / (0.1 + rows["kl"])).sort_values(ascending=False, kind="stable").index[:n]
+    return [
+        (int(r["layer"]), str(r["point"]), str(r["position"]))
+        for _, r in rows.loc[order].iterrows()
+    ]
 
 
-# attention strength, MLP strength, MLP centre / depth, width / depth
-GRID: tuple[tuple[float, float, float, float], ...] = tuple(
-    (attention, mlp, centre, width)
-    for attention, mlp in ((1.0, 0.5), (1.2, 0.9))
-    for centre in (0.57, 0.83)
-    for width in (0.3, 0.5)
-)
+# Where bands are drawn from: strengths, centres and widths as fractions of the depth.
+_ATTENTION, _MLP = (0.6, 2.2), (0.0, 1.4)
+_CENTRE, _WIDTH = (0.45, 0.95), (0.25, 1.5)
+_METHODS = ("difference_in_means", "difference_in_means_orthogonalized")
+N_REFINED, N_RANDOM = 96, 40
+N_FINALISTS = 12
+KL_LEVEL = 0.8  # the KL limit is held against the upper end of this interval (90%, one-sided)
+
+
+def _drawn(rng: random.Random, sources: Sequence[tuple[int, str, str]], n_layers: int) -> Candidate:
+    layer, point, position = sources[min(int(rng.expovariate(0.5)), len(sources) - 1)]
+    low, high = (math.log(w) for w in _WIDTH)
+    return Candidate(
+        layer,
+        point,
+        position,
+        rng.choice(_METHODS),
+        "refine",
+        "band",
+        round(rng.uniform(*_ATTENTION), 3),
+        round(rng.uniform(*_CENTRE) * n_layers, 2),
+        round(rng.uniform(*_MLP), 3),
+        round(rng.uniform(*_CENTRE) * n_layers, 2),
+        round(math.exp(rng.uniform(low, high)) * n_layers, 2),
+    )
+
+
+def _mutated(
+    rng: random.Random, parent: Candidate, sources: Sequence[tuple[int, str, str]], n_layers: int
+) -> Candidate:
+    """A neighbour: every number moves a little; now and then the direction changes too."""
+    assert parent.attention_strength is not None and parent.attention_layer is not None
+    assert (
+        parent.mlp_strength is not None
+        and parent.mlp_layer is not None
+        and parent.width is not None
+    )
+    step = n_layers * 0.06
+    child = replace(
+        parent,
+        attention_strength=round(max(0.1, parent.attention_strength + rng.gauss(0, 0.15)), 3),
+        attention_layer=round(parent.attention_layer + rng.gauss(0, step), 2),
+        mlp_strength=round(max(0.0, parent.mlp_strength + rng.gauss(0, 0.12)), 3),
+        mlp_layer=round(parent.mlp_layer + rng.gauss(0, step), 2),
+        width=round(parent.width * math.exp(rng.gauss(0, 0.2)), 2),
+    )
+    if rng.random() < 0.25:
+        layer, point, position = rng.choice(list(sources))
+        child = replace(child, layer=layer, point=point, position=position)
+    if rng.random() < 0.15:
+        child = replace(child, method=rng.choice(_METHODS))
+    return child
+
+
+def refine(
+    bench: Bench,
+    directions: Directions,
+    screened: pd.DataFrame,
+    journal: Journal,
+    done: dict[str, Trial],
+    *,
+    max_kl: float,
+    seed: int = 0,
+    on_trial: Callable[[Trial], None] | None = None,
+) -> list[Trial]:
+    """Search bands of partial strength along the promising directions: random draws, then mutations.
+
+    Parents are the trials within the KL limit in which the model gives its own expressing answers the
+    least probability. Every proposal follows from the seed and the trials before it, so a resumed search
+    proposes the same again and finds it in the journal.
+
+    Raises:
+        RunError: no screened trial is ok, so there is no direction to refine.
+    """
+    rng = random.Random(seed)
+    n_layers, sources = bench.model.n_layers, promising(screened)
+    if not sources:
+        reason = next(iter(screened["reason"]), "there is none")
+        raise RunError(
+            f"no direction can be refined: all {len(screened)} screened trials failed, the first "
+            f"because: {reason}. Try another dtype, other layers or other prompts"
+        )
+    trials: list[Trial] = []
+    for i in range(N_REFINED):
+        parents = _best(trials, max_kl)[:6]
+        if i < N_RANDOM or not parents:
+            candidate = _drawn(rng, sources, n_layers)
+        else:
+            parent = parents[min(int(rng.expovariate(0.7)), len(parents) - 1)]
+            candidate = _mutated(rng, parent.candidate, sources, n_layers)
+        trials += run_trials(bench, directions, [candidate], journal, done, on_trial=on_trial)
+    return trials
+
+
+def _best(trials: Iterable[Trial], max_kl: float) -> list[Trial]:
+    inside = [t for t in trials if t.status == "ok" and t.scores["kl_high"] <= max_kl]
+    return sorted(inside, key=lambda t: t.scores["own_words"])
+
+
+def finalists(trials: Sequence[Trial], *, max_kl: float) -> list[Candidate]:
+    """The candidates whose text is generated: the best within the KL limit, or nearest to it."""
+    best = _best(trials, max_kl)
+    if not best:
+        ok = [trial for trial in trials if trial.status == "ok"]
+        best = sorted(ok, key=lambda t: t.scores["kl_high"])
+    return [replace(trial.candidate, stage="finalist") for trial in best[:N_FINALISTS]]
 
 
 class Journal:
@@ -211,14 +316,17 @@ class Journal:
     """
 
     def __init__(self, path: str | Path, identity: dict[str, Any]) -> None:
-        self.path, self.identity = Path(path), identity
+        self.path = Path(path)
+        # as it will be read back: JSON makes lists of tuples
+        self.identity: dict[str, Any] = json.loads(json.dumps(identity))
 
     @contextmanager
     def open(self) -> Iterator[dict[str, Trial]]:
         """Finished trials by candidate key; `append` works inside the block, in one process at a time."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(self.path, "a+b")  # noqa: SIM115  (closed below)
+            # unbuffered: closing must not write again what failed
+            file = open(self.path, "a+b", buffering=0)  # noqa: SIM115  (closed below)
         except OSError as error:
             raise RunError(f"cannot write the journal {self.path}: {error.strerror}") from error
         with file:
@@ -277,16 +385,20 @@ class Journal:
             )
 
     def _write(self, value: dict[str, Any]) -> None:
-        self._file.write(json.dumps(value).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        left = json.dumps(value).encode() + b"\n"
+        try:
+            while left:  # a disk that is nearly full takes a part; asked for the rest, it says why
+                left = left[self._file.write(left) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise RunError(
+                f"cannot write the journal {self.path}: {error.strerror}. Free space and run again: "
+                "finished trials are kept"
+            ) from error
 
     def append(self, trial: Trial) -> None:
         """Record a finished trial; on disk when this returns."""
-        try:
-            self._write(trial.to_dict())
-        except OSError as error:
-            raise RunError(f"cannot write the journal {self.path}: {error.strerror}") from error
+        self._write(trial.to_dict())
 
 
 def run_trials(
@@ -318,10 +430,10 @@ def run_trials(
 
 def _run_trial(bench: Bench, directions: Directions, candidate: Candidate) -> Trial:
     start = time.perf_counter()
-    direction = directions[candidate.site, candidate.position]
     try:
+        direction = directions[candidate.site, candidate.position, candidate.method]
         plan = candidate.plan(direction, bench.model.n_layers)
-        scores = bench.score(plan, generate=candidate.stage == "refine")
+        scores = bench.score(plan, generate=candidate.stage == "finalist")
         if candidate.stage == "screen":
             scores["addition"] = bench.addition(Plan((Add(direction, direction.site),)))
     except InterpAblateError as error:
@@ -334,28 +446,33 @@ def _run_trial(bench: Bench, directions: Directions, candidate: Candidate) -> Tr
     return Trial(candidate, scores, time.perf_counter() - start)
 
 
+SCORES = (
+    "behaviour",
+    "own_words",
+    "addition",
+    "kl",
+    "kl_high",
+    "expression_rate",
+    "repetition",
+    "length",
+)
+
+
 def to_frame(trials: Sequence[Trial], bench: Bench | None = None) -> pd.DataFrame:
     """Trials as a table, one row each, in order; missing scores are NaN.
 
     With the bench, the unedited model's scores stand beside (`behaviour_baseline`,
-    `addition_baseline`).
+    `own_words_baseline`, `addition_baseline`).
     """
-    score_names = (
-        "behaviour",
-        "addition",
-        "kl",
-        "kl_high",
-        "expression_rate",
-        "repetition",
-        "length",
-    )
     rows = []
     for i, trial in enumerate(trials):
-        scores = {name: trial.scores.get(name, math.nan) for name in score_names}
+        scores = {name: trial.scores.get(name, math.nan) for name in SCORES}
         tail = {"status": trial.status, "reason": trial.reason, "seconds": round(trial.seconds, 3)}
         rows.append({"trial": i, **asdict(trial.candidate), **scores, **tail})
     frame = pd.DataFrame(rows)
     if bench is not None:
         frame["behaviour_baseline"] = float(bench.target(bench.positive, bench.positive).mean())
+        own = bench.own_words(bench.positive, bench.positive)
+        frame["own_words_baseline"] = float(own.mean())
         frame["addition_baseline"] = float(bench.target(bench.negative, bench.negative).mean())
     return frame

@@ -126,6 +126,8 @@ def _uncovered(sites: set[Site], n_layers: int) -> list[str]:
 def writer_maps(plan: Plan, hf_config: Any) -> dict[str, Affine]:
     """Module name -> the map its output goes through, for every writer the plan changes.
 
+    A map with a shift is exact only where the module has a bias; `edited_state_dict` sees to that.
+
     Raises:
         ExportError: an unknown architecture, a layer beyond the last, no exact form.
     """
@@ -143,11 +145,6 @@ def writer_maps(plan: Plan, hf_config: Any) -> dict[str, Affine]:
         affine = Affine.identity(plan.d_model)
         for _, part in exact.maps_at(site):
             affine = affine.then(part)
-        if not affine.is_linear:
-            raise ExportError(
-                f"an addition or clamp at {site} needs a bias on {entry.writer(site)}, which "
-                f"{hf_config.model_type} does not have. Keep it as a hook, or export the ablation alone"
-            )
         found[entry.writer(site)] = affine
     return found
 
@@ -171,10 +168,11 @@ def edited_state_dict(
     """The state dict under the plan, and the names of what changed; other tensors are the same objects.
 
     With tied embeddings and an edited embedding, `lm_head.weight` keeps the old values: the two are no
-    longer tied, which the config must say.
+    longer tied, which the config must say. A writer's bias goes through the same map.
 
     Raises:
-        ExportError: as `writer_maps`; a writer that the state dict lacks.
+        ExportError: as `writer_maps`; a writer that the state dict lacks; an addition or a clamp where
+            there is no bias to hold it.
     """
     entry = architecture_of(hf_config)
     result, changed = dict(state), []
@@ -187,4 +185,14 @@ def edited_state_dict(
             result.setdefault(f"{entry.unembed}.weight", state[name])
         result[name] = edited_weight(state[name], affine, is_embedding=is_embedding)
         changed.append(name)
+        bias = f"{module}.bias"
+        if bias in state:
+            result[bias] = affine(state[bias].detach().to(affine.shift)).to(state[bias])
+            changed.append(bias)
+        elif not affine.is_linear:
+            raise ExportError(
+                f"an addition or clamp at the output of {module} needs {bias}, which this "
+                f"{hf_config.model_type} checkpoint does not have. Keep it as a hook, or export the "
+                "ablation alone"
+            )
     return result, changed

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from interp_ablate.edits import Plan
@@ -27,6 +28,7 @@ from interp_ablate.weights import architecture_of, edited_state_dict
 
 MANIFEST = "interp_ablate.json"
 CERTIFICATE = "certificate.json"
+INDEX = "model.safetensors.index.json"
 MAX_SHARD = "5GB"
 # Files of a source folder that are weights, or that are written anew.
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", ".onnx", ".h5")
@@ -59,10 +61,9 @@ def whole_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         os.replace(temporary, out)
         if old.exists():
             shutil.rmtree(old)
-    except OSError as error:
-        raise ExportError(
-            f"cannot write {out}: {error.strerror or error}; nothing is left"
-        ) from error
+    except (OSError, SafetensorError) as error:  # a full disk is a SafetensorError
+        reason = getattr(error, "strerror", None) or error
+        raise ExportError(f"cannot write {out}: {reason}; nothing is left") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -70,7 +71,7 @@ def whole_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
 def source_state_dict(model: Model) -> dict[str, Tensor]:
     """The unedited tensors: a folder's own, in their own dtype; else those of the loaded model."""
     if model.source.kind == "folder":
-        files = sorted(Path(model.source.path or "").glob("*.safetensors"))
+        files = _weight_files(Path(model.source.path or ""))
         if files:
             return _read_folder(files)
     state = model.hf_state_dict()
@@ -90,8 +91,17 @@ def _is_tied(model: Model, state: dict[str, Tensor]) -> bool:
     return tied and (unembed not in state or torch.equal(state[embed], state[unembed]))
 
 
+def _weight_files(folder: Path) -> list[Path]:
+    """The files transformers reads: others (consolidated.safetensors, adapters) are not the model."""
+    index = folder / INDEX
+    if index.is_file():
+        weight_map = json.loads(index.read_text())["weight_map"]
+        return [folder / name for name in sorted(set(weight_map.values()))]
+    single = folder / "model.safetensors"
+    return [single] if single.is_file() else []
+
+
 def _read_folder(files: Sequence[Path]) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     state: dict[str, Tensor] = {}
@@ -195,7 +205,7 @@ def _write_weights(state: dict[str, Tensor], folder: Path) -> None:
         save_file({n: plain[n] for n in names}, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        _write_json(folder / "model.safetensors.index.json", index)
+        _write_json(folder / INDEX, index)
 
 
 def _write_config(model: Model, state: dict[str, Tensor], folder: Path) -> bool:

@@ -44,6 +44,8 @@ PROBES = (
 
 def plan_vectors(plan: Plan) -> Float[Tensor, "k d_model"]:
     """Unit vectors of everything a plan edits along."""
+    if not len(plan):
+        return torch.zeros(0, 0, dtype=torch.float64)
     vectors = torch.cat([edit.vectors for edit in plan])
     return torch.unique(vectors / vectors.norm(dim=1, keepdim=True), dim=0)
 
@@ -53,16 +55,33 @@ def _read(vectors: Tensor) -> Any:
 
     def read(x: Tensor, batch: Any) -> Tensor:
         wide = x.double()
-        return torch.cat([wide @ vectors.T.to(wide), wide.norm(dim=-1, keepdim=True)], -1)
+        along = wide @ vectors.T.to(wide) if len(vectors) else wide[..., :0]
+        return torch.cat([along, wide.norm(dim=-1, keepdim=True)], -1)
 
     return read
 
 
+def _observed_sites(plan: Plan, n_layers: int) -> list[Site]:
+    """Every residual site; resid_post is read as the next resid_pre where the plan writes it there."""
+    written = set(plan.sites)
+    return [
+        site
+        for site in sites_of(RESIDUAL_POINTS, range(n_layers))
+        if site.point != "resid_post" or Site(site.layer + 1, "resid_pre") not in written
+    ]
+
+
+def _largest(*values: float | Tensor) -> float:
+    """The maximum, or NaN if there is one (Python's max forgets it); 0 for no values."""
+    flat = [torch.as_tensor(value, dtype=torch.float64).flatten().cpu() for value in values]
+    return float(torch.cat([*flat, torch.zeros(1, dtype=torch.float64)]).max())
+
+
 def _observe(
-    model: Model, rows: Sequence[Sequence[int]], vectors: Tensor
+    model: Model, rows: Sequence[Sequence[int]], vectors: Tensor, sites: Sequence[Site]
 ) -> list[tuple[Tensor, dict[Site, Tensor]]]:
     """Logits and projections at every position of each row, a row at a time: no padding, no sharing."""
-    capture = dict.fromkeys(sites_of(RESIDUAL_POINTS, range(model.n_layers)), _read(vectors))
+    capture = dict.fromkeys(sites, _read(vectors))
     found = []
     for row in rows:
         stream = model.stream([row], keep=len(row), capture=capture, batch_size=1)
@@ -81,26 +100,26 @@ def compare(
     two projections on the plan's vectors at any residual site, as a share of the stream's norm there.
     """
     rows = model.encode_all(prompts)
-    vectors = plan_vectors(plan)
+    vectors, sites = plan_vectors(plan), _observed_sites(plan, model.n_layers)
     with model.applied(plan):
-        want = _observe(model, rows, vectors)
-    got = _observe(other, rows, vectors)
-    plain = _observe(model, rows, vectors)
+        want = _observe(model, rows, vectors, sites)
+    got = _observe(other, rows, vectors, sites)
+    plain = _observe(model, rows, vectors, sites)
     difference = kl = apart = left = effect = 0.0
     worst = ""
     for (want_logits, want_sites), (got_logits, got_sites), (plain_logits, _) in zip(
         want, got, plain
     ):
-        difference = max(difference, float((want_logits - got_logits).abs().max()))
-        effect = max(effect, float((want_logits - plain_logits).abs().max()))
+        difference = _largest(difference, (want_logits - got_logits).abs())
+        effect = _largest(effect, (want_logits - plain_logits).abs())
         pair = (want_logits.double().log_softmax(-1), got_logits.double().log_softmax(-1))
-        kl = max(kl, float(kl_divergence(*pair).max()))
+        kl = _largest(kl, kl_divergence(*pair))
         for site, hooked in want_sites.items():
             norm = hooked[:, -1:].clamp(min=1e-30)
-            gap = float(((hooked - got_sites[site])[:, :-1].abs() / norm).max())
-            left = max(left, float((got_sites[site][:, :-1].abs() / norm).max()))
-            if gap >= apart:
-                apart, worst = gap, str(site)
+            gap = _largest((hooked - got_sites[site])[:, :-1].abs() / norm)
+            left = _largest(left, got_sites[site][:, :-1].abs() / norm)
+            worst = worst if gap < apart else str(site)
+            apart = _largest(apart, gap)
     return {
         "max_abs_logit_difference": difference,
         "kl": kl,
@@ -136,7 +155,8 @@ def certify(
     dtype = stored_dtype or str(model.dtype).removeprefix("torch.")
     try:
         # As a user would, with no option; then in the dtype that the hooked model runs in.
-        reloaded = AutoModelForCausalLM.from_pretrained(folder).to(model.device, model.dtype)
+        reloaded: Any = AutoModelForCausalLM.from_pretrained(folder)
+        reloaded = reloaded.to(model.device, model.dtype)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ExportError(f"transformers cannot load the export {folder}: {error}") from error
     rows = model.encode_all(prompts)
@@ -153,8 +173,8 @@ def certify(
     with model.applied(plan):
         for row, logits in zip(rows, bare):
             want = model.logits([row], keep=len(row))[0].float()
-            gap = float((want - logits).abs().max())
-            numbers["max_abs_logit_difference"] = max(numbers["max_abs_logit_difference"], gap)
+            gap = (want - logits).abs()
+            numbers["max_abs_logit_difference"] = _largest(numbers["max_abs_logit_difference"], gap)
     names = ("max_abs_logit_difference", "kl", "residual_along_direction")
     limits = dict(zip(names, LIMITS[dtype]))
     failed = [name for name in names if not numbers[name] <= limits[name]]

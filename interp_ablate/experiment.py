@@ -1,0 +1,439 @@
+"""Experiment: what each stage of a run does, from activations to the report.
+
+Knows: the order of measurements, which split serves which of them, what goes into which file. Does not
+know: how a stage is skipped or resumed (`pipeline` does), or any flag or terminal.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from interp_ablate.directions import (
+    Direction,
+    difference_in_means,
+    estimate_directions,
+    orthogonalized,
+    random_direction,
+)
+from interp_ablate.edits import Add, Plan
+from interp_ablate.errors import RunError
+from interp_ablate.pipeline import EXPRESSIONS_OF, Run, identity
+from interp_ablate.scores import (
+    EXPRESSIONS,
+    ContinuationKL,
+    Evidence,
+    ExpressionScorer,
+    FirstTokenKL,
+    Length,
+    Perplexity,
+    Repetition,
+    TargetLogOdds,
+    find_target_tokens,
+)
+from interp_ablate.selection import bootstrap_interval, constrained
+from interp_ablate.sweep import (
+    N_REFINED,
+    Bench,
+    Candidate,
+    Journal,
+    Trial,
+    finalists,
+    refine,
+    run_trials,
+    screening,
+    to_frame,
+)
+
+MAIN_METHOD = "difference_in_means"
+N_RANDOM_CONTROLS = 3
+ADDITION_COEFFICIENTS = (1.0, 1.5, 2.0, 3.0)
+# The smallest coefficient that reaches this rate on validation prompts is taken.
+ADDITION_TARGET = 0.75
+
+
+def do_collect(run: Run) -> None:
+    """Activations of the training and validation prompts."""
+    split, _ = run.split, run.model  # loading has its own progress
+    for part in ("train", "validation"):
+        prompts = getattr(split, part)
+        total = len(prompts.positive) + len(prompts.negative)
+        with run.step(f"collect {part}", total) as advance:
+            run.activations(part, advance)
+
+
+def do_directions(run: Run) -> None:
+    """Directions of the training prompts, their separation on validation prompts, projections of both."""
+    train, validation = run.activations("train"), run.activations("validation")
+    source = json.dumps(
+        {"model": run.model.fingerprint, "contrast": run.contrast_set.fingerprint}, sort_keys=True
+    )
+    directions = estimate_directions(train, validation, source=source)
+    directions.save(run.out / "directions.safetensors")
+    run.__dict__.pop("directions", None)
+    main = directions.of(MAIN_METHOD)
+    run.state["directions"] = {"count": len(main), "left_out": directions.left_out}
+    if directions.left_out:
+        run.note(
+            f"{len(directions.left_out)} of {len(main) + len(directions.left_out)} sites have no "
+            f"direction and are left out: {', '.join(directions.left_out)}"
+        )
+    run.write("projections.csv", _projections(run, main, train, validation))
+
+
+def _projections(run: Run, directions: Any, train: Any, validation: Any) -> pd.DataFrame:
+    tables = []
+    several = len(run.configuration.positions) > 1
+    for split, activations in (("train", train), ("validation", validation)):
+        part = getattr(run.split, split)
+        texts = [prompt.text for prompt in (*part.positive, *part.negative)]
+        labels = ["positive" if label else "negative" for label in activations.labels.tolist()]
+        for item in directions:
+            values = activations.at(item.site, item.position).double() @ item.vector
+            table = pd.DataFrame(
+                {
+                    "layer": item.site.layer,
+                    "point": item.site.point,
+                    "split": split,
+                    "label": labels,
+                    "prompt": texts,
+                    "projection": values.tolist(),
+                }
+            )
+            tables.append(table.assign(position=item.position) if several else table)
+    return pd.concat(tables, ignore_index=True)
+
+
+def bench_of(run: Run) -> Bench:
+    """The validation bench of a run, made once a process."""
+    if "bench" not in run.shared:
+        run.shared["bench"] = _make_bench(run)
+    return run.shared["bench"]
+
+
+def _make_bench(run: Run) -> Bench:
+    """Target tokens found on training prompts, expressions by concept, baselines on validation."""
+    c, split, model = run.configuration, run.split, run.model
+    with run.step("baselines", 3) as advance:
+        first = [
+            Evidence(model, side).first_logprobs
+            for side in (split.train.positive, split.train.negative)
+        ]
+        advance(1)
+        found = find_target_tokens(*first)
+        run.state["target_tokens"] = [
+            {"id": i, "text": model.tokenizer.decode([i]), "p_positive": p, "p_negative": q}
+            for i, p, q in found
+        ]
+        bench = Bench(
+            model,
+            split.validation.positive,
+            split.validation.negative,
+            target=TargetLogOdds(tuple(i for i, _, _ in found)),
+            expression=expression_scorer(run),
+            new_tokens=c.new_tokens,
+        )
+        rate = float(bench.expression(bench.positive, bench.positive).mean())
+        advance(1)
+        bench.negative_repetition  # noqa: B018  (computed here, under the progress bar)
+        advance(1)
+    if rate < 0.2:
+        run.note(
+            f"only {rate:.0%} of the positive validation prompts show the behaviour by the expressions "
+            f"{bench.expression.expressions!r}: is this the right list (--expressions), and the right "
+            "chat template?"
+        )
+    return bench
+
+
+def expression_scorer(run: Run) -> ExpressionScorer:
+    """The expressions that say that the behaviour is there.
+
+    `--expressions` is a built-in list's name or a file with a phrase a line; by default the bundled
+    sets have theirs, and other prompts are scored as declining (which is noted).
+
+    Raises:
+        RunError: a file that cannot be read, a name that is no list.
+    """
+    wanted = run.configuration.expressions
+    if wanted is None:
+        name = run.contrast_set.name if run.configuration.contrast else ""
+        if name not in ("declining", *EXPRESSIONS_OF):
+            run.note(
+                "no --expressions were given for these prompts: behaviour is scored by the built-in "
+                "list 'declining'"
+            )
+        return ExpressionScorer(EXPRESSIONS_OF.get(name, "declining"))
+    if wanted in EXPRESSIONS:
+        return ExpressionScorer(wanted)
+    try:
+        lines = Path(wanted).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(
+            f"--expressions {wanted!r} is neither a built-in list ({', '.join(EXPRESSIONS)}) nor a "
+            f"readable text file: {error}"
+        ) from error
+    return ExpressionScorer(tuple(line.strip() for line in lines if line.strip()))
+
+
+def do_sweep(run: Run) -> None:
+    """Screen every direction, refine bands along the best, score the finalists' text; journalled."""
+    journal = Journal(run.out / "trials.jsonl", identity(run))
+    c = run.configuration
+    with journal.open() as done:
+        bench = bench_of(run)
+
+        def trials_of(name: str, candidates: Sequence[Candidate]) -> list[Trial]:
+            with run.step(name, len(candidates)) as advance:
+                return run_trials(
+                    bench,
+                    run.directions,
+                    candidates,
+                    journal,
+                    done,
+                    on_trial=lambda _: advance(1),
+                )
+
+        trials = trials_of("screen directions", screening(run.directions.of(MAIN_METHOD)))
+        frame = to_frame(trials, bench)
+        with run.step("refine plans", N_REFINED) as advance:
+            trials += refine(
+                bench,
+                run.directions,
+                frame,
+                journal,
+                done,
+                max_kl=c.max_kl,
+                seed=c.seed,
+                on_trial=lambda _: advance(1),
+            )
+        best = finalists(trials, max_kl=c.max_kl)
+        trials += trials_of("finalists", best)
+    run.write("trials.csv", to_frame(trials, bench))
+
+
+def do_evaluate(run: Run) -> None:
+    """Choose on validation, then report once on the test split, beside controls treated the same way."""
+    from interp_ablate.plots import read_trials
+
+    c = run.configuration
+    trials = read_trials(run.out / "trials.csv")
+    finals = trials[trials["stage"] == "finalist"]
+    bench = bench_of(run)
+    choice = constrained(
+        finals if len(finals) else trials[trials["stage"] == "refine"],
+        max_kl=c.max_kl,
+        max_repetition=bench.negative_repetition + 0.1,
+        tolerance=0.5 / c.n_validation,
+    )
+    selected: dict[str, Any] = {"rule": choice.rule, "limits": choice.limits(), "plan": None}
+    run.state["no_plan"] = choice.row is None
+    if choice.row is None:
+        run.note(f"no candidate passed the limits: {choice.removed}; {choice.relax}")
+        run.write("generations.jsonl", [])
+        run.write("selected.json", selected)
+        return
+    candidate = Candidate.from_row(choice.row)
+    direction = run.directions[candidate.site, candidate.position, candidate.method]
+    plan = candidate.plan(direction, run.model.n_layers)
+    addition = _addition_plan(run, run.directions[candidate.site, candidate.position])
+    test, generations = _test(run, candidate, plan, addition)
+    selected |= {
+        "plan": plan.to_dict(),
+        "addition_plan": addition.to_dict(),
+        "trial": {k: (None if pd.isna(v) else v) for k, v in choice.row.items()},
+        "test": test,
+    }
+    run.write("generations.jsonl", generations)
+    run.write("selected.json", selected)
+
+
+def _addition_plan(run: Run, direction: Direction) -> Plan:
+    """Addition at the direction's own site, with the smallest coefficient that induces the behaviour."""
+    bench = bench_of(run)
+    best, best_rate = ADDITION_COEFFICIENTS[0], -1.0
+    with run.step("addition coefficient", len(ADDITION_COEFFICIENTS)) as advance:
+        for coefficient in ADDITION_COEFFICIENTS:
+            plan = Plan((Add(direction, direction.site, coefficient=coefficient),))
+            evidence = Evidence(run.model, bench.negative.rows, plan, new_tokens=bench.new_tokens)
+            rate = float(bench.expression(evidence, bench.negative).mean())
+            advance(1)
+            if rate > best_rate:
+                best, best_rate = coefficient, rate
+            if rate >= ADDITION_TARGET:
+                break
+    return Plan((Add(direction, direction.site, coefficient=best),))
+
+
+def _test(
+    run: Run, candidate: Candidate, plan: Plan, addition: Plan
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Everything that is reported of the test split, and the texts behind it."""
+    model, test, c = run.model, run.split.test, run.configuration
+    scorer = bench_of(run).expression
+
+    def evidence(prompts: Sequence[Any], plan: Plan | None) -> Evidence:
+        return Evidence(model, prompts, plan, new_tokens=c.new_tokens)
+
+    with run.step("test split", 7 + N_RANDOM_CONTROLS + 1) as advance:
+        sides = {"positive": test.positive, "negative": test.negative}
+        before = {side: evidence(prompts, None) for side, prompts in sides.items()}
+        after = {side: evidence(prompts, plan) for side, prompts in sides.items()}
+        added = evidence(test.negative, addition)
+        values: dict[str, torch.Tensor] = {}
+
+        def measure(name: str, score: Any, here: Evidence, base: Evidence) -> None:
+            values[name] = score(here, base)
+
+        base_p, base_n, new_p, new_n = (
+            before["positive"],
+            before["negative"],
+            after["positive"],
+            after["negative"],
+        )
+        for name, here, base in (
+            ("behaviour_before", base_p, base_p),
+            ("behaviour_after", new_p, base_p),
+            ("negative_before", base_n, base_n),
+            ("negative_after", new_n, base_n),
+            ("addition_after", added, base_n),
+        ):
+            measure(name, scorer, here, base)
+            advance(1)
+        measure("kl_first_token", FirstTokenKL(), new_n, base_n)
+        measure("kl_continuation", ContinuationKL(), new_n, base_n)
+        advance(1)
+        for name, here in (("before", base_n), ("after", new_n)):
+            measure(f"repetition_{name}", Repetition(), here, base_n)
+            measure(f"length_{name}", Length(), here, base_n)
+            measure(f"perplexity_{name}", Perplexity(), here, base_n)
+        advance(1)
+        controls = []
+        for name, direction in _controls(run, candidate):
+            controls.append(
+                _control(run, name, candidate.plan(direction, model.n_layers), base_p, base_n)
+            )
+            advance(1)
+    result: dict[str, Any] = {name: float(value.double().mean()) for name, value in values.items()}
+    result["intervals"] = {
+        name: list(bootstrap_interval(value.double().numpy(), seed=c.seed))
+        for name, value in values.items()
+    }
+    result["n"] = {side: len(prompts) for side, prompts in sides.items()}
+    result["controls"] = controls
+    texts = [("baseline", "positive", base_p), ("ablated", "positive", new_p)]
+    texts += [
+        ("baseline", "negative", base_n),
+        ("ablated", "negative", new_n),
+        ("added", "negative", added),
+    ]
+    return result, [
+        row for name, side, e in texts for row in _texts(name, side, sides[side], e, scorer)
+    ]
+
+
+def _texts(
+    condition: str, side: str, prompts: Sequence[Any], evidence: Evidence, scorer: ExpressionScorer
+) -> list[dict[str, Any]]:
+    rows = []
+    for prompt, text in zip(prompts, evidence.texts):
+        matches = scorer.matches(text)
+        rows.append(
+            {
+                "label": side,
+                "prompt": prompt.text,
+                "condition": condition,
+                "text": text,
+                "expressed": bool(matches),
+                "matches": [match.expression for match in matches],
+            }
+        )
+    return rows
+
+
+def _controls(run: Run, candidate: Candidate) -> list[tuple[str, Direction]]:
+    """Random directions of equal norm, and the direction of shuffled labels, for the chosen plan."""
+    site, position = candidate.site, candidate.position
+    direction = run.directions[site, position, candidate.method]
+    seed = run.configuration.seed
+    found = [
+        (f"random {i}", random_direction(direction, seed=1000 * seed + i))
+        for i in range(N_RANDOM_CONTROLS)
+    ]
+    train = run.activations("train")
+    values, labels = train.at(site, position), train.labels
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = labels[torch.randperm(len(labels), generator=generator)]
+    null = difference_in_means(
+        values[shuffled], values[~shuffled], site, position=position, method="shuffled_labels"
+    )
+    if null is not None:
+        if candidate.method != MAIN_METHOD:
+            null = orthogonalized(null, values[~shuffled].double().mean(0))
+        found.append(("shuffled labels", null))
+    return found
+
+
+def _control(
+    run: Run, name: str, plan: Plan, base_positive: Evidence, base_negative: Evidence
+) -> dict[str, Any]:
+    new_tokens = run.configuration.new_tokens
+    on_positive = Evidence(run.model, base_positive.rows, plan, new_tokens=new_tokens)
+    on_negative = Evidence(run.model, base_negative.rows, plan)
+    rates = bench_of(run).expression(on_positive, base_positive).double()
+    return {
+        "name": name,
+        "behaviour_after": float(rates.mean()),
+        "interval": list(bootstrap_interval(rates.numpy())),
+        "kl_first_token": float(FirstTokenKL()(on_negative, base_negative).mean()),
+    }
+
+
+def do_export(run: Run) -> None:
+    """The chosen plan as a certified checkpoint in export/."""
+    from interp_ablate.export.checkpoint import export_checkpoint
+
+    selected = json.loads((run.out / "selected.json").read_text())
+    if selected["plan"] is None:
+        return
+    prompts = [*run.split.test.positive[:4], *run.split.test.negative[:4]]
+    with run.step("export and verify", None):
+        export_checkpoint(
+            run.model,
+            Plan.from_dict(selected["plan"]),
+            run.out / "export",
+            prompts=prompts,
+            report=selected["test"],
+            overwrite=True,
+        )
+
+
+def do_plot(run: Run) -> None:
+    """Every figure that the folder has data for."""
+    from interp_ablate.plots import save_figures
+
+    with run.step("figures", None):
+        save_figures(run.out)
+
+
+def do_report(run: Run) -> None:
+    """report.html."""
+    from interp_ablate.report import write_report
+
+    write_report(run.out)
+
+
+WORK: dict[str, Callable[[Run], None]] = {
+    "collect": do_collect,
+    "directions": do_directions,
+    "sweep": do_sweep,
+    "evaluate": do_evaluate,
+    "export": do_export,
+    "plot": do_plot,
+    "report": do_report,
+}

@@ -1,0 +1,39 @@
+"""Executes the notebooks in place, outputs included; exits 1 at the first cell that fails.
+
+`python notebooks/execute.py [NAME ...]`; INTERP_ABLATE_SMALL=1 makes the notebooks run at a small size.
+`--check` executes without writing the result back.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+HERE = Path(__file__).parent
+
+
+def main(arguments: list[str]) -> int:
+    check = "--check" in arguments
+    names = [name for name in arguments if not name.startswith("--")]
+    for path in sorted(HERE.glob("*.ipynb")):
+        if names and path.name not in names and path.stem not in names:
+            continue
+        notebook = nbformat.read(path, as_version=4)
+        client = NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": HERE}})
+        try:
+            client.execute()
+        except CellExecutionError as error:
+            print(f"{path.name}: {error}", file=sys.stderr)
+            return 1
+        if not check:
+            nbformat.write(notebook, path)
+        print(f"{path.name}: executed")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
