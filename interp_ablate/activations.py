@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from interp_ablate.batches import Batch
 from interp_ablate.errors import InterpAblateError, ModelError
+from interp_ablate.files import replacing
 from interp_ablate.model import Model, PromptLike
 from interp_ablate.prompts import ContrastSet
 from interp_ablate.rendering import suffix_length
@@ -300,7 +300,6 @@ def _write_cache(path: Path, found: Activations) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     assert found.moments is not None
     tensors = {
         "values": found.values.contiguous(),
@@ -308,12 +307,8 @@ def _write_cache(path: Path, found: Activations) -> None:
         "squares": found.moments.squares.contiguous(),
     }
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with replacing(path) as temporary:
             save_file(tensors, temporary, metadata={"count": str(found.moments.count)})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
     except (SafetensorError, OSError) as error:  # a full disk is a SafetensorError
         raise InterpAblateError(
             f"cannot write the activation cache {path}: {error}. Choose another folder, or none"

@@ -165,8 +165,8 @@ class _Progress:
             return
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-        columns = ["{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-        self.bar = Progress(*columns, console=self.console, transient=True)
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.bar = Progress("{task.description}", *columns, console=self.console, transient=True)
         self.bar.start()
         self.task = self.bar.add_task(f"{stage:<24}", total=total)
 

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from interp_ablate.candidates import Candidate, Trial, screening
 from interp_ablate.directions import (
     Direction,
     difference_in_means,
@@ -21,37 +22,46 @@ from interp_ablate.directions import (
     orthogonalized,
     random_direction,
 )
-from interp_ablate.edits import Add, Plan
-from interp_ablate.errors import RunError
+from interp_ablate.edits import Add, Plan, everywhere
+from interp_ablate.errors import DirectionError, RunError
+from interp_ablate.fit import fit_data, fit_strengths
+from interp_ablate.journal import Journal
 from interp_ablate.pipeline import EXPRESSIONS_OF, Run, identity
 from interp_ablate.scores import (
     EXPRESSIONS,
-    ContinuationKL,
     Evidence,
     ExpressionScorer,
     FirstTokenKL,
     Length,
-    Perplexity,
     Repetition,
     TargetLogOdds,
+    continuation_scores,
     find_target_tokens,
 )
 from interp_ablate.selection import bootstrap_interval, constrained
 from interp_ablate.sweep import (
-    N_REFINED,
+    SCREENING_PROMPTS,
     Bench,
-    Candidate,
-    Journal,
-    Trial,
+    bands,
     finalists,
-    refine,
+    fitted,
+    promising,
     run_trials,
-    screening,
+    spread,
     to_frame,
 )
 
 MAIN_METHOD = "difference_in_means"
-N_RANDOM_CONTROLS = 3
+N_RANDOM_CONTROLS = 2
+FIT_STEPS, FIT_PROMPTS = 11, 32  # gradient steps, training prompts a side
+# Measures that are shares of prompts; the others are means of real numbers.
+RATES = (
+    "behaviour_before",
+    "behaviour_after",
+    "negative_before",
+    "negative_after",
+    "addition_after",
+)
 ADDITION_COEFFICIENTS = (1.0, 1.5, 2.0, 3.0)
 # The smallest coefficient that reaches this rate on validation prompts is taken.
 ADDITION_TARGET = 0.75
@@ -78,10 +88,11 @@ def do_directions(run: Run) -> None:
     run.__dict__.pop("directions", None)
     main = directions.of(MAIN_METHOD)
     run.state["directions"] = {"count": len(main), "left_out": directions.left_out}
-    if directions.left_out:
+    none = [key for key in directions.left_out if not key.endswith("orthogonalized")]
+    if none:
         run.note(
-            f"{len(directions.left_out)} of {len(main) + len(directions.left_out)} sites have no "
-            f"direction and are left out: {', '.join(directions.left_out)}"
+            f"{len(none)} of {len(main) + len(none)} sites have no direction and are left out: "
+            + ", ".join(none)
         )
     run.write("projections.csv", _projections(run, main, train, validation))
 
@@ -121,7 +132,7 @@ def _make_bench(run: Run) -> Bench:
     c, split, model = run.configuration, run.split, run.model
     with run.step("baselines", 3) as advance:
         first = [
-            Evidence(model, side).first_logprobs
+            Evidence(model, side[:FIT_PROMPTS]).first_logprobs
             for side in (split.train.positive, split.train.negative)
         ]
         advance(1)
@@ -188,7 +199,9 @@ def do_sweep(run: Run) -> None:
     with journal.open() as done:
         bench = bench_of(run)
 
-        def trials_of(name: str, candidates: Sequence[Candidate]) -> list[Trial]:
+        def trials_of(
+            name: str, candidates: Sequence[Candidate], bench: Bench = bench
+        ) -> list[Trial]:
             with run.step(name, len(candidates)) as advance:
                 return run_trials(
                     bench,
@@ -199,22 +212,45 @@ def do_sweep(run: Run) -> None:
                     on_trial=lambda _: advance(1),
                 )
 
-        trials = trials_of("screen directions", screening(run.directions.of(MAIN_METHOD)))
-        frame = to_frame(trials, bench)
-        with run.step("refine plans", N_REFINED) as advance:
-            trials += refine(
-                bench,
+        small = bench.first(SCREENING_PROMPTS)
+        screened = screening(run.directions.of(MAIN_METHOD))
+        trials = trials_of("screen directions", screened, small)
+        sources = promising(to_frame(trials, small))
+        drawn = bands(sources, run.model.n_layers, seed=c.seed)
+        trials += trials_of("bands of strengths", drawn)
+        for source in spread(sources):
+            candidates = fitted(
+                source,
                 run.directions,
-                frame,
-                journal,
                 done,
+                lambda direction, budget: _fit(run, direction, budget),
                 max_kl=c.max_kl,
-                seed=c.seed,
-                on_trial=lambda _: advance(1),
             )
-        best = finalists(trials, max_kl=c.max_kl)
-        trials += trials_of("finalists", best)
+            trials += trials_of(f"fitted, layer {source[0]}", candidates)
+        trials += trials_of("finalists", finalists(trials, max_kl=c.max_kl))
     run.write("trials.csv", to_frame(trials, bench))
+
+
+def _fit(run: Run, direction: Direction, budget: float) -> tuple[float, ...]:
+    """Strengths for every writer, fitted on the training prompts."""
+    if "fit_data" not in run.shared:
+        with run.step("answers to training prompts", None):
+            train, new_tokens = run.split.train, run.configuration.new_tokens
+            run.shared["fit_data"] = fit_data(
+                Evidence(run.model, train.positive[:FIT_PROMPTS], new_tokens=new_tokens),
+                Evidence(run.model, train.negative[:FIT_PROMPTS]),
+                bench_of(run).expression,
+            )
+    with run.step(f"fit strengths, layer {direction.site.layer}", FIT_STEPS) as advance:
+        return fit_strengths(
+            run.model,
+            direction,
+            everywhere(run.model.n_layers),
+            run.shared["fit_data"],
+            kl_budget=budget,
+            steps=FIT_STEPS,
+            on_step=lambda: advance(1),
+        )
 
 
 def do_evaluate(run: Run) -> None:
@@ -226,7 +262,7 @@ def do_evaluate(run: Run) -> None:
     finals = trials[trials["stage"] == "finalist"]
     bench = bench_of(run)
     choice = constrained(
-        finals if len(finals) else trials[trials["stage"] == "refine"],
+        finals,
         max_kl=c.max_kl,
         max_repetition=bench.negative_repetition + 0.1,
         tolerance=0.5 / c.n_validation,
@@ -306,12 +342,11 @@ def _test(
             measure(name, scorer, here, base)
             advance(1)
         measure("kl_first_token", FirstTokenKL(), new_n, base_n)
-        measure("kl_continuation", ContinuationKL(), new_n, base_n)
+        values |= continuation_scores(new_n, base_n)
         advance(1)
         for name, here in (("before", base_n), ("after", new_n)):
             measure(f"repetition_{name}", Repetition(), here, base_n)
             measure(f"length_{name}", Length(), here, base_n)
-            measure(f"perplexity_{name}", Perplexity(), here, base_n)
         advance(1)
         controls = []
         for name, direction in _controls(run, candidate):
@@ -321,7 +356,9 @@ def _test(
             advance(1)
     result: dict[str, Any] = {name: float(value.double().mean()) for name, value in values.items()}
     result["intervals"] = {
-        name: list(bootstrap_interval(value.double().numpy(), seed=c.seed))
+        name: list(
+            bootstrap_interval(value.double().numpy(), seed=c.seed, proportion=name in RATES)
+        )
         for name, value in values.items()
     }
     result["n"] = {side: len(prompts) for side, prompts in sides.items()}
@@ -373,9 +410,12 @@ def _controls(run: Run, candidate: Candidate) -> list[tuple[str, Direction]]:
         values[shuffled], values[~shuffled], site, position=position, method="shuffled_labels"
     )
     if null is not None:
-        if candidate.method != MAIN_METHOD:
-            null = orthogonalized(null, values[~shuffled].double().mean(0))
-        found.append(("shuffled labels", null))
+        try:
+            if candidate.method != MAIN_METHOD:
+                null = orthogonalized(null, values[~shuffled].double().mean(0))
+            found.append(("shuffled labels", null))
+        except DirectionError as error:
+            run.note(f"no shuffled-labels control: {error}")
     return found
 
 
@@ -389,7 +429,7 @@ def _control(
     return {
         "name": name,
         "behaviour_after": float(rates.mean()),
-        "interval": list(bootstrap_interval(rates.numpy())),
+        "interval": list(bootstrap_interval(rates.numpy(), proportion=True)),
         "kl_first_token": float(FirstTokenKL()(on_negative, base_negative).mean()),
     }
 

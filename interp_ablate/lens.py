@@ -90,7 +90,8 @@ class BridgeLens:
         return DynamicCache(config=self.hf.config)
 
     def repeat_cache(self, cache: Any, times: int) -> Any:
-        repeated = copy.deepcopy(cache)
+        repeated = copy.copy(cache)  # layers replace their tensors, they never write into them
+        repeated.layers = [copy.copy(layer) for layer in cache.layers]
         repeated.batch_repeat_interleave(times)
         return repeated
 

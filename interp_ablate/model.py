@@ -102,6 +102,7 @@ class Model:
         self.backend: Backend = "bridge" if isinstance(lens, BridgeLens) else "hooked"
         self._step: Step | None = None
         self._applied: list[_Applied] = []
+        self._with_grad = False
 
     # ---- what it is -------------------------------------------------------------------------
 
@@ -285,6 +286,41 @@ class Model:
                 f"{silent[:3]}: nothing ran inside the block, or nothing at the positions it names"
             )
 
+    @contextmanager
+    def ablating(
+        self,
+        direction: Float[Tensor, " d_model"],
+        sites: Sequence[Site],
+        strengths: Float[Tensor, " site"],
+    ) -> Iterator[Model]:
+        """Ablation with live strengths: gradients flow from what is computed inside to `strengths`.
+
+        For fitting; a plan with the values found is what is applied, saved and exported afterwards.
+
+        Raises:
+            PlanError: resid_mid among the sites (it is no hook of its own on the Bridge).
+        """
+        if any(site.point == "resid_mid" for site in sites):
+            raise PlanError("strengths are fitted at writer sites, resid_pre or resid_post")
+        unit = direction.to(next(self.tl.parameters()))
+
+        def writer(i: int) -> Callable[..., Tensor]:
+            def write(module: nn.Module, args: Any, x: Tensor) -> Tensor:
+                return x - strengths[i] * (x @ unit)[..., None] * unit
+
+            return write
+
+        handles: list[Any] = []
+        self._with_grad = True
+        try:
+            for i, site in enumerate(sites):
+                handles.append(self.hook_point(site).register_forward_hook(writer(i)))
+            yield self
+        finally:
+            self._with_grad = False
+            for handle in handles:
+                handle.remove()
+
     def _install(self, state: _Applied) -> None:
         plan = state.plan
         if not len(plan):
@@ -356,7 +392,7 @@ class Model:
     def _forward(self, step: Step, keep: int) -> Tensor | None:
         self._step = step
         try:
-            with torch.no_grad():
+            with torch.set_grad_enabled(self._with_grad):
                 return self._lens.forward(step, keep)
         finally:
             self._step = None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from interp_ablate.errors import InterpAblateError, RunError
+from interp_ablate.files import write_whole
 from interp_ablate.sites import POINTS, RESIDUAL_POINTS, Point, Site, sites_of
 
 STAGES = ("collect", "directions", "sweep", "evaluate", "export", "plot", "report")
@@ -91,9 +91,10 @@ class Configuration:
                 "no model: give --model (a bundled alias such as smollm2, a folder, a hub name)"
             )
         try:
-            return cls(
-                **{k: tuple(map(str, v)) if isinstance(v, list) else v for k, v in data.items()}
-            )
+            values: dict[str, Any] = {
+                k: tuple(map(str, v)) if isinstance(v, list) else v for k, v in data.items()
+            }
+            return cls(**values)
         except TypeError as error:
             raise RunError(f"a setting has the wrong type: {error}") from error
 
@@ -130,22 +131,6 @@ class Silent:
     def advance(self, n: int = 1) -> None: ...
     def note(self, text: str) -> None: ...
     def finish(self) -> None: ...
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write beside, then rename.
-
-    Raises:
-        RunError: the place cannot be written, or the disk is full.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class Run:
@@ -242,7 +227,7 @@ class Run:
     def step(self, name: str, total: int | None) -> Iterator[Callable[[int], None]]:
         """Progress of a part of a stage."""
         self.listener.start(name, total)
-        yield lambda n=1: self.listener.advance(n)
+        yield self.listener.advance
         self.listener.finish()
 
     def note(self, text: str) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from interp_ablate.errors import RunError
+from interp_ablate.files import replacing
 from interp_ablate.sites import POINTS, Point
 
 if TYPE_CHECKING:
@@ -719,17 +719,13 @@ def _figure(*, height: float) -> Figure:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(temporary, format="png")
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png")
     except OSError as error:
         raise RunError(
             f"cannot write {path}: {error}. Free space or choose another folder"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
     logger.info("wrote %s", path)
     return path
 
@@ -747,7 +743,7 @@ def read_trials(path: str | Path) -> pd.DataFrame:
     numbers = (
         "trial", "layer", "behaviour", "own_words", "addition", "kl", "kl_high", "expression_rate",
         "repetition", "length", "attention_strength", "attention_layer", "mlp_strength",
-        "mlp_layer", "width", "seconds", "behaviour_baseline", "own_words_baseline",
+        "mlp_layer", "width", "budget", "scale", "seconds", "behaviour_baseline", "own_words_baseline",
         "addition_baseline",
     )  # fmt: skip
     frame = read_table(path, TRIAL_COLUMNS, numbers=numbers)

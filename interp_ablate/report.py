@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import logging
 import math
-import os
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any, TypeGuard
 import pandas as pd
 
 from interp_ablate.errors import RunError
+from interp_ablate.files import write_whole
 from interp_ablate.plots import read_json, read_lines, read_trials
 
 logger = logging.getLogger(__name__)
@@ -124,17 +124,8 @@ def write_report(folder: str | Path) -> Path:
         )
     page = _render(_context(folder))
     path = folder / "report.html"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        # A model can emit half a surrogate pair, which UTF-8 has no bytes for.
-        temporary.write_bytes(page.encode("utf-8", "replace"))
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RunError(
-            f"cannot write {path}: {error}. Free space or choose another folder"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    # A model can emit half a surrogate pair, which UTF-8 has no bytes for.
+    write_whole(path, page.encode("utf-8", "replace"))
     logger.info("wrote %s", path)
     return path
 

@@ -86,6 +86,20 @@ class Evidence:
         self.rows = model.encode_all(prompts)
         self.new_tokens, self.batch_size = new_tokens, batch_size
 
+    def first(self, n: int) -> Evidence:
+        """The same for the first `n` prompts; what is known of them already is kept."""
+        part = Evidence(
+            self.model,
+            self.rows[:n],
+            self.plan,
+            new_tokens=self.new_tokens,
+            batch_size=self.batch_size,
+        )
+        for name in ("first_logprobs", "generations"):
+            if name in self.__dict__:
+                part.__dict__[name] = self.__dict__[name][:n]
+        return part
+
     def _under_plan(self) -> Any:
         return self.model.applied(self.plan) if self.plan is not None else nullcontext()
 
@@ -287,18 +301,27 @@ class OwnWords:
     name: str = "own_words"
     goal: Goal = "min"
 
-    def __call__(self, evidence: Evidence, baseline: Evidence) -> Float[Tensor, " prompt"]:
+    def _answers(self, baseline: Evidence) -> list[list[int]]:
+        # an answer that ended at once stands for itself with any token: it is not among the expressing
+        return [list(g.tokens)[: self.tokens] or [0] for g in baseline.generations]
+
+    def logprobs(
+        self, evidence: Evidence, baseline: Evidence
+    ) -> list[Float[Tensor, "pos d_vocab"]]:
+        """Log-probabilities at the first tokens of every unedited answer; row 0 is the first token's."""
+        return evidence.continuation_logprobs(self._answers(baseline), batch_size=32)
+
+    def of_logprobs(
+        self, logprobs: Sequence[Float[Tensor, "pos d_vocab"]], baseline: Evidence
+    ) -> Float[Tensor, " prompt"]:
+        """The score, from what `logprobs` returned."""
+        answers = self._answers(baseline)
         expressed = self.expression.score_texts(baseline.texts).bool().tolist()
-        answers = [list(g.tokens)[: self.tokens] for g in baseline.generations]
-        chosen = [i for i, yes in enumerate(expressed) if yes and answers[i]]
-        chosen = chosen or [i for i, answer in enumerate(answers) if answer]
-        part = Evidence(evidence.model, [evidence.rows[i] for i in chosen], evidence.plan)
-        ends = [answers[i] for i in chosen]
-        found = [
-            chosen_logprobs(logprobs, end).sum()
-            for logprobs, end in zip(part.continuation_logprobs(ends, batch_size=32), ends)
-        ]
-        return torch.stack(found) if found else torch.zeros(1, dtype=torch.float64)
+        chosen = [i for i, yes in enumerate(expressed) if yes] or range(len(answers))
+        return torch.stack([chosen_logprobs(logprobs[i], answers[i]).sum() for i in chosen])
+
+    def __call__(self, evidence: Evidence, baseline: Evidence) -> Float[Tensor, " prompt"]:
+        return self.of_logprobs(self.logprobs(evidence, baseline), baseline)
 
 
 def chosen_logprobs(
@@ -354,6 +377,37 @@ class FirstTokenKL:
         return kl_divergence(baseline.first_logprobs, evidence.first_logprobs)
 
 
+def continuation_scores(
+    evidence: Evidence, baseline: Evidence
+) -> dict[str, Float[Tensor, " prompt"]]:
+    """KL a token, and perplexity before and after, over the unedited model's own answers, in one pass.
+
+    Teacher-forced; an empty answer has KL 0 and perplexity 1.
+    """
+    n = len(evidence.rows)
+    found = {
+        "kl_continuation": torch.zeros(n, dtype=torch.float64),
+        "perplexity_before": torch.ones(n, dtype=torch.float64),
+        "perplexity_after": torch.ones(n, dtype=torch.float64),
+    }
+    answers = [list(generation.tokens) for generation in baseline.generations]
+    # a few prompts at a time: every token's whole distribution is held for both models
+    for start in range(0, n, 8):
+        part = [i for i in range(start, min(start + 8, n)) if answers[i]]
+        if not part:
+            continue
+        ends = [answers[i] for i in part]
+        before, after = (
+            Evidence(e.model, [e.rows[i] for i in part], e.plan).continuation_logprobs(ends)
+            for e in (baseline, evidence)
+        )
+        for i, end, reference, other in zip(part, ends, before, after):
+            found["kl_continuation"][i] = kl_divergence(reference, other).mean()
+            found["perplexity_before"][i] = (-chosen_logprobs(reference, end).mean()).exp()
+            found["perplexity_after"][i] = (-chosen_logprobs(other, end).mean()).exp()
+    return found
+
+
 @dataclass(frozen=True)
 class ContinuationKL:
     """Mean KL per token, teacher-forced over the unedited model's own answer, nats."""
@@ -362,21 +416,7 @@ class ContinuationKL:
     goal: Goal = "limit"
 
     def __call__(self, evidence: Evidence, baseline: Evidence) -> Float[Tensor, " prompt"]:
-        values = torch.zeros(len(evidence.rows), dtype=torch.float64)
-        answers = [g.tokens for g in baseline.generations]
-        # a few prompts at a time: every token's whole distribution is held for both models
-        for start in range(0, len(answers), 8):
-            part = [i for i in range(start, min(start + 8, len(answers))) if answers[i]]
-            if not part:
-                continue
-            ends = [answers[i] for i in part]
-            pair = [
-                Evidence(e.model, [e.rows[i] for i in part], e.plan).continuation_logprobs(ends)
-                for e in (baseline, evidence)
-            ]
-            for i, reference, other in zip(part, *pair):
-                values[i] = kl_divergence(reference, other).mean()
-        return values
+        return continuation_scores(evidence, baseline)["kl_continuation"]
 
 
 @dataclass(frozen=True)
@@ -387,14 +427,7 @@ class Perplexity:
     goal: Goal = "min"
 
     def __call__(self, evidence: Evidence, baseline: Evidence) -> Float[Tensor, " prompt"]:
-        answers = [list(g.tokens) or [0] for g in baseline.generations]
-        found = []
-        for start in range(0, len(answers), 8):
-            part = slice(start, start + 8)
-            chunk = Evidence(evidence.model, evidence.rows[part], evidence.plan)
-            for logprobs, answer in zip(chunk.continuation_logprobs(answers[part]), answers[part]):
-                found.append(float((-chosen_logprobs(logprobs, answer).mean()).exp()))
-        return torch.tensor(found)
+        return continuation_scores(evidence, baseline)["perplexity_after"]
 
 
 def repetition(tokens: Sequence[int] | Int[Tensor, " pos"], n: int = 3) -> float:

@@ -15,20 +15,21 @@ from typing import Any
 import pytest
 import torch
 
+from interp_ablate.candidates import Candidate, Trial, distinct, screening
 from interp_ablate.directions import Direction, Directions
 from interp_ablate.edits import Ablate, Add, Plan, band, everywhere
 from interp_ablate.errors import InterpAblateError, RunError
+from interp_ablate.journal import Journal
 from interp_ablate.sites import Point, Site
 from interp_ablate.sweep import (
-    Candidate,
-    Journal,
-    Trial,
-    distinct,
+    FIT_DISTANCE,
+    SCALES,
+    bands,
     finalists,
+    fitted,
     promising,
-    refine,
     run_trials,
-    screening,
+    spread,
     to_frame,
 )
 
@@ -46,6 +47,10 @@ def direction(layer: int, point: Point = "resid_post", **kwargs: Any) -> Directi
     return Direction(vector, 2.0, Site(layer, point), **kwargs)
 
 
+FITTED = Candidate(
+    5, "resid_mid", stage="refine", operation="fitted", budget=0.045, scale=1.1,
+    strengths=tuple(i / 10 for i in range(2 * N_LAYERS + 1)),
+)  # fmt: skip
 METHODS = ("difference_in_means", "difference_in_means_orthogonalized")
 DIRECTIONS = Directions(
     tuple(
@@ -147,7 +152,7 @@ def test_trials_survive_json(given: Trial) -> None:
 
 
 def test_candidates_survive_the_table() -> None:
-    trials = [Trial(BAND, {"kl": 0.5}), trial(4), Trial(replace(BAND, width=1.0), {}, 0.0)]
+    trials = [Trial(BAND, {"kl": 0.5}), trial(4), Trial(FITTED, {}, 0.0)]
     frame = to_frame(trials)
     assert [Candidate.from_row(row) for _, row in frame.iterrows()] == [t.candidate for t in trials]
     assert list(frame["trial"]) == [0, 1, 2]
@@ -412,24 +417,48 @@ def test_promising_directions_work_both_ways(tmp_path: Path) -> None:
 
 
 def search(path: Path, bench: FakeBench, frame: Any, *, seed: int = 0) -> list[Trial]:
+    return run(path, bench, bands(promising(frame), N_LAYERS, seed=seed))
+
+
+def test_bands_follow_from_the_seed(tmp_path: Path) -> None:
+    sources = promising(screened(tmp_path / "screen.jsonl"))
+    drawn = bands(sources, N_LAYERS, seed=0)
+    assert drawn == bands(sources, N_LAYERS, seed=0) != bands(sources, N_LAYERS, seed=1)
+    assert len({candidate.key for candidate in drawn}) == len(drawn)
+    assert {(c.layer, c.point, c.position) for c in drawn} <= set(sources)
+
+
+def test_fits_are_of_directions_that_are_layers_apart() -> None:
+    sources = [(10, "resid_post", "-1"), (11, "resid_mid", "-1"), (9, "resid_mid", "-1")]
+    assert spread(sources) == sources[:1]
+    far = (10 + FIT_DISTANCE, "resid_mid", "-1")
+    assert spread([*sources, far]) == [sources[0], far]
+
+
+def test_a_fit_is_made_once_and_resumed_from_the_journal(tmp_path: Path) -> None:
+    fits: list[float] = []
+
+    def fit(found: Direction, budget: float) -> tuple[float, ...]:
+        fits.append(budget)
+        return FITTED.strengths or ()
+
+    source, path = (5, "resid_post", "-1"), tmp_path / "a.jsonl"
     journal = Journal(path, IDENTITY)
-    with journal.open() as done:
-        return refine(bench, DIRECTIONS, frame, journal, done, max_kl=0.1, seed=seed)  # type: ignore[arg-type]
+    for _ in range(2):
+        with journal.open() as done:
+            candidates = fitted(source, DIRECTIONS, done, fit, max_kl=0.1)
+            assert [c.scale for c in candidates] == list(SCALES)
+            assert {c.strengths for c in candidates} == {FITTED.strengths}
+            run_trials(FakeBench(), DIRECTIONS, candidates[:2], journal, done)  # type: ignore[arg-type]
+    assert len(fits) == 1
 
 
-def test_a_search_follows_from_its_seed_and_resumes(tmp_path: Path) -> None:
-    frame = screened(tmp_path / "screen.jsonl")
-    path, bench = tmp_path / "a.jsonl", FakeBench()
-    trials = search(path, bench, frame)
-    assert {t.candidate.stage for t in trials} == {"refine"} and len(bench.scored) > 1
-    assert search(tmp_path / "b.jsonl", FakeBench(), frame)[-1].candidate == trials[-1].candidate
-    assert search(tmp_path / "c.jsonl", FakeBench(), frame, seed=1) != trials
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join(lines[:60]) + b'{"torn')
-    again = FakeBench()
-    resumed = search(path, again, frame)
-    assert [t.candidate for t in resumed] == [t.candidate for t in trials]
-    assert len(again.scored) == len(lines) - 60
+def test_a_fitted_plan_is_the_scaled_strengths() -> None:
+    plan = FITTED.plan(direction(5), N_LAYERS)
+    (edit,) = plan.edits
+    sites = everywhere(N_LAYERS)
+    want = {site: 1.1 * i / 10 for i, site in enumerate(sites) if i}
+    assert dict(zip(edit.sites, edit.amounts)) == pytest.approx(want)
 
 
 def test_finalists_are_the_best_within_the_limit(tmp_path: Path) -> None:
@@ -444,7 +473,7 @@ def test_finalists_are_the_best_within_the_limit(tmp_path: Path) -> None:
     assert by_key[nearest[0].key].scores["kl_high"] == least
 
 
-def test_a_search_with_nothing_to_refine_says_so(tmp_path: Path) -> None:
+def test_nothing_to_refine_says_so(tmp_path: Path) -> None:
     frame = screened(tmp_path / "screen.jsonl").assign(status="failed", reason="NaN")
-    with pytest.raises(RunError, match=rf"all {len(frame)} screened trials failed.*because: NaN\."):
-        search(tmp_path / "a.jsonl", FakeBench(), frame)
+    with pytest.raises(RunError, match=rf"none of the {len(frame)} screened .*failed with: NaN"):
+        promising(frame)

@@ -203,6 +203,7 @@ def _write_weights(state: dict[str, Tensor], folder: Path) -> None:
     )
     for file, names in split.filename_to_tensors.items():
         save_file({n: plain[n] for n in names}, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         _write_json(folder / INDEX, index)
