@@ -22,9 +22,9 @@ from interp_ablate.directions import (
     orthogonalized,
     random_direction,
 )
-from interp_ablate.edits import Add, Plan, everywhere
+from interp_ablate.edits import Ablate, Add, Plan, everywhere
 from interp_ablate.errors import DirectionError, RunError
-from interp_ablate.fit import fit_data, fit_strengths
+from interp_ablate.fit import FitData, fit_data, fit_strengths
 from interp_ablate.journal import Journal
 from interp_ablate.pipeline import EXPRESSIONS_OF, Run, identity
 from interp_ablate.scores import (
@@ -53,7 +53,7 @@ from interp_ablate.sweep import (
 
 MAIN_METHOD = "difference_in_means"
 N_RANDOM_CONTROLS = 2
-FIT_STEPS, FIT_PROMPTS = 11, 32  # gradient steps, training prompts a side
+FIT_STEPS, REFIT_STEPS, FIT_PROMPTS = 10, 7, 32  # gradient steps of two rounds, prompts a side
 # Measures that are shares of prompts; the others are means of real numbers.
 RATES = (
     "behaviour_before",
@@ -232,25 +232,42 @@ def do_sweep(run: Run) -> None:
 
 
 def _fit(run: Run, direction: Direction, budget: float) -> tuple[float, ...]:
-    """Strengths for every writer, fitted on the training prompts."""
+    """Strengths for every writer, fitted on the training prompts in two rounds.
+
+    The second round adds what the model still says under the first round's strengths: it often has
+    other words for the same behaviour.
+    """
+    model, train, scorer = run.model, run.split.train, bench_of(run).expression
+    sites, new_tokens = everywhere(model.n_layers), run.configuration.new_tokens
+    positive = train.positive[:FIT_PROMPTS]
+    name = f"layer {direction.site.layer}"
     if "fit_data" not in run.shared:
         with run.step("answers to training prompts", None):
-            train, new_tokens = run.split.train, run.configuration.new_tokens
             run.shared["fit_data"] = fit_data(
-                Evidence(run.model, train.positive[:FIT_PROMPTS], new_tokens=new_tokens),
-                Evidence(run.model, train.negative[:FIT_PROMPTS]),
-                bench_of(run).expression,
+                Evidence(model, positive, new_tokens=new_tokens),
+                Evidence(model, train.negative[:FIT_PROMPTS]),
+                scorer,
             )
-    with run.step(f"fit strengths, layer {direction.site.layer}", FIT_STEPS) as advance:
-        return fit_strengths(
-            run.model,
-            direction,
-            everywhere(run.model.n_layers),
-            run.shared["fit_data"],
-            kl_budget=budget,
-            steps=FIT_STEPS,
-            on_step=lambda: advance(1),
-        )
+
+    def fit(title: str, data: FitData, steps: int, start: Sequence[float] | None) -> Any:
+        with run.step(f"{title}, {name}", steps) as advance:
+            return fit_strengths(
+                model,
+                direction,
+                sites,
+                data,
+                kl_budget=budget,
+                steps=steps,
+                start=start,
+                on_step=lambda: advance(1),
+            )
+
+    strengths = fit("fit strengths", run.shared["fit_data"], FIT_STEPS, None)
+    with run.step(f"answers under them, {name}", None):
+        plan = Plan((Ablate(direction, sites, strength=strengths),))
+        answers = Evidence(model, positive, plan, new_tokens=new_tokens)
+        data = run.shared["fit_data"].with_answers(answers, scorer)
+    return fit("fit again", data, REFIT_STEPS, strengths)
 
 
 def do_evaluate(run: Run) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -37,6 +37,26 @@ class FitData:
     negative: list[list[int]]
     reference: Float[Tensor, "prompt d_vocab"]
 
+    def with_answers(self, evidence: Evidence, expression: ExpressionScorer) -> FitData:
+        """The same, and answers that still express the behaviour under a plan: other words for it."""
+        rows, answers = _expressing(evidence, expression)
+        return replace(
+            self,
+            positive=self.positive + [row + end for row, end in zip(rows, answers)],
+            prompt_lengths=self.prompt_lengths + [len(row) for row in rows],
+            answers=self.answers + answers,
+        )
+
+
+def _expressing(
+    evidence: Evidence, expression: ExpressionScorer
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts whose answers express the behaviour, and the first tokens of those answers."""
+    expressed = expression.score_texts(evidence.texts).bool().tolist()
+    answers = [list(g.tokens)[:N_TOKENS] for g in evidence.generations]
+    chosen = [i for i, yes in enumerate(expressed) if yes and len(answers[i]) == N_TOKENS]
+    return [evidence.rows[i] for i in chosen], [answers[i] for i in chosen]
+
 
 def fit_data(positive: Evidence, negative: Evidence, expression: ExpressionScorer) -> FitData:
     """What the fit needs, from evidence of the unedited model on training prompts.
@@ -44,19 +64,14 @@ def fit_data(positive: Evidence, negative: Evidence, expression: ExpressionScore
     Raises:
         InterpAblateError: no positive prompt's answer expresses the behaviour.
     """
-    expressed = expression.score_texts(positive.texts).bool().tolist()
-    answers = [list(g.tokens)[:N_TOKENS] for g in positive.generations]
-    chosen = [i for i, yes in enumerate(expressed) if yes and len(answers[i]) == N_TOKENS]
-    if not chosen:
+    empty = FitData([], [], [], negative.rows, negative.first_logprobs)
+    found = empty.with_answers(positive, expression)
+    if not found.positive:
         raise InterpAblateError(
             "no training prompt's answer expresses the behaviour, so strengths cannot be fitted to "
             "remove it: is this the right list of expressions?"
         )
-    rows = [positive.rows[i] for i in chosen]
-    ends = [answers[i] for i in chosen]
-    joined = [row + end for row, end in zip(rows, ends)]
-    lengths = [len(row) for row in rows]
-    return FitData(joined, lengths, ends, negative.rows, negative.first_logprobs)
+    return found
 
 
 def fit_strengths(
@@ -67,14 +82,17 @@ def fit_strengths(
     *,
     kl_budget: float,
     steps: int = 20,
+    start: Sequence[float] | None = None,
     on_step: Callable[[], None] | None = None,
 ) -> tuple[float, ...]:
     """Ablation strengths at the sites, in [0, 2], that remove the behaviour for the KL they may cost.
 
     Adam on the log-probability of the expressing answers plus a multiplier times the first-token KL;
     the multiplier rises while the KL is above its budget and falls while it is below. Deterministic.
+    `start` goes on from strengths found before.
     """
-    strengths = torch.full((len(sites),), 0.3, requires_grad=True, device=model.device)
+    first = [0.3] * len(sites) if start is None else list(start)
+    strengths = torch.tensor(first, requires_grad=True, device=model.device)
     optimizer = torch.optim.Adam([strengths], lr=LEARNING_RATE, betas=(0.8, 0.95))
     multiplier = 20.0
     with model.ablating(direction.vector, sites, strengths):
