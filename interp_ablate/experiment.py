@@ -24,11 +24,12 @@ from interp_ablate.directions import (
 )
 from interp_ablate.edits import Ablate, Add, Plan, everywhere
 from interp_ablate.errors import DirectionError, RunError
-from interp_ablate.fit import FitData, fit_data, fit_strengths
+from interp_ablate.fit import FitData, NothingToFit, fit_data, fit_strengths
 from interp_ablate.journal import Journal
-from interp_ablate.pipeline import EXPRESSIONS_OF, Run, identity
+from interp_ablate.pipeline import Run, identity
 from interp_ablate.scores import (
     EXPRESSIONS,
+    EXPRESSIONS_OF_CONTRAST,
     Evidence,
     ExpressionScorer,
     FirstTokenKL,
@@ -174,12 +175,12 @@ def expression_scorer(run: Run) -> ExpressionScorer:
     wanted = run.configuration.expressions
     if wanted is None:
         name = run.contrast_set.name if run.configuration.contrast else ""
-        if name not in ("declining", *EXPRESSIONS_OF):
+        if name not in EXPRESSIONS_OF_CONTRAST:
             run.note(
                 "no --expressions were given for these prompts: behaviour is scored by the built-in "
                 "list 'declining'"
             )
-        return ExpressionScorer(EXPRESSIONS_OF.get(name, "declining"))
+        return ExpressionScorer(EXPRESSIONS_OF_CONTRAST.get(name, "declining"))
     if wanted in EXPRESSIONS:
         return ExpressionScorer(wanted)
     try:
@@ -219,13 +220,17 @@ def do_sweep(run: Run) -> None:
         drawn = bands(sources, run.model.n_layers, seed=c.seed)
         trials += trials_of("bands of strengths", drawn)
         for source in spread(sources):
-            candidates = fitted(
-                source,
-                run.directions,
-                done,
-                lambda direction, budget: _fit(run, direction, budget),
-                max_kl=c.max_kl,
-            )
+            try:
+                candidates = fitted(
+                    source,
+                    run.directions,
+                    done,
+                    lambda direction, budget: _fit(run, direction, budget),
+                    max_kl=c.max_kl,
+                )
+            except NothingToFit as error:
+                run.note(str(error))
+                break
             trials += trials_of(f"fitted, layer {source[0]}", candidates)
         trials += trials_of("finalists", finalists(trials, max_kl=c.max_kl))
     run.write("trials.csv", to_frame(trials, bench))

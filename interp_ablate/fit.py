@@ -27,6 +27,10 @@ STRONGEST = 2.0
 LEARNING_RATE = 0.15  # at the start; it falls along a cosine
 
 
+class NothingToFit(InterpAblateError):
+    """No training prompt's answer expresses the behaviour."""
+
+
 @dataclass(frozen=True)
 class FitData:
     """Training rows: expressing answers of the unedited model, and other prompts with their logits."""
@@ -62,12 +66,12 @@ def fit_data(positive: Evidence, negative: Evidence, expression: ExpressionScore
     """What the fit needs, from evidence of the unedited model on training prompts.
 
     Raises:
-        InterpAblateError: no positive prompt's answer expresses the behaviour.
+        NothingToFit: no positive prompt's answer expresses the behaviour.
     """
     empty = FitData([], [], [], negative.rows, negative.first_logprobs)
     found = empty.with_answers(positive, expression)
     if not found.positive:
-        raise InterpAblateError(
+        raise NothingToFit(
             "no training prompt's answer expresses the behaviour, so strengths cannot be fitted to "
             "remove it: is this the right list of expressions?"
         )

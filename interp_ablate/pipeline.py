@@ -22,7 +22,6 @@ from interp_ablate.sites import POINTS, RESIDUAL_POINTS, Point, Site, sites_of
 
 STAGES = ("collect", "directions", "sweep", "evaluate", "export", "plot", "report")
 FORMAT = "interp_ablate.run/1"
-EXPRESSIONS_OF = {"sentiment": "positive_sentiment", "language": "french"}
 
 
 @dataclass(frozen=True)

@@ -481,7 +481,7 @@ def _trials(
     limit = configuration.get("max_kl")
     within = finished["kl"] <= float(limit) if _is_number(limit) else finished["kl"].notna()
     ranked = finished.assign(_outside=~within).sort_values(["_outside", "behaviour"])
-    is_chosen = ranked["trial"] == chosen
+    is_chosen = ranked["trial"].astype(str) == chosen
     top = pd.concat([ranked[is_chosen], ranked[~is_chosen]]).head(TOP_TRIALS)
     top = top.assign(
         site=[f"{row.layer}.{row.point}" + (f" [{row.position}]" if row.position else "")
@@ -493,7 +493,7 @@ def _trials(
     ]  # fmt: skip
     rows = [
         {
-            "chosen": row["trial"] == chosen,
+            "chosen": str(row["trial"]) == chosen,
             "outside": bool(row["_outside"]),
             "cells": [_cell(name, row[name]) for name in columns],
         }

@@ -141,7 +141,7 @@ _ATTENTION, _MLP = (0.6, 2.2), (0.0, 1.4)
 _CENTRE, _WIDTH = (0.45, 0.95), (0.25, 1.5)
 N_BANDS = 8
 # Fits: how many directions, how many layers apart at least, and the multiples of the strengths tried.
-N_FITS, FIT_DISTANCE = 2, 3
+N_FITS, FIT_DISTANCE = 1, 3
 SCALES = (0.8, 0.9, 1.0, 1.1, 1.15, 1.2, 1.3)
 # Share of the KL limit that a fit may spend on training prompts; validation prompts cost more.
 FIT_BUDGET = 0.45

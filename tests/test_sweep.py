@@ -428,7 +428,8 @@ def test_bands_follow_from_the_seed(tmp_path: Path) -> None:
     assert {(c.layer, c.point, c.position) for c in drawn} <= set(sources)
 
 
-def test_fits_are_of_directions_that_are_layers_apart() -> None:
+def test_fits_are_of_directions_that_are_layers_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("interp_ablate.sweep.N_FITS", 2)
     sources = [(10, "resid_post", "-1"), (11, "resid_mid", "-1"), (9, "resid_mid", "-1")]
     assert spread(sources) == sources[:1]
     far = (10 + FIT_DISTANCE, "resid_mid", "-1")
