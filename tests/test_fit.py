@@ -79,20 +79,25 @@ def test_live_strengths_are_the_plan(backend: str) -> None:
 def test_fit_lowers_own_words_and_minds_the_budget(backend: str) -> None:
     model = sure(backend)
     data = data_of(model)
+    # along what the final norm and the unembedding read for the first answer's tokens
+    state = model.hf_state_dict()
+    read = (state["lm_head.weight"][data.answers[0]] * state["model.norm.weight"]).sum(0)
+    direction = Direction(read, 1.0, Site(2, "resid_post"))
+    before = float(_own_words(model, data).mean())
     steps: list[int] = []
 
     def fit(budget: float) -> tuple[float, float]:
         found = fit_strengths(
-            model, DIRECTION, SITES, data, kl_budget=budget, on_step=lambda: steps.append(1)
+            model, direction, SITES, data, kl_budget=budget, on_step=lambda: steps.append(1)
         )
         assert all(0 <= value <= 2 for value in found)
-        with torch.no_grad(), model.ablating(DIRECTION.vector, SITES, torch.tensor(found)):
+        with torch.no_grad(), model.ablating(direction.vector, SITES, torch.tensor(found)):
             return float(_own_words(model, data).mean()), float(_first_token_kl(model, data))
 
     generous = fit(10.0)
     assert len(steps) == 20 and fit(10.0) == generous  # deterministic
     frugal = fit(0.01)
-    assert frugal[1] < generous[1] and generous[0] < frugal[0]
+    assert frugal[1] < generous[1] and generous[0] < min(frugal[0], before)
 
 
 def test_second_round_adds_answers() -> None:
