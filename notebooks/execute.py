@@ -29,6 +29,9 @@ def main(arguments: list[str]) -> int:
         except CellExecutionError as error:
             print(f"{path.name}: {error}", file=sys.stderr)
             return 1
+        for cell in notebook.cells:  # warnings of the machine that executed it are not results
+            if cell.cell_type == "code":
+                cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
         if not check:
             nbformat.write(notebook, path)
         print(f"{path.name}: executed")
