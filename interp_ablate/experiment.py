@@ -340,20 +340,10 @@ def _test(
 
     with run.step("test split", 7 + N_RANDOM_CONTROLS + 1) as advance:
         sides = {"positive": test.positive, "negative": test.negative}
-        before = {side: evidence(prompts, None) for side, prompts in sides.items()}
-        after = {side: evidence(prompts, plan) for side, prompts in sides.items()}
+        base_p, base_n = evidence(test.positive, None), evidence(test.negative, None)
+        new_p, new_n = evidence(test.positive, plan), evidence(test.negative, plan)
         added = evidence(test.negative, addition)
         values: dict[str, torch.Tensor] = {}
-
-        def measure(name: str, score: Any, here: Evidence, base: Evidence) -> None:
-            values[name] = score(here, base)
-
-        base_p, base_n, new_p, new_n = (
-            before["positive"],
-            before["negative"],
-            after["positive"],
-            after["negative"],
-        )
         for name, here, base in (
             ("behaviour_before", base_p, base_p),
             ("behaviour_after", new_p, base_p),
@@ -361,14 +351,14 @@ def _test(
             ("negative_after", new_n, base_n),
             ("addition_after", added, base_n),
         ):
-            measure(name, scorer, here, base)
+            values[name] = scorer(here, base)
             advance(1)
-        measure("kl_first_token", FirstTokenKL(), new_n, base_n)
+        values["kl_first_token"] = FirstTokenKL()(new_n, base_n)
         values |= continuation_scores(new_n, base_n)
         advance(1)
         for name, here in (("before", base_n), ("after", new_n)):
-            measure(f"repetition_{name}", Repetition(), here, base_n)
-            measure(f"length_{name}", Length(), here, base_n)
+            values[f"repetition_{name}"] = Repetition()(here, base_n)
+            values[f"length_{name}"] = Length()(here, base_n)
         advance(1)
         controls = []
         for name, direction in _controls(run, candidate):
