@@ -22,7 +22,7 @@ from interp_ablate.files import replacing
 from interp_ablate.model import Model, PromptLike
 from interp_ablate.prompts import ContrastSet
 from interp_ablate.rendering import suffix_length
-from interp_ablate.sites import RESIDUAL_POINTS, Site, sites_of
+from interp_ablate.sites import Site, sites_of
 
 RESPONSE_MEAN = "response_mean"
 Position = int | str
@@ -104,7 +104,7 @@ def collect(
     """Run the prompts once and keep activations of the sites at the positions; no logits are computed.
 
     Args:
-        sites: default: resid_pre, resid_mid and resid_post of every layer.
+        sites: default: resid_pre, resid_mid (not in parallel blocks) and resid_post of every layer.
         positions: offsets from the end of the prompt (-1 is its last token; offsets reach back over
             the tokens that follow the instruction in the chat template), and "response_mean".
         responses: one text a prompt, appended to it, for "response_mean"; without them the model's own
@@ -118,7 +118,9 @@ def collect(
         ModelError: unknown layers or sites; NaN or infinity in activations, naming where.
         InterpAblateError: positions that do not exist in the prompts; a corrupt cache file.
     """
-    sites = tuple(sites if sites is not None else sites_of(RESIDUAL_POINTS, range(model.n_layers)))
+    if sites is None:
+        sites = sites_of(model.residual_points, range(model.n_layers))
+    sites = tuple(sites)
     for site in sites:
         model.hook_point(site)
     flat, labels = _flatten(prompts)

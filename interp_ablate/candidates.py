@@ -7,12 +7,12 @@ scores, journals or searches.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from interp_ablate.directions import Direction
-from interp_ablate.edits import Ablate, Plan, band, everywhere
+from interp_ablate.edits import Ablate, Plan, band
 from interp_ablate.sites import Site
 
 Operation = Literal["ablate", "band", "fitted"]
@@ -72,28 +72,33 @@ class Candidate:
         }
         return cls(**values | {"layer": int(row["layer"]), "position": str(row["position"])})
 
-    def plan(self, direction: Direction, n_layers: int) -> Plan:
-        """The plan along a direction: the candidate's own, or a control put in its place."""
+    def plan(self, direction: Direction, writers: Sequence[Site]) -> Plan:
+        """The plan along a direction: the candidate's own, or a control put in its place.
+
+        `writers`: the model's (`model.writers`).
+        """
         if self.operation == "ablate":
-            return Plan((Ablate(direction, everywhere(n_layers)),))
+            return Plan((Ablate(direction, writers),))
         if self.operation == "fitted":
-            return self._fitted(direction, n_layers)
+            return self._fitted(direction, writers)
         assert self.attention_strength is not None and self.attention_layer is not None
         assert self.mlp_strength is not None and self.mlp_layer is not None
         assert self.width is not None
+        attention, mlp = (site.point for site in writers[-2:])
         return band(
             direction,
-            n_layers,
+            writers[-1].layer + 1,
             attention=(self.attention_strength, self.attention_layer),
             mlp=(self.mlp_strength, self.mlp_layer),
             width=self.width,
+            points=(attention, mlp),
         )
 
-    def _fitted(self, direction: Direction, n_layers: int) -> Plan:
+    def _fitted(self, direction: Direction, writers: Sequence[Site]) -> Plan:
         assert self.strengths is not None and self.scale is not None
         scaled = {
             site: round(self.scale * strength, 6)
-            for site, strength in zip(everywhere(n_layers), self.strengths, strict=True)
+            for site, strength in zip(writers, self.strengths, strict=True)
         }
         kept = {site: strength for site, strength in scaled.items() if strength}
         return Plan((Ablate(direction, kept, strength=tuple(kept.values())),))

@@ -22,7 +22,7 @@ from torch import Tensor
 from interp_ablate.directions import Direction
 from interp_ablate.errors import PlanError
 from interp_ablate.files import write_whole
-from interp_ablate.sites import Point, Site, sites_of
+from interp_ablate.sites import WRITER_POINTS, Point, Site, sites_of
 
 Positions = Literal["all", "prompt", "generated"]
 FORMAT = "interp_ablate.plan/1"
@@ -178,21 +178,35 @@ class _Edit:
     def d_model(self) -> int:
         return self.vectors.shape[1]
 
-    def map_at(self, site: Site) -> Affine:
+    norm_preserving: ClassVar[bool] = False
+
+    def map_at(self, site: Site, gain: Float[Tensor, " d_model"] | None = None) -> Affine:
         """The affine map of this edit at one of its sites.
 
+        Args:
+            gain: of the norm between this site and the residual stream, in post-norm blocks. The edit's
+                direction r is one of the stream; what the map projects against is normalize(gain * r),
+                after which the normed output has nothing along r.
+
         Raises:
-            PlanError: a site that this edit does not write.
+            PlanError: a site that this edit does not write; an addition or a clamp before a norm.
         """
         if site not in self.sites:
             raise PlanError(
                 f"{self!r} has no map at {site}: it writes {', '.join(map(str, self.sites[:4]))}"
                 + (" and more" if len(self.sites) > 4 else "")
             )
-        return self._map(self.amounts[self.sites.index(site)])
+        amount = self.amounts[self.sites.index(site)]
+        return self._map(amount) if gain is None else self._map_before_norm(amount, gain, site)
 
     def _map(self, amount: float) -> Affine:
         raise NotImplementedError
+
+    def _map_before_norm(self, amount: float, gain: Tensor, site: Site) -> Affine:
+        raise PlanError(
+            f"{self!r} at {site}, before a norm: what is added there is rescaled with the rest, so it "
+            "has no fixed effect on the stream. Write it after the norm, at attn_out or mlp_out"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         same = len(set(self.amounts)) == 1
@@ -213,10 +227,19 @@ class Ablate(_Edit):
     Strength 1 removes everything along the direction, 0.5 half of it, 2 reflects. One number, or one
     a site. A tensor [k, d_model] is a rank-k subspace; it is made orthonormal.
     Source: Arditi et al. 2024, https://arxiv.org/abs/2406.11717.
+
+    At `attn_proj` and `mlp_proj` of post-norm blocks the direction is pulled back through the norm's
+    gain: nothing is left along it in the stream, and the edit is exact in weights. At `attn_out` and
+    `mlp_out` of such blocks it is another function, which has no weight form.
+
+    `norm_preserving`: the norm of every input column of the writer's weight (every row of an embedding)
+    is restored after the projection, so that the output keeps its size and has still nothing along the
+    direction (rows renormalized the other way put 15 to 23% of it back). At writer sites only.
     """
 
     op: ClassVar[str] = "ablate"
     amount: ClassVar[str] = "strength"
+    norm_preserving: bool  # type: ignore[misc]
 
     def __init__(
         self,
@@ -226,9 +249,13 @@ class Ablate(_Edit):
         strength: float | Sequence[float] = 1.0,
         positions: Positions = "all",
         label: str | None = None,
+        norm_preserving: bool = False,
     ) -> None:
         places = _as_sites(sites)
+        if norm_preserving:
+            _check_norm_preserving(places, positions)
         self._set(
+            norm_preserving=bool(norm_preserving),
             sites=places,
             vectors=_orthonormal(_as_vectors(direction)),
             amounts=_numbers(strength, places, self.amount),
@@ -237,8 +264,54 @@ class Ablate(_Edit):
         )
 
     def _map(self, amount: float) -> Affine:
-        basis = self.vectors.T
-        return Affine(-amount * basis, basis, torch.zeros(self.d_model, dtype=torch.float64))
+        return _projection(self.vectors, amount)
+
+    def _map_before_norm(self, amount: float, gain: Tensor, site: Site) -> Affine:
+        return _projection(pulled_back(self.vectors, gain), amount)
+
+    def to_dict(self) -> dict[str, Any]:
+        more = {"norm_preserving": True} if self.norm_preserving else {}
+        return {**super().to_dict(), **more}
+
+
+def _projection(vectors: Float[Tensor, "k d_model"], amount: float) -> Affine:
+    """x -> x - amount * (projection on the orthonormal rows)."""
+    basis = vectors.T
+    return Affine(-amount * basis, basis, torch.zeros(len(basis), dtype=torch.float64))
+
+
+def pulled_back(
+    vectors: Float[Tensor, "k d_model"], gain: Float[Tensor, " d_model"]
+) -> Float[Tensor, "k d_model"]:
+    """Orthonormal directions before an RMS norm whose removal leaves nothing along `vectors` after it.
+
+    The normed output is gain * x / rms(x): along r it is x . (gain * r) / rms(x).
+    """
+    return _orthonormal(vectors * gain.detach().to("cpu", torch.float64))
+
+
+def kept_norm(
+    rows: Float[Tensor, "*row d_model"], affine: Affine, *, eps: float
+) -> tuple[Float[Tensor, "*row d_model"], Float[Tensor, " *row"]]:
+    """Rows through the map (without its shift), each given its norm back, and the factor that did it.
+
+    A row of which nothing but rounding is left (`eps`: of the dtype it is stored in) is not scaled up.
+    """
+    mapped = affine.to(rows).linear(rows)
+    before, after = rows.norm(dim=-1), mapped.norm(dim=-1)
+    factor = before / after.clamp(min=torch.finfo(rows.dtype).tiny)
+    factor = torch.where(after <= eps * before, torch.ones_like(before), factor)
+    return mapped * factor[..., None], factor
+
+
+def _check_norm_preserving(sites: tuple[Site, ...], positions: Positions) -> None:
+    wrong = [str(site) for site in sites if site.point not in WRITER_POINTS]
+    if wrong or positions != "all":
+        raise PlanError(
+            "a norm-preserving ablation changes the weights of writers, at every position: sites are "
+            f"{', '.join(WRITER_POINTS)} with positions='all'; got "
+            + (f"{wrong[0]}" if wrong else f"positions={positions!r}")
+        )
 
 
 @dataclass(frozen=True, eq=False, init=False, repr=False)
@@ -368,16 +441,44 @@ class Plan:
         """Every site that is written, in forward order, once."""
         return tuple(sorted({site for edit in self.edits for site in edit.sites}))
 
-    def maps_at(self, site: Site) -> list[tuple[Positions, Affine]]:
-        """The maps at one site in order, neighbours of equal positions composed into one."""
+    def keeps_norm_at(self, site: Site) -> bool:
+        """Whether the edit of a site is norm-preserving.
+
+        Raises:
+            PlanError: it is, and shares the site with another edit.
+        """
+        return self.norm_preserving_at(site) is not None
+
+    def norm_preserving_at(self, site: Site) -> Ablate | None:
+        """The norm-preserving edit of a site, if there is one; additions may stand beside it.
+
+        Raises:
+            PlanError: another edit than an addition shares its site.
+        """
+        edits = [e for e in self.edits if site in e.sites and not isinstance(e, Add)]
+        kept = [e for e in edits if isinstance(e, Ablate) and e.norm_preserving]
+        if kept and len(edits) > 1:
+            raise PlanError(
+                f"{len(edits)} edits at {site}, one of them norm-preserving: norms are restored after "
+                "one edit only. Ablate both directions as one subspace [k, d_model]"
+            )
+        return kept[0] if kept else None
+
+    def maps_at(
+        self, site: Site, gain: Float[Tensor, " d_model"] | None = None
+    ) -> list[tuple[Positions, Affine]]:
+        """The maps at one site in order, neighbours of equal positions composed into one.
+
+        `gain`: of the norm that follows the site, as for `map_at`.
+        """
         found: list[tuple[Positions, Affine]] = []
         for edit in self.edits:
             if site not in edit.sites:
                 continue
             if found and found[-1][0] == edit.positions:
-                found[-1] = (edit.positions, found[-1][1].then(edit.map_at(site)))
+                found[-1] = (edit.positions, found[-1][1].then(edit.map_at(site, gain)))
             else:
-                found.append((edit.positions, edit.map_at(site)))
+                found.append((edit.positions, edit.map_at(site, gain)))
         return found
 
     @property
@@ -438,6 +539,7 @@ def _edit_from_dict(entry: dict[str, Any]) -> Edit:
             positions=entry["positions"],
             label=entry["label"],
             **{kind.amount: entry[kind.amount]},
+            **({"norm_preserving": _flag(entry)} if "norm_preserving" in entry else {}),
         )
     except KeyError as error:
         raise PlanError(
@@ -457,11 +559,19 @@ def _edit_from_dict(entry: dict[str, Any]) -> Edit:
     return edit
 
 
+def _flag(entry: dict[str, Any]) -> bool:
+    value = entry["norm_preserving"]
+    if not isinstance(value, bool):
+        raise PlanError(f'"norm_preserving" of an edit is true or false; got {value!r}')
+    return value
+
+
 def everywhere(n_layers: int) -> tuple[Site, ...]:
-    """The writers of the whole residual stream: embed, and attn_out and mlp_out of every layer.
+    """The writers of a Llama-style stream: embed, and attn_out and mlp_out of every layer.
 
     Ablating a direction at all of them with strength 1 leaves nothing along it anywhere, and is what
     ablation at resid_pre, resid_mid and resid_post of every layer computes; it is exact in weights.
+    `model.writers` says it for any architecture (learned positions, norms after the projections).
     """
     points: tuple[Point, ...] = ("embed", "attn_out", "mlp_out")
     return sites_of(points, range(n_layers))
@@ -474,6 +584,7 @@ def band(
     attention: tuple[float, float],
     mlp: tuple[float, float],
     width: float,
+    points: tuple[Point, Point] = ("attn_out", "mlp_out"),
 ) -> Plan:
     """Ablation of attention and MLP outputs with strengths that fall off linearly over the layers.
 
@@ -481,6 +592,7 @@ def band(
         attention: (strength, centre layer) of the attention outputs.
         mlp: (strength, centre layer) of the MLP outputs.
         width: layers from a centre at which the strength reaches zero.
+        points: attention's and MLP's; attn_proj and mlp_proj in post-norm blocks.
 
     The idea of one kernel of strengths a component is that of published abliteration searches; sites
     with strength 0 are left out.
@@ -496,11 +608,7 @@ def band(
             f"attention {attention}, mlp {mlp}, width {width}"
         )
     plan = Plan()
-    bands: tuple[tuple[Point, tuple[float, float]], ...] = (
-        ("attn_out", attention),
-        ("mlp_out", mlp),
-    )
-    for point, (peak, centre) in bands:
+    for point, (peak, centre) in zip(points, (attention, mlp)):
         strengths = {
             layer: peak * max(0.0, 1 - abs(layer - centre) / width) for layer in range(n_layers)
         }

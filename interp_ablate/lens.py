@@ -14,15 +14,18 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from interp_ablate.architectures import ARCHITECTURES, Architecture, Layout, Writer
 from interp_ablate.edits import Positions
 from interp_ablate.errors import ModelError
-from interp_ablate.sites import Site
+from interp_ablate.sites import PROJECTION_POINTS, Site
 
 # A HookedTransformer built from a checkpoint must reproduce its logits to this, in fp32; else it is refused.
 HOOKED_TOLERANCE = 5e-3
+# A Bridge runs the checkpoint's own modules: only the attention kernel may differ.
+BRIDGE_TOLERANCE = 1e-3
 # HookedTransformer allocates [n_ctx, n_ctx] masks in every block; longer contexts only cost memory.
 MAX_HOOKED_CONTEXT = 2048
 
@@ -33,6 +36,13 @@ class Lens(Protocol):
     tl: Any
 
     def hook_point(self, site: Site) -> nn.Module | None: ...
+
+    @property
+    def unembed_input(self) -> nn.Module: ...
+
+    def gain(self, site: Site) -> Float[Tensor, " d_model"] | None: ...
+
+    def projection(self, site: Site) -> tuple[nn.Module, Float[Tensor, "d_model in"]] | None: ...
 
     def new_cache(self, batch: int) -> Any: ...
 
@@ -82,7 +92,54 @@ class BridgeLens:
         self.hf = tl.original_model
 
     def hook_point(self, site: Site) -> nn.Module | None:
+        # on models with rotary positions hook_pos_embed is an alias of the rotary tables
+        if site.point == "pos_embed" and "pos_embed" not in self.tl.adapter.component_mapping:
+            return None
         return self.tl.get_hook_point(str(site))
+
+    @property
+    def unembed_input(self) -> nn.Module:
+        return self.tl.get_hook_point("unembed.hook_in")
+
+    @cached_property
+    def architecture(self) -> Architecture | None:
+        """The declared entry, or what the Bridge's own component map says; None if that is not enough."""
+        return ARCHITECTURES.get(self.hf.config.model_type) or _discovered(self)
+
+    def component_map(self) -> str:
+        """The Bridge's own map in words, for messages."""
+        parts = self.tl.adapter.component_mapping
+        inner = parts["blocks"].submodules if "blocks" in parts else {}
+        blocks = {
+            name: f"{part.name} ({', '.join(f'{k}={v.name}' for k, v in part.submodules.items())})"
+            for name, part in inner.items()
+            if name in ("attn", "mlp")
+        }
+        names = {name: part.name for name, part in parts.items()} | blocks
+        text = ", ".join(f"{name}={value}" for name, value in names.items())
+        return f"the Bridge's component map of {type(self.hf).__name__} has {text}"
+
+    @cached_property
+    def _tensors(self) -> dict[str, Tensor]:
+        """Live parameters under their Hugging Face names."""
+        named = self.hf.named_parameters(remove_duplicate=False)  # joint projections have two names
+        return {name.replace("._original_component", ""): p for name, p in named}
+
+    def gain(self, site: Site) -> Float[Tensor, " d_model"] | None:
+        name = self.architecture and self.architecture.norm_after(site)
+        if not name or self.architecture is None:
+            return None
+        return self._tensors[name].detach().double() + self.architecture.gain_offset
+
+    def projection(self, site: Site) -> tuple[nn.Module, Float[Tensor, "d_model in"]] | None:
+        branch, part = ("attn", "o") if site.point.startswith("attn") else ("mlp", "out")
+        inner = self.tl.get_hook_point(f"blocks.{site.layer}.{branch}.{part}.hook_in")
+        if inner is None or self.architecture is None:
+            return None
+        found = self.architecture.writers(site, self._tensors, self.hf.config)
+        name, layout = next(iter(found.items()))
+        weight = self._tensors[name].detach()
+        return inner, weight.T if layout == "conv1d" else weight
 
     def new_cache(self, batch: int) -> Any:
         from transformers import DynamicCache
@@ -134,7 +191,30 @@ class HookedLens:
         self.hf_config = hf_config
 
     def hook_point(self, site: Site) -> nn.Module | None:
+        if site.point in PROJECTION_POINTS and site.layer < self.tl.cfg.n_layers:
+            return getattr(self.tl.blocks[site.layer], site.point.removesuffix("_proj"))
+        if site.point == "pos_embed" and self.tl.cfg.positional_embedding_type != "standard":
+            return None
         return self.tl.hook_dict.get(str(site))
+
+    @property
+    def unembed_input(self) -> nn.Module:
+        return self.tl.ln_final  # `forward` unembeds what it returns
+
+    def gain(self, site: Site) -> Float[Tensor, " d_model"] | None:
+        names: dict[str, str] = {"attn_proj": "ln1_post", "mlp_proj": "ln2_post"}
+        if site.point not in names or not self.tl.cfg.use_normalization_before_and_after:
+            return None
+        return getattr(self.tl.blocks[site.layer], names[site.point]).w.detach().double()
+
+    def projection(self, site: Site) -> tuple[nn.Module, Float[Tensor, "d_model in"]] | None:
+        block = self.tl.blocks[site.layer]
+        if site.point.startswith("attn"):
+            weight = block.attn.W_O.detach()
+            return block.attn.hook_z, weight.reshape(-1, weight.shape[-1]).T
+        if self.tl.cfg.num_experts:
+            return None
+        return block.mlp.hook_post, block.mlp.W_out.detach().T
 
     def new_cache(self, batch: int) -> Any:
         from transformer_lens import TransformerLensKeyValueCache
@@ -197,6 +277,58 @@ def refuse_processed(obj: Any) -> None:
         )
 
 
+def _discovered(lens: BridgeLens) -> Architecture | None:
+    """An entry read from the Bridge's component map; None where it does not name every writer.
+
+    What is found is only believed through the export's certificate.
+    """
+    parts = lens.tl.adapter.component_mapping
+    if not {"embed", "blocks", "unembed"} <= set(parts):
+        return None
+    blocks, inner = parts["blocks"].name, parts["blocks"].submodules
+    attn, mlp = inner.get("attn"), inner.get("mlp")
+    if attn is None or mlp is None or "o" not in attn.submodules or "out" not in mlp.submodules:
+        return None
+    block = f"{blocks}.{{layer}}."
+    paths = [
+        ".".join(name for name in (branch.name, branch.submodules[end].name) if name)
+        for branch, end in ((attn, "o"), (mlp, "out"))
+    ]
+    modules = {n.replace("._original_component", ""): m for n, m in lens.hf.named_modules()}
+    aliases = lens.tl.blocks[0].hook_aliases
+    norms: list[str | None] = []
+    for point in ("hook_attn_out", "hook_mlp_out"):
+        holder = str(aliases.get(point, "")).split(".")[0]
+        component = inner.get(holder)
+        if component is None or not (
+            holder in ("attn", "mlp") or "RMS" in type(component).__name__
+        ):
+            return None
+        norms.append(None if holder in ("attn", "mlp") else block + component.name)
+    layouts: list[Layout] = []
+    for path in paths:
+        module = modules.get(f"{blocks}.0.{path}")
+        kind = type(getattr(module, "original_component", module)).__name__
+        if kind not in ("Linear", "Conv1D"):
+            return None
+        layouts.append("conv1d" if kind == "Conv1D" else "linear")
+    position = parts.get("pos_embed")
+    return Architecture(
+        embed=f"{parts['embed'].name}.weight",
+        unembed=f"{parts['unembed'].name}.weight",
+        attn=((Writer(f"{block}{paths[0]}.weight", layouts[0]),),),
+        mlp=((Writer(f"{block}{paths[1]}.weight", layouts[1]),),),
+        pos_embed=f"{position.name}.weight" if position is not None else None,
+        attn_norm=norms[0],
+        mlp_norm=norms[1],
+        gain_offset=1.0 if getattr(lens.tl.cfg, "rmsnorm_uses_offset", False) else 0.0,
+        parallel="hook_resid_mid" not in aliases,
+        scaled_embed=True,
+        prefix=f"{lens.hf.base_model_prefix}.",
+        found=True,
+    )
+
+
 def _lens_tokenizer(tokenizer: Any) -> Any:
     """A copy for TransformerLens, marked so that it is not reloaded from a hub to add a BOS token."""
     own = copy.deepcopy(tokenizer)
@@ -210,6 +342,11 @@ def bridge_from_hf(hf: Any, tokenizer: Any) -> Lens:
 
     parameter = next(hf.parameters())
     name = getattr(hf.config, "_name_or_path", "") or type(hf).__name__
+    hf.config.architectures = hf.config.architectures or [type(hf).__name__]  # the Bridge asks
+    width = min(24, getattr(hf.config, "max_position_embeddings", None) or 24)
+    tokens = _fixed_tokens(hf.config.vocab_size, width).to(parameter.device)
+    with torch.no_grad():
+        want = hf(tokens).logits.float()
     bridge = TransformerBridge.boot_transformers(
         name,
         hf_model=hf,
@@ -217,7 +354,34 @@ def bridge_from_hf(hf: Any, tokenizer: Any) -> Lens:
         dtype=parameter.dtype,
         device=parameter.device,
     )
+    with torch.no_grad():
+        got = hf(tokens).logits.float()
+    _check_logits(got, want, hf, "TransformerBridge built on", BRIDGE_TOLERANCE)
     return BridgeLens(bridge)
+
+
+def _fixed_tokens(d_vocab: int, width: int) -> Int[Tensor, "1 width"]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, d_vocab, (1, width), generator=generator)
+
+
+def _check_logits(got: Tensor, want: Tensor, hf: Any, what: str, tolerance: float) -> None:
+    """Raise where a TransformerLens object does not compute what the checkpoint does.
+
+    A checkpoint that itself gives NaN or infinity is not held against TransformerLens.
+    """
+    if not bool(torch.isfinite(want).all()):
+        return
+    scale = max(float(want.abs().max()), 1.0)
+    error = float((got.float() - want).abs().max())
+    limit = max(tolerance, 64 * torch.finfo(next(hf.parameters()).dtype).eps * scale)
+    if not error <= limit:
+        other = "bridge" if "Hooked" in what else "hooked"
+        raise ModelError(
+            f"the {what} {type(hf).__name__} differs from the checkpoint by {error:.3g} in its logits "
+            f"(limit {limit:.3g}): TransformerLens does not reproduce this architecture; another "
+            f"version of it may, or backend={other!r}"
+        )
 
 
 def hooked_from_hf(hf: Any, tokenizer: Any) -> Lens:
@@ -233,6 +397,8 @@ def hooked_from_hf(hf: Any, tokenizer: Any) -> Lens:
     with tempfile.TemporaryDirectory() as folder:
         config = copy.deepcopy(hf.config)
         config.architectures = [type(hf).__name__]
+        if config.model_type == "gpt2":
+            config.n_ctx = config.n_positions  # transformers 5 dropped a name TransformerLens reads
         config.save_pretrained(folder)
         try:
             cfg = HookedTransformerConfig(**_hooked_values(loading, folder, hf))
@@ -276,23 +442,12 @@ def _hooked_values(loading: Any, folder: str, hf: Any) -> dict[str, Any]:
 
 def _check_hooked(lens: HookedLens, hf: Any) -> None:
     """Compare logits with the checkpoint's own on fixed tokens; raise where they differ."""
-    device = next(hf.parameters()).device
     width = min(24, lens.tl.cfg.n_ctx)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, hf.config.vocab_size, (1, width), generator=generator).to(device)
+    tokens = _fixed_tokens(hf.config.vocab_size, width).to(next(hf.parameters()).device)
     ones = torch.ones_like(tokens)
-    positions = torch.arange(width, device=device)[None]
+    positions = torch.arange(width, device=tokens.device)[None]
     with torch.no_grad():
         want = hf(tokens).logits.float()
         got = lens.forward(Step(tokens, ones, positions, ones.sum(1)), width)
     assert got is not None
-    scale = max(float(want.abs().max()), 1.0)
-    error = float((got.float() - want).abs().max())
-    eps = torch.finfo(next(hf.parameters()).dtype).eps
-    limit = max(HOOKED_TOLERANCE, 64 * eps * scale)
-    if not error <= limit:
-        raise ModelError(
-            f"the HookedTransformer built from {type(hf).__name__} differs from the checkpoint by "
-            f"{error:.3g} in its logits (limit {limit:.3g}): TransformerLens does not reproduce this "
-            "architecture; use backend='bridge'"
-        )
+    _check_logits(got, want, hf, "HookedTransformer built from", HOOKED_TOLERANCE)

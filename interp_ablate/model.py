@@ -19,9 +19,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from interp_ablate.architectures import ARCHITECTURES, Architecture, architecture_of
 from interp_ablate.batches import Batch, batches, common_prefix
-from interp_ablate.edits import Affine, Edit, Plan, Positions
-from interp_ablate.errors import ModelError, PlanError
+from interp_ablate.edits import Affine, Edit, Plan, Positions, kept_norm, pulled_back
+from interp_ablate.errors import ExportError, ModelError, PlanError
 from interp_ablate.lens import (
     BridgeLens,
     HookedLens,
@@ -33,7 +34,15 @@ from interp_ablate.lens import (
 )
 from interp_ablate.prompts import Prompt
 from interp_ablate.rendering import encode
-from interp_ablate.sites import POINTS, Site
+from interp_ablate.sites import (
+    EMBEDDING_POINTS,
+    POINTS,
+    PROJECTION_POINTS,
+    RESIDUAL_POINTS,
+    Point,
+    Site,
+    sites_of,
+)
 from interp_ablate.sources import ModelSource, check_device, load_hf, resolve, torch_dtype
 
 log = logging.getLogger(__name__)
@@ -118,6 +127,48 @@ class Model:
     @property
     def d_model(self) -> int:
         return self.tl.cfg.d_model
+
+    @cached_property
+    def writers(self) -> tuple[Site, ...]:
+        """Every site that writes to the residual stream and has an exact weight form, in forward order.
+
+        embed (and pos_embed), and a layer's attn_out and mlp_out; in post-norm blocks attn_proj and
+        mlp_proj, the projections before their norm. Ablating a direction at all of them with strength 1
+        leaves nothing along it anywhere.
+        """
+        embeddings: tuple[Point, ...] = ("embed",)
+        if self._lens.hook_point(Site(0, "pos_embed")) is not None:
+            embeddings = ("embed", "pos_embed")
+        points: tuple[Point, ...] = ("attn_out", "mlp_out")
+        if self._lens.gain(Site(0, "attn_proj")) is not None:
+            points = ("attn_proj", "mlp_proj")
+        return sites_of(embeddings + points, range(self.n_layers))
+
+    @property
+    def residual_points(self) -> tuple[Point, ...]:
+        """The points of the residual stream that its blocks have: parallel ones have no resid_mid."""
+        return tuple(p for p in RESIDUAL_POINTS if self._lens.hook_point(Site(0, p)) is not None)
+
+    @property
+    def architecture(self) -> Architecture:
+        """Which tensors write where: the declared entry, or what the Bridge's component map says.
+
+        Raises:
+            ExportError: neither says it; the message names what was found.
+        """
+        if isinstance(self._lens, BridgeLens):
+            if self._lens.architecture is None:
+                raise ExportError(
+                    f"{self._lens.component_map()}: not every tensor that writes to the residual stream "
+                    f"is named there, and there is no entry for {self.hf_config.model_type!r} among "
+                    f"{', '.join(ARCHITECTURES)}. Plans run as hooks; they cannot be written into weights"
+                )
+            return self._lens.architecture
+        if self.hf_config is None:
+            raise ModelError(
+                "the model was wrapped without its Hugging Face config: Model.wrap(..., hf_config=...)"
+            )
+        return architecture_of(self.hf_config)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -287,6 +338,26 @@ class Model:
             )
 
     @contextmanager
+    def unembedding_through(self, affine: Affine | None) -> Iterator[Model]:
+        """The unembedding reads the final normed stream through a map; nothing changes for None.
+
+        What a tied embedding edited in place does to the logits.
+        """
+        if affine is None:
+            yield self
+            return
+        inside = affine.to(next(self.tl.parameters()))
+
+        def read(module: nn.Module, args: Any, x: Tensor) -> Tensor:
+            return inside(x)
+
+        handle = self._lens.unembed_input.register_forward_hook(read)
+        try:
+            yield self
+        finally:
+            handle.remove()
+
+    @contextmanager
     def ablating(
         self,
         direction: Float[Tensor, " d_model"],
@@ -302,9 +373,13 @@ class Model:
         """
         if any(site.point == "resid_mid" for site in sites):
             raise PlanError("strengths are fitted at writer sites, resid_pre or resid_post")
-        unit = direction.to(next(self.tl.parameters()))
+        wide = direction.detach().to("cpu", torch.float64)[None]
 
         def writer(i: int) -> Callable[..., Tensor]:
+            gain = self._lens.gain(sites[i])
+            along = wide[0] if gain is None else pulled_back(wide, gain)[0]
+            unit = along.to(next(self.tl.parameters()))
+
             def write(module: nn.Module, args: Any, x: Tensor) -> Tensor:
                 return x - strengths[i] * (x @ unit)[..., None] * unit
 
@@ -333,7 +408,13 @@ class Model:
         like = next(self.tl.parameters())
         for site in plan.sites:
             self.hook_point(site)  # every name is checked before any hook is placed
-            state.parts[site] = [(kind, affine.to(like)) for kind, affine in plan.maps_at(site)]
+            gain = self._lens.gain(site)
+            maps = plan.maps_at(site, gain)
+            self._check_nested(site, plan)
+            keeping = plan.norm_preserving_at(site)
+            if keeping is not None and site.point not in EMBEDDING_POINTS:
+                self._install_norm_preserving(site, keeping.map_at(site, gain), state)
+            state.parts[site] = [(kind, affine.to(like)) for kind, affine in maps]
         state.fired.update(dict.fromkeys(plan.sites, 0))
         for site in plan.sites:
             if site.point == "resid_mid":
@@ -349,6 +430,41 @@ class Model:
             for site in applied.plan.sites:
                 if site.point == "resid_mid":
                     self._install_resid_mid(site, applied)
+
+    def _check_nested(self, site: Site, plan: Plan) -> None:
+        """Refuse what one plan would refuse, and two names of one hook in the wrong order."""
+        (self.active_plan + plan).keeps_norm_at(site)
+        if site.point not in PROJECTION_POINTS or self._lens.gain(site) is not None:
+            return
+        out = Site(site.layer, "attn_out" if site.point == "attn_proj" else "mlp_out")
+        if out in self.active_plan.sites and self.hook_point(out) is self.hook_point(site):
+            raise PlanError(
+                f"{site} and {out} are one place here, and an outer plan writes the second: use one "
+                "name for both"
+            )
+
+    def _install_norm_preserving(self, site: Site, affine: Affine, state: _Applied) -> None:
+        """Scale the projection's input: the same as giving its weight's projected columns their norms back."""
+        found = self._lens.projection(site)
+        if site.point.endswith("_out") and self._lens.gain(_before_norm(site)) is not None:
+            raise PlanError(
+                f"a norm-preserving ablation at {site}, after a norm: it is an edit of weights, which are "
+                f"before the norm: use {_before_norm(site).point}"
+            )
+        if found is None:
+            raise PlanError(
+                f"{self.source.name} ({self.backend}) has no single projection at {site} (fused experts): "
+                "a norm-preserving ablation runs there in an exported checkpoint only"
+            )
+        inner, weight = found
+        eps = torch.finfo(weight.dtype).eps
+        _, scale = kept_norm(weight.double().T, affine, eps=eps)
+        scale = scale.to(weight)
+
+        def rescale(module: nn.Module, args: Any, x: Tensor) -> Tensor:
+            return x * scale.view(x.shape[-2:] if x.ndim == 4 else x.shape[-1:])
+
+        state.handles.append(inner.register_forward_hook(rescale))
 
     def _install_resid_mid(self, site: Site, state: _Applied) -> None:
         """Write resid_mid through attn_out, which reaches the MLP and the skip path on both backends.
@@ -372,7 +488,11 @@ class Model:
     def _edited(self, x: Tensor, site: Site, state: _Applied) -> Tensor:
         for kind, affine in state.parts[site]:
             if kind == "all":
-                x = affine(x)
+                keeps = site.point in EMBEDDING_POINTS and state.plan.keeps_norm_at(site)
+                if keeps:
+                    x = kept_norm(x, affine, eps=torch.finfo(x.dtype).eps)[0] + affine.shift
+                else:
+                    x = affine(x)
                 state.fired[site] += 1
                 continue
             if self._step is None:
@@ -591,6 +711,11 @@ class Model:
         return written
 
 
+def _before_norm(site: Site) -> Site:
+    """attn_out's attn_proj, mlp_out's mlp_proj."""
+    return Site(site.layer, "attn_proj" if site.point == "attn_out" else "mlp_proj")
+
+
 def load_model(
     name_or_path: str | Path,
     *,
@@ -598,6 +723,7 @@ def load_model(
     dtype: str | torch.dtype = "float32",
     device: str = "cpu",
     template: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Model:
     """Load a decoder by hub name, local Hugging Face folder, GGUF file, or bundled alias (`smollm2`).
 
@@ -607,6 +733,7 @@ def load_model(
         backend: "bridge" (TransformerBridge, the default: HF's own forward pass) or "hooked" (a
             HookedTransformer built from the checkpoint and checked against its logits).
         template: a Jinja chat template to use instead of the tokenizer's; "none" for raw text.
+        trust_remote_code: run Python code that the model's folder or repository brings; off unless asked.
 
     Raises:
         ModelError: what cannot be found, loaded or reproduced, with what to do.
@@ -615,7 +742,7 @@ def load_model(
         raise ModelError(f"unknown backend {backend!r}: accepted are {', '.join(BACKENDS)}")
     source = resolve(name_or_path)
     place, kind = check_device(device), torch_dtype(dtype)
-    hf, tokenizer = load_hf(source, dtype=kind, device=place)
+    hf, tokenizer = load_hf(source, dtype=kind, device=place, trust_remote_code=trust_remote_code)
     return from_hf(hf, tokenizer, source=source, backend=backend, template=template)
 
 

@@ -301,6 +301,8 @@ class Run:
     def sites(self) -> tuple[Site, ...]:
         c = self.configuration
         points: tuple[Point, ...] = c.sites  # type: ignore[assignment]
+        if points == RESIDUAL_POINTS:
+            points = self.model.residual_points
         return sites_of(points, c.layer_range(self.model.n_layers))
 
     @cached_property

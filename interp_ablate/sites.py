@@ -1,6 +1,6 @@
 """Sites: the places of the residual stream that can be read or written.
 
-Knows: the six points of a decoder block that this package names, and what TransformerLens calls them.
+Knows: the points of a decoder that this package names, and what TransformerLens calls them.
 Does not know: any model, tensor or hook; those are found by name in `model`.
 """
 
@@ -13,33 +13,52 @@ from typing import Literal, get_args
 
 from interp_ablate.errors import InterpAblateError
 
-Point = Literal["embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"]
+Point = Literal[
+    "embed",
+    "pos_embed",
+    "resid_pre",
+    "resid_mid",
+    "resid_post",
+    "attn_out",
+    "mlp_out",
+    "attn_proj",
+    "mlp_proj",
+]
 POINTS: tuple[Point, ...] = get_args(Point)
 RESIDUAL_POINTS: tuple[Point, ...] = ("resid_pre", "resid_mid", "resid_post")
-WRITER_POINTS: tuple[Point, ...] = ("embed", "attn_out", "mlp_out")
+EMBEDDING_POINTS: tuple[Point, ...] = ("embed", "pos_embed")
+# attn_out and mlp_out are what is added to the stream, after the norm that follows it in post-norm
+# blocks (Gemma 2 and 3, OLMo 2); attn_proj and mlp_proj are the outputs of W_O and W_out themselves.
+PROJECTION_POINTS: tuple[Point, ...] = ("attn_proj", "mlp_proj")
+WRITER_POINTS: tuple[Point, ...] = (*EMBEDDING_POINTS, "attn_out", "mlp_out", *PROJECTION_POINTS)
 
 # The order in which the sites of one layer are reached in a forward pass.
 _ORDER: dict[str, int] = {
     "embed": 0,
-    "resid_pre": 1,
-    "attn_out": 2,
-    "resid_mid": 3,
-    "mlp_out": 4,
-    "resid_post": 5,
+    "pos_embed": 1,
+    "resid_pre": 2,
+    "attn_proj": 3,
+    "attn_out": 4,
+    "resid_mid": 5,
+    "mlp_proj": 6,
+    "mlp_out": 7,
+    "resid_post": 8,
 }
 _BLOCK_NAME = re.compile(r"blocks\.(\d+)\.hook_(\w+)")
+# Points whose TransformerLens name is not hook_<point> in their block.
+_OWN_NAMES: dict[str, str] = {"attn_proj": "attn.hook_out", "mlp_proj": "mlp.hook_out"}
 
 
 @dataclass(frozen=True)
 class Site:
     """One place in a decoder: a layer index (from 0) and a point inside that layer.
 
-    `str(site)` is the TransformerLens hook name. The embedding's output has no layer: it is
-    `Site(0, "embed")`, written `hook_embed`.
+    `str(site)` is the TransformerLens hook name. The embeddings' outputs have no layer: they are
+    `Site(0, "embed")`, written `hook_embed`, and `Site(0, "pos_embed")` (GPT-2's learned positions).
 
     Raises:
-        InterpAblateError: for a layer that is negative or no integer, an unknown point, or `embed` at a
-            layer other than 0.
+        InterpAblateError: for a layer that is negative or no integer, an unknown point, or an embedding
+            at a layer other than 0.
     """
 
     layer: int
@@ -58,14 +77,16 @@ class Site:
             raise InterpAblateError(
                 f"a layer is an integer from 0; got {self.layer!r} ({type(self.layer).__name__})"
             ) from error
-        if self.layer < 0 or (self.point == "embed" and self.layer != 0):
+        if self.layer < 0 or (self.point in EMBEDDING_POINTS and self.layer != 0):
             raise InterpAblateError(
                 f"no site {self.point!r} at layer {self.layer}: layers count from 0, "
                 "and the embedding is Site(0, 'embed')"
             )
 
     def __str__(self) -> str:
-        return "hook_embed" if self.point == "embed" else f"blocks.{self.layer}.hook_{self.point}"
+        if self.point in EMBEDDING_POINTS:
+            return f"hook_{self.point}"
+        return f"blocks.{self.layer}." + _OWN_NAMES.get(self.point, f"hook_{self.point}")
 
     def __lt__(self, other: Site) -> bool:
         return self.order < other.order
@@ -78,8 +99,13 @@ class Site:
     @classmethod
     def parse(cls, text: str) -> Site:
         """Read `blocks.3.hook_resid_mid`, `hook_embed`, or the short forms `3.resid_mid`, `embed`."""
-        if text in ("hook_embed", "embed"):
-            return cls(0, "embed")
+        for point in EMBEDDING_POINTS:
+            if text in (f"hook_{point}", point):
+                return cls(0, point)
+        for point in PROJECTION_POINTS:
+            named = re.fullmatch(rf"blocks\.(\d+)\.{re.escape(_OWN_NAMES[point])}", text)
+            if named:
+                return cls(int(named[1]), point)
         match = _BLOCK_NAME.fullmatch(text) or re.fullmatch(r"(\d+)\.(\w+)", text)
         if match is None or match[2] not in POINTS:
             raise InterpAblateError(
@@ -92,6 +118,10 @@ class Site:
 def sites_of(
     points: tuple[Point, ...] | list[Point], layers: range | list[int]
 ) -> tuple[Site, ...]:
-    """Every given point at every given layer, in forward order; `embed` appears once, if asked for."""
-    found = {Site(0 if point == "embed" else layer, point) for layer in layers for point in points}
+    """Every given point at every given layer, in forward order; an embedding appears once, if asked for."""
+    found = {
+        Site(0 if point in EMBEDDING_POINTS else layer, point)
+        for layer in layers
+        for point in points
+    }
     return tuple(sorted(found, key=lambda site: site.order))

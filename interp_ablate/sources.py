@@ -129,6 +129,23 @@ def check_device(device: str) -> torch.device:
     return found
 
 
+def read_hf_config(folder: str | Path) -> Any:
+    """The config of a local folder, as transformers reads it; no weights, no remote code.
+
+    Raises:
+        ModelError: no config.json, or one that transformers does not understand.
+    """
+    from transformers import AutoConfig
+
+    if not (Path(folder) / "config.json").is_file():
+        raise ModelError(f"{folder} has no config.json: expected a Hugging Face checkpoint")
+    try:
+        return AutoConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(f"transformers cannot read {folder}/config.json: {reason[0]}") from error
+
+
 def load_hf(
     source: ModelSource,
     *,
@@ -162,6 +179,7 @@ def load_hf(
             f"bundled {', '.join(BUNDLED)} work"
         ) from error
     if source.kind == "gguf" and hasattr(model.config, "quantization_config"):
-        # The tensors were dequantized on loading; the leftover entry would forbid saving.
+        # The tensors were dequantized on loading; what is left over would forbid saving.
         del model.config.quantization_config
+        model.hf_quantizer = None
     return model.to(device).eval().requires_grad_(False), tokenizer

@@ -247,7 +247,7 @@ def _run_trial(bench: Bench, directions: Directions, candidate: Candidate) -> Tr
     start = time.perf_counter()
     try:
         direction = directions[candidate.site, candidate.position, candidate.method]
-        plan = candidate.plan(direction, bench.model.n_layers)
+        plan = candidate.plan(direction, bench.model.writers)
         scores = bench.score(plan, generate=candidate.stage == "finalist")
         if candidate.stage == "screen":
             scores["addition"] = bench.addition(Plan((Add(direction, direction.site),)))

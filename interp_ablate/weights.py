@@ -1,77 +1,45 @@
 """Weights: a plan as exact changes of the tensors that write to the residual stream.
 
-Knows: which tensors of which architecture write where, and which plans have an exact weight form.
-Does not know: files, formats or hooks; the checkpoint writer and the hooked model are checked against
-each other elsewhere.
+Knows: which plans have an exact weight form and the nearest that has one, what a plan does to each
+tensor, how a tensor is changed block by block. Does not know: files, formats or hooks; checkpoint
+writers, adapters and certificates read what is said here.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from interp_ablate.edits import Ablate, Affine, Plan, everywhere
+from interp_ablate.architectures import Architecture, Layout, architecture_of
+from interp_ablate.edits import Ablate, Add, Affine, Edit, Plan, kept_norm
 from interp_ablate.errors import ExportError
-from interp_ablate.sites import WRITER_POINTS, Site
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Where an architecture writes to the residual stream: names without ".weight"; {layer} from 0.
-
-    Every writer is a linear map whose output is added to the stream as it is (no norm after it).
-    """
-
-    embed: str
-    attn_out: str
-    mlp_out: str
-    unembed: str
-
-    def writer(self, site: Site) -> str:
-        """The module that writes at a writer site."""
-        return getattr(self, site.point).format(layer=site.layer)
-
-
-_LLAMA_STYLE = Architecture(
-    embed="model.embed_tokens",
-    attn_out="model.layers.{layer}.self_attn.o_proj",
-    mlp_out="model.layers.{layer}.mlp.down_proj",
-    unembed="lm_head",
+from interp_ablate.sites import (
+    EMBEDDING_POINTS,
+    RESIDUAL_POINTS,
+    WRITER_POINTS,
+    Point,
+    Site,
 )
-# model_type of the Hugging Face config -> entry; a missing entry raises.
-ARCHITECTURES: dict[str, Architecture] = {
-    "llama": _LLAMA_STYLE,
-    "mistral": _LLAMA_STYLE,
-    "qwen2": _LLAMA_STYLE,
-    "qwen3": _LLAMA_STYLE,
-}
+
+Tied = Literal["untie", "skip-embedding", "accept"]
+Read = Callable[[str], Tensor]
+# Elements of a tensor that are changed at a time: some megabytes, so that they stay near the processor.
+BLOCK = 1 << 19
 
 
-def architecture_of(hf_config: Any) -> Architecture:
-    """The table's entry for a config.
-
-    Raises:
-        ExportError: no entry; the message says what came and which there are.
-    """
-    found = ARCHITECTURES.get(hf_config.model_type)
-    if found is None:
-        raise ExportError(
-            f"no architecture entry for model type {hf_config.model_type!r} "
-            f"({', '.join(hf_config.architectures or ['unknown class'])}): which tensors write to its "
-            f"residual stream is not declared. There are entries for {', '.join(ARCHITECTURES)}"
-        )
-    return found
+# ---- which plans are exact -----------------------------------------------------------------------
 
 
-def as_writers(plan: Plan, n_layers: int) -> Plan:
-    """The plan written at embed, attn_out and mlp_out only, where that is exactly the same function.
+def as_writers(plan: Plan, entry: Architecture, hf_config: Any) -> Plan:
+    """The plan written at the architecture's writers only, where that is exactly the same function.
 
-    An ablation with strength 1 of one subspace at resid_pre, resid_mid and resid_post of every layer
-    equals its ablation at every writer. Anything else on the residual stream itself has no exact form.
+    An ablation with strength 1 of one subspace at every place of the residual stream equals its
+    ablation at every writer, where no norm follows a writer. An addition to the stream equals the same
+    addition to the writer before it. Anything else on the residual stream has no exact form.
 
     Raises:
         ExportError: the reason, and the nearest plan that is exact.
@@ -82,117 +50,433 @@ def as_writers(plan: Plan, n_layers: int) -> Plan:
             f"the plan edits {', '.join(limited)} positions only; weights act at every position. The "
             "nearest exact plan is the same with positions='all'"
         )
-    if all(site.point in WRITER_POINTS for site in plan.sites):
-        return plan
-    nearest = (
-        "The nearest exact plan ablates the same direction, with strength 1, at embed, attn_out and "
-        "mlp_out of every layer: Ablate(direction, everywhere(n_layers))"
+    residual = [s for s in plan.sites if s.point in RESIDUAL_POINTS]
+    if not residual:
+        return _written(plan, entry)
+    on_stream = [e for e in plan if any(s.point in RESIDUAL_POINTS for s in e.sites)]
+    if all(isinstance(edit, Add) for edit in on_stream):
+        return _written(_additions_at_writers(plan, entry, hf_config), entry)
+    return _everywhere_at_writers(plan, entry, hf_config)
+
+
+def _nearest(entry: Architecture) -> str:
+    points = ", ".join(entry.points())
+    return (
+        f"The nearest exact plan ablates the same direction, with strength 1, at {points} of every "
+        "layer: Ablate(direction, model.writers)"
     )
+
+
+def _written(plan: Plan, entry: Architecture) -> Plan:
+    """The plan itself, with attn_out for attn_proj where they are one; raises for writers of no weight form."""
+    if entry.post_norm:
+        normed = [str(s) for s in plan.sites if s.point in ("attn_out", "mlp_out")]
+        if normed:
+            raise ExportError(
+                f"the plan edits {normed[0]}, which this architecture's norm has already rescaled: an "
+                "edit there has no exact weight form. The nearest exact plan edits the projections "
+                "before the norm, attn_proj and mlp_proj at the same layers: nothing is left along the "
+                "direction either, but the norm's scale changes with it (another function). "
+                f"{_nearest(entry)}"
+            )
+        return plan
+    same: dict[str, Point] = {"attn_proj": "attn_out", "mlp_proj": "mlp_out"}
+    first: list[Edit] = []
+    then: list[Edit] = []
+    for (
+        edit
+    ) in plan:  # a projection is reached before what it writes, whatever the order in the plan
+        before, after = _split(edit, lambda site: site.point in same)
+        if before is not None:
+            first.append(_moved(before, [Site(s.layer, same[s.point]) for s in before.sites]))
+        if after is not None:
+            then.append(after)
+    return Plan((*first, *then)) if first else plan
+
+
+def _moved(edit: Edit, sites: list[Site]) -> Edit:
+    """The same edit at other sites."""
+    data = {
+        **edit.to_dict(),
+        "sites": [str(site) for site in sites],
+        edit.amount: list(edit.amounts),
+    }
+    return Plan.from_dict({**Plan().to_dict(), "edits": [data]}).edits[0]
+
+
+def _split(edit: Edit, inside: Callable[[Site], bool]) -> tuple[Edit | None, Edit | None]:
+    """The edit at the sites for which `inside` holds, and at the others; None where there are none."""
+    parts: list[Edit | None] = []
+    for wanted in (True, False):
+        pairs = [(s, a) for s, a in zip(edit.sites, edit.amounts) if inside(s) == wanted]
+        data = edit.to_dict() | {
+            "sites": [str(site) for site, _ in pairs],
+            edit.amount: [amount for _, amount in pairs],
+        }
+        parts.append(
+            Plan.from_dict({**Plan().to_dict(), "edits": [data]}).edits[0] if pairs else None
+        )
+    return parts[0], parts[1]
+
+
+def _additions_at_writers(plan: Plan, entry: Architecture, hf_config: Any) -> Plan:
+    """Additions to the stream as additions to the writer just before, after the writers' own edits."""
+    if entry.post_norm:
+        raise ExportError(
+            "the plan adds to the residual stream of post-norm blocks: what their projections write is "
+            "rescaled by a norm, and there is no bias after it. Keep the addition as a hook, or export "
+            "a control vector for llama.cpp"
+        )
+    parallel = entry.is_parallel(hf_config)
+    own: list[Edit] = []
+    moved: list[Edit] = []
+    for edit in plan:
+        stay, go = _split(edit, lambda site: site.point in WRITER_POINTS)
+        if stay is not None:
+            own.append(stay)
+        for site in go.sites if go is not None else ():
+            alone = _split(edit, {site}.__contains__)[0]
+            assert alone is not None
+            moved.append(_moved(alone, [_writer_before(site, parallel)]))
+    return Plan((*own, *moved))
+
+
+def _writer_before(site: Site, parallel: bool) -> Site:
+    if site.point == "resid_mid":
+        if parallel:
+            raise ExportError(
+                f"the plan adds at {site}, which blocks that run attention and MLP in parallel do not "
+                "have. Add at resid_pre or resid_post"
+            )
+        return Site(site.layer, "attn_out")
+    if site.point == "resid_post":
+        return Site(site.layer, "mlp_out")
+    return Site(site.layer - 1, "mlp_out") if site.layer else Site(0, "embed")
+
+
+def _everywhere_at_writers(plan: Plan, entry: Architecture, hf_config: Any) -> Plan:
+    """A residual ablation that covers the stream, as the ablation of every writer."""
+    nearest, n_layers = _nearest(entry), hf_config.num_hidden_layers
     edits = list(plan)
     if not all(isinstance(edit, Ablate) and set(edit.amounts) == {1.0} for edit in edits):
         raise ExportError(
             "the plan edits the residual stream itself with an addition, a clamp or a strength other "
             f"than 1, which accumulates over the layers and has no exact weight form. {nearest}"
         )
+    if any(edit.norm_preserving for edit in edits):
+        raise ExportError(
+            "the plan ablates the residual stream and preserves norms at some writers: what the stream "
+            "loses again has no exact weight form. Preserve norms at all of model.writers, or at none"
+        )
     first = edits[0].vectors
     projector = first.T @ first
-    if not all(torch.allclose(e.vectors.T @ e.vectors, projector, atol=1e-10) for e in edits):
+    if not all(
+        e.vectors.shape == first.shape
+        and torch.allclose(e.vectors.T @ e.vectors, projector, atol=1e-10)
+        for e in edits
+    ):
         raise ExportError(
             f"the plan ablates different directions on the residual stream. {nearest}"
         )
-    missing = _uncovered(set(plan.sites), n_layers)
+    missing = _uncovered(set(plan.sites), entry, hf_config)
     if missing:
         raise ExportError(
             f"the plan ablates the residual stream at some places only ({missing[0]} and "
             f"{len(missing) - 1} more are left out): what is written there would come back. {nearest}"
         )
-    return Plan((Ablate(first, everywhere(n_layers), label=edits[0].label),))
+    if entry.post_norm:
+        raise ExportError(
+            "the plan ablates the residual stream of post-norm blocks: their projections are rescaled "
+            f"by a norm before they reach it, so the plan has no exact weight form. {nearest} (nothing "
+            "is left along the direction either, but it is another function: the norm's scale changes)"
+        )
+    return Plan((Ablate(first, entry.writer_sites(n_layers), label=edits[0].label),))
 
 
-def _uncovered(sites: set[Site], n_layers: int) -> list[str]:
+def _uncovered(sites: set[Site], entry: Architecture, hf_config: Any) -> list[str]:
     """Residual places that a set of sites leaves out; resid_pre of a layer is resid_post of the one before."""
     missing = []
-    if not sites & {Site(0, "resid_pre"), Site(0, "embed")}:
+    embeddings = {Site(0, point) for point in entry.points() if point in EMBEDDING_POINTS}
+    if Site(0, "resid_pre") not in sites and not embeddings <= sites:
         missing.append(str(Site(0, "resid_pre")))
-    for layer in range(n_layers):
+    parallel = entry.is_parallel(hf_config)
+    for layer in range(hf_config.num_hidden_layers):
         after = {Site(layer, "resid_post"), Site(layer + 1, "resid_pre")}
-        if Site(layer, "resid_mid") not in sites and Site(layer, "attn_out") not in sites:
+        middle = Site(layer, "resid_mid") in sites or Site(layer, "attn_out") in sites
+        if not parallel and not middle:
             missing.append(str(Site(layer, "resid_mid")))
-        if not sites & (after | {Site(layer, "mlp_out")}):
+        written = {Site(layer, "mlp_out")} | ({Site(layer, "attn_out")} if parallel else set())
+        if not sites & after and not written <= sites:
             missing.append(str(Site(layer, "resid_post")))
     return missing
 
 
-def writer_maps(plan: Plan, hf_config: Any) -> dict[str, Affine]:
-    """Module name -> the map its output goes through, for every writer the plan changes.
+# ---- what a plan does to each tensor --------------------------------------------------------------
 
-    A map with a shift is exact only where the module has a bias; `edited_state_dict` sees to that.
+
+@dataclass(frozen=True)
+class TensorEdit:
+    """What happens to one tensor: the map that its writer's output goes through."""
+
+    layout: Layout
+    affine: Affine
+    keeps_norm: bool = False
+    point: str = "embed"
+
+
+@dataclass(frozen=True)
+class Added:
+    """A tensor that the source does not have: another one's copy, or given values; stored near `beside`."""
+
+    beside: str
+    copy_of: str | None = None
+    value: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """A plan for one checkpoint: tensors that change, tensors that are added, config fields to set.
+
+    `plan` is what the hooks must do to compute the same; with `tied="accept"` the unembedding reads
+    through `unembed_map` as well. `tied` is None where the choice did not matter.
+    """
+
+    plan: Plan
+    edits: dict[str, TensorEdit] = field(default_factory=dict)
+    added: dict[str, Added] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    tied: Tied | None = None
+    unembed_map: Affine | None = None
+
+
+def weight_plan(
+    plan: Plan,
+    hf_config: Any,
+    names: Collection[str],
+    read: Read,
+    *,
+    tied: Tied = "untie",
+    entry: Architecture | None = None,
+) -> WeightPlan:
+    """What a plan does to the tensors of one checkpoint.
+
+    Args:
+        names: of all its tensors, as files or `state_dict` have them.
+        read: gives a tensor by name; only norms after writers are read.
+        tied: what to do where an embedding is edited that is the unembedding too. "untie" writes the
+            old values as `lm_head.weight`; "skip-embedding" leaves the embedding as it is (another
+            plan); "accept" edits both (another function, whose cost the certificate shows).
+        entry: default: the table's.
 
     Raises:
-        ExportError: an unknown architecture, a layer beyond the last, no exact form.
+        ExportError: an unknown architecture, a layer beyond the last, no exact form, tensors that are
+            not there, an addition that no bias can hold.
     """
-    entry = architecture_of(hf_config)
-    n_layers = hf_config.num_hidden_layers
+    entry = entry or architecture_of(hf_config)
+    if tied not in get_args(Tied):
+        raise ExportError(f"tied={tied!r}: accepted are {', '.join(get_args(Tied))}")
+    if not len(plan):
+        return WeightPlan(plan)
+    _check_fits(plan, hf_config)
+    exact = as_writers(plan, entry, hf_config)
+    is_tied = bool(getattr(hf_config, "tie_word_embeddings", False))
+    tie_matters = is_tied and Site(0, "embed") in exact.sites
+    if tie_matters and tied == "skip-embedding":
+        exact = _without_embedding(exact)
+    found = WeightPlan(exact, tied=tied if tie_matters else None)
+    for site in exact.sites:
+        _edit_site(found, site, entry, hf_config, names, read)
+    if not tie_matters or tied == "skip-embedding":
+        return found
+    embed = next(name for name, edit in found.edits.items() if edit.point == "embed")
+    head = entry.unembed if entry.unembed in names else None
+    if head is not None and not torch.equal(read(embed), read(head)):
+        raise ExportError(
+            f"the config says that the embeddings are tied, but there is a {head} of its own that "
+            "differs: which of the two a model uses depends on the transformers version. Set "
+            "tie_word_embeddings in its config.json, or remove the tensor"
+        )
+    if tied == "untie":
+        found.config["tie_word_embeddings"] = False
+        if head is None:
+            found.added[entry.unembed] = Added(beside=embed, copy_of=embed)
+        return found
+    if head is not None:
+        found.edits[head] = found.edits[embed]
+    return replace(found, unembed_map=_unembed_map(found.edits[embed]))
+
+
+def _unembed_map(edit: TensorEdit) -> Affine:
+    """What an edited tied embedding does as the unembedding: logits = (A w) . h = w . (A^T h)."""
+    if edit.keeps_norm or not edit.affine.is_linear:
+        raise ExportError(
+            "only an ablation without norm preservation can be accepted for a tied unembedding; choose "
+            "tied='untie'"
+        )
+    return Affine(edit.affine.right, edit.affine.left, edit.affine.shift)
+
+
+def _check_fits(plan: Plan, hf_config: Any) -> None:
     if plan.d_model != hf_config.hidden_size:
         raise ExportError(
             f"the plan's directions have d_model {plan.d_model}, the checkpoint {hf_config.hidden_size}"
         )
+    n_layers = hf_config.num_hidden_layers
     beyond = [str(site) for site in plan.sites if site.layer >= n_layers]
     if beyond:
         raise ExportError(f"the plan edits {beyond[0]}, but there are {n_layers} layers (from 0)")
-    found = {}
-    for site in (exact := as_writers(plan, n_layers)).sites:
-        affine = Affine.identity(plan.d_model)
-        for _, part in exact.maps_at(site):
-            affine = affine.then(part)
-        found[entry.writer(site)] = affine
-    return found
 
 
-def edited_weight(
-    weight: Float[Tensor, "out in"], affine: Affine, *, is_embedding: bool = False
-) -> Float[Tensor, "out in"]:
-    """The weight whose output is the old output mapped; computed in float64 and rounded once.
+def _without_embedding(plan: Plan) -> Plan:
+    parts = (_split(edit, lambda site: site == Site(0, "embed"))[1] for edit in plan)
+    return Plan(tuple(part for part in parts if part is not None))
 
-    A linear layer's weight is [d_model, in]; an embedding's rows are outputs: [d_vocab, d_model].
+
+def _edit_site(
+    found: WeightPlan,
+    site: Site,
+    entry: Architecture,
+    hf_config: Any,
+    names: Collection[str],
+    read: Read,
+) -> None:
+    """Add to `found` what the plan does to the tensors that write at one site."""
+    gain = None
+    if (norm := entry.norm_after(site)) is not None:
+        name = entry.present(norm, names)
+        if name is None:
+            raise ExportError(f"the checkpoint has no {norm}, the norm that follows {site}")
+        gain = read(name).double() + entry.gain_offset
+    affine = Affine.identity(found.plan.d_model)
+    for _, part in found.plan.maps_at(site, gain):
+        affine = affine.then(part)
+    tensors = entry.writers(site, names, hf_config)
+    keeps_norm = found.plan.keeps_norm_at(site)
+    for name, layout in tensors.items():
+        edit = TensorEdit(layout, affine, keeps_norm and layout != "bias", site.point)
+        found.edits[name] = edit
+    if affine.is_linear or "bias" in tensors.values():
+        return
+    if site.point in EMBEDDING_POINTS:
+        if entry.scaled_embed:
+            raise ExportError(
+                f"an addition or clamp at {site}: this architecture scales its embedding on the way to the "
+                "stream, by a factor that its config does not hold. Keep it as a hook"
+            )
+        return
+    biases = entry.new_biases(site)
+    if biases is None or list(tensors.values()) != ["linear"]:
+        raise ExportError(
+            f"an addition or clamp at {site} needs a bias at {next(iter(tensors))}, which a "
+            f"{hf_config.model_type} checkpoint cannot have. Keep it as a hook, export the ablation alone, "
+            "or export a control vector for llama.cpp"
+        )
+    _add_biases(found, next(iter(tensors)), biases, hf_config, names)
+
+
+def _add_biases(
+    found: WeightPlan, weight: str, biases: Any, hf_config: Any, names: Collection[str]
+) -> None:
+    """Turn on the config's biases: zeros everywhere, the map's shift in the writer's own."""
+    found.config[biases.config_field] = True
+    for layer in range(hf_config.num_hidden_layers):
+        for module in biases.modules:
+            name = module.format(layer=layer)
+            found.added.setdefault(f"{name}.bias", Added(beside=f"{name}.weight"))
+    bias = weight.removesuffix("weight") + "bias"
+    found.added[bias] = Added(beside=weight, value=found.edits[weight].affine.shift)
+
+
+# ---- how a tensor is changed ------------------------------------------------------------------------
+
+
+def edited_tensor(tensor: Tensor, edit: TensorEdit) -> Tensor:
+    """The whole tensor changed; the same bits as its blocks."""
+    if edit.layout == "bias":
+        return edit.affine(tensor.detach().double().cpu()).to(tensor)
+    blocks = edited_blocks(lambda start, stop: tensor[start:stop].detach(), tensor.shape, edit)
+    return torch.cat(list(blocks)).to(tensor.device)
+
+
+def edited_blocks(
+    rows: Callable[[int, int], Tensor], shape: Collection[int], edit: TensorEdit
+) -> Iterator[Tensor]:
+    """A changed weight in blocks along its first axis, from a function that reads rows start to stop.
+
+    Computed in float64, or in float32 for 16-bit sources, and rounded once to the source's dtype. A
+    [d_model, in] weight is read twice, everything else once; memory is some blocks, and with
+    `keeps_norm` one weight.
     """
-    wide = weight.detach().double()
-    left, right = affine.left.to(wide), affine.right.to(wide)
-    delta = (wide @ right) @ left.T if is_embedding else left @ (right.T @ wide)
-    return (wide + delta).to(weight.dtype)
+    first, *rest = shape
+    if edit.layout == "experts":
+        inner = TensorEdit("linear", edit.affine, edit.keeps_norm, edit.point)
+        for i in range(first):
+            yield edited_tensor(rows(i, i + 1)[0], inner)[None]
+        return
+    width = max(1, BLOCK // max(1, rest[0] if rest else 1))
+    spans = [(start, min(start + width, first)) for start in range(0, first, width)]
+    if edit.layout != "linear":
+        for span in spans:
+            yield _edited_rows(rows(*span), edit)
+        return
+    if edit.keeps_norm:
+        whole = rows(0, first)
+        eps = torch.finfo(whole.dtype).eps
+        yield kept_norm(_wide(whole).T, edit.affine, eps=eps)[0].T.contiguous().to(whole.dtype)
+        return
+    left = right = along = None
+    for start, stop in spans:
+        block = _wide(rows(start, stop))
+        if left is None or right is None:
+            left, right = edit.affine.left.to(block), edit.affine.right.to(block)
+        part = right[start:stop].T @ block
+        along = part if along is None else along + part
+    assert left is not None and along is not None
+    for start, stop in spans:
+        block = rows(start, stop)
+        wide = _wide(block)
+        wide = (
+            wide.clone() if wide.dtype == block.dtype else wide
+        )  # a copy of our own, changed in place
+        yield wide.addmm_(left[start:stop], along).to(block.dtype)
+
+
+def _edited_rows(block: Tensor, edit: TensorEdit) -> Tensor:
+    """Rows that are outputs themselves: embeddings, and weights stored [in, d_model]."""
+    wide, affine = _own(block), edit.affine
+    if edit.keeps_norm:
+        wide = kept_norm(wide, affine, eps=torch.finfo(block.dtype).eps)[0]
+    else:
+        wide.addmm_(wide @ affine.right.to(wide), affine.left.to(wide).T)
+    if edit.layout == "embedding" and not affine.is_linear:
+        wide += affine.shift.to(wide)
+    return wide.to(block.dtype)
+
+
+def _own(block: Tensor) -> Tensor:
+    """A wide copy that may be changed in place."""
+    wide = _wide(block)
+    return wide.clone() if wide.dtype == block.dtype else wide
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """The dtype a change is computed in: float64, or float32 where the stored one has 16 bits or fewer."""
+    return tensor.detach().cpu().to(torch.float32 if tensor.element_size() < 4 else torch.float64)
 
 
 def edited_state_dict(
-    state: dict[str, Tensor], plan: Plan, hf_config: Any
+    state: dict[str, Tensor], plan: WeightPlan
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The state dict under the plan, and the names of what changed; other tensors are the same objects.
-
-    With tied embeddings and an edited embedding, `lm_head.weight` keeps the old values: the two are no
-    longer tied, which the config must say. A writer's bias goes through the same map.
-
-    Raises:
-        ExportError: as `writer_maps`; a writer that the state dict lacks; an addition or a clamp where
-            there is no bias to hold it.
-    """
-    entry = architecture_of(hf_config)
-    result, changed = dict(state), []
-    for module, affine in writer_maps(plan, hf_config).items():
-        name = f"{module}.weight"
-        if name not in state:
-            raise ExportError(f"the checkpoint has no {name}, which the plan edits")
-        is_embedding = module == entry.embed
-        if is_embedding:
-            result.setdefault(f"{entry.unembed}.weight", state[name])
-        result[name] = edited_weight(state[name], affine, is_embedding=is_embedding)
-        changed.append(name)
-        bias = f"{module}.bias"
-        if bias in state:
-            result[bias] = affine(state[bias].detach().to(affine.shift)).to(state[bias])
-            changed.append(bias)
-        elif not affine.is_linear:
-            raise ExportError(
-                f"an addition or clamp at the output of {module} needs {bias}, which this "
-                f"{hf_config.model_type} checkpoint does not have. Keep it as a hook, or export the "
-                "ablation alone"
-            )
-    return result, changed
+    """The state dict under a weight plan, and the names of what changed; other tensors are the same objects."""
+    result = dict(state)
+    for name, edit in plan.edits.items():
+        result[name] = edited_tensor(state[name], edit)
+    for name, added in plan.added.items():
+        like = state[added.beside]
+        if added.copy_of is not None:
+            result[name] = state[added.copy_of]
+        elif added.value is not None:
+            result[name] = added.value.to(like)
+        else:
+            result[name] = like.new_zeros(like.shape[0])
+    return result, [*plan.edits]
