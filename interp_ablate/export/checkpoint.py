@@ -1,17 +1,20 @@
-"""Checkpoint: a plan written into a Hugging Face folder that plain transformers loads, certified.
+"""Checkpoint: a plan written into a Hugging Face folder that plain transformers loads.
 
-Knows: where the source's tensors and side files are, sharding, tied embeddings, whole-or-nothing
-writing. Does not know: which tensors a plan changes (`weights` does), or how good the plan is.
+Knows: where the source's tensors and side files are, streaming them or writing those in memory, what
+the config must say afterwards, whole-or-nothing writing. Does not know: which tensors a plan changes
+(`weights` does), bytes and shards (`tensor_files` does), or how good the plan is.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,29 @@ from torch import Tensor
 
 from interp_ablate.edits import Plan
 from interp_ablate.errors import ExportError
-from interp_ablate.export.card import model_card, versions
+from interp_ablate.export.card import model_card, source_front_matter, versions
+from interp_ablate.export.tensor_files import (
+    Checkpoint,
+    Edit,
+    NewTensor,
+    StreamedFolder,
+    TensorSource,
+    copy_checkpoint,
+    streamed_folder,
+)
 from interp_ablate.export.verify import PROBES, certify
 from interp_ablate.model import Model, PromptLike
-from interp_ablate.weights import architecture_of, edited_state_dict
+from interp_ablate.sources import ModelSource, read_hf_config
+from interp_ablate.weights import (
+    BLOCK,
+    TensorEdit,
+    Tied,
+    WeightPlan,
+    edited_blocks,
+    edited_state_dict,
+    edited_tensor,
+    weight_plan,
+)
 
 MANIFEST = "interp_ablate.json"
 CERTIFICATE = "certificate.json"
@@ -33,6 +55,7 @@ MAX_SHARD = "5GB"
 # Files of a source folder that are weights, or that are written anew.
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", ".onnx", ".h5")
 _WRITTEN = ("config.json", "README.md", MANIFEST, CERTIFICATE)
+_ROWS_AT_A_TIME = 16  # blocks of `weights` that are read from disk together
 
 
 @contextmanager
@@ -68,49 +91,7 @@ def whole_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def source_state_dict(model: Model) -> dict[str, Tensor]:
-    """The unedited tensors: a folder's own, in their own dtype; else those of the loaded model."""
-    if model.source.kind == "folder":
-        files = _weight_files(Path(model.source.path or ""))
-        if files:
-            return _read_folder(files)
-    state = model.hf_state_dict()
-    if _is_tied(model, state):
-        state = {k: v for k, v in state.items() if k != f"{_entry(model).unembed}.weight"}
-    return state
-
-
-def _entry(model: Model) -> Any:
-    return architecture_of(model.hf_config)
-
-
-def _is_tied(model: Model, state: dict[str, Tensor]) -> bool:
-    entry = _entry(model)
-    embed, unembed = f"{entry.embed}.weight", f"{entry.unembed}.weight"
-    tied = bool(getattr(model.hf_config, "tie_word_embeddings", False))
-    return tied and (unembed not in state or torch.equal(state[embed], state[unembed]))
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The files transformers reads: others (consolidated.safetensors, adapters) are not the model."""
-    index = folder / INDEX
-    if index.is_file():
-        weight_map = json.loads(index.read_text())["weight_map"]
-        return [folder / name for name in sorted(set(weight_map.values()))]
-    single = folder / "model.safetensors"
-    return [single] if single.is_file() else []
-
-
-def _read_folder(files: Sequence[Path]) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    state: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            state.update(load_file(file))
-        except (SafetensorError, OSError) as error:
-            raise ExportError(f"cannot read the source's {file}: {error}") from error
-    return state
+# ---- from a model in memory -----------------------------------------------------------------------
 
 
 def export_checkpoint(
@@ -118,19 +99,21 @@ def export_checkpoint(
     plan: Plan | None,
     out: str | Path,
     *,
+    tied: Tied = "untie",
     prompts: Sequence[PromptLike] = PROBES,
     report: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write the model under the plan as a Hugging Face folder, reload it, and certify it.
 
-    Edited tensors keep the source's dtype (computed in float64, rounded once); all others are the
-    same bytes. If the plan edits a tied embedding, `lm_head.weight` is written with the old values and
-    the config says untied. Tokenizer, chat template and generation config come along; README.md is
-    the model card, interp_ablate.json the manifest, certificate.json the comparison.
+    Edited tensors keep the source's dtype (rounded once); all others are the same bytes. A model that
+    came from a folder is streamed from that folder, shard by shard. Tokenizer, chat template and
+    generation config come along; README.md is the model card, interp_ablate.json the manifest,
+    certificate.json the comparison with the hooked model.
 
     Args:
         plan: None writes the model's weights as they are (of an edited HookedTransformer, say).
+        tied: what becomes of a tied embedding that the plan edits; see `weight_plan`.
         report: the test-split numbers for the card (`selected.json`'s `test`).
 
     Returns the certificate.
@@ -144,45 +127,214 @@ def export_checkpoint(
             "the model was wrapped without its Hugging Face config: Model.wrap(..., hf_config=...)"
         )
     plan = plan or Plan()
-    state = source_state_dict(model)
-    changed: list[str] = []
-    if len(plan):
-        state, changed = edited_state_dict(state, plan, model.hf_config)
-    with whole_folder(out, overwrite=overwrite) as folder:
-        _write_weights(state, folder)
-        untied = _write_config(model, state, folder)
-        _write_side_files(model, folder)
-        stored = str(_float_dtype(state)).removeprefix("torch.")
-        certificate = certify(model, plan, folder, prompts=prompts, stored_dtype=stored)
-        if not certificate["passed"]:
-            raise ExportError(
-                "the export is not the hooked model: "
-                + "; ".join(
-                    f"{name} {certificate[name]:.3g} (limit {certificate['limits'][name]:.3g})"
-                    for name in certificate["failed"]
-                )
-                + ". Nothing was left on disk"
+    source = _opened(model.source) if len(plan) else None
+    if source is not None:
+        weights = _streamed_plan(source, plan, model.hf_config, tied, model.architecture)
+        with streamed_folder(
+            out, source=source, fingerprint=_fingerprint(weights), overwrite=overwrite
+        ) as folder:
+            written = _write_streamed(source, weights, folder)
+            _write_source_files(source.folder, folder.path, weights.config)
+            return _certified(model, weights, written, folder.path, prompts, report)
+    state = _untied_or_not(model)
+    weights = _memory_plan(model, plan, state, tied)
+    state, _ = edited_state_dict(state, weights)
+    with whole_folder(out, overwrite=overwrite) as place:
+        _write_weights(state, place)
+        _write_config(model, state, weights, place)
+        _write_side_files(model, place)
+        written = Written(tuple(state), str(_float_dtype(state.values())))
+        return _certified(model, weights, written, place, prompts, report)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What an export's weight files hold: names, and the dtype of the floating ones."""
+
+    names: tuple[str, ...]
+    dtype: str
+
+
+def _memory_plan(model: Model, plan: Plan, state: dict[str, Tensor], tied: Tied) -> WeightPlan:
+    if not len(plan):
+        return WeightPlan(plan)
+    return weight_plan(
+        plan, model.hf_config, state, state.__getitem__, tied=tied, entry=model.architecture
+    )
+
+
+def _certified(
+    model: Model,
+    weights: WeightPlan,
+    written: Written,
+    folder: Path,
+    prompts: Sequence[PromptLike],
+    report: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Compare what was written with the hooked model; write certificate, card and manifest, or raise."""
+    certificate = certify(
+        model, weights.plan, folder, prompts=prompts, stored_dtype=written.dtype,
+        unembed_map=weights.unembed_map,
+    )  # fmt: skip
+    if not certificate["passed"]:
+        raise ExportError(
+            "the export is not the hooked model: "
+            + "; ".join(
+                f"{name} {certificate[name]:.3g} (limit {certificate['limits'][name]:.3g})"
+                for name in certificate["failed"]
             )
-        manifest = {
-            "format": "interp_ablate.export/1",
-            "source": model.source.to_dict(),
-            "backend": model.backend,
-            "dtype": stored,
-            "untied": untied,
-            "edited": changed,
-            "unchanged": sorted(set(state) - set(changed)),
-            "versions": versions(),
-            "plan": plan.to_dict(),
-            "test": report,
-        }
-        _write_json(folder / CERTIFICATE, certificate)
-        (folder / "README.md").write_text(model_card(manifest, certificate))
-        _write_json(folder / MANIFEST, manifest)
+            + ". Nothing was left on disk"
+        )
+    manifest = _manifest(model.source, weights, written, report)
+    manifest["backend"] = model.backend
+    _finish(folder, manifest, certificate)
     return certificate
 
 
-def _float_dtype(state: dict[str, Tensor]) -> torch.dtype:
-    return next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
+def _manifest(
+    source: ModelSource, weights: WeightPlan, written: Written, report: dict[str, Any] | None
+) -> dict[str, Any]:
+    changed = [*weights.edits]
+    return {
+        "format": "interp_ablate.export/2",
+        "kind": "checkpoint",
+        "source": source.to_dict(),
+        "source_card": source_front_matter(source.path) if source.kind == "folder" else {},
+        "dtype": written.dtype,
+        "tied": weights.tied,
+        "untied": weights.tied == "untie",
+        "config_changed": weights.config,
+        "edited": changed,
+        "added": [*weights.added],
+        "unchanged": sorted(set(written.names) - set(changed) - set(weights.added)),
+        "versions": versions(),
+        "plan": weights.plan.to_dict(),
+        "test": report,
+    }
+
+
+def _finish(folder: Path, manifest: dict[str, Any], certificate: dict[str, Any]) -> None:
+    _write_json(folder / CERTIFICATE, certificate)
+    (folder / "README.md").write_text(model_card(manifest, certificate))
+    _write_json(folder / MANIFEST, manifest)
+
+
+def _untied_or_not(model: Model) -> dict[str, Tensor]:
+    """The model's tensors; the unembedding only where it is not the embedding itself."""
+    state = model.hf_state_dict()
+    embed, unembed = _embedding_names(model)
+    tied = bool(getattr(model.hf_config, "tie_word_embeddings", False))
+    if tied and unembed in state and torch.equal(state[embed], state[unembed]):
+        del state[unembed]
+    return state
+
+
+def _embedding_names(model: Model) -> tuple[str, str]:
+    entry = model.architecture
+    return entry.embed, entry.unembed
+
+
+# ---- from a folder, never loaded --------------------------------------------------------------------
+
+
+def export_folder(
+    source: str | Path,
+    plan: Plan,
+    out: str | Path,
+    *,
+    tied: Tied = "untie",
+    report: dict[str, Any] | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Edit a local Hugging Face folder tensor by tensor; the model is never loaded.
+
+    Shard layout, index, metadata, config, tokenizer and generation config are kept; tensors that the
+    plan leaves alone are copied as bytes. Nothing is compared by logits: `verify` does that. Killed at
+    any point it leaves no folder that looks finished; the same call again goes on.
+
+    Returns the manifest.
+
+    Raises:
+        ExportError: no safetensors folder, an architecture without an entry, no exact weight form, a
+            place that cannot be written.
+    """
+    checkpoint = Checkpoint.open(source)
+    weights = _streamed_plan(checkpoint, plan, read_hf_config(checkpoint.folder), tied, None)
+    origin = ModelSource(
+        checkpoint.folder.resolve().name, "folder", str(checkpoint.folder.resolve())
+    )
+    with streamed_folder(
+        out, source=checkpoint, fingerprint=_fingerprint(weights), overwrite=overwrite
+    ) as folder:
+        written = _write_streamed(checkpoint, weights, folder)
+        _write_source_files(checkpoint.folder, folder.path, weights.config)
+        manifest = _manifest(origin, weights, written, report)
+        _finish(folder.path, manifest, {"compared": "no", "passed": None, "limits": {}})
+    return manifest
+
+
+def _opened(source: ModelSource) -> Checkpoint | None:
+    """The source's folder, if it has one with safetensors."""
+    folder = Path(source.path or "")
+    if source.kind != "folder" or not any(
+        (folder / n).is_file() for n in (INDEX, "model.safetensors")
+    ):
+        return None
+    return Checkpoint.open(folder)
+
+
+def _streamed_plan(
+    source: Checkpoint, plan: Plan, hf_config: Any, tied: Tied, entry: Any
+) -> WeightPlan:
+    return weight_plan(plan, hf_config, source.tensors, source.read, tied=tied, entry=entry)
+
+
+def _fingerprint(weights: WeightPlan) -> str:
+    text = json.dumps([weights.plan.to_dict(), weights.tied, weights.config, BLOCK])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _write_streamed(source: Checkpoint, weights: WeightPlan, folder: StreamedFolder) -> Written:
+    edits = {name: _edit(edit) for name, edit in weights.edits.items()}
+    extra = [_new_tensor(source, name, added) for name, added in weights.added.items()]
+    written = copy_checkpoint(source, folder, edit=edits, extra=extra)
+    dtypes = (info.dtype for info in source.tensors.values() if info.dtype.is_floating_point)
+    return Written(tuple(written.tensors), str(next(dtypes)).removeprefix("torch."))
+
+
+def _edit(edit: TensorEdit) -> Edit:
+    """How one tensor is changed while it streams: the blocks that `edited_tensor` would make."""
+
+    def change(source: TensorSource) -> Iterable[Tensor]:
+        shape = source.info.shape
+        if edit.layout in ("bias", "linear"):
+            whole = source.read()
+            if edit.layout == "bias":
+                return iter((edited_tensor(whole, edit),))
+            return edited_blocks(lambda a, b: whole[a:b], shape, edit)
+        row = source.info.nbytes // max(1, shape[0])
+        rows = 1 if edit.layout == "experts" else max(1, BLOCK // shape[1]) * _ROWS_AT_A_TIME
+        blocks = (block for _, block in source.blocks(max_bytes=rows * row))
+        return (edited_tensor(block, edit) for block in blocks)
+
+    return change
+
+
+def _new_tensor(source: Checkpoint, name: str, added: Any) -> NewTensor:
+    beside = source.tensors[added.beside]
+    if added.copy_of is not None:
+        return NewTensor.copy_of(name, source.tensors[added.copy_of])
+    size = (beside.shape[0],)
+    value = torch.zeros(size) if added.value is None else added.value
+    return NewTensor(name, beside.dtype, size, beside.name, lambda: (value.to(beside.dtype),))
+
+
+# ---- what lies beside the weights ----------------------------------------------------------------
+
+
+def _float_dtype(tensors: Iterable[Tensor]) -> str:
+    found = next(tensor.dtype for tensor in tensors if tensor.is_floating_point())
+    return str(found).removeprefix("torch.")
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -209,24 +361,20 @@ def _write_weights(state: dict[str, Tensor], folder: Path) -> None:
         _write_json(folder / INDEX, index)
 
 
-def _write_config(model: Model, state: dict[str, Tensor], folder: Path) -> bool:
-    """config.json: the source's, with the tie undone where lm_head now has values of its own."""
-    untied = not _is_tied(model, state)
-    was_tied = bool(getattr(model.hf_config, "tie_word_embeddings", False))
-    source = Path(model.source.path or "") / "config.json"
-    if model.source.kind == "folder" and source.is_file():
-        config = json.loads(source.read_text())
-    else:
-        config = model.hf_config.to_diff_dict()
-        config["dtype"] = str(_float_dtype(state)).removeprefix("torch.")
-        config["architectures"] = _architectures(model)
-        config["model_type"] = model.hf_config.model_type
-        config.pop("quantization_config", None)
-        config.pop("_name_or_path", None)
-    if was_tied and untied:
+def _write_config(
+    model: Model, state: dict[str, Tensor], weights: WeightPlan, folder: Path
+) -> None:
+    """config.json of a model in memory, with the tie undone where lm_head has values of its own."""
+    config = model.hf_config.to_diff_dict()
+    config["dtype"] = _float_dtype(state.values())
+    config["architectures"] = _architectures(model)
+    config["model_type"] = model.hf_config.model_type
+    config.pop("quantization_config", None)
+    config.pop("_name_or_path", None)
+    tied = bool(getattr(model.hf_config, "tie_word_embeddings", False))
+    if tied and _embedding_names(model)[1] in state:
         config["tie_word_embeddings"] = False
-    _write_json(folder / "config.json", config)
-    return was_tied and untied
+    _write_json(folder / "config.json", {**config, **weights.config})
 
 
 def _architectures(model: Model) -> list[str]:
@@ -239,13 +387,24 @@ def _architectures(model: Model) -> list[str]:
 
 
 def _write_side_files(model: Model, folder: Path) -> None:
-    """Tokenizer, chat template, generation config: copied from a source folder, else saved anew."""
+    """Tokenizer, chat template, generation config of a model in memory."""
     if model.source.kind == "folder":
-        for file in Path(model.source.path or "").iterdir():
-            if file.is_file() and file.name not in _WRITTEN and not file.name.endswith(_NOT_COPIED):
-                shutil.copy2(file, folder / file.name)
+        _copy_side_files(Path(model.source.path or ""), folder)
         return
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
+
+
+def _write_source_files(source: Path, folder: Path, changes: dict[str, Any]) -> None:
+    """The source folder's config with the changes, and its other files as they are."""
+    _copy_side_files(source, folder)
+    config = json.loads((source / "config.json").read_text())
+    _write_json(folder / "config.json", {**config, **changes})
+
+
+def _copy_side_files(source: Path, folder: Path) -> None:
+    for file in source.iterdir():
+        if file.is_file() and file.name not in _WRITTEN and not file.name.endswith(_NOT_COPIED):
+            shutil.copy2(file, folder / file.name)

@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp_ablate.edits import Plan
+from interp_ablate.edits import Affine, Plan
 from interp_ablate.errors import ExportError
 from interp_ablate.model import Model, PromptLike, from_hf
 from interp_ablate.scores import kl_divergence
-from interp_ablate.sites import RESIDUAL_POINTS, Site, sites_of
+from interp_ablate.sites import Site, sites_of
 from interp_ablate.sources import ModelSource
 
 # dtype of the stored weights -> (max |logit difference|, max KL in nats, max projection difference
@@ -61,12 +61,12 @@ def _read(vectors: Tensor) -> Any:
     return read
 
 
-def _observed_sites(plan: Plan, n_layers: int) -> list[Site]:
+def _observed_sites(plan: Plan, model: Model) -> list[Site]:
     """Every residual site; resid_post is read as the next resid_pre where the plan writes it there."""
     written = set(plan.sites)
     return [
         site
-        for site in sites_of(RESIDUAL_POINTS, range(n_layers))
+        for site in sites_of(model.residual_points, range(model.n_layers))
         if site.point != "resid_post" or Site(site.layer + 1, "resid_pre") not in written
     ]
 
@@ -92,16 +92,22 @@ def _observe(
 
 
 def compare(
-    model: Model, plan: Plan, other: Model, prompts: Sequence[PromptLike] = PROBES
+    model: Model,
+    plan: Plan,
+    other: Model,
+    prompts: Sequence[PromptLike] = PROBES,
+    *,
+    unembed_map: Affine | None = None,
 ) -> dict[str, Any]:
     """Numbers that say how far `other` (unedited hooks) is from `model` under `plan`.
 
     Every position of every prompt counts. `residual_along_direction` is the largest difference of the
     two projections on the plan's vectors at any residual site, as a share of the stream's norm there.
+    With `unembed_map` (an edited embedding that stays tied) the model's unembedding reads through it.
     """
     rows = model.encode_all(prompts)
-    vectors, sites = plan_vectors(plan), _observed_sites(plan, model.n_layers)
-    with model.applied(plan):
+    vectors, sites = plan_vectors(plan), _observed_sites(plan, model)
+    with model.applied(plan), model.unembedding_through(unembed_map):
         want = _observe(model, rows, vectors, sites)
     got = _observe(other, rows, vectors, sites)
     plain = _observe(model, rows, vectors, sites)
@@ -139,11 +145,14 @@ def certify(
     *,
     prompts: Sequence[PromptLike] = PROBES,
     stored_dtype: str | None = None,
+    unembed_map: Affine | None = None,
 ) -> dict[str, Any]:
     """Reload a folder in plain transformers and compare it with the model under the plan.
 
     Args:
         stored_dtype: the dtype of the folder's weights; the limits follow it. Default: the model's.
+        unembed_map: what an edited embedding that stays tied does to the unembedding; the certificate
+            then holds its cost, `cost_of_accept`: how far that is from the plan itself.
 
     Returns the certificate: the numbers of `compare`, the limits, and whether all hold.
 
@@ -168,14 +177,31 @@ def certify(
     other = from_hf(
         reloaded, model.tokenizer, source=ModelSource(str(folder), "folder", str(folder))
     )
-    numbers = compare(model, plan, other, rows)
+    numbers = compare(model, plan, other, rows, unembed_map=unembed_map)
     # `compare` runs the export with hook points in it; this holds plain transformers to the same limit.
-    with model.applied(plan):
+    with model.applied(plan), model.unembedding_through(unembed_map):
         for row, logits in zip(rows, bare):
             want = model.logits([row], keep=len(row))[0].float()
             gap = (want - logits).abs()
             numbers["max_abs_logit_difference"] = _largest(numbers["max_abs_logit_difference"], gap)
     names = ("max_abs_logit_difference", "kl", "residual_along_direction")
     limits = dict(zip(names, LIMITS[dtype]))
+    if unembed_map is not None:
+        numbers["cost_of_accept"] = _cost_of_accept(model, plan, rows, unembed_map)
     failed = [name for name in names if not numbers[name] <= limits[name]]
     return {**numbers, "limits": limits, "dtype": dtype, "failed": failed, "passed": not failed}
+
+
+def _cost_of_accept(
+    model: Model, plan: Plan, rows: Sequence[Sequence[int]], unembed_map: Affine
+) -> dict[str, float]:
+    """How far the plan with a tied unembedding is from the plan itself."""
+    difference = kl = 0.0
+    with model.applied(plan):
+        for row in rows:
+            own = model.logits([row], keep=len(row))[0].double()
+            with model.unembedding_through(unembed_map):
+                tied = model.logits([row], keep=len(row))[0].double()
+            difference = _largest(difference, (own - tied).abs())
+            kl = _largest(kl, kl_divergence(own.log_softmax(-1), tied.log_softmax(-1)))
+    return {"max_abs_logit_difference": difference, "kl": kl}
