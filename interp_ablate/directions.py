@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float
@@ -297,18 +297,7 @@ class Directions:
                 f"there is no direction to write to {path}: estimate some, or keep a site and method that has one"
             )
         vectors = torch.stack([item.vector for item in self.items])
-        records = [
-            {
-                "site": str(item.site),
-                "position": item.position,
-                "method": item.method,
-                "norm": item.norm,
-                "auc": item.separation.auc if item.separation else None,
-                "d_prime": item.separation.d_prime if item.separation else None,
-                "source": item.source,
-            }
-            for item in self.items
-        ]
+        records = [to_record(item) for item in self.items]
         payload = {
             "format": FORMAT,
             "source": self.source,
@@ -343,7 +332,7 @@ class Directions:
                     f"there are {len(vectors)} vectors but its JSON describes {len(records)} (shapes "
                     f"{list(vectors.shape)} and {described}): the files are of different runs"
                 )
-            items = tuple(_from_record(record, vector) for record, vector in zip(records, vectors))
+            items = tuple(from_record(record, vector) for record, vector in zip(records, vectors))
             return cls(items, payload["left_out"], payload["source"])
         except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
             why = f"no field {error}" if isinstance(error, KeyError) else error
@@ -353,7 +342,25 @@ class Directions:
             ) from error
 
 
-def _from_record(record: dict, vector: Float[Tensor, " d_model"]) -> Direction:
+def to_record(item: Direction) -> dict[str, Any]:
+    """Everything about a direction but its vector, as plain data."""
+    return {
+        "site": str(item.site),
+        "position": item.position,
+        "method": item.method,
+        "norm": float(item.norm),
+        "auc": item.separation.auc if item.separation else None,
+        "d_prime": item.separation.d_prime if item.separation else None,
+        "source": item.source,
+    }
+
+
+def from_record(record: dict[str, Any], vector: Float[Tensor, " d_model"]) -> Direction:
+    """The direction that `to_record` described, its stored unit vector bit for bit.
+
+    Raises:
+        DirectionError: a vector that is not a unit vector in float64.
+    """
     found = None if record["auc"] is None else Separation(record["auc"], record["d_prime"])
     direction = Direction(
         vector,

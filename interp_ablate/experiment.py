@@ -22,7 +22,7 @@ from interp_ablate.directions import (
     orthogonalized,
     random_direction,
 )
-from interp_ablate.edits import Ablate, Add, Plan, everywhere
+from interp_ablate.edits import Ablate, Add, Plan
 from interp_ablate.errors import DirectionError, RunError
 from interp_ablate.fit import FitData, NothingToFit, fit_data, fit_strengths
 from interp_ablate.journal import Journal
@@ -243,7 +243,7 @@ def _fit(run: Run, direction: Direction, budget: float) -> tuple[float, ...]:
     other words for the same behaviour.
     """
     model, train, scorer = run.model, run.split.train, bench_of(run).expression
-    sites, new_tokens = everywhere(model.n_layers), run.configuration.new_tokens
+    sites, new_tokens = model.writers, run.configuration.new_tokens
     positive = train.positive[:FIT_PROMPTS]
     name = f"layer {direction.site.layer}"
     if "fit_data" not in run.shared:
@@ -298,7 +298,7 @@ def do_evaluate(run: Run) -> None:
         return
     candidate = Candidate.from_row(choice.row)
     direction = run.directions[candidate.site, candidate.position, candidate.method]
-    plan = candidate.plan(direction, run.model.n_layers)
+    plan = candidate.plan(direction, run.model.writers)
     addition = _addition_plan(run, run.directions[candidate.site, candidate.position])
     test, generations = _test(run, candidate, plan, addition)
     selected |= {
@@ -363,7 +363,7 @@ def _test(
         controls = []
         for name, direction in _controls(run, candidate):
             controls.append(
-                _control(run, name, candidate.plan(direction, model.n_layers), base_p, base_n)
+                _control(run, name, candidate.plan(direction, model.writers), base_p, base_n)
             )
             advance(1)
     result: dict[str, Any] = {name: float(value.double().mean()) for name, value in values.items()}
@@ -375,6 +375,7 @@ def _test(
     }
     result["n"] = {side: len(prompts) for side, prompts in sides.items()}
     result["controls"] = controls
+    result["how"] = _how(run)
     texts = [("baseline", "positive", base_p), ("ablated", "positive", new_p)]
     texts += [
         ("baseline", "negative", base_n),
@@ -384,6 +385,20 @@ def _test(
     return result, [
         row for name, side, e in texts for row in _texts(name, side, sides[side], e, scorer)
     ]
+
+
+def _how(run: Run) -> dict[str, str]:
+    """How the numbers of the test split were measured, for the model card."""
+    c = run.configuration
+    splits = (run.split.train, run.split.validation, run.split.test)
+    counts = [f"{len(part.positive)} + {len(part.negative)}" for part in splits]
+    return {
+        "contrast set": run.split.train.name,
+        "train, validation, test prompts": ", ".join(counts),
+        "decoding": f"greedy, {c.new_tokens} new tokens",
+        "behaviour": "share of answers in which a listed expression is found",
+        "intervals": "95%, bootstrap over prompts",
+    }
 
 
 def _texts(
