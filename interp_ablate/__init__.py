@@ -26,8 +26,14 @@ _HOMES = {
     "scores": ("Evidence", "ExpressionScorer", "TargetLogOdds", "FirstTokenKL", "ContinuationKL"),
     "selection": ("arditi", "constrained", "pareto_front", "bootstrap_interval"),
     "convert": ("hooked_to_hf",),
-    "export.checkpoint": ("export_checkpoint",),
+    "vectors": ("read_directions", "write_directions"),
+    "export.checkpoint": ("export_checkpoint", "export_folder"),
+    "export.lora": ("export_lora",),
+    "export.gguf_model": ("export_gguf",),
+    "export.control_vector": ("read_control_vector", "write_control_vector"),
+    "export.hub": ("push_to_hub",),
     "export.verify": ("certify",),
+    "export.audit": ("audit", "Origin"),
     "errors": ("InterpAblateError",),
 }
 _NAMES = {name: home for home, names in _HOMES.items() for name in names}

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from interp_ablate import __version__
+from interp_ablate import __version__, cli_artefacts
+from interp_ablate.cli_artefacts import from_run, load, model_flags
 from interp_ablate.errors import InterpAblateError, RunError
 
-POINTS = ("embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 STAGE_COMMANDS = {
     "collect": "collect activations of the training and validation prompts",
     "directions": "estimate directions and their separation",
@@ -47,20 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     _plot_command(commands)
     _select_command(commands)
     _lint_command(commands)
-    _export_command(commands)
-    _verify_command(commands)
+    cli_artefacts.add_commands(commands)
     _generate_command(commands)
     return parser
-
-
-def _model_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", help="bundled alias (smollm2), HF folder, .gguf file or hub name"
-    )
-    parser.add_argument("--backend", choices=("bridge", "hooked"), help="TransformerLens class")
-    parser.add_argument("--dtype", help="float32 (default), bfloat16, float16, float64")
-    parser.add_argument("--device", help="cpu (default), cuda, mps")
-    parser.add_argument("--template", help="Jinja chat template text, or 'none' for raw text")
 
 
 def _contrast_flags(parser: argparse.ArgumentParser) -> None:
@@ -73,10 +62,12 @@ def _contrast_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_flags(parser: argparse.ArgumentParser) -> None:
-    _model_flags(parser)
+    model_flags(parser)
     _contrast_flags(parser)
     parser.add_argument("--expressions", help="built-in list, or a file with a phrase a line")
-    parser.add_argument("--sites", help=f"comma-separated points: {', '.join(POINTS)}")
+    parser.add_argument(
+        "--sites", help="comma-separated points: resid_pre, resid_mid, resid_post, ..."
+    )
     parser.add_argument("--layers", help="A-B, both included (default: all)")
     parser.add_argument("--positions", help="comma-separated: -1, -2, ..., response_mean")
     for name in ("n-train", "n-validation", "n-test", "seed", "new-tokens"):
@@ -115,29 +106,11 @@ def _lint_command(commands: Any) -> None:
     lint.set_defaults(work=_lint)
 
 
-def _export_command(commands: Any) -> None:
-    export = commands.add_parser("export", help="write a certified checkpoint")
-    export.add_argument("run_folder", nargs="?", help="run folder: exports its chosen plan")
-    _model_flags(export)
-    export.add_argument("--plan", help="plan JSON (or selected.json)")
-    export.add_argument("--out", help="folder of the checkpoint")
-    export.add_argument("--force", action="store_true", help="replace an existing --out")
-    export.set_defaults(work=_export)
-
-
-def _verify_command(commands: Any) -> None:
-    verify = commands.add_parser("verify", help="compare a checkpoint with the model under a plan")
-    verify.add_argument("folder", help="run folder, or exported checkpoint")
-    _model_flags(verify)
-    verify.add_argument("--plan", help="plan JSON; default: the one in the checkpoint's manifest")
-    verify.set_defaults(work=_verify)
-
-
 def _generate_command(commands: Any) -> None:
     generate = commands.add_parser("generate", help="answer prompts, with and without a plan")
     generate.add_argument("prompts", nargs="+", help="prompts, or @FILE with a prompt a line")
     generate.add_argument("--run", help="run folder: its model and chosen plan")
-    _model_flags(generate)
+    model_flags(generate)
     generate.add_argument("--plan", help="plan JSON")
     generate.add_argument("--system")
     generate.add_argument("--new-tokens", type=int, default=64)
@@ -345,98 +318,16 @@ def _lint(args: argparse.Namespace) -> int:
     return 0
 
 
-def _load(args: argparse.Namespace, name: str | None) -> Any:
-    from interp_ablate.model import load_model
-
-    if not name:
-        raise RunError(
-            "no model: give --model (a bundled alias such as smollm2, a folder, a hub name)"
-        )
-    return load_model(
-        name,
-        backend=args.backend or "bridge",
-        dtype=args.dtype or "float32",
-        device=args.device or "cpu",
-        template=args.template,
-    )
-
-
-def _from_run(args: argparse.Namespace, folder: str) -> Any:
-    """Fill model flags that were not given from a run folder; returns its path to the chosen plan."""
-    from interp_ablate.pipeline import read_run
-
-    saved = read_run(folder)
-    if saved is None:
-        raise RunError(f"{folder} holds no run.json: it is not a run folder")
-    for key in ("model", "backend", "dtype", "device", "template"):
-        if getattr(args, key) is None:
-            setattr(args, key, saved["configuration"].get(key))
-    selected = Path(folder) / "selected.json"
-    if not selected.exists():
-        raise RunError(
-            f"{folder} has no chosen plan yet: run `interp-ablate run --out {folder}` to the end"
-        )
-    if json.loads(selected.read_text())["plan"] is None:
-        raise RunError(f"no candidate passed the limits in {folder}: see its report.html")
-    return selected
-
-
-def _export(args: argparse.Namespace) -> int:
-    from interp_ablate.edits import Plan
-    from interp_ablate.export.checkpoint import export_checkpoint
-
-    report = None
-    if args.run_folder:
-        plan_path = _from_run(args, args.run_folder)
-        report = json.loads(plan_path.read_text())["test"]
-        args.out = args.out or str(Path(args.run_folder) / "export")
-    else:
-        plan_path = args.plan
-    if not plan_path or not args.out:
-        raise RunError("give a run folder, or --model, --plan and --out")
-    if Path(args.out).exists() and not args.force:
-        raise RunError(f"{args.out} exists: choose another --out, or pass --force to replace it")
-    plan = Plan.load(args.plan or plan_path)
-    model = _load(args, args.model)
-    certificate = export_checkpoint(model, plan, args.out, report=report, overwrite=args.force)
-    print(json.dumps({"out": str(args.out), **certificate}))
-    return 0
-
-
-def _verify(args: argparse.Namespace) -> int:
-    from interp_ablate.edits import Plan
-    from interp_ablate.export.verify import certify
-
-    folder = Path(args.folder)
-    if (folder / "run.json").exists():
-        plan_path = _from_run(args, args.folder)
-        folder = folder / "export"
-    else:
-        plan_path = args.plan or folder / "interp_ablate.json"
-    if not (folder / "config.json").exists():
-        raise RunError(f"{folder} is not an exported checkpoint (no config.json)")
-    manifest = folder / "interp_ablate.json"
-    if args.model is None and manifest.exists():
-        source = json.loads(manifest.read_text())["source"]
-        args.model = source["path"] or source["name"]
-    plan = Plan.load(args.plan or plan_path)
-    config = json.loads((folder / "config.json").read_text())
-    stored = config.get("dtype") or config.get("torch_dtype")
-    certificate = certify(_load(args, args.model), plan, folder, stored_dtype=stored)
-    print(json.dumps(certificate))
-    return 0 if certificate["passed"] else 1
-
-
 def _generate(args: argparse.Namespace) -> int:
     from interp_ablate.edits import Plan
     from interp_ablate.prompts import Prompt
 
     plan_path = args.plan
     if args.run:
-        plan_path = plan_path or _from_run(args, args.run)
+        plan_path = plan_path or from_run(args, args.run)
     plan = Plan.load(plan_path) if plan_path else None
     prompts = [Prompt(text, args.system) for text in _prompt_texts(args.prompts)]
-    model = _load(args, args.model)
+    model = load(args, args.model)
     conditions = {"baseline": model.generate(prompts, max_new_tokens=args.new_tokens)}
     if plan is not None:
         with model.applied(plan):

@@ -22,6 +22,9 @@ COMMANDS = (
     "export",
     "verify",
     "generate",
+    "import",
+    "models",
+    "push",
 )
 
 
