@@ -20,17 +20,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from interp_ablate.errors import ExportError
-from interp_ablate.export import tensor_files
+from interp_ablate.export import tensor_copy
+from interp_ablate.export.tensor_copy import (
+    JOURNAL,
+    NewTensor,
+    copy_checkpoint,
+    streamed_folder,
+)
 from interp_ablate.export.tensor_files import (
     INDEX,
-    JOURNAL,
     SINGLE,
     Checkpoint,
-    NewTensor,
     TensorSource,
-    copy_checkpoint,
     read_tensor_file,
-    streamed_folder,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -552,7 +554,7 @@ def test_where_the_kernel_cannot_copy_the_bytes_are_read_and_written(
         return 0
 
     monkeypatch.setattr(os, "copy_file_range", refuse)
-    monkeypatch.setattr(tensor_files, "COPY", 64)
+    monkeypatch.setattr(tensor_copy, "COPY", 64)
     two_shards(tmp_path / "in")
     run_copy(tmp_path / "in", tmp_path / "out")
     for shard in SHARDS:
@@ -602,9 +604,9 @@ def test_memory_holds_a_few_blocks_not_the_tensor(tmp_path: Path) -> None:
         import os, resource, sys, time
         import torch
         from pathlib import Path
-        from interp_ablate.export import tensor_files as files
+        from interp_ablate.export import tensor_copy as copying, tensor_files as files
 
-        files.WAITING, files.BLOCK = 4 << 20, 1 << 20
+        copying.WAITING, files.BLOCK = 4 << 20, 1 << 20
         folder, size = Path(sys.argv[1]), 96 << 20
         text = b'{"w":{"dtype":"BF16","shape":[%d,1024],"data_offsets":[0,%d]}}' % (size // 2048, size)
         with open(folder / files.SINGLE, "wb") as file:
@@ -619,11 +621,11 @@ def test_memory_holds_a_few_blocks_not_the_tensor(tmp_path: Path) -> None:
                 yield (block.float() + 1).to(block.dtype)
 
         source = files.Checkpoint.open(folder)
-        with files.streamed_folder(folder / "one", source=source, fingerprint="") as out:
-            files.copy_checkpoint(source, out, edit={})
+        with copying.streamed_folder(folder / "one", source=source, fingerprint="") as out:
+            copying.copy_checkpoint(source, out, edit={})
         before = peak()
-        with files.streamed_folder(folder / "out", source=source, fingerprint="") as out:
-            files.copy_checkpoint(source, out, edit={"w": edit})
+        with copying.streamed_folder(folder / "out", source=source, fingerprint="") as out:
+            copying.copy_checkpoint(source, out, edit={"w": edit})
         written = files.Checkpoint.open(folder / "out")
         assert all(bool((block == 1).all()) for _, block in written.blocks("w"))
         print(peak() - before)
@@ -645,7 +647,7 @@ BEFORE_THE_LAST_STEP = 36  # calls, from the first write until the hidden folder
 KILLED = """
     import os, sys
     from pathlib import Path
-    from interp_ablate.export import tensor_files as files
+    from interp_ablate.export import tensor_copy as copying, tensor_files as files
 
     folder, left = Path(sys.argv[1]), int(sys.argv[2])
 
@@ -666,8 +668,8 @@ KILLED = """
             yield (block.float() * 2).to(block.dtype)
 
     source = files.Checkpoint.open(folder / "in")
-    with files.streamed_folder(folder / "out", source=source, fingerprint="plan") as out:
-        files.copy_checkpoint(source, out, edit=dict.fromkeys(("embed", "b.down"), edit))
+    with copying.streamed_folder(folder / "out", source=source, fingerprint="plan") as out:
+        copying.copy_checkpoint(source, out, edit=dict.fromkeys(("embed", "b.down"), edit))
 """
 
 
@@ -777,8 +779,8 @@ def test_too_little_room_is_said_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     two_shards(tmp_path / "in")
-    usage = tensor_files.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(tensor_files.shutil, "disk_usage", lambda _: usage._replace(free=100))
+    usage = tensor_copy.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(tensor_copy.shutil, "disk_usage", lambda _: usage._replace(free=100))
     with pytest.raises(ExportError, match=r"GB to write.*free space"):
         run_copy(tmp_path / "in", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]

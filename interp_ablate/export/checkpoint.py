@@ -25,15 +25,14 @@ from torch import Tensor
 from interp_ablate.edits import Plan
 from interp_ablate.errors import ExportError
 from interp_ablate.export.card import model_card, source_front_matter, versions
-from interp_ablate.export.tensor_files import (
-    Checkpoint,
+from interp_ablate.export.tensor_copy import (
     Edit,
     NewTensor,
     StreamedFolder,
-    TensorSource,
     copy_checkpoint,
     streamed_folder,
 )
+from interp_ablate.export.tensor_files import Checkpoint, TensorSource
 from interp_ablate.export.verify import PROBES, certify
 from interp_ablate.model import Model, PromptLike
 from interp_ablate.sources import ModelSource, read_hf_config
