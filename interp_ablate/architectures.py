@@ -117,7 +117,8 @@ class Architecture:
                 return found
         near = sorted(name for name in names if f".{site.layer}." in name)[:40]
         raise ExportError(
-            f"the checkpoint has no tensor for {site}: looked for {', '.join(tried)}; layer "
+            f"the checkpoint has no tensor for {site}: looked for "
+            f"{', '.join(tried) or 'none, this architecture has no such writer'}; layer "
             f"{site.layer} holds {', '.join(near) or 'nothing'}"
         )
 

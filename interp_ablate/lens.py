@@ -117,7 +117,12 @@ class BridgeLens:
         }
         names = {name: part.name for name, part in parts.items()} | blocks
         text = ", ".join(f"{name}={value}" for name, value in names.items())
-        return f"the Bridge's component map of {type(self.hf).__name__} has {text}"
+        aliases = self.tl.blocks[0].hook_aliases
+        hooks = {
+            point: aliases.get(point, "nothing") for point in ("hook_attn_out", "hook_mlp_out")
+        }
+        told = ", ".join(f"{point} is {place}" for point, place in hooks.items())
+        return f"the Bridge's component map of {type(self.hf).__name__} has {text}; {told}"
 
     @cached_property
     def _tensors(self) -> dict[str, Tensor]:
@@ -403,7 +408,7 @@ def hooked_from_hf(hf: Any, tokenizer: Any) -> Lens:
         try:
             cfg = HookedTransformerConfig(**_hooked_values(loading, folder, hf))
             state = loading.get_pretrained_state_dict(folder, cfg, hf_model=hf, dtype=cfg.dtype)
-        except (NotImplementedError, KeyError, AttributeError, ValueError) as error:
+        except (NotImplementedError, KeyError, AttributeError, ValueError, RuntimeError) as error:
             raise ModelError(
                 f"TransformerLens cannot build a HookedTransformer from {type(hf).__name__} "
                 f"({error}): use backend='bridge'"

@@ -414,7 +414,11 @@ class Model:
             keeping = plan.norm_preserving_at(site)
             if keeping is not None and site.point not in EMBEDDING_POINTS:
                 self._install_norm_preserving(site, keeping.map_at(site, gain), state)
-            state.parts[site] = [(kind, affine.to(like)) for kind, affine in maps]
+            wide = keeping is not None and site.point in EMBEDDING_POINTS
+            state.parts[site] = [
+                (kind, affine if wide and kind == "all" else affine.to(like))
+                for kind, affine in maps
+            ]
         state.fired.update(dict.fromkeys(plan.sites, 0))
         for site in plan.sites:
             if site.point == "resid_mid":
@@ -489,8 +493,12 @@ class Model:
         for kind, affine in state.parts[site]:
             if kind == "all":
                 keeps = site.point in EMBEDDING_POINTS and state.plan.keeps_norm_at(site)
-                if keeps:
-                    x = kept_norm(x, affine, eps=torch.finfo(x.dtype).eps)[0] + affine.shift
+                if (
+                    keeps
+                ):  # in the precision in which weights are edited: rounding must not be scaled up
+                    wide = x.double() if x.element_size() >= 4 else x.float()
+                    kept = kept_norm(wide, affine, eps=torch.finfo(x.dtype).eps)[0]
+                    x = (kept + affine.shift.to(kept)).to(x.dtype)
                 else:
                     x = affine(x)
                 state.fired[site] += 1

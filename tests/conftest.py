@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 
-from interp_ablate.sites import POINTS, Site, sites_of
+from interp_ablate.sites import Site, sites_of
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -39,7 +39,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=("llama_gqa", "llama", "mistral", "qwen2", "qwen3"))
 def kind(request: pytest.FixtureRequest) -> str:
-    """Every architecture of the weights table, Llama with and without grouped queries."""
+    """The Llama-style architectures, Llama with and without grouped queries; test_architectures has all."""
     return request.param
 
 
@@ -50,7 +50,7 @@ def tied(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture
 def all_sites() -> tuple[Site, ...]:
-    """Every site of a tiny model."""
-    from tiny import N_LAYERS
+    """Every site of a tiny Llama-style model."""
+    from tiny import N_LAYERS, ROTARY_POINTS
 
-    return sites_of(POINTS, range(N_LAYERS))
+    return sites_of(ROTARY_POINTS, range(N_LAYERS))

@@ -6,13 +6,27 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import N_LAYERS, editing, forward, greedy, rows_of, shared, tiny, unit
+from tiny import (
+    N_LAYERS,
+    PARTS,
+    ROTARY_POINTS,
+    editing,
+    forward,
+    gains_of,
+    greedy,
+    hf_forward,
+    rows_of,
+    shared,
+    source_of,
+    tiny,
+    unit,
+)
 from torch import Tensor
 
 from interp_ablate import Ablate, Add, Clamp, Plan, Site, everywhere, from_hf, sites_of
 from interp_ablate.errors import ModelError, PlanError
 from interp_ablate.model import Model
-from interp_ablate.sites import POINTS, RESIDUAL_POINTS, Point
+from interp_ablate.sites import RESIDUAL_POINTS, Point
 
 TOLERANCE = 3e-5  # fp32, logits of size 1
 NEVER = frozenset({-1})
@@ -47,7 +61,7 @@ def check(model: Model, hf: Any, plan: Plan, rows: list[list[int]]) -> None:
 # --------------------------------------------------------------------------------- every kind of site
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", ROTARY_POINTS)
 @pytest.mark.parametrize("edit", EDITS)
 def test_each_edit_at_each_point(backend: str, point: Point, edit: str) -> None:
     sites = list(sites_of((point,), range(N_LAYERS)))
@@ -57,7 +71,7 @@ def test_each_edit_at_each_point(backend: str, point: Point, edit: str) -> None:
 
 
 def test_all_points_at_once_on_every_architecture(kind: str, backend: str) -> None:
-    sites = list(sites_of(POINTS, range(N_LAYERS)))
+    sites = list(sites_of(ROTARY_POINTS, range(N_LAYERS)))
     plan = Plan(
         (
             Ablate(unit(0), sites, strength=0.5),
@@ -67,6 +81,60 @@ def test_all_points_at_once_on_every_architecture(kind: str, backend: str) -> No
         )
     )
     check(shared(kind, backend), tiny(kind)[0], plan, rows_of(9, 13, 6))
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_each_edit_at_learned_positions(backend: str, edit: str) -> None:
+    model, hf, rows = shared("gpt2", backend), source_of("gpt2"), rows_of(9, 6)
+    plan = edits_at([Site(0, "pos_embed")])[edit] + edits_at([Site(0, "embed")])["add"]
+    with model.applied(plan):
+        got = model.logits(rows, keep=6)
+    for row, found in zip(rows, got):
+        want = hf_forward(hf, "gpt2", row, editing(plan))[-6:]
+        torch.testing.assert_close(found, want, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ("gemma2", "gemma3_text", "olmo2", "glm4"))
+def test_all_points_at_once_in_post_norm_blocks(kind: str) -> None:
+    """A projection and what its norm makes of it are two sites, each with its own edits."""
+    model, hf, rows = shared(kind), source_of(kind), rows_of(9, 13, 6)
+    sites = list(sites_of(ROTARY_POINTS, range(N_LAYERS)))
+    normed = [site for site in sites if not site.point.endswith("_proj")]
+    plan = Plan(
+        (
+            Ablate(unit(0), sites, strength=0.5),
+            Add(unit(1), normed[::2]),
+            Ablate(unit(2, k=2), sites[1::3]),
+            Clamp(unit(3), normed[::4], value=-0.5),
+        )
+    )
+    edit = editing(plan, gains=gains_of(hf, kind))
+    with model.applied(plan):
+        got = model.logits(rows, keep=6)
+    for row, found in zip(rows, got):
+        want = hf_forward(hf, kind, row, edit)[-6:]
+        torch.testing.assert_close(found, want, atol=TOLERANCE, rtol=0)
+    for read, written in read_and_written(model, kind, rows[0]):
+        torch.testing.assert_close(read, written, atol=TOLERANCE, rtol=1e-5)
+
+
+def read_and_written(model: Model, kind: str, row: list[int]) -> list[tuple[Tensor, Tensor]]:
+    """What is read at every site without a plan, and what the Hugging Face modules write there."""
+    sites = list(sites_of(ROTARY_POINTS, range(N_LAYERS)))
+    seen: dict[Site, Tensor] = {}
+
+    def keep(site: Site, x: Tensor) -> Tensor:
+        seen[site] = x
+        return x
+
+    hf_forward(source_of(kind), kind, row, keep)
+    ((_, _, read),) = model.stream([row], capture=dict.fromkeys(sites, lambda x, batch: x))
+    return [(read[site], seen[site]) for site in sites]
+
+
+def test_the_writers_are_those_that_leave_nothing(kind: str, backend: str) -> None:
+    assert list(shared(kind, backend).writers) == PARTS[kind].writers
+    assert shared(kind, backend).writers == everywhere(N_LAYERS)
 
 
 def test_resid_mid_reaches_the_skip_path_and_the_mlp(backend: str) -> None:
@@ -215,6 +283,44 @@ def test_nested_plans_act_as_one_after_the_other(backend: str) -> None:
     assert not len(model.active_plan)
 
 
+def test_nested_plans_at_a_projection_and_after_it(backend: str) -> None:
+    """The projection is upstream of attn_out, whichever of the two plans is the outer one.
+
+    Without a norm between them both are one HookPoint on the Bridge, which cannot go back.
+    """
+    model, (hf, _) = shared(backend=backend), tiny()
+    late = Plan((Clamp(unit(0), Site(1, "attn_out"), value=2.0),))
+    early = Plan((Ablate(unit(0) + unit(1), Site(1, "attn_proj")),))
+    row = rows_of(9)[0]
+    want = forward(hf, row, editing(late + early))
+    for outer, inner in ((early, late), (late, early)):
+        if backend == "bridge" and outer is late:
+            one_place = pytest.raises(PlanError, match=r"one place here")
+            with model.applied(outer):
+                with one_place, model.applied(inner):
+                    pytest.fail("the block must not be entered")
+                got = model.logits([row], keep=9)[0]  # the outer one still works
+            want = forward(hf, row, editing(late))
+            torch.testing.assert_close(got, want, atol=TOLERANCE, rtol=0)
+            break
+        with model.applied(outer), model.applied(inner):
+            got = model.logits([row], keep=9)[0]
+        torch.testing.assert_close(got, want, atol=TOLERANCE, rtol=0)
+
+
+def test_nested_norm_preserving_plans_at_one_site_are_refused(backend: str) -> None:
+    """As they are in one plan: `active_plan` has no function then."""
+    model = shared(backend=backend)
+    outer, inner = (Ablate(unit(i), Site(1, "mlp_out"), norm_preserving=True) for i in range(2))
+    with model.applied(outer):
+        with (
+            pytest.raises(PlanError, match=r"one of them norm-preserving"),
+            model.applied(inner),
+        ):
+            pytest.fail("the block must not be entered")
+        model.logits(rows_of(9))
+
+
 # --------------------------------------------------------------------------------- TransformerLens' own methods
 
 
@@ -252,7 +358,7 @@ def hooks_of(model: Model) -> int:
 def test_after_the_block_nothing_is_left(kind: str, backend: str) -> None:
     model, rows = shared(kind, backend), rows_of(9, 6)
     before, hooks = model.logits(rows, keep=6), hooks_of(model)
-    with model.applied(Ablate(unit(), sites_of(POINTS, range(N_LAYERS)))):
+    with model.applied(Ablate(unit(), sites_of(ROTARY_POINTS, range(N_LAYERS)))):
         assert hooks_of(model) > hooks
         model.logits(rows)
     assert hooks_of(model) == hooks
@@ -291,7 +397,7 @@ def test_hooks_write_nothing_in_place(backend: str) -> None:
     """Weights stay as they are: an embedding row edited in place would be edited for good."""
     model, rows = shared(backend=backend), rows_of(9, 6)
     before = model.fingerprint
-    with model.applied(Add(unit(), sites_of(POINTS, range(N_LAYERS)))):
+    with model.applied(Add(unit(), sites_of(ROTARY_POINTS, range(N_LAYERS)))):
         model.generate(rows, max_new_tokens=3)
     assert model.fingerprint == before
 

@@ -15,9 +15,20 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from interp_ablate.directions import Direction
-from interp_ablate.edits import Ablate, Add, Affine, Clamp, Edit, Plan, band, everywhere
+from interp_ablate.edits import (
+    Ablate,
+    Add,
+    Affine,
+    Clamp,
+    Edit,
+    Plan,
+    band,
+    everywhere,
+    kept_norm,
+    pulled_back,
+)
 from interp_ablate.errors import PlanError
-from interp_ablate.sites import WRITER_POINTS, Site
+from interp_ablate.sites import RESIDUAL_POINTS, WRITER_POINTS, Point, Site
 
 D = 12
 SEEDS = range(5)
@@ -296,6 +307,131 @@ def test_repr_says_what_where_and_how_much() -> None:
     assert repr(plan.edits[0]) in repr(plan)
 
 
+# --------------------------------------------------------------------------------- before a norm
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_pulled_back_ablation_leaves_nothing_after_the_norm(seed: int, k: int) -> None:
+    """Where an RMS norm with this gain follows; and it is not the ablation of the normed output."""
+    vectors, gain, x = draw(seed, k, D), 1 + 0.5 * draw(seed + 50, D), stream(seed)
+    site = Site(1, "attn_proj")
+    edit = Ablate(vectors, site)
+
+    def norm(y: Tensor) -> Tensor:
+        return gain * y / y.pow(2).mean(-1, keepdim=True).sqrt()
+
+    after = norm(edit.map_at(site, gain)(x))
+    exactly(after @ vectors.T, torch.zeros(4, 7, k, dtype=torch.float64))
+    normed = only(edit)(norm(x))
+    exactly(normed @ vectors.T, torch.zeros(4, 7, k, dtype=torch.float64))
+    assert (after - normed).abs().max() > 1e-2
+    assert (norm(only(edit)(x)) @ vectors.T).abs().max() > 1e-2  # the fault: the gain left out
+    basis = pulled_back(edit.vectors, gain)
+    exactly(basis @ basis.T, torch.eye(k, dtype=torch.float64))
+    exactly(edit.map_at(site, gain)(x), x - x @ basis.T @ basis)
+    exactly(edit.map_at(site, torch.ones(D))(x), only(edit)(x))
+    [(_, composed)] = Plan((edit, Ablate(draw(9, D), site, strength=0.5))).maps_at(site, gain)
+    other = Ablate(draw(9, D), site, strength=0.5).map_at(site, gain)
+    exactly(composed(x), other(edit.map_at(site, gain)(x)))
+
+
+def test_a_strength_before_a_norm_is_a_share_of_the_projection() -> None:
+    site, gain, x = Site(1, "mlp_proj"), 1 + 0.5 * draw(50, D), stream()
+    edited = Ablate(direction(), site, strength=0.25).map_at(site, gain)(x)
+    along = gain * direction().vector
+    exactly(edited @ along, 0.75 * (x @ along))
+
+
+@pytest.mark.parametrize("edit", [Add(draw(0, D), PRE), Clamp(draw(0, D), PRE, value=1.0)])
+def test_nothing_is_added_before_a_norm(edit: Edit) -> None:
+    with pytest.raises(PlanError, match=r"before a norm.*attn_out or mlp_out"):
+        edit.map_at(PRE, torch.ones(D))
+    with pytest.raises(PlanError, match=r"before a norm"):
+        Plan((edit,)).maps_at(PRE, torch.ones(D))
+
+
+# --------------------------------------------------------------------------------- norm-preserving
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_a_row_keeps_its_norm_and_leaves_the_direction(seed: int, strength: float) -> None:
+    vectors, rows = draw(seed, 2, D), draw(seed + 9, 20, D)
+    each = only(Ablate(vectors, Site(1, "mlp_out"), strength=strength, norm_preserving=True))
+    kept, factor = kept_norm(rows, each, eps=1e-15)
+    exactly(kept.norm(dim=1), rows.norm(dim=1))
+    exactly(kept, each(rows) * factor[:, None])
+    assert (factor > 1).all()
+    if strength == 1:
+        exactly(kept @ vectors.T, torch.zeros(20, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_row_of_nothing_but_the_direction_stays_small(dtype: torch.dtype) -> None:
+    """Its norm given back would be rounding noise at full size."""
+    vector = draw(0, D)
+    rows = torch.stack([vector, 0 * vector, vector + 0.1 * draw(1, D)]).to(dtype)  # stored so
+    each = only(Ablate(vector, Site(1, "mlp_out")))
+    kept, factor = kept_norm(rows.double(), each, eps=torch.finfo(dtype).eps)
+    assert factor[:2].tolist() == [1.0, 1.0] and factor[2] > 1
+    assert kept[:2].norm() < 1e-5 and torch.isfinite(kept).all()
+    exactly(kept[2].norm(), rows[2].double().norm())
+
+
+@pytest.mark.parametrize("point", WRITER_POINTS)
+def test_norm_preserving_is_part_of_the_plan(point: Point, tmp_path: Path) -> None:
+    site = Site(0, point)
+    plain, kept = (Plan((Ablate(direction(), site, norm_preserving=n),)) for n in (False, True))
+    assert "norm_preserving" not in plain.to_dict()["edits"][0]  # plans of before read the same
+    assert kept.to_dict()["edits"][0]["norm_preserving"] is True
+    assert plain != kept and plain.fingerprint != kept.fingerprint
+    for plan in (plain, kept):
+        plan.save(tmp_path / "plan.json")
+        back = Plan.load(tmp_path / "plan.json")
+        assert back == plan and back.edits[0].norm_preserving == plan.edits[0].norm_preserving
+    assert kept.keeps_norm_at(site) and not plain.keeps_norm_at(site)
+    assert not kept.keeps_norm_at(Site(1, "mlp_out"))
+
+
+def test_norm_preserving_shares_its_site_with_nothing() -> None:
+    site, other = Site(1, "mlp_out"), Site(1, "attn_out")
+    plan = Plan(
+        (
+            Ablate(direction(0), (site, other), norm_preserving=True),
+            Ablate(direction(1), Site(2, "mlp_out")),
+            Add(direction(1), other),  # a bias has no part in it
+            Ablate(direction(2), site, strength=0.5),
+        )
+    )
+    assert plan.norm_preserving_at(other) is plan.edits[0]
+    assert plan.keeps_norm_at(other) and not plan.keeps_norm_at(Site(2, "mlp_out"))
+    with pytest.raises(PlanError, match=r"2 edits at blocks\.1\.hook_mlp_out.*one subspace"):
+        plan.keeps_norm_at(site)
+
+
+@pytest.mark.parametrize("point", RESIDUAL_POINTS)
+def test_norm_preserving_is_for_writers_at_every_position(point: Point) -> None:
+    with pytest.raises(PlanError, match=rf"weights of writers.*got .*{point}"):
+        Ablate(direction(), [Site(1, "mlp_out"), Site(1, point)], norm_preserving=True)
+    with pytest.raises(PlanError, match=r"positions='prompt'"):
+        Ablate(direction(), Site(1, "mlp_out"), positions="prompt", norm_preserving=True)
+
+
+@pytest.mark.parametrize("op", ["add", "clamp"])
+def test_only_an_ablation_preserves_norms(op: str) -> None:
+    number = {"add": "coefficient", "clamp": "value"}[op]
+    sites = ["blocks.1.hook_mlp_out"]
+    with pytest.raises(PlanError, match="cannot be read"):
+        Plan.from_dict(spoiled(op=op, sites=sites, norm_preserving=True, **{number: 1.0}))
+
+
+def test_norm_preserving_in_json_is_true_or_false() -> None:
+    for value in ("no", 1, None):
+        with pytest.raises(PlanError, match=r'"norm_preserving" of an edit is true or false'):
+            Plan.from_dict(spoiled(sites=["blocks.1.hook_mlp_out"], norm_preserving=value))
+
+
 # --------------------------------------------------------------------------------- bad input
 
 NAN = torch.full((D,), math.nan)
@@ -463,7 +599,7 @@ def test_a_plan_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> Non
 def test_everywhere_is_every_writer_once(n_layers: int) -> None:
     sites = everywhere(n_layers)
     assert len(set(sites)) == len(sites) == 2 * n_layers + 1 and sites[0] == Site(0, "embed")
-    assert {site.point for site in sites} == set(WRITER_POINTS)
+    assert {site.point for site in sites} == {"embed", "attn_out", "mlp_out"} < set(WRITER_POINTS)
     assert list(sites) == sorted(sites)
 
 
@@ -497,6 +633,18 @@ def test_a_band_falls_off_linearly_from_its_centre(centre: float, width: float) 
                 assert strengths[layer] == pytest.approx(expected, rel=1e-12)
     points = [edit.sites[0].point for edit in plan]
     assert points == sorted(points) and len(points) == len(set(points))
+
+
+def test_a_band_is_at_the_points_that_are_asked_for() -> None:
+    shape: dict[str, Any] = {"attention": (1.2, 4), "mlp": (0.6, 5), "width": 2.5}
+    plain = band(direction(), 9, **shape)
+    moved = band(direction(), 9, **shape, points=("attn_proj", "mlp_proj"))
+    assert [e.amounts for e in moved] == [e.amounts for e in plain]
+    assert [[s.layer for s in e.sites] for e in moved] == [
+        [s.layer for s in e.sites] for e in plain
+    ]
+    assert [{s.point for s in e.sites} for e in moved] == [{"attn_proj"}, {"mlp_proj"}]
+    assert [{s.point for s in e.sites} for e in plain] == [{"attn_out"}, {"mlp_out"}]
 
 
 def test_a_strength_of_zero_leaves_its_sites_out() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import N_LAYERS, make, rows_of, tiny, unit
+from tiny import N_LAYERS, make, rows_of, shared, tiny, unit
 
 from interp_ablate import (
     Ablate,
@@ -74,6 +74,20 @@ def test_live_strengths_are_the_plan(backend: str) -> None:
         got = model.logits(rows)
     torch.testing.assert_close(got.detach(), want, atol=2e-5, rtol=1e-5)
     assert not model.logits(rows).requires_grad  # gradients end with the block
+
+
+@pytest.mark.parametrize("kind", ("gemma2", "gpt2", "gpt_neox", "mixtral"))
+def test_live_strengths_are_the_plan_on_other_architectures(kind: str) -> None:
+    """At projections before a norm the direction is pulled back through its gain, as in plans."""
+    model, rows = shared(kind), rows_of(9, 12, 14)
+    strengths = torch.linspace(0.1, 1.5, len(model.writers))
+    edit = Ablate(DIRECTION, model.writers, strength=strengths.tolist())
+    with model.applied(Plan((edit,))):
+        want = model.logits(rows)
+    with model.ablating(DIRECTION.vector, model.writers, strengths):
+        got = model.logits(rows)
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
+    assert (want - model.logits(rows)).abs().max() > 1e-2
 
 
 def test_fit_lowers_own_words_and_minds_the_budget(backend: str) -> None:

@@ -12,29 +12,51 @@ import pytest
 import torch
 
 from interp_ablate.errors import InterpAblateError
-from interp_ablate.sites import POINTS, RESIDUAL_POINTS, WRITER_POINTS, Site, sites_of
+from interp_ablate.sites import (
+    EMBEDDING_POINTS,
+    POINTS,
+    PROJECTION_POINTS,
+    RESIDUAL_POINTS,
+    WRITER_POINTS,
+    Site,
+    sites_of,
+)
 
-EVERY = [Site(layer, point) for layer in range(12) for point in POINTS if point != "embed"]
-EVERY.append(Site(0, "embed"))
+IN_BLOCKS = [point for point in POINTS if point not in EMBEDDING_POINTS]
+EVERY = [Site(layer, point) for layer in range(12) for point in IN_BLOCKS]
+EVERY += [Site(0, point) for point in EMBEDDING_POINTS]
 
 
 @pytest.mark.parametrize("site", EVERY, ids=str)
 def test_a_name_reads_back_as_the_site(site: Site) -> None:
     assert Site.parse(str(site)) == site
-    short = "embed" if site.point == "embed" else f"{site.layer}.{site.point}"
+    short = site.point if site.point in EMBEDDING_POINTS else f"{site.layer}.{site.point}"
     assert Site.parse(short) == site
 
 
 def test_names_are_those_of_transformer_lens_and_all_different() -> None:
     assert str(Site(3, "resid_mid")) == "blocks.3.hook_resid_mid"
-    assert str(Site(0, "embed")) == "hook_embed"
+    assert str(Site(0, "embed")) == "hook_embed" and str(Site(0, "pos_embed")) == "hook_pos_embed"
+    assert str(Site(3, "attn_proj")) == "blocks.3.attn.hook_out"
+    assert str(Site(3, "mlp_proj")) == "blocks.3.mlp.hook_out"
     assert len({str(site) for site in EVERY}) == len({hash(site) for site in EVERY}) == len(EVERY)
 
 
 def test_forward_order() -> None:
-    """Within a layer: read, attention writes, middle, MLP writes, end; embed before everything."""
-    layer = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
-    expected = [Site(0, "embed"), *(Site(i, p) for i in range(12) for p in layer)]  # type: ignore[arg-type]
+    """Within a layer: read, attention writes, middle, MLP writes, end; embeddings before everything.
+
+    A projection comes before what its norm makes of it.
+    """
+    layer = (
+        *("resid_pre", "attn_proj", "attn_out", "resid_mid"),
+        *("mlp_proj", "mlp_out", "resid_post"),
+    )
+    expected = [
+        Site(0, "embed"),
+        Site(0, "pos_embed"),
+        *(Site(i, p) for i in range(12) for p in layer),
+    ]  # type: ignore[arg-type]
+    assert set(layer) == set(IN_BLOCKS)
     shuffled = random.Random(0).sample(EVERY, len(EVERY))
     assert sorted(shuffled) == expected
     assert all(a < b and not b < a for a, b in pairwise(expected))
@@ -45,7 +67,7 @@ def test_forward_order() -> None:
 def test_sites_of_names_every_site_once_in_order(points: tuple, layers: range | list[int]) -> None:
     found = sites_of(points, layers)
     assert list(found) == sorted(set(found))
-    wanted = {(0 if p == "embed" else layer, p) for layer in layers for p in points}
+    wanted = {(0 if p in EMBEDDING_POINTS else layer, p) for layer in layers for p in points}
     assert {(site.layer, site.point) for site in found} == wanted
 
 
@@ -60,6 +82,10 @@ def test_sites_of_names_every_site_once_in_order(points: tuple, layers: range | 
         (lambda: Site.parse("blocks.3.hook_resid_pre.x"), ["as a site"]),
         (lambda: Site.parse("resid_pre"), ["as a site", "3.resid_mid"]),
         (lambda: Site.parse("3.embed"), ["layer 3"]),
+        (lambda: Site(2, "pos_embed"), ["layer 2"]),
+        (lambda: Site.parse("blocks.3.attn.hook_in"), ["as a site"]),
+        (lambda: Site.parse("blocks.3.attn.hook_out.x"), ["as a site"]),
+        (lambda: Site.parse("blocks.x.mlp.hook_out"), ["as a site"]),
         (lambda: Site.parse(""), ["as a site"]),
     ],
 )
@@ -80,3 +106,10 @@ def test_a_layer_of_numpy_or_torch_is_kept_as_an_integer(layer: Any) -> None:
     site = Site(layer, "resid_pre")
     assert type(site.layer) is int and site == Site(3, "resid_pre")
     assert hash(site) == hash(Site(3, "resid_pre"))
+
+
+def test_the_kinds_of_points_are_all_points_once() -> None:
+    assert set(POINTS) == {*RESIDUAL_POINTS, *WRITER_POINTS}
+    assert not set(RESIDUAL_POINTS) & set(WRITER_POINTS)
+    assert {*EMBEDDING_POINTS, *PROJECTION_POINTS} < set(WRITER_POINTS)
+    assert len(set(POINTS)) == len(POINTS)

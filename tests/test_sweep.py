@@ -34,6 +34,7 @@ from interp_ablate.sweep import (
 )
 
 D, N_LAYERS = 6, 8
+WRITERS = everywhere(N_LAYERS)
 IDENTITY = {"model": "abc", "max_kl": 0.1, "layers": [1, 2]}
 BAND = Candidate(
     3, "resid_post", "-2", stage="refine", operation="band", attention_strength=1.2,
@@ -67,7 +68,7 @@ class FakeBench:
     """Numbers made from the plan's own JSON; counts how often it was asked."""
 
     def __init__(self, spoil: Callable[[Plan], dict[str, float]] = lambda plan: {}) -> None:
-        self.model = SimpleNamespace(n_layers=N_LAYERS)
+        self.model = SimpleNamespace(n_layers=N_LAYERS, writers=WRITERS)
         self.scored: list[Plan] = []
         self.added: list[Plan] = []
         self.spoil = spoil
@@ -129,14 +130,33 @@ def test_a_candidates_key_is_its_content() -> None:
 
 def test_a_candidates_plan() -> None:
     found = direction(3)
-    full = Candidate(3, "resid_post").plan(found, N_LAYERS)
-    assert full == Plan((Ablate(found, everywhere(N_LAYERS)),))
+    full = Candidate(3, "resid_post").plan(found, WRITERS)
+    assert full == Plan((Ablate(found, WRITERS),))
     expected = band(found, N_LAYERS, attention=(1.2, 3.5), mlp=(0.9, 2.0), width=2.5)
-    assert BAND.plan(found, N_LAYERS) == expected
+    assert BAND.plan(found, WRITERS) == expected
     control = direction(5)  # another direction in its place: same sites, same strengths
-    other = BAND.plan(control, N_LAYERS)
+    other = BAND.plan(control, WRITERS)
     assert other != expected and other.sites == expected.sites
     assert [edit.amounts for edit in other] == [edit.amounts for edit in expected]
+
+
+def test_a_candidates_plan_is_at_the_writers_of_its_model() -> None:
+    """Learned positions are ablated too; where a norm follows a projection, the projection is."""
+    found = direction(3)
+    positions = (Site(0, "embed"), Site(0, "pos_embed"), *WRITERS[1:])
+    assert Candidate(3, "resid_post").plan(found, positions).sites == positions
+    assert BAND.plan(found, positions) == BAND.plan(found, WRITERS)
+    names: dict[str, Point] = {"attn_out": "attn_proj", "mlp_out": "mlp_proj", "embed": "embed"}
+    projections = tuple(Site(site.layer, names[site.point]) for site in WRITERS)
+    expected = [
+        (tuple(Site(site.layer, names[site.point]) for site in edit.sites), edit.amounts)
+        for edit in BAND.plan(found, WRITERS)
+    ]
+    assert [(e.sites, e.amounts) for e in BAND.plan(found, projections)] == expected
+    (edit,) = FITTED.plan(found, projections)
+    assert edit.sites == projections[1:]
+    with pytest.raises(ValueError, match=r"shorter|longer"):  # strengths of another architecture
+        FITTED.plan(found, positions)
 
 
 @pytest.mark.parametrize(
@@ -334,7 +354,7 @@ def test_every_candidate_is_scored_once_in_order(tmp_path: Path) -> None:
         trials = run_trials(bench, DIRECTIONS, candidates, journal, done, on_trial=seen.append)  # type: ignore[arg-type]
     assert [each.candidate for each in trials] == candidates and seen == trials
     assert read(journal.path) == {each.candidate.key: each for each in trials}
-    plans = [c.plan(DIRECTIONS[c.site, c.position], N_LAYERS) for c in candidates]
+    plans = [c.plan(DIRECTIONS[c.site, c.position], WRITERS) for c in candidates]
     assert bench.scored == plans
     expected = [Plan((Add(DIRECTIONS[c.site, c.position], c.site),)) for c in candidates]
     assert bench.added == expected  # screening also adds, at the direction's own site
@@ -366,7 +386,7 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_score_that_is_not_finite_is_a_failed_trial(tmp_path: Path, bad: float) -> None:
     path, candidates = tmp_path / "trials.jsonl", screening(PLAIN)[:3]
-    spoiled = candidates[1].plan(PLAIN.items[1], N_LAYERS)
+    spoiled = candidates[1].plan(PLAIN.items[1], WRITERS)
     bench = FakeBench(lambda plan: {"kl": bad} if plan == spoiled else {})
     trials = run(path, bench, candidates)
     assert [each.status for each in trials] == ["ok", "failed", "ok"]
@@ -455,10 +475,9 @@ def test_a_fit_is_made_once_and_resumed_from_the_journal(tmp_path: Path) -> None
 
 
 def test_a_fitted_plan_is_the_scaled_strengths() -> None:
-    plan = FITTED.plan(direction(5), N_LAYERS)
+    plan = FITTED.plan(direction(5), WRITERS)
     (edit,) = plan.edits
-    sites = everywhere(N_LAYERS)
-    want = {site: 1.1 * i / 10 for i, site in enumerate(sites) if i}
+    want = {site: 1.1 * i / 10 for i, site in enumerate(WRITERS) if i}
     assert dict(zip(edit.sites, edit.amounts)) == pytest.approx(want)
 
 
