@@ -17,7 +17,7 @@ demo: $(VENV)/.ready
 	$(BIN)/interp-ablate run --model smollm2 --contrast declining --out runs/declining
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "not slow and not llama"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not llama"
 
 # The demo's own configuration, held to the numbers it promises, and Gemma 3 270M (some minutes).
 test-slow: $(VENV)/.ready $(GEMMA)/config.json
@@ -30,9 +30,11 @@ lint: $(VENV)/.ready
 types: $(VENV)/.ready
 	$(BIN)/mypy interp_ablate
 
-# The same suite on the newest TransformerLens 4.x, which has no HookedTransformer.
+# What touches TransformerLens, on the newest 4.x, which has no HookedTransformer.
+TL_TESTS := $(addprefix tests/test_,model.py applied.py architectures.py activations.py convert.py \
+	weights.py export.py streamed.py lora.py scores.py fit.py sweep.py pipeline.py cli_artefacts.py)
 test-tl4: .venv-tl4/.ready
-	.venv-tl4/bin/python -m pytest -m "not slow and not llama"
+	.venv-tl4/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not llama" $(TL_TESTS)
 
 # Exports read by llama.cpp itself, which is compiled once (6 to 8 minutes on 2 cores) into its own place.
 test-llama: $(VENV)/.ready .venv-llama/.ready

@@ -6,7 +6,10 @@ Does not know: TransformerLens, hooks, or what the model is wanted for.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,6 +149,19 @@ def read_hf_config(folder: str | Path) -> Any:
         raise ModelError(f"transformers cannot read {folder}/config.json: {reason[0]}") from error
 
 
+@contextmanager
+def _one_gguf_reader() -> Iterator[None]:
+    """transformers parses a GGUF file three times over, some seconds each: here it is parsed once."""
+    import gguf
+
+    original = gguf.GGUFReader
+    setattr(gguf, "GGUFReader", functools.lru_cache(maxsize=1)(original))  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(gguf, "GGUFReader", original)  # noqa: B010
+
+
 def load_hf(
     source: ModelSource,
     *,
@@ -167,10 +183,11 @@ def load_hf(
         if importlib.util.find_spec("gguf") is None:
             raise ModelError("reading GGUF files needs the gguf package: pip install gguf")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            **where, dtype=dtype, trust_remote_code=trust_remote_code
-        )
+        with _one_gguf_reader() if source.kind == "gguf" else nullcontext():
+            tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                **where, dtype=dtype, trust_remote_code=trust_remote_code
+            )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
