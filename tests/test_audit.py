@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import N_LAYERS, make, shared, tiny, unit
+from tiny import N_LAYERS, folder_of, make, shared, unit
 from torch import Tensor
 
 from interp_ablate import (
@@ -30,15 +30,6 @@ from interp_ablate.errors import ExportError
 
 PLAN = Plan((Ablate(unit(), everywhere(N_LAYERS)),))
 UNTOUCHED, EDITED = "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"
-
-
-def folder_of(
-    place: Path, kind: str = "llama_gqa", *, tied: bool = True, dtype: str = "float32"
-) -> Path:
-    hf, tokenizer = tiny(kind, tied=tied)
-    hf.to(getattr(torch, dtype)).save_pretrained(place, max_shard_size="40KB")
-    tokenizer.save_pretrained(place)
-    return place
 
 
 @pytest.fixture

@@ -71,7 +71,8 @@ def test_kinds(kind: str, relation: str, library: str | None) -> None:
         "gguf": "llama-cli -m THIS/edited.gguf",
     }
     assert {k for k, code in loading.items() if code in card} == {kind}
-    assert "interp-ablate verify SOURCE THIS --plan interp_ablate.json" in card
+    verify = "interp-ablate verify SOURCE THIS --plan interp_ablate.json"
+    assert (verify in card) == (kind == "checkpoint")
 
 
 def test_what_is_inherited() -> None:

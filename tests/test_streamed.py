@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import DECLARED, N_LAYERS, rows_of, shared, tiny, unit
+from tiny import DECLARED, N_LAYERS, folder_of, rows_of, shared, unit
 from transformers import AutoModelForCausalLM
 
 from interp_ablate import (
@@ -30,15 +30,6 @@ from interp_ablate.export.tensor_files import Checkpoint
 
 PLAN = Plan((Ablate(unit(), everywhere(N_LAYERS)),))
 ROWS = rows_of(9, 14)
-
-
-def folder_of(
-    place: Path, kind: str = "llama_gqa", *, tied: bool = True, dtype: str = "float32"
-) -> Path:
-    hf, tokenizer = tiny(kind, tied=tied)
-    hf.to(getattr(torch, dtype)).save_pretrained(place, max_shard_size="40KB")
-    tokenizer.save_pretrained(place)
-    return place
 
 
 def weights_of(folder: Path) -> dict[str, bytes]:

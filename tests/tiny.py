@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -470,3 +471,13 @@ def greedy(
             break
         found.append(token)
     return tuple(found)
+
+
+def folder_of(
+    place: Path, kind: str = "llama_gqa", *, tied: bool = True, dtype: str = "float32"
+) -> Path:
+    """A sharded Hugging Face folder of a tiny model, with its tokenizer."""
+    hf, tokenizer = tiny(kind, tied=tied)
+    hf.to(getattr(torch, dtype)).save_pretrained(place, max_shard_size="40KB")
+    tokenizer.save_pretrained(place)
+    return place

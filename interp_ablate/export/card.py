@@ -313,11 +313,13 @@ def _commands(manifest: Mapping[str, Any], base: Any) -> list[str]:
     code = _KINDS[manifest.get("kind", "checkpoint")][2]
     found = base[0] if isinstance(base, list) else base
     file = re.sub(r"[^\w.-]", "_", str(manifest.get("file", "model.gguf")))
+    lines = [code.replace("BASE", found or "SOURCE").replace("FILE", file)]
+    if manifest.get("kind", "checkpoint") == "checkpoint":
+        lines.append("interp-ablate verify SOURCE THIS --plan interp_ablate.json")
     return [
         "THIS is this repository or folder, SOURCE the model it was made from:",
         "",
-        f"```\n{code.replace('BASE', found or 'SOURCE').replace('FILE', file)}\n"
-        "interp-ablate verify SOURCE THIS --plan interp_ablate.json\n```",
+        "\n".join(["```", *lines, "```"]),
     ]
 
 

@@ -33,7 +33,7 @@ from interp_ablate.export.tensor_copy import (
     streamed_folder,
 )
 from interp_ablate.export.tensor_files import Checkpoint, TensorSource
-from interp_ablate.export.verify import PROBES, certify
+from interp_ablate.export.verify import PROBES, certify, require_passed
 from interp_ablate.model import Model, PromptLike
 from interp_ablate.sources import ModelSource, read_hf_config
 from interp_ablate.weights import (
@@ -175,15 +175,7 @@ def _certified(
         model, weights.plan, folder, prompts=prompts, stored_dtype=written.dtype,
         unembed_map=weights.unembed_map,
     )  # fmt: skip
-    if not certificate["passed"]:
-        raise ExportError(
-            "the export is not the hooked model: "
-            + "; ".join(
-                f"{name} {certificate[name]:.3g} (limit {certificate['limits'][name]:.3g})"
-                for name in certificate["failed"]
-            )
-            + ". Nothing was left on disk"
-        )
+    require_passed(certificate, "export")
     manifest = _manifest(model.source, weights, written, report)
     manifest["backend"] = model.backend
     _finish(folder, manifest, certificate)

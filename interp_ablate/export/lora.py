@@ -24,7 +24,7 @@ from interp_ablate.edits import Affine, Plan
 from interp_ablate.errors import ExportError
 from interp_ablate.export.card import model_card, source_front_matter, versions
 from interp_ablate.export.checkpoint import CERTIFICATE, MANIFEST, whole_folder
-from interp_ablate.export.verify import LIMITS, PROBES
+from interp_ablate.export.verify import LIMITS, PROBES, require_passed
 from interp_ablate.model import Model, PromptLike
 from interp_ablate.scores import kl_divergence
 from interp_ablate.sources import ModelSource
@@ -312,15 +312,7 @@ def export_lora(
     with whole_folder(out, overwrite=overwrite) as folder:
         _write(peft, adapter, folder, base=_base_name(model.source))
         certificate = certify_lora(model, found, folder, prompts=prompts)
-        if not certificate["passed"]:
-            raise ExportError(
-                "the adapter is not the hooked model: "
-                + "; ".join(
-                    f"{name} {certificate[name]:.3g} (limit {certificate['limits'][name]:.3g})"
-                    for name in certificate["failed"]
-                )
-                + ". Nothing was left on disk"
-            )
+        require_passed(certificate, "adapter")
         manifest = _manifest(model, found, adapter, report)
         manifest["versions"]["peft"] = peft.__version__
         manifest["unchanged"] = sorted(set(state) - set(found.edits))

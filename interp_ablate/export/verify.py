@@ -192,6 +192,20 @@ def certify(
     return {**numbers, "limits": limits, "dtype": dtype, "failed": failed, "passed": not failed}
 
 
+def require_passed(certificate: dict[str, Any], what: str) -> None:
+    """Raise for an artefact that is not the hooked model.
+
+    Raises:
+        ExportError: names every number beyond its limit.
+    """
+    if not certificate["passed"]:
+        beyond = "; ".join(
+            f"{name} {certificate[name]:.3g} (limit {certificate['limits'][name]:.3g})"
+            for name in certificate["failed"]
+        )
+        raise ExportError(f"the {what} is not the hooked model: {beyond}. Nothing was left on disk")
+
+
 def _cost_of_accept(
     model: Model, plan: Plan, rows: Sequence[Sequence[int]], unembed_map: Affine
 ) -> dict[str, float]:
