@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from interp_ablate.errors import ExportError
@@ -48,7 +48,8 @@ class Architecture:
     (post-norm blocks); its gain is its weight plus `gain_offset`. `parallel` blocks run attention and
     MLP side by side: True, False, or the config's field that says so. `prefix` is what a checkpoint of
     the bare body leaves out. `count` is the config's field for the number of experts. `attn_biases` and
-    `mlp_biases` are what the config can turn on where a checkpoint has none.
+    `mlp_biases` are what the config can turn on where a checkpoint has none; `biased` writers always have
+    one. `tied` is what transformers assumes of a config that does not say it; what a config says counts.
     """
 
     embed: str
@@ -65,6 +66,8 @@ class Architecture:
     count: str | None = None
     attn_biases: Biases | None = None
     mlp_biases: Biases | None = None
+    biased: bool = False
+    tied: bool = False
     found: bool = field(default=False, compare=False)  # not declared: read from a component map
 
     def is_parallel(self, hf_config: Any) -> bool:
@@ -210,6 +213,7 @@ _WITH_BIASES = _decoder(
 )
 _FUSED = (Writer("mlp.experts.down_proj", "experts"),)
 _GEMMA_2 = _decoder(
+    tied=True,
     attn_norm="post_attention_layernorm",
     mlp_norm="post_feedforward_layernorm",
     gain_offset=1.0,
@@ -222,8 +226,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2": _LLAMA_STYLE,
     "qwen3": _LLAMA_STYLE,
     "phi3": _LLAMA_STYLE,
-    "smollm3": _WITH_BIASES,
-    "gemma": _decoder(scaled_embed=True),
+    "smollm3": replace(_WITH_BIASES, tied=True),
+    "gemma": _decoder(scaled_embed=True, tied=True),
     "gemma2": _GEMMA_2,
     "gemma3_text": _GEMMA_2,
     "olmo2": _decoder(attn_norm="post_attention_layernorm", mlp_norm="post_feedforward_layernorm"),
@@ -235,6 +239,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         embed="wte",
         pos_embed="transformer.wpe.weight",
         layout="conv1d",
+        biased=True,
+        tied=True,
     ),
     "gpt_neox": _decoder(
         "gpt_neox.",
@@ -242,6 +248,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         mlp="mlp.dense_4h_to_h",
         embed="embed_in",
         parallel="use_parallel_residual",
+        biased=True,
     ),
     "mixtral": _decoder(
         more_mlp=(_FUSED, (Writer("block_sparse_moe.experts.{expert}.w2.weight"),)),
@@ -290,7 +297,8 @@ def architecture_of(hf_config: Any) -> Architecture:
 
 
 def table() -> Iterator[dict[str, str]]:
-    """One row an entry: model type, families, tensors with their layout, norms after them, block form."""
+    """One row an entry: model type, families, tensors with their layout, norms after them,
+    biases, ties, block form."""
     for model_type, entry in ARCHITECTURES.items():
         yield {
             "model_type": model_type,
@@ -299,8 +307,19 @@ def table() -> Iterator[dict[str, str]]:
             "attention": _alternatives_text(entry.attn),
             "mlp": _alternatives_text(entry.mlp),
             "norm_after": _norm_text(entry),
+            "biases": _bias_text(entry),
+            "tied": f"{'yes' if entry.tied else 'no'}, unless config.tie_word_embeddings says otherwise",
             "block": (entry.parallel and f"parallel (config.{entry.parallel})") or "sequential",
         }
+
+
+def _bias_text(entry: Architecture) -> str:
+    if entry.biased:
+        return "always"
+    known = (entry.attn_biases, entry.mlp_biases)
+    fields = [f"config.{biases.config_field}" for biases in known if biases]
+    turned_on = f"; additions turn on {' and '.join(fields)}" if fields else ""
+    return f"edited where a checkpoint has them{turned_on}"
 
 
 def _alternatives_text(alternatives: Alternatives) -> str:

@@ -340,7 +340,7 @@ def _models(args: argparse.Namespace) -> int:
             print(json.dumps(row))
             continue
         print(f"{row['model_type']}  ({row['families']}; {row['block']})")
-        for key in ("embeddings", "attention", "mlp", "norm_after"):
+        for key in ("embeddings", "attention", "mlp", "norm_after", "biases", "tied"):
             print(f"    {key:<11} {row[key]}")
     return 0
 

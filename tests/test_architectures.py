@@ -1108,3 +1108,12 @@ def test_a_norm_that_is_not_there_is_an_error() -> None:
     state = {n: t for n, t in source.state_dict().items() if n != name}
     with pytest.raises(ExportError, match=rf"no {name}, the norm that follows"):
         weight_plan(plans_of("gemma2")["writers"], source.config, list(state), state.__getitem__)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_the_table_says_of_ties_and_biases_what_transformers_does(model_type: str) -> None:
+    entry, config = ARCHITECTURES[model_type], AutoConfig.for_model(model_type)
+    assert entry.tied == config.tie_word_embeddings
+    source = source_of(next(k for k in DECLARED if source_of(k).config.model_type == model_type))
+    writers = entry.writers(Site(1, "attn_out"), source.state_dict(), source.config)
+    assert ("bias" in writers.values()) == entry.biased or entry.attn_biases is not None
