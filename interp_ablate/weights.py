@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from interp_ablate.architectures import Architecture, Layout, architecture_of
+from interp_ablate.architectures import Architecture, Biases, Layout, architecture_of
 from interp_ablate.edits import Ablate, Add, Affine, Edit, Plan, kept_norm
 from interp_ablate.errors import ExportError
 from interp_ablate.sites import (
@@ -83,9 +83,8 @@ def _written(plan: Plan, entry: Architecture) -> Plan:
     same: dict[str, Point] = {"attn_proj": "attn_out", "mlp_proj": "mlp_out"}
     first: list[Edit] = []
     then: list[Edit] = []
-    for (
-        edit
-    ) in plan:  # a projection is reached before what it writes, whatever the order in the plan
+    # a projection is reached before what it writes, whatever the order in the plan
+    for edit in plan:
         before, after = _split(edit, lambda site: site.point in same)
         if before is not None:
             first.append(_moved(before, [Site(s.layer, same[s.point]) for s in before.sites]))
@@ -283,6 +282,11 @@ def weight_plan(
     tie_matters = is_tied and Site(0, "embed") in exact.sites
     if tie_matters and tied == "skip-embedding":
         exact = _without_embedding(exact)
+        if not len(exact):
+            raise ExportError(
+                "the plan edits the tied embedding only, and tied='skip-embedding' leaves nothing of it: "
+                "choose 'untie' or 'accept'"
+            )
     found = WeightPlan(exact, tied=tied if tie_matters else None)
     for site in exact.sites:
         _edit_site(found, site, entry, hf_config, names, read)
@@ -371,15 +375,13 @@ def _edit_site(
             f"{hf_config.model_type} checkpoint cannot have. Keep it as a hook, export the ablation alone, "
             "or export a control vector for llama.cpp"
         )
-    _add_biases(found, next(iter(tensors)), biases, hf_config, names)
+    _add_biases(found, next(iter(tensors)), biases, hf_config.num_hidden_layers)
 
 
-def _add_biases(
-    found: WeightPlan, weight: str, biases: Any, hf_config: Any, names: Collection[str]
-) -> None:
+def _add_biases(found: WeightPlan, weight: str, biases: Biases, n_layers: int) -> None:
     """Turn on the config's biases: zeros everywhere, the map's shift in the writer's own."""
     found.config[biases.config_field] = True
-    for layer in range(hf_config.num_hidden_layers):
+    for layer in range(n_layers):
         for module in biases.modules:
             name = module.format(layer=layer)
             found.added.setdefault(f"{name}.bias", Added(beside=f"{name}.weight"))

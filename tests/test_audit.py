@@ -217,3 +217,23 @@ def test_a_plan_without_a_form_and_files_that_cannot_be_read(pair: tuple[Path, P
     shutil.rmtree(out)
     with pytest.raises(ExportError):
         audit(Origin.of_folder(source), PLAN, out)
+
+
+@pytest.mark.parametrize(
+    "file",
+    (
+        "adapter_config.json",
+        "modeling_own.py",
+        "pytorch_model.bin",
+        "additional_chat_templates/x.jinja",
+    ),
+)
+def test_files_that_loaders_would_act_on(pair: tuple[Path, Path], file: str) -> None:
+    source, out = pair
+    (out / file).parent.mkdir(exist_ok=True)
+    (out / file).write_text("{}")
+    (problem,) = audit(Origin.of_folder(source), PLAN, out).problems
+    assert problem.startswith(f"{file} is only in {out}")
+    (out / file).unlink()
+    (out / "picture.png").write_bytes(b"not read by anything")
+    assert audit(Origin.of_folder(source), PLAN, out).passed

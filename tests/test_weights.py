@@ -483,3 +483,9 @@ def test_an_addition_beside_a_norm_preserving_ablation_is_exact_where_there_is_a
     for row, want, got in zip(ROWS, hooked("llama_biases", plan), logits_of(edited(source, plan))):
         torch.testing.assert_close(got, want, atol=TOLERANCE, rtol=0)
         assert (want - hf_forward(source, "llama_biases", row)).abs().max() > 1e-2
+
+
+def test_skipping_a_tied_embedding_must_leave_something() -> None:
+    plan = Plan((Ablate(unit(), Site(0, "embed")),))
+    with pytest.raises(ExportError, match=r"edits the tied embedding only"):
+        planned(source_of("llama_gqa", True), plan, tied="skip-embedding")

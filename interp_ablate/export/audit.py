@@ -22,7 +22,7 @@ from interp_ablate.export.tensor_files import Checkpoint
 from interp_ablate.sources import read_hf_config
 from interp_ablate.weights import Tied, WeightPlan, edited_tensor, weight_plan
 
-# Files beside the weights that change what a model does; a README may differ.
+# Files beside the weights that change what a model does, and have to be there if they are in the source.
 BEHAVIOUR_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -30,11 +30,24 @@ BEHAVIOUR_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
 )
+# What an export writes itself, or what no program reads.
+_MAY_DIFFER = (
+    "README.md",
+    "config.json",
+    "interp_ablate.json",
+    "certificate.json",
+    ".gitattributes",
+)
+# Files that loaders act on where they find them: adapters, code, other weights, other templates.
+_ACTED_ON = (".json", ".jinja", ".model", ".py", ".safetensors", ".bin", ".pt", ".pth", ".txt")
 _NOT_COMPARED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
 
 
@@ -131,7 +144,7 @@ def audit(origin: Origin, plan: Plan, folder: str | Path, *, tied: Tied | None =
         elif name in expected:
             _check_tensor(found, name, origin, result)
     found.problems += _config_problems(origin.hf_config, config, weights)
-    found.problems += _file_problems(origin.folder, Path(folder))
+    found.problems += _file_problems(origin.folder, result)
     return found
 
 
@@ -242,14 +255,29 @@ def _comparable(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(values, default=str))
 
 
-def _file_problems(source: Path | None, folder: Path) -> list[str]:
-    if source is None:
-        return []
-    problems = []
-    for name in BEHAVIOUR_FILES:
-        before, after = source / name, folder / name
-        if before.is_file() != after.is_file():
-            problems.append(f"{name} is only in {(before if before.is_file() else after).parent}")
-        elif before.is_file() and before.read_bytes() != after.read_bytes():
+def _file_problems(source: Path | None, result: Checkpoint) -> list[str]:
+    """Files that are not the source's, and behaviour files that are missing.
+
+    Without a source folder (a model in memory) its own side files cannot be compared; what a loader would
+    act on besides is still found.
+    """
+    folder, problems = result.folder, []
+    weights = {file.name for file in result.files} | {"model.safetensors.index.json"}
+    known = {*_MAY_DIFFER, *weights, *(BEHAVIOUR_FILES if source is None else ())}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if not path.is_file() or name in known:
+            continue
+        before = source / name if source is not None else None
+        if before is None or not before.is_file():
+            if path.suffix in _ACTED_ON:
+                problems.append(f"{name} is only in {folder}, and programs act on such files")
+        elif before.read_bytes() != path.read_bytes():
             problems.append(f"{name} differs from the source's")
+    if source is not None:
+        problems += [
+            f"{name} is only in {source}"
+            for name in BEHAVIOUR_FILES
+            if (source / name).is_file() and not (folder / name).is_file()
+        ]
     return problems
