@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from interp_ablate.errors import ExportError, RunError
+from interp_ablate.errors import RunError
 
 FORMATS = ("checkpoint", "lora", "gguf", "control-vector")
 TIED = ("untie", "skip-embedding", "accept")
@@ -51,6 +51,11 @@ def add_commands(commands: Any) -> None:
         "--tensors-only",
         action="store_true",
         help="compare files; load no model, compare no logits",
+    )
+    verify.add_argument(
+        "--write",
+        action="store_true",
+        help="keep a passed certificate in B, and say so on its card",
     )
     verify.set_defaults(work=_verify)
     reading = commands.add_parser(
@@ -216,6 +221,7 @@ def _export_gguf(args: argparse.Namespace, plan: Any, report: Any) -> dict[str, 
         return export_gguf(args.source, args.out, dtype=args.gguf_dtype, overwrite=args.force)
     if plan is None:
         raise RunError("--format gguf of a --model needs --plan (a folder as it is: --source)")
+    Path(args.out).resolve().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=Path(args.out).resolve().parent) as place:
         out, args.out = args.out, str(Path(place) / "checkpoint")
         args.force, force = False, args.force
@@ -235,6 +241,7 @@ def _export_control_vector(args: argparse.Namespace, plan: Any, report: Any) -> 
         args.out,
         model_hint=args.model_hint or config.model_type,
         n_layers=config.num_hidden_layers,
+        d_model=config.hidden_size,
     )
 
 
@@ -244,28 +251,50 @@ def _export_control_vector(args: argparse.Namespace, plan: Any, report: Any) -> 
 def _verify(args: argparse.Namespace) -> int:
     folder, plan_path = _what_to_verify(args)
     from interp_ablate.edits import Plan
-    from interp_ablate.export.audit import Origin, audit
-    from interp_ablate.export.verify import certify
+    from interp_ablate.export.audit import audit
+    from interp_ablate.export.checkpoint import write_certificate
+    from interp_ablate.export.tensor_files import Checkpoint
+    from interp_ablate.export.verify import certify, coarsest_dtype
 
     plan = Plan.load(plan_path)
-    is_folder = (Path(args.model) / "config.json").is_file()
-    if args.tensors_only and not is_folder:
-        raise RunError(f"--tensors-only compares two folders; {args.model} is none")
-    model = None if args.tensors_only else load(args, args.model)
-    origin = Origin.of_folder(args.model) if is_folder else Origin.of_model(model)
+    origin, model = _origin(args)
     found = audit(origin, plan, folder, tied=args.tied)
-    result: dict[str, Any] = {"tensors": found.to_dict(), "passed": found.passed}
+    result: dict[str, Any] = {
+        "source": args.model, "plan": str(plan_path), "tensors": found.to_dict(),
+        "passed": found.passed,
+    }  # fmt: skip
     if model is not None:
         certificate = certify(
             model,
             found.weights.plan,
             folder,
-            stored_dtype=_stored_dtype(folder),
+            stored_dtype=coarsest_dtype(Checkpoint.open(folder), found.weights),
             unembed_map=found.weights.unembed_map,
         )
         result = {**certificate, **result, "passed": found.passed and certificate["passed"]}
+        if args.write and result["passed"]:
+            write_certificate(folder, certificate)
     print(json.dumps(result))
     return 0 if result["passed"] else 1
+
+
+def _origin(args: argparse.Namespace) -> tuple[Any, Any]:
+    """What the folder is compared with, and the loaded model unless only tensors are compared."""
+    from interp_ablate.export.audit import Origin
+
+    is_folder = (Path(args.model) / "config.json").is_file()
+    if args.tensors_only:
+        if not is_folder:
+            raise RunError(f"--tensors-only compares two folders; {args.model} is none")
+        return Origin.of_folder(args.model), None
+    model = load(args, args.model)
+    if is_folder:
+        return Origin.of_folder(args.model), model
+    if model.source.kind == "hub":
+        from huggingface_hub import snapshot_download
+
+        return Origin.of_folder(snapshot_download(args.model, local_files_only=True)), model
+    return Origin.of_model(model), model
 
 
 def _what_to_verify(args: argparse.Namespace) -> tuple[Path, Path]:
@@ -289,30 +318,24 @@ def _what_to_verify(args: argparse.Namespace) -> tuple[Path, Path]:
             raise RunError(
                 f"{folder} has no interp_ablate.json that says what it came from: give A B"
             )
-        source = json.loads(manifest.read_text())["source"]
-        args.model = source["path"] or source["name"]
-        args.model = (
-            source["name"] if source["kind"] == "gguf" and _is_alias(source) else args.model
-        )
+        args.model = _said_source(manifest)
+        if Path(args.model).resolve() == folder.resolve():
+            raise RunError(f"{manifest} names {folder} itself as its source: give A B")
     if plan is None and not manifest.exists():
         raise RunError(f"{folder} has no manifest with a plan: give --plan FILE")
     return folder, plan or manifest
 
 
-def _is_alias(source: dict[str, Any]) -> bool:
+def _said_source(manifest: Path) -> str:
+    """What an export's manifest says it came from, as a name that loads."""
     from interp_ablate.sources import BUNDLED
 
-    return source["name"] in BUNDLED
-
-
-def _stored_dtype(folder: Path) -> str:
-    from interp_ablate.export.tensor_files import Checkpoint
-
-    tensors = Checkpoint.open(folder).tensors.values()
-    found = next((t.dtype for t in tensors if t.dtype.is_floating_point), None)
-    if found is None:
-        raise ExportError(f"{folder} holds no floating-point tensor")
-    return str(found).removeprefix("torch.")
+    try:
+        source = json.loads(manifest.read_text())["source"]
+        name, path = source["name"], source["path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{manifest} is not an export's manifest ({error!r}): give A B") from error
+    return str(name if name in BUNDLED or not path else path)
 
 
 # ---- the others -------------------------------------------------------------------------------------

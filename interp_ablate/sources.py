@@ -138,13 +138,14 @@ def read_hf_config(folder: str | Path) -> Any:
     Raises:
         ModelError: no config.json, or one that transformers does not understand.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     if not (Path(folder) / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json: expected a Hugging Face checkpoint")
     try:
         return AutoConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"transformers cannot read {folder}/config.json: {reason[0]}") from error
 

@@ -27,6 +27,9 @@ from interp_ablate.sites import (
 
 Tied = Literal["untie", "skip-embedding", "accept"]
 Read = Callable[[str], Tensor]
+Describe = Callable[[str], tuple[torch.dtype, tuple[int, ...]]]
+# Stored dtypes whose values are the weights themselves; quantized ones are not.
+EDITABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Elements of a tensor that are changed at a time: some megabytes, so that they stay near the processor.
 BLOCK = 1 << 19
 
@@ -256,6 +259,7 @@ def weight_plan(
     *,
     tied: Tied = "untie",
     entry: Architecture | None = None,
+    describe: Describe | None = None,
 ) -> WeightPlan:
     """What a plan does to the tensors of one checkpoint.
 
@@ -266,6 +270,7 @@ def weight_plan(
             old values as `lm_head.weight`; "skip-embedding" leaves the embedding as it is (another
             plan); "accept" edits both (another function, whose cost the certificate shows).
         entry: default: the table's.
+        describe: dtype and shape of a tensor by name, where `read` would be slow.
 
     Raises:
         ExportError: an unknown architecture, a layer beyond the last, no exact form, tensors that are
@@ -277,6 +282,7 @@ def weight_plan(
     if not len(plan):
         return WeightPlan(plan)
     _check_fits(plan, hf_config)
+    _check_source(hf_config)
     exact = as_writers(plan, entry, hf_config)
     is_tied = bool(getattr(hf_config, "tie_word_embeddings", False))
     tie_matters = is_tied and Site(0, "embed") in exact.sites
@@ -290,6 +296,8 @@ def weight_plan(
     found = WeightPlan(exact, tied=tied if tie_matters else None)
     for site in exact.sites:
         _edit_site(found, site, entry, hf_config, names, read)
+    for name, edit in found.edits.items():
+        _check_tensor(name, edit, plan.d_model, *(describe or _description(read))(name))
     if not tie_matters or tied == "skip-embedding":
         return found
     embed = next(name for name, edit in found.edits.items() if edit.point == "embed")
@@ -329,6 +337,47 @@ def _check_fits(plan: Plan, hf_config: Any) -> None:
     beyond = [str(site) for site in plan.sites if site.layer >= n_layers]
     if beyond:
         raise ExportError(f"the plan edits {beyond[0]}, but there are {n_layers} layers (from 0)")
+
+
+def _check_source(hf_config: Any) -> None:
+    """Refuse configs under which the tensors that are named are not the weights that are used."""
+    for key, why in (
+        (
+            "quantization_config",
+            "its tensors are quantized, and an edit of them would be rounded away",
+        ),
+        ("transformers_weights", "transformers loads another weight file than the usual one"),
+    ):
+        if getattr(hf_config, key, None):
+            raise ExportError(
+                f"the checkpoint's config has a {key}: {why}. Edit the unquantized checkpoint"
+            )
+
+
+def _description(read: Read) -> Describe:
+    def describe(name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        tensor = read(name)
+        return tensor.dtype, tuple(tensor.shape)
+
+    return describe
+
+
+def _check_tensor(
+    name: str, edit: TensorEdit, d_model: int, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    """Refuse what is no plain weight of the declared layout."""
+    axis = {"linear": 0, "experts": 1}.get(edit.layout, -1)
+    dims = {"bias": 1, "experts": 3}.get(edit.layout, 2)
+    if dtype not in EDITABLE:
+        raise ExportError(
+            f"{name} is stored as {dtype}: only float64, float32, bfloat16 and float16 can be edited. "
+            "Edit the unquantized checkpoint"
+        )
+    if len(shape) != dims or shape[axis] != d_model:
+        raise ExportError(
+            f"{name} has shape {tuple(shape)}; a {edit.layout} writer has {dims} axes, of which "
+            f"number {axis} is d_model = {d_model}"
+        )
 
 
 def _without_embedding(plan: Plan) -> Plan:

@@ -237,3 +237,14 @@ def test_files_that_loaders_would_act_on(pair: tuple[Path, Path], file: str) -> 
     (out / file).unlink()
     (out / "picture.png").write_bytes(b"not read by anything")
     assert audit(Origin.of_folder(source), PLAN, out).passed
+
+
+@pytest.mark.parametrize(
+    "field", ({"repetition_penalty": 9.0}, {"dtype": "float16"}, {"rope_theta": 5.0})
+)
+def test_fields_of_the_config_that_its_class_drops(pair: tuple[Path, Path], field: dict) -> None:
+    source, out = pair
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, **field}))
+    problems = audit(Origin.of_folder(source), PLAN, out).problems
+    assert problems and all(next(iter(field)) in problem for problem in problems)

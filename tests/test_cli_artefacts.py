@@ -57,6 +57,10 @@ def test_streamed_then_verified_by_anyone(place: Path, capsys: pytest.CaptureFix
     assert found["max_abs_logit_difference"] < 1e-4
     assert run(capsys, "verify", a, b, "--plan", plan, "--tensors-only")["passed"]
     assert run(capsys, "verify", b)["passed"]  # the manifest names source and plan
+    assert json.loads((b / "certificate.json").read_text())["passed"] is None
+    assert run(capsys, "verify", a, b, "--plan", plan, "--write")["passed"]
+    assert json.loads((b / "certificate.json").read_text())["passed"] is True
+    assert "**passed**" in (b / "README.md").read_text()
     tensors = load_file(b / "model.safetensors")
     tensors[EDITED][0, 0] += 0.3
     save_file(tensors, b / "model.safetensors", metadata={"format": "pt"})
@@ -146,3 +150,13 @@ def test_bad_input_is_one_message(
     before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
     assert said in run(capsys, *arguments, status=2)
     assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
+
+
+@pytest.mark.parametrize("manifest", ("{", "[]", "{}", '{"source": {"name": "x", "path": "b"}}'))
+def test_a_manifest_that_lies(
+    place: Path, manifest: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    run(capsys, "export", "--source", "a", "--plan", "plan.json", "--out", "b")
+    (place / "b" / "interp_ablate.json").write_text(manifest)
+    assert "give A B" in run(capsys, "verify", "b", status=2)

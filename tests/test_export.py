@@ -25,7 +25,16 @@ from tiny import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from interp_ablate import Ablate, Plan, Site, certify, everywhere, export_checkpoint, load_model
+from interp_ablate import (
+    Ablate,
+    Plan,
+    Site,
+    certify,
+    everywhere,
+    export_checkpoint,
+    export_lora,
+    load_model,
+)
 from interp_ablate.errors import ExportError
 from interp_ablate.export import checkpoint, verify
 from interp_ablate.export.card import SAFETY_NOTICE
@@ -211,6 +220,10 @@ def test_an_existing_place_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"out exists: choose another"):
         export_checkpoint(shared(), PLAN, out, prompts=ROWS)
     assert [p.name for p in out.iterdir()] == ["mine"]
+    with pytest.raises(ExportError, match=r"no export .*they would be lost"):
+        export_checkpoint(shared(), PLAN, out, prompts=ROWS, overwrite=True)
+    assert [p.name for p in out.iterdir()] == ["mine"]
+    (out / "interp_ablate.json").touch()  # an export of ours
     export_checkpoint(shared(), PLAN, out, prompts=ROWS, overwrite=True)
     assert not (out / "mine").exists() and (out / "config.json").is_file()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -241,7 +254,7 @@ def test_a_full_disk_leaves_nothing(
 
 def test_a_full_disk_leaves_the_old_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").touch()
+    (tmp_path / "out" / "interp_ablate.json").touch()
 
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -249,7 +262,7 @@ def test_a_full_disk_leaves_the_old_export(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(checkpoint, "_write_weights", full)
     with pytest.raises(ExportError, match=r"No space left"):
         export_checkpoint(shared(), PLAN, tmp_path / "out", prompts=ROWS, overwrite=True)
-    assert [p.name for p in tmp_path.rglob("*")] == ["out", "old"]
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "interp_ablate.json"]
 
 
 def test_any_other_failure_leaves_nothing_either(
@@ -322,3 +335,51 @@ def test_the_export_of_another_plan_fails(tmp_path: Path) -> None:
 def test_a_folder_that_does_not_load(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"transformers cannot load the export"):
         certify(shared(), PLAN, tmp_path, prompts=ROWS)
+
+
+# --------------------------------------------------------------------------------- what must not be lost or missed
+
+
+@pytest.mark.parametrize("where", ("source", "parent"))
+def test_the_source_is_never_replaced(tmp_path: Path, where: str) -> None:
+    source = save_source(tmp_path / "models" / "source")
+    (tmp_path / "models" / "interp_ablate.json").touch()
+    (source / "interp_ablate.json").touch()
+    out = source if where == "source" else tmp_path / "models"
+    before = sorted(tmp_path.rglob("*"))
+    model = load_model(source)
+    for plan in (PLAN, None):
+        with pytest.raises(ExportError, match=r"holds the source"):
+            export_checkpoint(model, plan, out, prompts=ROWS, overwrite=True)
+    with pytest.raises(ExportError, match=r"holds the source"):
+        export_lora(model, PLAN, out, prompts=ROWS, overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_a_model_edited_since_it_was_loaded_is_not_its_folder(tmp_path: Path, dtype: Any) -> None:
+    model = load_model(save_source(tmp_path / "source", dtype=dtype))
+    with torch.no_grad():
+        model.hf_state_dict()["model.layers.1.mlp.up_proj.weight"].mul_(1.02)
+    with pytest.raises(ExportError, match=r"up_proj.weight in memory is not what"):
+        export_checkpoint(model, PLAN, tmp_path / "out", prompts=ROWS)
+    assert export_checkpoint(model, None, tmp_path / "out", prompts=ROWS)["passed"]
+
+
+def test_mixed_dtypes_get_the_coarsest_limits(tmp_path: Path) -> None:
+    source = save_source(tmp_path / "source", dtype=torch.bfloat16)
+    stored = load_file(source / "model.safetensors")
+    wide = {n: t.float() if "norm" in n else t for n, t in stored.items()}
+    save_file(wide, source / "model.safetensors", metadata={"format": "pt"})
+    certificate = export_checkpoint(load_model(source), PLAN, tmp_path / "out", prompts=ROWS)
+    assert certificate["dtype"] == "bfloat16" and certificate["passed"]
+
+
+def test_templates_come_along_and_secrets_do_not(tmp_path: Path) -> None:
+    source = save_source(tmp_path / "source")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool.jinja").write_text("{{ messages }}")
+    (source / ".env").write_text("TOKEN=secret")
+    export_checkpoint(load_model(source), PLAN, tmp_path / "out", prompts=ROWS)
+    assert (tmp_path / "out" / "additional_chat_templates" / "tool.jinja").is_file()
+    assert not (tmp_path / "out" / ".env").exists()

@@ -356,7 +356,7 @@ def test_a_failed_certificate_is_never_published(tmp_path: Path, hub: Hub, text:
 def test_a_folder_that_was_never_compared(tmp_path: Path, hub: Hub) -> None:
     folder = make_export(tmp_path / "out")
     (folder / "certificate.json").write_text('{"compared": "no", "passed": null, "limits": {}}')
-    with pytest.raises(ExportError, match=r"not compared .*run `interp-ablate verify`"):
+    with pytest.raises(ExportError, match=r"not compared .*run `interp-ablate verify --write`"):
         push_to_hub(folder, REPO)
     assert never_called(hub)
     push_to_hub(folder, REPO, force=True)

@@ -403,7 +403,10 @@ def test_an_existing_folder_is_kept_unless_told(tmp_path: Path) -> None:
     (out / "mine").write_text("kept")
     with pytest.raises(ExportError, match="exists"):
         export_lora(shared("llama_gqa"), plan, out, prompts=ROWS)
+    with pytest.raises(ExportError, match="no export"):
+        export_lora(shared("llama_gqa"), plan, out, prompts=ROWS, overwrite=True)
     assert (out / "mine").read_text() == "kept"
+    (out / "interp_ablate.json").touch()
     export_lora(shared("llama_gqa"), plan, out, prompts=ROWS, overwrite=True)
     assert (out / WEIGHTS).is_file() and not (out / "mine").exists()
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import DECLARED, N_LAYERS, folder_of, rows_of, shared, unit
 from transformers import AutoModelForCausalLM
 
@@ -217,4 +217,31 @@ def test_an_index_that_points_outside(tmp_path: Path) -> None:
     data["weight_map"][name] = "../../etc/passwd"
     index.write_text(json.dumps(data))
     with pytest.raises(ExportError, match="passwd"):
+        export_folder(source, PLAN, tmp_path / "b")
+
+
+@pytest.mark.parametrize("dtype", (torch.float8_e4m3fn, torch.int8, torch.uint8))
+def test_quantized_tensors_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    source = folder_of(tmp_path / "a")
+    for file in source.glob("*.safetensors"):
+        tensors = load_file(file)
+        changed = {n: t.to(dtype) if "_proj.weight" in n else t for n, t in tensors.items()}
+        save_file(changed, file, metadata={"format": "pt"})
+    with pytest.raises(ExportError, match=r"only float64, float32, bfloat16 and float16"):
+        export_folder(source, PLAN, tmp_path / "b")
+    _reconfigure(source, quantization_config={"quant_method": "fp8"})
+    with pytest.raises(ExportError, match=r"quantization_config"):
+        export_folder(source, PLAN, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_writer_of_another_shape_is_refused(tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "a")
+    name = "model.layers.1.mlp.down_proj.weight"
+    for file in source.glob("*.safetensors"):
+        tensors = load_file(file)
+        if name in tensors:
+            tensors[name] = tensors[name].T.contiguous()
+            save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ExportError, match=r"shape \(48, 32\); a linear writer"):
         export_folder(source, PLAN, tmp_path / "b")

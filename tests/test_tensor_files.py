@@ -826,9 +826,12 @@ def test_what_is_there_is_replaced_only_if_asked(tmp_path: Path) -> None:
     (tmp_path / "out" / "mine.txt").write_text("mine")
     with pytest.raises(ExportError, match=r"out exists: choose another"):
         run_copy(tmp_path / "in", tmp_path / "out")
+    with pytest.raises(ExportError, match=r"no export"):
+        run_copy(tmp_path / "in", tmp_path / "out", overwrite=True)
+    (tmp_path / "out" / "mine.txt").rename(tmp_path / "out" / "interp_ablate.json")
     with pytest.raises(ExportError, match="bytes only"):
         run_copy(tmp_path / "in", tmp_path / "out", overwrite=True, edit={"embed": lambda _: []})
-    assert contents(tmp_path / "out") == {"mine.txt": b"mine"}
+    assert contents(tmp_path / "out") == {"interp_ablate.json": b"mine"}
     run_copy(tmp_path / "in", tmp_path / "out", overwrite=True)
     assert set(contents(tmp_path / "out")) == {*SHARDS, INDEX}
     assert {path.name for path in tmp_path.iterdir()} == {"in", "out"}

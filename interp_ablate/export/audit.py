@@ -103,14 +103,15 @@ class Audit:
     edited_bit_equal: int = 0
     added: int = 0
     problems: list[str] = field(default_factory=list)
+    not_compared: list[str] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
         return not self.problems
 
     def to_dict(self) -> dict[str, Any]:
-        names = ("same", "edited", "edited_bit_equal", "added", "tied", "problems", "passed")
-        return {name: getattr(self, name) for name in names}
+        names = ("same", "edited", "edited_bit_equal", "added", "tied", "problems", "not_compared")
+        return {**{name: getattr(self, name) for name in names}, "passed": self.passed}
 
 
 def audit(origin: Origin, plan: Plan, folder: str | Path, *, tied: Tied | None = None) -> Audit:
@@ -129,7 +130,13 @@ def audit(origin: Origin, plan: Plan, folder: str | Path, *, tied: Tied | None =
     config = read_hf_config(folder)
     chosen = tied or _tied_choice(origin, result, config)
     weights = weight_plan(
-        plan, origin.hf_config, origin.names, origin.read, tied=chosen, entry=origin.entry
+        plan,
+        origin.hf_config,
+        origin.names,
+        origin.read,
+        tied=chosen,
+        entry=origin.entry,
+        describe=origin.checkpoint.describe if origin.checkpoint else None,
     )
     found = Audit(weights.tied, weights)
     expected = {*origin.names, *weights.added}
@@ -144,6 +151,10 @@ def audit(origin: Origin, plan: Plan, folder: str | Path, *, tied: Tied | None =
         elif name in expected:
             _check_tensor(found, name, origin, result)
     found.problems += _config_problems(origin.hf_config, config, weights)
+    if origin.folder is not None:
+        found.problems += _json_problems(origin.folder, result.folder, known=_comparable(config))
+    else:
+        found.not_compared = ["tokenizer and generation config: the source is no folder"]
     found.problems += _file_problems(origin.folder, result)
     return found
 
@@ -209,7 +220,10 @@ def _check_edited(found: Audit, name: str, want: Tensor, result: Checkpoint) -> 
         found.edited_bit_equal += is_edit
         return
     apart = (got.double() - want.double()).abs()
+    # one unit in the last place, and what another order of summing leaves where a value nearly cancels
+    computed = torch.finfo(torch.float32 if want.element_size() < 4 else torch.float64)
     unit = torch.finfo(want.dtype).eps * want.double().abs() + torch.finfo(want.dtype).tiny
+    unit += 64 * computed.eps * float(want.abs().max())
     outside = ~(apart <= unit)
     if bool(outside.any()):
         found.problems.append(
@@ -243,10 +257,23 @@ def _bytes_equal(a: Tensor, b: Tensor) -> bool:
 def _config_problems(before: Any, after: Any, weights: WeightPlan) -> list[str]:
     want = {**_comparable(before), **weights.config}
     got = _comparable(after)
+    stated = [getattr(config, "dtype", None) for config in (before, after)]
+    if stated[0] is not None:  # a config made in memory says none
+        want["dtype"], got["dtype"] = map(str, stated)
     return [
         f"config.json: {key} is {got.get(key)!r}; the plan makes it {want.get(key)!r}"
         for key in sorted(set(want) | set(got))
         if want.get(key) != got.get(key)
+    ]
+
+
+def _json_problems(source: Path, folder: Path, *, known: Collection[str]) -> list[str]:
+    """Fields of config.json that the config class drops, and other programs or generation read."""
+    before, after = (json.loads((place / "config.json").read_text()) for place in (source, folder))
+    return [
+        f"config.json has {key} = {value!r}; the source's has {before.get(key)!r}"
+        for key, value in after.items()
+        if key not in known and key not in _NOT_COMPARED and value != before.get(key)
     ]
 
 

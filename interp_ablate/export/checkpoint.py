@@ -22,6 +22,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from interp_ablate import __version__
+from interp_ablate.convert import CONVERTIBLE
 from interp_ablate.edits import Plan
 from interp_ablate.errors import ExportError
 from interp_ablate.export.card import model_card, source_front_matter, versions
@@ -29,11 +31,13 @@ from interp_ablate.export.tensor_copy import (
     Edit,
     NewTensor,
     StreamedFolder,
+    check_place,
     copy_checkpoint,
     streamed_folder,
 )
 from interp_ablate.export.tensor_files import Checkpoint, TensorSource
-from interp_ablate.export.verify import PROBES, certify, require_passed
+from interp_ablate.export.verify import PROBES, certify, coarsest_dtype, require_passed
+from interp_ablate.files import write_whole
 from interp_ablate.model import Model, PromptLike
 from interp_ablate.sources import ModelSource, read_hf_config
 from interp_ablate.weights import (
@@ -51,6 +55,7 @@ MANIFEST = "interp_ablate.json"
 CERTIFICATE = "certificate.json"
 INDEX = "model.safetensors.index.json"
 MAX_SHARD = "5GB"
+TEMPLATES = "additional_chat_templates"  # of a tokenizer with several
 # Files of a source folder that are weights, or that are written anew.
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", ".onnx", ".h5")
 _WRITTEN = ("config.json", "README.md", MANIFEST, CERTIFICATE)
@@ -58,15 +63,17 @@ _ROWS_AT_A_TIME = 16  # blocks of `weights` that are read from disk together
 
 
 @contextmanager
-def whole_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+def whole_folder(
+    out: str | Path, *, overwrite: bool = False, source: ModelSource | None = None
+) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its place when the block ends well, or disappears.
 
     Raises:
-        ExportError: `out` exists (and overwrite is off), or the place cannot be written.
+        ExportError: `out` exists (and overwrite is off, or it is no export), holds the source, or cannot
+            be written.
     """
     out = Path(out)
-    if out.exists() and not overwrite:
-        raise ExportError(f"{out} exists: choose another --out, or pass overwrite (--force)")
+    check_place(out, overwrite=overwrite, source=source.path if source else None)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(
@@ -129,6 +136,7 @@ def export_checkpoint(
     source = _opened(model.source) if len(plan) else None
     if source is not None:
         weights = _streamed_plan(source, plan, model.hf_config, tied, model.architecture)
+        _check_unchanged(model, source)
         with streamed_folder(
             out, source=source, fingerprint=_fingerprint(weights), overwrite=overwrite
         ) as folder:
@@ -138,11 +146,11 @@ def export_checkpoint(
     state = _untied_or_not(model)
     weights = _memory_plan(model, plan, state, tied)
     state, _ = edited_state_dict(state, weights)
-    with whole_folder(out, overwrite=overwrite) as place:
+    with whole_folder(out, overwrite=overwrite, source=model.source) as place:
         _write_weights(state, place)
         _write_config(model, state, weights, place)
         _write_side_files(model, place)
-        written = Written(tuple(state), str(_float_dtype(state.values())))
+        written = Written(tuple(state), _float_dtype(state.values()))
         return _certified(model, weights, written, place, prompts, report)
 
 
@@ -208,6 +216,21 @@ def _finish(folder: Path, manifest: dict[str, Any], certificate: dict[str, Any])
     _write_json(folder / CERTIFICATE, certificate)
     (folder / "README.md").write_text(model_card(manifest, certificate))
     _write_json(folder / MANIFEST, manifest)
+
+
+def write_certificate(folder: str | Path, certificate: dict[str, Any]) -> None:
+    """Put a certificate into an exported folder, and write its card again.
+
+    Raises:
+        ExportError: a folder without a manifest of this package.
+    """
+    folder = Path(folder)
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{folder} has no manifest to write a card from: {error}") from error
+    write_whole(folder / CERTIFICATE, json.dumps(certificate, indent=1), error=ExportError)
+    write_whole(folder / "README.md", model_card(manifest, certificate), error=ExportError)
 
 
 def _untied_or_not(model: Model) -> dict[str, Tensor]:
@@ -277,11 +300,33 @@ def _opened(source: ModelSource) -> Checkpoint | None:
 def _streamed_plan(
     source: Checkpoint, plan: Plan, hf_config: Any, tied: Tied, entry: Any
 ) -> WeightPlan:
-    return weight_plan(plan, hf_config, source.tensors, source.read, tied=tied, entry=entry)
+    return weight_plan(
+        plan,
+        hf_config,
+        source.tensors,
+        source.read,
+        tied=tied,
+        entry=entry,
+        describe=source.describe,
+    )
+
+
+def _check_unchanged(model: Model, source: Checkpoint) -> None:
+    """The folder is what gets streamed: a model whose weights were changed since is not that folder."""
+    if model.backend != "bridge" and model.hf_config.model_type not in CONVERTIBLE:
+        return
+    state = model.hf_state_dict()
+    for name in source.tensors:
+        if name in state and not torch.equal(source.read(name).to(state[name]), state[name]):
+            raise ExportError(
+                f"{name} in memory is not what {source.folder} holds: the model was edited since it was "
+                "loaded. Write those weights first (export_checkpoint(model, None, out)) and export the "
+                "plan from there"
+            )
 
 
 def _fingerprint(weights: WeightPlan) -> str:
-    text = json.dumps([weights.plan.to_dict(), weights.tied, weights.config, BLOCK])
+    text = json.dumps([weights.plan.to_dict(), weights.tied, weights.config, BLOCK, __version__])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -289,8 +334,7 @@ def _write_streamed(source: Checkpoint, weights: WeightPlan, folder: StreamedFol
     edits = {name: _edit(edit) for name, edit in weights.edits.items()}
     extra = [_new_tensor(source, name, added) for name, added in weights.added.items()]
     written = copy_checkpoint(source, folder, edit=edits, extra=extra)
-    dtypes = (info.dtype for info in source.tensors.values() if info.dtype.is_floating_point)
-    return Written(tuple(written.tensors), str(next(dtypes)).removeprefix("torch."))
+    return Written(tuple(written.tensors), coarsest_dtype(source, weights))
 
 
 def _edit(edit: TensorEdit) -> Edit:
@@ -396,6 +440,10 @@ def _write_source_files(source: Path, folder: Path, changes: dict[str, Any]) -> 
 
 
 def _copy_side_files(source: Path, folder: Path) -> None:
+    """What belongs to the model beside its weights; hidden files (.env, .cache) do not."""
     for file in source.iterdir():
-        if file.is_file() and file.name not in _WRITTEN and not file.name.endswith(_NOT_COPIED):
+        if file.name == TEMPLATES and file.is_dir():
+            shutil.copytree(file, folder / TEMPLATES)
+        ours = file.name in _WRITTEN or file.name.endswith(_NOT_COPIED) or file.name.startswith(".")
+        if file.is_file() and not ours:
             shutil.copy2(file, folder / file.name)

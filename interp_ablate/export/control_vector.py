@@ -41,7 +41,7 @@ class ControlVector(GGUFVectors):
 
 
 def write_control_vector(
-    plan: Plan, path: str | Path, *, model_hint: str, n_layers: int
+    plan: Plan, path: str | Path, *, model_hint: str, n_layers: int, d_model: int | None = None
 ) -> dict[str, Any]:
     """Write a plan of additions as a control vector (GGUF), whole or not at all.
 
@@ -53,6 +53,7 @@ def write_control_vector(
     Args:
         model_hint: the model type that the vectors are for ("llama"); nobody enforces it.
         n_layers: blocks of that model.
+        d_model: its width, to be checked against the plan's; llama.cpp refuses another.
 
     Returns what was written: `blocks`, `d_model`, `model_hint`, `layer_count`.
 
@@ -65,6 +66,8 @@ def write_control_vector(
     if not model_hint:
         raise ExportError('a control vector names the model type it is for: model_hint="llama"')
     vectors = _block_vectors(plan, n_layers)
+    if d_model is not None and plan.d_model != d_model:
+        raise ExportError(f"the plan's vectors have d_model {plan.d_model}, the model {d_model}")
     path = Path(path)
     # Both generators write the number of vectors here: llama.cpp's cvector-generator (as int32; its
     # tools/cvector-generator/cvector-generator.cpp) and repeng's ControlVector.export_gguf (uint32).

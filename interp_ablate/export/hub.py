@@ -163,7 +163,7 @@ def _check_documents(folder: Path, names: list[str], *, force: bool) -> None:
     passed = _read_json(folder / CERTIFICATE).get("passed") if CERTIFICATE in names else None
     if passed is None and not force:
         raise ExportError(
-            f"{folder} was not compared with the hooked model: run `interp-ablate verify`, or pass force "
+            f"{folder} was not compared with the hooked model: run `interp-ablate verify --write`, or pass force "
             "(--force) to publish it uncertified"
         )
     if passed is not None and passed is not True:

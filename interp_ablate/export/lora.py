@@ -309,7 +309,7 @@ def export_lora(
         plan, model.hf_config, list(state), state.__getitem__, tied=tied, entry=entry
     )
     adapter = lora_adapter(found, list(state), state.__getitem__, dtype=dtype)
-    with whole_folder(out, overwrite=overwrite) as folder:
+    with whole_folder(out, overwrite=overwrite, source=model.source) as folder:
         _write(peft, adapter, folder, base=_base_name(model.source))
         certificate = certify_lora(model, found, folder, prompts=prompts)
         require_passed(certificate, "adapter")

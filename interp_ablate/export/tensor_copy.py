@@ -237,7 +237,9 @@ def streamed_folder(
     """
     out = Path(os.path.abspath(out))
     hidden = out.with_name(f".{out.name}.partial") if out.name else out
-    _check_place(out, source, overwrite)
+    check_place(
+        out, overwrite=overwrite, source=source.folder, files=[f.path for f in source.files]
+    )
     try:
         journal = _lock(hidden)
     except OSError as error:
@@ -246,7 +248,9 @@ def streamed_folder(
         folder = StreamedFolder(hidden, journal)
         folder.begin(f"{source.fingerprint} {fingerprint}")
         yield folder
-        _check_place(out, source, overwrite)
+        check_place(
+            out, overwrite=overwrite, source=source.folder, files=[f.path for f in source.files]
+        )
         _put_in_place(hidden, out)
     except OSError as error:
         shutil.rmtree(hidden, ignore_errors=True)
@@ -260,14 +264,34 @@ def streamed_folder(
         os.close(journal)
 
 
-def _check_place(out: Path, source: Checkpoint, overwrite: bool) -> None:
+def check_place(
+    out: str | Path,
+    *,
+    overwrite: bool,
+    source: str | Path | None = None,
+    files: Iterable[Path] = (),
+) -> None:
+    """Refuse to write over a source, over what is there, or (with overwrite) over what is no export.
+
+    Raises:
+        ExportError: says which, and what to do.
+    """
+    out = Path(out)
     real = Path(os.path.realpath(out))
-    for path in (source.folder, *(file.path for file in source.files)):
+    for path in (*([Path(source)] if source else ()), *files):
         there = Path(os.path.realpath(path))
         if real == there or real in there.parents:
             raise ExportError(f"{out} holds the source {path}: choose another place to write to")
-    if os.path.lexists(out) and not overwrite:
+    if not os.path.lexists(out):
+        return
+    if not overwrite:
         raise ExportError(f"{out} exists: choose another --out, or pass overwrite (--force)")
+    is_export = (out / "interp_ablate.json").is_file()
+    if out.is_dir() and any(out.iterdir()) and not is_export:
+        raise ExportError(
+            f"{out} holds files that are no export (no interp_ablate.json): they would be lost. Remove "
+            "the folder yourself, or choose another --out"
+        )
 
 
 def _lock(hidden: Path) -> int:
@@ -297,7 +321,7 @@ def _lock(hidden: Path) -> int:
 
 def _put_in_place(hidden: Path, out: Path) -> None:
     """`hidden` becomes `out` and loses its journal; what was there before is removed last."""
-    old = out.with_name(f".{out.name}.old")
+    old = out.with_name(f".{out.name}.replaced-by-interp-ablate")
     replaces = os.path.lexists(out)
     if replaces:
         _remove(old)

@@ -152,6 +152,10 @@ class Checkpoint:
             raise ExportError(f"no tensor {name!r} in {self.folder}{_nearest(name, self.tensors)}")
         return TensorSource(self.tensors[name])
 
+    def describe(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """dtype and shape of one tensor, from the header."""
+        return self.source(name).info.dtype, self.source(name).info.shape
+
     def read(self, name: str) -> Shaped[Tensor, "*shape"]:
         """A whole tensor, in memory of its own."""
         return self.source(name).read()

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from interp_ablate.edits import Affine, Plan
 from interp_ablate.errors import ExportError
+from interp_ablate.export.tensor_files import Checkpoint
 from interp_ablate.model import Model, PromptLike, from_hf
 from interp_ablate.scores import kl_divergence
 from interp_ablate.sites import Site, sites_of
-from interp_ablate.sources import ModelSource
+from interp_ablate.sources import ModelSource, read_hf_config
+from interp_ablate.weights import WeightPlan
 
 # dtype of the stored weights -> (max |logit difference|, max KL in nats, max projection difference
 # as a share of the stream's norm). Half precision rounds every edited weight once: the limits say so.
@@ -190,6 +192,16 @@ def certify(
         numbers["cost_of_accept"] = _cost_of_accept(model, plan, rows, unembed_map)
     failed = [name for name in names if not numbers[name] <= limits[name]]
     return {**numbers, "limits": limits, "dtype": dtype, "failed": failed, "passed": not failed}
+
+
+def coarsest_dtype(checkpoint: Checkpoint, weights: WeightPlan) -> str:
+    """The dtype that decides the limits: the coarsest of what was edited, or that the config loads in."""
+    names = [name for name in weights.edits if name in checkpoint.tensors] or checkpoint.tensors
+    dtypes = [checkpoint.describe(name)[0] for name in names]
+    config = read_hf_config(checkpoint.folder)
+    dtypes += [getattr(config, "dtype", None) or torch.float64]
+    known = [d for d in dtypes if str(d).removeprefix("torch.") in LIMITS]
+    return str(max(known, key=lambda d: torch.finfo(d).eps)).removeprefix("torch.")
 
 
 def require_passed(certificate: dict[str, Any], what: str) -> None:
