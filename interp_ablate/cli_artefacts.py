@@ -218,7 +218,8 @@ def _export_gguf(args: argparse.Namespace, plan: Any, report: Any) -> dict[str, 
     from interp_ablate.export.gguf_model import export_gguf
 
     if args.source and plan is None:
-        return export_gguf(args.source, args.out, dtype=args.gguf_dtype, overwrite=args.force)
+        written = export_gguf(args.source, args.out, dtype=args.gguf_dtype, overwrite=args.force)
+        return {**written, "tensors": len(written["tensors"])}
     if plan is None:
         raise RunError("--format gguf of a --model needs --plan (a folder as it is: --source)")
     Path(args.out).resolve().parent.mkdir(parents=True, exist_ok=True)
@@ -228,7 +229,7 @@ def _export_gguf(args: argparse.Namespace, plan: Any, report: Any) -> dict[str, 
         certificate = _export_checkpoint(args, plan, report)
         edited, args.out, args.force = args.out, out, force
         written = export_gguf(edited, out, dtype=args.gguf_dtype, overwrite=force)
-        return {"checkpoint": certificate, **written}
+        return {"checkpoint": certificate, **written, "tensors": len(written["tensors"])}
 
 
 def _export_control_vector(args: argparse.Namespace, plan: Any, report: Any) -> dict[str, Any]:
