@@ -82,11 +82,7 @@ class Architecture:
 
     def points(self) -> tuple[Point, ...]:
         """The writer points of an exact plan: projections before their norm where a norm follows."""
-        block: tuple[Point, ...] = ("attn_out", "mlp_out")
-        if self.post_norm:
-            block = ("attn_proj", "mlp_proj")
-        embeddings: tuple[Point, ...] = ("embed", "pos_embed") if self.pos_embed else ("embed",)
-        return embeddings + block
+        return writer_points(pos_embed=self.pos_embed is not None, post_norm=self.post_norm)
 
     def writer_sites(self, n_layers: int) -> tuple[Site, ...]:
         """Every site that writes to the stream and has an exact weight form, in forward order."""
@@ -160,6 +156,17 @@ class Architecture:
         """A declared name as the checkpoint spells it: with the body's prefix or without; None if absent."""
         bare = name.removeprefix(self.prefix)
         return next((n for n in (name, bare) if n in names), None)
+
+
+def writer_points(*, pos_embed: bool, post_norm: bool) -> tuple[Point, ...]:
+    """Where plans are exact: embeddings, and outputs of blocks or, where a norm follows, projections."""
+    embeddings: tuple[Point, ...] = ("embed", "pos_embed") if pos_embed else ("embed",)
+    return embeddings + (("attn_proj", "mlp_proj") if post_norm else ("attn_out", "mlp_out"))
+
+
+def is_tied(hf_config: Any) -> bool:
+    """Whether a config says that the embedding is the unembedding too."""
+    return bool(getattr(hf_config, "tie_word_embeddings", False))
 
 
 def _with_bias(name: str, layout: Layout, names: Collection[str]) -> dict[str, Layout]:

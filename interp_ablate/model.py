@@ -19,7 +19,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from interp_ablate.architectures import ARCHITECTURES, Architecture, architecture_of
+from interp_ablate.architectures import (
+    ARCHITECTURES,
+    Architecture,
+    architecture_of,
+    writer_points,
+)
 from interp_ablate.batches import Batch, batches, common_prefix
 from interp_ablate.edits import Affine, Edit, Plan, Positions, kept_norm, pulled_back
 from interp_ablate.errors import ExportError, ModelError, PlanError
@@ -75,6 +80,7 @@ class _Applied:
     plan: Plan
     parts: dict[Site, list[tuple[Positions, Affine]]] = field(default_factory=dict)
     fired: dict[Site, int] = field(default_factory=dict)
+    norm_kept: set[Site] = field(default_factory=set)  # embeddings whose rows get their norms back
     handles: list[Any] = field(default_factory=list)
     middle_handles: list[Any] = field(default_factory=list)  # those of resid_mid
 
@@ -136,13 +142,11 @@ class Model:
         mlp_proj, the projections before their norm. Ablating a direction at all of them with strength 1
         leaves nothing along it anywhere.
         """
-        embeddings: tuple[Point, ...] = ("embed",)
-        if self._lens.hook_point(Site(0, "pos_embed")) is not None:
-            embeddings = ("embed", "pos_embed")
-        points: tuple[Point, ...] = ("attn_out", "mlp_out")
-        if self._lens.gain(Site(0, "attn_proj")) is not None:
-            points = ("attn_proj", "mlp_proj")
-        return sites_of(embeddings + points, range(self.n_layers))
+        points = writer_points(
+            pos_embed=self._lens.hook_point(Site(0, "pos_embed")) is not None,
+            post_norm=self._lens.gain(Site(0, "attn_proj")) is not None,
+        )
+        return sites_of(points, range(self.n_layers))
 
     @property
     def residual_points(self) -> tuple[Point, ...]:
@@ -414,9 +418,10 @@ class Model:
             keeping = plan.norm_preserving_at(site)
             if keeping is not None and site.point not in EMBEDDING_POINTS:
                 self._install_norm_preserving(site, keeping.map_at(site, gain), state)
-            wide = keeping is not None and site.point in EMBEDDING_POINTS
+            if keeping is not None and site.point in EMBEDDING_POINTS:
+                state.norm_kept.add(site)
             state.parts[site] = [
-                (kind, affine if wide and kind == "all" else affine.to(like))
+                (kind, affine if site in state.norm_kept and kind == "all" else affine.to(like))
                 for kind, affine in maps
             ]
         state.fired.update(dict.fromkeys(plan.sites, 0))
@@ -440,7 +445,7 @@ class Model:
         (self.active_plan + plan).keeps_norm_at(site)
         if site.point not in PROJECTION_POINTS or self._lens.gain(site) is not None:
             return
-        out = Site(site.layer, "attn_out" if site.point == "attn_proj" else "mlp_out")
+        out = site.output
         if out in self.active_plan.sites and self.hook_point(out) is self.hook_point(site):
             raise PlanError(
                 f"{site} and {out} are one place here, and an outer plan writes the second: use one "
@@ -450,10 +455,10 @@ class Model:
     def _install_norm_preserving(self, site: Site, affine: Affine, state: _Applied) -> None:
         """Scale the projection's input: the same as giving its weight's projected columns their norms back."""
         found = self._lens.projection(site)
-        if site.point.endswith("_out") and self._lens.gain(_before_norm(site)) is not None:
+        if site.point.endswith("_out") and self._lens.gain(site.projection) is not None:
             raise PlanError(
                 f"a norm-preserving ablation at {site}, after a norm: it is an edit of weights, which are "
-                f"before the norm: use {_before_norm(site).point}"
+                f"before the norm: use {site.projection.point}"
             )
         if found is None:
             raise PlanError(
@@ -492,10 +497,8 @@ class Model:
     def _edited(self, x: Tensor, site: Site, state: _Applied) -> Tensor:
         for kind, affine in state.parts[site]:
             if kind == "all":
-                keeps = site.point in EMBEDDING_POINTS and state.plan.keeps_norm_at(site)
-                if (
-                    keeps
-                ):  # in the precision in which weights are edited: rounding must not be scaled up
+                # in the precision in which weights are edited: rounding must not be scaled up
+                if site in state.norm_kept:
                     wide = x.double() if x.element_size() >= 4 else x.float()
                     kept = kept_norm(wide, affine, eps=torch.finfo(x.dtype).eps)[0]
                     x = (kept + affine.shift.to(kept)).to(x.dtype)
@@ -717,11 +720,6 @@ class Model:
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
             step = Step(tokens[:, None], mask, positions + 1, lengths, cache)
         return written
-
-
-def _before_norm(site: Site) -> Site:
-    """attn_out's attn_proj, mlp_out's mlp_proj."""
-    return Site(site.layer, "attn_proj" if site.point == "attn_out" else "mlp_proj")
 
 
 def load_model(

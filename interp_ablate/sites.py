@@ -32,6 +32,9 @@ EMBEDDING_POINTS: tuple[Point, ...] = ("embed", "pos_embed")
 PROJECTION_POINTS: tuple[Point, ...] = ("attn_proj", "mlp_proj")
 WRITER_POINTS: tuple[Point, ...] = (*EMBEDDING_POINTS, "attn_out", "mlp_out", *PROJECTION_POINTS)
 
+_OUTPUTS: dict[str, Point] = {"attn_proj": "attn_out", "mlp_proj": "mlp_out"}
+_PROJECTIONS: dict[str, Point] = {"attn_out": "attn_proj", "mlp_out": "mlp_proj"}
+
 # The order in which the sites of one layer are reached in a forward pass.
 _ORDER: dict[str, int] = {
     "embed": 0,
@@ -95,6 +98,16 @@ class Site:
     def order(self) -> tuple[int, int]:
         """Sort key: the order in which a forward pass reaches the sites."""
         return (self.layer, _ORDER[self.point])
+
+    @property
+    def output(self) -> Site:
+        """Where a projection reaches the stream: attn_proj's attn_out, mlp_proj's mlp_out; else itself."""
+        return Site(self.layer, _OUTPUTS.get(self.point, self.point))
+
+    @property
+    def projection(self) -> Site:
+        """The other way: attn_out's attn_proj, mlp_out's mlp_proj; else itself."""
+        return Site(self.layer, _PROJECTIONS.get(self.point, self.point))
 
     @classmethod
     def parse(cls, text: str) -> Site:

@@ -12,16 +12,23 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from interp_ablate.architectures import Architecture, Biases, Layout, architecture_of
+from interp_ablate.architectures import (
+    Architecture,
+    Biases,
+    Layout,
+    architecture_of,
+    is_tied,
+)
 from interp_ablate.edits import Ablate, Add, Affine, Edit, Plan, kept_norm
 from interp_ablate.errors import ExportError
 from interp_ablate.sites import (
     EMBEDDING_POINTS,
+    PROJECTION_POINTS,
     RESIDUAL_POINTS,
     WRITER_POINTS,
-    Point,
     Site,
 )
 
@@ -83,14 +90,13 @@ def _written(plan: Plan, entry: Architecture) -> Plan:
                 f"{_nearest(entry)}"
             )
         return plan
-    same: dict[str, Point] = {"attn_proj": "attn_out", "mlp_proj": "mlp_out"}
     first: list[Edit] = []
     then: list[Edit] = []
     # a projection is reached before what it writes, whatever the order in the plan
     for edit in plan:
-        before, after = _split(edit, lambda site: site.point in same)
+        before, after = _split(edit, lambda site: site.point in PROJECTION_POINTS)
         if before is not None:
-            first.append(_moved(before, [Site(s.layer, same[s.point]) for s in before.sites]))
+            first.append(_moved(before, [site.output for site in before.sites]))
         if after is not None:
             then.append(after)
     return Plan((*first, *then)) if first else plan
@@ -234,6 +240,11 @@ class Added:
     copy_of: str | None = None
     value: Tensor | None = None
 
+    def bias(self, size: int, dtype: torch.dtype) -> Float[Tensor, " size"]:
+        """The values of a new bias, zeros where none are given, for a weight with `size` rows."""
+        given = torch.zeros(size) if self.value is None else self.value
+        return given.to(dtype)
+
 
 @dataclass(frozen=True)
 class WeightPlan:
@@ -284,8 +295,7 @@ def weight_plan(
     _check_fits(plan, hf_config)
     _check_source(hf_config)
     exact = as_writers(plan, entry, hf_config)
-    is_tied = bool(getattr(hf_config, "tie_word_embeddings", False))
-    tie_matters = is_tied and Site(0, "embed") in exact.sites
+    tie_matters = is_tied(hf_config) and Site(0, "embed") in exact.sites
     if tie_matters and tied == "skip-embedding":
         exact = _without_embedding(exact)
         if not len(exact):
@@ -485,11 +495,7 @@ def edited_blocks(
     assert left is not None and along is not None
     for start, stop in spans:
         block = rows(start, stop)
-        wide = _wide(block)
-        wide = (
-            wide.clone() if wide.dtype == block.dtype else wide
-        )  # a copy of our own, changed in place
-        yield wide.addmm_(left[start:stop], along).to(block.dtype)
+        yield _own(block).addmm_(left[start:stop], along).to(block.dtype)
 
 
 def _edited_rows(block: Tensor, edit: TensorEdit) -> Tensor:
@@ -526,8 +532,6 @@ def edited_state_dict(
         like = state[added.beside]
         if added.copy_of is not None:
             result[name] = state[added.copy_of]
-        elif added.value is not None:
-            result[name] = added.value.to(like)
         else:
-            result[name] = like.new_zeros(like.shape[0])
+            result[name] = added.bias(like.shape[0], like.dtype).to(like.device)
     return result, [*plan.edits]

@@ -229,7 +229,7 @@ def test_an_existing_place_is_refused(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("writer", ("_write_weights", "_write_side_files", "_write_json"))
+@pytest.mark.parametrize("writer", ("_write_weights", "_write_side_files", "write_json"))
 @pytest.mark.parametrize(
     "error",
     (
@@ -242,7 +242,7 @@ def test_a_full_disk_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str, error: Exception
 ) -> None:
     def full(*args: Any, **options: Any) -> None:
-        folder = args[0].parent if writer == "_write_json" else args[-1]
+        folder = args[0].parent if writer == "write_json" else args[-1]
         (folder / "half").touch()
         raise error
 

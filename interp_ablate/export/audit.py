@@ -15,10 +15,11 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from interp_ablate.architectures import Architecture, architecture_of
+from interp_ablate.architectures import Architecture, architecture_of, is_tied
 from interp_ablate.edits import Plan
 from interp_ablate.errors import ExportError
-from interp_ablate.export.tensor_files import Checkpoint
+from interp_ablate.export.card import CERTIFICATE, MANIFEST
+from interp_ablate.export.tensor_files import INDEX, Checkpoint
 from interp_ablate.sources import read_hf_config
 from interp_ablate.weights import Tied, WeightPlan, edited_tensor, weight_plan
 
@@ -42,8 +43,8 @@ BEHAVIOUR_FILES = (
 _MAY_DIFFER = (
     "README.md",
     "config.json",
-    "interp_ablate.json",
-    "certificate.json",
+    MANIFEST,
+    CERTIFICATE,
     ".gitattributes",
 )
 # Files that loaders act on where they find them: adapters, code, other weights, other templates.
@@ -53,10 +54,7 @@ _NOT_COMPARED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype"
 
 @dataclass(frozen=True)
 class Origin:
-    """What a folder is said to come from: tensors by name, how to read one, its config, its folder.
-
-    `blocks` gives a tensor in pieces where it need not be held whole.
-    """
+    """What a folder is said to come from: tensors by name, how to read one, its config, its folder."""
 
     names: Collection[str]
     read: Callable[[str], Tensor]
@@ -87,7 +85,7 @@ class Origin:
     def of_model(cls, model: Any) -> Origin:
         """A model in memory: its own tensors, without the unembedding where it is the embedding."""
         state, entry = model.hf_state_dict(), model.architecture
-        if getattr(model.hf_config, "tie_word_embeddings", False):
+        if is_tied(model.hf_config):
             state.pop(entry.unembed, None)
         return cls(state, state.__getitem__, model.hf_config, entry)
 
@@ -141,7 +139,7 @@ def audit(origin: Origin, plan: Plan, folder: str | Path, *, tied: Tied | None =
     found = Audit(weights.tied, weights)
     expected = {*origin.names, *weights.added}
     # a tied model may hold its unembedding or leave it out
-    if getattr(config, "tie_word_embeddings", False):
+    if is_tied(config):
         expected.discard(origin.entry.unembed)
     for name in sorted(expected | set(result.tensors)):
         if name not in result.tensors:
@@ -161,7 +159,7 @@ def audit(origin: Origin, plan: Plan, folder: str | Path, *, tied: Tied | None =
 
 def _tied_choice(origin: Origin, result: Checkpoint, config: Any) -> Tied:
     """What the folder's maker did with a tied embedding: its manifest says it, or the tensors do."""
-    manifest = result.folder / "interp_ablate.json"
+    manifest = result.folder / MANIFEST
     if manifest.is_file():
         try:
             said = json.loads(manifest.read_text()).get("tied")
@@ -169,7 +167,7 @@ def _tied_choice(origin: Origin, result: Checkpoint, config: Any) -> Tied:
             raise ExportError(f"{manifest} is not a manifest: {error}") from error
         if said in get_args(Tied):
             return said
-    if not getattr(config, "tie_word_embeddings", False):
+    if not is_tied(config):
         return "untie"
     embed = origin.entry.present(origin.entry.embed, origin.names)
     if embed in result.tensors and _same(origin, result, embed):
@@ -181,8 +179,7 @@ def _is_tied_copy(name: str, origin: Origin, result: Checkpoint, config: Any) ->
     """An unembedding that a tied checkpoint stores beside the embedding, as the same values."""
     entry = origin.entry
     embed = entry.present(entry.embed, result.tensors)
-    tied = bool(getattr(config, "tie_word_embeddings", False))
-    if not tied or name != entry.unembed or embed is None:
+    if not is_tied(config) or name != entry.unembed or embed is None:
         return False
     return torch.equal(result.read(name), result.read(embed))
 
@@ -200,10 +197,8 @@ def _check_tensor(found: Audit, name: str, origin: Origin, result: Checkpoint) -
         return
     added, before = weights.added[name], len(found.problems)
     like = origin.read(added.copy_of or added.beside)
-    if added.copy_of is None:
-        value = torch.zeros(like.shape[0]) if added.value is None else added.value
-        like = value.to(like.dtype)
-    _check_edited(found, name, like, result)
+    want = like if added.copy_of is not None else added.bias(like.shape[0], like.dtype)
+    _check_edited(found, name, want, result)
     found.added += len(found.problems) == before
 
 
@@ -289,7 +284,7 @@ def _file_problems(source: Path | None, result: Checkpoint) -> list[str]:
     act on besides is still found.
     """
     folder, problems = result.folder, []
-    weights = {file.name for file in result.files} | {"model.safetensors.index.json"}
+    weights = {file.name for file in result.files} | {INDEX}
     known = {*_MAY_DIFFER, *weights, *(BEHAVIOUR_FILES if source is None else ())}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()

@@ -18,6 +18,9 @@ from interp_ablate.sites import Site
 
 logger = logging.getLogger(__name__)
 
+# An export's own files, beside its card.
+MANIFEST = "interp_ablate.json"
+CERTIFICATE = "certificate.json"
 PACKAGES = ("interp-ablate", "torch", "transformers", "transformer-lens", "safetensors", "numpy")
 SAFETY_NOTICE = (
     "An edit of this kind can remove safety training along with the behaviour it was aimed at. "

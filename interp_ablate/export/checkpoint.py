@@ -23,10 +23,17 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from interp_ablate import __version__
+from interp_ablate.architectures import is_tied
 from interp_ablate.convert import CONVERTIBLE
 from interp_ablate.edits import Plan
 from interp_ablate.errors import ExportError
-from interp_ablate.export.card import model_card, source_front_matter, versions
+from interp_ablate.export.card import (
+    CERTIFICATE,
+    MANIFEST,
+    model_card,
+    source_front_matter,
+    versions,
+)
 from interp_ablate.export.tensor_copy import (
     Edit,
     NewTensor,
@@ -35,13 +42,14 @@ from interp_ablate.export.tensor_copy import (
     copy_checkpoint,
     streamed_folder,
 )
-from interp_ablate.export.tensor_files import Checkpoint, TensorSource
+from interp_ablate.export.tensor_files import INDEX, SINGLE, Checkpoint, TensorSource
 from interp_ablate.export.verify import PROBES, certify, coarsest_dtype, require_passed
 from interp_ablate.files import write_whole
 from interp_ablate.model import Model, PromptLike
 from interp_ablate.sources import ModelSource, read_hf_config
 from interp_ablate.weights import (
     BLOCK,
+    Added,
     TensorEdit,
     Tied,
     WeightPlan,
@@ -51,9 +59,6 @@ from interp_ablate.weights import (
     weight_plan,
 )
 
-MANIFEST = "interp_ablate.json"
-CERTIFICATE = "certificate.json"
-INDEX = "model.safetensors.index.json"
 MAX_SHARD = "5GB"
 TEMPLATES = "additional_chat_templates"  # of a tokenizer with several
 # Files of a source folder that are weights, or that are written anew.
@@ -213,9 +218,9 @@ def _manifest(
 
 
 def _finish(folder: Path, manifest: dict[str, Any], certificate: dict[str, Any]) -> None:
-    _write_json(folder / CERTIFICATE, certificate)
+    write_json(folder / CERTIFICATE, certificate)
     (folder / "README.md").write_text(model_card(manifest, certificate))
-    _write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, manifest)
 
 
 def write_certificate(folder: str | Path, certificate: dict[str, Any]) -> None:
@@ -237,8 +242,7 @@ def _untied_or_not(model: Model) -> dict[str, Tensor]:
     """The model's tensors; the unembedding only where it is not the embedding itself."""
     state = model.hf_state_dict()
     embed, unembed = _embedding_names(model)
-    tied = bool(getattr(model.hf_config, "tie_word_embeddings", False))
-    if tied and unembed in state and torch.equal(state[embed], state[unembed]):
+    if is_tied(model.hf_config) and unembed in state and torch.equal(state[embed], state[unembed]):
         del state[unembed]
     return state
 
@@ -290,9 +294,7 @@ def export_folder(
 def _opened(source: ModelSource) -> Checkpoint | None:
     """The source's folder, if it has one with safetensors."""
     folder = Path(source.path or "")
-    if source.kind != "folder" or not any(
-        (folder / n).is_file() for n in (INDEX, "model.safetensors")
-    ):
+    if source.kind != "folder" or not any((folder / n).is_file() for n in (INDEX, SINGLE)):
         return None
     return Checkpoint.open(folder)
 
@@ -355,13 +357,12 @@ def _edit(edit: TensorEdit) -> Edit:
     return change
 
 
-def _new_tensor(source: Checkpoint, name: str, added: Any) -> NewTensor:
+def _new_tensor(source: Checkpoint, name: str, added: Added) -> NewTensor:
     beside = source.tensors[added.beside]
     if added.copy_of is not None:
         return NewTensor.copy_of(name, source.tensors[added.copy_of])
-    size = (beside.shape[0],)
-    value = torch.zeros(size) if added.value is None else added.value
-    return NewTensor(name, beside.dtype, size, beside.name, lambda: (value.to(beside.dtype),))
+    bias = added.bias(beside.shape[0], beside.dtype)
+    return NewTensor(name, beside.dtype, tuple(bias.shape), beside.name, lambda: (bias,))
 
 
 # ---- what lies beside the weights ----------------------------------------------------------------
@@ -372,7 +373,8 @@ def _float_dtype(tensors: Iterable[Tensor]) -> str:
     return str(found).removeprefix("torch.")
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """JSON as every file of an export has it."""
     path.write_text(json.dumps(value, indent=1))
 
 
@@ -393,7 +395,7 @@ def _write_weights(state: dict[str, Tensor], folder: Path) -> None:
         (folder / file).chmod(0o644)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        _write_json(folder / INDEX, index)
+        write_json(folder / INDEX, index)
 
 
 def _write_config(
@@ -406,10 +408,9 @@ def _write_config(
     config["model_type"] = model.hf_config.model_type
     config.pop("quantization_config", None)
     config.pop("_name_or_path", None)
-    tied = bool(getattr(model.hf_config, "tie_word_embeddings", False))
-    if tied and _embedding_names(model)[1] in state:
+    if is_tied(model.hf_config) and _embedding_names(model)[1] in state:
         config["tie_word_embeddings"] = False
-    _write_json(folder / "config.json", {**config, **weights.config})
+    write_json(folder / "config.json", {**config, **weights.config})
 
 
 def _architectures(model: Model) -> list[str]:
@@ -436,7 +437,7 @@ def _write_source_files(source: Path, folder: Path, changes: dict[str, Any]) -> 
     """The source folder's config with the changes, and its other files as they are."""
     _copy_side_files(source, folder)
     config = json.loads((source / "config.json").read_text())
-    _write_json(folder / "config.json", {**config, **changes})
+    write_json(folder / "config.json", {**config, **changes})
 
 
 def _copy_side_files(source: Path, folder: Path) -> None:

@@ -14,11 +14,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from interp_ablate.errors import ExportError
+from interp_ablate.export.card import CERTIFICATE, MANIFEST
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "interp_ablate.json"
-CERTIFICATE = "certificate.json"
 CARD = "README.md"
 INDEX = ".safetensors.index.json"
 WEIGHTS = (".safetensors", ".gguf")

@@ -22,8 +22,14 @@ from torch import Tensor, nn
 
 from interp_ablate.edits import Affine, Plan
 from interp_ablate.errors import ExportError
-from interp_ablate.export.card import model_card, source_front_matter, versions
-from interp_ablate.export.checkpoint import CERTIFICATE, MANIFEST, whole_folder
+from interp_ablate.export.card import (
+    CERTIFICATE,
+    MANIFEST,
+    model_card,
+    source_front_matter,
+    versions,
+)
+from interp_ablate.export.checkpoint import whole_folder, write_json
 from interp_ablate.export.verify import LIMITS, PROBES, require_passed
 from interp_ablate.model import Model, PromptLike
 from interp_ablate.scores import kl_divergence
@@ -316,9 +322,9 @@ def export_lora(
         manifest = _manifest(model, found, adapter, report)
         manifest["versions"]["peft"] = peft.__version__
         manifest["unchanged"] = sorted(set(state) - set(found.edits))
-        _write_json(folder / CERTIFICATE, certificate)
+        write_json(folder / CERTIFICATE, certificate)
         (folder / "README.md").write_text(_card(manifest, certificate))
-        _write_json(folder / MANIFEST, manifest)
+        write_json(folder / MANIFEST, manifest)
     return certificate
 
 
@@ -388,13 +394,9 @@ def _write(peft: Any, adapter: Adapter, folder: Path, *, base: str | None) -> No
     config.save_pretrained(folder)
     # PEFT keeps lists of modules as sets, and writes them in another order each time.
     written = json.loads((folder / CONFIG).read_text())
-    _write_json(folder / CONFIG, {**written, **fields})
+    write_json(folder / CONFIG, {**written, **fields})
     save_file(adapter.tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / WEIGHTS).chmod(0o644)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1))
 
 
 # ---- the certificate ------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from interp_ablate.errors import ExportError
+from interp_ablate.export.card import MANIFEST
 from interp_ablate.export.tensor_files import (
     HEADER_NAMES,
     INDEX,
@@ -286,10 +287,10 @@ def check_place(
         return
     if not overwrite:
         raise ExportError(f"{out} exists: choose another --out, or pass overwrite (--force)")
-    is_export = (out / "interp_ablate.json").is_file()
+    is_export = (out / MANIFEST).is_file()
     if out.is_dir() and any(out.iterdir()) and not is_export:
         raise ExportError(
-            f"{out} holds files that are no export (no interp_ablate.json): they would be lost. Remove "
+            f"{out} holds files that are no export (no {MANIFEST}): they would be lost. Remove "
             "the folder yourself, or choose another --out"
         )
 
