@@ -6,6 +6,7 @@ applies, composition, JSON. Does not know: hooks, weights or models; they interp
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -13,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args
 
 import torch
 from jaxtyping import Float
@@ -26,6 +27,8 @@ from interp_ablate.sites import WRITER_POINTS, Point, Site, sites_of
 
 Positions = Literal["all", "prompt", "generated"]
 FORMAT = "interp_ablate.plan/1"
+# Below this cosine of write and read an erasure scales rounding (and everything else) up a millionfold.
+SMALLEST_COSINE = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,15 +146,28 @@ def _numbers(
     return amounts
 
 
-def _label(direction: Direction | Tensor) -> str:
-    return direction.name if isinstance(direction, Direction) else "given"
+def _one_or_many(amounts: tuple[float, ...]) -> float | list[float]:
+    return amounts[0] if len(set(amounts)) == 1 else list(amounts)
+
+
+def _range(amounts: tuple[float, ...]) -> str:
+    low, high = min(amounts), max(amounts)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+def _label(*directions: Direction | Tensor) -> str:
+    return next((one.name for one in directions if isinstance(one, Direction)), "given")
+
+
+_E = TypeVar("_E", bound="_Edit")
 
 
 class _Edit:
-    """What the three edits share: sites, positions, a number a site, vectors, a label, JSON."""
+    """What the edits share: sites, positions, a number a site, vectors, a label, JSON."""
 
     op: ClassVar[str]
     amount: ClassVar[str]  # the name of the number that JSON holds
+    misscaled: ClassVar[str] = "are not unit, or not orthonormal"
     sites: tuple[Site, ...]
     vectors: Float[Tensor, "k d_model"]
     amounts: tuple[float, ...]
@@ -167,12 +183,14 @@ class _Edit:
             )
 
     def __repr__(self) -> str:
-        low, high = min(self.amounts), max(self.amounts)
-        amounts = f"{low:g}" if low == high else f"{low:g} to {high:g}"
         return (
             f"<{self.op} {self.label} at {len(self.sites)} "
-            f"{'site' if len(self.sites) == 1 else 'sites'}, {self.amount} {amounts}>"
+            f"{'site' if len(self.sites) == 1 else 'sites'}, {self._said()}>"
         )
+
+    def _said(self) -> str:
+        """The numbers, for `repr`."""
+        return f"{self.amount} {_range(self.amounts)}"
 
     @property
     def d_model(self) -> int:
@@ -196,28 +214,68 @@ class _Edit:
                 f"{self!r} has no map at {site}: it writes {', '.join(map(str, self.sites[:4]))}"
                 + (" and more" if len(self.sites) > 4 else "")
             )
-        amount = self.amounts[self.sites.index(site)]
-        return self._map(amount) if gain is None else self._map_before_norm(amount, gain, site)
+        i = self.sites.index(site)
+        return self._map(i) if gain is None else self._map_before_norm(i, gain)
 
-    def _map(self, amount: float) -> Affine:
+    def _map(self, i: int) -> Affine:
+        """The map at the i-th site."""
         raise NotImplementedError
 
-    def _map_before_norm(self, amount: float, gain: Tensor, site: Site) -> Affine:
+    def _map_before_norm(self, i: int, gain: Tensor) -> Affine:
         raise PlanError(
-            f"{self!r} at {site}, before a norm: what is added there is rescaled with the rest, so it "
-            "has no fixed effect on the stream. Write it after the norm, at attn_out or mlp_out"
+            f"{self!r} at {self.sites[i]}, before a norm: what is added there is rescaled with the rest, "
+            "so it has no fixed effect on the stream. Write it after the norm, at attn_out or mlp_out"
         )
 
+    def moved(self: _E, pairs: Sequence[tuple[Site, Site]]) -> _E:
+        """What the edit does at the first site of each pair, done at the second; every bit the same."""
+        kept = [self.sites.index(old) for old, _ in pairs]
+        edit = copy.copy(self)
+        places, amounts = _as_sites(new for _, new in pairs), tuple(self.amounts[i] for i in kept)
+        edit._set(sites=places, amounts=amounts)
+        return edit
+
     def to_dict(self) -> dict[str, Any]:
-        same = len(set(self.amounts)) == 1
         return {
             "op": self.op,
-            self.amount: self.amounts[0] if same else list(self.amounts),
+            self.amount: _one_or_many(self.amounts),
             "sites": [str(site) for site in self.sites],
             "positions": self.positions,
             "label": self.label,
             "vectors": self.vectors.tolist(),
         }
+
+    @classmethod
+    def _from_entry(cls, entry: dict[str, Any]) -> Any:
+        """Read what `to_dict` wrote; KeyError, TypeError and ValueError are the caller's."""
+        vectors = torch.tensor(entry["vectors"], dtype=torch.float64)
+        make: Any = cls
+        edit = make(
+            vectors,
+            [Site.parse(name) for name in entry["sites"]],
+            positions=entry["positions"],
+            label=entry["label"],
+            **{cls.amount: entry[cls.amount]},
+            **({"norm_preserving": _flag(entry)} if "norm_preserving" in entry else {}),
+        )
+        edit._keep(vectors)
+        return edit
+
+    def _keep(self, vectors: Float[Tensor, "k d_model"]) -> None:
+        """Take vectors as they are stored, bit for bit, if they are the edit's own but for rounding."""
+        fits = vectors.shape == self.vectors.shape
+        if fits:
+            size = self.vectors.norm(dim=1)
+            apart = (vectors - self.vectors).norm(dim=1)
+            # the read of an erasure, longer than its write, is known to fewer digits
+            fits = bool((apart <= 1e-12 * size + 1e-14 * size**2).all())
+        if not fits:
+            raise PlanError(
+                f"the vectors of {self!r} are stored with shape {tuple(vectors.shape)} where a plan has "
+                f"{tuple(self.vectors.shape)}, or {self.misscaled}: make the edit with "
+                f"{type(self).__name__}(...), which scales them, and save the plan again"
+            )
+        object.__setattr__(self, "vectors", vectors)
 
 
 @dataclass(frozen=True, eq=False, init=False, repr=False)
@@ -263,11 +321,11 @@ class Ablate(_Edit):
             label=label or _label(direction),
         )
 
-    def _map(self, amount: float) -> Affine:
-        return _projection(self.vectors, amount)
+    def _map(self, i: int) -> Affine:
+        return _projection(self.vectors, self.amounts[i])
 
-    def _map_before_norm(self, amount: float, gain: Tensor, site: Site) -> Affine:
-        return _projection(pulled_back(self.vectors, gain), amount)
+    def _map_before_norm(self, i: int, gain: Tensor) -> Affine:
+        return _projection(pulled_back(self.vectors, gain), self.amounts[i])
 
     def to_dict(self) -> dict[str, Any]:
         more = {"norm_preserving": True} if self.norm_preserving else {}
@@ -344,9 +402,9 @@ class Add(_Edit):
             label=label or _label(direction),
         )
 
-    def _map(self, amount: float) -> Affine:
+    def _map(self, i: int) -> Affine:
         empty = Affine.identity(self.d_model)
-        return Affine(empty.left, empty.right, amount * self.vectors[0])
+        return Affine(empty.left, empty.right, self.amounts[i] * self.vectors[0])
 
 
 @dataclass(frozen=True, eq=False, init=False, repr=False)
@@ -374,9 +432,9 @@ class Clamp(_Edit):
             label=label or _label(direction),
         )
 
-    def _map(self, amount: float) -> Affine:
+    def _map(self, i: int) -> Affine:
         basis = self.vectors.T
-        return Affine(-basis, basis, amount * self.vectors[0])
+        return Affine(-basis, basis, self.amounts[i] * self.vectors[0])
 
 
 def _one(vectors: Float[Tensor, "k d_model"], op: str) -> Float[Tensor, "1 d_model"]:
@@ -385,9 +443,188 @@ def _one(vectors: Float[Tensor, "k d_model"], op: str) -> Float[Tensor, "1 d_mod
     return vectors
 
 
-Edit = Ablate | Add | Clamp
-_EDITS: dict[str, type[Ablate] | type[Add] | type[Clamp]] = {
-    kind.op: kind for kind in (Ablate, Add, Clamp)
+class Erasing(Protocol):
+    """What an eraser has to be made an edit: x -> x - write * (read . (x - centre))."""
+
+    @property
+    def write(self) -> Float[Tensor, " d_model"]: ...
+    @property
+    def read(self) -> Float[Tensor, " d_model"]: ...
+    @property
+    def centre(self) -> Float[Tensor, " d_model"]: ...
+
+
+@dataclass(frozen=True, eq=False, init=False, repr=False)
+class Erase(_Edit):
+    """Oblique erasure: x -> x - strength * write * (read . x - value).
+
+    With strength 1 `read . x` becomes `value`, and nothing is changed but along `write`: what LEACE
+    (Belrose et al. 2023, https://arxiv.org/abs/2306.03819) and affine concept editing (Marshall et al.
+    2024, https://arxiv.org/abs/2411.09003) do. With write == read, value 0 is `Ablate`, another `Clamp`.
+
+    `write` is kept as a unit vector and `read` scaled so that read . write = 1; the map is the same for
+    all lengths and signs of the two. `value` is in units of `read` as it is given, `values` in those of
+    the scaled one. Strength and value are one number, or one a site.
+
+    The parts of the stream sum: where an edit is at writers, give the value at `embed` only (0 at all
+    others), and `read . x` is `value` at every place of the stream. An edit with strength 1 at all of the
+    residual stream does the same, and is written into weights so.
+
+    At `attn_proj` and `mlp_proj` of post-norm blocks the edit is the ablation of `read` there, whatever
+    `write` is: nothing is left along `read` in the stream, with the smallest change before the norm. To
+    write along `write` behind the norm would take write / gain before it; real gains come near 0, and
+    what is written there grows until the norm shrinks all the rest (up to 120 times on Gemma 3 270M).
+    """
+
+    op: ClassVar[str] = "erase"
+    amount: ClassVar[str] = "strength"
+    misscaled: ClassVar[str] = "write is not unit, or read . write is not 1"
+    values: tuple[float, ...]
+
+    def __init__(
+        self,
+        write: Direction | Float[Tensor, " d_model"],
+        read: Direction | Float[Tensor, " d_model"],
+        sites: Site | Iterable[Site],
+        *,
+        strength: float | Sequence[float] = 1.0,
+        value: float | Sequence[float] = 0.0,
+        positions: Positions = "all",
+        label: str | None = None,
+    ) -> None:
+        places = _as_sites(sites)
+        vectors, scale = _oblique(write, read)
+        values = [scale * number for number in _numbers(value, places, "value")]
+        self._set(
+            sites=places,
+            vectors=vectors,
+            amounts=_numbers(strength, places, self.amount),
+            values=_numbers(values, places, "value, in units of the scaled read,"),
+            positions=positions,
+            label=label or _label(write, read),
+        )
+
+    @classmethod
+    def of(
+        cls,
+        eraser: Erasing,
+        sites: Site | Iterable[Site],
+        *,
+        strength: float | Sequence[float] = 1.0,
+        positions: Positions = "all",
+        label: str | None = None,
+    ) -> Erase:
+        """The edit of a fitted eraser: `read . x` becomes what it is at the eraser's centre.
+
+        Raises:
+            PlanError: vectors of different shapes, or with nothing finite in them.
+        """
+        read, centre = (_as_tensor(given) for given in (eraser.read, eraser.centre))
+        if read.shape != centre.shape:
+            raise PlanError(
+                f"an eraser has read and centre of one shape [d_model]; got {tuple(read.shape)} and "
+                f"{tuple(centre.shape)}"
+            )
+        value = float((read * centre).sum())
+        return cls(
+            eraser.write,
+            eraser.read,
+            sites,
+            strength=strength,
+            value=value,
+            positions=positions,
+            label=label,
+        )
+
+    @property
+    def write(self) -> Float[Tensor, " d_model"]:
+        """What is changed along: a unit vector."""
+        return self.vectors[0]
+
+    @property
+    def read(self) -> Float[Tensor, " d_model"]:
+        """What is set: `read . x`; with read . write = 1."""
+        return self.vectors[1]
+
+    def _said(self) -> str:
+        value = f", value {_range(self.values)}" if any(self.values) else ""
+        return super()._said() + value
+
+    def _map(self, i: int) -> Affine:
+        amount = self.amounts[i]
+        shift = amount * self.values[i] * self.write
+        return Affine(-amount * self.write[:, None], self.read[:, None], shift)
+
+    def _map_before_norm(self, i: int, gain: Tensor) -> Affine:
+        if self.amounts[i] * self.values[i]:
+            return super()._map_before_norm(i, gain)
+        return _projection(pulled_back(self.read[None], gain), self.amounts[i])
+
+    def moved(self, pairs: Sequence[tuple[Site, Site]]) -> Erase:
+        edit = super().moved(pairs)
+        edit._set(values=tuple(self.values[self.sites.index(old)] for old, _ in pairs))
+        return edit
+
+    def to_dict(self) -> dict[str, Any]:
+        found = super().to_dict()
+        del found["vectors"]
+        vectors = {"write": self.write.tolist(), "read": self.read.tolist()}
+        return {**found, "value": _one_or_many(self.values), **vectors}
+
+    @classmethod
+    def _from_entry(cls, entry: dict[str, Any]) -> Erase:
+        if "norm_preserving" in entry:
+            raise PlanError("only an ablation preserves norms")
+        rows = [torch.tensor(entry[name], dtype=torch.float64) for name in ("write", "read")]
+        if any(row.ndim != 1 for row in rows):
+            shapes = " and ".join(str(tuple(row.shape)) for row in rows)
+            raise PlanError(
+                f'"write" and "read" of an edit are lists of numbers; got shapes {shapes}'
+            )
+        sites = tuple(Site.parse(name) for name in entry["sites"])
+        edit = cls(
+            rows[0],
+            rows[1],
+            sites,
+            strength=entry["strength"],
+            value=entry["value"],
+            positions=entry["positions"],
+            label=entry["label"],
+        )
+        edit._keep(torch.stack(rows))
+        edit._set(values=_numbers(entry["value"], sites, "value"))
+        return edit
+
+
+def _as_tensor(given: Any) -> Tensor:
+    tensor = given.vector if isinstance(given, Direction) else torch.as_tensor(given)
+    return tensor.detach().to("cpu", torch.float64)
+
+
+def _oblique(
+    write: Direction | Tensor, read: Direction | Tensor
+) -> tuple[Float[Tensor, "2 d_model"], float]:
+    """The two as rows, the first unit, the second scaled to read . write = 1; and that scale."""
+    along, across = (_one(_as_vectors(given), "erase")[0] for given in (write, read))
+    if along.shape != across.shape:
+        raise PlanError(
+            f"write has d_model {len(along)}, read {len(across)}: both are vectors of one stream"
+        )
+    unit = along / along.norm()
+    length = across.norm()
+    cosine = float(across / length @ unit)
+    if abs(cosine) < SMALLEST_COSINE:
+        raise PlanError(
+            f"write and read are orthogonal (their cosine is {cosine:.2g}): moving along write does not "
+            "change read . x, so nothing can be erased. LEACE's write is the covariance times its read"
+        )
+    scale = 1 / float(length * cosine)
+    return torch.stack([unit, across * scale]), scale
+
+
+Edit = Ablate | Add | Clamp | Erase
+_EDITS: dict[str, type[Ablate] | type[Add] | type[Clamp] | type[Erase]] = {
+    kind.op: kind for kind in (Ablate, Add, Clamp, Erase)
 }
 
 
@@ -408,7 +645,7 @@ class Plan:
         for edit in edits:
             if not isinstance(edit, _Edit):
                 raise PlanError(
-                    f"a plan is made of Ablate, Add and Clamp; got {edit!r} ({type(edit).__name__})"
+                    f"a plan is made of Ablate, Add, Clamp and Erase; got {edit!r} ({type(edit).__name__})"
                 )
         object.__setattr__(self, "edits", edits)
         widths = {edit.d_model for edit in edits}
@@ -531,32 +768,13 @@ class Plan:
 
 def _edit_from_dict(entry: dict[str, Any]) -> Edit:
     try:
-        kind = _EDITS[entry["op"]]
-        vectors = torch.tensor(entry["vectors"], dtype=torch.float64)
-        edit = kind(
-            vectors,
-            [Site.parse(name) for name in entry["sites"]],
-            positions=entry["positions"],
-            label=entry["label"],
-            **{kind.amount: entry[kind.amount]},
-            **({"norm_preserving": _flag(entry)} if "norm_preserving" in entry else {}),
-        )
+        return _EDITS[entry["op"]]._from_entry(entry)
     except KeyError as error:
         raise PlanError(
             f"an edit of the plan lacks or misnames {error}: operations are {', '.join(_EDITS)}"
         ) from error
     except (TypeError, ValueError, OverflowError) as error:
         raise PlanError(f"an edit of the plan cannot be read: {error}") from error
-    if vectors.shape != edit.vectors.shape or not torch.allclose(
-        edit.vectors, vectors, rtol=0, atol=1e-12
-    ):
-        raise PlanError(
-            f"the vectors of {edit!r} are stored with shape {tuple(vectors.shape)} where a plan has "
-            f"{tuple(edit.vectors.shape)}, or are not unit, or not orthonormal: make the edit with "
-            f"{kind.__name__}(...), which scales them, and save the plan again"
-        )
-    object.__setattr__(edit, "vectors", vectors)  # as stored, bit for bit
-    return edit
 
 
 def _flag(entry: dict[str, Any]) -> bool:

@@ -22,7 +22,7 @@ from interp_ablate.architectures import (
     architecture_of,
     is_tied,
 )
-from interp_ablate.edits import Ablate, Add, Affine, Edit, Plan, kept_norm
+from interp_ablate.edits import Ablate, Add, Affine, Clamp, Edit, Erase, Plan, kept_norm
 from interp_ablate.errors import ExportError
 from interp_ablate.sites import (
     EMBEDDING_POINTS,
@@ -48,8 +48,9 @@ def as_writers(plan: Plan, entry: Architecture, hf_config: Any) -> Plan:
     """The plan written at the architecture's writers only, where that is exactly the same function.
 
     An ablation with strength 1 of one subspace at every place of the residual stream equals its
-    ablation at every writer, where no norm follows a writer. An addition to the stream equals the same
-    addition to the writer before it. Anything else on the residual stream has no exact form.
+    ablation at every writer, where no norm follows a writer; so do erasures and clamps of one direction,
+    whose value is written once, by the embedding. An addition to the stream equals the same addition to
+    the writer before it. Anything else on the residual stream has no exact form.
 
     Raises:
         ExportError: the reason, and the nearest plan that is exact.
@@ -69,8 +70,13 @@ def as_writers(plan: Plan, entry: Architecture, hf_config: Any) -> Plan:
     return _everywhere_at_writers(plan, entry, hf_config)
 
 
-def _nearest(entry: Architecture) -> str:
+def _nearest(entry: Architecture, plan: Plan) -> str:
     points = ", ".join(entry.points())
+    if any(isinstance(edit, Erase) for edit in plan):
+        return (
+            "The nearest exact plan erases with one write and read, strength 1 and value 0, at "
+            f"{points} of every layer: Erase(write, read, model.writers)"
+        )
     return (
         f"The nearest exact plan ablates the same direction, with strength 1, at {points} of every "
         "layer: Ablate(direction, model.writers)"
@@ -87,7 +93,7 @@ def _written(plan: Plan, entry: Architecture) -> Plan:
                 "edit there has no exact weight form. The nearest exact plan edits the projections "
                 "before the norm, attn_proj and mlp_proj at the same layers: nothing is left along the "
                 "direction either, but the norm's scale changes with it (another function). "
-                f"{_nearest(entry)}"
+                f"{_nearest(entry, plan)}"
             )
         return plan
     first: list[Edit] = []
@@ -96,35 +102,17 @@ def _written(plan: Plan, entry: Architecture) -> Plan:
     for edit in plan:
         before, after = _split(edit, lambda site: site.point in PROJECTION_POINTS)
         if before is not None:
-            first.append(_moved(before, [site.output for site in before.sites]))
+            first.append(before.moved([(site, site.output) for site in before.sites]))
         if after is not None:
             then.append(after)
     return Plan((*first, *then)) if first else plan
 
 
-def _moved(edit: Edit, sites: list[Site]) -> Edit:
-    """The same edit at other sites."""
-    data = {
-        **edit.to_dict(),
-        "sites": [str(site) for site in sites],
-        edit.amount: list(edit.amounts),
-    }
-    return Plan.from_dict({**Plan().to_dict(), "edits": [data]}).edits[0]
-
-
 def _split(edit: Edit, inside: Callable[[Site], bool]) -> tuple[Edit | None, Edit | None]:
     """The edit at the sites for which `inside` holds, and at the others; None where there are none."""
-    parts: list[Edit | None] = []
-    for wanted in (True, False):
-        pairs = [(s, a) for s, a in zip(edit.sites, edit.amounts) if inside(s) == wanted]
-        data = edit.to_dict() | {
-            "sites": [str(site) for site, _ in pairs],
-            edit.amount: [amount for _, amount in pairs],
-        }
-        parts.append(
-            Plan.from_dict({**Plan().to_dict(), "edits": [data]}).edits[0] if pairs else None
-        )
-    return parts[0], parts[1]
+    pairs = [[(s, s) for s in edit.sites if inside(s) == wanted] for wanted in (True, False)]
+    within, without = (edit.moved(part) if part else None for part in pairs)
+    return within, without
 
 
 def _additions_at_writers(plan: Plan, entry: Architecture, hf_config: Any) -> Plan:
@@ -143,9 +131,7 @@ def _additions_at_writers(plan: Plan, entry: Architecture, hf_config: Any) -> Pl
         if stay is not None:
             own.append(stay)
         for site in go.sites if go is not None else ():
-            alone = _split(edit, {site}.__contains__)[0]
-            assert alone is not None
-            moved.append(_moved(alone, [_writer_before(site, parallel)]))
+            moved.append(edit.moved([(site, _writer_before(site, parallel))]))
     return Plan((*own, *moved))
 
 
@@ -163,42 +149,83 @@ def _writer_before(site: Site, parallel: bool) -> Site:
 
 
 def _everywhere_at_writers(plan: Plan, entry: Architecture, hf_config: Any) -> Plan:
-    """A residual ablation that covers the stream, as the ablation of every writer."""
-    nearest, n_layers = _nearest(entry), hf_config.num_hidden_layers
-    edits = list(plan)
-    if not all(isinstance(edit, Ablate) and set(edit.amounts) == {1.0} for edit in edits):
-        raise ExportError(
-            "the plan edits the residual stream itself with an addition, a clamp or a strength other "
-            f"than 1, which accumulates over the layers and has no exact weight form. {nearest}"
-        )
-    if any(edit.norm_preserving for edit in edits):
+    """A projection that covers the residual stream, as the projection of every writer.
+
+    Its map x -> P x + c is idempotent (P P = P, P c = 0): applied to every sum, it is P of every summand,
+    and c once.
+    """
+    nearest, edits = _nearest(entry, plan), list(plan)
+    if any(isinstance(edit, Ablate) and edit.norm_preserving for edit in edits):
         raise ExportError(
             "the plan ablates the residual stream and preserves norms at some writers: what the stream "
             "loses again has no exact weight form. Preserve norms at all of model.writers, or at none"
         )
-    first = edits[0].vectors
-    projector = first.T @ first
-    if not all(
-        e.vectors.shape == first.shape
-        and torch.allclose(e.vectors.T @ e.vectors, projector, atol=1e-10)
-        for e in edits
-    ):
+    if not all(_is_projection(edit) for edit in edits):
         raise ExportError(
-            f"the plan ablates different directions on the residual stream. {nearest}"
+            "the plan edits the residual stream itself with an addition beside other edits or a strength "
+            f"other than 1, which accumulates over the layers and has no exact weight form. {nearest}"
+        )
+    shift = edits[0].map_at(edits[0].sites[0]).shift
+    shifts = torch.stack([edit.map_at(site).shift for edit in edits for site in edit.sites])
+    one_value = torch.allclose(shifts, shift.expand_as(shifts), rtol=1e-10, atol=1e-10)
+    if not (one_value and all(_same_linear(edits[0], other) for other in edits[1:])):
+        raise ExportError(
+            "the plan edits different directions on the residual stream, or sets them to different "
+            f"values. {nearest}"
         )
     missing = _uncovered(set(plan.sites), entry, hf_config)
     if missing:
         raise ExportError(
-            f"the plan ablates the residual stream at some places only ({missing[0]} and "
+            f"the plan edits the residual stream at some places only ({missing[0]} and "
             f"{len(missing) - 1} more are left out): what is written there would come back. {nearest}"
         )
     if entry.post_norm:
         raise ExportError(
-            "the plan ablates the residual stream of post-norm blocks: their projections are rescaled "
+            "the plan edits the residual stream of post-norm blocks: their projections are rescaled "
             f"by a norm before they reach it, so the plan has no exact weight form. {nearest} (nothing "
             "is left along the direction either, but it is another function: the norm's scale changes)"
         )
-    return Plan((Ablate(first, entry.writer_sites(n_layers), label=edits[0].label),))
+    if shift.any():
+        _check_counted_once(plan, entry)
+    return Plan((_at_all_writers(edits[0], entry.writer_sites(hf_config.num_hidden_layers)),))
+
+
+def _is_projection(edit: Edit) -> bool:
+    """Whether applying an edit twice is applying it once."""
+    return isinstance(edit, Clamp) or (
+        isinstance(edit, (Ablate, Erase)) and set(edit.amounts) == {1.0}
+    )
+
+
+def _same_linear(one: Edit, other: Edit) -> bool:
+    """Whether two edits are one map but for what they add; at any of their sites."""
+    first, second = (edit.map_at(edit.sites[0]) for edit in (one, other))
+    size = max(1.0, float(first.left.norm() * first.right.norm()))
+    products = first.left @ first.right.T, second.left @ second.right.T
+    return torch.allclose(*products, rtol=0, atol=1e-10 * size)
+
+
+def _check_counted_once(plan: Plan, entry: Architecture) -> None:
+    """Refuse a value at writers beside one on the stream: it would be there twice."""
+    also = [s for s in plan.sites if s.point not in RESIDUAL_POINTS]
+    if entry.pos_embed is None:
+        also = [site for site in also if site.point != "embed"]
+    if also:
+        raise ExportError(
+            f"the plan sets a value on the residual stream and at {also[0]}, which writes to it: it is "
+            "there twice until the stream is edited again, which has no exact weight form. The nearest "
+            "exact plan has the same value at resid_pre, resid_mid and resid_post of every layer only"
+        )
+
+
+def _at_all_writers(edit: Edit, writers: tuple[Site, ...]) -> Edit:
+    """The projection of one edit, of every writer; what it sets a direction to, by the embedding."""
+    if isinstance(edit, Ablate):
+        return Ablate(edit.vectors, writers, label=edit.label)
+    assert isinstance(edit, (Clamp, Erase))
+    value = edit.values[0] if isinstance(edit, Erase) else edit.amounts[0]
+    values = [value if site == Site(0, "embed") else 0.0 for site in writers]
+    return Erase(edit.vectors[0], edit.vectors[-1], writers, value=values, label=edit.label)
 
 
 def _uncovered(sites: set[Site], entry: Architecture, hf_config: Any) -> list[str]:
@@ -423,16 +450,18 @@ def _edit_site(
     if site.point in EMBEDDING_POINTS:
         if entry.scaled_embed:
             raise ExportError(
-                f"an addition or clamp at {site}: this architecture scales its embedding on the way to the "
-                "stream, by a factor that its config does not hold. Keep it as a hook"
+                f"an addition or clamp (or an erasure to a value) at {site}: this architecture scales its "
+                "embedding on the way to the stream, by a factor that its config does not hold. Keep it "
+                "as a hook"
             )
         return
     biases = entry.new_biases(site)
     if biases is None or list(tensors.values()) != ["linear"]:
         raise ExportError(
-            f"an addition or clamp at {site} needs a bias at {next(iter(tensors))}, which a "
-            f"{hf_config.model_type} checkpoint cannot have. Keep it as a hook, export the ablation alone, "
-            "or export a control vector for llama.cpp"
+            f"an addition or clamp (or an erasure to a value) at {site} needs a bias at "
+            f"{next(iter(tensors))}, which a {hf_config.model_type} checkpoint cannot have. Keep it as a "
+            "hook, export the ablation alone (an erasure with value 0), or export a control vector for "
+            "llama.cpp"
         )
     _add_biases(found, next(iter(tensors)), biases, hf_config.num_hidden_layers)
 

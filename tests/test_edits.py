@@ -21,6 +21,7 @@ from interp_ablate.edits import (
     Affine,
     Clamp,
     Edit,
+    Erase,
     Plan,
     band,
     everywhere,
@@ -202,7 +203,7 @@ def test_a_number_of_numpy_or_torch_is_a_number(one: Any) -> None:
 
 
 def random_plan(seed: int) -> Plan:
-    """All three operations, ranks, positions, one number and one a site."""
+    """All operations, ranks, positions, one number and one a site."""
     found = direction(seed, norm=math.pi)
     return Plan(
         (
@@ -210,6 +211,7 @@ def random_plan(seed: int) -> Plan:
             Add(found, PRE, coefficient=1e-17, positions="prompt"),
             Clamp(found, (POST, Site(0, "embed")), value=-2 / 3, positions="generated", label="x"),
             Ablate(found, PRE, strength=1.1),
+            Erase(draw(seed + 7, D), found, (PRE, POST), strength=(0.7, 1 / 3), value=0.1 + 0.2),
         )
     )
 
@@ -217,9 +219,9 @@ def random_plan(seed: int) -> Plan:
 def test_plans_compose_by_appending() -> None:
     first, second = random_plan(0), random_plan(1)
     edits = (*first, *second)
-    assert (first + second).edits == edits and len(first + second) == 8
+    assert (first + second).edits == edits and len(first + second) == 10
     assert (first + second.edits[0]).edits == (*first.edits, second.edits[0])
-    assert len(first) == 4  # nothing is appended in place
+    assert len(first) == 5  # nothing is appended in place
     assert first + Plan() == Plan() + first == first
     assert Plan(list(first.edits)) == first and Plan(first.edits[0]) == Plan((first.edits[0],))  # type: ignore[arg-type]
     third = random_plan(2)
@@ -489,7 +491,7 @@ def spoiled(**changes: Any) -> dict[str, Any]:
         ({"edits": []}, ["format"]),
         ({"format": "interp_ablate.plan/2", "edits": []}, ["interp_ablate.plan/1"]),
         ({"format": "interp_ablate.plan/1", "edits": ["ablate"]}, ["cannot be read"]),
-        (spoiled(op="remove"), ["remove", "ablate, add, clamp"]),
+        (spoiled(op="remove"), ["remove", "ablate, add, clamp, erase"]),
         (spoiled(op=...), ["'op'"]),
         (spoiled(sites=...), ["'sites'"]),
         (spoiled(vectors=...), ["'vectors'"]),

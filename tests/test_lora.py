@@ -17,7 +17,7 @@ from tiny import D_MODEL, DECLARED, N_LAYERS, make, rows_of, shared, source_of, 
 from torch import Tensor
 
 from interp_ablate import Ablate, Add, Clamp, Plan, Site
-from interp_ablate.edits import Affine
+from interp_ablate.edits import Affine, Erase
 from interp_ablate.errors import ExportError
 from interp_ablate.export.lora import PREFIX, WEIGHTS, export_lora, lora_adapter, minimal, untied
 from interp_ablate.weights import WeightPlan, weight_plan
@@ -155,11 +155,20 @@ def plans(kind: str) -> dict[str, tuple[Plan, set[int]]]:
         "a plane's own line": (Plan((Ablate(two, every), Ablate(two[0], every))), {2}),
         "one layer": (Plan((Ablate(a, Site(1, "mlp_out")),)), {1}),
         "embedding shift": (Plan((Ablate(a, every), Add(b, Site(0, "embed")))), {1, 2}),
+        "erase": (Plan((Erase(a + b, a, every, strength=spread),)), {1}),
+        "erase to a value": (
+            Plan((Erase(a + b, a, every, value=[2.0] + [0.0] * (len(every) - 1)),)),
+            {1, 2},
+        ),
     }
 
 
 CASES = [("llama_gqa", name) for name in plans("llama_gqa")]
-CASES += [(kind, name) for kind in ("gpt2", "mixtral") for name in ("composed", "embedding shift")]
+CASES += [
+    (kind, name)
+    for kind in ("gpt2", "mixtral")
+    for name in ("composed", "embedding shift", "erase", "erase to a value")
+]
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
@@ -240,6 +249,19 @@ def test_additions_where_there_are_biases(kind: str, tmp_path: Path) -> None:
 def test_a_clamp(tmp_path: Path) -> None:
     plan = Plan((Clamp(unit(1), sites("gpt2", "mlp_out"), value=2.0),))
     assert_the_hooked_model("gpt2", plan, tmp_path / "out")
+
+
+def test_an_erasure_to_a_value_where_there_are_biases(tmp_path: Path) -> None:
+    plan = Plan((Erase(unit(1) + unit(2), unit(1), sites("gpt2", "mlp_out"), value=2.0),))
+    assert_the_hooked_model("gpt2", plan, tmp_path / "out")
+
+
+@pytest.mark.parametrize("tied", BOTH.values(), ids=BOTH)
+@pytest.mark.parametrize("kind", ["llama_gqa", "gemma2", "olmo2"])
+def test_an_erasure_of_every_writer(kind: str, tied: bool, tmp_path: Path) -> None:
+    """Tied and before norms."""
+    plan = Plan((Erase(unit(1) + unit(2), unit(1), writers(kind)),))
+    assert_the_hooked_model(kind, plan, tmp_path / "out", tied=tied)
 
 
 def test_an_embedding_with_biases_replaces_the_bases(tmp_path: Path) -> None:
@@ -352,6 +374,9 @@ def test_an_addition_without_a_bias(tmp_path: Path) -> None:
     plan = Plan((Add(unit(1), Site(1, "mlp_out")),))
     refused(plan, "llama_gqa", tmp_path / "out", "cannot merge it")
     refused(plan, "mistral", tmp_path / "out", "needs a bias")
+    erase = Plan((Erase(unit(1), unit(1), Site(1, "mlp_out"), value=1.0),))
+    refused(erase, "llama_gqa", tmp_path / "out", "leave what is added.*out of the adapter's plan")
+    refused(erase, "mistral", tmp_path / "out", "needs a bias")
 
 
 def test_a_plan_that_changes_nothing(tmp_path: Path) -> None:

@@ -301,9 +301,12 @@ LESS = [site for site in RESIDUAL if site != Site(1, "resid_mid")]
         (Plan((Ablate(unit(), RESIDUAL, strength=0.5),)), r"strength other than 1"),
         (
             Plan((Add(unit(), Site(1, "resid_pre")), Ablate(unit(), Site(1, "resid_mid")))),
-            r"an addition, a clamp or a strength",
+            r"an addition beside other edits or a strength",
         ),
-        (Plan((Clamp(unit(), RESIDUAL, value=1.0),)), r"an addition, a clamp or a strength"),
+        (
+            Plan((Clamp(unit(), RESIDUAL, value=range(len(RESIDUAL))),)),
+            r"sets them to different values",
+        ),
         (Plan((Ablate(unit(0), RESIDUAL), Ablate(unit(1), RESIDUAL))), r"different directions"),
         (Plan((Ablate(unit(), RESIDUAL), Ablate(unit(k=2), WRITERS))), r"different directions"),
         (

@@ -226,10 +226,8 @@ def _edits(manifest: Mapping[str, Any], certificate: Mapping[str, Any]) -> list[
 
 
 def _edit(edit: Mapping[str, Any]) -> str:
-    name = next(key for key in ("strength", "coefficient", "value") if key in edit)
-    given = edit[name] if isinstance(edit[name], list) else [edit[name]]
-    low, high = min(given), max(given)
-    amount = f"{name} {low:.3g}" + (f" to {high:.3g}" if high > low else "")
+    names = [key for key in ("strength", "coefficient", "value") if key in edit]
+    amount = ", ".join(f"{name} {_amount(edit[name])}" for name in names)
     layers: dict[str, list[int]] = {}
     for site in map(Site.parse, edit["sites"]):
         layers.setdefault(site.point, []).append(site.layer)
@@ -239,6 +237,12 @@ def _edit(edit: Mapping[str, Any]) -> str:
     op += ", norm-preserving" if edit.get("norm_preserving") else ""
     where = f"{len(edit['sites'])} sites: {'; '.join(places)}"
     return f"| {op} | {_code(edit['label'])} | {where} | {amount} | {edit['positions']} |"
+
+
+def _amount(given: float | Sequence[float]) -> str:
+    many = given if isinstance(given, Sequence) else [given]
+    low, high = min(many), max(many)
+    return f"{low:.3g}" + (f" to {high:.3g}" if high > low else "")
 
 
 def _ranges(numbers: Iterable[int]) -> str:

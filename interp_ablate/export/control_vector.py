@@ -107,7 +107,7 @@ def _block_vectors(plan: Plan, n_layers: int) -> dict[int, Float[Tensor, " d_mod
         if not isinstance(edit, Add):
             raise ExportError(
                 f"{edit!r} is no addition, and a control vector only adds. {_nearest(n_layers)}; an "
-                "ablation goes into the weights: export a checkpoint, and that as GGUF"
+                "ablation or erasure goes into the weights: export a checkpoint, and that as GGUF"
             )
         if edit.positions != "all":
             raise ExportError(

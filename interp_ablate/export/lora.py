@@ -249,7 +249,8 @@ def _check_has_form(plan: WeightPlan) -> None:
         raise ExportError(
             f"the plan adds a vector through {new[0]}, which the base model does not have: PEFT can run "
             "a bias there, but cannot merge it. Export a checkpoint, which turns the biases on, or a "
-            "control vector; or leave the addition out of the adapter's plan"
+            "control vector; or leave what is added (an addition, the value of a clamp or an erasure) out "
+            "of the adapter's plan"
         )
 
 
