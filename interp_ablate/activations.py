@@ -96,7 +96,7 @@ def collect(
     positions: Sequence[Position] = (-1,),
     *,
     responses: Sequence[str] | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     keep_values: bool = True,
     cache: str | Path | None = None,
     on_batch: Callable[[int], None] | None = None,
@@ -229,7 +229,7 @@ def _run(
     lengths: list[int],
     sites: tuple[Site, ...],
     names: tuple[str, ...],
-    batch_size: int,
+    batch_size: int | None,
     keep_values: bool,
     on_batch: Callable[[int], None] | None,
 ) -> tuple[Tensor, Moments]:

@@ -6,12 +6,18 @@ Does not know: models or text; rows are lists of token ids.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
+
+log = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,16 @@ class Batch:
     row_lengths: Int[Tensor, " batch"]
     prompt_lengths: Int[Tensor, " batch"]
     index: tuple[int, ...]
+
+    def rows(self, some: slice) -> Batch:
+        """A part of the batch, padded as it is."""
+        return Batch(
+            self.tokens[some],
+            self.mask[some],
+            self.row_lengths[some],
+            self.prompt_lengths[some],
+            self.index[some],
+        )
 
     @property
     def positions(self) -> Int[Tensor, "batch pos"]:
@@ -82,3 +98,41 @@ def common_prefix(rows: Sequence[Sequence[int]], *, keep: int) -> int:
         if any(row[i] != first[i] for row in rows):
             return i
     return max(limit, 0)
+
+
+def in_parts(given: Sequence[Batch], run: Callable[[Batch], Result]) -> Iterator[Result]:
+    """`run` of every batch; where memory runs out, of its halves, and of no larger ones after that.
+
+    Raises:
+        the error itself where a single row does not fit.
+    """
+    waiting, most = deque(given), max(len(batch.index) for batch in given)
+    while waiting:
+        batch = waiting.popleft()
+        size = len(batch.index)
+        if size > most:
+            waiting.extendleft(
+                batch.rows(slice(start, start + most)) for start in reversed(range(0, size, most))
+            )
+            continue
+        try:
+            result = run(batch)
+        except (RuntimeError, MemoryError) as error:
+            if size == 1 or not _out_of_memory(error):
+                raise
+        else:
+            yield result
+            continue
+        # outside of `except`, which would keep the failed call's tensors alive
+        most = (size + 1) // 2
+        log.warning("out of memory with %d rows a batch; going on with %d", size, most)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        waiting.appendleft(batch)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Of a device (its own type), or of the host, whose allocator raises a plain RuntimeError."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return "can't allocate memory" in str(error) or "not enough memory" in str(error)

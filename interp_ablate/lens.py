@@ -7,8 +7,10 @@ object computes what the checkpoint computes. Does not know: prompts, plans or b
 from __future__ import annotations
 
 import copy
+import functools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -46,7 +48,7 @@ class Lens(Protocol):
 
     def new_cache(self, batch: int) -> Any: ...
 
-    def repeat_cache(self, cache: Any, times: int) -> Any: ...
+    def gathered_cache(self, cache: Any, rows: Int[Tensor, " row"]) -> Any: ...
 
     def select_cache(self, cache: Any, rows: Int[Tensor, " row"]) -> Any: ...
 
@@ -64,6 +66,7 @@ class Step:
     positions: Int[Tensor, "batch new"]
     prompt_lengths: Int[Tensor, " batch"]
     cache: Any = None
+    plans: Int[Tensor, " batch"] | None = None  # of each row, where rows are under different ones
 
     @cached_property
     def generated(self) -> Bool[Tensor, "batch new"]:
@@ -85,11 +88,16 @@ class Step:
 
 
 class BridgeLens:
-    """TransformerBridge: the HF model with hook points in it; runs the HF forward itself."""
+    """TransformerBridge: the HF model with hook points in it; runs the HF forward itself.
+
+    Inside `forward` the checkpoint's own attention takes the place of the Bridge's, which computes the
+    same step by step for the sake of hooks on patterns and scores, as long as nobody uses those hooks.
+    """
 
     def __init__(self, tl: Any) -> None:
         self.tl = tl
         self.hf = tl.original_model
+        self.own_attention = self._own_attention_is_the_same()
 
     def hook_point(self, site: Site) -> nn.Module | None:
         # on models with rotary positions hook_pos_embed is an alias of the rotary tables
@@ -147,15 +155,15 @@ class BridgeLens:
         return inner, weight.T if layout == "conv1d" else weight
 
     def new_cache(self, batch: int) -> Any:
-        from transformers import DynamicCache
+        from interp_ablate.kv_cache import growing_cache
 
-        return DynamicCache(config=self.hf.config)
+        return growing_cache(self.hf.config)
 
-    def repeat_cache(self, cache: Any, times: int) -> Any:
-        repeated = copy.copy(cache)  # layers replace their tensors, they never write into them
-        repeated.layers = [copy.copy(layer) for layer in cache.layers]
-        repeated.batch_repeat_interleave(times)
-        return repeated
+    def gathered_cache(self, cache: Any, rows: Int[Tensor, " row"]) -> Any:
+        gathered = copy.copy(cache)  # layers replace their tensors, they never write into them
+        gathered.layers = [copy.copy(layer) for layer in cache.layers]
+        gathered.batch_select_indices(rows)
+        return gathered
 
     def select_cache(self, cache: Any, rows: Int[Tensor, " row"]) -> Any:
         cache.batch_select_indices(rows)
@@ -169,10 +177,67 @@ class BridgeLens:
             "past_key_values": step.cache,
             "use_cache": step.cache is not None,
         }
-        if keep == 0:
-            self.hf.base_model(**arguments)
-            return None
-        return self.hf(**arguments, logits_to_keep=keep).logits
+        with self._with_own_attention():
+            if keep == 0:
+                self.hf.base_model(**arguments)
+                return None
+            return self.hf(**arguments, logits_to_keep=keep).logits
+
+    @cached_property
+    def _attentions(self) -> list[tuple[Any, list[nn.Module]]]:
+        """Attentions that the Bridge computes itself, with the hook points that it alone passes."""
+        from transformer_lens.hook_points import HookPoint
+        from transformer_lens.model_bridge.generalized_components import (
+            PositionEmbeddingsAttentionBridge,
+        )
+
+        found: list[tuple[Any, list[nn.Module]]] = []
+        for block in self.tl.blocks:
+            attn = block.attn if "attn" in block.submodules else None
+            if type(attn) is PositionEmbeddingsAttentionBridge:
+                kept = (attn.hook_in, attn.hook_out)
+                inner: list[nn.Module] = [
+                    m for m in attn.children() if isinstance(m, HookPoint) and m not in kept
+                ]
+                found.append((attn, inner))
+        return found
+
+    @contextmanager
+    def _with_own_attention(self) -> Iterator[None]:
+        attentions = self._attentions if self.own_attention else []
+        if any(_is_used(point) for _, inner in attentions for point in inner):
+            attentions = []
+        for attn, _ in attentions:
+            attn.__dict__["forward"] = functools.partial(_own_attention, attn)
+        try:
+            yield
+        finally:
+            for attn, _ in attentions:
+                attn.__dict__.pop("forward", None)
+
+    def _own_attention_is_the_same(self) -> bool:
+        """Whether logits of a prompt and of a cached step are the same with the checkpoint's own attention."""
+        if not self._attentions:
+            return False
+        width = 12
+        device = next(self.tl.parameters()).device
+        tokens = _fixed_tokens(self.hf.config.vocab_size, width).to(device)
+        ones, positions = torch.ones_like(tokens), torch.arange(width, device=device)[None]
+        found = []
+        for self.own_attention in (False, True):
+            cache = self.new_cache(1)
+            for part in (slice(0, width - 1), slice(width - 1, width)):
+                step = Step(
+                    tokens[:, part], ones[:, : part.stop], positions[:, part], ones.sum(1), cache
+                )
+                with torch.no_grad():
+                    logits = self.forward(step, part.stop - part.start)
+                assert logits is not None
+                found.append(logits.float())
+        want, got = torch.cat(found[:2], 1), torch.cat(found[2:], 1)
+        scale = max(float(want.abs().max()), 1.0)
+        limit = max(BRIDGE_TOLERANCE, 64 * torch.finfo(self.hf.dtype).eps * scale)
+        return float((want - got).abs().max()) <= limit
 
     def hf_state_dict(self) -> dict[str, Tensor]:
         with torch.device("meta"):
@@ -186,6 +251,20 @@ class BridgeLens:
                 f"{type(self.hf).__name__}: it cannot be written back as a Hugging Face checkpoint"
             )
         return {name: state[found[name]] for name in expected}
+
+
+def _is_used(point: nn.Module) -> bool:
+    return bool(point._forward_hooks or point._forward_pre_hooks or point._backward_hooks)
+
+
+def _own_attention(attn: Any, *args: Any, **kwargs: Any) -> Any:
+    """The checkpoint's own attention between the Bridge's hooks at its input and output."""
+    if args:
+        args = (attn.hook_in(args[0]), *args[1:])
+    else:
+        kwargs["hidden_states"] = attn.hook_in(kwargs["hidden_states"])
+    output, *rest = attn.original_component(*args, **kwargs)
+    return (attn.hook_out(output), *rest)
 
 
 class HookedLens:
@@ -226,8 +305,8 @@ class HookedLens:
 
         return TransformerLensKeyValueCache.init_cache(self.tl.cfg, self.tl.cfg.device, batch)
 
-    def repeat_cache(self, cache: Any, times: int) -> Any:
-        return self._each(copy.copy(cache), lambda x: x.repeat_interleave(times, 0))
+    def gathered_cache(self, cache: Any, rows: Int[Tensor, " row"]) -> Any:
+        return self._each(copy.copy(cache), lambda x: x[rows])
 
     def select_cache(self, cache: Any, rows: Int[Tensor, " row"]) -> Any:
         return self._each(cache, lambda x: x[rows])

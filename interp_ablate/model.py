@@ -25,9 +25,10 @@ from interp_ablate.architectures import (
     architecture_of,
     writer_points,
 )
-from interp_ablate.batches import Batch, batches, common_prefix
-from interp_ablate.edits import Affine, Edit, Plan, Positions, kept_norm, pulled_back
+from interp_ablate.batches import Batch, batches, common_prefix, in_parts
+from interp_ablate.edits import Affine, Edit, Plan, kept_norm
 from interp_ablate.errors import ExportError, ModelError, PlanError
+from interp_ablate.hooks import SiteWriter
 from interp_ablate.lens import (
     BridgeLens,
     HookedLens,
@@ -48,7 +49,14 @@ from interp_ablate.sites import (
     Site,
     sites_of,
 )
-from interp_ablate.sources import ModelSource, check_device, load_hf, resolve, torch_dtype
+from interp_ablate.sources import (
+    ModelSource,
+    check_device,
+    free_memory,
+    load_hf,
+    resolve,
+    torch_dtype,
+)
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +64,9 @@ Backend = Literal["bridge", "hooked"]
 BACKENDS: tuple[Backend, ...] = ("bridge", "hooked")
 # Sharing a prefix costs one more forward call; below this many tokens it is not worth it.
 MIN_SHARED_PREFIX = 8
+# More rows a batch bring nothing: forward passes are bound by arithmetic, and wide batches pad more;
+# decoding gains until the weights' reading is shared by some hundred rows.
+STREAM_ROWS, DECODED_ROWS = 32, 96
 
 PromptLike = Prompt | str | Sequence[int]
 Capture = Callable[[Float[Tensor, "batch pos d_model"], Batch], Tensor]
@@ -75,14 +86,21 @@ class Generation:
 
 @dataclass
 class _Applied:
-    """A plan at work: the hooks' handles and how often each of its sites was written."""
+    """Plans at work: the hooks' handles and how often each of their sites was written.
 
-    plan: Plan
-    parts: dict[Site, list[tuple[Positions, Affine]]] = field(default_factory=dict)
+    `of_row` says which of several plans each row is under; None where one plan is for all rows.
+    """
+
+    plans: tuple[Plan, ...]
+    of_row: tuple[int, ...] | None = None
+    writers: dict[Site, SiteWriter] = field(default_factory=dict)
     fired: dict[Site, int] = field(default_factory=dict)
-    norm_kept: set[Site] = field(default_factory=set)  # embeddings whose rows get their norms back
     handles: list[Any] = field(default_factory=list)
     middle_handles: list[Any] = field(default_factory=list)  # those of resid_mid
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(sorted({site for plan in self.plans for site in plan.sites}))
 
     def remove(self, *, middle_only: bool = False) -> None:
         handles = self.middle_handles if middle_only else self.handles + self.middle_handles
@@ -313,8 +331,14 @@ class Model:
 
     @property
     def active_plan(self) -> Plan:
-        """The plans applied now, outermost first, as one."""
-        return Plan(tuple(edit for applied in self._applied for edit in applied.plan))
+        """The plans applied now, outermost first, as one.
+
+        Raises:
+            PlanError: rows are under different plans (`applied_each`).
+        """
+        if any(applied.of_row is not None for applied in self._applied):
+            raise PlanError("every row has a plan of its own here: there is no one active plan")
+        return Plan(tuple(edit for applied in self._applied for edit in applied.plans[0]))
 
     @contextmanager
     def applied(self, plan: Plan | Edit) -> Iterator[Model]:
@@ -324,12 +348,46 @@ class Model:
             PlanError: a plan that does not fit the model; on leaving the block without another
                 error, a plan of which some hook never fired (nothing was measured under it).
         """
-        plan = plan if isinstance(plan, Plan) else Plan((plan,))
-        state = _Applied(plan)
+        with self._at_work(_Applied((_as_plan(plan),))):
+            yield self
+
+    @contextmanager
+    def applied_each(self, plans: Sequence[Plan | Edit | None]) -> Iterator[Model]:
+        """Run rows under plans of their own: row i of what is run inside is under `plans[i]`.
+
+        None leaves a row unedited. What runs inside must have as many prompts as there are plans: many
+        candidates then share each forward pass and each step of decoding, and prompts share a prefix
+        that is run once a plan.
+
+        Raises:
+            PlanError: as `applied`; another `applied_each` outside; a norm-preserving edit (it rescales
+                what a whole weight reads, for all rows); another number of prompts inside.
+        """
+        if any(applied.of_row is not None for applied in self._applied):
+            raise PlanError(
+                "applied_each inside applied_each: give every row its whole plan in one"
+            )
+        if not plans:
+            raise PlanError("applied_each needs a plan (or None) for every row that will be run")
+        given = [Plan() if plan is None else _as_plan(plan) for plan in plans]
+        different = {id(plan): plan for plan in given}
+        number = {key: i for i, key in enumerate(different)}
+        unique = tuple(different.values())
+        keeping = [e for plan in unique for e in plan if e.norm_preserving]
+        if keeping:
+            raise PlanError(
+                f"{keeping[0]!r} is norm-preserving: run its plan with `applied`, alone"
+            )
+        of_row = tuple(number[id(plan)] for plan in given)
+        with self._at_work(_Applied(unique, of_row)):
+            yield self
+
+    @contextmanager
+    def _at_work(self, state: _Applied) -> Iterator[None]:
         try:
             self._install(state)
             self._applied.append(state)
-            yield self
+            yield
         finally:
             state.remove()
             if state in self._applied:
@@ -362,32 +420,37 @@ class Model:
             handle.remove()
 
     @contextmanager
-    def ablating(
+    def erasing(
         self,
-        direction: Float[Tensor, " d_model"],
+        read: Float[Tensor, " d_model"],
+        write: Float[Tensor, " d_model"],
         sites: Sequence[Site],
         strengths: Float[Tensor, " site"],
     ) -> Iterator[Model]:
-        """Ablation with live strengths: gradients flow from what is computed inside to `strengths`.
+        """x -> x - strength * write * (read . x) with live tensors: gradients flow from what is computed
+        inside to `read`, `write` and `strengths`, which are taken as they are, not scaled.
 
-        For fitting; a plan with the values found is what is applied, saved and exported afterwards.
+        For fitting; a plan with the values found (`Erase`, or `Ablate` where read and write are one) is
+        what is applied, saved and exported afterwards. Before the norm of post-norm blocks it is, as
+        there, the ablation of `read` pulled back through the gain.
 
         Raises:
             PlanError: resid_mid among the sites (it is no hook of its own on the Bridge).
         """
         if any(site.point == "resid_mid" for site in sites):
             raise PlanError("strengths are fitted at writer sites, resid_pre or resid_post")
-        wide = direction.detach().to("cpu", torch.float64)[None]
 
         def writer(i: int) -> Callable[..., Tensor]:
-            gain = self._lens.gain(sites[i])
-            along = wide[0] if gain is None else pulled_back(wide, gain)[0]
-            unit = along.to(next(self.tl.parameters()))
+            gain, along, reading = self._lens.gain(sites[i]), write, read
+            if gain is not None:
+                pulled = read * gain.to(read)
+                along = reading = pulled / pulled.norm()
 
-            def write(module: nn.Module, args: Any, x: Tensor) -> Tensor:
-                return x - strengths[i] * (x @ unit)[..., None] * unit
+            def edit(module: nn.Module, args: Any, x: Tensor) -> Tensor:
+                amount = strengths[i] if gain is None else strengths[i] * (read @ write)
+                return x - amount.to(x) * (x @ reading.to(x))[..., None] * along.to(x)
 
-            return write
+            return edit
 
         handles: list[Any] = []
         self._with_grad = True
@@ -401,31 +464,29 @@ class Model:
                 handle.remove()
 
     def _install(self, state: _Applied) -> None:
-        plan = state.plan
-        if not len(plan):
-            return
-        if plan.d_model != self.d_model:
-            raise PlanError(
-                f"the plan's directions have d_model {plan.d_model}, the model {self.d_model}: "
-                "it was made for another model"
-            )
-        like = next(self.tl.parameters())
-        for site in plan.sites:
+        for plan in state.plans:
+            if len(plan) and plan.d_model != self.d_model:
+                raise PlanError(
+                    f"the plan's directions have d_model {plan.d_model}, the model {self.d_model}: "
+                    "it was made for another model"
+                )
+        for site in state.sites:
             self.hook_point(site)  # every name is checked before any hook is placed
             gain = self._lens.gain(site)
-            maps = plan.maps_at(site, gain)
-            self._check_nested(site, plan)
-            keeping = plan.norm_preserving_at(site)
+            maps = [plan.maps_at(site, gain) for plan in state.plans]
+            for plan in state.plans:
+                self._check_nested(site, plan)
+            keeping = state.plans[0].norm_preserving_at(site)
             if keeping is not None and site.point not in EMBEDDING_POINTS:
                 self._install_norm_preserving(site, keeping.map_at(site, gain), state)
-            if keeping is not None and site.point in EMBEDDING_POINTS:
-                state.norm_kept.add(site)
-            state.parts[site] = [
-                (kind, affine if site in state.norm_kept and kind == "all" else affine.to(like))
-                for kind, affine in maps
-            ]
-        state.fired.update(dict.fromkeys(plan.sites, 0))
-        for site in plan.sites:
+            state.writers[site] = SiteWriter(
+                site,
+                maps,
+                self.d_model,
+                norm_kept=keeping is not None and site.point in EMBEDDING_POINTS,
+            )
+        state.fired.update(dict.fromkeys(state.sites, 0))
+        for site in state.sites:
             if site.point == "resid_mid":
                 continue
 
@@ -436,17 +497,20 @@ class Model:
         # An outer plan's resid_mid comes after what an inner plan writes at resid_pre and attn_out.
         for applied in (*self._applied, state):
             applied.remove(middle_only=True)
-            for site in applied.plan.sites:
+            for site in applied.sites:
                 if site.point == "resid_mid":
                     self._install_resid_mid(site, applied)
 
     def _check_nested(self, site: Site, plan: Plan) -> None:
         """Refuse what one plan would refuse, and two names of one hook in the wrong order."""
-        (self.active_plan + plan).keeps_norm_at(site)
+        for applied in self._applied:
+            for other in applied.plans:
+                (other + plan).keeps_norm_at(site)
         if site.point not in PROJECTION_POINTS or self._lens.gain(site) is not None:
             return
         out = site.output
-        if out in self.active_plan.sites and self.hook_point(out) is self.hook_point(site):
+        outer = {site for applied in self._applied for site in applied.sites}
+        if out in outer and self.hook_point(out) is self.hook_point(site):
             raise PlanError(
                 f"{site} and {out} are one place here, and an outer plan writes the second: use one "
                 "name for both"
@@ -495,28 +559,9 @@ class Model:
         state.middle_handles.append(self.hook_point(attn).register_forward_hook(write))
 
     def _edited(self, x: Tensor, site: Site, state: _Applied) -> Tensor:
-        for kind, affine in state.parts[site]:
-            if kind == "all":
-                # in the precision in which weights are edited: rounding must not be scaled up
-                if site in state.norm_kept:
-                    wide = x.double() if x.element_size() >= 4 else x.float()
-                    kept = kept_norm(wide, affine, eps=torch.finfo(x.dtype).eps)[0]
-                    x = (kept + affine.shift.to(kept)).to(x.dtype)
-                else:
-                    x = affine(x)
-                state.fired[site] += 1
-                continue
-            if self._step is None:
-                raise PlanError(
-                    f"the plan edits {kind!r} positions, which only this Model's own methods can tell: "
-                    "use model.generate, model.logits or collect instead of calling model.tl"
-                )
-            some, every = self._step.coverage[kind]
-            if some:
-                state.fired[site] += 1
-                mask = self._step.generated if kind == "generated" else ~self._step.generated
-                x = affine(x) if every else torch.where(mask[..., None], affine(x), x)
-        return x
+        edited, fired = state.writers[site](x, self._step)
+        state.fired[site] += fired
+        return edited
 
     # ---- running --------------------------------------------------------------------------------
 
@@ -535,7 +580,7 @@ class Model:
         keep: int = 1,
         prompt_lengths: Sequence[int] | None = None,
         capture: dict[Site, Capture] | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         tail: int = 1,
     ) -> Iterator[tuple[Batch, Tensor | None, dict[Site, Tensor]]]:
         """Forward passes over token rows in length-sorted batches.
@@ -543,25 +588,61 @@ class Model:
         Yields for each batch: the batch (its `index` says which rows), the logits of its last `keep`
         positions [batch, keep, d_vocab] (None for 0: no logits are computed), and what each capture
         function returned for its site. Captures see the last positions of the rows; `tail` says how
-        many of them at least. The tokens all rows share in front are run once for all.
+        many of them at least. The tokens all rows share in front are run once for all (once a plan).
+
+        Args:
+            batch_size: rows a batch at most; by default as many as fit into the free memory, up to
+                some. A batch for which memory runs out is run again in halves.
         """
         capture = capture or {}
         if not 0 <= keep <= min(len(row) for row in rows):
             raise ModelError(f"keep={keep}: the shortest row has {min(map(len, rows))} tokens")
         lengths = prompt_lengths or [len(row) for row in rows]
+        plans = self._plans_of(rows)
         prefix = self._shared_prefix(rows, lengths, keep=max(keep, tail, 1))
-        shared = self._prefix_cache(rows[0][:prefix], lengths) if prefix else None
-        for batch in batches(
-            rows,
-            size=batch_size,
-            prompt_lengths=prompt_lengths,
-            prefix=prefix,
-            device=self.device,
-        ):
-            step = self._step_of(batch, prefix, shared)
+        shared = self._prefix_cache(rows[0][:prefix], lengths, plans) if prefix else None
+
+        def run(batch: Batch) -> tuple[Batch, Tensor | None, dict[Site, Tensor]]:
+            step = self._step_of(batch, prefix, shared, plans)
             with self._captured(capture, batch) as captured:
                 logits = self._forward(step, keep)
-            yield batch, logits, captured
+            return batch, logits, captured
+
+        size = batch_size or self._rows_that_fit(rows, keep, len(capture) * tail, STREAM_ROWS)
+        yield from in_parts(
+            batches(
+                rows, size=size, prompt_lengths=prompt_lengths, prefix=prefix, device=self.device
+            ),
+            run,
+        )
+
+    def _plans_of(self, rows: Sequence[Sequence[int]]) -> list[int] | None:
+        """Which plan each row is under; None where one plan (or none) is for all.
+
+        Raises:
+            PlanError: another number of rows than `applied_each` was given plans.
+        """
+        of_row = next((a.of_row for a in self._applied if a.of_row is not None), None)
+        if of_row is None:
+            return None
+        if len(of_row) != len(rows):
+            raise PlanError(
+                f"{len(rows)} prompts inside applied_each with {len(of_row)} plans: it takes one plan "
+                "(or None) a prompt, in the prompts' order"
+            )
+        return list(of_row)
+
+    def _rows_that_fit(
+        self, rows: Sequence[Sequence[int]], keep: int, captured: int, most: int
+    ) -> int:
+        """How many rows a batch may have by a rough count of what one needs, half of what is free."""
+        cfg, size = self.tl.cfg, self.dtype.itemsize
+        width = max(map(len, rows))
+        # the KV cache of every layer, a few copies of the widest activations, logits in fp32
+        cache = 2 * self.n_layers * width * self.d_model * size
+        live = width * (6 * self.d_model + 3 * (cfg.d_mlp or 4 * self.d_model)) * size
+        held = captured * self.d_model * size + keep * cfg.d_vocab * (size + 8)
+        return max(1, min(most, free_memory(self.device) // (2 * (cache + live + held))))
 
     @contextmanager
     def _captured(self, capture: dict[Site, Capture], batch: Batch) -> Iterator[dict[Site, Tensor]]:
@@ -601,34 +682,49 @@ class Model:
         prefix = min(common_prefix(rows, keep=keep), *prompt_lengths)
         return prefix if prefix >= MIN_SHARED_PREFIX else 0
 
-    def _prefix_cache(self, prefix: Sequence[int], prompt_lengths: Sequence[int]) -> Any:
-        """KV cache (batch 1) of the shared leading tokens, under the active plan."""
-        cache = self._lens.new_cache(1)
-        tokens = torch.tensor([list(prefix)], device=self.device)
+    def _prefix_cache(
+        self, prefix: Sequence[int], prompt_lengths: Sequence[int], plans: list[int] | None
+    ) -> Any:
+        """KV cache of the shared leading tokens under the active plan; a row a plan if there are several."""
+        size = 1 if plans is None else max(plans) + 1
+        cache = self._lens.new_cache(size)
+        tokens = torch.tensor([list(prefix)], device=self.device).expand(size, -1)
         self._forward(
             Step(
                 tokens,
                 torch.ones_like(tokens),
-                torch.arange(len(prefix), device=self.device)[None],
-                torch.tensor([min(prompt_lengths)], device=self.device),
+                torch.arange(len(prefix), device=self.device).expand(size, -1),
+                torch.tensor([min(prompt_lengths)], device=self.device).expand(size),
                 cache,
+                None if plans is None else torch.arange(size, device=self.device),
             ),
             keep=0,
         )
         return cache
 
-    def _step_of(self, batch: Batch, prefix: int, shared: Any, *, cache: bool = False) -> Step:
+    def _step_of(
+        self,
+        batch: Batch,
+        prefix: int,
+        shared: Any,
+        plans: list[int] | None,
+        *,
+        cache: bool = False,
+    ) -> Step:
         """The forward call that runs a batch of rows without their shared prefix."""
         size = len(batch.index)
-        past = self._lens.repeat_cache(shared, size) if prefix else None
+        of_row = torch.tensor([plans[i] if plans else 0 for i in batch.index], device=self.device)
+        past = self._lens.gathered_cache(shared, of_row) if prefix else None
         if cache and past is None:
             past = self._lens.new_cache(size)
         mask = torch.cat([batch.mask.new_ones(size, prefix), batch.mask], 1)
         positions = batch.positions + prefix
-        return Step(batch.tokens, mask, positions, batch.prompt_lengths, past)
+        return Step(
+            batch.tokens, mask, positions, batch.prompt_lengths, past, of_row if plans else None
+        )
 
     def logits(
-        self, prompts: Sequence[PromptLike], *, keep: int = 1, batch_size: int = 32
+        self, prompts: Sequence[PromptLike], *, keep: int = 1, batch_size: int | None = None
     ) -> Float[Tensor, "prompt keep d_vocab"]:
         """Logits at the last `keep` positions of every prompt, in the prompts' order."""
         rows = self.encode_all(prompts)
@@ -650,9 +746,11 @@ class Model:
         max_new_tokens: int = 32,
         temperature: float = 0.0,
         seed: int = 0,
-        batch_size: int = 32,
+        batch_size: int | None = None,
     ) -> list[Generation]:
         """Continue every prompt with a KV cache: greedy at temperature 0, else sampled with the seed.
+
+        `batch_size`: as for `stream`. What is sampled depends on it; greedy text does not.
 
         Raises:
             ModelError: fewer than one new token, a negative temperature.
@@ -671,13 +769,20 @@ class Model:
             chances = (logits.float() / temperature).softmax(-1)
             return torch.multinomial(chances, 1, generator=generator)[:, 0]
 
-        lengths = [len(row) for row in rows]
+        lengths, plans = [len(row) for row in rows], self._plans_of(rows)
         prefix = self._shared_prefix(rows, lengths, keep=1, new_tokens=max_new_tokens)
-        shared = self._prefix_cache(rows[0][:prefix], lengths) if prefix else None
+        shared = self._prefix_cache(rows[0][:prefix], lengths, plans) if prefix else None
+
+        def run(batch: Batch) -> dict[int, tuple[list[int], bool]]:
+            step = self._step_of(batch, prefix, shared, plans, cache=True)
+            return self._decode(step, batch.index, choose, max_new_tokens)
+
+        size = batch_size or self._rows_that_fit(
+            [[*row, *range(max_new_tokens)] for row in rows], 1, 0, DECODED_ROWS
+        )
         written: dict[int, tuple[list[int], bool]] = {}
-        for batch in batches(rows, size=batch_size, prefix=prefix, device=self.device):
-            step = self._step_of(batch, prefix, shared, cache=True)
-            written.update(self._decode(step, batch.index, choose, max_new_tokens))
+        for part in in_parts(batches(rows, size=size, prefix=prefix, device=self.device), run):
+            written.update(part)
         return [
             Generation(
                 tuple(written[i][0]),
@@ -711,15 +816,20 @@ class Model:
             if not going or n + 1 == max_new_tokens:
                 return written
             mask, positions, lengths = step.mask, step.positions[:, -1:], step.prompt_lengths
-            cache = step.cache
+            cache, plans = step.cache, step.plans
             if len(going) < len(active):
                 rows = torch.tensor(going, device=self.device)
                 cache = self._lens.select_cache(cache, rows)
                 mask, positions, lengths = mask[rows], positions[rows], lengths[rows]
+                plans = None if plans is None else plans[rows]
                 tokens, active = tokens[rows], [active[place] for place in going]
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            step = Step(tokens[:, None], mask, positions + 1, lengths, cache)
+            step = Step(tokens[:, None], mask, positions + 1, lengths, cache, plans)
         return written
+
+
+def _as_plan(plan: Plan | Edit) -> Plan:
+    return plan if isinstance(plan, Plan) else Plan((plan,))
 
 
 def load_model(
@@ -738,6 +848,7 @@ def load_model(
     Args:
         backend: "bridge" (TransformerBridge, the default: HF's own forward pass) or "hooked" (a
             HookedTransformer built from the checkpoint and checked against its logits).
+        device: "cpu", "cuda", "mps", or "auto" to spread the layers over all GPUs (bridge only).
         template: a Jinja chat template to use instead of the tokenizer's; "none" for raw text.
         trust_remote_code: run Python code that the model's folder or repository brings; off unless asked.
 
@@ -746,8 +857,10 @@ def load_model(
     """
     if backend not in BACKENDS:
         raise ModelError(f"unknown backend {backend!r}: accepted are {', '.join(BACKENDS)}")
+    if device == "auto" and backend == "hooked":
+        raise ModelError("a HookedTransformer lives on one device: use backend='bridge' for 'auto'")
     source = resolve(name_or_path)
-    place, kind = check_device(device), torch_dtype(dtype)
+    place, kind = None if device == "auto" else check_device(device), torch_dtype(dtype)
     hf, tokenizer = load_hf(source, dtype=kind, device=place, trust_remote_code=trust_remote_code)
     return from_hf(hf, tokenizer, source=source, backend=backend, template=template)
 

@@ -132,6 +132,17 @@ def check_device(device: str) -> torch.device:
     return found
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had on a device now: of a GPU, else of the machine."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
 def read_hf_config(folder: str | Path) -> Any:
     """The config of a local folder, as transformers reads it; no weights, no remote code.
 
@@ -167,10 +178,12 @@ def load_hf(
     source: ModelSource,
     *,
     dtype: torch.dtype,
-    device: torch.device,
+    device: torch.device | None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """The Hugging Face model (eval mode, no gradients) and its tokenizer.
+
+    `device` None spreads the layers over all GPUs (`device_map="auto"` of accelerate).
 
     Raises:
         ModelError: what transformers could not load, with its reason and what to check.
@@ -187,7 +200,10 @@ def load_hf(
         with _one_gguf_reader() if source.kind == "gguf" else nullcontext():
             tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code)
             model: Any = AutoModelForCausalLM.from_pretrained(
-                **where, dtype=dtype, trust_remote_code=trust_remote_code
+                **where,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                **({"device_map": "auto"} if device is None else {}),
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -200,4 +216,13 @@ def load_hf(
         # The tensors were dequantized on loading; what is left over would forbid saving.
         del model.config.quantization_config
         model.hf_quantizer = None
-    return model.to(device).eval().requires_grad_(False), tokenizer
+    if device is not None:
+        return model.to(device).eval().requires_grad_(False), tokenizer
+    placed = set(map(str, getattr(model, "hf_device_map", {}).values()))
+    if placed & {"cpu", "disk"} and placed - {"cpu"}:
+        raise ModelError(
+            f"{source.name} does not fit into the GPUs: accelerate would put parts of it on "
+            f"{', '.join(sorted(placed & {'cpu', 'disk'}))}, and what is offloaded cannot be edited. Use more "
+            "GPUs, --dtype bfloat16, or --device cpu"
+        )
+    return model.eval().requires_grad_(False), tokenizer

@@ -18,6 +18,7 @@ from tiny import (
     N_LAYERS,
     HookedTransformer,
     editing,
+    folder_of,
     forward,
     greedy,
     make,
@@ -29,10 +30,11 @@ from tiny import (
 )
 from torch import Tensor
 
-from interp_ablate import Ablate, Add, Plan, Site, from_hf, load_model
+from interp_ablate import Ablate, Add, Plan, Site, everywhere, from_hf, load_model
 from interp_ablate.architectures import ARCHITECTURES
 from interp_ablate.batches import Batch, common_prefix, pad_left
 from interp_ablate.errors import ModelError, PlanError
+from interp_ablate.hooks import SiteWriter
 from interp_ablate.model import MIN_SHARED_PREFIX, Model
 from interp_ablate.sites import PROJECTION_POINTS, RESIDUAL_POINTS, sites_of
 
@@ -503,3 +505,47 @@ def test_a_plan_error_names_the_two_widths() -> None:
     plan = Ablate(torch.ones(8), Site(0, "resid_pre"))
     with pytest.raises(PlanError, match=r"d_model 8, the model 32"), shared().applied(plan):
         pytest.fail("the block must not be entered")
+
+
+def test_layers_spread_over_devices_by_accelerate(tmp_path: Path) -> None:
+    """device="auto", and a model that accelerate moves activations for, layer by layer."""
+    from accelerate import dispatch_model
+
+    folder = folder_of(tmp_path / "model", tied=False)
+    hf, tokenizer = tiny(tied=False)
+    places = {f"model.layers.{i}": "cpu" for i in range(N_LAYERS)}
+    places |= {
+        name: "cpu" for name in ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+    }
+    dispatched = from_hf(dispatch_model(hf, places, force_hooks=True), tokenizer)
+    rows = rows_of(9, 12, 14, prefix=8)
+    plan = Plan((Ablate(unit(), everywhere(N_LAYERS)),))
+    want, got = load_model(folder), load_model(folder, device="auto")
+    found = []
+    for model in (want, got, dispatched):
+        with model.applied(plan):
+            found.append((model.logits(rows), model.generate(rows, max_new_tokens=4)))
+    for logits, texts in found[1:]:
+        torch.testing.assert_close(logits, found[0][0], atol=0, rtol=0)
+        assert texts == found[0][1]
+    assert got.fingerprint == want.fingerprint
+    with pytest.raises(ModelError, match="one device"):
+        load_model(folder, device="auto", backend="hooked")
+
+
+def test_edits_follow_the_activations_to_their_device_and_dtype() -> None:
+    """A plan holds no device: one writer serves activations of several."""
+    writer = SiteWriter(
+        Site(0, "mlp_out"),
+        [Plan((Ablate(unit(), Site(0, "mlp_out")),)).maps_at(Site(0, "mlp_out"))],
+        D_MODEL,
+    )
+    x = torch.randn(2, 3, D_MODEL)
+    for dtype in (torch.float64, torch.bfloat16, torch.float32):
+        edited, fired = writer(x.to(dtype), None)
+        assert fired and edited.dtype == dtype
+        assert (edited.double() @ unit().double()).abs().max() < (
+            0.05 if dtype == torch.bfloat16 else 1e-5
+        )
+    meta, _ = writer(x.to("meta"), None)
+    assert meta.device.type == "meta"
