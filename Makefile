@@ -31,8 +31,8 @@ types: $(VENV)/.ready
 	$(BIN)/mypy interp_ablate
 
 # What touches TransformerLens, on the newest 4.x, which has no HookedTransformer.
-TL_TESTS := $(addprefix tests/test_,model.py applied.py architectures.py activations.py convert.py \
-	weights.py export.py streamed.py lora.py scores.py fit.py sweep.py pipeline.py cli_artefacts.py)
+TL_TESTS := $(addprefix tests/test_,model.py applied.py applied_each.py architectures.py activations.py \
+	weights.py export.py fit.py pipeline.py)
 test-tl4: .venv-tl4/.ready
 	.venv-tl4/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not llama" $(TL_TESTS)
 
@@ -42,18 +42,18 @@ test-llama: $(VENV)/.ready .venv-llama/.ready
 
 gemma: $(GEMMA)/config.json
 
+# About an hour, most of it for what they are held against; nothing else should run.
 bench: $(VENV)/.ready
-	$(BIN)/python benchmarks/collect.py
-	$(BIN)/python benchmarks/generate.py
+	for name in collect generate selection screening scaling sweep search; do \
+		$(BIN)/python benchmarks/$$name.py || exit 1; done
 
 # 16 GB of synthetic weights, twice: needs 50 GB of disk for some minutes.
 bench-export: $(VENV)/.ready
 	$(BIN)/python benchmarks/export.py
 
 bench-smoke: $(VENV)/.ready
-	$(BIN)/python benchmarks/collect.py --smoke
-	$(BIN)/python benchmarks/generate.py --smoke
-	$(BIN)/python benchmarks/export.py --smoke
+	for name in collect generate export selection screening scaling sweep search; do \
+		$(BIN)/python benchmarks/$$name.py --smoke || exit 1; done
 
 # Executes the notebooks in place, outputs included.
 notebooks: $(VENV)/.ready

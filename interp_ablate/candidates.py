@@ -11,12 +11,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from torch import Tensor
+
 from interp_ablate.directions import Direction
-from interp_ablate.edits import Ablate, Plan, band
+from interp_ablate.edits import Ablate, Erase, Plan, band
 from interp_ablate.sites import Site
 
 Operation = Literal["ablate", "band", "fitted"]
 Stage = Literal["screen", "refine", "finalist"]
+Fits = Mapping[str, Ablate | Erase]
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,8 @@ class Candidate:
     """One plan to try: a direction by its site and position, and what is done along it.
 
     "ablate" is full strength at every writer of the stream; "band" gives attention and MLP outputs
-    strengths that fall off linearly from a centre layer (see `edits.band`); "fitted" gives every writer
-    `scale` times a strength of its own, found by gradient for a budget of KL (see `fit`).
+    strengths that fall off linearly from a centre layer (see `edits.band`); "fitted" is `scale` times
+    an edit found by gradient from the direction on (see `fit`), kept under the name `fit`.
     """
 
     layer: int
@@ -39,23 +42,14 @@ class Candidate:
     mlp_strength: float | None = None
     mlp_layer: float | None = None
     width: float | None = None
-    budget: float | None = None
+    fit: str | None = None
     scale: float | None = None
-    strengths: tuple[float, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if self.strengths is not None:  # a list in the journal, text in a table
-            values = (
-                json.loads(self.strengths) if isinstance(self.strengths, str) else self.strengths
-            )
-            object.__setattr__(self, "strengths", tuple(float(value) for value in values) or None)
+    prompts: int | None = None  # a side that it was screened on; None for all
 
     @property
     def key(self) -> str:
-        """Identity in the journal; fitted strengths follow from the rest."""
-        return json.dumps(
-            {k: v for k, v in asdict(self).items() if k != "strengths"}, sort_keys=True
-        )
+        """Identity in the journal."""
+        return json.dumps(asdict(self), sort_keys=True)
 
     @property
     def site(self) -> Site:
@@ -70,9 +64,12 @@ class Candidate:
             else row[each.name]
             for each in fields(cls)
         }
-        return cls(**values | {"layer": int(row["layer"]), "position": str(row["position"])})
+        values |= {"layer": int(row["layer"]), "position": str(row["position"])}
+        if values["prompts"] is not None:
+            values["prompts"] = int(values["prompts"])
+        return cls(**values)
 
-    def plan(self, direction: Direction, writers: Sequence[Site]) -> Plan:
+    def plan(self, direction: Direction, writers: Sequence[Site], fits: Fits | None = None) -> Plan:
         """The plan along a direction: the candidate's own, or a control put in its place.
 
         `writers`: the model's (`model.writers`).
@@ -80,7 +77,9 @@ class Candidate:
         if self.operation == "ablate":
             return Plan((Ablate(direction, writers),))
         if self.operation == "fitted":
-            return self._fitted(direction, writers)
+            assert self.fit is not None and self.scale is not None and fits is not None
+            edit = scaled(fits[self.fit], self.scale)
+            return Plan(() if edit is None else (edit,))
         assert self.attention_strength is not None and self.attention_layer is not None
         assert self.mlp_strength is not None and self.mlp_layer is not None
         assert self.width is not None
@@ -94,14 +93,53 @@ class Candidate:
             points=(attention, mlp),
         )
 
-    def _fitted(self, direction: Direction, writers: Sequence[Site]) -> Plan:
-        assert self.strengths is not None and self.scale is not None
-        scaled = {
-            site: round(self.scale * strength, 6)
-            for site, strength in zip(writers, self.strengths, strict=True)
-        }
-        kept = {site: strength for site, strength in scaled.items() if strength}
-        return Plan((Ablate(direction, kept, strength=tuple(kept.values())),))
+    def control(self, direction: Direction, writers: Sequence[Site], fits: Fits) -> Plan:
+        """The same plan along a direction that is none of the concept's; fitted edits are `turned`."""
+        if self.operation != "fitted":
+            return self.plan(direction, writers)
+        assert self.fit is not None
+        return self.plan(direction, writers, {self.fit: turned(fits[self.fit], direction)})
+
+
+def scaled(
+    edit: Ablate | Erase, factor: float, places: Sequence[int] | None = None
+) -> Ablate | Erase | None:
+    """The edit, or its part at some places, with every strength times a factor.
+
+    Sites with strength 0 are left out; None where none is left.
+    """
+    chosen = range(len(edit.sites)) if places is None else places
+    amounts = {edit.sites[i]: round(factor * edit.amounts[i], 6) for i in chosen}
+    kept = {site: amount for site, amount in amounts.items() if amount}
+    return _again(edit, edit.vectors, kept) if kept else None
+
+
+def turned(edit: Ablate | Erase, direction: Direction) -> Ablate | Erase:
+    """A control: the edit with all its vectors reflected so that it writes along another direction.
+
+    Lengths, angles between what is read and written, sites and strengths stay.
+    """
+    unit = direction.vector.to(edit.vectors)
+    axis = edit.vectors[0] - unit
+    length = float(axis.norm())
+    if length < 1e-9:
+        return edit
+    axis = axis / length
+    reflected = edit.vectors - 2 * (edit.vectors @ axis)[:, None] * axis
+    return _again(edit, reflected, dict(zip(edit.sites, edit.amounts)))
+
+
+def _again(edit: Ablate | Erase, vectors: Tensor, strengths: dict[Site, float]) -> Ablate | Erase:
+    same: dict[str, Any] = {
+        "strength": tuple(strengths.values()),
+        "positions": edit.positions,
+        "label": edit.label,
+    }
+    if isinstance(edit, Erase):
+        values = dict(zip(edit.sites, edit.values))
+        kept = [values[site] for site in strengths]
+        return Erase(vectors[0], vectors[1], strengths, value=kept, **same)
+    return Ablate(vectors, strengths, norm_preserving=edit.norm_preserving, **same)
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     run = commands.add_parser("run", help="all stages, into one folder")
     _run_flags(run)
+    _executor_flags(run)
     run.set_defaults(work=_run)
+    _search_command(commands)
     for name, text in STAGE_COMMANDS.items():
         stage = commands.add_parser(name, help=f"one stage of a run: {text}")
         _run_flags(stage)
+        _executor_flags(stage)
         stage.set_defaults(work=_stage)
     _plot_command(commands)
     _select_command(commands)
@@ -75,6 +78,35 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-kl", type=float, help="first-token KL budget in nats (default 0.1)")
     parser.add_argument("--config", help="TOML file with the same settings; flags override it")
     parser.add_argument("--out", required=True, help="folder of the run")
+
+
+def _executor_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--executor", choices=("local", "ray"), default="local", help="where trials are scored"
+    )
+    parser.add_argument("--workers", type=int, help="ray: how many, each with a model of its own")
+    parser.add_argument("--cpus", type=float, help="ray: cores a worker (default 1)")
+    parser.add_argument(
+        "--gpus", type=float, help="ray: GPUs a worker (default 1 where there are any)"
+    )
+    parser.add_argument("--address", help="ray: of a running cluster; default: one on this machine")
+
+
+def _search_command(commands: Any) -> None:
+    search = commands.add_parser(
+        "search", help="search plans for little behaviour at little KL, and test the best"
+    )
+    _run_flags(search)
+    search.add_argument(
+        "--minutes", type=float, default=10.0, help="for screening, fits and trials (default 10)"
+    )
+    search.add_argument("--trials", type=int, help="of the whole study, at most")
+    search.add_argument(
+        "--control", choices=("random", "shuffled"), help="the same search from such directions"
+    )
+    search.add_argument("--no-fits", action="store_true", help="no edit fitted by gradient")
+    search.add_argument("--sampler", choices=("tpe", "random", "nsga2"), default="tpe")
+    search.set_defaults(work=_search)
 
 
 def _plot_command(commands: Any) -> None:
@@ -197,7 +229,18 @@ def _open(args: argparse.Namespace) -> Any:
     if args.command != "run" and saved is not None:
         given = {**saved["configuration"], **given}
     configuration = Configuration.from_dict(given)
-    return Run(args.out, configuration, work=_work, listener=_Progress(quiet=args.quiet))
+    run = Run(args.out, configuration, work=_work, listener=_Progress(quiet=args.quiet))
+    if "executor" in args:
+        names = ("workers", "cpus", "gpus", "address")
+        run.shared["executor"] = {"name": args.executor, **{n: getattr(args, n) for n in names}}
+        _check_executor(run.shared["executor"])
+    return run
+
+
+def _check_executor(settings: dict[str, Any]) -> None:
+    given = [name for name, value in settings.items() if name != "name" and value is not None]
+    if settings["name"] == "local" and given:
+        raise RunError(f"--{given[0]} is a setting of --executor ray")
 
 
 def _work(stage: str) -> Any:
@@ -217,6 +260,24 @@ def _run(args: argparse.Namespace) -> int:
     return _summary(run)
 
 
+def _search(args: argparse.Namespace) -> int:
+    from interp_ablate.searching import Search, chosen, do_search, summary
+
+    run = _open(args)
+    search = Search(args.minutes, args.trials, args.control, not args.no_fits, args.sampler)
+    do_search(run, search)
+    print(summary(run))
+    selected = chosen(run)
+    if selected["plan"] is None:
+        removed = ", ".join(f"{k}: {v}" for k, v in selected["limits"]["removed"].items())
+        print(f"no plan passed the limits ({removed}); {selected['limits']['relax']}")
+        return NO_PLAN
+    print(f"chosen: trial {int(selected['trial']['number'])}; on the test split:")
+    _print_test(selected["test"])
+    print(f"plans of the front: {run.out / 'plans'}; export: interp-ablate export {run.out}")
+    return 0
+
+
 def _summary(run: Any) -> int:
     selected = json.loads((run.out / "selected.json").read_text())
     if selected["plan"] is None:
@@ -229,6 +290,15 @@ def _summary(run: Any) -> int:
     certificate = json.loads((run.out / "export" / "certificate.json").read_text())
     site = f"blocks.{trial['layer']}.hook_{trial['point']}[{trial['position']}]"
     print(f"direction   {trial['method']} at {site}")
+    _print_test(test)
+    verdict = "passed" if certificate["passed"] else "FAILED"
+    gap = certificate["max_abs_logit_difference"]
+    print(f"export      {run.out / 'export'} (certificate {verdict}, logits within {gap:.1e})")
+    print(f"report      {run.out / 'report.html'}")
+    return 0
+
+
+def _print_test(test: dict[str, Any]) -> None:
     for name, text in (
         ("behaviour_before", "positive prompts, unedited"),
         ("behaviour_after", "positive prompts, ablated"),
@@ -243,11 +313,6 @@ def _summary(run: Any) -> int:
     for control in test["controls"]:
         rate, kl = control["behaviour_after"], control["kl_first_token"]
         print(f"control: {control['name']:<19} {rate:6.3f}   at KL {kl:.3f}")
-    verdict = "passed" if certificate["passed"] else "FAILED"
-    gap = certificate["max_abs_logit_difference"]
-    print(f"export      {run.out / 'export'} (certificate {verdict}, logits within {gap:.1e})")
-    print(f"report      {run.out / 'report.html'}")
-    return 0
 
 
 def _stage(args: argparse.Namespace) -> int:

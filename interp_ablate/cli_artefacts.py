@@ -25,7 +25,7 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--backend", choices=("bridge", "hooked"), help="TransformerLens class")
     parser.add_argument("--dtype", help="float32 (default), bfloat16, float16, float64")
-    parser.add_argument("--device", help="cpu (default), cuda, mps")
+    parser.add_argument("--device", help="cpu (default), cuda, mps, auto (all GPUs)")
     parser.add_argument("--template", help="Jinja chat template text, or 'none' for raw text")
     parser.add_argument(
         "--trust-remote-code",
@@ -35,7 +35,10 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_commands(commands: Any) -> None:
-    """export, verify, import, models and push, with their flags."""
+    """export, verify, import, models, budget and push, with their flags."""
+    _budget_flags(
+        commands.add_parser("budget", help="memory and time of every stage, from a config alone")
+    )
     _export_flags(commands.add_parser("export", help="write a plan as an artefact others load"))
     verify = commands.add_parser(
         "verify",
@@ -103,6 +106,49 @@ def _export_flags(export: argparse.ArgumentParser) -> None:
     export.add_argument("--out", help="folder, or .gguf file")
     export.add_argument("--force", action="store_true", help="replace an existing --out")
     export.set_defaults(work=_export)
+
+
+def _budget_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="HF folder, config.json, .gguf file, alias or hub name")
+    for name, text in (
+        ("prompts", "a side, collected"),
+        ("scored", "a side, in a trial"),
+        ("fitted", "rows of each kind in a gradient step"),
+        ("tokens", "of a prompt"),
+        ("prefix", "of them shared by all prompts"),
+        ("new-tokens", "of an answer"),
+        ("rows", "a forward batch"),
+        ("decoded-rows", "a decoding batch"),
+        ("devices", "GPUs"),
+    ):
+        parser.add_argument(f"--{name}", type=int, help=text)
+    for name, text in (
+        ("flops", "a second and device"),
+        ("bandwidth", "bytes of memory a second and device"),
+        ("memory", "bytes a device"),
+        ("disk", "bytes a second"),
+    ):
+        parser.add_argument(f"--{name}", type=float, help=text)
+    parser.add_argument("--dtype", default="bfloat16", help="of the weights (default bfloat16)")
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(work=_budget)
+
+
+def _budget(args: argparse.Namespace) -> int:
+    from dataclasses import fields
+
+    from interp_ablate.budget import Machine, Workload, as_text, budget, config_at
+    from interp_ablate.sources import torch_dtype
+
+    def given(kind: type) -> dict[str, Any]:
+        names = [field.name for field in fields(kind)]
+        values = {name: getattr(args, name, None) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
+    work = Workload(**{**given(Workload), "dtype_bytes": torch_dtype(args.dtype).itemsize})
+    table = budget(config_at(args.config), work, Machine(**given(Machine)))
+    print(table.to_json(orient="records") if args.json else as_text(table))
+    return 0
 
 
 def load(args: argparse.Namespace, name: str | None) -> Any:

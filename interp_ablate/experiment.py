@@ -6,8 +6,10 @@ know: how a stage is skipped or resumed (`pipeline` does), or any flag or termin
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,12 @@ from interp_ablate.directions import (
     orthogonalized,
     random_direction,
 )
-from interp_ablate.edits import Ablate, Add, Plan
+from interp_ablate.edits import Ablate, Add, Erase, Plan
 from interp_ablate.errors import DirectionError, RunError
-from interp_ablate.fit import FitData, NothingToFit, fit_data, fit_strengths
+from interp_ablate.executors import Executor, executor_of
+from interp_ablate.fit import N_KEPT, FitData, NothingToFit, fit_data, fit_edit
 from interp_ablate.journal import Journal
-from interp_ablate.pipeline import Run, identity
+from interp_ablate.pipeline import Configuration, Run, identity
 from interp_ablate.scores import (
     EXPRESSIONS,
     EXPRESSIONS_OF_CONTRAST,
@@ -38,23 +41,27 @@ from interp_ablate.scores import (
     TargetLogOdds,
     continuation_scores,
     find_target_tokens,
+    generate_together,
 )
 from interp_ablate.selection import bootstrap_interval, constrained
+from interp_ablate.sites import Site
 from interp_ablate.sweep import (
-    SCREENING_PROMPTS,
     Bench,
+    Source,
     bands,
     finalists,
     fitted,
     promising,
+    run_trial,
     run_trials,
+    screen,
     spread,
     to_frame,
 )
 
 MAIN_METHOD = "difference_in_means"
 N_RANDOM_CONTROLS = 2
-FIT_STEPS, REFIT_STEPS, FIT_PROMPTS = 10, 7, 32  # gradient steps of two rounds, prompts a side
+FIT_STEPS, FIT_PROMPTS = (12, 8, 8), 64  # gradient steps of each round, prompts a side
 # Measures that are shares of prompts; the others are means of real numbers.
 RATES = (
     "behaviour_before",
@@ -152,7 +159,7 @@ def _make_bench(run: Run) -> Bench:
         )
         rate = float(bench.expression(bench.positive, bench.positive).mean())
         advance(1)
-        bench.negative_repetition  # noqa: B018  (computed here, under the progress bar)
+        bench.repetition  # noqa: B018  (computed here, under the progress bar)
         advance(1)
     if rate < 0.2:
         run.note(
@@ -194,10 +201,10 @@ def expression_scorer(run: Run) -> ExpressionScorer:
 
 
 def do_sweep(run: Run) -> None:
-    """Screen every direction, refine bands along the best, score the finalists' text; journalled."""
+    """Screen every direction, refine bands and a fitted edit, score the finalists' text; journalled."""
     journal = Journal(run.out / "trials.jsonl", identity(run))
     c = run.configuration
-    with journal.open() as done:
+    with journal.open() as done, _executor(run) as executor:
         bench = bench_of(run)
 
         def trials_of(
@@ -210,69 +217,128 @@ def do_sweep(run: Run) -> None:
                     candidates,
                     journal,
                     done,
+                    fits=fits_of(run),
+                    executor=executor,
                     on_trial=lambda _: advance(1),
                 )
 
-        small = bench.first(SCREENING_PROMPTS)
-        screened = screening(run.directions.of(MAIN_METHOD))
-        trials = trials_of("screen directions", screened, small)
-        sources = promising(to_frame(trials, small))
-        drawn = bands(sources, run.model.n_layers, seed=c.seed)
-        trials += trials_of("bands of strengths", drawn)
+        screened = screen(
+            bench,
+            screening(run.directions.of(MAIN_METHOD)),
+            lambda small, some: trials_of(
+                f"screen, {len(small.positive.rows)} prompts", some, small
+            ),
+        )
+        sources = promising(screened)
+        trials = trials_of("bands of strengths", bands(sources, run.model.n_layers, seed=c.seed))
         for source in spread(sources):
             try:
-                candidates = fitted(
-                    source,
-                    run.directions,
-                    done,
-                    lambda direction, budget: _fit(run, direction, budget),
-                    max_kl=c.max_kl,
-                )
+                name = fit_of(run, source)
             except NothingToFit as error:
                 run.note(str(error))
                 break
-            trials += trials_of(f"fitted, layer {source[0]}", candidates)
+            trials += trials_of(f"fitted, layer {source[0]}", fitted(source, name))
         trials += trials_of("finalists", finalists(trials, max_kl=c.max_kl))
-    run.write("trials.csv", to_frame(trials, bench))
+    table = pd.concat([screened, to_frame(trials, bench)], ignore_index=True)
+    run.write("trials.csv", table.assign(trial=range(len(table))))
 
 
-def _fit(run: Run, direction: Direction, budget: float) -> tuple[float, ...]:
-    """Strengths for every writer, fitted on the training prompts in two rounds.
+@contextmanager
+def _executor(run: Run) -> Iterator[Executor[Candidate, Trial] | None]:
+    """Where trials are scored: here, or by the executor that `run.shared` asks for."""
+    settings = dict(run.shared.get("executor") or {})
+    if settings.pop("name", "local") == "local":
+        yield None
+        return
+    make = functools.partial(make_worker, run.configuration.to_dict(), str(run.out.resolve()))
+    with executor_of("ray", make, **settings) as executor:
+        yield executor
 
-    The second round adds what the model still says under the first round's strengths: it often has
-    other words for the same behaviour.
+
+def make_worker(configuration: dict[str, Any], out: str) -> Callable[[Candidate], Trial]:
+    """What scores candidates in a process of its own, with a model of its own.
+
+    It reads the run's folder (directions, activations, fitted edits), which must be there for every
+    worker, and writes nothing into it.
     """
+    run = Run(out, Configuration.from_dict(configuration), work=WORK.__getitem__)
+    bench = bench_of(run)
+
+    def work(candidate: Candidate) -> Trial:
+        small = bench if candidate.prompts is None else bench.first(candidate.prompts)
+        return run_trial(small, run.directions, candidate, fits_of(run))
+
+    return work
+
+
+def fits_of(run: Run) -> dict[str, Ablate | Erase]:
+    """The edits fitted so far, by name."""
+    found = {}
+    for path in sorted((run.out / "fits").glob("*.json")):
+        (edit,) = Plan.load(path)
+        assert isinstance(edit, (Ablate, Erase))
+        found[path.stem] = edit
+    return found
+
+
+def fit_of(run: Run, source: Source, *, start: Direction | None = None) -> str:
+    """The name of the edit fitted from a direction on (or from `start`); fitted unless it is there already.
+
+    Fitted on the training prompts in rounds. Each after the first adds what the model says under the
+    edit so far: other words for the same behaviour, and loops.
+    """
+    layer, point, position = source
+    site = Site(layer, point)  # type: ignore[arg-type]
+    direction = start or run.directions[site, position, MAIN_METHOD]
+    name = f"{layer}-{point}-{position}-{direction.fingerprint[:8]}"
+    path = run.out / "fits" / f"{name}.json"
+    if not path.exists():
+        edit = _fit(run, direction)
+        if not any(edit.amounts):
+            raise NothingToFit(
+                f"the fit from {direction.name} ended where it changes nothing: whatever makes the "
+                "behaviour less likely costs more elsewhere"
+            )
+        Plan((edit,)).save(path)
+    return name
+
+
+def _fit(run: Run, direction: Direction) -> Ablate | Erase:
     model, train, scorer = run.model, run.split.train, bench_of(run).expression
-    sites, new_tokens = model.writers, run.configuration.new_tokens
-    positive = train.positive[:FIT_PROMPTS]
+    new_tokens = run.configuration.new_tokens
+    positive, negative = train.positive[:FIT_PROMPTS], train.negative[:FIT_PROMPTS]
     name = f"layer {direction.site.layer}"
     if "fit_data" not in run.shared:
         with run.step("answers to training prompts", None):
             run.shared["fit_data"] = fit_data(
                 Evidence(model, positive, new_tokens=new_tokens),
-                Evidence(model, train.negative[:FIT_PROMPTS]),
+                Evidence(model, negative, new_tokens=N_KEPT),
                 scorer,
             )
 
-    def fit(title: str, data: FitData, steps: int, start: Sequence[float] | None) -> Any:
-        with run.step(f"{title}, {name}", steps) as advance:
-            return fit_strengths(
+    data: FitData = run.shared["fit_data"]
+    edit: Ablate | Erase | None = None
+    for number, steps in enumerate(FIT_STEPS, 1):
+        if edit is not None:
+            with run.step(f"answers under it, {name}", None):
+                both = [
+                    Evidence(model, side, Plan((edit,)), new_tokens=new_tokens)
+                    for side in (positive, negative)
+                ]
+                generate_together(both)
+                data = data.with_answers(both[0], scorer).with_loops(both)
+        with run.step(f"fit, round {number}, {name}", steps) as advance:
+            edit = fit_edit(
                 model,
                 direction,
-                sites,
+                model.writers,
                 data,
-                kl_budget=budget,
                 steps=steps,
-                start=start,
+                start=edit,
                 on_step=lambda: advance(1),
             )
-
-    strengths = fit("fit strengths", run.shared["fit_data"], FIT_STEPS, None)
-    with run.step(f"answers under them, {name}", None):
-        plan = Plan((Ablate(direction, sites, strength=strengths),))
-        answers = Evidence(model, positive, plan, new_tokens=new_tokens)
-        data = run.shared["fit_data"].with_answers(answers, scorer)
-    return fit("fit again", data, REFIT_STEPS, strengths)
+    assert edit is not None
+    return edit
 
 
 def do_evaluate(run: Run) -> None:
@@ -286,7 +352,7 @@ def do_evaluate(run: Run) -> None:
     choice = constrained(
         finals,
         max_kl=c.max_kl,
-        max_repetition=bench.negative_repetition + 0.1,
+        max_repetition=bench.repetition + 0.1,
         tolerance=0.5 / c.n_validation,
     )
     selected: dict[str, Any] = {"rule": choice.rule, "limits": choice.limits(), "plan": None}
@@ -298,9 +364,13 @@ def do_evaluate(run: Run) -> None:
         return
     candidate = Candidate.from_row(choice.row)
     direction = run.directions[candidate.site, candidate.position, candidate.method]
-    plan = candidate.plan(direction, run.model.writers)
-    addition = _addition_plan(run, run.directions[candidate.site, candidate.position])
-    test, generations = _test(run, candidate, plan, addition)
+    plan = candidate.plan(direction, run.model.writers, fits_of(run))
+    addition = addition_plan(run, run.directions[candidate.site, candidate.position])
+    controls = [
+        (name, candidate.control(other, run.model.writers, fits_of(run)))
+        for name, other in _controls(run, candidate)
+    ]
+    test, generations = test_plan(run, plan, addition, controls)
     selected |= {
         "plan": plan.to_dict(),
         "addition_plan": addition.to_dict(),
@@ -311,7 +381,7 @@ def do_evaluate(run: Run) -> None:
     run.write("selected.json", selected)
 
 
-def _addition_plan(run: Run, direction: Direction) -> Plan:
+def addition_plan(run: Run, direction: Direction) -> Plan:
     """Addition at the direction's own site, with the smallest coefficient that induces the behaviour."""
     bench = bench_of(run)
     best, best_rate = ADDITION_COEFFICIENTS[0], -1.0
@@ -328,8 +398,8 @@ def _addition_plan(run: Run, direction: Direction) -> Plan:
     return Plan((Add(direction, direction.site, coefficient=best),))
 
 
-def _test(
-    run: Run, candidate: Candidate, plan: Plan, addition: Plan
+def test_plan(
+    run: Run, plan: Plan, addition: Plan, control_plans: Sequence[tuple[str, Plan]]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Everything that is reported of the test split, and the texts behind it."""
     model, test, c = run.model, run.split.test, run.configuration
@@ -338,11 +408,12 @@ def _test(
     def evidence(prompts: Sequence[Any], plan: Plan | None) -> Evidence:
         return Evidence(model, prompts, plan, new_tokens=c.new_tokens)
 
-    with run.step("test split", 7 + N_RANDOM_CONTROLS + 1) as advance:
+    with run.step("test split", 7 + len(control_plans)) as advance:
         sides = {"positive": test.positive, "negative": test.negative}
         base_p, base_n = evidence(test.positive, None), evidence(test.negative, None)
         new_p, new_n = evidence(test.positive, plan), evidence(test.negative, plan)
         added = evidence(test.negative, addition)
+        generate_together([base_p, base_n, new_p, new_n, added])
         values: dict[str, torch.Tensor] = {}
         for name, here, base in (
             ("behaviour_before", base_p, base_p),
@@ -356,15 +427,15 @@ def _test(
         values["kl_first_token"] = FirstTokenKL()(new_n, base_n)
         values |= continuation_scores(new_n, base_n)
         advance(1)
+        for name, here in (("before", base_p), ("after", new_p)):
+            values[f"positive_repetition_{name}"] = Repetition()(here, base_p)
         for name, here in (("before", base_n), ("after", new_n)):
             values[f"repetition_{name}"] = Repetition()(here, base_n)
             values[f"length_{name}"] = Length()(here, base_n)
         advance(1)
         controls = []
-        for name, direction in _controls(run, candidate):
-            controls.append(
-                _control(run, name, candidate.plan(direction, model.writers), base_p, base_n)
-            )
+        for name, control in control_plans:
+            controls.append(_control(run, name, control, base_p, base_n))
             advance(1)
     result: dict[str, Any] = {name: float(value.double().mean()) for name, value in values.items()}
     result["intervals"] = {

@@ -45,6 +45,14 @@ class GrowingLayer(DynamicLayer):
         super().batch_select_indices(indices)
         self._buffers = None
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._buffers = None
+
+    def reorder_cache(self, beam_idx: Int[Tensor, " row"]) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self._buffers = None
+
 
 def _with_room(states: Tensor, new: int) -> Tensor:
     *outer, held, width = states.shape

@@ -288,7 +288,8 @@ class Model:
             return encode(prompt, self.tokenizer, template=self.template)
         return list(prompt)
 
-    def _decoded(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of tokens, special ones left out; empty without a tokenizer."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True) if self.tokenizer else ""
 
     def encode_all(self, prompts: Sequence[PromptLike]) -> list[list[int]]:
@@ -441,13 +442,14 @@ class Model:
             raise PlanError("strengths are fitted at writer sites, resid_pre or resid_post")
 
         def writer(i: int) -> Callable[..., Tensor]:
-            gain, along, reading = self._lens.gain(sites[i]), write, read
-            if gain is not None:
-                pulled = read * gain.to(read)
-                along = reading = pulled / pulled.norm()
+            gain = self._lens.gain(sites[i])
 
             def edit(module: nn.Module, args: Any, x: Tensor) -> Tensor:
-                amount = strengths[i] if gain is None else strengths[i] * (read @ write)
+                amount, along, reading = strengths[i], write, read
+                if gain is not None:
+                    pulled = read * gain.to(read)
+                    along = reading = pulled / pulled.norm()
+                    amount = amount * (read @ write)
                 return x - amount.to(x) * (x @ reading.to(x))[..., None] * along.to(x)
 
             return edit
@@ -586,7 +588,8 @@ class Model:
         """Forward passes over token rows in length-sorted batches.
 
         Yields for each batch: the batch (its `index` says which rows), the logits of its last `keep`
-        positions [batch, keep, d_vocab] (None for 0: no logits are computed), and what each capture
+        positions [batch, keep, d_vocab] (None for 0: no logits are computed; fewer where the batch is
+        shorter, and what stands before a row's first token means nothing), and what each capture
         function returned for its site. Captures see the last positions of the rows; `tail` says how
         many of them at least. The tokens all rows share in front are run once for all (once a plan).
 
@@ -595,8 +598,8 @@ class Model:
                 some. A batch for which memory runs out is run again in halves.
         """
         capture = capture or {}
-        if not 0 <= keep <= min(len(row) for row in rows):
-            raise ModelError(f"keep={keep}: the shortest row has {min(map(len, rows))} tokens")
+        if not 0 <= keep <= max(len(row) for row in rows):
+            raise ModelError(f"keep={keep}: the longest row has {max(map(len, rows))} tokens")
         lengths = prompt_lengths or [len(row) for row in rows]
         plans = self._plans_of(rows)
         prefix = self._shared_prefix(rows, lengths, keep=max(keep, tail, 1))
@@ -786,7 +789,7 @@ class Model:
         return [
             Generation(
                 tuple(written[i][0]),
-                self._decoded(written[i][0]),
+                self.decode(written[i][0]),
                 written[i][1],
             )
             for i in range(len(rows))
@@ -880,8 +883,10 @@ def from_hf(
     source = source or ModelSource(type(hf).__name__, "object")
     hf.eval().requires_grad_(False)
     make = bridge_from_hf if backend == "bridge" else hooked_from_hf
+    lens = make(hf, tokenizer)
+    lens.tl.requires_grad_(False)  # the Bridge splits joint weights into parameters of its own
     return Model(
-        make(hf, tokenizer),
+        lens,
         tokenizer,
         source,
         hf_config=hf.config,

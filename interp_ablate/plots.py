@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -319,6 +320,67 @@ def pareto(
         + (f"; {left_out} failed or NaN" if left_out else ""),
         "KL to the unedited model, first token, negative prompts (nats, log scale)",
         "target log-odds, positive prompts\n(lower = behaviour removed)",
+    )
+    _legend(ax, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
+    return ax
+
+
+def search_front(
+    trials: pd.DataFrame,
+    ax: Axes,
+    *,
+    repetition: float | None = None,
+    selected: Mapping[str, Any] | None = None,
+    max_kl: float | None = None,
+) -> Axes:
+    """Expression rate against KL of every plan of a search, and the front of the two.
+
+    Args:
+        repetition: the unedited model's; plans that repeat themselves more are drawn hollow.
+        selected: the chosen trial's row; `max_kl` draws the limit.
+
+    Raises:
+        RunError: a missing column, or no finished trial.
+    """
+    _require(trials, ("edit", "expression_rate", "kl", "repetition"), "the search's trials")
+    rows = trials[trials[["expression_rate", "kl"]].notna().all(axis=1)]
+    _need_rows(rows, "finished trials")
+    damage, rate = rows["kl"].clip(lower=_SMALLEST_KL), rows["expression_rate"]
+    loops = rows["repetition"] > (math.inf if repetition is None else repetition)
+    for kind, colour, marker, name in (
+        ("band", "#56B4E9", "s", "kernels of strengths"),
+        ("fitted", "#E69F00", "D", "around a fitted edit"),
+    ):
+        for mask, face, more in (
+            ((rows["edit"] == kind) & ~loops, colour, ""),
+            (
+                (rows["edit"] == kind) & loops,
+                "none",
+                ", answers repeat themselves more than before",
+            ),
+        ):
+            if mask.any():
+                ax.scatter(
+                    damage[mask], rate[mask], s=26, marker=marker, facecolors=face,
+                    edgecolors=colour, linewidths=1.1, label=f"{name}{more} ({int(mask.sum())})",
+                )  # fmt: skip
+    front = _front(damage.to_numpy(float), rate.to_numpy(float))
+    ax.plot(*front, color="#009E73", linewidth=1.6, drawstyle="steps-post", label="Pareto front")
+    ax.set_xscale("log")
+    if selected is not None:
+        ax.scatter(
+            max(selected["kl"], _SMALLEST_KL), selected["expression_rate"], s=130, marker="*",
+            color="#D55E00", zorder=5, label="chosen",
+        )  # fmt: skip
+    if max_kl is not None:
+        ax.axvline(max_kl, color=INK, linewidth=0.9, linestyle=":", label=f"KL limit {max_kl:g}")
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    _finish(
+        ax,
+        "Plans of the search, validation split",
+        f"{len(rows)} of {len(trials)} trials scored",
+        "KL to the unedited model, first token, negative prompts (nats, log scale)",
+        "share of positive prompts whose answer\nshows the behaviour",
     )
     _legend(ax, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
     return ax
@@ -693,6 +755,30 @@ def _draw_pareto(folder: Path) -> dict[str, Figure]:
     return {"pareto.png": figure}
 
 
+def _draw_search(folder: Path) -> dict[str, Figure]:
+    if not (folder / "search.csv").exists():
+        return {}
+    trials = read_table(
+        folder / "search.csv",
+        ("number", "state", "edit"),
+        numbers=("number", "expression_rate", "kl", "repetition"),
+    )
+    trials = trials[trials["state"] == "COMPLETE"]
+    if trials.empty:
+        return {}
+    selected = read_json(folder / "selected.json") or {}
+    run = read_json(folder / "run.json") or {}
+    figure = _figure(height=5.4)
+    search_front(
+        trials,
+        figure.add_subplot(),
+        repetition=selected.get("validation_baseline", {}).get("repetition"),
+        selected=selected.get("trial"),
+        max_kl=run.get("configuration", {}).get("max_kl"),
+    )
+    return {"search.png": figure}
+
+
 def _draw_before_after(folder: Path) -> dict[str, Figure]:
     test = (read_json(folder / "selected.json") or {}).get("test")
     if not test or not _rate_rows(test):
@@ -708,6 +794,7 @@ _FIGURES: tuple[Callable[[Path], dict[str, Figure]], ...] = (
     _draw_cosine,
     _draw_sweep,
     _draw_pareto,
+    _draw_search,
     _draw_before_after,
 )
 
@@ -743,7 +830,7 @@ def read_trials(path: str | Path) -> pd.DataFrame:
     numbers = (
         "trial", "layer", "behaviour", "own_words", "addition", "kl", "kl_high", "expression_rate",
         "repetition", "length", "attention_strength", "attention_layer", "mlp_strength",
-        "mlp_layer", "width", "budget", "scale", "seconds", "behaviour_baseline", "own_words_baseline",
+        "mlp_layer", "width", "scale", "prompts", "seconds", "behaviour_baseline", "own_words_baseline",
         "addition_baseline",
     )  # fmt: skip
     frame = read_table(path, TRIAL_COLUMNS, numbers=numbers)

@@ -80,7 +80,7 @@ class Evidence:
         plan: Plan | None = None,
         *,
         new_tokens: int = 32,
-        batch_size: int = 32,
+        batch_size: int | None = None,
     ) -> None:
         self.model, self.plan = model, plan
         self.rows = model.encode_all(prompts)
@@ -131,7 +131,7 @@ class Evidence:
         keep = max(len(end) for end in continuations) + 1
         stream = self.model.stream(
             rows,
-            keep=min(keep, min(len(row) for row in rows)),
+            keep=keep,
             prompt_lengths=[len(row) for row in self.rows],
             batch_size=batch_size,
         )
@@ -151,6 +151,29 @@ def _finite(values: Tensor, what: str) -> Tensor:
             f"{what} hold NaN or infinity: the plan broke the model, or its dtype did"
         )
     return values
+
+
+def generate_together(evidences: Sequence[Evidence]) -> None:
+    """The answers of several evidences of one model in one batch, each under its own plan.
+
+    Decoding is bound by memory: many rows cost little more than few.
+    """
+    waiting = [evidence for evidence in evidences if "generations" not in evidence.__dict__]
+    if len({(evidence.new_tokens, id(evidence.model)) for evidence in waiting}) > 1:
+        raise InterpAblateError(
+            "what is generated together has one model and one number of new tokens"
+        )
+    if not waiting:
+        return
+    rows = [row for evidence in waiting for row in evidence.rows]
+    plans = [evidence.plan for evidence in waiting for _ in evidence.rows]
+    first = waiting[0]
+    with first.model.applied_each(plans):
+        found = iter(
+            first.model.generate(rows, max_new_tokens=first.new_tokens, batch_size=first.batch_size)
+        )
+    for evidence in waiting:
+        evidence.__dict__["generations"] = [next(found) for _ in evidence.rows]
 
 
 class Scorer(Protocol):

@@ -1,27 +1,27 @@
 """Sweep: which candidate plans are tried, scored on validation prompts.
 
-Knows: the bench that scores a plan, screening, random bands, fitted strengths, finalists. Does not know:
+Knows: the bench that scores a plan, the race of the screening, random bands, finalists. Does not know:
 which trial is chosen (`selection` does), how trials are kept, or anything of the test prompts.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 
 import pandas as pd
 import torch
 
-from interp_ablate.candidates import Candidate, Trial
-from interp_ablate.directions import Direction, Directions
+from interp_ablate.candidates import Candidate, Fits, Trial
+from interp_ablate.directions import Directions
 from interp_ablate.edits import Add, Plan
 from interp_ablate.errors import InterpAblateError, RunError
+from interp_ablate.executors import Executor
 from interp_ablate.journal import Journal
 from interp_ablate.model import Model, PromptLike
 from interp_ablate.scores import (
@@ -32,10 +32,24 @@ from interp_ablate.scores import (
     OwnWords,
     Repetition,
     TargetLogOdds,
+    generate_together,
 )
 from interp_ablate.selection import bootstrap_interval
 
 Source = tuple[int, str, str]  # layer, point, position of a direction
+
+
+# Where bands are drawn from: strengths, centres and widths as fractions of the depth.
+_ATTENTION, _MLP = (0.6, 2.2), (0.0, 1.4)
+_CENTRE, _WIDTH = (0.45, 0.95), (0.25, 1.5)
+N_BANDS = 8
+# Fits: how many directions, how many layers apart at least, and the multiples of the edit tried.
+N_FITS, FIT_DISTANCE = 1, 3
+SCALES = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
+N_FINALISTS = 4
+# Prompts a side and candidates of each rung of the screening, which ranks directions and selects no plan.
+RUNGS = ((4, 10**9), (12, 16))
+KL_LEVEL = 0.8  # the KL limit is held against the upper end of this interval (90%, one-sided)
 
 
 class Bench:
@@ -55,21 +69,21 @@ class Bench:
         self.positive = Evidence(model, positive, new_tokens=new_tokens)
         self.negative = Evidence(model, negative, new_tokens=new_tokens)
         self.new_tokens = new_tokens
-
+        generate_together([self.positive, self.negative])
         self.own_words = OwnWords(expression)
 
     def first(self, n: int) -> Bench:
         """The same bench over the first `n` prompts of each side: enough to rank by, at part of the cost."""
         small = copy.copy(self)
-        for known in ("negative_repetition", "baseline"):
+        for known in ("repetition", "baseline"):
             small.__dict__.pop(known, None)
         small.positive, small.negative = self.positive.first(n), self.negative.first(n)
         return small
 
     @cached_property
-    def negative_repetition(self) -> float:
-        """Repetition of the unedited model's answers to negative prompts."""
-        return float(Repetition()(self.negative, self.negative).mean())
+    def repetition(self) -> float:
+        """Repetition of the unedited model's answers to all prompts."""
+        return _repetition(self.positive, self.negative)
 
     @cached_property
     def baseline(self) -> dict[str, float]:
@@ -89,25 +103,87 @@ class Bench:
 
     def score(self, plan: Plan, *, generate: bool) -> dict[str, float]:
         """Means over prompts: behaviour and KL under the plan; with `generate` also text scores."""
-        on_positive = Evidence(self.model, self.positive.rows, plan, new_tokens=self.new_tokens)
-        on_negative = Evidence(self.model, self.negative.rows, plan, new_tokens=self.new_tokens)
+        on_positive, on_negative = self.under(plan)
         kl = FirstTokenKL()(on_negative, self.negative).numpy()
         found = {
             **self._soft_scores(on_positive),
             "kl": float(kl.mean()),
             "kl_high": bootstrap_interval(kl, level=KL_LEVEL)[1],
         }
-        if generate:
-            found["expression_rate"] = float(self.expression(on_positive, self.positive).mean())
-            some = on_negative.first(SCREENING_PROMPTS)
-            found["repetition"] = float(Repetition()(some, some).mean())
-            found["length"] = float(Length()(some, some).mean())
-        return found
+        return found | self.text_scores(on_positive, on_negative) if generate else found
+
+    def under(self, plan: Plan) -> tuple[Evidence, Evidence]:
+        """The positive and the negative prompts under a plan; nothing is run yet."""
+        return tuple(
+            Evidence(self.model, side.rows, plan, new_tokens=self.new_tokens)
+            for side in (self.positive, self.negative)
+        )  # type: ignore[return-value]
+
+    def text_scores(self, on_positive: Evidence, on_negative: Evidence) -> dict[str, float]:
+        """What the answers say: the expression rate, repetition and length of all answers."""
+        generate_together([on_positive, on_negative])
+        lengths = [
+            float(Length()(on, base).mean())
+            for on, base in ((on_positive, self.positive), (on_negative, self.negative))
+        ]
+        return {
+            "expression_rate": float(self.expression(on_positive, self.positive).mean()),
+            "negative_expression_rate": float(self.expression(on_negative, self.negative).mean()),
+            "repetition": _repetition(on_positive, on_negative),
+            "length": sum(lengths) / 2,
+        }
 
     def addition(self, plan: Plan) -> float:
         """Target log-odds on negative prompts under an addition."""
         evidence = Evidence(self.model, self.negative.rows, plan)
         return float(self.target(evidence, self.negative).mean())
+
+
+def _repetition(positive: Evidence, negative: Evidence) -> float:
+    """Mean over the answers to both sides' prompts."""
+    both = [Repetition()(side, side) for side in (positive, negative)]
+    return float(torch.cat(both).mean())
+
+
+def merit(rows: pd.DataFrame) -> pd.Series:
+    """How much of the behaviour a screened plan removes for the KL it costs; higher is better."""
+    gain = (rows["own_words_baseline"] - rows["own_words"]).clip(lower=0)
+    return gain / (0.1 + rows["kl"])
+
+
+def screen(
+    bench: Bench,
+    candidates: Sequence[Candidate],
+    score: Callable[[Bench, Sequence[Candidate]], list[Trial]],
+    *,
+    rungs: Sequence[tuple[int, int]] = RUNGS,
+) -> pd.DataFrame:
+    """Race the candidates: all on a few prompts a side, the best of them on more, and so on.
+
+    Args:
+        score: scores candidates on a bench of the first prompts (`run_trials`).
+        rungs: (prompts a side, how many candidates go on to it); the first takes them all.
+
+    Returns one row a candidate, of the last rung that it reached; those of the last rung come first.
+    The idea is that of successive halving (Jamieson and Talwalkar 2016, https://arxiv.org/abs/1502.07943).
+    """
+    alive = list(candidates)
+    tables: list[pd.DataFrame] = []
+    for prompts, most in rungs:
+        if not alive:
+            break
+        small = bench.first(prompts)
+        trials = score(small, [replace(c, prompts=prompts) for c in alive[:most]])
+        table = to_frame(trials, small)
+        out = [] if not tables else tables[-1].iloc[len(trials) :]
+        order = merit(table).where(table["status"] == "ok", -math.inf)
+        places = order.sort_values(ascending=False, kind="stable").index
+        tables.append(
+            pd.concat([table.loc[places], *([out] if len(out) else [])], ignore_index=True)
+        )
+        whole = [trials[i] for i in places if trials[i].status == "ok"]
+        alive = [replace(trial.candidate, prompts=None) for trial in whole]
+    return tables[-1]
 
 
 def promising(screened: pd.DataFrame, *, n: int = 8) -> list[Source]:
@@ -128,26 +204,13 @@ def promising(screened: pd.DataFrame, *, n: int = 8) -> list[Source]:
         )
     raised = rows[rows["addition"] > rows["addition_baseline"]]
     rows = raised if len(raised) else rows
-    gain = (rows["own_words_baseline"] - rows["own_words"]).clip(lower=0)
-    order = (gain / (0.1 + rows["kl"])).sort_values(ascending=False, kind="stable").index[:n]
+    most = rows["prompts"].max()  # a race's winners were scored on most prompts
+    rows = rows[rows["prompts"] == most] if most == most else rows
+    order = merit(rows).sort_values(ascending=False, kind="stable").index[:n]
     return [
         (int(r["layer"]), str(r["point"]), str(r["position"]))
         for _, r in rows.loc[order].iterrows()
     ]
-
-
-# Where bands are drawn from: strengths, centres and widths as fractions of the depth.
-_ATTENTION, _MLP = (0.6, 2.2), (0.0, 1.4)
-_CENTRE, _WIDTH = (0.45, 0.95), (0.25, 1.5)
-N_BANDS = 8
-# Fits: how many directions, how many layers apart at least, and the multiples of the strengths tried.
-N_FITS, FIT_DISTANCE = 1, 3
-SCALES = (0.8, 0.9, 1.0, 1.1, 1.15, 1.2, 1.3)
-# Share of the KL limit that a fit may spend on training prompts; validation prompts cost more.
-FIT_BUDGET = 0.45
-N_FINALISTS = 4
-SCREENING_PROMPTS = 12  # a side; screening ranks directions, it selects no plan
-KL_LEVEL = 0.8  # the KL limit is held against the upper end of this interval (90%, one-sided)
 
 
 def _drawn(rng: random.Random, sources: Sequence[Source], n_layers: int) -> Candidate:
@@ -179,27 +242,12 @@ def spread(sources: Sequence[Source]) -> list[Source]:
     return chosen[:N_FITS]
 
 
-def fitted(
-    source: Source,
-    directions: Directions,
-    done: Mapping[str, Trial],
-    fit: Callable[[Direction, float], tuple[float, ...]],
-    *,
-    max_kl: float,
-) -> list[Candidate]:
-    """Multiples of the strengths fitted along one direction; not fitted again if the journal has them.
-
-    Args:
-        fit: from a direction and a KL budget to a strength for every writer.
-    """
-    budget = FIT_BUDGET * max_kl
-    base = Candidate(*source, stage="refine", operation="fitted", budget=budget)
-    wanted = [replace(base, scale=scale) for scale in SCALES]
-    known = [done[c.key].candidate.strengths for c in wanted if c.key in done]
-    strengths = (
-        known[0] if known else fit(directions[base.site, base.position, base.method], budget)
-    )
-    return [replace(candidate, strengths=strengths) for candidate in wanted]
+def fitted(source: Source, name: str) -> list[Candidate]:
+    """Multiples of the edit that was fitted along a direction and is kept under a name."""
+    return [
+        Candidate(*source, stage="refine", operation="fitted", fit=name, scale=scale)
+        for scale in SCALES
+    ]
 
 
 def _best(trials: Iterable[Trial], max_kl: float) -> list[Trial]:
@@ -223,31 +271,42 @@ def run_trials(
     journal: Journal,
     done: dict[str, Trial],
     *,
+    fits: Fits | None = None,
+    executor: Executor[Candidate, Trial] | None = None,
     on_trial: Callable[[Trial], None] | None = None,
 ) -> list[Trial]:
     """Score every candidate that the journal does not hold yet; returns them all, in order.
 
     A candidate whose scores are not finite, or that breaks the model, is recorded as failed with the
-    reason and can never be chosen.
+    reason and can never be chosen. The journal is written here only, whoever scored the trial.
+
+    Args:
+        executor: scores candidates elsewhere (see `experiment.make_worker`); by default it is done here.
     """
-    found = []
+    todo = list({each.key: each for each in candidates if each.key not in done}.values())
+    if executor is None:
+        results = ((each, run_trial(bench, directions, each, fits)) for each in todo)
+    else:
+        results = executor.run(todo)  # type: ignore[assignment]
     for candidate in candidates:
-        trial = done.get(candidate.key)
-        if trial is None:
-            trial = _run_trial(bench, directions, candidate)
-            journal.append(trial)
-            done[candidate.key] = trial
-        found.append(trial)
+        if on_trial and candidate.key in done:
+            on_trial(done[candidate.key])
+    for candidate, trial in results:
+        journal.append(trial)
+        done[candidate.key] = trial
         if on_trial:
             on_trial(trial)
-    return found
+    return [done[candidate.key] for candidate in candidates]
 
 
-def _run_trial(bench: Bench, directions: Directions, candidate: Candidate) -> Trial:
+def run_trial(
+    bench: Bench, directions: Directions, candidate: Candidate, fits: Fits | None = None
+) -> Trial:
+    """Score one candidate; what breaks the model, or its numbers, is a failed trial with the reason."""
     start = time.perf_counter()
     try:
         direction = directions[candidate.site, candidate.position, candidate.method]
-        plan = candidate.plan(direction, bench.model.writers)
+        plan = candidate.plan(direction, bench.model.writers, fits)
         scores = bench.score(plan, generate=candidate.stage == "finalist")
         if candidate.stage == "screen":
             scores["addition"] = bench.addition(Plan((Add(direction, direction.site),)))
@@ -268,6 +327,7 @@ SCORES = (
     "kl",
     "kl_high",
     "expression_rate",
+    "negative_expression_rate",
     "repetition",
     "length",
 )
@@ -284,7 +344,6 @@ def to_frame(trials: Sequence[Trial], bench: Bench | None = None) -> pd.DataFram
         scores = {name: trial.scores.get(name, math.nan) for name in SCORES}
         tail = {"status": trial.status, "reason": trial.reason, "seconds": round(trial.seconds, 3)}
         place = asdict(trial.candidate)
-        place["strengths"] = json.dumps(place["strengths"]) if place["strengths"] else ""
         rows.append({"trial": i, **place, **scores, **tail})
     frame = pd.DataFrame(rows)
     if bench is not None:

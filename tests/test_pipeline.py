@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -13,10 +15,11 @@ from tiny import tiny
 
 from interp_ablate.cli import main
 from interp_ablate.directions import Directions
-from interp_ablate.edits import Plan
+from interp_ablate.edits import Erase, Plan
 from interp_ablate.errors import InterpAblateError, RunError
 from interp_ablate.experiment import WORK
 from interp_ablate.pipeline import STAGES, Configuration, Run
+from interp_ablate.sweep import RUNGS, SCALES, promising
 
 
 @pytest.fixture(scope="session")
@@ -41,14 +44,41 @@ def prompt_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "yes.txt", folder / "no.txt"
 
 
-@pytest.fixture
-def flags(tiny_folder: Path, prompt_files: tuple[Path, Path]) -> list[str]:
+@pytest.fixture(scope="session")
+def flags_of_all(tiny_folder: Path, prompt_files: tuple[Path, Path]) -> list[str]:
     yes, no = map(str, prompt_files)
     return [
         *("--model", str(tiny_folder), "--positive", yes, "--negative", no),
         *("--n-train", "8", "--n-validation", "6", "--n-test", "6"),
         *("--new-tokens", "4", "--max-kl", "50"),
     ]
+
+
+@pytest.fixture
+def flags(flags_of_all: list[str]) -> list[str]:
+    return list(flags_of_all)
+
+
+class Trials:
+    """Counts what is scored while it is entered; kills the run after the first few."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, most: int = 10**9) -> None:
+        self.patches, self.most, self.keys = monkeypatch, most, []  # type: ignore[var-annotated]
+
+    def __enter__(self) -> None:
+        from interp_ablate import sweep
+
+        self.real = sweep.run_trial
+        self.patches.setattr(sweep, "run_trial", self.run)
+
+    def __exit__(self, *_: object) -> None:
+        self.patches.setattr("interp_ablate.sweep.run_trial", self.real)
+
+    def run(self, bench: Any, directions: Any, candidate: Any, fits: Any = None) -> Any:
+        if len(self.keys) == self.most:
+            raise KeyboardInterrupt
+        self.keys.append(candidate.key)
+        return self.real(bench, directions, candidate, fits)
 
 
 @pytest.fixture(scope="session")
@@ -152,37 +182,186 @@ def test_changed_prompts_are_refused(finished: Path, tmp_path: Path) -> None:
 def test_killed_sweep_goes_on(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed after some trials: the next run repeats none, and ends with what an unbroken one has."""
-    from interp_ablate import sweep
-
-    real, calls = sweep._run_trial, []
-
-    def dies(bench, directions, candidate):  # type: ignore[no-untyped-def]
-        if len(calls) == 7:
-            raise KeyboardInterrupt
-        calls.append(candidate.key)
-        return real(bench, directions, candidate)
-
-    monkeypatch.setattr(sweep, "_run_trial", dies)
+    """Killed after some trials: the next run repeats none."""
+    calls, again = Trials(monkeypatch, most=7), Trials(monkeypatch)
     out = tmp_path / "out"
-    assert main(["--quiet", "sweep", *flags, "--out", str(out)]) == 130
+    with calls:
+        assert main(["--quiet", "sweep", *flags, "--out", str(out)]) == 130
     lines = (out / "trials.jsonl").read_bytes().splitlines()
     assert len(lines) == 1 + 7
     with open(out / "trials.jsonl", "ab") as file:
         file.write(b'{"candidate": {"layer"')  # and one that was being written
-    again: list[str] = []
-
-    def counts(bench, directions, candidate):  # type: ignore[no-untyped-def]
-        again.append(candidate.key)
-        return real(bench, directions, candidate)
-
-    monkeypatch.setattr(sweep, "_run_trial", counts)
-    assert main(["--quiet", "sweep", "--out", str(out)]) == 0
-    assert not set(again) & set(calls)
+    with again:
+        assert main(["--quiet", "sweep", "--out", str(out)]) == 0
+    assert again.keys and not set(again.keys) & set(calls.keys)
     after = (out / "trials.jsonl").read_bytes().splitlines()
     assert after[:8] == lines
     keys = [json.dumps(json.loads(line)["candidate"], sort_keys=True) for line in after[1:]]
     assert len(keys) == len(set(keys))
+
+
+@pytest.fixture(scope="session")
+def behaving(flags_of_all: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags with an expression that the tiny model's answers hold: there is something to fit."""
+    path = tmp_path_factory.mktemp("words") / "words.txt"
+    path.write_text("\N{REPLACEMENT CHARACTER}\n")  # bytes that are no text
+    return [*flags_of_all, "--expressions", str(path)]
+
+
+def mild(fit_edit: Any) -> Any:
+    """A random model's KL is no model's: at its usual weight nothing but strength 0 is worth it."""
+    return functools.partial(fit_edit, kl_weight=1.0)
+
+
+@pytest.fixture(scope="session")
+def fitted_run(behaving: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run with a fitted edit, made once."""
+    from interp_ablate import experiment
+
+    out = tmp_path_factory.mktemp("fitted") / "out"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(experiment, "fit_edit", mild(experiment.fit_edit))
+        assert main(["--quiet", "run", *behaving, "--out", str(out)]) == 0
+    return out
+
+
+def trials_of(out: Path) -> pd.DataFrame:
+    return pd.read_csv(out / "trials.csv").drop(columns="seconds")
+
+
+def test_a_fitted_edit_is_kept_and_tried_at_every_scale(fitted_run: Path) -> None:
+    [path] = (fitted_run / "fits").iterdir()
+    (edit,) = Plan.load(path)
+    assert isinstance(edit, Erase) and edit.label.endswith(", fitted")
+    frame = trials_of(fitted_run)
+    fits = frame[(frame.operation == "fitted") & (frame.stage == "refine")]
+    assert fits.scale.tolist() == list(SCALES) and set(fits.fit) == {path.stem}
+    # from the most promising direction on, whose name it has
+    best = promising(frame[frame.stage == "screen"])[0]
+    assert {(row.layer, row.point, str(row.position)) for row in fits.itertuples()} == {best}
+    assert path.stem.startswith("-".join(map(str, best)) + "-")
+    # it was fitted to lower own words on other prompts: so it does on these
+    full = fits[fits.scale == 1.0].iloc[0]
+    assert full.own_words < full.own_words_baseline - 0.5 and full.kl > 0
+
+
+def test_the_screening_is_a_race(fitted_run: Path) -> None:
+    frame = trials_of(fitted_run)
+    screened = frame[frame.stage == "screen"]
+    prompts = screened.prompts.tolist()
+    assert prompts == sorted(prompts, reverse=True) and set(prompts) <= {p for p, _ in RUNGS}
+    assert not screened.duplicated(["layer", "point", "position"]).any()
+    assert frame[frame.stage != "screen"].prompts.isna().all()
+    assert frame.trial.tolist() == list(range(len(frame)))
+    lines = (fitted_run / "trials.jsonl").read_text().splitlines()[1:]
+    count = sum(min(len(screened), most) for _, most in RUNGS)
+    tried = [json.loads(line)["candidate"] for line in lines]
+    assert sum(c["stage"] == "screen" for c in tried) == count
+
+
+def test_a_fitted_edit_that_is_chosen_is_controlled_and_exported(
+    behaving: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from interp_ablate import experiment
+
+    monkeypatch.setattr(experiment, "bands", lambda *_, **__: [])  # so that a fitted one is
+    monkeypatch.setattr(experiment, "fit_edit", mild(experiment.fit_edit))
+    planned: list[tuple[str, Plan]] = []
+    real = experiment._control
+
+    def noting(run: Any, name: str, plan: Plan, *rest: Any) -> Any:
+        planned.append((name, plan))
+        return real(run, name, plan, *rest)
+
+    monkeypatch.setattr(experiment, "_control", noting)
+    out = tmp_path / "out"
+    assert main(["--quiet", "run", *behaving, "--out", str(out)]) == 0
+    selected = json.loads((out / "selected.json").read_text())
+    chosen = selected["trial"]
+    assert (chosen["stage"], chosen["operation"]) == ("finalist", "fitted")
+    (edit,) = Plan.from_dict(selected["plan"])
+    (kept,) = Plan.load(out / "fits" / f"{chosen['fit']}.json")
+    assert isinstance(edit, Erase) and isinstance(kept, Erase)
+    want = {s: chosen["scale"] * a for s, a in zip(kept.sites, kept.amounts) if a}
+    assert dict(zip(edit.sites, edit.amounts)) == pytest.approx(want, abs=1e-6)
+    # the controls read and write elsewhere, as far apart and as strongly
+    assert [name for name, _ in planned] == ["random 0", "random 1", "shuffled labels"]
+    for _, (control,) in planned:
+        assert isinstance(control, Erase)
+        assert (control.sites, control.amounts) == (edit.sites, edit.amounts)
+        assert float(control.read.norm()) == pytest.approx(float(edit.read.norm()))
+        assert abs(float(control.write @ edit.write)) < 0.9
+    assert all(math.isfinite(c["kl_first_token"]) for c in selected["test"]["controls"])
+    certificate = json.loads((out / "export" / "certificate.json").read_text())
+    assert certificate["passed"]
+
+
+@pytest.mark.parametrize("when", ("after the fit", "between the rounds", "while it is tried"))
+def test_a_run_killed_around_the_fit_fits_once(
+    behaving: list[str],
+    fitted_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    when: str,
+) -> None:
+    """A fit that was saved is not made again; one that was not is; the results are the unbroken run's."""
+    from interp_ablate import experiment
+
+    out, real = tmp_path / "out", mild(experiment.fit_edit)
+    fits: list[int] = []
+
+    def counting(*given: Any, **options: Any) -> Any:
+        fits.append(options["steps"])
+        if when == "between the rounds" and len(fits) == 2:  # the second is not made
+            raise KeyboardInterrupt
+        return real(*given, **options)
+
+    def dies(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment, "fit_edit", counting)
+    with monkeypatch.context() as patched:
+        if when == "after the fit":
+            patched.setattr(experiment, "fitted", dies)
+        if when == "while it is tried":
+            patched.setattr("interp_ablate.sweep.run_trial", dies_at_second_fitted())
+        assert main(["--quiet", "sweep", *behaving, "--out", str(out)]) == 130
+    rounds = list(experiment.FIT_STEPS)
+    saved = when != "between the rounds"
+    before = rounds if saved else rounds[:2]
+    assert fits == before
+    kept = {p.name: p.read_bytes() for p in out.glob("fits/*")}
+    assert len(kept) == saved and not (out / "trials.csv").exists()
+    assert main(["--quiet", "sweep", "--out", str(out)]) == 0
+    assert fits == (rounds if saved else [*before, *rounds])
+    after = {p.name: p.read_bytes() for p in out.glob("fits/*")}
+    assert kept.items() <= after.items()
+    assert after == {p.name: p.read_bytes() for p in fitted_run.glob("fits/*")}
+    pd.testing.assert_frame_equal(trials_of(out), trials_of(fitted_run))
+
+
+def dies_at_second_fitted() -> Any:
+    from interp_ablate import sweep
+
+    real, seen = sweep.run_trial, []
+
+    def dying(bench: Any, directions: Any, candidate: Any, fits: Any = None) -> Any:
+        if candidate.operation == "fitted":
+            seen.append(candidate)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return real(bench, directions, candidate, fits)
+
+    return dying
+
+
+def test_behaviour_that_is_never_there_is_noted_and_not_fitted(finished: Path) -> None:
+    """Bands are still tried, and chosen from."""
+    notes = json.loads((finished / "run.json").read_text())["notes"]
+    assert any("no training prompt's answer expresses the behaviour" in note for note in notes)
+    assert not (finished / "fits").exists()
+    operations = set(pd.read_csv(finished / "trials.csv").operation)
+    assert operations == {"ablate", "band"}
 
 
 def test_nothing_passes(

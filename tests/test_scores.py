@@ -1,4 +1,4 @@
-"""Scores: the parts that need no model, against direct computation in float64."""
+"""Scores: the parts that need no model, against direct computation in float64; answers made together."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import N_LAYERS, rows_of, shared, tiny, unit
 from torch import Tensor
 from torch.nn.functional import kl_div
 from torch.testing import assert_close
 
+from interp_ablate.edits import Ablate, Add, Erase, Plan, everywhere
 from interp_ablate.errors import InterpAblateError
 from interp_ablate.prompts import bundled_names
 from interp_ablate.scores import (
     EXPRESSIONS,
     EXPRESSIONS_OF_CONTRAST,
+    Evidence,
     ExpressionScorer,
     FirstTokenKL,
     Length,
@@ -26,6 +29,7 @@ from interp_ablate.scores import (
     TargetLogOdds,
     find_target_tokens,
     fold,
+    generate_together,
     kl_divergence,
     repetition,
 )
@@ -301,3 +305,77 @@ def test_a_scorer_is_any_small_class_with_a_name_and_a_goal() -> None:
     ]
     assert len({scorer.name for scorer in scorers}) == len(scorers)
     assert {scorer.goal for scorer in scorers} <= {"min", "max", "limit"}
+
+
+# --------------------------------------------------------------------------------- together
+
+
+EVERYWHERE = everywhere(N_LAYERS)
+PLANS = (
+    None,
+    Plan((Ablate(unit(1), EVERYWHERE),)),
+    Plan(
+        (Erase(unit(2) + unit(3), unit(2), EVERYWHERE, strength=0.7), Add(unit(4), EVERYWHERE[2]))
+    ),
+    Plan(),
+)
+
+
+def test_answers_made_together_are_those_of_each_alone(backend: str) -> None:
+    """Of evidences of different sizes and plans; prompts share a prefix, which is one a plan."""
+    model = shared(backend=backend, eos_token_id=None)
+    sides = [rows_of(*(9 + n for n in range(2 + i)), prefix=8, seed=i) for i in range(len(PLANS))]
+    evidences = [Evidence(model, rows, plan, new_tokens=8) for rows, plan in zip(sides, PLANS)]
+    generate_together(evidences)
+    assert all("generations" in evidence.__dict__ for evidence in evidences)
+    for evidence, rows, plan in zip(evidences, sides, PLANS):
+        alone = Evidence(model, rows, plan, new_tokens=8)
+        assert evidence.generations == alone.generations and len(evidence.texts) == len(rows)
+    texts = [Evidence(model, sides[0], plan, new_tokens=8).texts for plan in PLANS[:3]]
+    assert len({tuple(each) for each in texts}) == 3
+
+
+def test_answers_that_are_known_are_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = shared(eos_token_id=None)
+    first, second = (Evidence(model, rows_of(9, 12, seed=seed), new_tokens=4) for seed in (1, 2))
+    known, asked = first.generations, []
+    real = model.generate
+
+    def counting(rows: Any, **options: Any) -> Any:
+        asked.append(len(rows))
+        return real(rows, **options)
+
+    monkeypatch.setattr(model, "generate", counting)
+    generate_together([first, second])
+    assert asked == [2] and first.generations is known
+    generate_together([first, second])
+    generate_together([])
+    assert asked == [2]
+
+
+def test_the_first_answers_are_those_of_the_first_prompts() -> None:
+    model = shared(eos_token_id=None)
+    whole = Evidence(
+        model, rows_of(9, 12, 14, 10), Plan((Ablate(unit(1), EVERYWHERE),)), new_tokens=4
+    )
+    unknown = whole.first(2)  # nothing is known yet: nothing is there
+    assert not {"generations", "first_logprobs"} & set(unknown.__dict__)
+    assert (unknown.plan, unknown.new_tokens, unknown.rows) == (whole.plan, 4, whole.rows[:2])
+    _ = whole.generations, whole.first_logprobs
+    part = whole.first(2)
+    assert part.__dict__["generations"] == whole.generations[:2] == unknown.generations
+    assert torch.equal(part.__dict__["first_logprobs"], whole.first_logprobs[:2])
+    assert_close(part.first_logprobs, unknown.first_logprobs, atol=2e-5, rtol=0)
+
+
+def test_answers_end_with_the_end_token() -> None:
+    """Rows leave a batch under several plans when they end."""
+    hf, _ = tiny()
+    model = shared()
+    assert hf.config.eos_token_id in model.eos_token_ids
+    rows = rows_of(*range(9, 29))
+    evidences = [Evidence(model, rows, plan, new_tokens=24) for plan in PLANS[:2]]
+    generate_together(evidences)
+    assert any(g.finished for e in evidences for g in e.generations)
+    for evidence, plan in zip(evidences, PLANS):
+        assert evidence.generations == Evidence(model, rows, plan, new_tokens=24).generations

@@ -21,19 +21,20 @@ TREES = {name: ast.parse(path.read_text(), str(path)) for name, path in FILES.it
 
 # A module imports from its own layer or from earlier ones; "export" stands for everything in it.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "files"),
+    ("errors", "files", "executors", "study", "kv_cache"),
     ("sites", "batches"),
     ("architectures", "prompts", "prompt_files", "rendering", "lint"),
-    ("directions", "vectors", "gguf_vectors"),
+    ("directions", "estimators", "vectors", "gguf_vectors"),
     ("edits",),
+    ("hooks",),
     ("sources", "lens", "convert"),
     ("model",),
     ("activations", "weights", "scores"),
     ("fit", "candidates", "journal", "selection"),
-    ("sweep",),
+    ("sweep", "search"),
     ("plots", "report"),
     ("export",),
-    ("pipeline", "experiment"),
+    ("pipeline", "experiment", "searching", "budget"),
     ("cli", "cli_artefacts"),
 )
 

@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from interp_ablate import Plan, Site, from_hf
+from interp_ablate.edits import Edit, Erase
 from interp_ablate.model import Model
 from interp_ablate.sites import POINTS, Point
 
@@ -415,12 +416,32 @@ def gains_of(hf: Any, kind: str) -> dict[Site, Tensor]:
     return {site: gain for site, gain in found.items() if gain is not None}
 
 
+def _changed(one: Edit, i: int, x: Tensor, gain: Tensor | None) -> Tensor:
+    """What an edit makes of what comes to its i-th site, by its formula."""
+    amount, basis = one.amounts[i], one.vectors
+    if isinstance(one, Erase):
+        if gain is None:
+            along = x @ one.read - one.values[i]
+            return x - amount * along[..., None] * one.write
+        basis = one.read[None]
+    if gain is not None:
+        basis = torch.linalg.qr((basis * gain).T)[0].T
+    if one.op == "add":
+        return x + amount * basis[0]
+    inside = (x @ basis.T) @ basis
+    if one.op == "clamp":
+        return x - inside + amount * basis[0]
+    assert one.op in ("ablate", "erase")
+    return x - amount * inside
+
+
 def editing(
     plan: Plan, *, prompt_length: int | None = None, gains: Mapping[Site, Tensor] | None = None
 ) -> EditAt:
     """A plan as an `edit` for `forward`, from the formulas of its edits; positions count from 0.
 
-    `gains`: of norms after projections; an ablation there is against normalize(gain * r).
+    `gains`: of norms after projections; an ablation there is against normalize(gain * r), and an erasure
+    the ablation of what it reads.
     """
     gains = gains or {}
 
@@ -431,16 +452,7 @@ def editing(
         for one in plan:
             if site not in one.sites:
                 continue
-            amount = one.amounts[one.sites.index(site)]
-            basis, wide = one.vectors, x.double()
-            if site in gains:
-                basis = torch.linalg.qr((basis * gains[site]).T)[0].T
-            inside = (wide @ basis.T) @ basis
-            changed = {
-                "ablate": wide - amount * inside,
-                "add": wide + amount * basis[0],
-                "clamp": wide - inside + amount * basis[0],
-            }[one.op]
+            changed = _changed(one, one.sites.index(site), x.double(), gains.get(site))
             x = torch.where(masks[one.positions][None, :, None], changed.to(x.dtype), x)
         return x
 

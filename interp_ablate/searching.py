@@ -1,0 +1,264 @@
+"""Searching: a whole search in a run folder, from directions to the chosen plan's test numbers.
+
+Knows: what is done once (screening, fits) and by one process, the study's folder, the files that are left.
+Does not know: what a parameter means (`search` does), how trials survive a kill (`study` does), or flags.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from interp_ablate.candidates import Trial, screening, turned
+from interp_ablate.directions import Direction, random_direction
+from interp_ablate.edits import Ablate, Erase, Plan
+from interp_ablate.errors import RunError
+from interp_ablate.experiment import (
+    MAIN_METHOD,
+    N_RANDOM_CONTROLS,
+    addition_plan,
+    bench_of,
+    fit_of,
+    fits_of,
+    test_plan,
+)
+from interp_ablate.fit import NothingToFit
+from interp_ablate.journal import Journal
+from interp_ablate.pipeline import Run, identity
+from interp_ablate.search import OBJECTIVES, POINT, Ground, plan_of, priors, score, space_of
+from interp_ablate.selection import Choice, constrained
+from interp_ablate.sites import Site
+from interp_ablate.study import Study, open_study
+from interp_ablate.sweep import Source, promising, run_trials, screen, spread
+
+CONTROLS = ("random", "shuffled")
+N_SOURCES = 3  # promising layers that bands start at
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search may take, and what it searches.
+
+    Args:
+        minutes: of wall time for screening, fits and trials together; the chosen plan's test follows.
+        trials: of the whole study; None for as many as the time allows.
+        control: the same search from directions that are none of the concept's: "random", "shuffled".
+        fits: fit an edit by gradient first (from the best direction, or the control's) and search around it.
+
+    Raises:
+        RunError: values out of range.
+    """
+
+    minutes: float = 10.0
+    trials: int | None = None
+    control: str | None = None
+    fits: bool = True
+    sampler: str = "tpe"
+
+    def __post_init__(self) -> None:
+        if not self.minutes > 0 or (self.trials is not None and self.trials < 1):
+            raise RunError(
+                f"a search takes minutes above 0 and at least one trial; got {self.minutes} and {self.trials}"
+            )
+        if self.control not in (None, *CONTROLS):
+            raise RunError(f"unknown control {self.control!r}: accepted are {', '.join(CONTROLS)}")
+
+
+def do_search(run: Run, search: Search) -> None:
+    """Search plans and test the best; the same call again goes on where it was.
+
+    Several processes may search one folder: the first does what is done once, the others wait for it.
+
+    Raises:
+        RunError: a search of other settings in this folder, or no plan that could be scored.
+    """
+    begin = time.monotonic()
+    with _alone(run):
+        run.stage("directions")
+        bench_of(run)
+        layers = _prepared(run, search)
+    ground = _ground(run, search)
+    bench = bench_of(run)
+    seconds = 60 * search.minutes - (time.monotonic() - begin)
+    with open_study(
+        run.out / "search",
+        identity={**identity(run), "control": search.control, "fits": sorted(ground.fits)},
+        space=space_of(ground),
+        objectives=dict.fromkeys(OBJECTIVES, "minimize"),
+        seed=run.configuration.seed,
+        sampler=search.sampler,  # type: ignore[arg-type]
+    ) as study:
+        for params in priors(ground, layers):
+            study.enqueue(params, note="prior")
+        with run.step("search", search.trials) as advance:
+            study.run(
+                lambda params: score(params, ground, bench),
+                n_trials=search.trials,
+                seconds=max(seconds, 0.0),
+                on_trial=lambda _: advance(1),
+            )
+        _report(run, search, ground, study)
+
+
+@contextmanager
+def _alone(run: Run) -> Iterator[None]:
+    """One process at a time: what is done once is there when the next one comes."""
+    run.begin()
+    with open(run.out / "search.lock", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _prepared(run: Run, search: Search) -> list[float]:
+    """Screened layers, the best first; the fitted edits are in the folder. A control has the middle ones."""
+    depth = run.model.n_layers - 1
+    if search.control is not None:
+        sources: Sequence[Source] = [(round(0.7 * depth), POINT, _position(run))]
+    else:
+        journal = Journal(run.out / "trials.jsonl", identity(run))
+        with journal.open() as done:
+            sources = promising(_screened(run, journal, done))
+    if search.fits:
+        for source in spread(sources):
+            try:
+                fit_of(run, source, start=_control_direction(run, search, source))
+            except NothingToFit as error:
+                run.note(str(error))
+    if search.control is not None:
+        return [0.5 * depth, 0.7 * depth, 0.9 * depth]
+    return [float(layer) for layer, _, _ in sources[:N_SOURCES]]
+
+
+def _screened(run: Run, journal: Journal, done: dict[str, Trial]) -> pd.DataFrame:
+    candidates = screening(run.directions.of(MAIN_METHOD))
+    with run.step("screen directions", None):
+        table = screen(
+            bench_of(run),
+            candidates,
+            lambda small, some: run_trials(small, run.directions, some, journal, done),
+        )
+    run.write("screening.csv", table)
+    return table
+
+
+def _position(run: Run) -> str:
+    return run.configuration.positions[0]
+
+
+def _control_direction(run: Run, search: Search, source: Source) -> Direction | None:
+    """Where a control's fit starts: its own direction at that layer; None where it is the real one."""
+    if search.control is None:
+        return None
+    site = Site(source[0], POINT)
+    return _ground(run, search).directions(MAIN_METHOD)[site]
+
+
+def _ground(run: Run, search: Search) -> Ground:
+    fits = fits_of(run) if search.fits else {}
+    return Ground(
+        run.activations("train"),
+        run.model.writers,
+        position=_position(run),
+        fits=fits,
+        control=search.control,
+        seed=run.configuration.seed,
+    )
+
+
+# ---- what is left ---------------------------------------------------------------------------------
+
+
+def _report(run: Run, search: Search, ground: Ground, study: Study) -> None:
+    """search.csv (every trial), front.csv with the plans of the front, selected.json, generations.jsonl."""
+    bench = bench_of(run)
+    table = study.trials()
+    run.write("search.csv", table)
+    done = table[table["state"] == "COMPLETE"]
+    if done.empty:
+        reasons = [reason for reason in table["reason"] if reason] if len(table) else []
+        raise RunError(
+            "no plan of the search could be scored"
+            + (f"; the first failed with: {reasons[0]}" if reasons else ": give it more --minutes")
+        )
+    front = study.front()
+    run.write("front.csv", front)
+    params = {outcome.number: outcome.params for outcome in study.outcomes()}
+    for number in front["number"]:
+        plan_of(params[int(number)], ground).save(run.out / "plans" / f"{int(number)}.json")
+    choice = constrained(
+        done,
+        max_kl=run.configuration.max_kl,
+        max_repetition=bench.repetition,
+        tolerance=0.5 / run.configuration.n_validation,
+    )
+    selected = _selected(run, search, choice)
+    if choice.row is None:
+        run.note(f"no plan passed the limits: {choice.removed}; {choice.relax}")
+        run.write("generations.jsonl", [])
+    else:
+        plan = plan_of(params[int(choice.row["number"])], ground)
+        addition = addition_plan(run, _addition_direction(run))
+        test, generations = test_plan(run, plan, addition, _controls(run, plan))
+        selected |= {"plan": plan.to_dict(), "addition_plan": addition.to_dict(), "test": test}
+        run.write("generations.jsonl", generations)
+    run.state["no_plan"] = choice.row is None
+    run.write("selected.json", selected)
+    for stage in ("export", "plot", "report"):
+        run.state["stages"].pop(stage, None)
+    run.begin()
+
+
+def _selected(run: Run, search: Search, choice: Choice) -> dict[str, Any]:
+    row = None if choice.row is None else {k: _plain(v) for k, v in choice.row.items()}
+    baseline = {"repetition": bench_of(run).repetition, **bench_of(run).baseline}
+    return {
+        "rule": choice.rule,
+        "limits": choice.limits(),
+        "plan": None,
+        "trial": row,
+        "control": search.control,
+        "validation_baseline": baseline,
+    }
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and value != value else value
+
+
+def _addition_direction(run: Run) -> Direction:
+    """The direction that best separates validation prompts; what is added is a difference in means."""
+    main = [item for item in run.directions.of(MAIN_METHOD) if item.separation is not None]
+    return max(main, key=lambda item: item.separation.d_prime if item.separation else 0.0)
+
+
+def _controls(run: Run, plan: Plan) -> list[tuple[str, Plan]]:
+    """The chosen plan turned to write along random directions, all its strengths kept."""
+    found = []
+    for i in range(N_RANDOM_CONTROLS):
+        other = random_direction(_addition_direction(run), seed=1000 * run.configuration.seed + i)
+        edits = [turned(e, other) for e in plan if isinstance(e, (Ablate, Erase))]
+        found.append((f"random {i}", Plan(tuple(edits))))
+    return found
+
+
+def summary(run: Run) -> str:
+    """The front as text, a line a plan."""
+    front = pd.read_csv(run.out / "front.csv")
+    lines = ["trial  rate    KL      repetition"]
+    for _, row in front.iterrows():
+        lines.append(
+            f"{int(row['number']):5d}  {row['expression_rate']:.3f}   {row['kl']:.4f}  {row['repetition']:.3f}"
+        )
+    return "\n".join(lines)
+
+
+def chosen(run: Run) -> dict[str, Any]:
+    """selected.json."""
+    return json.loads((run.out / "selected.json").read_text())
