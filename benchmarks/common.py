@@ -19,11 +19,14 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-def arguments(description: str) -> argparse.Namespace:
+def arguments(description: str, **more: dict[str, Any]) -> argparse.Namespace:
+    """`more`: further flags by name, as keywords of add_argument."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--smoke", action="store_true", help="small and quick: does it run at all?")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=64, help="prompts a side")
+    for name, options in more.items():
+        parser.add_argument(f"--{name}", **options)
     found = parser.parse_args()
     if found.smoke:
         found.rounds, found.prompts = 1, 4

@@ -34,6 +34,7 @@ class Task:
     tests: list[list[int]]
     candidates: int
     new_tokens: int
+    timed: int  # candidates that the recipe runs; its time for all follows, they cost the same
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ def task_of(model: Any, args: Any) -> Task:
     train = split.train
     sides = (model.encode_all(train.positive), model.encode_all(train.negative))
     tests = model.encode_all(split.test.positive)
-    return Task(train, sides, tests, *((3, 6) if args.smoke else (20, 64)))
+    candidates, new_tokens = (3, 6) if args.smoke else (20, 64)
+    return Task(train, sides, tests, candidates, new_tokens, args.timed or candidates)
 
 
 # ---- the recipe: nothing of this package -------------------------------------------------------------
@@ -137,10 +139,11 @@ def recipe(tl: Any, task: Task) -> Recipe:
         tokens = padded(tl, task.tests)
         written = {
             layer: continued(tl, tokens, ablating(tl, direction), task.new_tokens)
-            for layer, direction in directions.items()
+            for layer, direction in list(directions.items())[: task.timed]
         }
         end = time.perf_counter()
-    return Recipe(directions, written, {"collect": middle - start, "generate": end - middle})
+    generate = (end - middle) * task.candidates / task.timed
+    return Recipe(directions, written, {"collect": middle - start, "generate": generate})
 
 
 # ---- ours ---------------------------------------------------------------------------------------------
@@ -203,7 +206,8 @@ def explained(tl: Any, theirs: Recipe, place: tuple[int, int, int], mine: int, n
 
 
 def main() -> None:
-    args = common.arguments(__doc__)
+    timed = {"type": int, "help": "run the recipe on this many candidates and scale its time"}
+    args = common.arguments(__doc__, timed=timed)
     from interp_ablate import load_model
 
     models = {
@@ -225,6 +229,7 @@ def main() -> None:
     facts = {
         "train": 2 * args.prompts,
         "candidates": task.candidates,
+        "run_by_the_recipe": task.timed,
         "tests": len(task.tests),
         "new_tokens": task.new_tokens,
         "recipe_seconds": {name: round(value, 2) for name, value in theirs.seconds.items()},

@@ -61,7 +61,7 @@ from interp_ablate.sweep import (
 
 MAIN_METHOD = "difference_in_means"
 N_RANDOM_CONTROLS = 2
-FIT_STEPS, FIT_PROMPTS = (12, 8, 8), 64  # gradient steps of each round, prompts a side
+FIT_STEPS, FIT_PROMPTS = (14, 10, 10), 64  # gradient steps of each round, prompts a side
 # Measures that are shares of prompts; the others are means of real numbers.
 RATES = (
     "behaviour_before",

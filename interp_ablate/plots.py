@@ -367,6 +367,7 @@ def search_front(
     front = _front(damage.to_numpy(float), rate.to_numpy(float))
     ax.plot(*front, color="#009E73", linewidth=1.6, drawstyle="steps-post", label="Pareto front")
     ax.set_xscale("log")
+    ax.set_ylim(bottom=-0.03)
     if selected is not None:
         ax.scatter(
             max(selected["kl"], _SMALLEST_KL), selected["expression_rate"], s=130, marker="*",

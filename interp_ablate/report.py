@@ -423,13 +423,14 @@ def _plans(selected: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _amount(edit: Mapping[str, Any]) -> str:
+    found = []
     for key in ("strength", "coefficient", "value"):
         amount = edit.get(key)
         if isinstance(amount, (list, tuple)) and amount:
-            return f"{key} {number(min(amount))} to {number(max(amount))}, one a site"
-        if amount is not None:
-            return f"{key} {number(amount)}"
-    return "–"
+            found.append(f"{key} {number(min(amount))} to {number(max(amount))}, one a site")
+        elif amount is not None and not (found and amount == 0):
+            found.append(f"{key} {number(amount)}")
+    return "; ".join(found) or "–"
 
 
 def _places(sites: list[Any]) -> str:

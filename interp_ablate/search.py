@@ -40,7 +40,7 @@ PLAIN, ORTHOGONAL = "difference_in_means", "difference_in_means_orthogonalized"
 METHODS = (PLAIN, ORTHOGONAL, "winsorized", "pca", "subspace", "leace")
 POINT: Point = "resid_post"
 # Where layers, strengths and widths are drawn from; layers and widths as fractions of the depth.
-_LAYER, _CENTRE, _WIDTH = (0.3, 1.0), (0.4, 1.0), (0.2, 1.6)
+LAYERS, _CENTRE, _WIDTH = (0.3, 1.0), (0.4, 1.0), (0.2, 1.6)
 _ATTENTION, _MLP, _SCALE = (0.4, 2.0), (0.0, 1.5), (0.5, 1.3)
 
 
@@ -130,7 +130,7 @@ def space_of(ground: Ground) -> Space:
     parameters: list[Any] = [Choice("edit", ("band", "fitted") if ground.fits else ("band",))]
     parameters += [
         Choice("method", ground.methods, **drawn),
-        deep("layer", _LAYER, **drawn),
+        deep("layer", LAYERS, **drawn),
         Float("attention_strength", *_ATTENTION, **drawn),
         deep("attention_layer", _CENTRE, **drawn),
         Float("mlp_strength", *_MLP, **drawn),
@@ -223,7 +223,7 @@ def priors(ground: Ground, layers: Sequence[float]) -> list[dict[str, Any]]:
             {
                 "edit": "band",
                 "method": ORTHOGONAL,
-                "layer": min(max(float(layer), _depth(ground, _LAYER[0])), _depth(ground, 1)),
+                "layer": min(max(float(layer), _depth(ground, LAYERS[0])), _depth(ground, 1)),
                 "attention_strength": 1.0,
                 "attention_layer": _depth(ground, 0.7),
                 "mlp_strength": 0.5,

@@ -32,7 +32,7 @@ from interp_ablate.experiment import (
 from interp_ablate.fit import NothingToFit
 from interp_ablate.journal import Journal
 from interp_ablate.pipeline import Run, identity
-from interp_ablate.search import OBJECTIVES, POINT, Ground, plan_of, priors, score, space_of
+from interp_ablate.search import LAYERS, OBJECTIVES, POINT, Ground, plan_of, priors, score, space_of
 from interp_ablate.selection import Choice, constrained
 from interp_ablate.sites import Site
 from interp_ablate.study import Study, open_study
@@ -40,6 +40,7 @@ from interp_ablate.sweep import Source, promising, run_trials, screen, spread
 
 CONTROLS = ("random", "shuffled")
 N_SOURCES = 3  # promising layers that bands start at
+LEAST_SECONDS = 60.0  # of trials, whatever the preparation took
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Search:
     """What a search may take, and what it searches.
 
     Args:
-        minutes: of wall time for screening, fits and trials together; the chosen plan's test follows.
+        minutes: of wall time for screening, fits and trials together (a minute of trials at least); the
+            chosen plan's test follows.
         trials: of the whole study; None for as many as the time allows.
         control: the same search from directions that are none of the concept's: "random", "shuffled".
         fits: fit an edit by gradient first (from the best direction, or the control's) and search around it.
@@ -101,7 +103,7 @@ def do_search(run: Run, search: Search) -> None:
             study.run(
                 lambda params: score(params, ground, bench),
                 n_trials=search.trials,
-                seconds=max(seconds, 0.0),
+                seconds=max(seconds, LEAST_SECONDS),
                 on_trial=lambda _: advance(1),
             )
         _report(run, search, ground, study)
@@ -137,7 +139,11 @@ def _prepared(run: Run, search: Search) -> list[float]:
 
 
 def _screened(run: Run, journal: Journal, done: dict[str, Trial]) -> pd.DataFrame:
-    candidates = screening(run.directions.of(MAIN_METHOD))
+    """The layers a plan of the search may take, at full strength."""
+    from_layer = LAYERS[0] * (run.model.n_layers - 1)
+    at_point = [d for d in run.directions.of(MAIN_METHOD) if d.site.point == POINT]
+    deep = [d for d in at_point if d.site.layer >= from_layer]
+    candidates = screening(deep or at_point)
     with run.step("screen directions", None):
         table = screen(
             bench_of(run),
