@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from interp_ablate.directions import Direction
@@ -115,11 +116,20 @@ def scaled(
 
 
 def turned(edit: Ablate | Erase, direction: Direction) -> Ablate | Erase:
-    """A control: the edit with all its vectors reflected so that it writes along another direction.
+    """A control: the edit along another direction; lengths, angles, sites and strengths stay.
 
-    Lengths, angles between what is read and written, sites and strengths stay.
+    An `Ablate`'s vectors are reflected so that the first is the direction. An `Erase` writes along the
+    direction and reads it too, with a random rest of the same length: reflected, its `read` would still
+    read most of what it was fitted to read, and be no control.
     """
     unit = direction.vector.to(edit.vectors)
+    if isinstance(edit, Erase):
+        beside = float((edit.read - edit.write).norm())
+        generator = torch.Generator().manual_seed(0)
+        rest = torch.randn(len(unit), generator=generator, dtype=unit.dtype)
+        rest = rest - (rest @ unit) * unit
+        vectors = torch.stack([unit, unit + beside * rest / rest.norm()])
+        return _again(edit, vectors, dict(zip(edit.sites, edit.amounts)))
     axis = edit.vectors[0] - unit
     length = float(axis.norm())
     if length < 1e-9:

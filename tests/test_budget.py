@@ -259,7 +259,7 @@ def test_saved_tensors_of_a_gradient_step(kind: str, side: str, prefix: int) -> 
     step = tiny_step(kind, prefix)
     sizes = dimensions_of(step.model.hf_config)
     expected = expected_saved(sizes, side, rows=4, tokens=TOKENS, prefix=prefix)
-    near(step.saved(side), expected, 0.12)
+    near(step.saved(side), expected, 0.15)
 
 
 @pytest.mark.parametrize("kind", ["llama_gqa", "gemma"])
@@ -271,7 +271,7 @@ def test_saved_tensors_in_16_bits(kind: str) -> None:
     step, sizes = Step(model, steps_data(model, 4, TOKENS, PREFIX)), dimensions_of(hf.config)
     for side in ("own", "kl"):
         expected = expected_saved(sizes, side, rows=4, tokens=TOKENS, prefix=PREFIX, dtype_bytes=2)
-        near(step.saved(side), expected, 0.12)
+        near(step.saved(side), expected, 0.15)
 
 
 @pytest.mark.slow
