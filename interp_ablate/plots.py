@@ -376,6 +376,7 @@ def search_front(
     if max_kl is not None:
         ax.axvline(max_kl, color=INK, linewidth=0.9, linestyle=":", label=f"KL limit {max_kl:g}")
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
     _finish(
         ax,
         "Plans of the search, validation split",

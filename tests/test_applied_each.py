@@ -9,7 +9,6 @@ import torch
 from tiny import (
     DECLARED,
     N_LAYERS,
-    ROTARY_POINTS,
     editing,
     forward,
     make,

@@ -514,9 +514,9 @@ def test_layers_spread_over_devices_by_accelerate(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "model", tied=False)
     hf, tokenizer = tiny(tied=False)
     places = {f"model.layers.{i}": "cpu" for i in range(N_LAYERS)}
-    places |= {
-        name: "cpu" for name in ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
-    }
+    places |= dict.fromkeys(
+        ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu"
+    )
     dispatched = from_hf(dispatch_model(hf, places, force_hooks=True), tokenizer)
     rows = rows_of(9, 12, 14, prefix=8)
     plan = Plan((Ablate(unit(), everywhere(N_LAYERS)),))
