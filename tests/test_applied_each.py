@@ -155,9 +155,9 @@ def test_an_outer_plan_is_under_all_rows(backend: str) -> None:
 def test_another_number_of_prompts(backend: str) -> None:
     model = shared(backend=backend)
     for run in (model.logits, model.generate):
-        with pytest.raises(PlanError, match="2 prompts inside applied_each with 7 plans"):
-            with model.applied_each(many_plans()):
-                run(rows_of(5, 6))
+        wrong = pytest.raises(PlanError, match="2 prompts inside applied_each with 7 plans")
+        with wrong, model.applied_each(many_plans()):
+            run(rows_of(5, 6))
     assert not len(model.active_plan)
 
 
@@ -171,9 +171,9 @@ def test_what_has_no_meaning_is_refused(backend: str) -> None:
         model.applied_each([]),
     ):
         pass
-    with pytest.raises(PlanError, match="inside applied_each"), model.applied_each(many_plans()):
-        with model.applied_each(many_plans()):
-            pass
+    outer, inner = model.applied_each(many_plans()), model.applied_each(many_plans())
+    with pytest.raises(PlanError, match="inside applied_each"), outer, inner:
+        pass
     with pytest.raises(PlanError, match="no one active plan"), model.applied_each(many_plans()):
         _ = model.active_plan
     with pytest.raises(PlanError, match="which row is"), model.applied_each(many_plans()):
