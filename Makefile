@@ -52,7 +52,7 @@ bench-export: $(VENV)/.ready
 	$(BIN)/python benchmarks/export.py
 
 bench-smoke: $(VENV)/.ready
-	for name in collect generate export sweep; do \
+	for name in collect generate export; do \
 		$(BIN)/python benchmarks/$$name.py --smoke || exit 1; done
 
 # Executes the notebooks in place, outputs included.
