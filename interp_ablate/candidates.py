@@ -125,7 +125,7 @@ def turned(edit: Ablate | Erase, direction: Direction) -> Ablate | Erase:
     unit = direction.vector.to(edit.vectors)
     if isinstance(edit, Erase):
         beside = float((edit.read - edit.write).norm())
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0x7E57)  # not a seed of random_direction
         rest = torch.randn(len(unit), generator=generator, dtype=unit.dtype)
         rest = rest - (rest @ unit) * unit
         vectors = torch.stack([unit, unit + beside * rest / rest.norm()])
