@@ -19,11 +19,9 @@ prompts, from the exact sweep's scores by prompt.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -40,13 +38,6 @@ PATH_PROMPTS = 4
 GRADIENT_ROWS = 8  # a batch, with its graph
 SHUFFLES = 200
 SIDES = 3  # passes of a prompt index: positive, negative, negative under addition
-
-
-def contrasts() -> Sequence[str]:
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--contrast", action="append", choices=CONTRASTS)
-    known, sys.argv[1:] = parser.parse_known_args()
-    return known.contrast or CONTRASTS
 
 
 @dataclass(frozen=True)
@@ -553,8 +544,8 @@ def compared(model: Any, name: str, args: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    names = contrasts()
-    args = common.arguments(__doc__)
+    args = common.arguments(__doc__, contrast={"action": "append", "choices": CONTRASTS})
+    names = args.contrast or CONTRASTS
     from interp_ablate import load_model
 
     model = load_model("smollm2")

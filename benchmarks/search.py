@@ -20,13 +20,16 @@ def search(out: Path, *, minutes: float, smoke: bool, control: str | None, fits:
 
     from interp_ablate.experiment import WORK
     from interp_ablate.pipeline import Configuration, Run
-    from interp_ablate.searching import Search, chosen, do_search
+    from interp_ablate.searching import Search, do_search
 
     small = {"n_train": 8, "n_validation": 6, "n_test": 4, "layers": "18-20"} if smoke else {}
     settings = Configuration(model="smollm2", contrast="declining", max_kl=0.02, **small)
     run = Run(out, settings, work=WORK.__getitem__)
     do_search(run, Search(minutes, 2 if smoke else None, control, fits and not smoke))
-    trials, selected = pd.read_csv(out / "search.csv"), chosen(run)
+    trials, selected = (
+        pd.read_csv(out / "search.csv"),
+        json.loads((out / "selected.json").read_text()),
+    )
     done = trials[trials["state"] == "COMPLETE"]
     front = pd.read_csv(out / "front.csv")
     clean = done[done["repetition"] <= selected["validation_baseline"]["repetition"]]
@@ -43,7 +46,7 @@ def search(out: Path, *, minutes: float, smoke: bool, control: str | None, fits:
         "baseline_repetition": round(selected["validation_baseline"]["repetition"], 4),
         "least_kl_with_0_declined": None if gone.empty else round(float(gone["kl"].min()), 4),
         "least_rate_within_kl_0.02": _least(clean[clean["kl"] <= 0.02]),
-        "chosen": None if selected["trial"] is None else int(selected["trial"]["number"]),
+        "chosen": None if not test else int(selected["trial"]["number"]),
         "test": None if not test else {key: round(test[key], 4) for key in keys},
     }
 

@@ -13,8 +13,6 @@ too, and both choose among all that the baseline scored.
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,13 +25,6 @@ METRICS = ("behaviour", "addition", "kl")
 MAX_KL = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 CHUNK = 3
 LIMIT = 4
-
-
-def wants_full() -> bool:
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--full", action="store_true")
-    known, sys.argv[1:] = parser.parse_known_args()
-    return known.full
 
 
 @dataclass(frozen=True)
@@ -221,14 +212,13 @@ def measured(
 
 
 def main() -> None:
-    full = wants_full()
-    args = common.arguments(__doc__)
+    args = common.arguments(__doc__, full={"action": "store_true"})
     from interp_ablate import load_model
 
     model = load_model("smollm2")
     task = task_of(model, args)
     layers = range(10, 11) if args.smoke else range(model.n_layers)
-    seconds, theirs, mine, plain = measured(task, layers, full)
+    seconds, theirs, mine, plain = measured(task, layers, args.full)
     unedited = float(task.target.of_logprobs(plain.reference).mean())
     limits = narrowest(mine, model.n_layers, unedited)
     choice = chosen(mine, model.n_layers, limits)

@@ -261,16 +261,14 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _search(args: argparse.Namespace) -> int:
-    from interp_ablate.searching import Search, chosen, do_search, summary
+    from interp_ablate.searching import Search, do_search, summary
 
     run = _open(args)
     search = Search(args.minutes, args.trials, args.control, not args.no_fits, args.sampler)
     do_search(run, search)
     print(summary(run))
-    selected = chosen(run)
+    selected = _selected(run)
     if selected["plan"] is None:
-        removed = ", ".join(f"{k}: {v}" for k, v in selected["limits"]["removed"].items())
-        print(f"no plan passed the limits ({removed}); {selected['limits']['relax']}")
         return NO_PLAN
     print(f"chosen: trial {int(selected['trial']['number'])}; on the test split:")
     _print_test(selected["test"])
@@ -278,12 +276,19 @@ def _search(args: argparse.Namespace) -> int:
     return 0
 
 
-def _summary(run: Any) -> int:
+def _selected(run: Any) -> dict[str, Any]:
+    """selected.json; where it holds no plan, what the limits removed is printed."""
     selected = json.loads((run.out / "selected.json").read_text())
     if selected["plan"] is None:
         limits = selected["limits"]
         removed = ", ".join(f"{k}: {v}" for k, v in limits["removed"].items())
         print(f"no candidate passed the limits ({removed}); {limits['relax']}")
+    return selected
+
+
+def _summary(run: Any) -> int:
+    selected = _selected(run)
+    if selected["plan"] is None:
         print(f"report: {run.out / 'report.html'}")
         return NO_PLAN
     test, trial = selected["test"], selected["trial"]

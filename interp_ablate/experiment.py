@@ -43,7 +43,7 @@ from interp_ablate.scores import (
     find_target_tokens,
     generate_together,
 )
-from interp_ablate.selection import bootstrap_interval, constrained
+from interp_ablate.selection import Choice, bootstrap_interval, constrained
 from interp_ablate.sites import Site
 from interp_ablate.sweep import (
     Bench,
@@ -266,7 +266,8 @@ def make_worker(configuration: dict[str, Any], out: str) -> Callable[[Candidate]
 
     def work(candidate: Candidate) -> Trial:
         small = bench if candidate.prompts is None else bench.first(candidate.prompts)
-        return run_trial(small, run.directions, candidate, fits_of(run))
+        fits = fits_of(run) if candidate.fit is not None else None
+        return run_trial(small, run.directions, candidate, fits)
 
     return work
 
@@ -355,33 +356,52 @@ def do_evaluate(run: Run) -> None:
         max_repetition=bench.repetition + 0.1,
         tolerance=0.5 / c.n_validation,
     )
-    selected: dict[str, Any] = {"rule": choice.rule, "limits": choice.limits(), "plan": None}
+
+    def plans(row: dict[str, Any]) -> tuple[Plan, Direction, list[tuple[str, Plan]]]:
+        candidate, fits, writers = Candidate.from_row(row), fits_of(run), run.model.writers
+        direction = run.directions[candidate.site, candidate.position, candidate.method]
+        controls = [
+            (name, candidate.control(other, writers, fits))
+            for name, other in _controls(run, candidate)
+        ]
+        added = run.directions[candidate.site, candidate.position]
+        return candidate.plan(direction, writers, fits), added, controls
+
+    test_choice(run, choice, plans)
+
+
+def test_choice(
+    run: Run,
+    choice: Choice,
+    plans: Callable[[dict[str, Any]], tuple[Plan, Direction, list[tuple[str, Plan]]]],
+    **more: Any,
+) -> None:
+    """Test what was chosen, if anything was: selected.json (with `more`) and generations.jsonl.
+
+    Args:
+        plans: from the chosen row to its plan, the direction to add, and control plans by name.
+    """
+    selected: dict[str, Any] = {
+        "rule": choice.rule,
+        "limits": choice.limits(),
+        "plan": None,
+        **more,
+    }
+    generations: list[dict[str, Any]] = []
     run.state["no_plan"] = choice.row is None
     if choice.row is None:
         run.note(f"no candidate passed the limits: {choice.removed}; {choice.relax}")
-        run.write("generations.jsonl", [])
-        run.write("selected.json", selected)
-        return
-    candidate = Candidate.from_row(choice.row)
-    direction = run.directions[candidate.site, candidate.position, candidate.method]
-    plan = candidate.plan(direction, run.model.writers, fits_of(run))
-    addition = addition_plan(run, run.directions[candidate.site, candidate.position])
-    controls = [
-        (name, candidate.control(other, run.model.writers, fits_of(run)))
-        for name, other in _controls(run, candidate)
-    ]
-    test, generations = test_plan(run, plan, addition, controls)
-    selected |= {
-        "plan": plan.to_dict(),
-        "addition_plan": addition.to_dict(),
-        "trial": {k: (None if pd.isna(v) else v) for k, v in choice.row.items()},
-        "test": test,
-    }
+    else:
+        plan, direction, controls = plans(choice.row)
+        addition = _addition_plan(run, direction)
+        test, generations = _test_plan(run, plan, addition, controls)
+        selected |= {"plan": plan.to_dict(), "addition_plan": addition.to_dict()}
+        selected |= {"trial": choice.trial, "test": test}
     run.write("generations.jsonl", generations)
     run.write("selected.json", selected)
 
 
-def addition_plan(run: Run, direction: Direction) -> Plan:
+def _addition_plan(run: Run, direction: Direction) -> Plan:
     """Addition at the direction's own site, with the smallest coefficient that induces the behaviour."""
     bench = bench_of(run)
     best, best_rate = ADDITION_COEFFICIENTS[0], -1.0
@@ -398,7 +418,7 @@ def addition_plan(run: Run, direction: Direction) -> Plan:
     return Plan((Add(direction, direction.site, coefficient=best),))
 
 
-def test_plan(
+def _test_plan(
     run: Run, plan: Plan, addition: Plan, control_plans: Sequence[tuple[str, Plan]]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Everything that is reported of the test split, and the texts behind it."""
@@ -496,10 +516,7 @@ def _controls(run: Run, candidate: Candidate) -> list[tuple[str, Direction]]:
     site, position = candidate.site, candidate.position
     direction = run.directions[site, position, candidate.method]
     seed = run.configuration.seed
-    found = [
-        (f"random {i}", random_direction(direction, seed=1000 * seed + i))
-        for i in range(N_RANDOM_CONTROLS)
-    ]
+    found = random_controls(run, direction)
     train = run.activations("train")
     values, labels = train.at(site, position), train.labels
     generator = torch.Generator().manual_seed(seed)
@@ -515,6 +532,12 @@ def _controls(run: Run, candidate: Candidate) -> list[tuple[str, Direction]]:
         except DirectionError as error:
             run.note(f"no shuffled-labels control: {error}")
     return found
+
+
+def random_controls(run: Run, like: Direction) -> list[tuple[str, Direction]]:
+    """Random directions of equal norm, by name; the same ones for one seed."""
+    seeds = [1000 * run.configuration.seed + i for i in range(N_RANDOM_CONTROLS)]
+    return [(f"random {i}", random_direction(like, seed=seed)) for i, seed in enumerate(seeds)]
 
 
 def _control(

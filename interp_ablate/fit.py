@@ -20,7 +20,7 @@ from interp_ablate.directions import Direction
 from interp_ablate.edits import Ablate, Erase
 from interp_ablate.errors import InterpAblateError, PlanError
 from interp_ablate.model import Model
-from interp_ablate.scores import Evidence, ExpressionScorer, kl_divergence
+from interp_ablate.scores import Evidence, ExpressionScorer, kl_divergence, repeats
 from interp_ablate.sites import Site
 
 N_TOKENS = 4  # tokens of each expressing answer that are made unlikely
@@ -117,12 +117,8 @@ class Passage:
 
 def loop_of(prompt: Sequence[int], answer: Sequence[int]) -> Passage | None:
     """Where an answer repeats itself: tokens that complete three tokens seen before in it."""
-    tokens, seen, places = list(answer[:PASSAGE_TOKENS]), set(), []
-    for i in range(2, len(tokens)):
-        gram = tuple(tokens[i - 2 : i + 1])
-        if gram in seen:
-            places.append(i)
-        seen.add(gram)
+    tokens = list(answer[:PASSAGE_TOKENS])
+    places = repeats(tokens)
     return Passage(list(prompt), tokens[: places[-1] + 1], places) if places else None
 
 

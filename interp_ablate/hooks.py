@@ -114,9 +114,8 @@ class _Slot:
 
     def __call__(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         if len(self.left) > 1:
-            rows = x.reshape(
-                len(self.left), -1, x.shape[-1]
-            )  # some MLPs flatten batch and position
+            # some MLPs flatten batch and position
+            rows = x.reshape(len(self.left), -1, x.shape[-1])
             return self._of_each(rows).view(x.shape)
         flat = x.reshape(-1, x.shape[-1])
         base = flat if self.shift is None else flat + self.shift[0]

@@ -162,8 +162,7 @@ class BridgeLens:
     def gathered_cache(self, cache: Any, rows: Int[Tensor, " row"]) -> Any:
         gathered = copy.copy(cache)  # layers replace their tensors, they never write into them
         gathered.layers = [copy.copy(layer) for layer in cache.layers]
-        gathered.batch_select_indices(rows)
-        return gathered
+        return self.select_cache(gathered, rows)
 
     def select_cache(self, cache: Any, rows: Int[Tensor, " row"]) -> Any:
         cache.batch_select_indices(rows)
@@ -306,7 +305,7 @@ class HookedLens:
         return TransformerLensKeyValueCache.init_cache(self.tl.cfg, self.tl.cfg.device, batch)
 
     def gathered_cache(self, cache: Any, rows: Int[Tensor, " row"]) -> Any:
-        return self._each(copy.copy(cache), lambda x: x[rows])
+        return self.select_cache(copy.copy(cache), rows)
 
     def select_cache(self, cache: Any, rows: Int[Tensor, " row"]) -> Any:
         return self._each(cache, lambda x: x[rows])

@@ -611,7 +611,8 @@ class Model:
                 logits = self._forward(step, keep)
             return batch, logits, captured
 
-        size = batch_size or self._rows_that_fit(rows, keep, len(capture) * tail, STREAM_ROWS)
+        width = max(map(len, rows))
+        size = batch_size or self._rows_that_fit(width, keep, len(capture) * tail, STREAM_ROWS)
         yield from in_parts(
             batches(
                 rows, size=size, prompt_lengths=prompt_lengths, prefix=prefix, device=self.device
@@ -635,12 +636,9 @@ class Model:
             )
         return list(of_row)
 
-    def _rows_that_fit(
-        self, rows: Sequence[Sequence[int]], keep: int, captured: int, most: int
-    ) -> int:
-        """How many rows a batch may have by a rough count of what one needs, half of what is free."""
+    def _rows_that_fit(self, width: int, keep: int, captured: int, most: int) -> int:
+        """How many rows of `width` tokens fit, by a rough count of what one needs, into half of what is free."""
         cfg, size = self.tl.cfg, self.dtype.itemsize
-        width = max(map(len, rows))
         # the KV cache of every layer, a few copies of the widest activations, logits in fp32
         cache = 2 * self.n_layers * width * self.d_model * size
         live = width * (6 * self.d_model + 3 * (cfg.d_mlp or 4 * self.d_model)) * size
@@ -780,9 +778,8 @@ class Model:
             step = self._step_of(batch, prefix, shared, plans, cache=True)
             return self._decode(step, batch.index, choose, max_new_tokens)
 
-        size = batch_size or self._rows_that_fit(
-            [[*row, *range(max_new_tokens)] for row in rows], 1, 0, DECODED_ROWS
-        )
+        width = max(lengths) + max_new_tokens
+        size = batch_size or self._rows_that_fit(width, 1, 0, DECODED_ROWS)
         written: dict[int, tuple[list[int], bool]] = {}
         for part in in_parts(batches(rows, size=size, prefix=prefix, device=self.device), run):
             written.update(part)

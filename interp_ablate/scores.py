@@ -455,9 +455,19 @@ class Perplexity:
 
 def repetition(tokens: Sequence[int] | Int[Tensor, " pos"], n: int = 3) -> float:
     """Share of n-grams that occurred before in the same text; 0 for texts shorter than n + 1 tokens."""
-    tokens = [int(token) for token in tokens]
-    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if len(grams) > 1 else 0.0
+    grams = len(tokens) - n + 1
+    return 1 - (grams - len(repeats(tokens, n))) / grams if grams > 1 else 0.0
+
+
+def repeats(tokens: Sequence[int] | Int[Tensor, " pos"], n: int = 3) -> list[int]:
+    """The places of tokens that complete an n-gram which occurred before in the same text."""
+    plain, seen, places = [int(token) for token in tokens], set(), []
+    for last in range(n - 1, len(plain)):
+        gram = tuple(plain[last - n + 1 : last + 1])
+        if gram in seen:
+            places.append(last)
+        seen.add(gram)
+    return places
 
 
 @dataclass(frozen=True)

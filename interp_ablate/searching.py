@@ -7,7 +7,6 @@ Does not know: what a parameter means (`search` does), how trials survive a kill
 from __future__ import annotations
 
 import fcntl
-import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,23 +16,22 @@ from typing import Any
 import pandas as pd
 
 from interp_ablate.candidates import Trial, screening, turned
-from interp_ablate.directions import Direction, random_direction
+from interp_ablate.directions import Direction
 from interp_ablate.edits import Ablate, Erase, Plan
 from interp_ablate.errors import RunError
 from interp_ablate.experiment import (
     MAIN_METHOD,
-    N_RANDOM_CONTROLS,
-    addition_plan,
     bench_of,
     fit_of,
     fits_of,
-    test_plan,
+    random_controls,
+    test_choice,
 )
 from interp_ablate.fit import NothingToFit
 from interp_ablate.journal import Journal
 from interp_ablate.pipeline import Run, identity
 from interp_ablate.search import LAYERS, OBJECTIVES, POINT, Ground, plan_of, priors, score, space_of
-from interp_ablate.selection import Choice, constrained
+from interp_ablate.selection import constrained
 from interp_ablate.sites import Site
 from interp_ablate.study import Study, open_study
 from interp_ablate.sweep import Source, promising, run_trials, screen, spread
@@ -85,8 +83,10 @@ def do_search(run: Run, search: Search) -> None:
     with _alone(run):
         run.stage("directions")
         bench_of(run)
-        layers = _prepared(run, search)
-    ground = _ground(run, search)
+        ground = _ground(run, search)
+        layers = _prepared(run, search, ground)
+    if search.fits:
+        ground.fits = fits_of(run)
     bench = bench_of(run)
     seconds = 60 * search.minutes - (time.monotonic() - begin)
     with open_study(
@@ -118,7 +118,7 @@ def _alone(run: Run) -> Iterator[None]:
         yield
 
 
-def _prepared(run: Run, search: Search) -> list[float]:
+def _prepared(run: Run, search: Search, ground: Ground) -> list[float]:
     """Screened layers, the best first; the fitted edits are in the folder. A control has the middle ones."""
     depth = run.model.n_layers - 1
     if search.control is not None:
@@ -130,7 +130,9 @@ def _prepared(run: Run, search: Search) -> list[float]:
     if search.fits:
         for source in spread(sources):
             try:
-                fit_of(run, source, start=_control_direction(run, search, source))
+                # a control's fit starts from its own direction at that layer
+                own = ground.directions(MAIN_METHOD)[Site(source[0], POINT)]
+                fit_of(run, source, start=own if search.control else None)
             except NothingToFit as error:
                 run.note(str(error))
     if search.control is not None:
@@ -158,21 +160,11 @@ def _position(run: Run) -> str:
     return run.configuration.positions[0]
 
 
-def _control_direction(run: Run, search: Search, source: Source) -> Direction | None:
-    """Where a control's fit starts: its own direction at that layer; None where it is the real one."""
-    if search.control is None:
-        return None
-    site = Site(source[0], POINT)
-    return _ground(run, search).directions(MAIN_METHOD)[site]
-
-
 def _ground(run: Run, search: Search) -> Ground:
-    fits = fits_of(run) if search.fits else {}
     return Ground(
         run.activations("train"),
         run.model.writers,
         position=_position(run),
-        fits=fits,
         control=search.control,
         seed=run.configuration.seed,
     )
@@ -204,38 +196,16 @@ def _report(run: Run, search: Search, ground: Ground, study: Study) -> None:
         max_repetition=bench.repetition,
         tolerance=0.5 / run.configuration.n_validation,
     )
-    selected = _selected(run, search, choice)
-    if choice.row is None:
-        run.note(f"no plan passed the limits: {choice.removed}; {choice.relax}")
-        run.write("generations.jsonl", [])
-    else:
-        plan = plan_of(params[int(choice.row["number"])], ground)
-        addition = addition_plan(run, _addition_direction(run))
-        test, generations = test_plan(run, plan, addition, _controls(run, plan))
-        selected |= {"plan": plan.to_dict(), "addition_plan": addition.to_dict(), "test": test}
-        run.write("generations.jsonl", generations)
-    run.state["no_plan"] = choice.row is None
-    run.write("selected.json", selected)
+
+    def plans(row: dict[str, Any]) -> tuple[Plan, Direction, list[tuple[str, Plan]]]:
+        plan, added = plan_of(params[int(row["number"])], ground), _addition_direction(run)
+        return plan, added, _controls(run, plan, added)
+
+    baseline = {"repetition": bench.repetition, **bench.baseline}
+    test_choice(run, choice, plans, control=search.control, validation_baseline=baseline)
     for stage in ("export", "plot", "report"):
         run.state["stages"].pop(stage, None)
     run.begin()
-
-
-def _selected(run: Run, search: Search, choice: Choice) -> dict[str, Any]:
-    row = None if choice.row is None else {k: _plain(v) for k, v in choice.row.items()}
-    baseline = {"repetition": bench_of(run).repetition, **bench_of(run).baseline}
-    return {
-        "rule": choice.rule,
-        "limits": choice.limits(),
-        "plan": None,
-        "trial": row,
-        "control": search.control,
-        "validation_baseline": baseline,
-    }
-
-
-def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and value != value else value
 
 
 def _addition_direction(run: Run) -> Direction:
@@ -244,14 +214,13 @@ def _addition_direction(run: Run) -> Direction:
     return max(main, key=lambda item: item.separation.d_prime if item.separation else 0.0)
 
 
-def _controls(run: Run, plan: Plan) -> list[tuple[str, Plan]]:
+def _controls(run: Run, plan: Plan, like: Direction) -> list[tuple[str, Plan]]:
     """The chosen plan turned to write along random directions, all its strengths kept."""
-    found = []
-    for i in range(N_RANDOM_CONTROLS):
-        other = random_direction(_addition_direction(run), seed=1000 * run.configuration.seed + i)
-        edits = [turned(e, other) for e in plan if isinstance(e, (Ablate, Erase))]
-        found.append((f"random {i}", Plan(tuple(edits))))
-    return found
+    edits = [edit for edit in plan if isinstance(edit, (Ablate, Erase))]
+    return [
+        (name, Plan(tuple(turned(edit, other) for edit in edits)))
+        for name, other in random_controls(run, like)
+    ]
 
 
 def summary(run: Run) -> str:
@@ -263,8 +232,3 @@ def summary(run: Run) -> str:
             f"{int(row['number']):5d}  {row['expression_rate']:.3f}   {row['kl']:.4f}  {row['repetition']:.3f}"
         )
     return "\n".join(lines)
-
-
-def chosen(run: Run) -> dict[str, Any]:
-    """selected.json."""
-    return json.loads((run.out / "selected.json").read_text())

@@ -62,6 +62,13 @@ class Choice:
     removed: dict[str, int] = field(default_factory=dict)
     relax: str = ""
 
+    @property
+    def trial(self) -> dict[str, Any] | None:
+        """The row as plain data: None where the table has nothing."""
+        if self.row is None:
+            return None
+        return {k: (None if pd.isna(v) else v) for k, v in self.row.items()}
+
     def limits(self) -> dict[str, Any]:
         """Plain data for reports."""
         return {
