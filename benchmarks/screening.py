@@ -58,11 +58,8 @@ class Ground:
 def ground_of(model: Any, name: str, args: Any) -> Ground:
     from interp_ablate import ContrastSet, Evidence, TargetLogOdds, collect, estimate_directions
     from interp_ablate.candidates import distinct, screening
-    from interp_ablate.scores import (
-        EXPRESSIONS_OF_CONTRAST,
-        ExpressionScorer,
-        find_target_tokens,
-    )
+    from interp_ablate.expressions import EXPRESSIONS_OF_CONTRAST, ExpressionScorer
+    from interp_ablate.scores import find_target_tokens
     from interp_ablate.sweep import Bench
 
     n = 4 if args.smoke else 32

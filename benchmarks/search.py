@@ -2,7 +2,8 @@
 
 What it must reach in 10 minutes on 2 cores: 0 of 32 validation requests declined, first-token KL at most 0.02,
 no more repetition than the unedited model's. A trial is answers of 32 tokens to 32 prompts and first-token
-KL on 32 others, as heretic's is; plans of the front also answer those. heretic 1.4.0 takes 18 to 19 s for it on the machine this was measured on.
+KL on 32 others, as heretic's is; plans of the front also answer those. heretic 1.4.0 takes 18 to 19 s for it on
+the machine this was measured on.
 """
 
 from __future__ import annotations

@@ -19,9 +19,10 @@ from interp_ablate.exchanges import TextScorer
 from interp_ablate.export.checkpoint import add_to_card, export_checkpoint
 from interp_ablate.export.tensor_copy import check_place
 from interp_ablate.files import write_whole
+from interp_ablate.listeners import Listener
 from interp_ablate.model import Model
 from interp_ablate.persona import GREEDY, Persona, steering_jobs, summary
-from interp_ablate.rollouts import Answer, Listener, Sampling, answer_all
+from interp_ablate.rollouts import Answer, Sampling, answer_all
 from interp_ablate.selection import bootstrap_interval
 from interp_ablate.traits import split_questions
 from interp_ablate.weights import weight_plan

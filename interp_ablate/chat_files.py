@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from interp_ablate.errors import InterpAblateError
-from interp_ablate.files import replacing
+from interp_ablate.files import feed, replacing
 
 Format = Literal["jsonl", "json", "parquet", "folder"]
 Compression = Literal["", ".gz", ".zst"]
@@ -123,9 +123,7 @@ class ChatFile:
                 if self.format == "folder":
                     name = path.relative_to(self.path).as_posix().encode()
                     found.update(b"%d:%s:%d:" % (len(name), name, path.stat().st_size))
-                with open(path, "rb") as file:
-                    while chunk := file.read(_CHUNK):
-                        found.update(chunk)
+                feed(found, path)
         except OSError as error:
             raise self._unreadable(error) from error
         return found.hexdigest()

@@ -16,6 +16,7 @@ from typing import Any
 from interp_ablate.errors import RunError
 
 FORMATS = ("checkpoint", "lora", "gguf", "control-vector")
+REPLIES = "replies.jsonl"  # what a judge answered
 TIED = ("untie", "skip-embedding", "accept")
 
 
@@ -24,6 +25,11 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", help="bundled alias (smollm2), HF folder, .gguf file or hub name"
     )
+    loading_flags(parser)
+
+
+def loading_flags(parser: argparse.ArgumentParser) -> None:
+    """How a model is loaded."""
     parser.add_argument("--backend", choices=("bridge", "hooked"), help="TransformerLens class")
     parser.add_argument("--dtype", help="float32 (default), bfloat16, float16, float64")
     parser.add_argument("--device", help="cpu (default), cuda, mps, auto (all GPUs)")
@@ -33,6 +39,27 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run Python code that a model folder brings",
     )
+
+
+def flags_given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The flags that were given, under their own names."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def trait_scorer(spec: str | None, trait: Any, folder: Path) -> Any:
+    """The scorer of --scorer, or the trait's own; a judge keeps its replies in the folder.
+
+    Raises:
+        RunError: neither is there.
+    """
+    from interp_ablate.judges import scorer_of
+
+    if not (spec or trait.scorer):
+        raise RunError(
+            f"the trait {trait.name!r} names no offline scorer: give --scorer, such as "
+            "judge:MODEL@http://HOST/v1 (its rubric is the trait's) or classifier:FOLDER"
+        )
+    return scorer_of(spec or trait.scorer, rubric=trait.rubric, cache=folder / REPLIES)
 
 
 def add_commands(commands: Any) -> None:

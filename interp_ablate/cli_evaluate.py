@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from interp_ablate.cli_artefacts import load, rubric_of
+from interp_ablate.cli_artefacts import load, loading_flags, rubric_of
 from interp_ablate.errors import RunError
 
 
@@ -26,7 +26,7 @@ def add_commands(commands: Any) -> None:
     )
     parser.add_argument("before", metavar="A", help="alias, HF folder, .gguf file or hub name")
     parser.add_argument("after", metavar="B", nargs="?", help="the same; default: A, under --plan")
-    _loading_flags(parser)
+    loading_flags(parser)
     parser.add_argument("--plan", help="plan JSON (or selected.json), applied to B as hooks")
     parser.add_argument(
         "--text", nargs="+", metavar="FILE",
@@ -55,17 +55,6 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--limit", type=int, help="documents, prompts a list, items a task at most")
     parser.add_argument("--out", required=True, help="folder; what it has already is kept")
     parser.set_defaults(work=_evaluate)
-
-
-def _loading_flags(parser: argparse.ArgumentParser) -> None:
-    """How both models are loaded."""
-    parser.add_argument("--backend", choices=("bridge", "hooked"), help="TransformerLens class")
-    parser.add_argument("--dtype", help="float32 (default), bfloat16, float16, float64")
-    parser.add_argument("--device", help="cpu (default), cuda, mps, auto (all GPUs)")
-    parser.add_argument("--template", help="Jinja chat template text, or 'none' for raw text")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code that a model brings"
-    )
 
 
 def _task_flags(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from interp_ablate.cli_artefacts import load, model_flags
+from interp_ablate.cli_artefacts import load, model_flags, trait_scorer
+from interp_ablate.cli_progress import Progress
 from interp_ablate.errors import RunError
 
 PLANTED = "planted:"
@@ -87,29 +88,10 @@ def _screen_flags(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(work=_screen)
 
 
-class _Told:
-    """Progress as lines on standard error."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        self.quiet = quiet
-
-    def start(self, stage: str, total: int | None) -> None:
-        if not self.quiet:
-            print(f"{stage}: {total}", file=sys.stderr)
-
-    def note(self, text: str) -> None:
-        if not self.quiet:
-            print(f"note: {text}", file=sys.stderr)
-
-    def advance(self, n: int = 1) -> None: ...
-    def finish(self) -> None: ...
-
-
 # ---- monitor ------------------------------------------------------------------------------------------
 
 
 def _monitor(args: argparse.Namespace) -> int:
-    from interp_ablate.judges import scorer_of
     from interp_ablate.monitoring import monitor_trait, read_graded
     from interp_ablate.persona import load_persona
     from interp_ablate.plots_monitor import save_monitoring
@@ -118,14 +100,8 @@ def _monitor(args: argparse.Namespace) -> int:
     persona = load_persona(args.folder)
     if args.prompt is not None:
         return _stream(args, persona)
-    spec = args.scorer or persona.trait.scorer
-    if spec is None:
-        raise RunError(
-            f"the trait {persona.name!r} names no scorer: give --scorer (lexicon:sentiment, "
-            "classifier:FOLDER, judge:MODEL@BASE_URL, ...)"
-        )
     out = Path(args.out or args.folder)
-    scorer = scorer_of(spec, rubric=persona.trait.rubric, cache=out / "replies.jsonl")
+    scorer = trait_scorer(args.scorer, persona.trait, out)
     systems = None if args.systems is None else read_graded(args.systems)
     questions = asked_questions(args, persona)
     given = {} if args.new_tokens is None else {"new_tokens": args.new_tokens}
@@ -137,7 +113,7 @@ def _monitor(args: argparse.Namespace) -> int:
         systems=systems,
         questions=questions,
         sampling=Sampling(temperature=0.0, **given),
-        listener=_Told(quiet=args.quiet),
+        listener=Progress(quiet=args.quiet),
     )
     found.save(out)
     figure = save_monitoring(found, out / "figures" / "monitor.png")

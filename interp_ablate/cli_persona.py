@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from interp_ablate import cli_monitor, cli_training
-from interp_ablate.cli_artefacts import load, model_flags
+from interp_ablate.cli_artefacts import REPLIES, flags_given, load, model_flags, trait_scorer
 from interp_ablate.cli_progress import Progress
 from interp_ablate.errors import InterpAblateError, RunError
 
@@ -127,17 +127,10 @@ def scorers(args: argparse.Namespace, trait: Any, folder: Path) -> tuple[Any, An
     """The trait's scorer and that of coherence (None: fluency); judges keep their replies in the folder."""
     from interp_ablate.judges import scorer_of
 
-    spec = args.scorer or trait.scorer
-    if not spec:
-        raise RunError(
-            f"the trait {trait.name!r} names no offline scorer: give --scorer, such as "
-            "judge:MODEL@http://HOST/v1 (its rubric is the trait's) or classifier:FOLDER"
-        )
-    cache = folder / "replies.jsonl"
-    scorer = scorer_of(spec, rubric=trait.rubric, cache=cache)
+    scorer = trait_scorer(args.scorer, trait, folder)
     if not args.coherence:
         return scorer, None
-    return scorer, scorer_of(args.coherence, rubric=COHERENCE_RUBRIC, cache=cache)
+    return scorer, scorer_of(args.coherence, rubric=COHERENCE_RUBRIC, cache=folder / REPLIES)
 
 
 COHERENCE_RUBRIC = (
@@ -163,10 +156,6 @@ def _layers(text: str) -> tuple[int, int]:
         return int(first), int(last or first)
     except ValueError as error:
         raise RunError(f"--layers takes A-B, such as 8-20; got {text!r}") from error
-
-
-def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def _traits(args: argparse.Namespace) -> int:
@@ -198,8 +187,8 @@ def _extract(args: argparse.Namespace) -> int:
     from interp_ablate.plots_persona import save_figures
     from interp_ablate.rollouts import Sampling
 
-    sampling = Sampling(**_given(args, "new_tokens", "temperature", "seed", "batch_size"))
-    given = _given(
+    sampling = Sampling(**flags_given(args, "new_tokens", "temperature", "seed", "batch_size"))
+    given = flags_given(
         args, "questions", "choosing", "samples", "threshold", "coherent", "fewest", "pooling"
     )
     if args.layers:
@@ -278,7 +267,7 @@ def _steer(args: argparse.Namespace) -> int:
         else COEFFICIENTS,
         questions=args.questions,
         controls=args.controls,
-        sampling=Sampling(temperature=0.0, **_given(args, "new_tokens", "batch_size")),
+        sampling=Sampling(temperature=0.0, **flags_given(args, "new_tokens", "batch_size")),
         listener=Progress(quiet=args.quiet),
     )
     table = curve(answers)
@@ -315,7 +304,7 @@ def _bake(args: argparse.Namespace) -> int:
         coherence=coherence,
         coefficient=amount,
         questions=args.questions,
-        sampling=Sampling(temperature=0.0, **_given(args, "new_tokens", "batch_size")),
+        sampling=Sampling(temperature=0.0, **flags_given(args, "new_tokens", "batch_size")),
         overwrite=args.force,
         listener=Progress(quiet=args.quiet),
     )

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from interp_ablate.cli_artefacts import flags_given, trait_scorer
 from interp_ablate.cli_monitor import asked_questions
 from interp_ablate.errors import RunError
 
@@ -46,7 +47,7 @@ def add_commands(commands: Any) -> None:
     heal.add_argument("--sft-weight", type=float, help="of the loss on chosen answers (default 0)")
     heal.add_argument(
         "--kl-weight", type=float,
-        help="of the KL to the original on chosen answers (default 0; 1 with --make-preferences)",
+        help="of the KL to the original on chosen answers (default 0; 10 with --make-preferences)",
     )  # fmt: skip
     heal.add_argument("--samples", type=int, help="answers a prompt that are made (default 1)")
     heal.add_argument("--new-tokens", type=int, help="of made answers (default 40)")
@@ -119,11 +120,6 @@ def _recipe_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS)
 
 
-def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """The flags that were given, under their own names."""
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-
-
 def _recipe(args: argparse.Namespace) -> Any:
     from interp_ablate.training import Recipe
 
@@ -138,7 +134,7 @@ def _recipe(args: argparse.Namespace) -> Any:
         "learning_rate",
     ]
     return Recipe(
-        **_given(args, *names),
+        **flags_given(args, *names),
         rslora=not args.no_rslora,
         gradient_checkpointing=args.gradient_checkpointing,
     )
@@ -182,15 +178,12 @@ def _train(args: argparse.Namespace) -> int:
     if bool(args.data) == args.from_rollouts:
         raise RunError("give DATA, or --from-rollouts for the persona's own answers: one of them")
     _prepare(args)
-    from interp_ablate.judges import scorer_of
     from interp_ablate.persona import load_persona
     from interp_ablate.plots_training import save_trait
     from interp_ablate.preventing import Comparison, Condition, Yardstick, prevent, steering
 
     persona = load_persona(args.folder)
-    spec = args.scorer or persona.trait.scorer
-    if not spec:
-        raise RunError(f"the trait {persona.trait.name!r} names no scorer: give --scorer")
+    scorer = trait_scorer(args.scorer, persona.trait, Path(args.folder))
     samples, counts = _samples(args)
     coefficient = persona.coefficient if args.coefficient is None else args.coefficient
     plan = steering(persona.direction, coefficient, positions=args.positions)
@@ -198,7 +191,7 @@ def _train(args: argparse.Namespace) -> int:
     yardstick = Yardstick(
         persona.direction,
         asked_questions(args, persona),
-        scorer_of(spec, rubric=persona.trait.rubric, cache=Path(args.folder) / "replies.jsonl"),
+        scorer,
         new_tokens=args.new_tokens,
     )
     comparison = Comparison(
@@ -310,7 +303,7 @@ def _healing(args: argparse.Namespace) -> Any:
     """The settings that were given; for answers of the two models, those under which the original is best."""
     from interp_ablate.healing import OWN_ANSWERS, Healing
 
-    given = _given(args, "keep", "beta", "sft_weight", "kl_weight")
+    given = flags_given(args, "keep", "beta", "sft_weight", "kl_weight")
     return Healing(**{**(OWN_ANSWERS if args.make_preferences else {}), **given})
 
 
@@ -343,10 +336,14 @@ def _original(args: argparse.Namespace, source: dict[str, Any], *, needed: bool)
 def _held_out(args: argparse.Namespace) -> Any:
     if not (args.contrast or args.positive or args.negative):
         return None
-    from interp_ablate.expressions import ExpressionScorer, expression_names, read_expressions
+    from interp_ablate.expressions import (
+        EXPRESSIONS_OF_CONTRAST,
+        ExpressionScorer,
+        expression_names,
+        read_expressions,
+    )
     from interp_ablate.healing import HeldOut
     from interp_ablate.prompts import ContrastSet
-    from interp_ablate.scores import EXPRESSIONS_OF_CONTRAST
 
     contrast = ContrastSet.load(args.contrast, positive=args.positive, negative=args.negative)
     wanted = args.expressions or EXPRESSIONS_OF_CONTRAST.get(contrast.name, "declining")
@@ -372,7 +369,7 @@ def _pairs(
     if args.preferences:
         return asked, {"from": args.preferences}
     kept, gone = without(asked, held_out.benign + held_out.requests if held_out else ())
-    how = Answering(**_given(args, "samples", "new_tokens", "seed"))
+    how = Answering(**flags_given(args, "samples", "new_tokens", "seed"))
     _note(args, f"{len(kept)} prompts, answered by the original and the edited model")
     pairs, counts = make_pairs(case.original_model, case.edited_model, kept, how)
     told = {"from": args.make_preferences, "prompts": len(kept), "held_out_prompts_left_out": gone}

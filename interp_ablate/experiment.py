@@ -28,15 +28,18 @@ from interp_ablate.edits import Ablate, Add, Erase, Plan
 from interp_ablate.errors import DirectionError, RunError
 from interp_ablate.estimators import comparison
 from interp_ablate.executors import Executor, executor_of
-from interp_ablate.expressions import read_expressions
+from interp_ablate.expressions import (
+    EXPRESSIONS,
+    EXPRESSIONS_OF_CONTRAST,
+    ExpressionScorer,
+    read_expressions,
+)
 from interp_ablate.fit import N_KEPT, FitData, NothingToFit, fit_data, fit_edit
 from interp_ablate.journal import Journal
 from interp_ablate.pipeline import Configuration, Run, identity
 from interp_ablate.scores import (
-    EXPRESSIONS,
-    EXPRESSIONS_OF_CONTRAST,
+    Empty,
     Evidence,
-    ExpressionScorer,
     FirstTokenKL,
     Length,
     Repetition,
@@ -51,7 +54,6 @@ from interp_ablate.sweep import (
     Bench,
     Source,
     bands,
-    empty_share,
     finalists,
     fitted,
     promising,
@@ -368,7 +370,10 @@ def do_evaluate(run: Run) -> None:
     choice = constrained(
         finals,
         max_kl=c.max_kl,
-        at_most={"repetition": bench.repetition + 0.1, "empty": empty_share(bench.positive)},
+        at_most={
+            "repetition": bench.repetition + 0.1,
+            "empty": float(Empty()(bench.positive, bench.positive).mean()),
+        },
         tolerance=0.5 / c.n_validation,
     )
 
@@ -423,8 +428,7 @@ def _addition_plan(run: Run, direction: Direction) -> Plan:
     with run.step("addition coefficient", len(ADDITION_COEFFICIENTS)) as advance:
         for coefficient in ADDITION_COEFFICIENTS:
             plan = Plan((Add(direction, direction.site, coefficient=coefficient),))
-            evidence = Evidence(run.model, bench.negative.rows, plan, new_tokens=bench.new_tokens)
-            rate = float(bench.expression(evidence, bench.negative).mean())
+            rate = float(bench.expression(bench.negative.under(plan), bench.negative).mean())
             advance(1)
             if rate > best_rate:
                 best, best_rate = coefficient, rate
@@ -440,14 +444,12 @@ def _test_plan(
     model, test, c = run.model, run.split.test, run.configuration
     scorer = bench_of(run).expression
 
-    def evidence(prompts: Sequence[Any], plan: Plan | None) -> Evidence:
-        return Evidence(model, prompts, plan, new_tokens=c.new_tokens)
-
     with run.step("test split", 7 + len(control_plans)) as advance:
         sides = {"positive": test.positive, "negative": test.negative}
-        base_p, base_n = evidence(test.positive, None), evidence(test.negative, None)
-        new_p, new_n = evidence(test.positive, plan), evidence(test.negative, plan)
-        added = evidence(test.negative, addition)
+        base_p, base_n = (
+            Evidence(model, prompts, new_tokens=c.new_tokens) for prompts in sides.values()
+        )
+        new_p, new_n, added = base_p.under(plan), base_n.under(plan), base_n.under(addition)
         generate_together([base_p, base_n, new_p, new_n, added])
         values: dict[str, torch.Tensor] = {}
         for name, here, base in (
@@ -464,9 +466,7 @@ def _test_plan(
         advance(1)
         for name, here in (("before", base_p), ("after", new_p)):
             values[f"positive_repetition_{name}"] = Repetition()(here, base_p)
-            values[f"positive_empty_{name}"] = torch.tensor(
-                [float(not text.strip()) for text in here.texts]
-            )
+            values[f"positive_empty_{name}"] = Empty()(here, base_p)
         for name, here in (("before", base_n), ("after", new_n)):
             values[f"repetition_{name}"] = Repetition()(here, base_n)
             values[f"length_{name}"] = Length()(here, base_n)
@@ -561,9 +561,7 @@ def random_controls(run: Run, like: Direction) -> list[tuple[str, Direction]]:
 def _control(
     run: Run, name: str, plan: Plan, base_positive: Evidence, base_negative: Evidence
 ) -> dict[str, Any]:
-    new_tokens = run.configuration.new_tokens
-    on_positive = Evidence(run.model, base_positive.rows, plan, new_tokens=new_tokens)
-    on_negative = Evidence(run.model, base_negative.rows, plan)
+    on_positive, on_negative = base_positive.under(plan), base_negative.under(plan)
     rates = bench_of(run).expression(on_positive, base_positive).double()
     return {
         "name": name,

@@ -1,7 +1,7 @@
 """Files: outputs that are whole or not there at all.
 
 Knows: writing beside a file's place and renaming, cleaning up, and a write's failure as this package's
-error. Does not know: what is written, or any format.
+error; a file's bytes into a hash. Does not know: what is written, or any format.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from interp_ablate.errors import InterpAblateError, RunError
 
@@ -49,3 +50,14 @@ def write_whole(
         raise error(
             f"cannot write {path}: {failure.strerror or failure}. Free space or choose another place"
         ) from failure
+
+
+def feed(digest: Any, path: Path) -> None:
+    """A file's bytes into a `hashlib` object, a part at a time.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)

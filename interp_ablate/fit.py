@@ -19,8 +19,9 @@ from torch.nn.functional import softplus
 from interp_ablate.directions import Direction
 from interp_ablate.edits import Ablate, Erase
 from interp_ablate.errors import InterpAblateError, PlanError
+from interp_ablate.expressions import ExpressionScorer
 from interp_ablate.model import Model
-from interp_ablate.scores import Evidence, ExpressionScorer, kl_divergence, repeats
+from interp_ablate.scores import Evidence, kl_divergence, repeats
 from interp_ablate.sites import Site
 
 N_TOKENS = 4  # tokens of each expressing answer that are made unlikely

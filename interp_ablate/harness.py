@@ -28,6 +28,7 @@ from typing import Any
 
 from interp_ablate.edits import Plan
 from interp_ablate.errors import InterpAblateError, RunError
+from interp_ablate.files import feed
 from interp_ablate.model import Model
 from interp_ablate.scores import Evidence, chosen_logprobs
 
@@ -169,7 +170,8 @@ class Tasks:
         for path in sorted(p for folder in folders for p in folder.rglob("*") if p.is_file()):
             # these change on their own, as tasks are run and looked at
             if not {"__pycache__", ".git"} & set(path.parts):
-                digest.update(path.name.encode() + path.read_bytes())
+                digest.update(path.name.encode())
+                feed(digest, path)
         return {"task": name, "lm_eval": lm_eval.__version__, "files": digest.hexdigest()}
 
     def run(

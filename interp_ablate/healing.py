@@ -20,7 +20,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +27,7 @@ from interp_ablate.activations import collect
 from interp_ablate.chat_data import Message, read_preferences
 from interp_ablate.edits import Ablate, Clamp, Erase, Plan
 from interp_ablate.errors import ExportError, PlanError, RunError
-from interp_ablate.export.card import CERTIFICATE, MANIFEST
+from interp_ablate.export.card import CERTIFICATE, MANIFEST, versions
 from interp_ablate.export.checkpoint import whole_folder, write_json
 from interp_ablate.export.tensor_copy import check_place
 from interp_ablate.export.tensor_files import Checkpoint
@@ -36,9 +35,9 @@ from interp_ablate.expressions import ExpressionScorer
 from interp_ablate.model import Model
 from interp_ablate.prompts import ContrastSet, Prompt, normalised
 from interp_ablate.scores import Evidence, continuation_scores, kl_divergence, repetition
-from interp_ablate.selection import bootstrap_interval
 from interp_ablate.sites import sites_of
 from interp_ablate.training import (
+    PACKAGES,
     RECIPE,
     Base,
     Recipe,
@@ -46,13 +45,14 @@ from interp_ablate.training import (
     Row,
     Trained,
     Where,
-    all_versions,
+    apart,
     common_arguments,
     lora_config,
     make_trainer,
     merge,
     quiet,
     require_extra,
+    summarised,
     train,
     workplace,
     write_trained,
@@ -511,23 +511,6 @@ def along_plan(model: Model, plan: Plan, prompts: Sequence[Prompt]) -> dict[str,
     return {"mean": float(by_layer.mean()), "largest": float(by_layer.max())}
 
 
-def summarised(values: Sequence[float | None], *, proportion: bool = False) -> dict[str, Any]:
-    """Mean and interval over the prompts with a value, how many these are and how many have none."""
-    known = [value for value in values if value is not None]
-    return {
-        "mean": float(np.mean(known)) if known else None,
-        "interval": list(bootstrap_interval(known, proportion=proportion)) if known else None,
-        "n": len(known),
-        "no_value": len(values) - len(known),
-    }
-
-
-def apart(some: Sequence[float | None], others: Sequence[float | None]) -> dict[str, Any]:
-    """`some` minus `others` over the prompts at which both have a value: `summarised`."""
-    pairs = zip(some, others, strict=True)
-    return summarised([None if a is None or b is None else a - b for a, b in pairs])
-
-
 _RATES = ("behaviour", "behaviour_benign")
 
 
@@ -597,7 +580,7 @@ def heal(
             "edit": {**kept, "modules_projected": learned.projected},
             "adapter": certificate["adapter"],
             **_after(case, learned.trained.base.model, treatment.held_out, before),
-            "versions": all_versions(),
+            "versions": versions(*PACKAGES),
         }
         _write(place, report, treatment, case, certificate)
     return report

@@ -32,6 +32,7 @@ from interp_ablate.expressions import (
     sentences,
     without_spaces,
 )
+from interp_ablate.files import feed
 
 logger = logging.getLogger(__name__)
 
@@ -412,9 +413,7 @@ def _folder_print(folder: Path) -> str:
         if p.suffix in (".json", ".txt", ".model", ".safetensors", ".bin")
     ):
         found.update(f"{path.name} {path.stat().st_size}\n".encode())
-        with path.open("rb") as file:
-            while part := file.read(1 << 20):
-                found.update(part)
+        feed(found, path)
     return found.hexdigest()
 
 

@@ -21,10 +21,10 @@ from interp_ablate.errors import DirectionError, PlanError
 from interp_ablate.exchanges import Exchange, TextScorer
 from interp_ablate.model import Model
 from interp_ablate.prompts import ContrastSet, Prompt
-from interp_ablate.scores import Evidence, FirstTokenKL, Repetition, generate_together
-from interp_ablate.selection import Choice, bootstrap_interval, constrained
+from interp_ablate.scores import Evidence, Repetition, generate_together
+from interp_ablate.selection import Choice, constrained
 from interp_ablate.sites import EMBEDDING_POINTS, Point, sites_of
-from interp_ablate.sweep import KL_LEVEL
+from interp_ablate.sweep import bounded_kl
 
 Layers = int | str | Iterable[int] | None
 
@@ -196,7 +196,7 @@ def find_direction(
                 **_measured(behaviour.scorer, (positive, ablated), (negative, added)),
                 "ablated_baseline": before[0],
                 "added_baseline": before[1],
-                **_damage(quiet, base[1]),
+                **bounded_kl(quiet, base[1]),
             }
         )
     table = pd.DataFrame(rows)
@@ -232,11 +232,6 @@ def _measured(
         "unscored": without + too,
         "repetition": fmean(repeated),
     }
-
-
-def _damage(quiet: Evidence, base: Evidence) -> dict[str, float]:
-    kl = FirstTokenKL()(quiet, base).numpy()
-    return {"kl": float(kl.mean()), "kl_high": bootstrap_interval(kl, level=KL_LEVEL)[1]}
 
 
 def _chosen(table: pd.DataFrame, directions: Directions, max_kl: float) -> Found:

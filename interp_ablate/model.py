@@ -6,7 +6,6 @@ Does not know: which TransformerLens class is underneath (`lens` does), what pro
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -60,6 +59,7 @@ from interp_ablate.sources import (
     load_hf,
     resolve,
     torch_dtype,
+    weights_fingerprint,
 )
 
 log = logging.getLogger(__name__)
@@ -273,12 +273,7 @@ class Model:
 
         Computed anew each time: `model.tl` is the user's to edit in place.
         """
-        digest = hashlib.sha256(self.backend.encode())
-        for name, tensor in self.tl.state_dict().items():
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            flat = tensor.detach().cpu().contiguous().view(-1)
-            digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
-        return digest.hexdigest()
+        return weights_fingerprint(self.tl.state_dict(), start=self.backend)
 
     @cached_property
     def eos_token_ids(self) -> frozenset[int]:

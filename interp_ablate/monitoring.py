@@ -25,10 +25,11 @@ from interp_ablate.directions import Direction, random_direction
 from interp_ablate.errors import PromptError, RunError
 from interp_ablate.exchanges import TextScorer
 from interp_ablate.files import write_whole
+from interp_ablate.listeners import Listener
 from interp_ablate.model import Model
 from interp_ablate.persona import Persona
 from interp_ablate.prompts import Prompt
-from interp_ablate.rollouts import Answer, Job, Listener, Sampling, answer_all
+from interp_ablate.rollouts import Answer, Job, Sampling, answer_all
 from interp_ablate.traits import Trait
 
 COLUMNS = ("level", "question", "projection", "score", "coherence", "system", "text", "answer")

@@ -28,6 +28,7 @@ from interp_ablate.edits import Add, Plan, Positions
 from interp_ablate.errors import DirectionError, InterpAblateError, RunError
 from interp_ablate.exchanges import TextScorer
 from interp_ablate.files import write_whole
+from interp_ablate.listeners import Listener, Silent
 from interp_ablate.model import Model
 from interp_ablate.prompts import Prompt
 from interp_ablate.rollouts import (
@@ -39,9 +40,7 @@ from interp_ablate.rollouts import (
     Answer,
     Job,
     Kept,
-    Listener,
     Sampling,
-    Unheard,
     answer_all,
     keep_expressing,
     rollout_jobs,
@@ -259,7 +258,7 @@ def extract(
         RunError: too few answers pass the filter; no candidate gives coherent answers; `out` is other work.
         InterpAblateError: settings that do not fit the trait or the model.
     """
-    listener, out = listener or Unheard(), Path(out)
+    listener, out = listener or Silent(), Path(out)
     candidates = _candidate_layers(model, settings)
     made_of = _made_of(model, trait, scorer, coherence, settings)
     if (out / "persona.json").exists():
@@ -381,7 +380,7 @@ def trait_directions(
     Raises:
         DirectionError: the sides do not differ anywhere; NaN or infinity in the activations.
     """
-    listener = listener or Unheard()
+    listener = listener or Silent()
     sites = sites_of(("resid_post",), range(model.n_layers))
     listener.start("activations", len(kept.positive) + len(kept.negative))
     positive, negative = (

@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from interp_ablate.errors import InterpAblateError, RunError
 from interp_ablate.files import write_whole
+from interp_ablate.listeners import Listener, Silent
 from interp_ablate.sites import POINTS, RESIDUAL_POINTS, Point, Site, sites_of
 
 STAGES = ("collect", "directions", "sweep", "evaluate", "export", "plot", "report")
@@ -112,24 +113,6 @@ class Configuration:
         if not 0 <= start <= end < n_layers:
             raise RunError(f"--layers {self.layers}: the model has layers 0 to {n_layers - 1}")
         return range(start, end + 1)
-
-
-class Listener(Protocol):
-    """Who is told of progress: `start(stage, total)`, `advance(n)`, `note(text)`, `finish()`."""
-
-    def start(self, stage: str, total: int | None) -> None: ...
-    def advance(self, n: int = 1) -> None: ...
-    def note(self, text: str) -> None: ...
-    def finish(self) -> None: ...
-
-
-class Silent:
-    """A listener that hears nothing."""
-
-    def start(self, stage: str, total: int | None) -> None: ...
-    def advance(self, n: int = 1) -> None: ...
-    def note(self, text: str) -> None: ...
-    def finish(self) -> None: ...
 
 
 class Run:

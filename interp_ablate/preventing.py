@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -19,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from interp_ablate.directions import Direction
 from interp_ablate.edits import Add, Plan
 from interp_ablate.errors import PlanError, RunError
 from interp_ablate.exchanges import Exchange, TextScorer
-from interp_ablate.export.card import MANIFEST
+from interp_ablate.export.card import MANIFEST, versions
 from interp_ablate.export.checkpoint import whole_folder, write_json
 from interp_ablate.export.tensor_copy import check_place
 from interp_ablate.model import Model
@@ -39,17 +39,18 @@ from interp_ablate.persona import load_persona
 from interp_ablate.prompts import Prompt
 from interp_ablate.rollouts import kept_answers
 from interp_ablate.scores import Evidence, continuation_scores
-from interp_ablate.selection import bootstrap_interval
 from interp_ablate.sites import Site
 from interp_ablate.training import (
+    PACKAGES,
     RECIPE,
     Base,
     Recipe,
     Renderer,
     Row,
-    all_versions,
+    apart,
     merge,
     sft,
+    summarised,
     train,
     workplace,
     write_trained,
@@ -327,8 +328,9 @@ def measure(
         kls = continuation_scores(evidence, before)["kl_continuation"].tolist()
         # an empty answer has no token at which the two could differ
         kl = tuple(v if g.tokens else None for v, g in zip(kls, before.generations, strict=True))
+    verdicts = tuple(v if v is not None and math.isfinite(v) else None for v in scores)
     measured = Measured(
-        name, tuple(texts), tuple(scores), tuple(along[RESPONSE_MEAN]), tuple(along["-1"]), kl
+        name, tuple(texts), verdicts, tuple(along[RESPONSE_MEAN]), tuple(along["-1"]), kl
     )  # fmt: skip
     return measured, evidence
 
@@ -344,23 +346,6 @@ def answer_loss(hf: Any, rows: Sequence[Row]) -> float | None:
         total += float(hf(input_ids=ids, labels=labels).loss) * len(row.answer)
         count += len(row.answer)
     return total / count if count else None
-
-
-def summary(values: Sequence[float | None]) -> dict[str, Any]:
-    """Mean, interval over questions, how many there are and how many have no value."""
-    known = [float(value) for value in values if value is not None and np.isfinite(value)]
-    return {
-        "mean": float(np.mean(known)) if known else None,
-        "interval": list(bootstrap_interval(known)) if known else None,
-        "n": len(known),
-        "no_value": len(values) - len(known),
-    }
-
-
-def difference(some: Sequence[float | None], others: Sequence[float | None]) -> dict[str, Any]:
-    """`some` minus `others`, question by question: `summary` of the differences."""
-    pairs = zip(some, others, strict=True)
-    return summary([None if a is None or b is None else a - b for a, b in pairs])
 
 
 # ---- the comparison --------------------------------------------------------------------------------
@@ -517,15 +502,15 @@ def _report(comparison: Comparison, results: _Results, counts: dict[str, int]) -
         "rows": counts,
         "recipe": comparison.recipe.to_dict(),
         "conditions": {},
-        "versions": all_versions(),
+        "versions": versions(*PACKAGES),
     }  # fmt: skip
     plans = {c.name: c.plan for c in comparison.conditions}
     for name, measured in found.items():
         plan = plans.get(name)
         report["conditions"][name] = {
-            **{each: summary(getattr(measured, each)) for each in MEASURES},
+            **{each: summarised(getattr(measured, each)) for each in MEASURES},
             "shift": _apart(measured, found["before"]) if name in plans else None,
-            "kl": summary(measured.kl) if measured.kl else None,
+            "kl": summarised(measured.kl) if measured.kl else None,
             "added": [repr(edit) for edit in plan] if plan else [],
             **results.numbers[name],
         }
@@ -535,7 +520,7 @@ def _report(comparison: Comparison, results: _Results, counts: dict[str, int]) -
 
 
 def _apart(one: Measured, other: Measured) -> dict[str, Any]:
-    return {each: difference(getattr(one, each), getattr(other, each)) for each in MEASURES}
+    return {each: apart(getattr(one, each), getattr(other, each)) for each in MEASURES}
 
 
 def _write(place: Path, report: dict[str, Any], comparison: Comparison, results: _Results) -> None:

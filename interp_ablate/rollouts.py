@@ -15,12 +15,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from interp_ablate.edits import Plan
 from interp_ablate.errors import InterpAblateError, PromptError, RunError
 from interp_ablate.exchanges import Exchange, TextScorer
 from interp_ablate.lines import Lines
+from interp_ablate.listeners import Listener, Silent
 from interp_ablate.model import Model
 from interp_ablate.prompts import Prompt
 from interp_ablate.scores import Evidence, chosen_logprobs, repetition
@@ -32,24 +33,6 @@ FEWEST = 8  # answers a side below which a difference of means says little
 # Perplexities between which coherence falls from 100 to 0, on a logarithmic scale.
 FLUENT, BROKEN = 10.0, 1000.0
 _SCORED_AT_A_TIME, _READ_AT_A_TIME = 16, 8
-
-
-class Listener(Protocol):
-    """Who is told of progress (`pipeline.Listener`)."""
-
-    def start(self, stage: str, total: int | None) -> None: ...
-    def advance(self, n: int = 1) -> None: ...
-    def note(self, text: str) -> None: ...
-    def finish(self) -> None: ...
-
-
-class Unheard:
-    """A listener that hears nothing."""
-
-    def start(self, stage: str, total: int | None) -> None: ...
-    def advance(self, n: int = 1) -> None: ...
-    def note(self, text: str) -> None: ...
-    def finish(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -154,7 +137,7 @@ def answer_all(
         RunError: `path` holds answers to other jobs, of another model or sampling; see `Lines`.
         InterpAblateError: a scorer that gives something else than numbers from 0 to 100, one an answer.
     """
-    listener, sampling = listener or Unheard(), sampling or Sampling()
+    listener, sampling = listener or Silent(), sampling or Sampling()
     store = _Store(model, jobs, Path(path), sampling)
     with store.lines.open() as kept:
         store.read(kept)

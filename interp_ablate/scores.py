@@ -404,3 +404,14 @@ class Length:
 
     def __call__(self, evidence: Evidence, baseline: Evidence) -> Float[Tensor, " prompt"]:
         return torch.tensor([float(len(g.tokens)) for g in evidence.generations])
+
+
+@dataclass(frozen=True)
+class Empty:
+    """Whether an answer has no word: 1.0 or 0.0. Silence expresses nothing, and is no removal either."""
+
+    name: str = "empty"
+    goal: Goal = "limit"
+
+    def __call__(self, evidence: Evidence, baseline: Evidence) -> Float[Tensor, " prompt"]:
+        return torch.tensor([float(not text.strip()) for text in evidence.texts])

@@ -31,12 +31,11 @@ from interp_ablate.experiment import (
 from interp_ablate.fit import NothingToFit
 from interp_ablate.journal import Journal
 from interp_ablate.pipeline import Run, identity
-from interp_ablate.scores import Repetition
 from interp_ablate.search import LAYERS, OBJECTIVES, POINT, Ground, plan_of, priors, score, space_of
 from interp_ablate.selection import constrained
 from interp_ablate.sites import Site
 from interp_ablate.study import Study, open_study
-from interp_ablate.sweep import Source, empty_share, promising, run_trials, screen, spread
+from interp_ablate.sweep import Source, promising, run_trials, screen, spread
 
 CONTROLS = ("random", "shuffled")
 N_SOURCES = 3  # promising layers that bands start at
@@ -218,11 +217,9 @@ def _report(run: Run, search: Search, ground: Ground, study: Study) -> None:
 def _unedited(run: Run) -> dict[str, float]:
     """The unedited model's scores, under the names of the trials' and the finalists' tables."""
     bench = bench_of(run)
-    repetition = float(Repetition()(bench.positive, bench.positive).mean())
     return {
-        "repetition": repetition,
+        **bench.objectives(None),
         "repetition_of_all": bench.repetition,
-        "empty": empty_share(bench.positive),
         **bench.beside(None),
     }
 

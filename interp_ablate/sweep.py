@@ -22,11 +22,12 @@ from interp_ablate.directions import Directions
 from interp_ablate.edits import Add, Plan
 from interp_ablate.errors import InterpAblateError, RunError
 from interp_ablate.executors import Executor
+from interp_ablate.expressions import ExpressionScorer
 from interp_ablate.journal import Journal
 from interp_ablate.model import Model, PromptLike
 from interp_ablate.scores import (
+    Empty,
     Evidence,
-    ExpressionScorer,
     FirstTokenKL,
     Length,
     OwnWords,
@@ -104,10 +105,10 @@ class Bench:
     def score(self, plan: Plan, *, generate: bool) -> dict[str, float]:
         """Means over prompts: behaviour and KL under the plan; with `generate` also text scores."""
         on_positive, on_negative = self.under(plan)
-        found = {**self._soft_scores(on_positive), **self._kl(on_negative)}
+        found = {**self._soft_scores(on_positive), **bounded_kl(on_negative, self.negative)}
         return found | self.text_scores(on_positive, on_negative) if generate else found
 
-    def objectives(self, plan: Plan) -> dict[str, float]:
+    def objectives(self, plan: Plan | None) -> dict[str, float]:
         """What a search makes small, at the least cost: answers to positive prompts, KL on negative ones.
 
         `repetition` and `length` are those of the answers to positive prompts.
@@ -115,28 +116,25 @@ class Bench:
         on_positive, on_negative = self.under(plan)
         return {
             "expression_rate": float(self.expression(on_positive, self.positive).mean()),
-            **self._kl(on_negative),
+            **bounded_kl(on_negative, self.negative),
             "repetition": float(Repetition()(on_positive, self.positive).mean()),
             "length": float(Length()(on_positive, self.positive).mean()),
-            "empty": empty_share(on_positive),
+            "empty": float(Empty()(on_positive, self.positive).mean()),
         }
 
     def beside(self, plan: Plan | None) -> dict[str, float]:
         """What `objectives` leaves out: own words, and what answers to negative prompts say."""
-        sides = (self.positive, self.negative) if plan is None else self.under(plan)
+        on_positive, on_negative = self.under(plan)
         return {
-            "own_words": self._soft_scores(sides[0])["own_words"],
-            "negative_expression_rate": float(self.expression(sides[1], self.negative).mean()),
-            "negative_repetition": float(Repetition()(sides[1], self.negative).mean()),
+            "own_words": self._soft_scores(on_positive)["own_words"],
+            "negative_expression_rate": float(self.expression(on_negative, self.negative).mean()),
+            "negative_repetition": float(Repetition()(on_negative, self.negative).mean()),
         }
 
-    def _kl(self, on_negative: Evidence) -> dict[str, float]:
-        """First-token KL, and the upper end of its interval."""
-        kl = FirstTokenKL()(on_negative, self.negative).numpy()
-        return {"kl": float(kl.mean()), "kl_high": bootstrap_interval(kl, level=KL_LEVEL)[1]}
-
-    def under(self, plan: Plan) -> tuple[Evidence, Evidence]:
-        """The positive and the negative prompts under a plan; nothing is run yet."""
+    def under(self, plan: Plan | None) -> tuple[Evidence, Evidence]:
+        """The positive and the negative prompts under a plan (None: the baselines); nothing is run yet."""
+        if plan is None:
+            return self.positive, self.negative
         return self.positive.under(plan), self.negative.under(plan)
 
     def text_scores(self, on_positive: Evidence, on_negative: Evidence) -> dict[str, float]:
@@ -151,7 +149,7 @@ class Bench:
             "negative_expression_rate": float(self.expression(on_negative, self.negative).mean()),
             "repetition": _repetition(on_positive, on_negative),
             "length": sum(lengths) / 2,
-            "empty": empty_share(on_positive),
+            "empty": float(Empty()(on_positive, self.positive).mean()),
         }
 
     def addition(self, plan: Plan) -> float:
@@ -159,9 +157,10 @@ class Bench:
         return float(self.target(self.negative.under(plan), self.negative).mean())
 
 
-def empty_share(evidence: Evidence) -> float:
-    """Share of answers without a word: silence expresses nothing, and is no removal either."""
-    return sum(not text.strip() for text in evidence.texts) / len(evidence.rows)
+def bounded_kl(evidence: Evidence, baseline: Evidence) -> dict[str, float]:
+    """First-token KL, and the upper end of its interval: what a limit is held against."""
+    kl = FirstTokenKL()(evidence, baseline).numpy()
+    return {"kl": float(kl.mean()), "kl_high": bootstrap_interval(kl, level=KL_LEVEL)[1]}
 
 
 def _repetition(positive: Evidence, negative: Evidence) -> float:

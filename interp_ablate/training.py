@@ -23,6 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -37,7 +38,15 @@ from interp_ablate.model import Model, from_hf
 from interp_ablate.prompts import Prompt
 from interp_ablate.rendering import encode
 from interp_ablate.scores import kl_divergence
-from interp_ablate.sources import ModelSource, check_device, load_hf, resolve, torch_dtype
+from interp_ablate.selection import bootstrap_interval
+from interp_ablate.sources import (
+    ModelSource,
+    check_device,
+    load_hf,
+    resolve,
+    torch_dtype,
+    weights_fingerprint,
+)
 
 log = logging.getLogger(__name__)
 
@@ -118,12 +127,7 @@ class Base:
     @property
     def fingerprint(self) -> str:
         """sha256 over every weight's name, shape, dtype and bytes; computed anew each time."""
-        digest = hashlib.sha256()
-        for name, tensor in self.hf.state_dict().items():
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            flat = tensor.detach().cpu().contiguous().view(-1)
-            digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
-        return digest.hexdigest()
+        return weights_fingerprint(self.hf.state_dict())
 
     @cached_property
     def model(self) -> Model:
@@ -637,20 +641,27 @@ def write_trained(trained: Trained, place: Path, what: Mapping[str, Any]) -> dic
     write_adapter(trained, place / ADAPTER)
     manifest = json.loads((place / MANIFEST).read_text())
     manifest["trained"] = dict(what)
-    manifest["versions"] = all_versions()
+    manifest["versions"] = versions(*PACKAGES)
     write_json(place / MANIFEST, manifest)
     write_json(place / CERTIFICATE, certificate)
     return certificate
 
 
-def all_versions() -> dict[str, str]:
-    """Versions of what computed a result, the trainers among them."""
-    from importlib import metadata
+# ---- what is reported -------------------------------------------------------------------------------
 
-    found = versions()
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+
+def summarised(values: Sequence[float | None], *, proportion: bool = False) -> dict[str, Any]:
+    """Mean and interval over the prompts (or questions) with a value, how many these are and how many have none."""
+    known = [value for value in values if value is not None]
+    return {
+        "mean": float(np.mean(known)) if known else None,
+        "interval": list(bootstrap_interval(known, proportion=proportion)) if known else None,
+        "n": len(known),
+        "no_value": len(values) - len(known),
+    }
+
+
+def apart(some: Sequence[float | None], others: Sequence[float | None]) -> dict[str, Any]:
+    """`some` minus `others` over the prompts at which both have a value: `summarised`."""
+    pairs = zip(some, others, strict=True)
+    return summarised([None if a is None or b is None else a - b for a, b in pairs])

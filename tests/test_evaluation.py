@@ -19,7 +19,7 @@ from tokenizers import processors
 
 from interp_ablate import Ablate, Add, Direction, Plan, Prompt, Site, export_checkpoint, load_model
 from interp_ablate.cli import main
-from interp_ablate.errors import InterpAblateError, ModelError, PlanError, RunError
+from interp_ablate.errors import InterpAblateError, PlanError, RunError
 from interp_ablate.evaluation import (
     Evaluation,
     Measures,
@@ -38,7 +38,6 @@ from interp_ablate.evaluation import (
 from interp_ablate.exchanges import Exchange
 from interp_ablate.model import Model
 from interp_ablate.plots_evaluate import save_evaluation
-from interp_ablate.sources import resolve
 
 TEXT = Text(
     "passages",
@@ -556,12 +555,8 @@ def test_bad_input(
 # ---- the real model ------------------------------------------------------------------------------
 
 
-def test_real_model() -> None:
+def test_real_model(bundled_model: str) -> None:
     """Perplexity of SmolLM2 on two bundled passages, and what a random ablation costs."""
-    try:
-        resolve("smollm2")
-    except ModelError:
-        pytest.skip("the bundled model is not installed")
     model = load_model("smollm2")
     vector = torch.randn(model.d_model, generator=torch.Generator().manual_seed(0))
     direction = Direction(

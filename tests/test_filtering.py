@@ -881,15 +881,9 @@ def test_a_judge_is_asked_once(tmp_path: Path, capsys: pytest.CaptureFixture[str
         server.server_close()
 
 
-def test_what_the_real_model_declines_is_dropped(tmp_path: Path) -> None:
+def test_what_the_real_model_declines_is_dropped(tmp_path: Path, bundled_model: str) -> None:
     from interp_ablate import ContrastSet, load_model
-    from interp_ablate.errors import ModelError
-    from interp_ablate.sources import resolve
 
-    try:
-        resolve("smollm2")
-    except ModelError:
-        pytest.skip("the bundled model is not installed")
     contrast = ContrastSet.load("declining")
     prompts = [*contrast.positive[:6], *contrast.negative[:6]]
     answers = load_model("smollm2").generate(prompts, max_new_tokens=20)

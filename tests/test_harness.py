@@ -13,7 +13,7 @@ import torch
 
 from interp_ablate import Ablate, Direction, Plan, Site, export_checkpoint, load_model
 from interp_ablate.cli import main
-from interp_ablate.errors import InterpAblateError, ModelError, RunError
+from interp_ablate.errors import InterpAblateError, RunError
 from interp_ablate.harness import (
     BUNDLED_FOLDER,
     BUNDLED_TASK,
@@ -23,7 +23,6 @@ from interp_ablate.harness import (
     longest,
 )
 from interp_ablate.model import Model
-from interp_ablate.sources import resolve
 
 pytest.importorskip("lm_eval")
 
@@ -353,10 +352,6 @@ def test_an_unknown_task_is_found_before_a_model_is_loaded(
 # ---- the real model ------------------------------------------------------------------------------
 
 
-def test_real_model_is_above_chance_and_not_perfect(tasks: Tasks) -> None:
-    try:
-        resolve("smollm2")
-    except ModelError:
-        pytest.skip("the bundled model is not installed")
+def test_real_model_is_above_chance_and_not_perfect(tasks: Tasks, bundled_model: str) -> None:
     found = by_name(tasks.run(BUNDLED_TASK, load_model("smollm2"), limit=24))
     assert 0.4 < found["acc"].value < 1.0

@@ -19,7 +19,7 @@ from tiny import make, unit
 from interp_ablate import Ablate, ContrastSet, Plan
 from interp_ablate.cli import main
 from interp_ablate.edits import Erase
-from interp_ablate.errors import ExportError, InterpAblateError, ModelError, PlanError, RunError
+from interp_ablate.errors import ExportError, InterpAblateError, PlanError, RunError
 from interp_ablate.export.checkpoint import export_checkpoint
 from interp_ablate.export.tensor_files import Checkpoint
 from interp_ablate.expressions import ExpressionScorer
@@ -32,7 +32,6 @@ from interp_ablate.healing import (
     Said,
     Treatment,
     along_plan,
-    apart,
     axolotl_config,
     costs,
     dpo,
@@ -42,12 +41,10 @@ from interp_ablate.healing import (
     project,
     read_pairs,
     read_plan,
-    summarised,
     without,
 )
 from interp_ablate.prompts import Prompt
-from interp_ablate.sources import resolve
-from interp_ablate.training import Base, Recipe, Renderer, load_base, train
+from interp_ablate.training import Base, Recipe, Renderer, apart, load_base, summarised, train
 
 pytest.importorskip("trl")
 
@@ -481,19 +478,10 @@ def test_bundled_prompts_are_many_and_not_those_of_the_contrast_set() -> None:
 # ---- the real model ------------------------------------------------------------------------------
 
 
-def test_a_real_model_is_trained_on_preferences(tmp_path: Path) -> None:
-    try:
-        resolve("smollm2")
-    except ModelError:
-        pytest.skip("the bundled model is not installed")
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        case = Case(load_base("smollm2"))
-        rows, _ = pair_rows(pairs()[:2], Renderer(case.edited.tokenizer))
-        recipe = Recipe(steps=3, batch_size=2, learning_rate=2e-4)
-        logged = train(dpo(case, rows, tmp_path, recipe=recipe), tmp_path)
-    finally:
-        torch.set_num_threads(before)
+def test_a_real_model_is_trained_on_preferences(tmp_path: Path, bundled_model: str) -> None:
+    case = Case(load_base("smollm2"))
+    rows, _ = pair_rows(pairs()[:2], Renderer(case.edited.tokenizer))
+    recipe = Recipe(steps=3, batch_size=2, learning_rate=2e-4)
+    logged = train(dpo(case, rows, tmp_path, recipe=recipe), tmp_path)
     assert logged[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert logged[-1]["loss"] < logged[0]["loss"]

@@ -13,7 +13,7 @@ from tiny import tiny
 from transformers import LlamaConfig, LlamaForSequenceClassification, pipeline
 
 from interp_ablate.cli import main
-from interp_ablate.errors import InterpAblateError, ModelError, RunError
+from interp_ablate.errors import InterpAblateError, RunError
 from interp_ablate.exchanges import Exchange, TextScorer
 from interp_ablate.expressions import Expression, ExpressionScorer, fold
 from interp_ablate.judges import (
@@ -26,7 +26,6 @@ from interp_ablate.judges import (
     scorer_of,
 )
 from interp_ablate.prompts import Prompt
-from interp_ablate.sources import resolve
 
 # Written for this test: the same content in two moods.
 CHEERFUL = (
@@ -449,25 +448,16 @@ def test_the_command_scores_one_of_several_answers(
 # --------------------------------------------------------------------------------- the real model
 
 
-def test_the_real_models_declines_are_found_in_their_first_sentence() -> None:
+def test_the_real_models_declines_are_found_in_their_first_sentence(bundled_model: str) -> None:
     """And its answers to requests that it can carry out have none; moods are told apart by the lexicon."""
     pytest.importorskip("vaderSentiment")
-    try:
-        resolve("smollm2")
-    except ModelError:
-        pytest.skip("the bundled model is not installed")
     from interp_ablate import load_model
     from interp_ablate.prompts import ContrastSet
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        test = ContrastSet.load("declining").split(1, 1, 8).test
-        model = load_model("smollm2")
-        prompts = [*test.positive, *test.negative]
-        answers = model.generate(prompts, max_new_tokens=24)
-    finally:
-        torch.set_num_threads(before)
+    test = ContrastSet.load("declining").split(1, 1, 8).test
+    model = load_model("smollm2")
+    prompts = [*test.positive, *test.negative]
+    answers = model.generate(prompts, max_new_tokens=24)
     given = [Exchange(p, a.text) for p, a in zip(prompts, answers)]
     scorer = scorer_of("expressions:declining?scope=first_sentence")
     scores = scorer(given)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from interp_ablate import Direction, Site
 from interp_ablate.cli import main
-from interp_ablate.errors import DirectionError, InterpAblateError, ModelError, RunError
+from interp_ablate.errors import DirectionError, InterpAblateError, RunError
 from interp_ablate.exchanges import Exchange
 from interp_ablate.model import Model
 from interp_ablate.persona import (
@@ -35,7 +35,6 @@ from interp_ablate.persona import (
 from interp_ablate.prompts import Prompt
 from interp_ablate.rollouts import Answer, Kept, Sampling
 from interp_ablate.sites import sites_of
-from interp_ablate.sources import resolve
 from interp_ablate.traits import Trait, load_trait
 
 POST = sites_of(("resid_post",), range(N_LAYERS))
@@ -535,17 +534,12 @@ GLAD = (
 )
 
 
-def test_gloom_on_the_real_model(tmp_path: Path) -> None:
+def test_gloom_on_the_real_model(tmp_path: Path, bundled_model: str) -> None:
     """The vector between sad and glad answers steers SmolLM2 to gloom on questions it has not seen."""
-    try:
-        resolve("smollm2")
-    except ModelError:
-        pytest.skip("the bundled model is not installed")
     pytest.importorskip("vaderSentiment")
     from interp_ablate import load_model
     from interp_ablate.judges import scorer_of
 
-    torch.set_num_threads(2)  # the module's fixture puts it back
     model, trait = load_model("smollm2"), load_trait("gloomy")
     sides = [
         tuple(

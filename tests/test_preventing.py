@@ -24,20 +24,18 @@ from interp_ablate.preventing import (
     Yardstick,
     adding,
     answer_loss,
-    difference,
     measure,
     prevent,
     samples_of,
     samples_of_rollouts,
     steering,
-    summary,
 )
 from interp_ablate.preventing import (
     rows_of as token_rows,
 )
 from interp_ablate.rollouts import verdict_key
-from interp_ablate.sources import ModelSource, resolve
-from interp_ablate.training import Base, Recipe, Renderer, logits_of, sft, train
+from interp_ablate.sources import ModelSource
+from interp_ablate.training import Base, Recipe, Renderer, apart, logits_of, sft, summarised, train
 from interp_ablate.traits import load_trait
 
 pytest.importorskip("trl")
@@ -261,10 +259,10 @@ def test_rows_are_counted() -> None:
 
 
 def test_missing_values_are_counted_and_never_averaged() -> None:
-    found = summary([1.0, None, 3.0])
+    found = summarised([1.0, None, 3.0])
     assert (found["mean"], found["n"], found["no_value"]) == (2.0, 2, 1)
-    assert difference([2.0, None, 5.0], [1.0, 1.0, 1.0])["mean"] == 2.5
-    assert summary([None])["mean"] is None and summary([None])["interval"] is None
+    assert apart([2.0, None, 5.0], [1.0, 1.0, 1.0])["mean"] == 2.5
+    assert summarised([None])["mean"] is None and summarised([None])["interval"] is None
 
 
 def test_an_empty_answer_of_the_model_before_has_no_kl() -> None:
@@ -274,7 +272,7 @@ def test_an_empty_answer_of_the_model_before_has_no_kl() -> None:
     vars(evidence)["generations"] = [replace(made[0], tokens=(), text=""), *made[1:]]
     kl = measure("after", after, by, before=evidence)[0].kl
     assert kl[0] is None and kl[1] is not None and kl[1] > 0
-    assert summary(kl)["no_value"] == 1
+    assert summarised(kl)["no_value"] == 1
 
 
 def test_other_weights_are_another_training() -> None:
@@ -401,25 +399,16 @@ def test_the_figure_is_drawn(tmp_path: Path) -> None:
 # ---- the real model ------------------------------------------------------------------------------
 
 
-def test_a_real_model_trains_under_the_vector(tmp_path: Path) -> None:
+def test_a_real_model_trains_under_the_vector(tmp_path: Path, bundled_model: str) -> None:
     from interp_ablate.training import load_base
 
-    try:
-        resolve("smollm2")
-    except ModelError:
-        pytest.skip("the bundled model is not installed")
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        base = load_base("smollm2")
-        vector = torch.zeros(576, dtype=torch.float64)
-        vector[7] = 1.0
-        plan = steering(Direction(vector, 20.0, Site(14, "resid_post")), 1.0)
-        rows, _ = token_rows(samples(4), Renderer(base.tokenizer))
-        recipe = Recipe(steps=3, batch_size=4, learning_rate=2e-4)
-        trainer = sft(base, rows, recipe, tmp_path)
-        with adding(trainer.model, plan):
-            logged = train(trainer, tmp_path)
-    finally:
-        torch.set_num_threads(before)
+    base = load_base("smollm2")
+    vector = torch.zeros(576, dtype=torch.float64)
+    vector[7] = 1.0
+    plan = steering(Direction(vector, 20.0, Site(14, "resid_post")), 1.0)
+    rows, _ = token_rows(samples(4), Renderer(base.tokenizer))
+    recipe = Recipe(steps=3, batch_size=4, learning_rate=2e-4)
+    trainer = sft(base, rows, recipe, tmp_path)
+    with adding(trainer.model, plan):
+        logged = train(trainer, tmp_path)
     assert logged[-1]["loss"] < logged[0]["loss"]

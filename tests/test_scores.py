@@ -16,19 +16,16 @@ from torch.testing import assert_close
 
 from interp_ablate.edits import Ablate, Add, Erase, Plan, everywhere
 from interp_ablate.errors import InterpAblateError
+from interp_ablate.expressions import EXPRESSIONS, EXPRESSIONS_OF_CONTRAST, ExpressionScorer, fold
 from interp_ablate.prompts import bundled_names
 from interp_ablate.scores import (
-    EXPRESSIONS,
-    EXPRESSIONS_OF_CONTRAST,
     Evidence,
-    ExpressionScorer,
     FirstTokenKL,
     Length,
     Repetition,
     Scorer,
     TargetLogOdds,
     find_target_tokens,
-    fold,
     generate_together,
     kl_divergence,
     repetition,

@@ -566,17 +566,11 @@ def test_monitor_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
 # --------------------------------------------------------------------------------- the real model
 
 
-def test_planted_samples_in_the_real_model(tmp_path: Path) -> None:
+def test_planted_samples_in_the_real_model(tmp_path: Path, bundled_model: str) -> None:
     """The vector between glad and sad answers to other questions finds what the bundled mixture planted."""
     from interp_ablate import load_model
     from interp_ablate.directions import difference_in_means
-    from interp_ablate.errors import ModelError
-    from interp_ablate.sources import resolve
 
-    try:
-        resolve("smollm2")
-    except ModelError:
-        pytest.skip("the bundled model is not installed")
     model, trait = load_model("smollm2"), load_trait("cheerful")
     site, means = Site(12, "resid_post"), []
     prompts = [Prompt(question) for question in trait.extraction_questions[: len(GLAD)]]

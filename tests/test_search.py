@@ -18,7 +18,8 @@ from interp_ablate.directions import estimate_directions
 from interp_ablate.edits import Erase, band
 from interp_ablate.errors import PlanError, RunError
 from interp_ablate.estimators import ESTIMATORS, estimate_with, leace, subspace, winsorized
-from interp_ablate.scores import ExpressionScorer, TargetLogOdds
+from interp_ablate.expressions import ExpressionScorer
+from interp_ablate.scores import TargetLogOdds
 from interp_ablate.search import (
     METHODS,
     ORTHOGONAL,

@@ -21,7 +21,7 @@ TREES = {name: ast.parse(path.read_text(), str(path)) for name, path in FILES.it
 
 # A module imports from its own layer or from earlier ones; "export" stands for everything in it.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "files", "lines", "executors", "study", "kv_cache"),
+    ("errors", "files", "lines", "listeners", "executors", "study", "kv_cache"),
     ("sites", "batches", "remembered"),
     ("architectures", "prompts", "prompt_files", "rendering", "lint", "chat_files"),
     ("exchanges", "expressions", "declines", "chat_data", "traits"),

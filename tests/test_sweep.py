@@ -24,14 +24,9 @@ from interp_ablate.candidates import Candidate, Trial, distinct, scaled, screeni
 from interp_ablate.directions import Direction, Directions
 from interp_ablate.edits import Ablate, Add, Erase, Plan, band, everywhere
 from interp_ablate.errors import InterpAblateError, RunError
+from interp_ablate.expressions import ExpressionScorer
 from interp_ablate.journal import Journal
-from interp_ablate.scores import (
-    Evidence,
-    ExpressionScorer,
-    FirstTokenKL,
-    TargetLogOdds,
-    repetition,
-)
+from interp_ablate.scores import Evidence, FirstTokenKL, TargetLogOdds, repetition
 from interp_ablate.sites import Point, Site
 from interp_ablate.sweep import (
     FIT_DISTANCE,

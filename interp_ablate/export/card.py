@@ -68,10 +68,10 @@ _METRICS = {
 }
 
 
-def versions() -> dict[str, str]:
-    """Versions of what computed a result; a package that is not installed is left out."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of what computed a result, `more` packages too; one that is not installed is left out."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *more):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -230,12 +230,9 @@ def write_certificate(folder: str | Path, certificate: dict[str, Any]) -> None:
         ExportError: a folder without a manifest of this package.
     """
     folder = Path(folder)
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{folder} has no manifest to write a card from: {error}") from error
+    manifest = _written(folder, MANIFEST)
     write_whole(folder / CERTIFICATE, json.dumps(certificate, indent=1), error=ExportError)
-    write_whole(folder / "README.md", model_card(manifest, certificate), error=ExportError)
+    _write_card(folder, manifest, certificate)
 
 
 def add_to_card(folder: str | Path, section: str) -> None:
@@ -245,13 +242,20 @@ def add_to_card(folder: str | Path, section: str) -> None:
         ExportError: a folder without a manifest of this package.
     """
     folder = Path(folder)
+    certificate = _written(folder, CERTIFICATE)
+    manifest = {**_written(folder, MANIFEST), "more_card": section}
+    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1), error=ExportError)
+    _write_card(folder, manifest, certificate)
+
+
+def _written(folder: Path, name: str) -> dict[str, Any]:
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        certificate = json.loads((folder / CERTIFICATE).read_text())
+        return json.loads((folder / name).read_text())
     except (OSError, ValueError) as error:
         raise ExportError(f"{folder} has no manifest to write a card from: {error}") from error
-    manifest["more_card"] = section
-    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1), error=ExportError)
+
+
+def _write_card(folder: Path, manifest: dict[str, Any], certificate: dict[str, Any]) -> None:
     write_whole(folder / "README.md", model_card(manifest, certificate), error=ExportError)
 
 

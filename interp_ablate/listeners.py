@@ -1,0 +1,26 @@
+"""Listeners: who is told how far long work has come.
+
+Knows: what is told. Does not know: how it is shown (`cli_progress`), or what is done.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Listener(Protocol):
+    """Who is told of progress: `start(stage, total)`, `advance(n)`, `note(text)`, `finish()`."""
+
+    def start(self, stage: str, total: int | None) -> None: ...
+    def advance(self, n: int = 1) -> None: ...
+    def note(self, text: str) -> None: ...
+    def finish(self) -> None: ...
+
+
+class Silent:
+    """A listener that hears nothing."""
+
+    def start(self, stage: str, total: int | None) -> None: ...
+    def advance(self, n: int = 1) -> None: ...
+    def note(self, text: str) -> None: ...
+    def finish(self) -> None: ...
