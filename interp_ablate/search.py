@@ -211,6 +211,13 @@ def score(params: Mapping[str, Any], ground: Ground, bench: Bench) -> dict[str, 
     return bench.objectives(plan_of(params, ground))
 
 
+def score_together(
+    some: Sequence[Mapping[str, Any]], ground: Ground, bench: Bench
+) -> list[dict[str, float]]:
+    """`score` of several plans, whose answers are written in one batch."""
+    return bench.objectives_of([plan_of(params, ground) for params in some])
+
+
 def priors(ground: Ground, layers: Sequence[float]) -> list[dict[str, Any]]:
     """Where to begin: every fitted edit as it is and a little weaker, wide bands at promising layers."""
     found: list[dict[str, Any]] = []

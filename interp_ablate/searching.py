@@ -30,8 +30,19 @@ from interp_ablate.experiment import (
 )
 from interp_ablate.fit import NothingToFit
 from interp_ablate.journal import Journal
+from interp_ablate.model import DECODED_ROWS
 from interp_ablate.pipeline import Run, identity
-from interp_ablate.search import LAYERS, OBJECTIVES, POINT, Ground, plan_of, priors, score, space_of
+from interp_ablate.search import (
+    LAYERS,
+    OBJECTIVES,
+    POINT,
+    Ground,
+    plan_of,
+    priors,
+    score,
+    score_together,
+    space_of,
+)
 from interp_ablate.selection import constrained
 from interp_ablate.sites import Site
 from interp_ablate.study import Study, open_study
@@ -40,6 +51,7 @@ from interp_ablate.sweep import Source, promising, run_trials, screen, spread
 CONTROLS = ("random", "shuffled")
 N_SOURCES = 3  # promising layers that bands start at
 N_STRONG = 6  # finalists beside the front
+AT_ONCE = 3  # trials whose answers are written in one batch
 LEAST_SECONDS = 60.0  # of trials, whatever the preparation took
 
 
@@ -104,6 +116,8 @@ def do_search(run: Run, search: Search) -> None:
         with run.step("search", search.trials) as advance:
             study.run(
                 lambda params: score(params, ground, bench),
+                together=lambda some: score_together(some, ground, bench),
+                at_once=max(1, min(AT_ONCE, DECODED_ROWS // len(bench.positive.rows))),
                 n_trials=search.trials,
                 seconds=max(seconds, LEAST_SECONDS),
                 on_trial=lambda _: advance(1),

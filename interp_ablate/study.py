@@ -13,9 +13,9 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, cast
 
@@ -586,6 +586,7 @@ class _Asked:
 
 
 Objective: TypeAlias = Callable[[dict[str, Any]], Mapping[str, float]]
+Together: TypeAlias = Callable[[Sequence[dict[str, Any]]], Sequence[Mapping[str, float]]]
 
 
 class Study:
@@ -725,6 +726,8 @@ class Study:
         n_trials: int | None = None,
         seconds: float | None = None,
         on_trial: Callable[[Outcome], None] | None = None,
+        together: Together | None = None,
+        at_once: int = 1,
     ) -> int:
         """Ask, evaluate and tell; how many trials this call finished.
 
@@ -734,8 +737,12 @@ class Study:
                 recorded as failed with the reason. Any other exception leaves `run`, and the trial is
                 run again by the next one.
             n_trials: of the whole study, failed ones included, those of killed processes not.
-            seconds: of this call; the trial that is running then is finished.
+            seconds: of this call; the trials that are running then are finished.
             on_trial: called with every trial this call finishes.
+            together: scores several trials in one go, as `objective` would each of them. Where it raises an
+                error of this package, each is scored alone.
+            at_once: how many trials `together` takes. They are drawn without knowing of each other's scores,
+                and a kill costs all of them.
 
         Raises:
             RunError: neither a number nor seconds, a study that is closed, scores without a name that is
@@ -743,51 +750,111 @@ class Study:
         """
         if n_trials is None and seconds is None:
             raise RunError("a search without an end: give n_trials, or seconds, or both")
+        if at_once < 1 or (at_once > 1 and together is None):
+            raise RunError(f"at_once={at_once}: it is at least 1, and above 1 it needs `together`")
         if self._worker.closed:
             raise RunError(f"the study {self.folder} is closed: open it again")
         start, done, copies = time.monotonic(), 0, 0
         while seconds is None or time.monotonic() - start < seconds:
-            asked = self._ask(n_trials)
-            if asked is None:
+            some = self._ask_some(n_trials, at_once)
+            with closing(self._evaluate(some, objective, together)) as outcomes:
+                for outcome in outcomes:
+                    done += 1
+                    if on_trial is not None:
+                        on_trial(outcome)
+                    copies = copies + 1 if outcome.copied_from is not None else 0
+            if len(some) < at_once:
                 break
-            outcome = self._evaluate(asked, objective)
-            done += 1
-            if on_trial is not None:
-                on_trial(outcome)
-            copies = copies + 1 if outcome.copied_from is not None else 0
             if n_trials is None and copies >= COPIES:
                 _log.info("%d known points in a row: nothing new is left to try", copies)
                 break
         return done
 
-    def _evaluate(self, asked: _Asked, objective: Objective) -> Outcome:
-        start, told = time.perf_counter(), False
-        number, twin = asked.trial.number, asked.twin
+    def _ask_some(self, n_trials: int | None, most: int) -> list[_Asked]:
+        """Trials of this process's own, fewer where the study has its trials."""
+        some: list[_Asked] = []
         try:
-            if twin is None:
-                scored = self._score(objective, asked.params)
-            else:
-                scored = _Scored(twin.scores, copied_from=twin.number)
-            self._record(asked.trial, scored, time.perf_counter() - start)
-            told = True
-        finally:
-            if not told:
-                self._give_back(number)
-        return _outcome(self._all()[number])
+            while len(some) < most and (asked := self._ask(n_trials)) is not None:
+                some.append(asked)
+        except BaseException:
+            self._give_back(some)
+            raise
+        return some
 
-    def _give_back(self, number: int) -> None:
+    def _evaluate(
+        self, some: Sequence[_Asked], objective: Objective, together: Together | None
+    ) -> Generator[Outcome, None, None]:
+        """What asked trials come to, in order, each told before it is given; what is not told is given back."""
+        waiting = list(some)
+        try:
+            scores = self._scores_of(some, objective, together)
+            while waiting:
+                asked, (scored, seconds) = waiting[0], next(scores)
+                self._record(asked.trial, scored, seconds)
+                waiting.pop(0)
+                yield _outcome(self._all()[asked.trial.number])
+        finally:
+            if waiting:
+                self._give_back(waiting)
+
+    def _scores_of(
+        self, some: Sequence[_Asked], objective: Objective, together: Together | None
+    ) -> Iterator[tuple[_Scored, float]]:
+        """Scores of trials in order and the seconds they took; the same parameters are scored once."""
+        new = {_key(asked.params): asked for asked in reversed(some) if asked.twin is None}
+        found: dict[str, tuple[_Scored, float]] = {}
+        if together is not None and len(new) > 1:
+            start = time.perf_counter()
+            several = self._score_together(together, [asked.params for asked in new.values()])
+            share = (time.perf_counter() - start) / len(new)
+            found = {key: (scored, share) for key, scored in zip(new, several)}
+        for asked in some:
+            key, start = _key(asked.params), time.perf_counter()
+            if asked.twin is not None:
+                scored = _Scored(asked.twin.scores, copied_from=asked.twin.number)
+            elif new[key] is not asked:  # of the same parameters as one before it
+                first = found[key][0]
+                scored = (
+                    first if first.reason else replace(first, copied_from=new[key].trial.number)
+                )
+            else:
+                if key not in found:
+                    scored = self._score(objective, asked.params)
+                    found[key] = scored, time.perf_counter() - start
+                yield found[key]
+                continue
+            yield scored, time.perf_counter() - start
+
+    def _score_together(
+        self, together: Together, params: Sequence[dict[str, Any]]
+    ) -> list[_Scored]:
+        """Nothing where it fails: whose fault it is shows when each is scored alone."""
+        try:
+            found = together([dict(each) for each in params])
+        except InterpAblateError as error:
+            _log.info("%d trials together failed (%s): one by one", len(params), error)
+            return []
+        if len(found) != len(params):
+            raise RunError(f"`together` returned {len(found)} scores for {len(params)} trials")
+        return [self._checked(each) for each in found]
+
+    def _give_back(self, some: Sequence[_Asked]) -> None:
         from optuna.trial import TrialState
 
         with self._step():
-            trial = self._all()[number]
-            if trial.state == TrialState.RUNNING:
-                self._abandon(trial, INTERRUPTED)
+            for asked in some:
+                trial = self._all()[asked.trial.number]
+                if trial.state == TrialState.RUNNING:
+                    self._abandon(trial, INTERRUPTED)
 
     def _score(self, objective: Objective, params: dict[str, Any]) -> _Scored:
         try:
             found = objective(dict(params))
         except InterpAblateError as error:
             return _Scored({}, str(error) or type(error).__name__)
+        return self._checked(found)
+
+    def _checked(self, found: Mapping[str, float]) -> _Scored:
         scores = {name: float(value) for name, value in found.items()}
         missing = [name for name in self._aims.names if name not in scores]
         if missing:

@@ -113,7 +113,15 @@ class Bench:
 
         `repetition` and `length` are those of the answers to positive prompts.
         """
-        on_positive, on_negative = self.under(plan)
+        return self.objectives_of([plan])[0]
+
+    def objectives_of(self, plans: Sequence[Plan | None]) -> list[dict[str, float]]:
+        """`objectives` of several plans, whose answers are written in one batch."""
+        sides = [self.under(plan) for plan in plans]
+        generate_together([on_positive for on_positive, _ in sides])
+        return [self._objectives(*both) for both in sides]
+
+    def _objectives(self, on_positive: Evidence, on_negative: Evidence) -> dict[str, float]:
         return {
             "expression_rate": float(self.expression(on_positive, self.positive).mean()),
             **bounded_kl(on_negative, self.negative),

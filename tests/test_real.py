@@ -22,8 +22,8 @@ except ModelError:
     pytest.skip("the bundled model is not installed", allow_module_level=True)
 
 SMALL = [
-    *("--n-train", "24", "--n-validation", "8", "--n-test", "8"),
-    *("--layers", "20-28", "--sites", "resid_post"),
+    *("--n-train", "16", "--n-validation", "6", "--n-test", "6", "--new-tokens", "20"),
+    *("--layers", "20-24", "--sites", "resid_post"),
 ]
 
 

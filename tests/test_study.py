@@ -14,7 +14,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -618,6 +618,110 @@ def test_limits_reach_the_sampler(tmp_path: Path) -> None:
             late[len(limits)] = study.trials()["x"].iloc[16:].median()
             best = study.front().iloc[0]["x"]
     assert late[0] < 0.25 and late[1] > 0.5 and 0.6 <= best < 0.7
+
+
+# --------------------------------------------------------------------------------- several at once
+
+
+def losses(some: Sequence[Params]) -> list[dict[str, float]]:
+    return [loss(params) for params in some]
+
+
+def alone(params: Params) -> dict[str, float]:
+    raise AssertionError("scored alone")
+
+
+def test_several_at_once_are_the_same_points(tmp_path: Path) -> None:
+    """Of a sampler that learns nothing, that is."""
+    sizes: list[int] = []
+
+    def together(some: Sequence[Params]) -> list[dict[str, float]]:
+        sizes.append(len(some))
+        return losses(some)
+
+    with (
+        opened(tmp_path / "a", sampler="random") as study,
+        opened(tmp_path / "b", sampler="random") as one,
+    ):
+        assert study.run(alone, together=together, at_once=3, n_trials=6) == 6
+        assert study.run(loss, together=together, at_once=4, n_trials=11) == 5
+        one.run(loss, n_trials=11)
+        assert complete(study) == complete(one)
+        assert sizes == [3, 3, 4], "the last one is alone"
+        with pytest.raises(RunError, match="needs `together`"):
+            study.run(loss, at_once=2, n_trials=12)
+
+
+def test_several_that_fail_are_scored_one_by_one(tmp_path: Path) -> None:
+    def together(some: Sequence[Params]) -> list[dict[str, float]]:
+        raise ModelError("one of them")
+
+    def broken(params: Params) -> dict[str, float]:
+        if params["x"] == 0.25:
+            raise ModelError("this one")
+        return loss(params)
+
+    with opened(tmp_path) as study:
+        for params in PRIORS:
+            study.enqueue(params)
+        study.run(broken, together=together, at_once=3, n_trials=3)
+        assert [o.state for o in study.outcomes()] == ["COMPLETE", "FAIL", "COMPLETE"]
+        assert study.outcomes()[1].reason == "this one"
+        with pytest.raises(RunError, match="1 scores for 3 trials"):
+            study.run(loss, together=lambda some: losses(some[:1]), at_once=3, n_trials=6)
+        study.run(loss, n_trials=6)
+        assert study.n_finished == 6
+
+
+def test_the_same_point_twice_at_once_is_scored_once(tmp_path: Path) -> None:
+    space = Space((Choice("a", ("p", "q")),))
+    seen: list[Params] = []
+
+    def together(some: Sequence[Params]) -> list[dict[str, float]]:
+        seen.extend(some)
+        return [{"loss": float(params["a"] == "p")} for params in some]
+
+    with opened(tmp_path, space=space, sampler="random") as study:
+        study.run(alone, together=together, at_once=8, n_trials=16)
+        assert len(seen) == 2
+        frame = study.trials()
+        assert len(frame) == 16 and frame["copied_from"].isna().sum() == 2
+        assert all(frame.loc[c, "loss"] == row["loss"] for _, row in frame.iterrows()
+                   if (c := row["copied_from"]) is not pd.NA)  # fmt: skip
+
+
+def test_a_kill_costs_those_at_once_and_nothing_else(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+
+    def together(some: Sequence[Params]) -> list[dict[str, float]]:
+        for params in some:
+            note(log, "begin", params)
+        if len(noted(log, "begin")) == 6:
+            die()
+        return losses(some)
+
+    def search() -> None:
+        with opened(tmp_path / "a") as study:
+            study.run(alone, together=together, at_once=3, n_trials=9)
+
+    assert [forked(search), forked(search)] == [-signal.SIGKILL, 0]
+    with opened(tmp_path / "a") as study, opened(tmp_path / "b") as whole:
+        whole.run(alone, together=losses, at_once=3, n_trials=9)
+        assert complete(study) == complete(whole) and len(noted(log, "begin")) == 12
+
+
+def test_of_several_those_that_were_told_stay_so(tmp_path: Path) -> None:
+    def stop(outcome: Outcome) -> None:
+        if outcome.number == 1:
+            raise KeyboardInterrupt
+
+    with opened(tmp_path / "a") as study, opened(tmp_path / "b") as whole:
+        with pytest.raises(KeyboardInterrupt):
+            study.run(alone, together=losses, at_once=3, n_trials=6, on_trial=stop)
+        assert study.n_finished == 2
+        study.run(loss, n_trials=3)
+        whole.run(loss, together=losses, at_once=3, n_trials=3)
+        assert complete(study) == complete(whole)
 
 
 def test_known_points_are_not_evaluated_again(tmp_path: Path) -> None:
