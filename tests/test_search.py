@@ -29,6 +29,7 @@ from interp_ablate.search import (
     plan_of,
     priors,
     score,
+    score_together,
     space_of,
 )
 from interp_ablate.study import Float, Int
@@ -431,6 +432,12 @@ def test_a_score_is_the_benchs_of_the_plan() -> None:
     for name in ("negative_expression_rate", "own_words"):
         assert other[name] == pytest.approx(whole[name])
     assert got["kl"] > 1e-3
+    # several at once, each as alone
+    fitted = {"edit": "fitted", "fit": "a"}
+    fitted |= dict.fromkeys(("attention_scale", "mlp_scale", "embed_scale"), 0.7)
+    some = [PARAMS, fitted, {**PARAMS, "method": "subspace", "rank": 2}]
+    for one, params in zip(score_together(some, ground, bench), some):
+        assert one == pytest.approx(score(params, ground, bench))
 
 
 def test_the_ground_of_a_models_own_activations() -> None:

@@ -97,6 +97,7 @@ class FakeBench:
         self.scored: list[Plan] = []
         self.added: list[Plan] = []
         self.spoil = spoil
+        self.n_prompts = 32
 
     def score(self, plan: Plan, *, generate: bool) -> dict[str, float]:
         self.scored.append(plan)
@@ -694,6 +695,7 @@ class Race:
     ) -> None:
         self.quality, self.failing = quality, set(failing)
         self.calls: list[tuple[int, list[Candidate]]] = []
+        self.n_prompts = 32
         self.candidates = [Candidate(layer, "resid_post") for layer in range(len(quality))]
 
     def first(self, n: int) -> Any:
@@ -790,7 +792,7 @@ def test_a_trial_that_fails_late_is_behind_those_that_did_not() -> None:
     race = Race(quality=QUALITY, failing=[(1, 12)])
     table = race.run((4, ALL), (12, 3))
     assert table["layer"].tolist()[:3] == [5, 3, 1] and table["status"][2] == "failed"
-    assert promising(table) == [(5, "resid_post", "-1"), (3, "resid_post", "-1")]
+    assert [layer for layer, *_ in promising(table)] == [5, 3, 7, 9, 4, 0, 6, 2]
 
 
 def test_where_everything_fails_the_reason_is_said() -> None:
@@ -801,7 +803,7 @@ def test_where_everything_fails_the_reason_is_said() -> None:
         promising(table)
 
 
-def test_only_those_of_the_last_rung_are_promising() -> None:
+def test_those_of_the_last_rung_are_the_most_promising() -> None:
     """What few prompts say of the others is not compared with what more prompts say."""
 
     class Worse(Race):
@@ -812,7 +814,7 @@ def test_only_those_of_the_last_rung_are_promising() -> None:
 
     table = Worse(quality=QUALITY).run((4, ALL), (12, 3))
     assert merit(table)[3] > merit(table)[0]
-    assert [layer for layer, *_ in promising(table)] == [1, 5, 3]
+    assert [layer for layer, *_ in promising(table)] == [1, 5, 3, 7, 9, 4, 0, 6]
 
 
 def test_a_killed_race_goes_on_and_repeats_nothing(tmp_path: Path) -> None:
@@ -842,6 +844,16 @@ def test_a_killed_race_goes_on_and_repeats_nothing(tmp_path: Path) -> None:
         assert first.scored + second.scored == whole.scored
         kept = [column for column in table if column != "seconds"]
         pd.testing.assert_frame_equal(table[kept], want[kept])
+
+
+@pytest.mark.parametrize("n", (2, 4, 7, 12, 30, 32, 100))
+def test_a_rung_without_more_prompts_is_left_out(n: int) -> None:
+    race = Race(quality=QUALITY)
+    race.n_prompts = n
+    table = race.run(*RUNGS)
+    wanted = [prompts for prompts, _ in RUNGS if prompts < n] + [n] * (n <= RUNGS[-1][0])
+    assert [prompts for prompts, _ in race.calls] == sorted(set(wanted))
+    assert table["layer"][0] == 1 and len(table) == 10
 
 
 def test_the_rungs_grow_and_narrow() -> None:
