@@ -107,14 +107,18 @@ class Exact:
     seconds: float
     passes: int
 
-    def merits(self, prompts: Sequence[int] | None = None) -> Any:
+    def merits(
+        self, positive: Sequence[int] | None = None, negative: Sequence[int] | None = None
+    ) -> Any:
         """`sweep.merit` of every candidate by some prompts of each side (all by default)."""
         import pandas as pd
 
         from interp_ablate.sweep import merit
 
-        some = list(range(self.kl.shape[1])) if prompts is None else list(prompts)
-        telling = [i for i in some if self.expressed[i]] or some
+        every = range(self.kl.shape[1])
+        first = list(every if positive is None else positive)
+        some = list(every if negative is None else negative)
+        telling = [i for i in first if self.expressed[i]] or first
         rows = pd.DataFrame({"own_words": self.own_words[:, telling].mean(1)})
         rows["own_words_baseline"] = float(self.own_words_before[telling].mean())
         rows["kl"] = self.kl[:, some].mean(1)
@@ -236,9 +240,10 @@ def simulated(
     for seed in range(SHUFFLES):
         order = list(range(exact.kl.shape[1]))
         random.Random(seed).shuffle(order)
+        telling = sorted(order, key=lambda i: not exact.expressed[i])
         places = list(alive)
         for prompts, most in rungs:
-            merits = exact.merits(order[:prompts])
+            merits = exact.merits(telling[:prompts], order[:prompts])
             places = sorted(places[:most], key=lambda i: -merits[i])
         hits += places[0] == best
         regrets.append(1 - whole[places[0]] / whole[best])

@@ -80,17 +80,22 @@ class Evidence:
 
     def first(self, n: int) -> Evidence:
         """The same for the first `n` prompts; what is known of them already is kept."""
+        return self.part(range(min(n, len(self.rows))))
+
+    def part(self, index: Sequence[int]) -> Evidence:
+        """The same for some of the prompts, by their places; what is known of them already is kept."""
         part = Evidence(
             self.model,
-            self.rows[:n],
+            [self.rows[i] for i in index],
             self.plan,
             new_tokens=self.new_tokens,
             batch_size=self.batch_size,
         )
         part._unedited = self._unedited
-        for name in ("first_logprobs", "generations"):
-            if name in self.__dict__:
-                part.__dict__[name] = self.__dict__[name][:n]
+        if "first_logprobs" in self.__dict__:
+            part.__dict__["first_logprobs"] = self.first_logprobs[list(index)]
+        if "generations" in self.__dict__:
+            part.__dict__["generations"] = [self.generations[i] for i in index]
         return part
 
     def _under_plan(self) -> Any:

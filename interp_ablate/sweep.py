@@ -80,11 +80,17 @@ class Bench:
         return max(len(self.positive.rows), len(self.negative.rows))
 
     def first(self, n: int) -> Bench:
-        """The same bench over the first `n` prompts of each side: enough to rank by, at part of the cost."""
+        """The same bench over `n` prompts of each side: enough to rank by, at part of the cost.
+
+        The first ones; of the positive those first whose own answers express the behaviour, which alone tell
+        what becomes of it (`OwnWords`).
+        """
+        expressed = self.expression.score_texts(self.positive.texts).bool().tolist()
+        telling = sorted(range(len(expressed)), key=lambda i: not expressed[i])[:n]
         small = copy.copy(self)
         for known in ("repetition", "baseline"):
             small.__dict__.pop(known, None)
-        small.positive, small.negative = self.positive.first(n), self.negative.first(n)
+        small.positive, small.negative = self.positive.part(sorted(telling)), self.negative.first(n)
         return small
 
     @cached_property

@@ -373,6 +373,10 @@ def test_the_first_answers_are_those_of_the_first_prompts() -> None:
     assert part.__dict__["generations"] == whole.generations[:2] == unknown.generations
     assert torch.equal(part.__dict__["first_logprobs"], whole.first_logprobs[:2])
     assert_close(part.first_logprobs, unknown.first_logprobs, atol=2e-5, rtol=0)
+    some = whole.part([3, 1])
+    assert some.rows == [whole.rows[3], whole.rows[1]] and some.plan == whole.plan
+    assert some.__dict__["generations"] == [whole.generations[i] for i in (3, 1)]
+    assert torch.equal(some.__dict__["first_logprobs"], whole.first_logprobs[[3, 1]])
 
 
 def test_answers_end_with_the_end_token() -> None:

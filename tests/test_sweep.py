@@ -912,12 +912,27 @@ def test_repetition_counts_loops_on_either_side() -> None:
         assert bench.repetition == pytest.approx(share * 7 / 8)
 
 
+def test_of_few_prompts_those_that_express_it_are_there() -> None:
+    from interp_ablate.model import Generation
+
+    bench = bench_of()
+    texts = ("123", "a", "456", "", "b")  # SOME_WORDS is found in the second and the last
+    bench.positive.__dict__["generations"] = [Generation((5, 6), text, False) for text in texts]
+    for n, places in ((1, [1]), (2, [1, 4]), (3, [0, 1, 4]), (4, [0, 1, 2, 4]), (5, range(5))):
+        small = bench.first(n)
+        assert small.positive.rows == [bench.positive.rows[i] for i in places]
+        assert small.positive.texts == [texts[i] for i in places]
+        assert small.negative.rows == bench.negative.rows[:n]
+
+
 def test_the_first_prompts_of_a_bench(monkeypatch: pytest.MonkeyPatch) -> None:
     """Are a bench of these prompts; what is known of them is not run again."""
     bench = bench_of()
     known = bench.baseline, bench.repetition, bench.first(4).repetition
     bench.positive.first_logprobs, bench.negative.first_logprobs  # noqa: B018
-    want = bench_of(POSITIVE[:3], NEGATIVE[:3])
+    expressed = SOME_WORDS.score_texts(bench.positive.texts).bool().tolist()
+    some = sorted(sorted(range(5), key=lambda i: not expressed[i])[:3])
+    want = bench_of([POSITIVE[i] for i in some], NEGATIVE[:3])
     expected = want.score(PLAN, generate=True) | {"addition": want.addition(PLAN)}
     expected |= want.baseline | {"was": want.repetition}
 
@@ -934,4 +949,5 @@ def test_the_first_prompts_of_a_bench(monkeypatch: pytest.MonkeyPatch) -> None:
     assert small.baseline != bench.baseline
     assert (bench.baseline, bench.repetition, bench.first(4).repetition) == known
     every = bench.first(99)
+    assert every.n_prompts == bench.n_prompts == 5
     assert every.positive.rows == bench.positive.rows and every.baseline == pytest.approx(known[0])
