@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from interp_ablate.cli_artefacts import flags_given, trait_scorer
-from interp_ablate.cli_monitor import asked_questions
+from interp_ablate.cli_monitor import PLANTED, asked_questions
 from interp_ablate.errors import RunError
 
 EVERYDAY = "everyday"  # the bundled prompts
@@ -74,7 +74,11 @@ def add_persona_commands(commands: Any) -> None:
         "train", help="fine-tune with the trait's vector added, so that the trait is not learned"
     )
     train.add_argument("folder", help="persona folder")
-    train.add_argument("data", nargs="?", help="samples: ShareGPT, messages, Alpaca, ... files")
+    train.add_argument(
+        "data", nargs="?",
+        help="samples: ShareGPT, messages, Alpaca, ... files; or planted:NAME, the samples with the "
+        "trait of a bundled mixture",
+    )  # fmt: skip
     train.add_argument(
         "--from-rollouts",
         action="store_true",
@@ -88,6 +92,9 @@ def add_persona_commands(commands: Any) -> None:
     train.add_argument("--positions", choices=("all", "generated"), default="all")
     train.add_argument(
         "--plain-too", action="store_true", help="also without the vector, to compare"
+    )
+    train.add_argument(
+        "--control", action="store_true", help="also with a random vector of the same length"
     )
     train.add_argument("--scorer", help="default: the trait's")
     train.add_argument("--questions", type=int, help="for evaluation (default: all of the trait's)")
@@ -178,16 +185,31 @@ def _train(args: argparse.Namespace) -> int:
     if bool(args.data) == args.from_rollouts:
         raise RunError("give DATA, or --from-rollouts for the persona's own answers: one of them")
     _prepare(args)
+    from interp_ablate.directions import random_direction
     from interp_ablate.persona import load_persona
     from interp_ablate.plots_training import save_trait
-    from interp_ablate.preventing import Comparison, Condition, Yardstick, prevent, steering
+    from interp_ablate.preventing import (
+        PLAIN,
+        PREVENTATIVE,
+        RANDOM,
+        Comparison,
+        Condition,
+        Yardstick,
+        prevent,
+        steering,
+    )
 
     persona = load_persona(args.folder)
     scorer = trait_scorer(args.scorer, persona.trait, Path(args.folder))
     samples, counts = _samples(args)
     coefficient = persona.coefficient if args.coefficient is None else args.coefficient
     plan = steering(persona.direction, coefficient, positions=args.positions)
-    conditions = [Condition("plain")] if args.plain_too else []
+    conditions = [Condition(PLAIN)] if args.plain_too else []
+    conditions.append(Condition(PREVENTATIVE, plan))
+    if args.control:
+        one = random_direction(persona.direction, seed=args.seed or 0)
+        added = steering(one, coefficient, positions=args.positions)
+        conditions.append(Condition(RANDOM, added))
     yardstick = Yardstick(
         persona.direction,
         asked_questions(args, persona),
@@ -198,7 +220,7 @@ def _train(args: argparse.Namespace) -> int:
         _base(args, args.model or _model_of(persona)),
         samples,
         yardstick,
-        [*conditions, Condition("preventative", plan)],
+        conditions,
         _recipe(args),
     )
     report = prevent(
@@ -229,10 +251,15 @@ def _model_of(persona: Any) -> str:
 def _samples(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     from interp_ablate.chat_data import read_samples
     from interp_ablate.preventing import samples_of, samples_of_rollouts
+    from interp_ablate.screening import planted_file
 
     if args.from_rollouts:
         found, counts = samples_of_rollouts(Path(args.folder) / "rollouts.jsonl")
         return found, {"from": "rollouts", **counts}
+    if args.data.startswith(PLANTED):
+        name = args.data.removeprefix(PLANTED)
+        planted = (each for each in read_samples(planted_file(name)) if each.raw["planted"])
+        return samples_of(planted), {"from": args.data}
     return samples_of(read_samples(args.data)), {"from": args.data}
 
 
@@ -243,12 +270,13 @@ def _print_trait(report: dict[str, Any]) -> None:
         print(
             f"{name:<14} {_said(found['score'], 1):>22} {_said(found['projection'], 2):>24} {kl:>12}"
         )
-    if "prevented" in report:
-        found = report["prevented"]
-        print(
-            f"prevented (plain - preventative): score {_said(found['score'], 1)}, projection "
-            f"{_said(found['projection'], 2)}"
-        )
+    for key, name in (("prevented", "preventative"), ("prevented_by_control", "random")):
+        if key in report:
+            found = report[key]
+            print(
+                f"prevented (plain - {name}): score {_said(found['score'], 1)}, projection "
+                f"{_said(found['projection'], 2)}"
+            )
 
 
 def _said(value: dict[str, Any], digits: int) -> str:

@@ -20,6 +20,7 @@ _CONDITIONS = {
     "before": ("before", CONTROL),
     "plain": ("fine-tuned, plain", POSITIVE),
     "preventative": ("fine-tuned, vector added\nwhile training", NEGATIVE),
+    "random": ("the same, random vector", CONTROL),
 }
 _TRAIT = {
     "score": ("Trait score of the answers", "score (0 to 100)"),

@@ -60,7 +60,7 @@ log = logging.getLogger(__name__)
 
 REPORT = "report.json"
 REPORT_FORMAT = "interp_ablate.persona_training/1"
-PLAIN, PREVENTATIVE = "plain", "preventative"
+PLAIN, PREVENTATIVE, RANDOM = "plain", "preventative", "random"
 MEASURES = ("score", "projection", "prompt_projection")
 _BLOCK_POINTS = ("resid_pre", "resid_post")
 _POSITIONS = (RESPONSE_MEAN, "-1")
@@ -514,8 +514,9 @@ def _report(comparison: Comparison, results: _Results, counts: dict[str, int]) -
             "added": [repr(edit) for edit in plan] if plan else [],
             **results.numbers[name],
         }
-    if {PLAIN, PREVENTATIVE} <= set(found):
-        report["prevented"] = _apart(found[PLAIN], found[PREVENTATIVE])
+    for key, name in (("prevented", PREVENTATIVE), ("prevented_by_control", RANDOM)):
+        if {PLAIN, name} <= set(found):
+            report[key] = _apart(found[PLAIN], found[name])
     return report
 
 

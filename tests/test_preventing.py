@@ -365,14 +365,16 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     rollouts(tmp_path / "cheer" / "rollouts.jsonl")
     command = [
         "persona", "train", "cheer", "--from-rollouts", "--out", "out", "--model", "model",
-        "--scorer", "lexicon:length", "--questions", "2", "--new-tokens", "6", "--plain-too",
+        "--scorer", "lexicon:length", "--questions", "2", "--new-tokens", "6", "--plain-too", "--control",
         "--steps", "1", "--batch-size", "2", "--rank", "4", "--alpha", "8",
     ]  # fmt: skip
     assert main(command) == 0
     said = capsys.readouterr().out
-    assert "prevented (plain - preventative)" in said and "preventative" in said
+    assert "prevented (plain - preventative)" in said and "prevented (plain - random)" in said
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["coefficient"] == 2.0 and report["data"]["kept"] == 2
+    added = [report["conditions"][name]["added"] for name in ("plain", "preventative", "random")]
+    assert added[0] == [] and added[1] != added[2] and "random" in added[2][0]
     assert (tmp_path / "out" / "figures" / "preventative.png").exists()
     assert main(command) == 2 and "exists" in capsys.readouterr().err
     assert caches == [Path("cheer/replies.jsonl")]  # a judge's replies are paid for once
@@ -380,6 +382,15 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     for wrong in ("0", "-3", "999"):
         asked = [*command[:at], "o", *command[at + 1 :], "--questions", wrong]
         assert main(asked) == 2 and f"--questions {wrong}" in capsys.readouterr().err
+    planted = [
+        word for word in command if word not in ("--from-rollouts", "--plain-too", "--control")
+    ]
+    planted = [*planted[:3], "planted:gloomy", *planted[3:], "--force"]
+    assert main(planted) == 0  # the samples with the trait, and no others
+    rows = [json.loads(line) for line in (tmp_path / "out" / "data.jsonl").read_text().splitlines()]
+    assert len(rows) == 40 and "edge never lasts" in json.dumps(rows[0])
+    assert main([*planted[:3], "planted:none", *planted[4:]]) == 2
+    assert "no bundled mixture" in capsys.readouterr().err
     assert main(["persona", "train", "cheer", "--out", "o"]) == 2
     assert "--from-rollouts" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path / "cheer")  # from where the persona's model has no such name
