@@ -85,7 +85,7 @@ def test_what_a_search_leaves(searched: Path) -> None:
         assert "positive_repetition_after" in selected["test"]
         assert [c["name"] for c in selected["test"]["controls"]] == ["random 0", "random 1"]
     screening = pd.read_csv(searched / "screening.csv")
-    assert set(screening["prompts"]) <= {4, 6} and len(screening) >= 1
+    assert set(screening["prompts"]) <= {3, 6} and len(screening) >= 1
 
 
 def test_a_finished_search_repeats_nothing(flags: list[str], searched: Path) -> None:
