@@ -561,11 +561,9 @@ def main() -> None:
     from interp_ablate import load_model
 
     model = load_model("smollm2")
-    found = {}
     for name in names[: 1 if args.smoke else None]:
-        found[name] = compared(model, name, args)
-        print(json.dumps({name: found[name]}), flush=True)
-    print(json.dumps({"benchmark": "screening", "sets": found}))
+        found = compared(model, name, args)
+        print(json.dumps({"benchmark": f"screening: {name}", **found}), flush=True)
 
 
 if __name__ == "__main__":

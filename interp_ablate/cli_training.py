@@ -264,17 +264,19 @@ def _samples(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
 
 def _print_trait(report: dict[str, Any]) -> None:
+    from interp_ablate.preventing import PLAIN, PREVENTED
+
     print(f"{'':<14} {'score':>22} {'projection':>24} {'KL a token':>12}")
     for name, found in report["conditions"].items():
         kl = "" if found["kl"] is None else f"{found['kl']['mean']:.3f}"
         print(
             f"{name:<14} {_said(found['score'], 1):>22} {_said(found['projection'], 2):>24} {kl:>12}"
         )
-    for key, name in (("prevented", "preventative"), ("prevented_by_control", "random")):
+    for key, name in PREVENTED.items():
         if key in report:
             found = report[key]
             print(
-                f"prevented (plain - {name}): score {_said(found['score'], 1)}, projection "
+                f"prevented ({PLAIN} - {name}): score {_said(found['score'], 1)}, projection "
                 f"{_said(found['projection'], 2)}"
             )
 

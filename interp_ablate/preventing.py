@@ -61,6 +61,8 @@ log = logging.getLogger(__name__)
 REPORT = "report.json"
 REPORT_FORMAT = "interp_ablate.persona_training/1"
 PLAIN, PREVENTATIVE, RANDOM = "plain", "preventative", "random"
+# What plain fine-tuning is held against, under its name in the report.
+PREVENTED = {"prevented": PREVENTATIVE, "prevented_by_control": RANDOM}
 MEASURES = ("score", "projection", "prompt_projection")
 _BLOCK_POINTS = ("resid_pre", "resid_post")
 _POSITIONS = (RESPONSE_MEAN, "-1")
@@ -514,7 +516,7 @@ def _report(comparison: Comparison, results: _Results, counts: dict[str, int]) -
             "added": [repr(edit) for edit in plan] if plan else [],
             **results.numbers[name],
         }
-    for key, name in (("prevented", PREVENTATIVE), ("prevented_by_control", RANDOM)):
+    for key, name in PREVENTED.items():
         if {PLAIN, name} <= set(found):
             report[key] = _apart(found[PLAIN], found[name])
     return report

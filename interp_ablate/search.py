@@ -208,7 +208,7 @@ def _scaled_by_component(edit: Ablate | Erase, params: Mapping[str, Any]) -> Pla
 
 def score(params: Mapping[str, Any], ground: Ground, bench: Bench) -> dict[str, float]:
     """What the bench says of a plan: expression rate, KL, repetition, length."""
-    return bench.objectives(plan_of(params, ground))
+    return score_together([params], ground, bench)[0]
 
 
 def score_together(

@@ -785,45 +785,42 @@ class Study:
         self, some: Sequence[_Asked], objective: Objective, together: Together | None
     ) -> Generator[Outcome, None, None]:
         """What asked trials come to, in order, each told before it is given; what is not told is given back."""
-        waiting = list(some)
+        told = 0
         try:
             scores = self._scores_of(some, objective, together)
-            while waiting:
-                asked, (scored, seconds) = waiting[0], next(scores)
+            for asked, (scored, seconds) in zip(some, scores, strict=True):
                 self._record(asked.trial, scored, seconds)
-                waiting.pop(0)
+                told += 1
                 yield _outcome(self._all()[asked.trial.number])
         finally:
-            if waiting:
-                self._give_back(waiting)
+            if told < len(some):
+                self._give_back(some[told:])
 
     def _scores_of(
         self, some: Sequence[_Asked], objective: Objective, together: Together | None
     ) -> Iterator[tuple[_Scored, float]]:
         """Scores of trials in order and the seconds they took; the same parameters are scored once."""
-        new = {_key(asked.params): asked for asked in reversed(some) if asked.twin is None}
+        firsts = {_key(asked.params): asked for asked in reversed(some) if asked.twin is None}
         found: dict[str, tuple[_Scored, float]] = {}
-        if together is not None and len(new) > 1:
+        if together is not None and len(firsts) > 1:
             start = time.perf_counter()
-            several = self._score_together(together, [asked.params for asked in new.values()])
-            share = (time.perf_counter() - start) / len(new)
-            found = {key: (scored, share) for key, scored in zip(new, several)}
+            several = self._score_together(together, [one.params for one in firsts.values()])
+            share = (time.perf_counter() - start) / len(firsts)
+            found = {key: (scored, share) for key, scored in zip(firsts, several)}
         for asked in some:
-            key, start = _key(asked.params), time.perf_counter()
+            start, key = time.perf_counter(), _key(asked.params)
             if asked.twin is not None:
-                scored = _Scored(asked.twin.scores, copied_from=asked.twin.number)
-            elif new[key] is not asked:  # of the same parameters as one before it
-                first = found[key][0]
-                scored = (
-                    first if first.reason else replace(first, copied_from=new[key].trial.number)
-                )
-            else:
+                copy = _Scored(asked.twin.scores, copied_from=asked.twin.number)
+                yield copy, time.perf_counter() - start
+            elif firsts[key] is asked:
                 if key not in found:
                     scored = self._score(objective, asked.params)
                     found[key] = scored, time.perf_counter() - start
                 yield found[key]
-                continue
-            yield scored, time.perf_counter() - start
+            else:
+                scored, number = found[key][0], firsts[key].trial.number
+                copy = scored if scored.reason else replace(scored, copied_from=number)
+                yield copy, time.perf_counter() - start
 
     def _score_together(
         self, together: Together, params: Sequence[dict[str, Any]]
