@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import common  # noqa: F401  (offline settings)
@@ -63,9 +64,10 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--control-minutes", type=float, default=5.0)
+    parser.add_argument("--keep", type=Path, help="folder for the searches' own folders")
     args = parser.parse_args()
     found = []
-    with tempfile.TemporaryDirectory() as folder:
+    with nullcontext(args.keep) if args.keep else tempfile.TemporaryDirectory() as folder:
         for number, (control, fits) in enumerate(
             ((None, True), (None, False), ("random", False), ("random", True))
         ):

@@ -67,7 +67,7 @@ from interp_ablate.sweep import (
 MAIN_METHOD = "difference_in_means"
 N_RANDOM_CONTROLS = 2
 # Rounds of a fit: gradient steps, and how much a nat of KL weighs. First far enough, then ever cheaper.
-FIT_ROUNDS = ((14, 120.0), (10, 160.0), (8, 160.0), (8, 160.0))
+FIT_ROUNDS = ((14, 120.0), (10, 160.0), (8, 160.0), (8, 160.0), (8, 160.0))
 FIT_PROMPTS = 64  # a side
 # Measures that are shares of prompts; the others are means of real numbers.
 RATES = (

@@ -29,8 +29,8 @@ N_KEPT = 8  # tokens of each other answer whose distribution is kept
 # Nats: below this log-probability an answer counts as gone and adds little gradient.
 UNLIKELY = -9.0
 # Tokens of unwanted passages are made less likely than this; how far answers are read for passages.
-PASSAGE_LIMIT, PASSAGE_TOKENS, PASSAGE_WEIGHT = -3.0, 28, 1.0
-STEP_ROWS = 16  # of each kind that a step sees
+PASSAGE_LIMIT, PASSAGE_TOKENS, PASSAGE_WEIGHT = -3.0, 32, 1.0
+STEP_ROWS = 16  # of each kind that a step sees; half as many passages, of them up to half late ones
 STRONGEST = 2.0
 START = 0.3  # strength at every site before the first step
 # Steps of Adam at the start of a fit (they fall along a cosine): of a strength, and of a unit vector's length.
@@ -53,7 +53,13 @@ class FitData:
     negative: list[list[int]]  # prompt followed by the first tokens of its answer but the last
     negative_lengths: list[int]
     reference: Float[Tensor, "prompt pos d_vocab"]  # log-probabilities of those tokens
-    passages: list[Passage] = field(default_factory=list)
+    late: list[Passage] = field(default_factory=list)
+    loops: list[Passage] = field(default_factory=list)
+
+    @property
+    def passages(self) -> list[Passage]:
+        """All that should be unlikely beside the expressing answers: late expressions and loops."""
+        return self.late + self.loops
 
     def with_answers(self, evidence: Evidence, expression: ExpressionScorer) -> FitData:
         """The same, and answers that still express the behaviour under a plan: other words for it.
@@ -66,7 +72,7 @@ class FitData:
             positive=self.positive + [row + end for row, end in zip(rows, answers)],
             prompt_lengths=self.prompt_lengths + [len(row) for row in rows],
             answers=self.answers + answers,
-            passages=self.passages + late,
+            late=self.late + late,
         )
 
     def some(self, step: int) -> FitData:
@@ -86,6 +92,7 @@ class FitData:
             return found[start : start + size]
 
         rows, others = chosen(len(self.positive), 0), chosen(len(self.negative), 1)
+        late = chosen(len(self.late), 2, STEP_ROWS // 4)  # few, and loops are many
         return FitData(
             [self.positive[i] for i in rows],
             [self.prompt_lengths[i] for i in rows],
@@ -93,7 +100,8 @@ class FitData:
             [self.negative[i] for i in others],
             [self.negative_lengths[i] for i in others],
             self.reference[others],
-            [self.passages[i] for i in chosen(len(self.passages), 2, STEP_ROWS // 2)],
+            [self.late[i] for i in late],
+            [self.loops[i] for i in chosen(len(self.loops), 3, STEP_ROWS // 2 - len(late))],
         )
 
     def with_loops(self, evidence: Sequence[Evidence]) -> FitData:
@@ -104,7 +112,7 @@ class FitData:
             for row, generation in zip(side.rows, side.generations)
             if (passage := loop_of(row, generation.tokens)) is not None
         ]
-        return replace(self, passages=self.passages + found)
+        return replace(self, loops=self.loops + found)
 
 
 @dataclass(frozen=True)

@@ -111,15 +111,16 @@ class Step:
 class BridgeLens:
     """TransformerBridge: the HF model with hook points in it; runs the HF forward itself.
 
-    Inside `forward` the checkpoint's own attention takes the place of the Bridge's, which computes the
-    same step by step for the sake of hooks on patterns and scores, as long as nobody uses those hooks.
+    Inside `forward` the checkpoint's own attention and norms take the place of the Bridge's, which compute
+    the same step by step for the sake of hooks on patterns, scores and scales (norms twice), as long as
+    nobody uses those hooks.
     """
 
     def __init__(self, tl: Any) -> None:
         self.tl = tl
         self.hf = tl.original_model
         self._besides: list[int | None] = []  # what blocks return beside the stream, as a tuple
-        self.own_attention = self._own_attention_is_the_same()
+        self.own_parts = self._own_parts_are_the_same()
 
     def hook_point(self, site: Site) -> nn.Module | None:
         # on models with rotary positions hook_pos_embed is an alias of the rotary tables
@@ -198,7 +199,7 @@ class BridgeLens:
             "past_key_values": step.cache,
             "use_cache": step.cache is not None,
         }
-        with self._with_own_attention(), self._started(step):
+        with self._with_own_parts(), self._started(step):
             if keep == 0:
                 self.hf.base_model(**arguments)
                 return None
@@ -342,25 +343,41 @@ class BridgeLens:
                 found.append((attn, inner))
         return found
 
+    @cached_property
+    def _norms(self) -> list[tuple[Any, list[nn.Module]]]:
+        """Norms whose output is the checkpoint's own, with the hook points that the Bridge alone passes."""
+        from transformer_lens.model_bridge.generalized_components import (
+            NormalizationBridge,
+            RMSNormalizationBridge,
+        )
+
+        return [
+            (norm, [norm.hook_scale, norm.hook_normalized])
+            for norm in self.tl.modules()
+            if type(norm) in (NormalizationBridge, RMSNormalizationBridge)
+            and norm.use_native_layernorm_autograd
+        ]
+
     @contextmanager
-    def _with_own_attention(self) -> Iterator[None]:
-        attentions = self._attentions if self.own_attention else []
-        if any(_is_used(point) for _, inner in attentions for point in inner):
-            attentions = []
-        for attn, _ in attentions:
-            attn.__dict__["forward"] = functools.partial(_own_attention, attn)
+    def _with_own_parts(self) -> Iterator[None]:
+        replaced: list[Any] = []
+        for parts, own in ((self._attentions, _own_attention), (self._norms, _own_norm)):
+            if self.own_parts and not any(_is_used(p) for _, inner in parts for p in inner):
+                for part, _ in parts:
+                    part.__dict__["forward"] = functools.partial(own, part)
+                replaced += parts
         try:
             yield
         finally:
-            for attn, _ in attentions:
-                attn.__dict__.pop("forward", None)
+            for part, _ in replaced:
+                part.__dict__.pop("forward", None)
 
-    def _own_attention_is_the_same(self) -> bool:
-        """Whether logits of a prompt and of a cached step are the same with the checkpoint's own attention."""
-        if not self._attentions:
+    def _own_parts_are_the_same(self) -> bool:
+        """Whether logits of a prompt and of a cached step are the same with the checkpoint's own parts."""
+        if not self._attentions and not self._norms:
             return False
         found = []
-        for self.own_attention in (False, True):
+        for self.own_parts in (False, True):
             for step in self._fixed_steps():
                 with torch.no_grad():
                     logits = self.forward(step, step.tokens.shape[1])
@@ -442,6 +459,12 @@ def _own_attention(attn: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs["hidden_states"] = attn.hook_in(kwargs["hidden_states"])
     output, *rest = attn.original_component(*args, **kwargs)
     return (attn.hook_out(output), *rest)
+
+
+def _own_norm(norm: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    """The checkpoint's own norm between the Bridge's hooks at its input and output."""
+    x = norm.hook_in(hidden_states)
+    return norm.hook_out(norm.original_component(x).to(x.dtype))
 
 
 class HookedLens:

@@ -1,12 +1,14 @@
 """Executes the notebooks in place, outputs included; exits 1 at the first cell that fails.
 
 `python notebooks/execute.py [NAME ...]`; INTERP_ABLATE_SMALL=1 makes the notebooks run at a small size.
-`--check` executes without writing the result back.
+`--check` executes without writing the result back. What notebooks leave in the temporary folder is removed.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 import nbformat
@@ -17,6 +19,14 @@ HERE = Path(__file__).parent
 
 
 def main(arguments: list[str]) -> int:
+    with (
+        tempfile.TemporaryDirectory() as place
+    ):  # kernels inherit it; a killed one cleans nothing up
+        os.environ["TMPDIR"] = place
+        return execute(arguments)
+
+
+def execute(arguments: list[str]) -> int:
     check = "--check" in arguments
     names = [name for name in arguments if not name.startswith("--")]
     for path in sorted(HERE.glob("*.ipynb")):

@@ -348,15 +348,20 @@ def test_loops_of_both_sides_are_added() -> None:
         ]
     more = data.with_loops(sides)
     want = [loop_of(s.rows[i], s.generations[i].tokens) for s in sides for i in (0, 2)]
-    assert more.passages == want
+    assert more.loops == want and more.late == []
     assert data.passages == [] and more.positive == data.positive
     assert more.with_loops(sides[:1]).passages == [*want, *want[:2]]
 
 
-@pytest.mark.parametrize("counts", [(3, 2, 2), (16, 16, 12), (17, 40, 30), (33, 64, 16)])
-def test_every_row_is_seen_as_often_as_any_other(counts: tuple[int, int, int]) -> None:
-    """Steps see some rows of each kind; each row comes with its own length, answer and reference."""
-    n, m, k = counts
+@pytest.mark.parametrize(
+    "counts", [(3, 2, 2, 0), (16, 16, 12, 1), (17, 40, 30, 3), (33, 64, 16, 9), (5, 5, 2, 30)]
+)
+def test_every_row_is_seen_as_often_as_any_other(counts: tuple[int, int, int, int]) -> None:
+    """Steps see some rows of each kind; each row comes with its own length, answer and reference.
+
+    However many loops there are, up to four late expressions are in every step.
+    """
+    n, m, k, late = counts
     data = FitData(
         [[i] * 5 for i in range(n)],
         list(range(n)),
@@ -364,9 +369,10 @@ def test_every_row_is_seen_as_often_as_any_other(counts: tuple[int, int, int]) -
         [[i] * 6 for i in range(m)],
         list(range(m)),
         torch.arange(m, dtype=torch.float32)[:, None, None].expand(m, N_KEPT, 3),
+        [Passage([i], [i], [i]) for i in range(late)],
         [Passage([i], [i], [i]) for i in range(k)],
     )
-    seen = [Counter[int](), Counter[int](), Counter[int]()]
+    seen = [Counter[int](), Counter[int](), Counter[int](), Counter[int]()]
     steps = 400
     for step in range(steps):
         some = data.some(step)
@@ -377,13 +383,17 @@ def test_every_row_is_seen_as_often_as_any_other(counts: tuple[int, int, int]) -
         assert some.reference[:, 0, 0].tolist() == [row[0] for row in some.negative]
         for counter, rows in zip(seen, (some.prompt_lengths, some.negative_lengths)):
             counter.update(rows)
-        seen[2].update(loop.prompt[0] for loop in some.passages)
+        assert len(some.late) == min(late, STEP_ROWS // 4)
+        assert len(some.loops) == min(k, STEP_ROWS // 2 - len(some.late))
+        seen[2].update(loop.prompt[0] for loop in some.loops)
+        seen[3].update(passage.prompt[0] for passage in some.late)
         again = data.some(step)
         assert (again.positive, again.passages) == (some.positive, some.passages)
     for size, counter in zip(counts[:2], seen):
         assert len(counter) == size and max(counter.values()) - min(counter.values()) <= 1
-    assert len(seen[2]) == k  # and no loop is left out for ever
-    assert min(seen[2].values()) > 0.6 * max(seen[2].values())
+    for size, counter in zip(counts[2:], seen[2:]):
+        assert len(counter) == size  # and no passage is left out for ever
+        assert not counter or min(counter.values()) > 0.6 * max(counter.values())
 
 
 def test_expressions_that_come_late_are_unwanted_passages() -> None:
@@ -409,7 +419,9 @@ def test_expressions_that_come_late_are_unwanted_passages() -> None:
     more = data.with_answers(evidence, word)
     assert more.answers == [answers[0][:N_TOKENS], answers[3][:N_TOKENS]]
     assert more.positive == [rows[i] + answers[i][:N_TOKENS] for i in (0, 3)]
-    assert more.passages == [Passage(rows[1], answers[1][:16], list(range(11, 16)))]
+    assert (
+        more.late == [Passage(rows[1], answers[1][:16], list(range(11, 16)))] and more.loops == []
+    )
 
 
 def looping_data(model: Model, *lengths: int) -> FitData:
@@ -418,7 +430,7 @@ def looping_data(model: Model, *lengths: int) -> FitData:
     rows = rows_of(*lengths, seed=4)
     loops = [loop_of(row, answer) for row, answer in zip(rows, answers)]
     assert all(loop is not None for loop in loops)
-    return replace(data_of(model), passages=loops)
+    return replace(data_of(model), loops=loops)
 
 
 @pytest.mark.parametrize("lengths", ((21, 30, 24), (21, 3, 24)), ids=("long", "a short prompt"))
@@ -446,7 +458,7 @@ def test_a_fit_breaks_loops() -> None:
     # the model's own words said twice: likely, and a loop
     loops = [loop_of(row, answer[:4] * 3) for row, answer in zip(rows, answers)]
     data = data_of(model)
-    looping = replace(data, passages=[loop for loop in loops if loop])
+    looping = replace(data, loops=[loop for loop in loops if loop])
     found = []
     for given in (data, looping):
         edit = fit_edit(model, direction, SITES, given, kl_weight=0.1, steps=6)

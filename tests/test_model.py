@@ -124,6 +124,25 @@ def test_batches_are_left_padded_and_count_from_each_rows_start() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "point", ("ln1.hook_scale", "ln1.hook_normalized", "ln2.hook_scale", "attn.hook_pattern")
+)
+def test_hooks_inside_norms_and_attentions_are_called(kind: str, point: str) -> None:
+    """The checkpoint's own modules run in the Bridge's place only while nobody uses the Bridge's hooks."""
+    model = shared(kind)
+    rows = rows_of(9, 5)
+    before = model.logits(rows)
+    seen = []
+    hook_point = model.tl.blocks[1].get_submodule(point)
+    handle = hook_point.register_forward_hook(lambda module, args, out: seen.append(out) or 2 * out)
+    try:
+        edited = model.logits(rows)
+    finally:
+        handle.remove()
+    assert seen and not torch.allclose(edited, before, atol=1e-3)
+    assert torch.equal(model.logits(rows), before)
+
+
 @NEEDS_HOOKED
 @pytest.mark.parametrize("edited", (False, True), ids=("plain", "under a plan"))
 def test_hooked_equals_bridge_at_every_site(
