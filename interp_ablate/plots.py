@@ -356,7 +356,7 @@ def search_front(
             (
                 (rows["edit"] == kind) & loops,
                 "none",
-                ", answers repeat themselves more than before",
+                ", positive prompts' answers repeat more",
             ),
         ):
             if mask.any():
