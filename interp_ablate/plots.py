@@ -365,7 +365,14 @@ def search_front(
                     edgecolors=colour, linewidths=1.1, label=f"{name}{more} ({int(mask.sum())})",
                 )  # fmt: skip
     front = _front(damage.to_numpy(float), rate.to_numpy(float))
-    ax.plot(*front, color="#009E73", linewidth=1.6, drawstyle="steps-post", label="Pareto front")
+    ax.plot(
+        *front,
+        color="#009E73",
+        linewidth=1.6,
+        marker=".",
+        drawstyle="steps-post",
+        label="Pareto front",
+    )  # a front of one plan is a dot
     ax.set_xscale("log")
     ax.set_ylim(bottom=-0.03)
     if selected is not None:
