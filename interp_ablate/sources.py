@@ -181,14 +181,18 @@ def _quick_gguf() -> Iterator[None]:
         def data(self, value: Any) -> None:
             self._plain = np.asarray(value)
 
-    original = gguf.GGUFReader, gguf.get_tensor_name_map
-    setattr(gguf, "GGUFReader", functools.lru_cache(maxsize=1)(Reader))  # noqa: B010
-    setattr(gguf, "get_tensor_name_map", functools.cache(original[1]))  # noqa: B010
+    quick = {
+        "GGUFReader": functools.lru_cache(maxsize=1)(Reader),
+        "get_tensor_name_map": functools.cache(gguf.get_tensor_name_map),
+    }
+    original = {name: getattr(gguf, name) for name in quick}
     try:
+        for name, value in quick.items():
+            setattr(gguf, name, value)
         yield
     finally:
-        setattr(gguf, "GGUFReader", original[0])  # noqa: B010
-        setattr(gguf, "get_tensor_name_map", original[1])  # noqa: B010
+        for name, value in original.items():
+            setattr(gguf, name, value)
 
 
 def load_hf(

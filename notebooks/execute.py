@@ -19,10 +19,8 @@ HERE = Path(__file__).parent
 
 
 def main(arguments: list[str]) -> int:
-    with (
-        tempfile.TemporaryDirectory() as place
-    ):  # kernels inherit it; a killed one cleans nothing up
-        os.environ["TMPDIR"] = place
+    with tempfile.TemporaryDirectory() as place:
+        os.environ["TMPDIR"] = place  # kernels inherit it; a killed one cleans nothing up
         return execute(arguments)
 
 
