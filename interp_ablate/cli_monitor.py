@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,14 @@ def _screen_flags(parser: argparse.ArgumentParser) -> None:
         help="difference: minus the own answer's projection; adjusted (default): minus the part of it that "
         "a least-squares line over all samples explains",
     )
-    parser.add_argument("--layer", type=int, help="the persona's direction of another layer")
+    parser.add_argument(
+        "--direction",
+        choices=("reading", "steering"),
+        default="reading",
+        help="reading (default): along which the trait shows in text, of the layer that reads best; steering: "
+        "the one that `persona steer` adds",
+    )
+    parser.add_argument("--layer", type=int, help="that direction of another layer")
     parser.add_argument("--layout", help="of DATA, where its keys fit several")
     parser.add_argument(
         "--labels", metavar="FIELD", help="true or false in every row: how well are they found?"
@@ -185,7 +193,8 @@ def _screen(args: argparse.Namespace) -> int:
     from interp_ablate.plots_monitor import save_screening
     from interp_ablate.screening import contents, labels_of, save_summary, screen
 
-    persona = _at_layer(load_persona(args.folder), args.layer)
+    persona = load_persona(args.folder)
+    direction = _asked_direction(persona, args.direction, args.layer)
     data, field, threshold, settings = _what(args)
     held, layout = contents(data, layout=args.layout), args.layout
     labels = None if field is None else labels_of(data, field, layout=layout)
@@ -196,7 +205,7 @@ def _screen(args: argparse.Namespace) -> int:
     persona.check(model)
 
     def measured(path: Any, store: str, total: int) -> Any:
-        return _measure(args, (model, persona.direction, path, out / store, settings), total)
+        return _measure(args, (model, direction, path, out / store, settings), total)
 
     reference = measured(args.reference, "reference.jsonl", clean.samples) if clean else None
     table = measured(data, "scores.jsonl", held.samples)
@@ -207,25 +216,28 @@ def _screen(args: argparse.Namespace) -> int:
         trait=persona.name, labels=labels, reference=reference,
     )  # fmt: skip
     summary = {**found.summary, "slope": slope, **_told(args, persona, model, settings, held)}
+    summary |= {
+        "site": str(direction.site),
+        "direction": direction.fingerprint,
+        "method": direction.method,
+    }
     if labels is not None:
-        summary["check"] = _check(args, persona, model, (data, table, labels))
+        summary["check"] = _check(args, persona, model, direction, (data, table, labels))
     save_summary(summary, out)
     _print_screening(summary, persona.name)
     print(f"ranked: {out / 'ranked.csv'}; figure: {figure}")
     return 0
 
 
-def _at_layer(persona: Any, layer: int | None) -> Any:
-    """The persona with its direction of another layer, of the same pooling."""
-    from dataclasses import replace
-
+def _asked_direction(persona: Any, kind: str, layer: int | None) -> Any:
+    """The persona's direction for reading, or the one that steers; of another layer, if one is given."""
     from interp_ablate.sites import Site
 
+    chosen = persona.reading if kind == "reading" else persona.direction
     if layer is None:
-        return persona
-    chosen = persona.direction
+        return chosen
     site = Site(layer, chosen.site.point)
-    return replace(persona, direction=persona.directions[site, chosen.position])
+    return persona.directions[site, chosen.position, chosen.method]
 
 
 def _adjusted(table: Any, reference: Any, settings: Any) -> tuple[Any, Any, float | None]:
@@ -277,8 +289,6 @@ def _told(args: argparse.Namespace, persona: Any, model: Any, settings: Any, hel
         "data": str(args.data),
         "trait": persona.name,
         "model": model.source.name,
-        "site": str(persona.direction.site),
-        "direction": persona.direction.fingerprint,
         "settings": asdict(settings),
         "with_earlier_rounds": held.rounds,
         "without_an_answer": held.unanswered,
@@ -286,13 +296,22 @@ def _told(args: argparse.Namespace, persona: Any, model: Any, settings: Any, hel
 
 
 def _check(
-    args: argparse.Namespace, persona: Any, model: Any, screened: tuple[Any, Any, Any]
+    args: argparse.Namespace,
+    persona: Any,
+    model: Any,
+    direction: Any,
+    screened: tuple[Any, Any, Any],
 ) -> list[dict[str, Any]]:
     from interp_ablate.judges import scorer_of
-    from interp_ablate.screening import bag_of_words, check, rollout_texts
+    from interp_ablate.screening import bag_of_words, check, project_responses, rollout_texts
 
     data, table, labels = screened
     baselines: dict[str, Any] = {}
+    for name, other in (("reading", persona.reading), ("steering", persona.direction)):
+        if other.fingerprint != direction.fingerprint:
+            baselines[f"projection, {name} direction, layer {other.site.layer}"] = partial(
+                project_responses, model, direction=other, response_tokens=args.response_tokens
+            )
     if persona.trait.scorer is not None and not persona.trait.scorer.startswith("judge:"):
         baselines[persona.trait.scorer] = scorer_of(persona.trait.scorer)
     texts = rollout_texts(Path(args.folder) / "rollouts.jsonl")
@@ -300,7 +319,7 @@ def _check(
         baselines["bag of words of the persona's rollouts"] = bag_of_words(*texts)
     found = check(
         model,
-        persona.direction,
+        direction,
         data,
         table,
         labels,
@@ -314,6 +333,7 @@ def _check(
 def _print_screening(summary: dict[str, Any], trait: str) -> None:
     asked = summary["threshold"]
     of = {"value": "", "data": " of the data itself", "reference": " of the reference"}[asked["of"]]
+    print(f"read along {summary['method']} at {summary['site']}")
     print(
         f"{summary['samples']} samples, {summary['flagged']} flagged: {summary['by']} on {trait!r} above "
         f"{asked['value']:.3f}" + (f" ({asked['asked']}{of})" if of else "")

@@ -216,6 +216,7 @@ def _print_persona(persona: Any, out: Path, figures: list[Path], *, as_json: boo
     if as_json:
         keys = ("layer", "site", "norm", "coefficient", "score", "coherence")
         told = {"trait": persona.name, "out": str(out), **{key: chosen[key] for key in keys}}
+        told["reading"] = _read_row(persona)
         print(json.dumps({**told, "unsteered": unsteered["score"], "counts": counts}))
         return
     for side in ("positive", "negative"):
@@ -226,7 +227,19 @@ def _print_persona(persona: Any, out: Path, figures: list[Path], *, as_json: boo
     print(
         f"{'':<18} on the {unsteered['questions']} questions that chose it: `persona steer` reports"
     )
+    read = _read_row(persona)
+    if read is not None:
+        print(
+            f"{'reading':<18} {read['site']}, r = {read['r']:.2f} [{read['r_low']:.2f}, {read['r_high']:.2f}] "
+            "with the score on questions that did not make it"
+        )
     print(f"{'folder':<18} {out} ({', '.join(path.name for path in figures)})")
+
+
+def _read_row(persona: Any) -> dict[str, Any] | None:
+    """The layer that reads best, as `reading.csv` has it; None where there is none."""
+    rows = (persona.details.get("reading") or {}).get("layers", [])
+    return next((row for row in rows if row["chosen"]), None)
 
 
 def _shown(row: dict[str, Any]) -> str:

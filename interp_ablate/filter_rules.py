@@ -325,7 +325,7 @@ def score_rule(
 
 
 def direction_at(place: str) -> Direction:
-    """The direction of a persona folder, or of a directions file (`FILE#SITE` where it has several).
+    """A persona folder's direction for reading text, or that of a directions file (`FILE#SITE` where it has several).
 
     Raises:
         InterpAblateError: nothing that can be read there, or several directions.
@@ -336,7 +336,7 @@ def direction_at(place: str) -> Direction:
     if Path(place).is_dir():
         from interp_ablate.persona import load_persona
 
-        return load_persona(place).direction
+        return load_persona(place).reading
     path, _, site = place.partition("#")
     found = Directions.load(path)
     if site:

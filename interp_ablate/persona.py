@@ -1,9 +1,9 @@
 """Persona: a trait as a direction: extracted from rollouts, its layer chosen by what steering does, steered.
 
-Knows: pooling over the tokens of a response or a prompt, difference of means per layer, the choice of a
-layer and a coefficient on questions that made no vector, the curve of trait and coherence against the
-coefficient with random controls, the persona folder.
-Does not know: trait files (`traits`), how answers are stored and filtered (`rollouts`), scorers, weights.
+Knows: difference of means per layer, the choice of a layer and a coefficient on questions that made no
+vector, the curve of trait and coherence against the coefficient with random controls, the persona folder.
+Does not know: trait files (`traits`), how answers are stored and filtered (`rollouts`) or pooled (`pooling`),
+how the direction for reading text is made (`reading`), scorers, weights.
 """
 
 from __future__ import annotations
@@ -14,15 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import pandas as pd
-import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from interp_ablate.activations import RESPONSE_MEAN, Moments
-from interp_ablate.batches import Batch
 from interp_ablate.directions import ZERO_TOLERANCE, Direction, Directions, random_direction
 from interp_ablate.edits import Add, Plan, Positions
 from interp_ablate.errors import DirectionError, InterpAblateError, RunError
@@ -30,7 +25,11 @@ from interp_ablate.exchanges import TextScorer
 from interp_ablate.files import write_whole
 from interp_ablate.listeners import Listener, Silent
 from interp_ablate.model import Model
+from interp_ablate.pooling import POOLED_ROWS, POOLINGS, POSITIONS, Pooling, pooled
 from interp_ablate.prompts import Prompt
+from interp_ablate.reading import COLUMNS as READ_COLUMNS
+from interp_ablate.reading import METHOD as READING
+from interp_ablate.reading import Reading, fit_reading
 from interp_ablate.rollouts import (
     BROKEN,
     COHERENT,
@@ -52,16 +51,7 @@ from interp_ablate.traits import Trait, load_trait, split_questions
 log = logging.getLogger(__name__)
 
 FORMAT = "interp_ablate.persona/1"
-Pooling = Literal["response_mean", "prompt_last", "prompt_mean"]
-POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
-# How a direction names its position: activations call the last token of the prompt -1.
-_POSITIONS: dict[str, str] = {
-    "response_mean": RESPONSE_MEAN,
-    "prompt_last": "-1",
-    "prompt_mean": "prompt_mean",
-}
 GREEDY = Sampling(temperature=0.0)
-POOLED_ROWS = 16  # always: a sum's last bits depend on it, and name the plans that choose the layer
 COEFFICIENTS = (-1.0, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5)
 LAYER_COLUMNS = (
     "layer", "site", "norm", "coefficient", "score", "score_low", "score_high", "coherence", "answers",
@@ -79,8 +69,8 @@ class Persona:
     """A trait's directions in one model, the one that was chosen, and how strongly to add it.
 
     `direction.raw` is the difference of means at `direction.site`: coefficient 1 moves the mean response
-    without the trait onto that with it. `directions` holds those of every layer and pooling; `details` is
-    what else `persona.json` says (layers, counts, settings, versions).
+    without the trait onto that with it. `directions` holds those of every layer and pooling, and after them
+    the slopes for `reading`; `details` is what else `persona.json` says (layers, counts, settings, versions).
     """
 
     trait: Trait
@@ -98,6 +88,24 @@ class Persona:
     @property
     def name(self) -> str:
         return self.trait.name
+
+    @property
+    def reading(self) -> Direction:
+        """The direction to project text on: how the trait shows, where `direction` is how to bring it about.
+
+        Of the layer that reads best (`reading.fit_reading`); `direction` where the extraction found none, or
+        was made before there was one.
+        """
+        site = (self.details.get("reading") or {}).get("site")
+        return self.direction if site is None else self.reading_at(Site.parse(site))
+
+    def reading_at(self, site: Site) -> Direction:
+        """The direction to project text on at another of the extraction's candidate sites.
+
+        Raises:
+            DirectionError: none there.
+        """
+        return self.directions[site, POSITIONS["response_mean"], READING]
 
     def plan(self, coefficient: float | None = None, *, positions: Positions = "generated") -> Plan:
         """The raw vector times the coefficient, added at the chosen site.
@@ -126,7 +134,7 @@ class Persona:
             log.warning("persona %s is of %s, used on %s", self.name, self.model, model.source.name)
 
     def save(self, folder: str | Path) -> None:
-        """Write persona.json, trait.json, layers.csv and the directions; persona.json last.
+        """Write persona.json, trait.json, layers.csv, reading.csv and the directions; persona.json last.
 
         Raises:
             RunError, DirectionError, PromptError: the folder cannot be written.
@@ -136,6 +144,11 @@ class Persona:
         self.directions.save(folder / "directions.safetensors")
         layers = pd.DataFrame(self.details.get("layers", []), columns=list(LAYER_COLUMNS))
         write_whole(folder / "layers.csv", layers.to_csv(index=False))
+        rows = (self.details.get("reading") or {}).get("layers", [])
+        write_whole(
+            folder / "reading.csv",
+            pd.DataFrame(rows, columns=list(READ_COLUMNS)).to_csv(index=False),
+        )
         told = {
             "format": FORMAT,
             "model": self.model,
@@ -217,7 +230,7 @@ class Extraction:
 
     questions: int = 10
     choosing: int = 6
-    samples: int = 1
+    samples: int = 3
     sampling: Sampling = field(default_factory=Sampling)
     layers: tuple[int, int] | None = None
     coefficients: tuple[float, ...] = (1.0, 2.0)
@@ -245,8 +258,9 @@ def extract(
     Rollouts under both sides' system prompts are scored and filtered (`keep_expressing`); a layer's
     direction is the mean over the kept positive answers minus that over the negative ones, each answer
     being the mean over its own tokens. Then every candidate layer and coefficient steers answers to the
-    choosing questions: of those whose answers are coherent, the highest trait score is chosen. Everything
-    goes to the folder `out`; what is there already is not done again.
+    choosing questions: of those whose answers are coherent, the highest trait score is chosen. The direction
+    for reading is made of all coherent rollouts and their scores (`reading.fit_reading`). Everything goes to
+    the folder `out`; what is there already is not done again.
 
     Source: Chen et al. 2025, https://arxiv.org/abs/2507.21509. Its layer i is `hidden_states[i]`, which is
     resid_post of layer i - 1 here.
@@ -270,13 +284,23 @@ def extract(
         trait, making=settings.questions, choosing=settings.choosing, reporting=1
     )
     options: dict[str, Any] = {"scorer": scorer, "coherence": coherence, "listener": listener}
-    kept = _rollouts(model, trait, parts.making, out, settings, options)
+    answers, kept = _rollouts(model, trait, parts.making, out, settings, options)
     source = f"{trait.name} {model.source.name}"
     directions = trait_directions(model, kept, source=source, listener=listener)
+    read = fit_reading(
+        model,
+        answers,
+        sites_of(("resid_post",), candidates),
+        coherent=settings.coherent,
+        fewest=2 * settings.fewest,
+        source=source,
+        listener=listener,
+    )
+    _note_reading(read, listener)
     usable = directions.where(Site(layer, "resid_post") for layer in candidates)
     chosen, layers, unsteered = choose_layer(
         model,
-        [item for item in usable if item.position == _POSITIONS[settings.pooling]],
+        [item for item in usable if item.position == POSITIONS[settings.pooling]],
         parts.choosing,
         out / "choosing.jsonl",
         settings=settings,
@@ -288,13 +312,17 @@ def extract(
         "counts": kept.counts,
         "unsteered": unsteered,
         "layers": layers,
+        "reading": {
+            "site": str(read.chosen) if read.chosen else None,
+            "why_not": read.why or None,
+            "layers": read.rows,
+        },
         "questions": {"making": list(parts.making), "choosing": list(parts.choosing)},
         "versions": {name: metadata.version(name) for name in _PACKAGES},
     }
-    direction = directions[Site(chosen["layer"], "resid_post"), _POSITIONS[settings.pooling]]
-    persona = Persona(
-        trait, directions, direction, chosen["coefficient"], model.source.name, details
-    )
+    direction = directions[Site(chosen["layer"], "resid_post"), POSITIONS[settings.pooling]]
+    both = replace(directions, items=(*directions.items, *read.directions))
+    persona = Persona(trait, both, direction, chosen["coefficient"], model.source.name, details)
     persona.save(out)
     return persona
 
@@ -306,8 +334,8 @@ def _rollouts(
     out: Path,
     settings: Extraction,
     options: dict[str, Any],
-) -> Kept:
-    """Answers under both sides' system prompts that passed the filter."""
+) -> tuple[list[Answer], Kept]:
+    """Answers under both sides' system prompts: all of them, and those that passed the filter."""
     jobs = rollout_jobs(trait, questions, samples=settings.samples)
     answers = answer_all(model, jobs, out / "rollouts.jsonl", sampling=settings.sampling, **options)
     kept = keep_expressing(
@@ -317,7 +345,7 @@ def _rollouts(
         fewest=settings.fewest,
     )
     options["listener"].note(str(kept))
-    return kept
+    return answers, kept
 
 
 def _note_weak(chosen: dict[str, Any], unsteered: dict[str, Any], listener: Listener) -> None:
@@ -326,6 +354,13 @@ def _note_weak(chosen: dict[str, Any], unsteered: dict[str, Any], listener: List
         listener.note(
             f"steering nowhere raises the trait's score above the unsteered {before:.0f}: the vector may "
             "carry little; try more --questions, --samples or larger --coefficients"
+        )
+
+
+def _note_reading(read: Reading, listener: Listener) -> None:
+    if read.chosen is None:
+        listener.note(
+            f"no direction for reading text ({read.why}): screening will use the steering one"
         )
 
 
@@ -390,7 +425,7 @@ def trait_directions(
     listener.finish()
     found, left_out = [], {}
     for s, site in enumerate(sites):
-        for p, position in enumerate(_POSITIONS.values()):
+        for p, position in enumerate(POSITIONS.values()):
             means = positive.mean[p, s], negative.mean[p, s]
             difference = means[0] - means[1]
             norm = float(difference.norm())
@@ -403,74 +438,6 @@ def trait_directions(
             "both sides have the same activations everywhere: are the answers the same?"
         )
     return Directions(tuple(found), left_out, source)
-
-
-def pooled(
-    model: Model,
-    answers: Sequence[Answer],
-    sites: Sequence[Site],
-    *,
-    batch_size: int | None = None,
-    on_batch: Callable[[int], None] | None = None,
-) -> Moments:
-    """Moments over answers of the activations at the sites, pooled in each of the three ways.
-
-    The answer's own tokens follow the rendered prompt's; nothing is tokenized again. Shape of the mean:
-    [pooling, site, d_model], in the order of `POOLINGS`; float64.
-
-    Raises:
-        InterpAblateError: no answers, or an empty one.
-        DirectionError: NaN or infinity.
-    """
-    if not answers or not all(answer.tokens for answer in answers):
-        raise InterpAblateError(f"{len(answers)} answers, one of them empty: nothing to pool over")
-    prompts = model.encode_all([answer.prompt for answer in answers])
-    rows = [row + list(answer.tokens) for row, answer in zip(prompts, answers)]
-    stream = model.stream(
-        rows,
-        keep=0,
-        prompt_lengths=[len(row) for row in prompts],
-        capture=dict.fromkeys(sites, _pool),
-        batch_size=batch_size,
-        tail=max(map(len, rows)),  # the whole rows: a prompt's mean needs all of its tokens
-    )
-    moments: Moments | None = None
-    for batch, _, captured in stream:
-        block = torch.stack([captured[site] for site in sites], 2).cpu()
-        if not torch.isfinite(block).all():
-            raise DirectionError(
-                "NaN or infinity in the activations: float16 overflows on many models; use --dtype "
-                "bfloat16 or float32"
-            )
-        part = Moments.of(block)
-        moments = part if moments is None else moments.merge(part)
-        if on_batch:
-            on_batch(len(batch.index))
-    assert moments is not None
-    return moments
-
-
-def _pool(
-    x: Float[Tensor, "batch pos d_model"], batch: Batch
-) -> Float[Tensor, "batch pooling d_model"]:
-    """Means over the response, at the prompt's last token, and over the prompt. Rows end at the last column."""
-    width = x.shape[1]
-    column = torch.arange(width, device=x.device)[None]
-    start = width - batch.row_lengths[:, None]
-    border = start + batch.prompt_lengths[:, None]  # the first column of the response
-    masks = (
-        column >= border,
-        column == border - 1,
-        (column >= start) & (column < border),
-    )
-    wide = x.double()
-    return torch.stack(
-        [
-            torch.einsum("bpd,bp->bd", wide, mask.double()) / mask.sum(1, keepdim=True)
-            for mask in masks
-        ],
-        1,
-    )
 
 
 # ---- steering -------------------------------------------------------------------------------------

@@ -251,7 +251,8 @@ def screening_histogram(
     lost, above = int((~there).sum()), int((array > threshold).sum())
     _finish(
         ax,
-        f"Training samples by {by}" + (f": {trait!r}" if trait else ""),
+        f"Training samples by {by if by != 'adjusted' else 'adjusted projection'}"
+        + (f": {trait!r}" if trait else ""),
         f"{len(array)} samples, {above} of them above the threshold {threshold:.3g}"
         + (f"; {lost} without a value left out" if lost else ""),
         _MEASURES.get(by, by),

@@ -1,4 +1,4 @@
-"""Plots of personas: how each layer steers, and trait and coherence against the coefficient.
+"""Plots of personas: how each layer steers and reads, and trait and coherence against the coefficient.
 
 Knows: how the tables of a persona folder are drawn, in the look of `plots`. Does not know: models, or how a
 number was measured.
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 Value = Literal["score", "coherence"]
 _LAYER_COLUMNS = ("layer", "coefficient", "score", "score_low", "score_high", "coherence", "chosen")
+_READING_COLUMNS = ("layer", "r", "r_low", "r_high", "answers", "questions", "chosen")
 _CURVE_COLUMNS = (
     "condition", "coefficient", "score", "score_low", "score_high", "coherence", "coherence_low",
     "coherence_high", "questions",
@@ -105,6 +106,39 @@ def _layer_line(ax: Axes, line: pd.DataFrame, colour: str, label: str, coherent:
         )  # fmt: skip
 
 
+def reading(frame: pd.DataFrame, ax: Axes, *, trait: str = "trait") -> Axes:
+    """How well each layer's direction for reading foretells scores of answers to unseen questions; star: chosen.
+
+    Raises:
+        RunError: a missing column, or no row with a correlation.
+    """
+    _require(frame, _READING_COLUMNS, "reading")
+    rows = frame[frame["r"].notna()].sort_values("layer")
+    _need_rows(rows, "layers with a correlation")
+    ax.fill_between(
+        rows["layer"], rows["r_low"], rows["r_high"], color=POSITIVE, alpha=0.15, linewidth=0
+    )
+    ax.plot(rows["layer"], rows["r"], color=POSITIVE, linewidth=1.5, marker="o", markersize=5)
+    for _, row in rows[rows["chosen"].astype(str) == "True"].iterrows():
+        ax.plot(
+            row["layer"], row["r"], "*", color=INK, markersize=14, markeredgecolor="white",
+            linewidth=0, label="chosen", zorder=5,
+        )  # fmt: skip
+    ax.axhline(0, color=CONTROL, linewidth=0.9, linestyle=(0, (4, 3)))
+    first = rows.iloc[0]
+    _finish(
+        ax,
+        f"Reading {trait!r} off answers by layer",
+        f"{first['answers']:.0f} answers, each read by what the other {first['questions'] - 1:.0f} questions "
+        "made; band: 95% interval",
+        "layer (resid_post)",
+        "Pearson's r of projection\nand score",
+    )
+    _layer_axis(ax, rows["layer"])
+    _legend(ax, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=4)
+    return ax
+
+
 def curve(
     frame: pd.DataFrame, ax: Axes, *, value: Value = "score", chosen: float | None = None
 ) -> Axes:
@@ -159,7 +193,7 @@ def _band(ax: Axes, line: pd.DataFrame, value: Value, colour: str, control: bool
 
 
 def save_figures(folder: str | Path) -> list[Path]:
-    """Draw what the persona folder has data for: figures/layers.png and figures/curve.png.
+    """Draw what the persona folder has data for: figures/layers.png, reading.png, curve.png.
 
     Raises:
         RunError: no persona there, a corrupt table, or a place that cannot be written.
@@ -170,7 +204,11 @@ def save_figures(folder: str | Path) -> list[Path]:
         raise RunError(
             f"{folder} holds no persona.json: make one with `interp-ablate persona extract`"
         )
-    return [*_save_layers(folder, persona), *_save_curve(folder, persona)]
+    return [
+        *_save_layers(folder, persona),
+        *_save_reading(folder, persona),
+        *_save_curve(folder, persona),
+    ]
 
 
 def _save_layers(folder: Path, persona: Mapping[str, Any]) -> list[Path]:
@@ -188,6 +226,16 @@ def _save_layers(folder: Path, persona: Mapping[str, Any]) -> list[Path]:
         coherent=float(settings.get("coherent", 50.0)),
     )
     return [_save(figure, folder / "figures" / "layers.png")]
+
+
+def _save_reading(folder: Path, persona: Mapping[str, Any]) -> list[Path]:
+    if not (persona.get("reading") or {}).get("site") or not (folder / "reading.csv").exists():
+        return []
+    numbers = _numbers_of(_READING_COLUMNS)
+    frame = read_table(folder / "reading.csv", _READING_COLUMNS, numbers=numbers)
+    figure = _figure(height=3.9)
+    reading(frame, figure.add_subplot(), trait=str(persona.get("trait", "trait")))
+    return [_save(figure, folder / "figures" / "reading.png")]
 
 
 def _save_curve(folder: Path, persona: Mapping[str, Any]) -> list[Path]:

@@ -21,17 +21,16 @@ from interp_ablate.errors import DirectionError, InterpAblateError, RunError
 from interp_ablate.exchanges import Exchange
 from interp_ablate.model import Model
 from interp_ablate.persona import (
-    POOLINGS,
     Extraction,
     Persona,
     choose_layer,
     curve,
     extract,
     load_persona,
-    pooled,
     steer,
     trait_directions,
 )
+from interp_ablate.pooling import POOLINGS, pooled, response_activations
 from interp_ablate.prompts import Prompt
 from interp_ablate.rollouts import Answer, Kept, Sampling
 from interp_ablate.sites import sites_of
@@ -143,6 +142,20 @@ def test_pooling_is_over_the_right_tokens(backend: str, batch_size: int) -> None
             torch.testing.assert_close(moments.mean[p, s], mean, atol=2e-5, rtol=1e-4, msg=pooling)
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, None])
+def test_each_answers_own_mean(batch_size: int | None) -> None:
+    """In the callers' order, whatever the lengths; of few sites as of all."""
+    for sites in (POST, POST[1:2]):
+        found = response_activations(shared(), POSITIVE, sites, batch_size=batch_size)
+        assert found.shape == (len(POSITIVE), len(sites), shared().d_model)
+        for answer, rows in zip(POSITIVE, found):
+            for site, row in zip(sites, rows):
+                x, length = stream_of(answer, site)
+                torch.testing.assert_close(row.double(), x[length:].mean(0), atol=2e-5, rtol=1e-4)
+    with pytest.raises(InterpAblateError, match="nothing to pool over"):
+        response_activations(shared(), [], POST)
+
+
 def test_a_direction_is_the_difference_at_resid_post() -> None:
     directions = trait_directions(shared(), KEPT)
     for site in POST:
@@ -237,7 +250,12 @@ def small_trait() -> Trait:
 
 
 SETTINGS = Extraction(
-    questions=3, choosing=2, fewest=4, coefficients=(0.5,), sampling=Sampling(new_tokens=5)
+    questions=3,
+    choosing=2,
+    samples=1,
+    fewest=4,
+    coefficients=(0.5,),
+    sampling=Sampling(new_tokens=5),
 )
 
 
@@ -316,6 +334,33 @@ def test_too_few_rollouts_stop_the_extraction(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="too few answers under the positive"):
         extracted(shared(), tmp_path, fewest=7)
     assert (tmp_path / "rollouts.jsonl").exists() and not (tmp_path / "persona.json").exists()
+
+
+def test_a_persona_reads_along_its_reading_direction(folder: Path) -> None:
+    persona = load_persona(folder)
+    told = json.loads((folder / "persona.json").read_text())["reading"]
+    assert str(persona.reading.site) == told["site"] and persona.reading.method == "score_slope"
+    assert persona.direction.method == "difference_in_means"
+    assert {item.method for item in persona.directions} == {"score_slope", "difference_in_means"}
+    lines = (folder / "reading.csv").read_text().splitlines()
+    assert lines[0] == "layer,site,norm,r,r_low,r_high,answers,questions,chosen" and len(
+        lines
+    ) == 1 + len(told["layers"])
+    for row in told["layers"]:
+        assert persona.reading_at(Site.parse(row["site"])).norm == pytest.approx(row["norm"])
+    with pytest.raises(DirectionError, match="no direction at"):
+        persona.reading_at(Site(0, "resid_pre"))
+
+
+def test_a_persona_of_an_earlier_version_reads_along_its_only_direction(
+    folder: Path, tmp_path: Path
+) -> None:
+    new = load_persona(folder)
+    details = {key: value for key, value in new.details.items() if key != "reading"}
+    only = new.directions.of("difference_in_means")
+    Persona(new.trait, only, new.direction, 1.0, new.model, details).save(tmp_path)
+    old = load_persona(tmp_path)
+    assert old.reading is old.direction
 
 
 # ---- steering -------------------------------------------------------------------------------------
@@ -450,7 +495,7 @@ def test_figures(folder: Path, tmp_path: Path) -> None:
     from interp_ablate.plots_persona import save_figures
 
     place = copied(folder, tmp_path / "drawn")
-    assert [path.name for path in save_figures(place)] == ["layers.png"]
+    assert [path.name for path in save_figures(place)] == ["layers.png", "reading.png"]
     persona = load_persona(place)
     table = curve(
         steer(

@@ -22,9 +22,11 @@ from interp_ablate.cli import main
 from interp_ablate.directions import random_direction
 from interp_ablate.errors import DirectionError, RunError
 from interp_ablate.exchanges import Exchange
-from interp_ablate.persona import Persona
+from interp_ablate.judges import scorer_of
+from interp_ablate.persona import Persona, load_persona
 from interp_ablate.plots_monitor import save_screening
-from interp_ablate.rollouts import verdict_key
+from interp_ablate.reading import fit_reading
+from interp_ablate.rollouts import Answer, verdict_key
 from interp_ablate.screening import (
     PLANTED,
     Settings,
@@ -526,6 +528,32 @@ def test_screen_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert main([*command, "--no-own", "--layer", "2"]) == 2  # the persona has one layer's
 
 
+def test_screen_command_reads_along_the_direction_for_reading(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The one that was made for it, unless the steering one is asked for; the check shows the other, too."""
+    reads = Direction(unit(4), 1.0, Site(2, "resid_post"), "response_mean", "score_slope")
+    there = load_persona(folder)
+    details = {"reading": {"site": str(reads.site), "layers": []}}
+    both = replace(there, directions=Directions((DIRECTION, reads)), details=details)
+    both.save(tmp_path / "both")
+    data, found = write(tmp_path / "d.jsonl", rows_of(12)), {}
+    for kind, more in (("reading", []), ("steering", ["--direction", "steering"])):
+        command = ["--quiet", "persona", "screen", str(tmp_path / "both"), str(data), "--no-own"]
+        out = tmp_path / kind
+        assert main([*command, "--labels", "planted", "--out", str(out), *more]) == 0
+        summary = json.loads((out / "screening.json").read_text())
+        found[kind] = summary, {row["score"]: row["auc"] for row in summary["check"]}
+    summaries = [found[kind][0] for kind in ("reading", "steering")]
+    assert [s["direction"] for s in summaries] == [reads.fingerprint, DIRECTION.fingerprint]
+    assert [s["method"] for s in summaries] == ["score_slope", "difference_in_means"]
+    assert "read along score_slope at blocks.2.hook_resid_post" in capsys.readouterr().out
+    other = found["reading"][1]["projection, steering direction, layer 1"]
+    assert other == found["steering"][1]["projection"]
+    assert main([*command, "--out", str(tmp_path / "none"), "--layer", "0"]) == 2
+    assert "no direction at blocks.0" in capsys.readouterr().err
+
+
 def test_screen_command_says_what_is_wrong(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -589,3 +617,15 @@ def test_planted_samples_in_the_real_model(tmp_path: Path, bundled_model: str) -
     assert min(values.values()) >= 0.9, values
     words = words_in([s.exchange for s in read_samples(data)])
     assert values["adjusted"] > auc(np.array(words, float), labels)  # more than length
+    # so does the slope on the scores of the same answers, by a lexicon
+    texts = [*zip(prompts, GLAD), *zip(prompts, SAD)]
+    scores = scorer_of(trait.scorer or "")([Exchange(prompt, text) for prompt, text in texts])
+    written = [
+        Answer({}, prompt, tuple(model.tokenizer(text)["input_ids"]), text, True, score, 100.0)
+        for (prompt, text), score in zip(texts, scores)
+    ]
+    read = fit_reading(model, written, [site])
+    exchanges = [sample.exchange for sample in read_samples(data)]
+    found = project_responses(model, exchanges, read.directions[0])
+    assert auc(np.array(found, float), labels) >= 0.9
+    assert read.rows[0]["r"] > 0.5
