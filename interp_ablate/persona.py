@@ -29,7 +29,7 @@ from interp_ablate.pooling import POOLED_ROWS, POOLINGS, POSITIONS, Pooling, poo
 from interp_ablate.prompts import Prompt
 from interp_ablate.reading import COLUMNS as READ_COLUMNS
 from interp_ablate.reading import METHOD as READING
-from interp_ablate.reading import Reading, fit_reading
+from interp_ablate.reading import TraitReading, fit_reading
 from interp_ablate.rollouts import (
     BROKEN,
     COHERENT,
@@ -357,7 +357,7 @@ def _note_weak(chosen: dict[str, Any], unsteered: dict[str, Any], listener: List
         )
 
 
-def _note_reading(read: Reading, listener: Listener) -> None:
+def _note_reading(read: TraitReading, listener: Listener) -> None:
     if read.chosen is None:
         listener.note(
             f"no direction for reading text ({read.why}): screening will use the steering one"

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 Reading = tuple["Piece", float]
 _WIDTH_IN_CHARACTERS, _CHARACTER = 92, 0.602  # of a monospaced line; its width in units of its size
+_SAID = (0.48, 0.2)  # what the numbers in a corner take of the axes: width, height
 _AXES_POINTS = 545  # width of the only axes of a figure
 # From the one label's colour through grey to the other's.
 GRADES = LinearSegmentedColormap.from_list("grades", (NEGATIVE, "#E4E4E4", POSITIVE))
@@ -79,7 +80,7 @@ def monitoring_scatter(found: Monitoring, ax: Axes) -> Axes:
         f"projection of the last prompt token at {found.details.get('site', 'the site')}",
         "score of the answer (0 to 100)",
     )
-    _say(ax, "\n".join(_lines(found)))
+    _say(ax, "\n".join(_lines(found)), x, y)
     handles = [_dot(colours[levels[i]], name) for i, name in ((0, "against"), (-1, "towards"))]
     _legend(ax, handles, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderpad=0.1)
     return ax
@@ -105,12 +106,23 @@ def _number(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.2f}"
 
 
-def _say(ax: Axes, text: str) -> None:
+def _say(ax: Axes, text: str, x: np.ndarray, y: np.ndarray) -> None:
     """A few lines of numbers in the corner with the fewest points."""
+    at = ax.transAxes.inverted().transform(ax.transData.transform(np.column_stack([x, y])))
+    corners = [(left, top) for top in (True, False) for left in (True, False)]
+
+    def hidden(corner: tuple[bool, bool]) -> int:
+        left, top = corner
+        across = at[:, 0] < _SAID[0] if left else at[:, 0] > 1 - _SAID[0]
+        along = at[:, 1] > 1 - _SAID[1] if top else at[:, 1] < _SAID[1]
+        return int((across & along).sum())
+
+    left, top = min(corners, key=hidden)
     box = {"facecolor": "white", "edgecolor": FAINT, "alpha": 0.9, "boxstyle": "round,pad=0.4"}
     ax.text(
-        0.015, 0.97, text, transform=ax.transAxes, va="top", ha="left", fontsize=8, color=INK,
-        family="monospace", bbox=box, zorder=6,
+        0.015 if left else 0.985, 0.97 if top else 0.035, text, transform=ax.transAxes,
+        va="top" if top else "bottom", ha="left" if left else "right", fontsize=8, color=INK,
+        family="monospace", bbox=box, zorder=6, multialignment="left",
     )  # fmt: skip
 
 

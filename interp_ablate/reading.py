@@ -34,7 +34,7 @@ COLUMNS = ("layer", "site", "norm", "r", "r_low", "r_high", "answers", "question
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class TraitReading:
     """A direction a layer, and a row each (COLUMNS): r of projection and score on unseen questions.
 
     `chosen` is the site with the highest r; None, with `why`, where no direction could be had.
@@ -80,7 +80,7 @@ def fit_reading(
     fewest: int = 2 * FEWEST,
     source: str = "",
     listener: Listener | None = None,
-) -> Reading:
+) -> TraitReading:
     """At every site the slope of the answers' mean activations on their scores, and the site that reads best.
 
     Used are all coherent answers with a score, on whichever side of a threshold. They are read as a data
@@ -101,7 +101,7 @@ def fit_reading(
     scores = torch.tensor([answer.score or 0.0 for answer in usable], dtype=torch.float64)
     if len(usable) < fewest or len(set(questions.tolist())) < 2:
         there = f"{len(usable)} coherent answers with a score to {len(set(questions.tolist()))} questions"
-        return Reading(
+        return TraitReading(
             (), [], None, f"{there}; at least {fewest} are needed, and 2 questions to judge it on"
         )
     listener.start("reading", len(usable))
@@ -126,10 +126,12 @@ def fit_reading(
         )  # fmt: skip
     known = [(row["r"], -i) for i, row in enumerate(rows) if row["r"] is not None]
     if not known:
-        return Reading((), [], None, "the scores do not vary, or nothing in the activations does")
+        return TraitReading(
+            (), [], None, "the scores do not vary, or nothing in the activations does"
+        )
     best = -max(known)[1]  # the earlier of equals
     rows[best]["chosen"] = True
-    return Reading(tuple(found), rows, found[best].site)
+    return TraitReading(tuple(found), rows, found[best].site)
 
 
 def _unseen(

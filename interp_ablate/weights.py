@@ -258,6 +258,12 @@ class TensorEdit:
     keeps_norm: bool = False
     point: str = "embed"
 
+    @property
+    def changes(self) -> bool:
+        """False where the tensor stays as it is: an addition alone goes to the bias beside a weight."""
+        takes_shift = self.layout in ("bias", "embedding") and not self.affine.is_linear
+        return self.affine.left.shape[1] > 0 or self.keeps_norm or takes_shift
+
 
 @dataclass(frozen=True)
 class Added:
@@ -287,6 +293,11 @@ class WeightPlan:
     config: dict[str, Any] = field(default_factory=dict)
     tied: Tied | None = None
     unembed_map: Affine | None = None
+
+    @property
+    def changed(self) -> list[str]:
+        """Names of the tensors whose values change: `edits` without those that an addition leaves alone."""
+        return [name for name, edit in self.edits.items() if edit.changes]
 
 
 def weight_plan(

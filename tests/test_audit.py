@@ -18,6 +18,7 @@ from torch import Tensor
 from interp_ablate import (
     Ablate,
     Add,
+    Clamp,
     Origin,
     Plan,
     Site,
@@ -26,6 +27,7 @@ from interp_ablate import (
     export_checkpoint,
     export_folder,
 )
+from interp_ablate.edits import Edit
 from interp_ablate.errors import ExportError
 
 PLAN = Plan((Ablate(unit(), everywhere(N_LAYERS)),))
@@ -76,6 +78,36 @@ def test_an_export_is_what_it_says(tmp_path: Path, kind: str, dtype: str) -> Non
     assert found.edited == found.edited_bit_equal == len(manifest["edited"]) > 0
     assert found.added == 1 and found.tied == "untie"
     assert found.same == len(manifest["unchanged"]) > 0
+
+
+@pytest.mark.parametrize("kind", ("llama_gqa", "gpt2"))
+@pytest.mark.parametrize("what", ("ablation", "addition", "both", "clamp"))
+def test_what_is_called_changed_is_changed_and_nothing_else(
+    tmp_path: Path, kind: str, what: str
+) -> None:
+    """An addition goes to a bias: the weight beside it keeps its bytes, and is not called changed."""
+    site = Site(1, "mlp_out")
+    edits: dict[str, tuple[Edit, ...]] = {
+        "ablation": (Ablate(unit(), site),),
+        "addition": (Add(unit(), site),),
+        "both": (Ablate(unit(), site), Add(unit(1), site)),
+        "clamp": (Clamp(unit(), site, value=2.0),),
+    }
+    source = folder_of(tmp_path / "a", kind)
+    manifest = export_folder(source, Plan(edits[what]), tmp_path / "b")
+    before, after = ({**tensors_of(tmp_path / name)} for name in "ab")
+    differ = {name for name in before if not torch.equal(before[name], after[name])}
+    assert differ == set(manifest["edited"]) and set(manifest["added"]) == set(after) - set(before)
+    assert set(manifest["unchanged"]) == set(before) - differ
+    found = audit(Origin.of_folder(source), Plan(edits[what]), tmp_path / "b")
+    assert found.passed and (found.edited, found.same) == (len(differ), len(before) - len(differ))
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= load_file(file)
+    return found
 
 
 def test_a_model_in_memory_as_the_origin(tmp_path: Path) -> None:

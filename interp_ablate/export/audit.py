@@ -186,7 +186,7 @@ def _is_tied_copy(name: str, origin: Origin, result: Checkpoint, config: Any) ->
 
 def _check_tensor(found: Audit, name: str, origin: Origin, result: Checkpoint) -> None:
     weights = found.weights
-    if name in weights.edits:
+    if name in weights.edits and weights.edits[name].changes:
         _check_edited(found, name, edited_tensor(origin.read(name), weights.edits[name]), result)
         return
     if name not in weights.added:

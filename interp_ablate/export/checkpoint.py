@@ -198,7 +198,7 @@ def _certified(
 def _manifest(
     source: ModelSource, weights: WeightPlan, written: Written, report: dict[str, Any] | None
 ) -> dict[str, Any]:
-    changed = [*weights.edits]
+    changed = weights.changed
     return {
         "format": "interp_ablate.export/2",
         "kind": "checkpoint",

@@ -322,7 +322,7 @@ def export_lora(
         require_passed(certificate, "adapter")
         manifest = _manifest(model, found, adapter, report)
         manifest["versions"]["peft"] = peft.__version__
-        manifest["unchanged"] = sorted(set(state) - set(found.edits))
+        manifest["unchanged"] = sorted(set(state) - set(found.changed))
         write_json(folder / CERTIFICATE, certificate)
         (folder / "README.md").write_text(_card(manifest, certificate))
         write_json(folder / MANIFEST, manifest)
@@ -347,7 +347,7 @@ def _manifest(
         "backend": model.backend,
         "dtype": str(dtype).removeprefix("torch."),
         "tied": plan.tied,
-        "edited": [*plan.edits],
+        "edited": plan.changed,
         "ranks": adapter.ranks,
         "adapter": adapter.fields,
         "merging": merging(plan, adapter),
