@@ -53,7 +53,7 @@ def _rule_flags(parser: argparse.ArgumentParser) -> None:
         ("--scorer", "lexicon:, classifier:, judge: or expressions: scorer, 0 to 100"),
         (
             "--direction",
-            "persona folder or FILE[#SITE]: mean projection of the answer, with --model",
+            "persona folder (its direction for reading text) or FILE[#SITE]: mean projection of the answer, with --model",
         ),
     ):
         rules.add_argument(flag, action=_Test, dest="tests", metavar="SPEC", help=text)

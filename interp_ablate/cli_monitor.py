@@ -86,7 +86,7 @@ def _screen_flags(parser: argparse.ArgumentParser) -> None:
         choices=("reading", "steering"),
         default="reading",
         help="reading (default): along which the trait shows in text, of the layer that reads best; steering: "
-        "the one that `persona steer` adds",
+        "the one that `persona steer` adds, as published",
     )
     parser.add_argument("--layer", type=int, help="that direction of another layer")
     parser.add_argument("--layout", help="of DATA, where its keys fit several")
@@ -234,6 +234,17 @@ def _asked_direction(persona: Any, kind: str, layer: int | None) -> Any:
     from interp_ablate.sites import Site
 
     chosen = persona.reading if kind == "reading" else persona.direction
+    if kind == "reading" and chosen is persona.direction:
+        told = persona.details.get("reading")
+        why = (
+            told["why_not"]
+            if told
+            else ("it is of an earlier version; `persona extract` with the same settings adds one")
+        )
+        print(
+            f"note: read along the steering direction, for there is none for reading text: {why}",
+            file=sys.stderr,
+        )
     if layer is None:
         return chosen
     site = Site(layer, chosen.site.point)
@@ -308,7 +319,7 @@ def _check(
     data, table, labels = screened
     baselines: dict[str, Any] = {}
     for name, other in (("reading", persona.reading), ("steering", persona.direction)):
-        if other.fingerprint != direction.fingerprint:
+        if other.method != direction.method:
             baselines[f"projection, {name} direction, layer {other.site.layer}"] = partial(
                 project_responses, model, direction=other, response_tokens=args.response_tokens
             )

@@ -231,7 +231,7 @@ def _print_persona(persona: Any, out: Path, figures: list[Path], *, as_json: boo
     if read is not None:
         print(
             f"{'reading':<18} {read['site']}, r = {read['r']:.2f} [{read['r_low']:.2f}, {read['r_high']:.2f}] "
-            "with the score on questions that did not make it"
+            "with the score on unseen questions (the highest of the layers)"
         )
     print(f"{'folder':<18} {out} ({', '.join(path.name for path in figures)})")
 

@@ -266,7 +266,8 @@ class Directions:
         reason = self.left_out.get(place)
         if reason is None and method is not None and method.endswith("_orthogonalized"):
             reason = self.left_out.get(f"{place} orthogonalized")
-        known = sorted({str(item.site) for item in self.items})
+        alike = [item for item in self.items if method in (None, item.method)]
+        known = sorted({str(item.site) for item in alike})
         raise DirectionError(
             f"no direction at {site}"
             + (f", position {position}" if position else "")

@@ -100,7 +100,7 @@ class Persona:
         return self.direction if site is None else self.reading_at(Site.parse(site))
 
     def reading_at(self, site: Site) -> Direction:
-        """The direction to project text on at another of the extraction's candidate sites.
+        """The direction to project text on at another layer's resid_post.
 
         Raises:
             DirectionError: none there.
@@ -123,8 +123,8 @@ class Persona:
         Raises:
             DirectionError: another d_model, or fewer layers.
         """
-        width = len(self.direction.vector)
-        if width != model.d_model or self.site.layer >= model.n_layers:
+        width, last = len(self.direction.vector), max(self.site.layer, self.reading.site.layer)
+        if width != model.d_model or last >= model.n_layers:
             raise DirectionError(
                 f"the persona {self.name!r} is of {self.model} (d_model {width}, {self.site}); "
                 f"{model.source.name} has d_model {model.d_model} and {model.n_layers} layers: extract "
@@ -277,7 +277,8 @@ def extract(
     made_of = _made_of(model, trait, scorer, coherence, settings)
     if (out / "persona.json").exists():
         done = load_persona(out)
-        if done.details.get("made_of") == made_of:
+        # a folder of an earlier version has no reading: what is stored makes one
+        if done.details.get("made_of") == made_of and "reading" in done.details:
             listener.note(f"{out}: the persona is there already")
             return done
     parts = split_questions(
@@ -290,7 +291,8 @@ def extract(
     read = fit_reading(
         model,
         answers,
-        sites_of(("resid_post",), candidates),
+        sites_of(("resid_post",), range(model.n_layers)),
+        candidates=sites_of(("resid_post",), candidates),
         coherent=settings.coherent,
         fewest=2 * settings.fewest,
         source=source,

@@ -108,6 +108,7 @@ def _number(value: float | None) -> str:
 
 def _say(ax: Axes, text: str, x: np.ndarray, y: np.ndarray) -> None:
     """A few lines of numbers in the corner with the fewest points."""
+    ax.get_xlim(), ax.get_ylim()  # limits are settled when they are asked for, transData is not
     at = ax.transAxes.inverted().transform(ax.transData.transform(np.column_stack([x, y])))
     corners = [(left, top) for top in (True, False) for left in (True, False)]
 

@@ -229,7 +229,7 @@ def _save_layers(folder: Path, persona: Mapping[str, Any]) -> list[Path]:
 
 
 def _save_reading(folder: Path, persona: Mapping[str, Any]) -> list[Path]:
-    if not (persona.get("reading") or {}).get("site") or not (folder / "reading.csv").exists():
+    if not (persona.get("reading") or {}).get("layers") or not (folder / "reading.csv").exists():
         return []
     numbers = _numbers_of(_READING_COLUMNS)
     frame = read_table(folder / "reading.csv", _READING_COLUMNS, numbers=numbers)

@@ -10,7 +10,7 @@ points along whatever else tells the sides apart. The slope uses every answer by
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,7 +37,8 @@ COLUMNS = ("layer", "site", "norm", "r", "r_low", "r_high", "answers", "question
 class TraitReading:
     """A direction a layer, and a row each (COLUMNS): r of projection and score on unseen questions.
 
-    `chosen` is the site with the highest r; None, with `why`, where no direction could be had.
+    `chosen` is the candidate with the highest r; None, with `why`, where no direction could be had, or none
+    reads better than chance.
     """
 
     directions: tuple[Direction, ...]
@@ -56,8 +57,9 @@ def score_slope(
     """The direction in which activations move with the score: their covariance, no label or side needed.
 
     `raw` is the least-squares change from one standard deviation of the score below its mean to one above.
-    None where the scores or the activations do not vary. For two scores alone it is the difference in means
-    of the two sets, of which Belrose 2023 says why it, and no discriminant, is what a model writes.
+    None where the scores or the activations do not vary. Where there are two scores alone it is along the
+    difference in means of the two sets (and as long, if they are of one size), of which Belrose 2023 says why
+    it, and no discriminant, is what a model writes.
     """
     x, y = activations.double(), scores.double()
     x, y = x - x.mean(0), y - y.mean()
@@ -76,17 +78,22 @@ def fit_reading(
     answers: Sequence[Answer],
     sites: Sequence[Site],
     *,
+    candidates: Collection[Site] | None = None,
     coherent: float = COHERENT,
     fewest: int = 2 * FEWEST,
     source: str = "",
     listener: Listener | None = None,
 ) -> TraitReading:
-    """At every site the slope of the answers' mean activations on their scores, and the site that reads best.
+    """At every site the slope of the answers' mean activations on their scores, and the candidate that reads best.
 
     Used are all coherent answers with a score, on whichever side of a threshold. They are read as a data
     set is read: after the bare question, without the system prompt under which they were written. A site is
     judged by Pearson's r between projection and score over all answers, each projected on the slope of the
-    answers to the other questions, centred by their mean; its interval is a bootstrap over questions.
+    answers to the other questions, centred by their mean; its interval is a bootstrap over questions. The
+    highest r of several candidates is a little too good. Where its interval holds 0, nothing is chosen.
+
+    Args:
+        candidates: of the sites, those that may be chosen; default: all.
 
     Raises:
         DirectionError: NaN or infinity in the activations.
@@ -95,7 +102,10 @@ def fit_reading(
     usable = [
         replace(answer, prompt=Prompt(answer.prompt.text))
         for answer in answers
-        if answer.tokens and answer.score is not None and (answer.coherence or 0.0) >= coherent
+        if answer.tokens
+        and answer.score is not None
+        and answer.coherence is not None
+        and answer.coherence >= coherent
     ]
     questions = np.array([answer.prompt.text for answer in usable])
     scores = torch.tensor([answer.score or 0.0 for answer in usable], dtype=torch.float64)
@@ -112,26 +122,42 @@ def fit_reading(
     found, rows = [], []
     for s, site in enumerate(sites):
         direction = score_slope(x[:, s], scores, site, source=source)
-        seen = _unseen(x[:, s], scores, questions, site)
-        if direction is None or seen is None:
+        if direction is None:
             continue
-        r = overall(seen, scores.numpy(), questions, kind="question")
+        seen = _unseen(x[:, s], scores, questions, site)
+        there = np.isfinite(seen)
+        r = overall(seen[there], scores.numpy()[there], questions[there], kind="question")
         found.append(direction)
         rows.append(
             {
                 "layer": site.layer, "site": str(site), "norm": direction.norm, "r": r.r,
-                "r_low": r.low, "r_high": r.high, "answers": len(usable),
-                "questions": len(set(questions.tolist())), "chosen": False,
+                "r_low": r.low, "r_high": r.high, "answers": int(there.sum()),
+                "questions": len(set(questions[there].tolist())), "chosen": False,
             }
         )  # fmt: skip
-    known = [(row["r"], -i) for i, row in enumerate(rows) if row["r"] is not None]
+    chosen, why = _choose(
+        rows, {str(site) for site in (sites if candidates is None else candidates)}
+    )
+    if chosen is not None:
+        rows[chosen]["chosen"] = True
+    return TraitReading(tuple(found), rows, None if chosen is None else found[chosen].site, why)
+
+
+def _choose(rows: Sequence[dict[str, Any]], candidates: Collection[str]) -> tuple[int | None, str]:
+    """The row with the highest r, the earlier of equals; None, with the reason, where it may be chance."""
+    known = [
+        (row["r"], -i)
+        for i, row in enumerate(rows)
+        if row["site"] in candidates and row["r"] is not None and row["r_low"] is not None
+    ]
     if not known:
-        return TraitReading(
-            (), [], None, "the scores do not vary, or nothing in the activations does"
-        )
-    best = -max(known)[1]  # the earlier of equals
-    rows[best]["chosen"] = True
-    return TraitReading(tuple(found), rows, found[best].site)
+        return None, "the scores do not vary enough, or nothing in the activations does"
+    best = -max(known)[1]
+    row = rows[best]
+    if row["r_low"] > 0:
+        return best, ""
+    said = f"r = {row['r']:.2f} [{row['r_low']:.2f}, {row['r_high']:.2f}] at layer {row['layer']}"
+    return None, f"no layer reads the scores of unseen questions' answers: the best has {said}"
 
 
 def _unseen(
@@ -139,14 +165,14 @@ def _unseen(
     scores: Float[Tensor, " answer"],
     questions: np.ndarray,
     site: Site,
-) -> np.ndarray | None:
-    """Each answer's projection on the slope of the other questions' answers; None where there is none."""
-    found = np.empty(len(x))
+) -> np.ndarray:
+    """Each answer's projection on the slope of the other questions' answers; NaN where there is none."""
+    found = np.full(len(x), np.nan)
     for question in np.unique(questions):
         out = torch.from_numpy(questions == question)
         slope = score_slope(x[~out], scores[~out], site)
         if slope is None:
-            return None
+            continue
         centred = x[out].double() - x[~out].double().mean(0)
         found[out.numpy()] = (centred @ slope.vector).numpy()
     return found

@@ -720,6 +720,24 @@ def test_projection_on_a_direction(tmp_path: Path) -> None:
     assert direction_at(str(tmp_path / "one.safetensors")).site == direction.site
 
 
+def test_a_persona_folder_is_read_along_its_direction_for_reading(tmp_path: Path) -> None:
+    from tiny import unit
+
+    from interp_ablate.directions import Direction, Directions
+    from interp_ablate.persona import Persona
+    from interp_ablate.sites import Site
+    from interp_ablate.traits import load_trait
+
+    steers = Direction(unit(), 1.0, Site(1, "resid_post"), "response_mean")
+    reads = Direction(unit(1), 1.0, Site(2, "resid_post"), "response_mean", "score_slope")
+    for name, told, want in (("new", {"site": str(reads.site)}, reads), ("old", None, steers)):
+        persona = Persona(
+            load_trait("terse"), Directions((steers, reads)), steers, 1.0, "m", {"reading": told}
+        )
+        persona.save(tmp_path / name)
+        assert direction_at(str(tmp_path / name)).fingerprint == want.fingerprint
+
+
 def test_projection_from_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

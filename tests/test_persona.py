@@ -336,20 +336,38 @@ def test_too_few_rollouts_stop_the_extraction(tmp_path: Path) -> None:
     assert (tmp_path / "rollouts.jsonl").exists() and not (tmp_path / "persona.json").exists()
 
 
-def test_a_persona_reads_along_its_reading_direction(folder: Path) -> None:
+def test_a_persona_reads_along_its_reading_direction(folder: Path, tmp_path: Path) -> None:
     persona = load_persona(folder)
-    told = json.loads((folder / "persona.json").read_text())["reading"]
-    assert str(persona.reading.site) == told["site"] and persona.reading.method == "score_slope"
-    assert persona.direction.method == "difference_in_means"
+    told = persona.details["reading"]
+    # a tiny model's answers say nothing of the prompt that they were written under: that is seen, and said
+    assert told["site"] is None and told["why_not"].startswith("no layer reads the scores")
+    assert persona.reading is persona.direction
     assert {item.method for item in persona.directions} == {"score_slope", "difference_in_means"}
     lines = (folder / "reading.csv").read_text().splitlines()
-    assert lines[0] == "layer,site,norm,r,r_low,r_high,answers,questions,chosen" and len(
-        lines
-    ) == 1 + len(told["layers"])
+    assert lines[0] == "layer,site,norm,r,r_low,r_high,answers,questions,chosen"
+    assert len(lines) == 1 + len(told["layers"]) == 1 + N_LAYERS
     for row in told["layers"]:
         assert persona.reading_at(Site.parse(row["site"])).norm == pytest.approx(row["norm"])
     with pytest.raises(DirectionError, match="no direction at"):
         persona.reading_at(Site(0, "resid_pre"))
+    reads = {**persona.details, "reading": {**told, "site": told["layers"][2]["site"]}}
+    replace(persona, details=reads).save(tmp_path)
+    again = load_persona(tmp_path)
+    assert (again.reading.method, again.reading.site) == ("score_slope", POST[2])
+    assert again.direction.method == "difference_in_means"
+
+
+def test_a_folder_of_an_earlier_version_gets_its_reading_from_stored_answers(
+    folder: Path, tmp_path: Path
+) -> None:
+    place = copied(folder, tmp_path / "old")
+    path = place / "persona.json"
+    told = json.loads(path.read_text())
+    wanted = told.pop("reading")
+    path.write_text(json.dumps(told))
+    stored = {name: (place / name).read_bytes() for name in ("rollouts.jsonl", "choosing.jsonl")}
+    assert extracted(shared(), place).details["reading"] == wanted
+    assert all((place / name).read_bytes() == content for name, content in stored.items())
 
 
 def test_a_persona_of_an_earlier_version_reads_along_its_only_direction(

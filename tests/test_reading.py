@@ -65,6 +65,13 @@ def test_of_two_scores_it_is_the_difference_in_means() -> None:
     found, other = score_slope(x, scores, SITE), difference_in_means(x[:10], x[10:], SITE)
     assert found is not None and other is not None
     torch.testing.assert_close(found.raw, other.raw)
+    uneven, parted = (
+        score_slope(x[:14], scores[:14], SITE),
+        difference_in_means(x[:10], x[10:14], SITE),
+    )
+    assert uneven is not None and parted is not None
+    torch.testing.assert_close(uneven.vector, parted.vector)  # along it, but not as long
+    assert uneven.norm == pytest.approx(2 * (10 * 4) ** 0.5 / 14 * parted.norm)
     # the degree counts, which a threshold throws away
     degrees = scores.clone()
     degrees[0] = 50.0
@@ -120,6 +127,28 @@ def test_scores_without_a_reason_are_not_read() -> None:
     assert own is not None
     in_sample = np.corrcoef((x.double() @ own.vector).numpy(), y.numpy())[0, 1]
     assert in_sample > 0.35 and in_sample > found.rows[1]["r"] + 0.2
+
+
+def test_only_candidates_may_be_chosen_and_only_what_reads() -> None:
+    given = answers()
+    best = fit_reading(tiny.shared(), given, POST)
+    assert best.chosen is not None
+    others = [site for site in POST if site != best.chosen]
+    found = fit_reading(tiny.shared(), given, POST, candidates=others)
+    assert found.chosen in others and len(found.directions) == len(POST)
+    assert [row["r"] for row in found.rows] == [row["r"] for row in best.rows]
+    random = np.random.default_rng(5)  # nothing to read: nothing is chosen, and why
+    noise = [replace(a, score=float(random.uniform(0, 100))) for a in given]
+    none = fit_reading(tiny.shared(), noise, POST)
+    assert none.chosen is None and "no layer reads the scores" in none.why
+    assert not any(row["chosen"] for row in none.rows) and len(none.directions) == len(POST)
+
+
+def test_a_question_whose_others_have_one_score_is_left_out_of_r() -> None:
+    """Without question 0 no score varies: its answers cannot be judged, the others' can."""
+    given = [a if a.prompt.text == QUESTIONS[0] else replace(a, score=50.0) for a in answers(n=40)]
+    (row,) = fit_reading(tiny.shared(), given, POST[:1]).rows
+    assert (row["answers"], row["questions"]) == (30, 3)
 
 
 def test_incoherent_and_unscored_answers_are_left_out() -> None:

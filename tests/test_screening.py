@@ -550,8 +550,15 @@ def test_screen_command_reads_along_the_direction_for_reading(
     assert "read along score_slope at blocks.2.hook_resid_post" in capsys.readouterr().out
     other = found["reading"][1]["projection, steering direction, layer 1"]
     assert other == found["steering"][1]["projection"]
-    assert main([*command, "--out", str(tmp_path / "none"), "--layer", "0"]) == 2
-    assert "no direction at blocks.0" in capsys.readouterr().err
+    steered = ["--direction", "steering", "--layer", "0"]
+    assert main([*command, "--out", str(tmp_path / "none"), *steered]) == 2
+    said = capsys.readouterr().err
+    assert "no direction at blocks.0" in said and "1 sites, such as ['blocks.1" in said
+    Persona(there.trait, Directions((DIRECTION,)), DIRECTION, 1.0, there.model).save(
+        tmp_path / "old"
+    )
+    old = [*command[:3], str(tmp_path / "old"), *command[4:], "--out", str(tmp_path / "o")]
+    assert main(old) == 0 and "of an earlier version" in capsys.readouterr().err
 
 
 def test_screen_command_says_what_is_wrong(
