@@ -62,7 +62,7 @@ def _extract_flags(extract: argparse.ArgumentParser) -> None:
     for name, text in (
         ("questions", "that make the vector, under every pair of system prompts"),
         ("choosing", "other questions that choose the layer"),
-        ("samples", "answers to each question and system prompt"),
+        ("samples", "answers to each question and system prompt (default 3)"),
         ("seed", "of the sampling"),
         ("fewest", "answers that must be left on a side"),
     ):
