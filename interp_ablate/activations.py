@@ -203,6 +203,22 @@ def _with_responses(
     return [row + end for row, end in zip(rows, ends)]
 
 
+def masked_mean(
+    x: Float[Tensor, "batch pos d_model"], mask: Bool[Tensor, "batch pos"]
+) -> Float[Tensor, "batch d_model"]:
+    """Of every row the mean over the positions of its mask, float64."""
+    return torch.einsum("bpd,bp->bd", x.double(), mask.double()) / mask.sum(1, keepdim=True)
+
+
+def response_mean(
+    x: Float[Tensor, "batch pos d_model"], batch: Batch
+) -> Float[Tensor, "batch d_model"]:
+    """Of every row the mean over its response, float64. Rows end at the last column."""
+    width = x.shape[1]
+    border = width - (batch.row_lengths - batch.prompt_lengths)[:, None]
+    return masked_mean(x, torch.arange(width, device=x.device)[None] >= border)
+
+
 def _reader(names: tuple[str, ...]) -> Callable[[Tensor, Batch], Tensor]:
     """A function that keeps the wanted positions of a site's activations: [batch, position, d_model]."""
     offsets = [int(name) for name in names if name != RESPONSE_MEAN]
@@ -217,9 +233,7 @@ def _reader(names: tuple[str, ...]) -> Callable[[Tensor, Batch], Tensor]:
             columns = width - response[:, None] + steps[None, :]
             parts.append(x.gather(1, columns[..., None].expand(-1, -1, x.shape[2])))
         if RESPONSE_MEAN in names:
-            mask = torch.arange(width, device=x.device)[None] >= width - response[:, None]
-            total = torch.einsum("bpd,bp->bd", x.double(), mask.double())
-            parts.append((total / response[:, None]).to(x.dtype)[:, None])
+            parts.append(response_mean(x, batch).to(x.dtype)[:, None])
         kept = torch.cat(parts, 1)
         order = [
             *(n for n in names if n != RESPONSE_MEAN),

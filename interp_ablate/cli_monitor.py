@@ -215,12 +215,8 @@ def _screen(args: argparse.Namespace) -> int:
         table, out / "figures" / "screening.png", by=by, threshold=found.threshold,
         trait=persona.name, labels=labels, reference=reference,
     )  # fmt: skip
-    summary = {**found.summary, "slope": slope, **_told(args, persona, model, settings, held)}
-    summary |= {
-        "site": str(direction.site),
-        "direction": direction.fingerprint,
-        "method": direction.method,
-    }
+    told = _told(args, persona, model, direction, settings, held)
+    summary = {**found.summary, "slope": slope, **told}
     if labels is not None:
         summary["check"] = _check(args, persona, model, direction, (data, table, labels))
     save_summary(summary, out)
@@ -293,13 +289,18 @@ def _measure(args: argparse.Namespace, what: tuple[Any, ...], total: int) -> Any
     )
 
 
-def _told(args: argparse.Namespace, persona: Any, model: Any, settings: Any, held: Any) -> Any:
+def _told(
+    args: argparse.Namespace, persona: Any, model: Any, direction: Any, settings: Any, held: Any
+) -> Any:
     from dataclasses import asdict
 
     return {
         "data": str(args.data),
         "trait": persona.name,
         "model": model.source.name,
+        "site": str(direction.site),
+        "direction": direction.fingerprint,
+        "method": direction.method,
         "settings": asdict(settings),
         "with_earlier_rounds": held.rounds,
         "without_an_answer": held.unanswered,

@@ -71,11 +71,7 @@ def layers(
         _layer_line(
             ax, line, _COLOURS[place % len(_COLOURS)], f"coefficient {coefficient:g}", coherent
         )
-    for _, row in rows[rows["chosen"].astype(str) == "True"].iterrows():
-        ax.plot(
-            row["layer"], row["score"], "*", color=INK, markersize=14, markeredgecolor="white",
-            linewidth=0, label="chosen", zorder=5,
-        )  # fmt: skip
+    _star(ax, rows, "score")
     if unsteered is not None:
         ax.axhline(
             unsteered, color=CONTROL, linewidth=0.9, linestyle=(0, (4, 3)), label="unsteered"
@@ -90,6 +86,15 @@ def layers(
     _layer_axis(ax, rows["layer"])
     _legend(ax, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=4)
     return ax
+
+
+def _star(ax: Axes, rows: pd.DataFrame, value: str) -> None:
+    """The row that was chosen."""
+    for _, row in rows[rows["chosen"].astype(str) == "True"].iterrows():
+        ax.plot(
+            row["layer"], row[value], "*", color=INK, markersize=14, markeredgecolor="white",
+            linewidth=0, label="chosen", zorder=5,
+        )  # fmt: skip
 
 
 def _layer_line(ax: Axes, line: pd.DataFrame, colour: str, label: str, coherent: float) -> None:
@@ -119,11 +124,7 @@ def reading(frame: pd.DataFrame, ax: Axes, *, trait: str = "trait") -> Axes:
         rows["layer"], rows["r_low"], rows["r_high"], color=POSITIVE, alpha=0.15, linewidth=0
     )
     ax.plot(rows["layer"], rows["r"], color=POSITIVE, linewidth=1.5, marker="o", markersize=5)
-    for _, row in rows[rows["chosen"].astype(str) == "True"].iterrows():
-        ax.plot(
-            row["layer"], row["r"], "*", color=INK, markersize=14, markeredgecolor="white",
-            linewidth=0, label="chosen", zorder=5,
-        )  # fmt: skip
+    _star(ax, rows, "r")
     ax.axhline(0, color=CONTROL, linewidth=0.9, linestyle=(0, (4, 3)))
     first = rows.iloc[0]
     _finish(

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp_ablate.activations import RESPONSE_MEAN, Moments
+from interp_ablate.activations import RESPONSE_MEAN, Moments, masked_mean, response_mean
 from interp_ablate.batches import Batch
 from interp_ablate.errors import DirectionError, InterpAblateError
 from interp_ablate.model import Model
@@ -71,7 +71,7 @@ def response_activations(
         DirectionError: NaN or infinity.
     """
     found = torch.empty(len(answers), len(sites), model.d_model)
-    for index, block in _blocks(model, answers, sites, _response_mean, batch_size, on_batch):
+    for index, block in _blocks(model, answers, sites, response_mean, batch_size, on_batch):
         found[index] = block.float()
     return found
 
@@ -127,16 +127,4 @@ def _pool(
         column == border - 1,
         (column >= start) & (column < border),
     )
-    return torch.stack([_mean(x, mask) for mask in masks], 1)
-
-
-def _response_mean(
-    x: Float[Tensor, "batch pos d_model"], batch: Batch
-) -> Float[Tensor, "batch d_model"]:
-    width = x.shape[1]
-    border = width - (batch.row_lengths - batch.prompt_lengths)[:, None]
-    return _mean(x, torch.arange(width, device=x.device)[None] >= border)
-
-
-def _mean(x: Tensor, mask: Tensor) -> Float[Tensor, "batch d_model"]:
-    return torch.einsum("bpd,bp->bd", x.double(), mask.double()) / mask.sum(1, keepdim=True)
+    return torch.stack([masked_mean(x, mask) for mask in masks], 1)
