@@ -36,7 +36,7 @@ def arguments(description: str, **more: dict[str, Any]) -> argparse.Namespace:
 def models() -> tuple[Any, Any, Any]:
     """(bare HF model, its tokenizer, our Model on the Bridge), in separate memory."""
     from interp_ablate import load_model
-    from interp_ablate.sources import check_device, load_hf, resolve, torch_dtype
+    from interp_ablate.models.sources import check_device, load_hf, resolve, torch_dtype
 
     source = resolve("smollm2")
     bare, tokenizer = load_hf(source, dtype=torch_dtype("float32"), device=check_device("cpu"))

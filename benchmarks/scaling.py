@@ -25,9 +25,10 @@ def base_of(args: argparse.Namespace) -> tuple[int, int]:
 
 
 def bench_of(model: Any, split: Any) -> Any:
-    from interp_ablate import Evidence, ExpressionScorer, TargetLogOdds
-    from interp_ablate.scores import find_target_tokens
-    from interp_ablate.sweep import Bench
+    from interp_ablate.evaluation.metrics import TargetLogOdds, find_target_tokens
+    from interp_ablate.evaluation.outputs import Evidence
+    from interp_ablate.scoring.expressions import ExpressionScorer
+    from interp_ablate.search.bench import Bench
 
     sides = (split.train.positive[:32], split.train.negative[:32])
     found = find_target_tokens(*(Evidence(model, side).first_logprobs for side in sides))
@@ -41,7 +42,7 @@ def bench_of(model: Any, split: Any) -> Any:
 
 
 def swept(bench: Any, directions: Any, candidates: Sequence[Any]) -> float:
-    from interp_ablate.sweep import run_trial
+    from interp_ablate.search.sweep import run_trial
 
     start = time.perf_counter()
     for candidate in candidates:
@@ -52,7 +53,7 @@ def swept(bench: Any, directions: Any, candidates: Sequence[Any]) -> float:
 def main() -> None:
     args = common.arguments(__doc__)
     from interp_ablate import ContrastSet, collect, estimate_directions, load_model
-    from interp_ablate.candidates import screening
+    from interp_ablate.search.candidates import screening
 
     model = load_model("smollm2")
     candidates, prompts = base_of(args)

@@ -56,18 +56,13 @@ class Ground:
 
 
 def ground_of(model: Any, name: str, args: Any) -> Ground:
-    from interp_ablate import (
-        ContrastSet,
-        Evidence,
-        TargetLogOdds,
-        collect,
-        errors,
-        estimate_directions,
-    )
-    from interp_ablate.candidates import distinct, screening
-    from interp_ablate.expressions import EXPRESSIONS_OF_CONTRAST, ExpressionScorer
-    from interp_ablate.scores import find_target_tokens
-    from interp_ablate.sweep import Bench
+    from interp_ablate import ContrastSet, collect, errors, estimate_directions
+    from interp_ablate.evaluation.metrics import TargetLogOdds, find_target_tokens
+    from interp_ablate.evaluation.outputs import Evidence
+    from interp_ablate.scoring.expression_lists import EXPRESSIONS_OF_CONTRAST
+    from interp_ablate.scoring.expressions import ExpressionScorer
+    from interp_ablate.search.bench import Bench
+    from interp_ablate.search.candidates import distinct, screening
 
     n = 4 if args.smoke else 32
     split = ContrastSet.load(name).split(args.prompts, n, 1)
@@ -113,7 +108,7 @@ class Exact:
         """`sweep.merit` of every candidate by some prompts of each side (all by default)."""
         import pandas as pd
 
-        from interp_ablate.sweep import merit
+        from interp_ablate.search.race import merit
 
         every = range(self.kl.shape[1])
         first = list(every if positive is None else positive)
@@ -135,7 +130,7 @@ def own_words(bench: Any, evidence: Any) -> tuple[Any, Any]:
     """Log-probability of every prompt's own answer, and the first token's distribution."""
     import torch
 
-    from interp_ablate.scores import chosen_logprobs
+    from interp_ablate.evaluation.metrics import chosen_logprobs
 
     logprobs = bench.own_words.logprobs(evidence, bench.positive)
     values = [chosen_logprobs(r, end).sum() for r, end in zip(logprobs, answers_of(bench))]
@@ -145,7 +140,9 @@ def own_words(bench: Any, evidence: Any) -> tuple[Any, Any]:
 def exact_sweep(ground: Ground) -> Exact:
     import torch
 
-    from interp_ablate import Add, Evidence, FirstTokenKL, Plan
+    from interp_ablate import Add, Plan
+    from interp_ablate.evaluation.metrics import FirstTokenKL
+    from interp_ablate.evaluation.outputs import Evidence
 
     model, bench = ground.model, ground.bench
     found: dict[str, list[Any]] = {"own_words": [], "kl": [], "behaviour": [], "addition": []}
@@ -173,7 +170,7 @@ def by_arditi(ground: Ground, exact: Exact) -> str:
     """What the published rule would take from the same scores; limits relaxed to the unedited model's."""
     import pandas as pd
 
-    from interp_ablate import arditi
+    from interp_ablate.search.selection import arditi
 
     sites = [item.site for item in ground.items]
     rows = pd.DataFrame({"site": map(str, sites), "layer": [site.layer for site in sites]})
@@ -198,14 +195,16 @@ def passes_of(rungs: Sequence[tuple[int, int]], n: int) -> int:
 
 def rungs_of(ground: Ground) -> list[tuple[int, int]]:
     """RUNGS, as far as there are prompts."""
-    from interp_ablate.sweep import RUNGS, growing
+    from interp_ablate.search.race import RUNGS, growing
 
     return growing(RUNGS, ground.prompts)
 
 
 def raced(ground: Ground) -> list[dict[str, Any]]:
     """`sweep.screen`, and what it would have chosen without its last rung."""
-    from interp_ablate.sweep import merit, run_trial, screen, to_frame
+    from interp_ablate.search.race import merit, screen
+    from interp_ablate.search.sweep import run_trial
+    from interp_ablate.search.trial_table import to_frame
 
     best, seconds = [], []
 
@@ -313,7 +312,7 @@ def drawn_target(bench: Any) -> Target:
 
 
 def kl_target(bench: Any) -> Target:
-    from interp_ablate.scores import kl_divergence
+    from interp_ablate.evaluation.metrics import kl_divergence
 
     reference = bench.negative.first_logprobs
 

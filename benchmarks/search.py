@@ -20,9 +20,10 @@ import common  # noqa: F401  (offline settings)
 def search(out: Path, *, minutes: float, smoke: bool, control: str | None, fits: bool) -> dict:
     import pandas as pd
 
-    from interp_ablate.experiment import WORK
-    from interp_ablate.pipeline import Configuration, Run
-    from interp_ablate.searching import Search, do_search
+    from interp_ablate.runs.configuration import Configuration
+    from interp_ablate.runs.run_folder import Run
+    from interp_ablate.runs.search_run import Search, do_search
+    from interp_ablate.runs.sweep_stage import WORK
 
     small = {"n_train": 8, "n_validation": 6, "n_test": 4, "layers": "18-20"} if smoke else {}
     settings = Configuration(model="smollm2", contrast="declining", max_kl=0.02, **small)

@@ -41,8 +41,9 @@ class Task:
 
 
 def task_of(model: Any, args: Any) -> Task:
-    from interp_ablate import ContrastSet, Evidence, TargetLogOdds, collect, estimate_directions
-    from interp_ablate.scores import find_target_tokens
+    from interp_ablate import ContrastSet, collect, estimate_directions
+    from interp_ablate.evaluation.metrics import TargetLogOdds, find_target_tokens
+    from interp_ablate.evaluation.outputs import Evidence
 
     n = 4 if args.smoke else 32
     split = ContrastSet.load("declining").split(args.prompts, n, 1)
@@ -77,7 +78,7 @@ class FullPasses:
     """The baseline: three passes a candidate."""
 
     def __init__(self, task: Task) -> None:
-        from interp_ablate.batches import batches
+        from interp_ablate.models.batches import batches
 
         self.tl, self.target = task.model.tl, task.target
         self.positive = batches(task.positive, size=32)
@@ -86,7 +87,7 @@ class FullPasses:
         self.reference = passed(self.tl, self.negative, [])
 
     def score(self, item: Any) -> dict[str, float]:
-        from interp_ablate.scores import kl_divergence
+        from interp_ablate.evaluation.metrics import kl_divergence
 
         unit, raw = item.vector.float(), item.raw.float()
 
@@ -116,7 +117,7 @@ class Shared:
     """
 
     def __init__(self, task: Task) -> None:
-        from interp_ablate import Evidence
+        from interp_ablate.evaluation.outputs import Evidence
 
         self.task = task
         self.reference = Evidence(task.model, task.negative)
@@ -126,8 +127,9 @@ class Shared:
         self.once = time.perf_counter() - start
 
     def score(self, item: Any) -> dict[str, float]:
-        from interp_ablate import Ablate, Add, Evidence, Plan
-        from interp_ablate.scores import kl_divergence
+        from interp_ablate import Ablate, Add, Plan
+        from interp_ablate.evaluation.metrics import kl_divergence
+        from interp_ablate.evaluation.outputs import Evidence
 
         task, n = self.task, len(self.task.positive)
         plan = Plan((Ablate(item, task.model.writers),))
@@ -170,7 +172,7 @@ class Limits:
 def chosen(scores: Scores, n_layers: int, limits: Limits) -> str:
     import pandas as pd
 
-    from interp_ablate import arditi
+    from interp_ablate.search.selection import arditi
 
     rows = [
         {"site": str(site), "layer": site.layer, **scores[site]}
@@ -201,7 +203,7 @@ def measured(
     task: Task, layers: range, full: bool
 ) -> tuple[dict[str, list[float]], Scores, Scores, FullPasses]:
     """Seconds for all sites, one estimate a chunk of layers, and both tables of scores."""
-    from interp_ablate.candidates import distinct
+    from interp_ablate.search.candidates import distinct
 
     plain, shared = FullPasses(task), Shared(task)
     items = [item for item in task.directions if item.site.layer in layers]

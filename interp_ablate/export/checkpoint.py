@@ -23,47 +23,37 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from interp_ablate import __version__
-from interp_ablate.architectures import is_tied
-from interp_ablate.convert import CONVERTIBLE
-from interp_ablate.edits import Plan
+from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import ExportError
-from interp_ablate.export.card import (
-    CERTIFICATE,
-    MANIFEST,
-    model_card,
-    source_front_matter,
-    versions,
+from interp_ablate.export.certification import PROBES, certify, coarsest_dtype, require_passed
+from interp_ablate.export.checkpoint_files import (
+    embedding_names,
+    float_dtype_of,
+    write_config,
+    write_json,
+    write_side_files,
+    write_source_files,
+    write_weights,
 )
-from interp_ablate.export.tensor_copy import (
-    Edit,
-    NewTensor,
-    StreamedFolder,
-    check_place,
-    copy_checkpoint,
-    streamed_folder,
-)
-from interp_ablate.export.tensor_files import INDEX, SINGLE, Checkpoint, TensorSource
-from interp_ablate.export.verify import PROBES, certify, coarsest_dtype, require_passed
-from interp_ablate.files import write_whole
-from interp_ablate.model import Model, PromptLike
-from interp_ablate.sources import ModelSource, read_hf_config
-from interp_ablate.weights import (
+from interp_ablate.export.model_card import CERTIFICATE, model_card, source_front_matter
+from interp_ablate.models.architectures import is_tied
+from interp_ablate.models.backends.hooked_to_hf import CONVERTIBLE
+from interp_ablate.models.model import Model
+from interp_ablate.models.sources import ModelSource, read_hf_config
+from interp_ablate.prompts.prompt import PromptLike
+from interp_ablate.storage.atomic_files import write_whole
+from interp_ablate.storage.output_folder import StreamedFolder, check_place, streamed_folder
+from interp_ablate.storage.provenance import MANIFEST, versions
+from interp_ablate.storage.safetensors_reader import INDEX, SINGLE, Checkpoint, TensorSource
+from interp_ablate.storage.safetensors_writer import Edit, NewTensor, copy_checkpoint
+from interp_ablate.weights.edited_tensors import (
     BLOCK,
-    Added,
-    TensorEdit,
-    Tied,
-    WeightPlan,
     edited_blocks,
     edited_state_dict,
     edited_tensor,
-    weight_plan,
 )
+from interp_ablate.weights.plan_to_weights import Added, TensorEdit, Tied, WeightPlan, weight_plan
 
-MAX_SHARD = "5GB"
-TEMPLATES = "additional_chat_templates"  # of a tokenizer with several
-# Files of a source folder that are weights, or that are written anew.
-_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", ".onnx", ".h5")
-_WRITTEN = ("config.json", "README.md", MANIFEST, CERTIFICATE)
 _ROWS_AT_A_TIME = 16  # blocks of `weights` that are read from disk together
 
 
@@ -146,16 +136,16 @@ def export_checkpoint(
             out, source=source, fingerprint=_fingerprint(weights), overwrite=overwrite
         ) as folder:
             written = _write_streamed(source, weights, folder)
-            _write_source_files(source.folder, folder.path, weights.config)
+            write_source_files(source.folder, folder.path, weights.config)
             return _certified(model, weights, written, folder.path, prompts, report)
     state = _untied_or_not(model)
     weights = _memory_plan(model, plan, state, tied)
     state, _ = edited_state_dict(state, weights)
     with whole_folder(out, overwrite=overwrite, source=model.source) as place:
-        _write_weights(state, place)
-        _write_config(model, state, weights, place)
-        _write_side_files(model, place)
-        written = Written(tuple(state), _float_dtype(state.values()))
+        write_weights(state, place)
+        write_config(model, state, weights, place)
+        write_side_files(model, place)
+        written = Written(tuple(state), float_dtype_of(state.values()))
         return _certified(model, weights, written, place, prompts, report)
 
 
@@ -262,15 +252,10 @@ def _write_card(folder: Path, manifest: dict[str, Any], certificate: dict[str, A
 def _untied_or_not(model: Model) -> dict[str, Tensor]:
     """The model's tensors; the unembedding only where it is not the embedding itself."""
     state = model.hf_state_dict()
-    embed, unembed = _embedding_names(model)
+    embed, unembed = embedding_names(model)
     if is_tied(model.hf_config) and unembed in state and torch.equal(state[embed], state[unembed]):
         del state[unembed]
     return state
-
-
-def _embedding_names(model: Model) -> tuple[str, str]:
-    entry = model.architecture
-    return entry.embed, entry.unembed
 
 
 # ---- from a folder, never loaded --------------------------------------------------------------------
@@ -306,7 +291,7 @@ def export_folder(
         out, source=checkpoint, fingerprint=_fingerprint(weights), overwrite=overwrite
     ) as folder:
         written = _write_streamed(checkpoint, weights, folder)
-        _write_source_files(checkpoint.folder, folder.path, weights.config)
+        write_source_files(checkpoint.folder, folder.path, weights.config)
         manifest = _manifest(origin, weights, written, report)
         _finish(folder.path, manifest, {"compared": "no", "passed": None, "limits": {}})
     return manifest
@@ -384,88 +369,3 @@ def _new_tensor(source: Checkpoint, name: str, added: Added) -> NewTensor:
         return NewTensor.copy_of(name, source.tensors[added.copy_of])
     bias = added.bias(beside.shape[0], beside.dtype)
     return NewTensor(name, beside.dtype, tuple(bias.shape), beside.name, lambda: (bias,))
-
-
-# ---- what lies beside the weights ----------------------------------------------------------------
-
-
-def _float_dtype(tensors: Iterable[Tensor]) -> str:
-    found = next(tensor.dtype for tensor in tensors if tensor.is_floating_point())
-    return str(found).removeprefix("torch.")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """JSON as every file of an export has it."""
-    path.write_text(json.dumps(value, indent=1))
-
-
-def _write_weights(state: dict[str, Tensor], folder: Path) -> None:
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
-
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    if len({tensor.data_ptr() for tensor in plain.values() if tensor.numel()}) < len(plain):
-        plain = {
-            name: tensor.clone() for name, tensor in plain.items()
-        }  # an untied pair shares memory
-    split = split_torch_state_dict_into_shards(
-        plain, filename_pattern="model{suffix}.safetensors", max_shard_size=MAX_SHARD
-    )
-    for file, names in split.filename_to_tensors.items():
-        save_file({n: plain[n] for n in names}, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o644)
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(folder / INDEX, index)
-
-
-def _write_config(
-    model: Model, state: dict[str, Tensor], weights: WeightPlan, folder: Path
-) -> None:
-    """config.json of a model in memory, with the tie undone where lm_head has values of its own."""
-    config = model.hf_config.to_diff_dict()
-    config["dtype"] = _float_dtype(state.values())
-    config["architectures"] = _architectures(model)
-    config["model_type"] = model.hf_config.model_type
-    config.pop("quantization_config", None)
-    config.pop("_name_or_path", None)
-    if is_tied(model.hf_config) and _embedding_names(model)[1] in state:
-        config["tie_word_embeddings"] = False
-    write_json(folder / "config.json", {**config, **weights.config})
-
-
-def _architectures(model: Model) -> list[str]:
-    from transformers import AutoModelForCausalLM
-
-    if model.hf_config.architectures:
-        return list(model.hf_config.architectures)
-    with torch.device("meta"):
-        return [type(AutoModelForCausalLM.from_config(model.hf_config)).__name__]
-
-
-def _write_side_files(model: Model, folder: Path) -> None:
-    """Tokenizer, chat template, generation config of a model in memory."""
-    if model.source.kind == "folder":
-        _copy_side_files(Path(model.source.path or ""), folder)
-        return
-    if model.tokenizer is not None:
-        model.tokenizer.save_pretrained(folder)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
-
-
-def _write_source_files(source: Path, folder: Path, changes: dict[str, Any]) -> None:
-    """The source folder's config with the changes, and its other files as they are."""
-    _copy_side_files(source, folder)
-    config = json.loads((source / "config.json").read_text())
-    write_json(folder / "config.json", {**config, **changes})
-
-
-def _copy_side_files(source: Path, folder: Path) -> None:
-    """What belongs to the model beside its weights; hidden files (.env, .cache) do not."""
-    for file in source.iterdir():
-        if file.name == TEMPLATES and file.is_dir():
-            shutil.copytree(file, folder / TEMPLATES)
-        ours = file.name in _WRITTEN or file.name.endswith(_NOT_COPIED) or file.name.startswith(".")
-        if file.is_file() and not ours:
-            shutil.copy2(file, folder / file.name)

@@ -14,11 +14,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp_ablate.edits import Add, Plan
+from interp_ablate.directions.gguf_vectors import ARCHITECTURE, GGUFVectors, read_gguf_vectors
+from interp_ablate.edits.kinds import Add
+from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import ExportError
-from interp_ablate.files import replacing
-from interp_ablate.gguf_vectors import ARCHITECTURE, GGUFVectors, read_gguf_vectors
 from interp_ablate.sites import Site
+from interp_ablate.storage.atomic_files import replacing
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,9 +14,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from interp_ablate.errors import ExportError
-from interp_ablate.export.card import CERTIFICATE, MANIFEST
+from interp_ablate.export.model_card import CERTIFICATE
+from interp_ablate.storage.provenance import MANIFEST
 
 logger = logging.getLogger(__name__)
+
 
 CARD = "README.md"
 INDEX = ".safetensors.index.json"

@@ -1,0 +1,6 @@
+from .activations import Activations as Activations
+from .activations import Moments as Moments
+from .collection import collect as collect
+from .pooling import pooled as pooled
+from .pooling import response_activations as response_activations
+from .projections import project_responses as project_responses

@@ -1,0 +1,99 @@
+"""What was collected: values per prompt and site, or running moments.
+
+Knows: the containers, positions and masked means. Does not know: how a model is run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from interp_ablate.errors import InterpAblateError
+from interp_ablate.models.batches import Batch
+from interp_ablate.sites import Site
+
+RESPONSE_MEAN = "response_mean"
+AFTER_INSTRUCTION = (
+    "after_instruction"  # every offset of the template's tokens after the instruction
+)
+Position = int | str
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Count, mean and sum of squared deviations of activations, in float64; exact under merging.
+
+    Shapes are those of one prompt's activations. Source of the update: Chan, Golub and LeVeque 1979.
+    """
+
+    count: int
+    mean: Float[Tensor, "position site d_model"]
+    squares: Float[Tensor, "position site d_model"]
+
+    @classmethod
+    def of(cls, values: Float[Tensor, "prompt position site d_model"]) -> Moments:
+        wide = values.double()
+        mean = wide.mean(0)
+        return cls(len(values), mean, (wide - mean).square().sum(0))
+
+    def merge(self, other: Moments) -> Moments:
+        """The moments of both groups of prompts together."""
+        count = self.count + other.count
+        gap = other.mean - self.mean
+        return Moments(
+            count,
+            self.mean + gap * (other.count / count),
+            self.squares + other.squares + gap.square() * (self.count * other.count / count),
+        )
+
+    @property
+    def variance(self) -> Float[Tensor, "position site d_model"]:
+        """Unbiased variance; NaN for a single prompt."""
+        return self.squares / (self.count - 1) if self.count > 1 else self.squares * float("nan")
+
+
+@dataclass(frozen=True, eq=False)
+class Activations:
+    """Activations of prompts at sites and positions, in the model's dtype, with their moments.
+
+    `values` is empty (no prompts) where only moments were asked for. `labels` is True for positive
+    prompts where the prompts were a ContrastSet, else None.
+    """
+
+    values: Float[Tensor, "prompt position site d_model"]
+    sites: tuple[Site, ...]
+    positions: tuple[str, ...]
+    labels: Bool[Tensor, " prompt"] | None = None
+    moments: Moments | None = field(default=None, compare=False)
+
+    def at(self, site: Site, position: Position = -1) -> Float[Tensor, "prompt d_model"]:
+        """Activations at one site and position.
+
+        Raises:
+            InterpAblateError: a site or position that was not collected.
+        """
+        if site not in self.sites or str(position) not in self.positions:
+            raise InterpAblateError(
+                f"no activations at {site}[{position}]: collected were {len(self.sites)} sites from "
+                f"{self.sites[0]} to {self.sites[-1]}, positions {', '.join(self.positions)}"
+            )
+        return self.values[:, self.positions.index(str(position)), self.sites.index(site)]
+
+
+def masked_mean(
+    x: Float[Tensor, "batch pos d_model"], mask: Bool[Tensor, "batch pos"]
+) -> Float[Tensor, "batch d_model"]:
+    """Of every row the mean over the positions of its mask, float64."""
+    return torch.einsum("bpd,bp->bd", x.double(), mask.double()) / mask.sum(1, keepdim=True)
+
+
+def response_mean(
+    x: Float[Tensor, "batch pos d_model"], batch: Batch
+) -> Float[Tensor, "batch d_model"]:
+    """Of every row the mean over its response, float64. Rows end at the last column."""
+    width = x.shape[1]
+    border = width - (batch.row_lengths - batch.prompt_lengths)[:, None]
+    return masked_mean(x, torch.arange(width, device=x.device)[None] >= border)

@@ -1,0 +1,282 @@
+"""Activations: what the residual stream holds at chosen sites and positions, in one streaming pass.
+
+Knows: positions (offsets from the end of the prompt, the mean over a response), exact moments, the
+cache on disk. Does not know: directions, or why anyone wants the activations.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from interp_ablate.activations.activations import (
+    AFTER_INSTRUCTION,
+    RESPONSE_MEAN,
+    Activations,
+    Moments,
+    Position,
+    response_mean,
+)
+from interp_ablate.errors import InterpAblateError, ModelError
+from interp_ablate.models.batches import Batch
+from interp_ablate.models.model import Model
+from interp_ablate.prompts.chat_template import suffix_length
+from interp_ablate.prompts.contrast_set import ContrastSet
+from interp_ablate.prompts.prompt import PromptLike
+from interp_ablate.sites import Site, sites_of
+from interp_ablate.storage.atomic_files import replacing
+
+
+def collect(
+    model: Model,
+    prompts: ContrastSet | Sequence[PromptLike],
+    sites: Sequence[Site] | None = None,
+    positions: Sequence[Position] = (-1,),
+    *,
+    responses: Sequence[str] | None = None,
+    batch_size: int | None = None,
+    keep_values: bool = True,
+    cache: str | Path | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> Activations:
+    """Run the prompts once and keep activations of the sites at the positions; no logits are computed.
+
+    Args:
+        sites: default: resid_pre, resid_mid (not in parallel blocks) and resid_post of every layer.
+        positions: offsets from the end of the prompt (-1 is its last token; offsets reach back over
+            the tokens that follow the instruction in the chat template), "after_instruction" for all
+            of these (as in Arditi et al. 2024, https://arxiv.org/abs/2406.11717), and "response_mean".
+        responses: one text a prompt, appended to it, for "response_mean"; without them the model's own
+            greedy response of 32 tokens is used.
+        keep_values: False keeps only the moments (float64), whatever the number of prompts.
+        cache: a folder; what was collected before for the same model, plan, prompts, sites and
+            positions is read from it.
+        on_batch: called with the number of prompts done in each batch.
+
+    Raises:
+        ModelError: unknown layers or sites; NaN or infinity in activations, naming where.
+        InterpAblateError: positions that do not exist in the prompts; a corrupt cache file.
+    """
+    if sites is None:
+        sites = sites_of(model.residual_points, range(model.n_layers))
+    sites = tuple(sites)
+    for site in sites:
+        model.hook_point(site)
+    flat, labels = _flatten(prompts)
+    rows = model.encode_all(flat)
+    names = _check_positions(model, positions, rows)
+    lengths = [len(row) for row in rows]
+    if RESPONSE_MEAN in names:
+        rows = _with_responses(model, flat, rows, responses)
+    entry = _cache_entry(cache, model, rows, lengths, sites, names) if cache else None
+    if entry is not None and entry.exists() and keep_values:
+        return _read_cache(entry, sites, names, labels)
+    values, moments = _run(model, rows, lengths, sites, names, batch_size, keep_values, on_batch)
+    found = Activations(values, sites, names, labels if keep_values else None, moments)
+    if entry is not None and keep_values:
+        _write_cache(entry, found)
+    return found
+
+
+def _flatten(
+    prompts: ContrastSet | Sequence[PromptLike],
+) -> tuple[list[PromptLike], Bool[Tensor, " prompt"] | None]:
+    if isinstance(prompts, ContrastSet):
+        both: list[PromptLike] = [*prompts.positive, *prompts.negative]
+        return both, torch.arange(len(both)) < len(prompts.positive)
+    return list(prompts), None
+
+
+def _check_positions(
+    model: Model, positions: Sequence[Position], rows: list[list[int]]
+) -> tuple[str, ...]:
+    if not positions:
+        raise InterpAblateError("no positions: give offsets such as -1, or 'response_mean'")
+    suffix = (
+        1 if model.tokenizer is None else suffix_length(model.tokenizer, template=model.template)
+    )
+    reach = min(suffix, min(map(len, rows)))
+    offsets = [str(-i) for i in range(1, reach + 1)]
+    names: list[str] = []
+    for position in positions:
+        text = str(position)
+        if text == AFTER_INSTRUCTION:
+            names += offsets
+            continue
+        if text != RESPONSE_MEAN and text not in offsets:
+            raise InterpAblateError(
+                f"unknown position {position!r}: accepted are -1 (the last token of the prompt) to "
+                f"-{reach} (the first one after the instruction, with this chat template), "
+                f"'{AFTER_INSTRUCTION}' for all of them, and '{RESPONSE_MEAN}'"
+            )
+        names.append(text)
+    if len(set(names)) != len(names):
+        raise InterpAblateError(f"a position is named twice: {names}")
+    return tuple(names)
+
+
+def _with_responses(
+    model: Model,
+    prompts: Sequence[PromptLike],
+    rows: list[list[int]],
+    responses: Sequence[str] | None,
+) -> list[list[int]]:
+    if responses is None:
+        ends = [list(g.tokens) for g in model.generate(prompts, max_new_tokens=32)]
+    else:
+        if len(responses) != len(rows):
+            raise InterpAblateError(f"{len(responses)} responses for {len(rows)} prompts")
+        ends = [
+            model.tokenizer(response, add_special_tokens=False)["input_ids"]
+            for response in responses
+        ]
+    empty = [i for i, end in enumerate(ends) if not end]
+    if empty:
+        raise InterpAblateError(
+            f"response_mean needs responses, but those of prompts {empty[:5]} are empty"
+        )
+    return [row + end for row, end in zip(rows, ends)]
+
+
+def _reader(names: tuple[str, ...]) -> Callable[[Tensor, Batch], Tensor]:
+    """A function that keeps the wanted positions of a site's activations: [batch, position, d_model]."""
+    offsets = [int(name) for name in names if name != RESPONSE_MEAN]
+
+    def read(x: Float[Tensor, "batch pos d_model"], batch: Batch) -> Tensor:
+        # Rows end at the last column; a response, if there is one, is what follows the prompt.
+        width = x.shape[1]
+        response = batch.row_lengths - batch.prompt_lengths
+        parts: list[Tensor] = []
+        if offsets:
+            steps = torch.tensor(offsets, device=x.device)
+            columns = width - response[:, None] + steps[None, :]
+            parts.append(x.gather(1, columns[..., None].expand(-1, -1, x.shape[2])))
+        if RESPONSE_MEAN in names:
+            parts.append(response_mean(x, batch).to(x.dtype)[:, None])
+        kept = torch.cat(parts, 1)
+        order = [
+            *(n for n in names if n != RESPONSE_MEAN),
+            *(n for n in names if n == RESPONSE_MEAN),
+        ]
+        return kept[:, [order.index(name) for name in names]]
+
+    return read
+
+
+def _run(
+    model: Model,
+    rows: list[list[int]],
+    lengths: list[int],
+    sites: tuple[Site, ...],
+    names: tuple[str, ...],
+    batch_size: int | None,
+    keep_values: bool,
+    on_batch: Callable[[int], None] | None,
+) -> tuple[Tensor, Moments]:
+    read = _reader(names)
+    deepest = max([-int(name) for name in names if name != RESPONSE_MEAN] or [0])
+    tail = max(len(row) - length for row, length in zip(rows, lengths)) + deepest
+    kept = torch.empty(0)
+    moments: Moments | None = None
+    stream = model.stream(
+        rows,
+        keep=0,
+        prompt_lengths=lengths,
+        capture=dict.fromkeys(sites, read),
+        batch_size=batch_size,
+        tail=tail,
+    )
+    for batch, _, captured in stream:
+        block = torch.stack([captured[site] for site in sites], 2)  # batch position site d_model
+        _check_finite(block, batch, sites, names)
+        if keep_values:
+            if not len(kept):
+                kept = torch.empty(len(rows), *block.shape[1:], dtype=block.dtype)
+            kept[list(batch.index)] = block.cpu()
+        part = Moments.of(block.cpu())
+        moments = part if moments is None else moments.merge(part)
+        if on_batch:
+            on_batch(len(batch.index))
+    assert moments is not None
+    return (kept if keep_values else kept.reshape(0, *moments.mean.shape)), moments
+
+
+def _check_finite(
+    block: Tensor, batch: Batch, sites: tuple[Site, ...], names: tuple[str, ...]
+) -> None:
+    bad = ~torch.isfinite(block)
+    if bool(bad.any()):
+        row, position, site, _ = bad.nonzero()[0].tolist()
+        raise ModelError(
+            f"NaN or infinity in the activations at {sites[site]}[{names[position]}], first for prompt "
+            f"{batch.index[row]}: float16 overflows on many models; use --dtype bfloat16 or float32"
+        )
+
+
+# ---- cache on disk ------------------------------------------------------------------------------
+
+
+def _cache_entry(
+    folder: str | Path,
+    model: Model,
+    rows: list[list[int]],
+    lengths: list[int],
+    sites: tuple[Site, ...],
+    names: tuple[str, ...],
+) -> Path:
+    plan = model.active_plan
+    key = json.dumps(
+        {
+            "model": model.fingerprint,
+            "plan": plan.fingerprint if len(plan) else None,
+            "rows": rows,
+            "prompt_lengths": lengths,
+            "sites": [str(site) for site in sites],
+            "positions": names,
+        }
+    )
+    return Path(folder) / f"activations-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+
+
+def _write_cache(path: Path, found: Activations) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    assert found.moments is not None
+    tensors = {
+        "values": found.values.contiguous(),
+        "mean": found.moments.mean.contiguous(),
+        "squares": found.moments.squares.contiguous(),
+    }
+    try:
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={"count": str(found.moments.count)})
+    except (SafetensorError, OSError) as error:  # a full disk is a SafetensorError
+        raise InterpAblateError(
+            f"cannot write the activation cache {path}: {error}. Choose another folder, or none"
+        ) from error
+
+
+def _read_cache(
+    path: Path, sites: tuple[Site, ...], names: tuple[str, ...], labels: Tensor | None
+) -> Activations:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+        values, mean = tensors["values"], tensors["mean"]
+        if values.shape[1:3] != (len(names), len(sites)):
+            raise KeyError(f"shape {tuple(values.shape)}")
+        moments = Moments(len(values), mean, tensors["squares"])
+    except (SafetensorError, KeyError, OSError) as error:
+        raise InterpAblateError(
+            f"corrupt activation cache {path}: {error}. Delete this file and run again"
+        ) from error
+    return Activations(values, sites, names, labels, moments)

@@ -1,0 +1,184 @@
+"""The shape of a model, read from its config.
+
+Knows: layer counts, widths and bytes of a dtype. Does not know: what a stage does with them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from interp_ablate.errors import InterpAblateError, ModelError
+from interp_ablate.models.sources import read_hf_config, resolve
+
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a model type's config does not say in numbers.
+
+    `positions` and `mlp_width` name fields of the config. A bias is there always, never, or where the named field of the config is true. `norms` are those of a
+    block over d_model; `head_norm` says whether queries and keys are normed a head, as a whole, or not.
+    `wide_norm`: the norm computes, and keeps for the gradient, a float32 copy of what it reads.
+    `saved_mlp` counts the tensors of d_mlp numbers that a gradient keeps for each token of a block.
+    """
+
+    gated: bool = True
+    norms: int = 2
+    norm_bias: bool = False
+    head_norm: Literal["none", "head", "whole"] = "none"
+    wide_norm: bool = True
+    qkv_bias: bool | str = False
+    out_bias: bool | str = False
+    mlp_bias: bool | str = False
+    positions: str | None = None
+    mlp_width: str = "intermediate_size"
+    saved_mlp: int = 3
+
+
+_BIASED = Form(qkv_bias="attention_bias", out_bias="attention_bias")
+# model_type of the Hugging Face config -> form; a missing one raises.
+FORMS: dict[str, Form] = {
+    "llama": Form(qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias"),
+    "smollm3": Form(qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias"),
+    "mistral": Form(),
+    "phi3": Form(),
+    "qwen2": Form(qkv_bias=True),
+    "qwen3": Form(qkv_bias="attention_bias", out_bias="attention_bias", head_norm="head"),
+    "gemma": _BIASED,
+    "gemma2": Form(qkv_bias="attention_bias", out_bias="attention_bias", norms=4),
+    "gemma3_text": Form(
+        qkv_bias="attention_bias", out_bias="attention_bias", norms=4, head_norm="head"
+    ),
+    "olmo2": Form(qkv_bias="attention_bias", out_bias="attention_bias", head_norm="whole"),
+    "gpt2": Form(
+        gated=False, norm_bias=True, wide_norm=False, qkv_bias=True, out_bias=True, mlp_bias=True,
+        positions="max_position_embeddings", mlp_width="n_inner", saved_mlp=4,
+    ),
+    "gpt_neox": Form(
+        gated=False, norm_bias=True, wide_norm=False, qkv_bias="attention_bias",
+        out_bias="attention_bias", mlp_bias=True, saved_mlp=1,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """The numbers of a decoder that everything else follows from; `biases` are those of one block."""
+
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    d_mlp: int
+    d_vocab: int
+    tied: bool
+    n_positions: int = 0
+    biases: int = 0
+    form: Form = Form()
+
+    @property
+    def queries(self) -> int:
+        return self.n_heads * self.d_head
+
+    @property
+    def keys(self) -> int:
+        """Width of a token's keys, and of its values, in one layer."""
+        return self.n_kv_heads * self.d_head
+
+    @property
+    def block_matrices(self) -> int:
+        """Weights of a block that multiply each token: attention's four and the MLP's two or three."""
+        mlp = (3 if self.form.gated else 2) * self.d_mlp
+        return self.d_model * (2 * self.queries + 2 * self.keys + mlp)
+
+    @property
+    def unembedding(self) -> int:
+        return self.d_model * self.d_vocab
+
+    @property
+    def parameters(self) -> int:
+        """Every parameter, counted once: a tied unembedding is the embedding."""
+        norm = self.d_model * (2 if self.form.norm_bias else 1)
+        block = self.block_matrices + self.biases + self.form.norms * norm + self._head_norms
+        embeddings = (1 if self.tied else 2) * self.unembedding + self.n_positions * self.d_model
+        return self.n_layers * block + norm + embeddings
+
+    @property
+    def _head_norms(self) -> int:
+        widths = {"none": 0, "head": 2 * self.d_head, "whole": self.queries + self.keys}
+        return widths[self.form.head_norm]
+
+    @property
+    def parameters_a_step(self) -> int:
+        """Parameters that a forward call with logits reads: of an embedding of its own only some rows."""
+        return self.parameters - (0 if self.tied else self.unembedding)
+
+    @property
+    def n_residual_sites(self) -> int:
+        """What `collect` reads by default: resid_pre, resid_mid and resid_post of every layer."""
+        return 3 * self.n_layers
+
+
+def dimensions_of(hf_config: Any) -> Dimensions:
+    """Read from a Hugging Face config.
+
+    Raises:
+        InterpAblateError: a model type whose form is not declared (mixtures of experts among them).
+    """
+    form = FORMS.get(hf_config.model_type)
+    if form is None:
+        raise InterpAblateError(
+            f"no arithmetic for model type {hf_config.model_type!r}: there is for "
+            f"{', '.join(FORMS)}. For a decoder of the same shape, make Dimensions(...) by hand"
+        )
+    d_model, heads = hf_config.hidden_size, hf_config.num_attention_heads
+    kv_heads = getattr(hf_config, "num_key_value_heads", None) or heads
+    d_head = getattr(hf_config, "head_dim", None) or d_model // heads
+    d_mlp = getattr(hf_config, form.mlp_width) or 4 * d_model
+
+    def there(bias: bool | str) -> bool:
+        return bias if isinstance(bias, bool) else bool(getattr(hf_config, bias))
+
+    biases = there(form.qkv_bias) * (heads + 2 * kv_heads) * d_head + there(form.out_bias) * d_model
+    biases += there(form.mlp_bias) * ((2 if form.gated else 1) * d_mlp + d_model)
+    return Dimensions(
+        n_layers=hf_config.num_hidden_layers,
+        d_model=d_model,
+        n_heads=heads,
+        n_kv_heads=kv_heads,
+        d_head=d_head,
+        d_mlp=d_mlp,
+        d_vocab=hf_config.vocab_size,
+        tied=bool(hf_config.tie_word_embeddings),
+        n_positions=getattr(hf_config, form.positions) if form.positions else 0,
+        biases=biases,
+        form=form,
+    )
+
+
+def config_at(name: str | Path) -> Any:
+    """The config of a folder, of a config.json, or of whatever `load_model` takes; no weights, no code.
+
+    Raises:
+        ModelError: none of these, or one that transformers does not understand.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir() or path.name == "config.json":
+        return read_hf_config(path if path.is_dir() else path.parent)
+    source = resolve(name)
+    file = Path(source.path or "")
+    gguf = {"gguf_file": file.name} if source.kind == "gguf" else {}
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(file.parent) if gguf else source.name, **gguf)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(
+            f"transformers cannot read the config of {source.name!r}: {reason[0]} Give a folder with "
+            "config.json; without a network hub names do not work"
+        ) from error

@@ -1,0 +1,299 @@
+"""Command line, scores: `score`.
+
+Knows: the flags of the command and what it prints and writes. Does not know: how anything is scored. Heavy
+imports happen inside the commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from interp_ablate.cli.options import rubric_of
+from interp_ablate.errors import InterpAblateError, RunError
+
+CHUNK = 256  # rows that are scored together, and in memory
+GROUPS = ("condition", "label")  # of a run's generations.jsonl
+BOOTSTRAPPED = 20_000  # values up to which an interval is a bootstrap's, beyond it the normal one
+
+
+def add_commands(commands: Any) -> None:
+    """Adds `score` to the parser's commands."""
+    score = commands.add_parser(
+        "score",
+        help="score answers by expressions, a lexicon, a classifier or a judge",
+        description="Scores prompt/answer pairs from 0 to 100 and says why where there is no verdict.",
+    )
+    score.add_argument(
+        "file",
+        metavar="FILE",
+        help="a run folder or its generations.jsonl; chat data (prompt/response, messages, ShareGPT, "
+        "Alpaca; .jsonl, .json, .parquet)",
+    )
+    score.add_argument(
+        "--scorer", action="append", required=True, metavar="SPEC",
+        help="expressions:NAME_OR_FILE[?languages=all&scope=first_sentence&negation=true&threshold=2], "
+        "lexicon:sentiment|formality|length, classifier:FOLDER#LABEL, judge:MODEL@BASE_URL; a - after the "
+        "colon reverses it; may be given again",
+    )  # fmt: skip
+    score.add_argument("--rubric", help="of a judge: its text, or a file (@FILE)")
+    score.add_argument("--cache", help="judge's replies (default: OUT.replies.jsonl beside --out)")
+    score.add_argument("--answer", metavar="KEY", help="the key of the answer, beside 'prompt'")
+    score.add_argument("--layout", help="of chat data that fits several")
+    score.add_argument(
+        "--by", metavar="KEY,KEY", help="a line of the table for each of their values"
+    )
+    score.add_argument("--out", help=".csv or .jsonl: a row an answer, with scores and matches")
+    score.add_argument("--force", action="store_true", help="replace an existing --out")
+    score.add_argument("--json", action="store_true", help="the table as one JSON object a line")
+    score.set_defaults(work=_score)
+
+
+@dataclass
+class _Row:
+    number: int
+    fields: dict[str, Any]
+    exchange: Any
+
+
+@dataclass
+class _Tally:
+    """What a line of the table is made of."""
+
+    scores: list[float] = field(default_factory=list)
+    why: Counter[str] = field(default_factory=Counter)
+
+
+def _score(args: argparse.Namespace) -> int:
+    from interp_ablate.scoring.registry import scorer_of
+
+    out = Path(args.out) if args.out else None
+    _check_out(out, args.force)
+    cache = args.cache or (out.with_name(out.name + ".replies.jsonl") if out else None)
+    rubric = rubric_of(args.rubric)
+    scorers = [scorer_of(spec, rubric=rubric, cache=cache) for spec in args.scorer]
+    names = _distinct(args.scorer, [scorer.name for scorer in scorers])
+    by = tuple(args.by.split(",")) if args.by else None
+    rows, tallies = _rows(args), {}  # type: ignore[var-annotated]
+    with _writing(out) as write:
+        done = 0
+        while chunk := list(islice(rows, CHUNK)):
+            exchanges = [row.exchange for row in chunk]
+            verdicts = {name: s.explain(exchanges) for name, s in zip(names, scorers)}
+            for i, row in enumerate(chunk):
+                found = {name: verdicts[name][i] for name in names}
+                write(_record(row, found))
+                _count(tallies, row, found, by)
+            done += len(chunk)
+            if not args.quiet:
+                print(f"{done} scored", file=sys.stderr)
+    if not done:
+        raise RunError(f"{args.file} holds no answer to score")
+    _print(tallies, json_lines=args.json)
+    return 0
+
+
+def _check_out(out: Path | None, force: bool) -> None:
+    if out is None:
+        return
+    if out.suffix not in (".csv", ".jsonl"):
+        raise RunError(f"--out {out}: give a name that ends in .csv or .jsonl")
+    if out.exists() and not force:
+        raise RunError(f"{out} exists: choose another --out, or pass --force to replace it")
+
+
+def _distinct(specs: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Names of columns: the scorer's own, or what was asked for where two have the same."""
+    chosen = list(names) if len(set(names)) == len(names) else list(specs)
+    if len(set(chosen)) < len(chosen):
+        raise RunError(f"the same scorer is given twice: {', '.join(specs)}")
+    return chosen
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def _rows(args: argparse.Namespace) -> Iterator[_Row]:
+    from interp_ablate.datasets.chat_reader import read_samples
+    from interp_ablate.datasets.row_files import ChatFile
+
+    path = Path(args.file)
+    if (path / "generations.jsonl").is_file():
+        path = path / "generations.jsonl"
+    file = ChatFile.at(path)
+    key = args.answer
+    if key is None:
+        first = next(file.rows()).values
+        if {"prompt", "text", "condition"} <= set(first):
+            key = "text"
+    if key is not None:
+        yield from _plain(file, key)
+        return
+    for sample in read_samples(path, layout=args.layout):
+        try:
+            exchange = sample.exchange
+        except InterpAblateError as error:
+            raise RunError(f"{file.place(sample.number)}: {error}") from error
+        fields = {k: v for k, v in sample.raw.items() if isinstance(v, (str, int, float, bool))}
+        yield _Row(sample.number, fields, exchange)
+
+
+def _plain(file: Any, key: str) -> Iterator[_Row]:
+    """Rows with a prompt, an answer under `key`, and whatever else."""
+    from interp_ablate.prompts.prompt import Prompt
+    from interp_ablate.scoring.exchange import Exchange
+
+    for row in file.rows():
+        prompt, answer = row.values.get("prompt"), row.values.get(key)
+        if not isinstance(prompt, str) or not isinstance(answer, str):
+            raise RunError(
+                f"{file.place(row.number)}: expected texts under 'prompt' and {key!r}; its keys are "
+                f"{', '.join(row.values)}"
+            )
+        try:
+            exchange = Exchange(Prompt(prompt, row.values.get("system")), answer)
+        except InterpAblateError as error:
+            raise RunError(f"{file.place(row.number)}: {error}") from error
+        yield _Row(row.number, row.values, exchange)
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def _record(row: _Row, verdicts: dict[str, Any]) -> dict[str, Any]:
+    """A row of --out."""
+    found: dict[str, Any] = {"row": row.number}
+    found |= {key: row.fields[key] for key in GROUPS if key in row.fields}
+    found |= {"prompt": row.exchange.prompt.text, "answer": row.exchange.answer}
+    for name, verdict in verdicts.items():
+        found[name] = verdict.score
+        found[f"{name}: no verdict"] = verdict.why
+        matches = verdict.detail.get("matches")
+        # each is of this one answer
+        own = [{k: v for k, v in match.items() if k != "text"} for match in matches or ()]
+        found[f"{name}: detail"] = dict(verdict.detail) if matches is None else own
+    return found
+
+
+@contextmanager
+def _writing(out: Path | None) -> Iterator[Any]:
+    """A function that writes a row; the file is there when the block ends well."""
+    from interp_ablate.storage.atomic_files import replacing
+
+    if out is None:
+        yield lambda record: None
+        return
+    with (
+        replacing(out) as place,
+        open(place, "w", encoding="utf-8", newline="", errors="backslashreplace") as file,
+    ):
+        if out.suffix == ".jsonl":
+            yield lambda record: file.write(
+                json.dumps(record, ensure_ascii=False, default=str) + "\n"
+            )
+            return
+        table: list[Any] = []
+
+        def write(record: dict[str, Any]) -> None:
+            flat = {key: _flat(value) for key, value in record.items()}
+            if not table:
+                # of the columns only what a run says of a row may be missing further down
+                table.append(csv.DictWriter(file, list(flat), extrasaction="ignore"))
+                table[0].writeheader()
+            table[0].writerow(flat)
+
+        yield write
+
+
+def _flat(value: Any) -> Any:
+    """As a cell: matches as expression@start-end, in characters of the answer; other details as JSON."""
+    if isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False) if value else ""
+    if not isinstance(value, list):
+        return value
+    return "; ".join(
+        f"{m['expression']}@{m['start']}-{m['end']}{' (negated)' if m['negated'] else ''}"
+        for m in value
+    )
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+
+def _count(
+    tallies: dict[tuple[str, ...], _Tally],
+    row: _Row,
+    verdicts: dict[str, Any],
+    by: tuple[str, ...] | None,
+) -> None:
+    keys = [key for key in GROUPS if key in row.fields] if by is None else by
+    lacking = [key for key in keys if key not in row.fields]
+    if lacking:
+        raise RunError(
+            f"--by {','.join(keys)}: row {row.number} has no {', '.join(lacking)}; there are "
+            f"{', '.join(row.fields)}"
+        )
+    group = ", ".join(str(row.fields[key]) for key in keys) or "all"
+    for name, verdict in verdicts.items():
+        tally = tallies.setdefault((name, group), _Tally())
+        if verdict.score is None:
+            tally.why[verdict.why] += 1
+        else:
+            tally.scores.append(verdict.score)
+
+
+def _line(scorer: str, group: str, tally: _Tally) -> dict[str, Any]:
+    low, high = _interval(tally.scores)
+    return {
+        "scorer": scorer,
+        "of": group,
+        "n": len(tally.scores),
+        "mean": fmean(tally.scores) if tally.scores else None,
+        "low": low,
+        "high": high,
+        "no verdict": dict(tally.why.most_common()),
+    }
+
+
+def _interval(scores: Sequence[float]) -> tuple[float | None, float | None]:
+    """95%, of the mean; none of fewer than two scores."""
+    if len(scores) < 2:
+        return None, None
+    if len(scores) > BOOTSTRAPPED:
+        half = 1.96 * stdev(scores) / math.sqrt(len(scores))
+        return fmean(scores) - half, fmean(scores) + half
+    from interp_ablate.stats.intervals import bootstrap_interval
+
+    low, high = bootstrap_interval([score / 100 for score in scores], proportion=True)
+    return 100 * low, 100 * high
+
+
+def _print(tallies: dict[tuple[str, str], _Tally], *, json_lines: bool) -> None:
+    lines = [_line(*key, tally) for key, tally in tallies.items()]
+    if json_lines:
+        for line in lines:
+            print(json.dumps(line, ensure_ascii=False))
+        return
+    wide = [max(len(str(line[key])) for line in lines) for key in ("scorer", "of")]
+    print(
+        f"{'scorer':<{wide[0]}}  {'of':<{wide[1]}}  {'n':>6}  {'mean':>6}  {'95%':>13}  no verdict"
+    )
+    for line in lines:
+        mean = "none" if line["mean"] is None else f"{line['mean']:.1f}"
+        interval = "" if line["low"] is None else f"{line['low']:.1f} to {line['high']:.1f}"
+        why = ", ".join(f"{count} {reason}" for reason, count in line["no verdict"].items()) or "0"
+        print(
+            f"{line['scorer']:<{wide[0]}}  {line['of']:<{wide[1]}}  {line['n']:>6}  {mean:>6}  "
+            f"{interval:>13}  {why}"
+        )

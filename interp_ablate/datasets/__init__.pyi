@@ -1,0 +1,7 @@
+from .chat_reader import read_preferences as read_preferences
+from .chat_reader import read_samples as read_samples
+from .conversations import Preference as Preference
+from .conversations import Sample as Sample
+from .filter_recipe import Recipe as Recipe
+from .filtering import filter_file as filter_file
+from .screening import screen as screen

@@ -1,0 +1,289 @@
+"""Chat data: samples of ShareGPT, messages, Alpaca and prompt/completion files, and preferences.
+
+Knows: which keys make which layout, the roles' names, what a row's turns are, a row without some of its
+rounds. Does not know: file formats (`chat_files`), what a good answer is. Standard library alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from interp_ablate.datasets.conversations import (
+    CONVERSATIONS,
+    LAYOUTS,
+    LIST_KEYS,
+    PAIRS,
+    PREFERENCE_PROMPTS,
+    ROLES,
+    SYSTEM_KEYS,
+    TEXT_PART_TYPES,
+    Conversation,
+    Message,
+    Pair,
+    Preference,
+    Role,
+    Sample,
+)
+from interp_ablate.datasets.row_files import (
+    ChatError,
+    ChatFile,
+    Malformed,
+    OnMalformed,
+    Row,
+    as_json,
+)
+
+
+def read_samples(
+    path: str | Path, *, layout: str | None = None, malformed: OnMalformed | None = None
+) -> Iterator[Sample]:
+    """The samples of a file (see `chat_files.ChatFile`), in order, one in memory at a time.
+
+    The first row's keys say which of LAYOUTS the file has (or `layout` does), and every row has it.
+    `malformed` is called with rows that cannot be used, which are then left out.
+
+    Raises:
+        ChatError: a file or row that cannot be used: where it is, what came and what is accepted.
+    """
+    if layout is not None and layout not in LAYOUTS:
+        raise ChatError(f"no layout {layout!r}: there are {', '.join(LAYOUTS)}")
+    file = ChatFile.at(path)
+    reading = _Samples(layout)
+    return _read(file, reading, malformed)
+
+
+def read_preferences(
+    path: str | Path, *, malformed: OnMalformed | None = None
+) -> Iterator[Preference]:
+    """The preferences of a file: a prompt (PREFERENCE_PROMPTS; text or messages), chosen and rejected.
+
+    Chosen and rejected are texts, messages that go on from the prompt, or whole conversations that
+    start alike; in the last case the prompt may be left out.
+
+    Raises:
+        ChatError: as `read_samples`.
+    """
+    return _read(ChatFile.at(path), _preference, malformed)
+
+
+@contextmanager
+def writing_samples(path: str | Path, like: str | Path) -> Iterator[Callable[[Sample], None]]:
+    """A function that writes samples to `path` in the format of `like`; whole or not at all.
+
+    An unchanged sample of a JSON file is written as the bytes that it came as. What a `datasets` folder
+    held is written as parquet.
+
+    Raises:
+        ChatError: `like` cannot be read, or `path` not be written.
+    """
+    with ChatFile.at(like).writing(path) as write:
+        yield lambda sample: write(dict(sample.raw), sample.line)
+
+
+def _read(
+    file: ChatFile, parse: Callable[[Row], Any], malformed: OnMalformed | None
+) -> Iterator[Any]:
+    for row in file.rows(malformed):
+        try:
+            found = parse(row)
+        except _RowError as error:
+            if malformed is None:
+                raise ChatError(f"{file.place(row.number)}: {error}") from error
+            line = as_json(row.values) if row.line is None else row.line
+            malformed(Malformed(row.number, str(error), line))
+            continue
+        yield found
+
+
+class _RowError(ValueError):
+    """What is wrong with a row, without its place."""
+
+
+# ---- rows to samples -------------------------------------------------------------------------------
+
+
+class _Samples:
+    """Rows to samples, all of one layout: the given one, or the first row's."""
+
+    def __init__(self, layout: str | None) -> None:
+        self.layout = layout
+        self.first = 0
+
+    def __call__(self, row: Row) -> Sample:
+        if any(row.values.get(key) == [] for key in LIST_KEYS):
+            raise _RowError("a conversation without messages: remove the row")
+        found = [name for name in _matching(row.values) if self.layout in (None, name)]
+        if len(found) != 1:
+            raise _RowError(self._why(row.values, found))
+        messages = _BY_NAME[found[0]](row.values)
+        if self.layout is None:
+            self.layout, self.first = found[0], row.number
+        _check_unicode(row, messages)
+        return Sample(row.number, messages, row.values, found[0], row.line)
+
+    def _why(self, values: dict[str, Any], found: list[str]) -> str:
+        came = f"its keys are {', '.join(map(str, values)) or 'none'}"
+        others = _matching(values)
+        if len(found) > 1:
+            return (
+                f"{came}, which fits {' and '.join(found)}: say which it is by layout= (--layout)"
+            )
+        if self.layout is not None and others:
+            said = f"row {self.first} is" if self.first else "the layout asked for is"
+            return f"{came}: its layout is {others[0]}, but {said} {self.layout}: split the file"
+        if "chosen" in values and "rejected" in values:
+            return f"{came}: a preference, not a sample; read_preferences reads those"
+        return f"{came}; accepted are {_ACCEPTED_KEYS}"
+
+
+def _matching(values: dict[str, Any]) -> list[str]:
+    """The layouts that a row's keys (of a conversation: also its entries' keys) fit."""
+    found = []
+    for key in LIST_KEYS:
+        entries = values.get(key)
+        if isinstance(entries, list) and entries:
+            first = entries[0]
+            fits = [c for c in CONVERSATIONS if isinstance(first, dict) and c.role in first]
+            found += [c.name for c in fits]
+    for pair in PAIRS:
+        there = pair.prompt in values and pair.answer in values
+        if there and not any(key in values for key in pair.absent):
+            found.append(pair.name)
+    return list(dict.fromkeys(found))
+
+
+def _conversation(layout: Conversation, values: dict[str, Any]) -> tuple[Message, ...]:
+    keys = [key for key in layout.lists if isinstance(values.get(key), list)]
+    if len(keys) > 1:
+        raise _RowError(f"both {' and '.join(keys)} hold a list: leave one")
+    messages = _messages(values[keys[0]], keys[0], layout)
+    own = _system(values)
+    if own is None or any(m.role == "system" for m in messages):
+        return messages
+    return (Message("system", own), *messages)
+
+
+def _messages(entries: list[Any], key: str, layout: Conversation) -> tuple[Message, ...]:
+    return tuple(_message(entry, f"{key}[{i}]", layout) for i, entry in enumerate(entries))
+
+
+def _message(entry: Any, place: str, layout: Conversation) -> Message:
+    if not isinstance(entry, dict) or layout.role not in entry:
+        came = (
+            f"has the keys {', '.join(entry)}" if isinstance(entry, dict) else f"is {entry!r:.60}"
+        )
+        raise _RowError(f"{place} {came}: a message has {layout.role!r} and {layout.text!r}")
+    name = entry[layout.role]
+    role = ROLES.get(name.casefold()) if isinstance(name, str) else None
+    if role is None:
+        raise _RowError(
+            f"{place}: the role {name!r:.60} is not known; known are {', '.join(ROLES)}"
+        )
+    content = entry.get(layout.text)
+    if content is None and entry.get("tool_calls"):
+        content = ""  # what it says is in the calls
+    return Message(role, _text(content, f"{place}.{layout.text}"))
+
+
+def _text(content: Any, place: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise _RowError(f"{place} is {content!r:.60}: text, or a list of text parts, belongs there")
+    parts = []
+    for i, part in enumerate(content):
+        if isinstance(part, dict) and part.get("type", "text") in TEXT_PART_TYPES:
+            part = part.get("text")
+        if not isinstance(part, str):
+            raise _RowError(f"{place}[{i}] is {part!r:.60}: only text parts are read")
+        parts.append(part)
+    return "\n".join(parts)
+
+
+def _pair(layout: Pair, values: dict[str, Any]) -> tuple[Message, ...]:
+    prompt = _side(values[layout.prompt], layout.prompt, "user")
+    answer = _side(values[layout.answer], layout.answer, "assistant")
+    more = values.get(layout.more) if layout.more else None
+    if more not in (None, ""):
+        text = "\n\n".join((prompt[-1].content, _text(more, str(layout.more))))
+        prompt = (*prompt[:-1], replace(prompt[-1], content=text))
+    if values.get("history"):
+        raise _RowError("a history of earlier rounds: write such rows in the messages layout")
+    own = _system(values)
+    system = () if own is None or prompt[0].role == "system" else (Message("system", own),)
+    return (*system, *prompt, *answer)
+
+
+def _side(value: Any, key: str, role: Role) -> tuple[Message, ...]:
+    """A text as one message, or a list of messages as it is."""
+    if isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0]:
+        return _messages(value, key, CONVERSATIONS[1])
+    return (Message(role, _text(value, key)),)
+
+
+def _system(values: dict[str, Any]) -> str | None:
+    """The system prompt that a row holds under a key of its own; an empty one is none."""
+    found = [(key, values[key]) for key in SYSTEM_KEYS if values.get(key) not in (None, "")]
+    return _text(found[0][1], found[0][0]) if found else None
+
+
+def _preference(row: Row) -> Preference:
+    values = row.values
+    missing = [key for key in ("chosen", "rejected") if values.get(key) is None]
+    if missing:
+        came = ", ".join(map(str, values)) or "none"
+        raise _RowError(
+            f"its keys are {came}: a preference has chosen and rejected, and a prompt "
+            f"({', '.join(PREFERENCE_PROMPTS)})"
+        )
+    chosen = _side(values["chosen"], "chosen", "assistant")
+    rejected = _side(values["rejected"], "rejected", "assistant")
+    alike = 0
+    while alike < min(len(chosen), len(rejected)) and chosen[alike] == rejected[alike]:
+        alike += 1
+    alike = min(alike, len(chosen) - 1, len(rejected) - 1)
+    prompt, given = chosen[:alike], next((k for k in PREFERENCE_PROMPTS if k in values), None)
+    if not prompt and given is None:
+        raise _RowError(f"no prompt: it belongs in {', '.join(PREFERENCE_PROMPTS)}")
+    if not prompt and given is not None:
+        prompt = _side(values[given], given, "user")
+    own = _system(values)
+    if own is not None and prompt[0].role != "system":
+        prompt = (Message("system", own), *prompt)
+    sides = (chosen[alike:], rejected[alike:])
+    if any(side[0].role not in ("assistant", "tool") for side in sides):
+        raise _RowError("chosen and rejected do not start with the same prompt")
+    if sides[0] == sides[1]:
+        raise _RowError("chosen and rejected say the same: remove the row")
+    _check_unicode(row, (*prompt, *sides[0], *sides[1]))
+    return Preference(row.number, prompt, *sides, values, row.line)
+
+
+def _check_unicode(row: Row, messages: tuple[Message, ...]) -> None:
+    if row.line is not None and b"\\ud" not in row.line and b"\\uD" not in row.line:
+        return  # the bytes were UTF-8: only an escape can be half a character
+    for message in messages:
+        try:
+            message.content.encode()
+        except UnicodeEncodeError as error:
+            raise _RowError(
+                f"half a character (a lone surrogate) at {error.start + 1} of the {message.role}'s text, "
+                "most often half of an emoji: remove it"
+            ) from error
+
+
+def _parser(layout: Conversation | Pair) -> Callable[[dict[str, Any]], tuple[Message, ...]]:
+    if isinstance(layout, Conversation):
+        return lambda values: _conversation(layout, values)
+    return lambda values: _pair(layout, values)
+
+
+_BY_NAME = {layout.name: _parser(layout) for layout in (*CONVERSATIONS, *PAIRS)}
+_ACCEPTED_KEYS = "; ".join(
+    [f"{c.name}: {c.lists[0]} of {c.role}, {c.text}" for c in CONVERSATIONS]
+    + [f"{p.name}: {p.prompt}, {p.answer}" + (f" (and {p.more})" if p.more else "") for p in PAIRS]
+)

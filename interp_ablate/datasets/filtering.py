@@ -1,0 +1,380 @@
+"""Filtering: chat samples dropped or kept by rules, as a stream, with counts, reasons and a manifest.
+
+Knows: how several rules make one decision, which answers are looked at, what becomes of a sample without a
+verdict, resuming, the files of a result. Does not know: what a rule reads (`filter_rules`), file formats and
+layouts (`chat_files`, `chat_data`).
+
+The idea of training on what is left when an instruction set's declines and sermons are gone is that of the
+Dolphin data sets (Hartford 2023, https://erichartford.com/uncensored-models); phrases and code are our own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from interp_ablate import __version__
+from interp_ablate.datasets.chat_reader import read_samples, writing_samples
+from interp_ablate.datasets.conversations import Sample, Turn
+from interp_ablate.datasets.filter_page import SampledDecisions, reason_kinds, samples_page
+from interp_ablate.datasets.filter_recipe import Ask, Because, Decision, Recipe, decide, read_now
+from interp_ablate.datasets.filter_rules import Reading, Rule
+from interp_ablate.datasets.row_files import ChatError, ChatFile, Malformed
+from interp_ablate.errors import RunError
+from interp_ablate.stats.rates import rate
+from interp_ablate.storage.atomic_files import replacing, write_whole
+from interp_ablate.storage.bundled_data import bundled
+from interp_ablate.storage.jsonl_log import Lines
+
+logger = logging.getLogger(__name__)
+
+
+FORMAT = "interp_ablate.filter/1"
+PLANTED = bundled("planted", "declines.ndjson")
+JOURNAL = "verdicts.jsonl"
+_CHUNK = 256  # samples in memory at a time
+_STORED = 16  # answers that are scored between two writes to the journal
+_PHRASES = 100_000  # different ones that are counted at a time
+
+
+# ---- a file ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a file is filtered, beside the recipe.
+
+    Args:
+        layout: of the rows, where their keys fit several.
+        skip_malformed: rows that cannot be used go to malformed.jsonl; without it the first is an error.
+        shown: samples of each outcome on the page for human eyes, drawn by `seed`.
+        labels: a field of the rows that says (true or false) which ought to match: precision and recall.
+        force: replace another filter's result.
+    """
+
+    layout: str | None = None
+    skip_malformed: bool = False
+    shown: int = 20
+    seed: int = 0
+    labels: str | None = None
+    force: bool = False
+
+
+DEFAULTS = Settings()
+
+
+def filter_file(
+    data: str | Path,
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    settings: Settings = DEFAULTS,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Filter a file (see `chat_data.read_samples`) into the folder `out`; returns the manifest.
+
+    kept and dropped hold the rows in their order, layout and format, unchanged ones of JSONL byte for byte;
+    why.jsonl has the reasons of every row that matched, has no verdict or is malformed; samples.html shows
+    some of each; manifest.json, written last, has hashes, rules and counts. The same input and recipe give
+    the same bytes. Readings of rules that cost something are on disk as they come (verdicts.jsonl): an
+    interrupted run, or one with other limits, does not ask for them again.
+
+    Args:
+        recipe: by default the Dolphin approach: drop what `DeclineRule` finds in any answer.
+        progress: called with the number of rows done.
+
+    Raises:
+        ChatError: data that cannot be read, by its line.
+        RunError: a folder in use, that holds another result or cannot be written; input that changed.
+    """
+    recipe, out, source = recipe or Recipe(), Path(out), ChatFile.at(data)
+    run = _Run(source, out, recipe, settings)
+    run.check()
+    journal = Lines(
+        out / JOURNAL,
+        {"data": run.fingerprint, "layout": settings.layout},
+        kind="journal of verdicts",
+        format=FORMAT,
+        lost="its answers are scored again",
+    )
+    with journal.open() as lines:
+        run.clean()
+        run.work(_Stored(journal, lines), progress)
+        return run.finish()
+
+
+class _Stored:
+    """Asks rules, and keeps what those that are stored say."""
+
+    def __init__(self, journal: Lines, lines: list[dict[str, Any]]) -> None:
+        self.journal = journal
+        self.names: dict[int, str] = {}  # of rules
+        self.known: dict[tuple[str, int, int], Reading] = {}
+        for number, line in enumerate(lines, 2):
+            try:
+                for at, turn, value, why in line["readings"]:
+                    self.known[line["rule"], at, turn] = Reading(value, why)
+            except (KeyError, TypeError, ValueError) as error:
+                raise journal.corrupt(number, f"{type(error).__name__} {error}") from error
+
+    def __call__(self, rule: Rule, asked: Sequence[tuple[Sample, Turn]]) -> list[Reading]:
+        if not rule.stored:
+            return read_now(rule, asked)
+        if id(rule) not in self.names:
+            identity = json.dumps(rule.identity, sort_keys=True).encode()
+            self.names[id(rule)] = hashlib.sha256(identity).hexdigest()[:16]
+        digest = self.names[id(rule)]
+        keys = [(digest, sample.number, turn.index) for sample, turn in asked]
+        waiting = [k for k, key in enumerate(keys) if key not in self.known]
+        for start in range(0, len(waiting), _STORED):
+            part = waiting[start : start + _STORED]
+            readings = read_now(rule, [asked[k] for k in part])
+            rows = [[*keys[k][1:], r.value, r.why] for k, r in zip(part, readings, strict=True)]
+            self.journal.append({"rule": digest, "readings": rows})
+            self.known.update(zip((keys[k] for k in part), readings))
+        return [self.known[key] for key in keys]
+
+
+@dataclass
+class _Run:
+    """One run over one file: its writers and counts."""
+
+    source: ChatFile
+    out: Path
+    recipe: Recipe
+    settings: Settings
+    counts: Counter[str] = field(default_factory=Counter)
+    why: Counter[str] = field(default_factory=Counter)
+    phrases: Counter[str] = field(default_factory=Counter)
+    labelled: Counter[str] = field(default_factory=Counter)
+    layout: str = ""
+    replaced: list[str] = field(default_factory=list)  # files of the result that was there
+
+    def __post_init__(self) -> None:
+        self.names = {part: f"{part}{self.source.suffix}" for part in ("kept", "dropped")}
+        self.stat = self._stat()
+        self.fingerprint = self.source.fingerprint()
+        self.shown = {
+            part: SampledDecisions(self.settings.shown, self.settings.seed) for part in _PARTS
+        }
+
+    def _stat(self) -> list[tuple[str, int, int]]:
+        folder = self.source.format == "folder"
+        paths = sorted(self.source.path.rglob("*")) if folder else [self.source.path]
+        return [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+
+    def about(self) -> dict[str, Any]:
+        """What the result is of."""
+        settings = asdict(self.settings)
+        del settings["force"]
+        return {
+            "format": FORMAT,
+            "data": {"name": self.source.path.name, "sha256": self.fingerprint},
+            "recipe": self.recipe.as_dict(),
+            "settings": settings,
+        }
+
+    def check(self) -> None:
+        """That the folder is free, or holds the result of the same work."""
+        places = {(self.out / name).resolve() for name in self.names.values()}
+        if self.source.path.resolve() in {*places, self.out.resolve()}:
+            raise RunError(f"{self.out} is where {self.source.path} is: choose another --out")
+        if self.settings.force:
+            self._forget()
+            return
+        there = [name for name in self.names.values() if (self.out / name).exists()]
+        if there and not (self.out / JOURNAL).exists():
+            raise RunError(
+                f"{self.out} holds {there[0]}, and is not the folder of a filter: choose another --out, or "
+                "replace it with --force"
+            )
+        old = self._manifest()
+        if (self.out / "manifest.json").exists() and any(
+            old.get(key) != value for key, value in self.about().items()
+        ):
+            raise RunError(
+                f"{self.out} holds the result of another filter: choose another --out, or replace it with "
+                "--force"
+            )
+
+    def _forget(self) -> None:
+        """Remove the journal of a result that is replaced, where its verdicts are of other rows."""
+        old = self._manifest()
+        data, settings = old.get("data") or {}, old.get("settings") or {}
+        read = (data.get("sha256"), settings.get("layout"))
+        if old and read != (self.fingerprint, self.settings.layout):
+            (self.out / JOURNAL).unlink(missing_ok=True)
+
+    def clean(self) -> None:
+        """Remove what a killed run left, and an old manifest; its files stay until there are new ones."""
+        for name in (*self.names.values(), *_FILES):
+            for path in self.out.glob(f".{name}.*.tmp"):
+                path.unlink(missing_ok=True)
+        self.replaced = list(self._manifest().get("files", {}))
+        (self.out / "manifest.json").unlink(missing_ok=True)
+
+    def _manifest(self) -> dict[str, Any]:
+        """What the folder's manifest says; nothing where it is none of this package."""
+        try:
+            found = json.loads((self.out / "manifest.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        known = isinstance(found, dict) and found.get("format") == FORMAT
+        return found if known else {}
+
+    def work(self, ask: Ask, progress: Callable[[int], None] | None) -> None:
+        """Read, decide and write."""
+        faults: list[Malformed] = []
+        skip = faults.append if self.settings.skip_malformed else None
+        samples = read_samples(self.source.path, layout=self.settings.layout, malformed=skip)
+        with ExitStack() as stack:
+            write = {
+                part: stack.enter_context(writing_samples(self.out / name, self.source.path))
+                for part, name in self.names.items()
+            }
+            why = stack.enter_context(_Bytes(self.out / "why.jsonl"))
+            bad = stack.enter_context(_Bytes(self.out / "malformed.jsonl", always=False))
+            more = True
+            while more:
+                chunk = list(islice(samples, _CHUNK))
+                more = bool(chunk)
+                for fault in faults:
+                    bad.write(fault.line if fault.line.endswith(b"\n") else fault.line + b"\n")
+                    why.note(fault.number, outcome="malformed", why=fault.why)
+                    logger.info("left out %s: %s", self.source.place(fault.number), fault.why)
+                self.counts["malformed"] += len(faults)
+                faults.clear()
+                for sample, decision in zip(chunk, decide(chunk, self.recipe, ask)):
+                    self._count(sample, decision)
+                    if decision.matched is not False:
+                        told = [_told(because) for because in decision.because]
+                        why.note(sample.number, outcome=decision.outcome, because=told)
+                    if decision.sample is not None:
+                        write["kept"](decision.sample)
+                    else:
+                        write["dropped"](sample)
+                if progress is not None:
+                    progress(self.counts["rows"])
+            self._check_end()
+
+    def _check_end(self) -> None:
+        if not self.counts["rows"]:
+            raise ChatError(f"{self.source.path} holds no row that can be used")
+        if self._stat() != self.stat:
+            raise RunError(f"{self.source.path} changed while it was read: run again")
+
+    def _count(self, sample: Sample, decision: Decision) -> None:
+        self.layout = sample.layout
+        self.counts["rows"] += 1
+        self.counts[decision.outcome] += 1
+        self.counts["matched"] += decision.matched is True
+        self.counts["no_verdict"] += decision.matched is None
+        part = "no verdict" if decision.matched is None else decision.outcome
+        self.shown[part].add((sample, decision))
+        self.why.update({kind for kind, _ in reason_kinds(decision)})
+        self.phrases.update({f"{kind}: {text}" for kind, text in reason_kinds(decision) if text})
+        if len(self.phrases) > _PHRASES:  # rare ones are forgotten
+            self.phrases = Counter(dict(self.phrases.most_common(_PHRASES // 10)))
+        if self.settings.labels is not None:
+            label = sample.raw.get(self.settings.labels)
+            if label not in (True, False):
+                raise ChatError(
+                    f"{self.source.place(sample.number)}: {self.settings.labels!r} is {label!r}, not true "
+                    "or false"
+                )
+            self.labelled[f"{'matched' if decision.matched else 'not'} {bool(label)}"] += 1
+
+    def finish(self) -> dict[str, Any]:
+        """The page and, last, the manifest."""
+        write_whole(self.out / "samples.html", samples_page(self.source.path.name, self.shown))
+        names = [*self.names.values(), "why.jsonl", "samples.html"]
+        if self.counts["malformed"]:
+            names.append("malformed.jsonl")
+        for name in self.replaced:
+            if name not in names and Path(name).name == name:
+                (self.out / name).unlink(missing_ok=True)
+        counted = ("rows", "kept", "dropped", "cut", "matched", "no_verdict", "malformed")
+        manifest: dict[str, Any] = {
+            **self.about(),
+            "layout": self.layout,
+            "versions": {"interp-ablate": __version__},
+            "counts": {name: self.counts[name] for name in counted},
+            "why": dict(sorted(self.why.items(), key=lambda item: (-item[1], item[0]))),
+            "phrases": dict(
+                sorted(self.phrases.items(), key=lambda item: (-item[1], item[0]))[:40]
+            ),
+            "files": {name: ChatFile(self.out / name, "jsonl").fingerprint() for name in names},
+        }
+        if self.settings.labels is not None:
+            manifest["agreement"] = self.agreement()
+        if self.counts["no_verdict"]:
+            logger.warning(
+                "%d of %d samples have no verdict (%s)",
+                self.counts["no_verdict"], self.counts["rows"], self.recipe.unknown(),
+            )  # fmt: skip
+        write_whole(
+            self.out / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+        )
+        return manifest
+
+    def agreement(self) -> dict[str, Any]:
+        """Precision and recall of matching against the labels."""
+        right, wrong = self.labelled["matched True"], self.labelled["matched False"]
+        return {
+            "precision": rate(right, right + wrong),
+            "recall": rate(right, right + self.labelled["not True"]),
+            "false_positive_rate": rate(wrong, wrong + self.labelled["not False"]),
+        }
+
+
+_PARTS = ("dropped", "cut", "no verdict", "kept")
+_FILES = ("why.jsonl", "malformed.jsonl", "samples.html", "manifest.json")
+
+
+class _Bytes:
+    """A file that is written as the run goes, whole or not at all; `always=False`: only if anything is."""
+
+    def __init__(self, path: Path, *, always: bool = True) -> None:
+        self.path, self.always = path, always
+        self.stack = ExitStack()
+        self.file: Any = None
+
+    def __enter__(self) -> _Bytes:
+        if self.always:
+            self.write(b"")
+        return self
+
+    def write(self, data: bytes) -> None:
+        try:
+            if self.file is None:
+                place = self.stack.enter_context(replacing(self.path))
+                self.file = self.stack.enter_context(open(place, "wb"))  # noqa: SIM115  (the stack closes)
+            self.file.write(data)
+        except OSError as error:
+            raise RunError(f"cannot write {self.path}: {error.strerror}. Free space") from error
+
+    def note(self, number: int, **values: Any) -> None:
+        """A line of JSON about a row."""
+        self.write(json.dumps({"number": number, **values}, ensure_ascii=False).encode() + b"\n")
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            self.stack.__exit__(*error)
+        except OSError as failure:
+            raise RunError(f"cannot write {self.path}: {failure.strerror}. Free space") from failure
+        if self.file is None and error[0] is None:
+            self.path.unlink(missing_ok=True)  # an earlier run's
+
+
+def _told(because: Because) -> dict[str, Any]:
+    value, why, found = because.reading
+    told = {"turn": because.turn, "rule": because.rule, "value": value}
+    return {**told, **({"why": why} if why else {}), **({"found": found} if found else {})}

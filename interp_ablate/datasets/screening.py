@@ -1,0 +1,215 @@
+"""Screening: which samples of a training set would push a model along a direction.
+
+Knows: the projection of a sample's answer, its difference from the model's own answer to the same prompt,
+thresholds, splitting a file row for row, the check on samples whose labels are known.
+Does not know: how a direction was found, what a trait is, how scorers are made, how results are drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from interp_ablate.datasets.chat_reader import read_samples, writing_samples
+from interp_ablate.datasets.row_files import ChatFile
+from interp_ablate.datasets.screening_measure import last_exchange
+from interp_ablate.errors import RunError
+from interp_ablate.storage.atomic_files import replacing, write_whole
+
+logger = logging.getLogger(__name__)
+
+SHOWN, EXCERPT = 500, 160  # rows of the ranked table that quote their texts, characters of a quote
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Flagged is what lies above `amount`, or above that quantile of a set of values.
+
+    The set is a clean reference, if there is one; else the screened data itself, of which a quantile flags
+    the same share whatever is in it.
+
+    Raises:
+        RunError: no finite number, a quantile outside 0 to 1.
+    """
+
+    amount: float
+    quantile: bool = False
+
+    def __post_init__(self) -> None:
+        inside = 0 < self.amount < 1 if self.quantile else math.isfinite(self.amount)
+        if not inside:
+            raise RunError(
+                f"{self} is no threshold: give a number in the units of the projection (1.5), or a "
+                "quantile between 0 and 1 (q0.99)"
+            )
+
+    def __str__(self) -> str:
+        return f"{'q' if self.quantile else ''}{self.amount:g}"
+
+    @classmethod
+    def parse(cls, text: str) -> Threshold:
+        """`1.5` is a value, `q0.99` a quantile.
+
+        Raises:
+            RunError: something else.
+        """
+        number = text.strip().removeprefix("q")
+        try:
+            return cls(float(number), text.strip().startswith("q"))
+        except ValueError as error:
+            if isinstance(error, RunError):
+                raise
+            raise RunError(
+                f"{text!r} is no threshold: give a number in the units of the projection (1.5), or a "
+                "quantile between 0 and 1 (q0.99)"
+            ) from error
+
+    def value(self, values: Sequence[float] | np.ndarray) -> float:
+        """The number above which a sample is flagged, `values` being the set a quantile is of.
+
+        Raises:
+            RunError: a quantile of no value.
+        """
+        if not self.quantile:
+            return self.amount
+        there = np.asarray(values, float)
+        there = there[np.isfinite(there)]
+        if not there.size:
+            raise RunError(f"the threshold {self} is a quantile of nothing: no sample has a value")
+        if there.size * (1 - self.amount) < 1:
+            logger.warning(
+                "the threshold %s of %d values is hardly more than their largest: a reference of %d "
+                "samples would do",
+                self, there.size, math.ceil(10 / (1 - self.amount)),
+            )  # fmt: skip
+        return float(np.quantile(there, self.amount))
+
+
+@dataclass(frozen=True)
+class Screening:
+    """What `screen` found: the table in rank order, the threshold's number, and the summary as saved."""
+
+    table: pd.DataFrame
+    threshold: float
+    summary: dict[str, Any]
+
+
+def screen(
+    table: pd.DataFrame,
+    data: str | Path,
+    out: str | Path,
+    *,
+    by: str,
+    threshold: Threshold,
+    reference: pd.DataFrame | None = None,
+    layout: str | None = None,
+) -> Screening:
+    """Rank and flag measured samples, and write the file's rows in parts, each as it came.
+
+    `out` gets flagged.* and kept.* (and unscored.*, the samples without a value, if there are any) in the
+    data's own format, ranked.csv, and screening.json.
+
+    Args:
+        table: of `measure`; `by` is its column that counts.
+        reference: `measure` of a clean set, of which `threshold` is then a quantile.
+
+    Raises:
+        RunError: a threshold that flags by a quantile of nothing; a place that cannot be written.
+        ChatError: data that changed since it was measured.
+    """
+    out = Path(out)
+    values = table[by].to_numpy(float)
+    limit = threshold.value(values if reference is None else reference[by].to_numpy(float))
+    parts = np.where(np.isnan(values), "unscored", np.where(values > limit, "flagged", "kept"))
+    order = np.argsort(-np.where(np.isnan(values), -np.inf, values), kind="stable")
+    quoted = {int(table["number"].iloc[i]) for i in order[:SHOWN]}
+    texts = _split(data, out, dict(zip(table["number"].tolist(), parts)), quoted, layout)
+    ranked = table.assign(part=parts).iloc[order].reset_index(drop=True)
+    ranked.insert(0, "rank", range(1, len(ranked) + 1))
+    for place, name in enumerate(("prompt", "answer")):
+        ranked[name] = [texts.get(number, ("", ""))[place] for number in ranked["number"]]
+    _write_table(ranked, out / "ranked.csv")
+    summary = _summary(parts, values, by, threshold, limit)
+    if reference is not None:
+        theirs = reference[by].to_numpy(float)
+        summary["reference"] = {
+            "samples": len(reference),
+            "above": int((theirs > limit).sum()),
+            "quantiles": _quantiles(theirs),
+        }
+        summary["threshold"]["of"] = "reference" if threshold.quantile else "value"
+    save_summary(summary, out)
+    return Screening(ranked, limit, summary)
+
+
+def _summary(
+    parts: np.ndarray, values: np.ndarray, by: str, threshold: Threshold, limit: float
+) -> dict[str, Any]:
+    return {
+        "samples": len(parts),
+        **{name: int((parts == name).sum()) for name in ("flagged", "kept", "unscored")},
+        "by": by,
+        "threshold": {
+            "asked": str(threshold),
+            "value": limit,
+            "of": "data" if threshold.quantile else "value",
+        },
+        "quantiles": _quantiles(values),
+    }
+
+
+def save_summary(summary: dict[str, Any], out: str | Path) -> None:
+    """Write `screening.json`."""
+    text = json.dumps(summary, indent=1, allow_nan=False) + "\n"
+    write_whole(Path(out) / "screening.json", text)
+
+
+def _quantiles(values: np.ndarray) -> dict[str, float]:
+    there = values[np.isfinite(values)]
+    if not there.size:
+        return {}
+    return {f"{q:g}": float(np.quantile(there, q)) for q in (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)}
+
+
+def _split(
+    data: str | Path, out: Path, parts: dict[int, str], quoted: set[int], layout: str | None
+) -> dict[int, tuple[str, str]]:
+    """Write each row to its part's file; the prompts' and answers' beginnings of some of them."""
+    names = ["flagged", "kept"] + (["unscored"] if "unscored" in parts.values() else [])
+    suffix = ChatFile.at(data).suffix
+    texts = {}
+    with ExitStack() as stack:
+        write = {
+            name: stack.enter_context(writing_samples(out / f"{name}{suffix}", data))
+            for name in names
+        }
+        for sample in read_samples(data, layout=layout):
+            write[parts[sample.number]](sample)
+            exchange = last_exchange(sample) if sample.number in quoted else None
+            if exchange is not None:
+                texts[sample.number] = _quote(exchange.prompt.text), _quote(exchange.answer)
+    return texts
+
+
+def _quote(text: str) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= EXCERPT else flat[: EXCERPT - 3] + "..."
+
+
+def _write_table(frame: pd.DataFrame, path: Path) -> None:
+    try:
+        with replacing(path) as temporary:
+            frame.to_csv(temporary, index=False)
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path}: {error}. Free space or choose another place"
+        ) from error

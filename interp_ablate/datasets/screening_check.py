@@ -1,0 +1,165 @@
+"""Whether a screening finds what is known to be there, beside baselines.
+
+Knows: AUCs and baselines. Does not know: files.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from interp_ablate.activations.projections import response_means
+from interp_ablate.datasets.chat_reader import read_samples
+from interp_ablate.datasets.screening_measure import MEASURES, last_exchange
+from interp_ablate.directions.direction import Direction, random_direction
+from interp_ablate.errors import RunError
+from interp_ablate.models.model import Model
+from interp_ablate.persona.persona import load_persona
+from interp_ablate.persona.rollout_filter import kept_answers
+from interp_ablate.scoring.exchange import Exchange
+from interp_ablate.stats.roc import auc, auc_interval
+
+RANDOM_DIRECTIONS = 20
+
+
+# Of each exchange a number, or None: a TextScorer is one.
+Baseline = Callable[[Sequence[Exchange]], Sequence[float | None]]
+
+
+def bag_of_words(positive: Sequence[str], negative: Sequence[str]) -> Baseline:
+    """A baseline that knows words alone: naive Bayes log-odds, fitted on two sets of answers.
+
+    It scores an answer by the mean log-odds of those of its words that it knows (add-one smoothing); None
+    where it knows none.
+
+    Raises:
+        RunError: no word on one of the sides.
+    """
+    counts = [
+        Counter(word for text in texts for word in _words(text)) for texts in (positive, negative)
+    ]
+    if not all(counts):
+        raise RunError("a bag of words needs answers with words in them on both sides")
+    vocabulary = set(counts[0]) | set(counts[1])
+    totals = [count.total() + len(vocabulary) for count in counts]
+    odds = {
+        word: math.log((counts[0][word] + 1) / totals[0] * totals[1] / (counts[1][word] + 1))
+        for word in vocabulary
+    }
+
+    def score(exchanges: Sequence[Exchange]) -> list[float | None]:
+        known = [[odds[w] for w in _words(e.answer) if w in odds] for e in exchanges]
+        return [sum(values) / len(values) if values else None for values in known]
+
+    return score
+
+
+def rollout_texts(path: str | Path) -> tuple[list[str], list[str]]:
+    """The answers that made a persona's vectors, under its positive and its negative system prompts.
+
+    `path` is the file in the persona's folder; answers that its filter removed are left out. Both are empty
+    where there is no such file.
+
+    Raises:
+        RunError: a line that is not of such a file, by its number; a folder without the file's persona.
+    """
+    path = Path(path)
+    if not path.exists():
+        return [], []
+    kept = kept_answers(path, load_persona(path.parent).details.get("made_of"))
+    return [answer.text for answer in kept.positive], [answer.text for answer in kept.negative]
+
+
+def words_in(exchanges: Sequence[Exchange]) -> list[float | None]:
+    """Answers' length in words: a baseline."""
+    return [float(len(_words(exchange.answer))) for exchange in exchanges]
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+(?:'[^\W_]+)?", text.casefold().replace("\u2019", "'"))
+
+
+def check(
+    model: Model,
+    direction: Direction,
+    data: str | Path,
+    table: pd.DataFrame,
+    labels: Sequence[bool],
+    *,
+    baselines: Mapping[str, Baseline] | None = None,
+    layout: str | None = None,
+    response_tokens: int | None = None,
+) -> pd.DataFrame:
+    """How well the measured numbers, and what they are held against, find the samples that are labelled.
+
+    One row a score: `score`, `auc`, `low`, `high` (95%, bootstrap over prompts), `n`, `missing` (samples
+    without a value, left out). Beside the table's columns: answers' length in words, the given baselines,
+    and the middle and the strongest of RANDOM_DIRECTIONS random directions at the same site, each with
+    the sign that serves it best, read from the first `response_tokens` of an answer as the table was.
+
+    Raises:
+        RunError: labels or a table of another number of samples.
+    """
+    given = [last_exchange(sample) for sample in read_samples(data, layout=layout)]
+    if not len(given) == len(table) == len(labels):
+        raise RunError(
+            f"{data} has {len(given)} samples, the table {len(table)}, and there are {len(labels)} labels"
+        )
+    groups = [exchange.prompt if exchange else i for i, exchange in enumerate(given)]
+    there = [i for i, exchange in enumerate(given) if exchange is not None]
+    exchanges = [exchange for exchange in given if exchange is not None]
+    scores = {name: table[name].to_numpy(float) for name in MEASURES if name in table}
+    for name, baseline in {"length in words": words_in, **(baselines or {})}.items():
+        values = np.array(baseline(exchanges), dtype=float)  # None becomes NaN
+        scores[name] = np.full(len(given), np.nan)
+        scores[name][there] = values
+    random = np.full((len(given), RANDOM_DIRECTIONS), np.nan)
+    controls = [random_direction(direction, seed=seed) for seed in range(RANDOM_DIRECTIONS)]
+    random[there] = response_means(
+        model, exchanges, controls, response_tokens=response_tokens
+    ).numpy()
+    rows = [_row(name, values, labels, groups) for name, values in scores.items()]
+    rows += _random_rows(random, labels, groups)
+    return pd.DataFrame([row for row in rows if row is not None])
+
+
+def _random_rows(
+    values: Float[np.ndarray, "sample direction"], labels: Sequence[bool], groups: Sequence[Any]
+) -> list[dict[str, Any] | None]:
+    """The middle and the strongest direction, each with its better sign."""
+    kept, truth = np.isfinite(values).all(1), np.asarray(labels, bool)
+    plain = [auc(column[kept], truth[kept]) for column in values.T]
+    order = sorted(range(len(plain)), key=lambda j: abs(plain[j] - 0.5))
+    found = []
+    for name, j in (("middle", order[len(order) // 2]), ("strongest", order[-1])):
+        sign = 1 if plain[j] >= 0.5 else -1
+        title = f"{name} of {len(plain)} random directions"
+        found.append(_row(title, sign * values[:, j], labels, groups))
+    return found
+
+
+def _row(
+    name: str, values: np.ndarray, labels: Sequence[bool], groups: Sequence[Any]
+) -> dict[str, Any] | None:
+    """None where no sample of one of the kinds has a value."""
+    kept = np.isfinite(values)
+    truth, names = np.asarray(labels, bool)[kept], [g for g, k in zip(groups, kept) if k]
+    if len(set(truth.tolist())) < 2:
+        return None
+    low, high = auc_interval(values[kept], truth, groups=names)
+    return {
+        "score": name,
+        "auc": auc(values[kept], truth),
+        "low": low,
+        "high": high,
+        "n": int(kept.sum()),
+        "missing": int((~kept).sum()),
+    }

@@ -1,0 +1,262 @@
+"""Projections of every sample, resumed from a store.
+
+Knows: the store and its settings. Does not know: files in and out.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from interp_ablate.activations.projections import project_responses
+from interp_ablate.datasets.chat_reader import read_samples
+from interp_ablate.datasets.conversations import Sample
+from interp_ablate.datasets.row_files import ChatFile
+from interp_ablate.directions.direction import Direction
+from interp_ablate.errors import RunError
+from interp_ablate.models.model import Model
+from interp_ablate.prompts.prompt import Prompt
+from interp_ablate.scoring.exchange import Exchange
+from interp_ablate.storage.jsonl_log import Lines
+
+logger = logging.getLogger(__name__)
+
+
+FORMAT = "interp_ablate.screening/1"
+COLUMNS = ("number", "projection", "own", "difference")
+MEASURES = ("projection", "difference", "adjusted")
+FEWEST_FITTED = 10  # samples with a value, for a slope
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured of a sample.
+
+    Args:
+        own: also answer each prompt with the model itself (greedily, `new_tokens` at most) and take the
+            difference; without it a sample's projection alone counts.
+        response_tokens: of a sample's answer, the first so many; all that fit the context by default.
+        rows: samples that are in memory, and on disk, at a time.
+        batch_size: rows of a forward pass; by default as many as fit.
+    """
+
+    own: bool = True
+    new_tokens: int = 64
+    response_tokens: int | None = None
+    rows: int = 64
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        sizes = {"new_tokens": self.new_tokens, "rows": self.rows}
+        if self.response_tokens is not None:
+            sizes["response_tokens"] = self.response_tokens
+        wrong = [f"{name}={value}" for name, value in sizes.items() if value < 1]
+        if wrong:
+            raise RunError(f"{', '.join(wrong)}: accepted are whole numbers from 1")
+
+    @property
+    def measure(self) -> str:
+        """The column that samples are ranked and flagged by, unless another is asked for."""
+        return "adjusted" if self.own else "projection"
+
+    def check_measure(self, name: str) -> None:
+        """That samples can be ranked by a column.
+
+        Raises:
+            RunError: an unknown one, or one that needs the model's own answers.
+        """
+        accepted = MEASURES if self.own else MEASURES[:1]
+        if name not in accepted:
+            raise RunError(
+                f"cannot rank by {name!r}: accepted are {', '.join(accepted)}"
+                + ("" if self.own else " (the others need the model's own answers)")
+            )
+
+
+DEFAULTS = Settings()
+
+
+def own_answers(
+    model: Model,
+    prompts: Sequence[Prompt],
+    *,
+    new_tokens: int = Settings.new_tokens,
+    batch_size: int | None = None,
+) -> list[str]:
+    """The model's own greedy answer to every prompt; a prompt that is there twice is answered once.
+
+    A prompt that leaves no room for `new_tokens` in the context gets the empty answer.
+    """
+    fits = [
+        prompt
+        for prompt in dict.fromkeys(prompts)
+        if len(model.encode(prompt)) + new_tokens <= model.tl.cfg.n_ctx
+    ]
+    if not fits:
+        return [""] * len(prompts)
+    made = model.generate(fits, max_new_tokens=new_tokens, batch_size=batch_size)
+    answers = {prompt: generation.text for prompt, generation in zip(fits, made)}
+    return [answers.get(prompt, "") for prompt in prompts]
+
+
+# ---- a file -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds: samples, those with earlier rounds (which are not read), those without an answer."""
+
+    samples: int
+    rounds: int
+    unanswered: int
+
+
+def contents(data: str | Path, *, layout: str | None = None) -> Contents:
+    """Read a file once, before anything is computed.
+
+    Raises:
+        ChatError: a row that cannot be used, with its line.
+    """
+    samples = rounds = unanswered = 0
+    for sample in read_samples(data, layout=layout):
+        samples += 1
+        rounds += len(sample.turns()) > 1
+        unanswered += last_exchange(sample) is None
+    return Contents(samples, rounds, unanswered)
+
+
+def last_exchange(sample: Sample) -> Exchange | None:
+    """Its last answer with the user's message before it; None where one of them is missing or blank."""
+    turns = sample.turns("last")
+    if not turns or not turns[0].answer.strip() or not (turns[0].prompt or "").strip():
+        return None
+    return turns[0].exchange
+
+
+def measure(
+    model: Model,
+    direction: Direction,
+    data: str | Path,
+    store: str | Path,
+    *,
+    settings: Settings = DEFAULTS,
+    layout: str | None = None,
+    on_rows: Callable[[int], None] | None = None,
+) -> pd.DataFrame:
+    """Every sample's projection, the own answer's and their difference, in the file's order.
+
+    What is measured is appended to `store` and not measured again when the call is repeated; samples are in
+    memory `settings.rows` at a time. The columns are COLUMNS; NaN where there is nothing to measure.
+
+    Raises:
+        ChatError: a row that cannot be used, with its line.
+        RunError: a store of other data, settings, direction or model.
+    """
+    lines = _store(model, direction, data, Path(store), settings, layout)
+    with lines.open() as done:
+        parts: dict[int, dict[str, Any]] = {}
+        for place, part in enumerate(done, 2):
+            if not {"start", *COLUMNS[:3]} <= set(part):
+                raise lines.corrupt(place, "not a batch of samples")
+            parts[part["start"]] = part
+        start = 0
+        for samples in _chunks(read_samples(data, layout=layout), settings.rows):
+            if start not in parts:
+                part = {"start": start, **_measured(model, direction, samples, settings)}
+                lines.append(part)
+                parts[start] = part
+            start += len(samples)
+            if on_rows:
+                on_rows(len(samples))
+    ordered = [parts[key] for key in sorted(parts)]
+    frame = pd.DataFrame({name: [x for p in ordered for x in p[name]] for name in COLUMNS[:3]})
+    if len(frame) != start:
+        raise RunError(f"{store} holds {len(frame)} samples of {start}: delete it and run again")
+    frame[["projection", "own"]] = frame[["projection", "own"]].astype(float)
+    return frame.assign(difference=frame["projection"] - frame["own"])
+
+
+def _store(
+    model: Model,
+    direction: Direction,
+    data: str | Path,
+    path: Path,
+    settings: Settings,
+    layout: str | None,
+) -> Lines:
+    plan = model.active_plan
+    identity = {
+        "data": ChatFile.at(data).fingerprint(),
+        "layout": layout,
+        "model": model.fingerprint,
+        "template": model.template,
+        "plan": plan.fingerprint if len(plan) else None,
+        "direction": direction.fingerprint,
+        "settings": {k: v for k, v in asdict(settings).items() if k not in _FREE},
+    }
+    lost = "its samples are measured again"
+    return Lines(path, identity, kind="screening", format=FORMAT, lost=lost)
+
+
+_FREE = ("batch_size",)  # a setting that no number depends on
+
+
+def _chunks(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
+    waiting = iter(samples)
+    while chunk := list(islice(waiting, size)):
+        yield chunk
+
+
+def _measured(
+    model: Model, direction: Direction, samples: Sequence[Sample], settings: Settings
+) -> dict[str, Any]:
+    """One line of the store: numbers, projections, own projections (None where there is nothing)."""
+    given = [last_exchange(sample) for sample in samples]
+    there = [exchange for exchange in given if exchange is not None]
+    limits = {"response_tokens": settings.response_tokens, "batch_size": settings.batch_size}
+    own: list[float | None] = [None] * len(there)
+    if settings.own and there:
+        prompts = [exchange.prompt for exchange in there]
+        answers = own_answers(
+            model, prompts, new_tokens=settings.new_tokens, batch_size=settings.batch_size
+        )
+        pairs = [Exchange(prompt, answer) for prompt, answer in zip(prompts, answers)]
+        distinct = list(dict.fromkeys(pairs))
+        values = dict(zip(distinct, project_responses(model, distinct, direction, **limits)))
+        own = [values[pair] for pair in pairs]
+    theirs = iter(project_responses(model, there, direction, **limits))
+    mine = iter(own)
+    return {
+        "number": [sample.number for sample in samples],
+        "projection": [None if exchange is None else next(theirs) for exchange in given],
+        "own": [None if exchange is None else next(mine) for exchange in given],
+    }
+
+
+def own_slope(table: pd.DataFrame) -> float:
+    """Least-squares slope of the projection on the own answer's, over all samples of a table.
+
+    The own answer says what the prompt alone brings, with noise of its own: subtracting all of it puts that
+    noise into the difference, subtracting the slope times it does not. No label is looked at. 1 (the plain
+    difference) where fewer than FEWEST_FITTED samples have a value or their own projections are the same.
+    """
+    there = table[["projection", "own"]].dropna()
+    x, y = there["own"].to_numpy(float), there["projection"].to_numpy(float)
+    if len(there) < FEWEST_FITTED or np.ptp(x) <= 1e-9 * max(1.0, float(np.abs(x).max())):
+        logger.warning(
+            "%d samples with a value are too few or too alike for a slope: 1 is used", len(x)
+        )
+        return 1.0
+    return float(np.cov(x, y)[0, 1] / x.var(ddof=1))
+
+
+def adjusted(table: pd.DataFrame, slope: float) -> pd.DataFrame:
+    """The table with the column `adjusted`: projection - slope * own."""
+    return table.assign(adjusted=table["projection"] - slope * table["own"])

@@ -1,0 +1,184 @@
+"""A set of directions by site, method and position, and its file.
+
+Knows: lookup, saving, loading. Does not know: estimation.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from interp_ablate.directions.class_separation import Separation
+from interp_ablate.directions.direction import Direction
+from interp_ablate.errors import DirectionError
+from interp_ablate.sites import Site
+from interp_ablate.storage.atomic_files import write_whole
+
+FORMAT = "interp_ablate.directions/1"
+
+
+class HasActivations(Protocol):
+    """What `estimate_directions` needs of `activations.Activations`."""
+
+    @property
+    def sites(self) -> tuple[Site, ...]: ...
+
+    @property
+    def positions(self) -> tuple[str, ...]: ...
+
+    @property
+    def labels(self) -> Bool[Tensor, " prompt"] | None: ...
+
+    def at(self, site: Site, position: str = "-1") -> Float[Tensor, "prompt d_model"]: ...
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Directions by site, position and method, with the sites that were left out and why.
+
+    Iterates over its directions in forward order; `directions[site]`, `directions[site, position]` or
+    `directions[site, position, method]` looks one up (the first that fits).
+    """
+
+    items: tuple[Direction, ...]
+    left_out: dict[str, str] = field(default_factory=dict)
+    source: str = ""
+
+    def __iter__(self) -> Iterator[Direction]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, key: Site | tuple[Site, str] | tuple[Site, str, str]) -> Direction:
+        site, position, method = (*(key if isinstance(key, tuple) else (key,)), None, None)[:3]
+        for item in self.items:
+            if (
+                item.site == site
+                and position in (None, item.position)
+                and method in (None, item.method)
+            ):
+                return item
+        place = f"{site}[{position or '-1'}]"
+        reason = self.left_out.get(place)
+        if reason is None and method is not None and method.endswith("_orthogonalized"):
+            reason = self.left_out.get(f"{place} orthogonalized")
+        alike = [item for item in self.items if method in (None, item.method)]
+        known = sorted({str(item.site) for item in alike})
+        raise DirectionError(
+            f"no direction at {site}"
+            + (f", position {position}" if position else "")
+            + (f", method {method}" if method else "")
+            + (f": {reason}" if reason else f"; there are {len(known)} sites, such as {known[:3]}")
+        )
+
+    def of(self, method: str) -> Directions:
+        """Only the directions of one method."""
+        return replace(self, items=tuple(item for item in self.items if item.method == method))
+
+    def where(self, keep: Iterable[Site]) -> Directions:
+        """Only the directions at the given sites."""
+        wanted = set(keep)
+        return replace(self, items=tuple(item for item in self.items if item.site in wanted))
+
+    def save(self, path: str | Path) -> None:
+        """Write `path` (.safetensors: one float64 row a direction) and `path` with .json (the rest).
+
+        Raises:
+            DirectionError: nothing to write, or a place that cannot be written.
+        """
+        from safetensors.torch import save
+
+        path = Path(path)
+        if not self.items:
+            raise DirectionError(
+                f"there is no direction to write to {path}: estimate some, or keep a site and method that has one"
+            )
+        vectors = torch.stack([item.vector for item in self.items])
+        records = [to_record(item) for item in self.items]
+        payload = {
+            "format": FORMAT,
+            "source": self.source,
+            "d_model": vectors.shape[1],
+            "directions": records,
+            "left_out": self.left_out,
+        }
+        content = save({"directions": vectors}, metadata={"format": "pt"})
+        write_whole(path, content, error=DirectionError)
+        write_whole(path.with_suffix(".json"), json.dumps(payload, indent=1), error=DirectionError)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Directions:
+        """Read what `save` wrote.
+
+        Raises:
+            DirectionError: a missing, truncated or foreign file.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = Path(path)
+        try:
+            vectors = load_file(path)["directions"]
+            payload = json.loads(path.with_suffix(".json").read_text())
+            records = payload["directions"]
+            if payload["format"] != FORMAT:
+                raise DirectionError(f"the format is {payload['format']!r}; accepted is {FORMAT!r}")
+            described = [len(records), payload["d_model"]]
+            if list(vectors.shape) != described:
+                raise DirectionError(
+                    f"there are {len(vectors)} vectors but its JSON describes {len(records)} (shapes "
+                    f"{list(vectors.shape)} and {described}): the files are of different runs"
+                )
+            items = tuple(from_record(record, vector) for record, vector in zip(records, vectors))
+            return cls(items, payload["left_out"], payload["source"])
+        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+            why = f"no field {error}" if isinstance(error, KeyError) else error
+            raise DirectionError(
+                f"cannot read directions from {path} and {path.with_suffix('.json').name}: {why}. "
+                "Both are written by `interp-ablate directions`; run it again"
+            ) from error
+
+
+def to_record(item: Direction) -> dict[str, Any]:
+    """Everything about a direction but its vector, as plain data."""
+    return {
+        "site": str(item.site),
+        "position": item.position,
+        "method": item.method,
+        "norm": float(item.norm),
+        "auc": item.separation.auc if item.separation else None,
+        "d_prime": item.separation.d_prime if item.separation else None,
+        "source": item.source,
+    }
+
+
+def from_record(record: dict[str, Any], vector: Float[Tensor, " d_model"]) -> Direction:
+    """The direction that `to_record` described, its stored unit vector bit for bit.
+
+    Raises:
+        DirectionError: a vector that is not a unit vector in float64.
+    """
+    found = None if record["auc"] is None else Separation(record["auc"], record["d_prime"])
+    direction = Direction(
+        vector,
+        record["norm"],
+        Site.parse(record["site"]),
+        record["position"],
+        record["method"],
+        found,
+        source=record["source"],
+    )
+    if vector.dtype != torch.float64 or not torch.allclose(
+        direction.vector, vector, rtol=0, atol=1e-12
+    ):
+        raise DirectionError(f"the vector at {direction.site} is not a unit vector in float64")
+    object.__setattr__(direction, "vector", vector)  # the stored unit vector, bit for bit
+    return direction

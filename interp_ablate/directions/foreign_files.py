@@ -1,0 +1,429 @@
+"""Vectors: directions in and out of the files of other tools.
+
+Knows: Arditi's direction.pt and mean_diffs.pt, tensors in .pt, .npy and .safetensors, llama.cpp and repeng
+control vectors (GGUF), and plain safetensors out. Does not know: how a direction was estimated, what is
+done along it, or any file that has to be unpickled: those are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from pickle import UnpicklingError
+from tokenize import TokenError
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from interp_ablate.directions.class_separation import Separation
+from interp_ablate.directions.direction import Direction
+from interp_ablate.directions.direction_set import FORMAT as DIRECTIONS_FORMAT
+from interp_ablate.directions.direction_set import Directions, from_record, to_record
+from interp_ablate.directions.gguf_vectors import read_gguf_vectors
+from interp_ablate.errors import DirectionError, InterpAblateError
+from interp_ablate.sites import POINTS, Point, Site
+from interp_ablate.storage.atomic_files import write_whole
+
+FORMAT = "interp_ablate.vectors/1"
+UNKNOWN = "unknown"  # the position of a vector whose file does not tell it
+METADATA = "direction_metadata.json"
+ARDITI = "Arditi et al. 2024, https://arxiv.org/abs/2406.11717"
+PICKLES = (".pkl", ".pickle", ".joblib", ".bin")
+VectorDtype = Literal["float64", "float32"]
+
+_LAYER_NAME = re.compile(r"(?:.*[._])?(?:layers?|blocks?|h)[._](\d+)|(\d+)")
+_PLACE_NAME = re.compile(r"(?:(?P<method>[^@\[\]]+)@)?(?P<site>[^@\[\]]+)(?:\[(?P<position>.+)\])?")
+_CONVERT = """Where you trust it, convert it once and read the result:
+    import torch; from safetensors.torch import save_file
+    vectors = torch.load({file!r}, weights_only=False)  # runs code of the file; or pickle.load(open(...))
+    save_file({{f"blocks.{{i}}.hook_resid_post": v.float() for i, v in vectors.layer_activations.items()}}, "v.safetensors")
+(`layer_activations` is what steering-vectors' SteeringVector holds: the outputs of its decoder blocks)"""
+
+
+@dataclass(frozen=True)
+class _Found:
+    """One tensor of a file, under its name there, with what the file itself says about it."""
+
+    name: str
+    tensor: Tensor
+    site: Site | None = None
+    position: str | None = None
+    method: str = "imported"
+    source: str = ""
+    separation: Separation | None = None
+    record: dict[str, Any] | None = None  # what `write_directions` noted
+
+
+def read_directions(
+    path: str | Path,
+    *,
+    site: Site | None = None,
+    point: Point | None = None,
+    position: str | None = None,
+    d_model: int | None = None,
+) -> Directions:
+    """The directions of one file: Arditi's, a control vector, or tensors in .pt, .npy, .safetensors.
+
+    A vector's length is kept as the direction's `norm`. Vectors of zeros beside others (a layer that a
+    control vector leaves alone) are listed in `left_out`.
+
+    Args:
+        site: where the vector lives, for a file that does not say; of a file that does, only that site.
+        point: the point of the block, for tensors named by a layer only (`layer.3`, `3`).
+        position: the token position of the vector, for a file that does not say; of a file that does,
+            only that position.
+        d_model: the length every vector must have. Default: any, the same for all.
+
+    Raises:
+        DirectionError: a file that cannot be read or would have to be unpickled, a vector without a
+            site, NaN, zeros, a wrong shape or dtype, or nothing at the site and position asked for.
+    """
+    path = Path(path)
+    if point is not None and point not in POINTS:
+        raise DirectionError(f"unknown point {point!r}: accepted are {', '.join(POINTS)}")
+    if path.suffix == ".safetensors" and _is_a_directions_file(path):
+        every = Directions.load(path)
+    else:
+        placed = _placed(list(_tensors_of(path)), path, site=site, point=point)
+        every = _directions(placed, path, position=position)
+    kept = tuple(
+        item for item in every if site in (None, item.site) and position in (None, item.position)
+    )
+    if not kept:
+        there = [f"{item.site}[{item.position}]" for item in every]
+        raise DirectionError(
+            f"{path} has no direction at {site or 'any site'}[{position or 'any position'}]: it has "
+            f"{', '.join(there[:6])}" + (" and more" if len(there) > 6 else "")
+        )
+    wrong = {len(item.vector) for item in kept} - {d_model or len(kept[0].vector)}
+    if wrong:
+        raise DirectionError(
+            f"{path} holds vectors of length {sorted(wrong)}, and d_model is "
+            f"{d_model or len(kept[0].vector)}: it was made for another model"
+        )
+    return Directions(kept, every.left_out, every.source)
+
+
+def read_gguf_directions(path: str | Path) -> Directions:
+    """A llama.cpp or repeng control vector: `direction.N` is added to the output of block N.
+
+    Both tools count blocks from 0 and leave block 0 alone, so `direction.N` lives at
+    Site(N, "resid_post"), and its length is the strength it was made for.
+
+    Raises:
+        DirectionError: no control vector, a truncated file, or tensors that llama.cpp would not read.
+    """
+    return _directions(_from_gguf(Path(path)), Path(path))
+
+
+def write_directions(
+    directions: Iterable[Direction],
+    path: str | Path,
+    *,
+    dtype: VectorDtype = "float64",
+    raw: bool = False,
+) -> None:
+    """Plain safetensors: one unit vector [d_model] a direction, named by its site.
+
+    Where a site has several, its name is followed by the position, `blocks.3.hook_resid_pre[-1]`, and
+    where that is not enough the method comes first. The header's metadata hold norms, positions,
+    methods and sources. `read_directions` gives the same directions back: in float64 bit for bit.
+
+    Args:
+        raw: write unit vector times norm, for tools that add the tensor as it is.
+
+    Raises:
+        DirectionError: nothing to write, two directions of one name, a place that cannot be written.
+    """
+    from safetensors.torch import save
+
+    path, items = Path(path), list(directions)
+    if path.suffix != ".safetensors" or dtype not in get_args(VectorDtype) or not items:
+        raise DirectionError(
+            f"cannot write {len(items)} directions in {dtype} to {path}: at least one is needed, a name "
+            f"that ends in .safetensors, and a dtype of {', '.join(get_args(VectorDtype))}"
+        )
+    to = {"float64": torch.float64, "float32": torch.float32}[dtype]
+    names = _names_for(items, path)
+    tensors = {
+        name: (item.raw if raw else item.vector).to(to).clone() for name, item in zip(names, items)
+    }
+    records = {name: to_record(item) for name, item in zip(names, items)}
+    about = {"format": FORMAT, "raw": raw, "dtype": dtype, "directions": records}
+    metadata = {"format": "pt", "interp_ablate": json.dumps(about)}
+    write_whole(path, save(tensors, metadata=metadata), error=DirectionError)
+
+
+def _names_for(items: list[Direction], path: Path) -> list[str]:
+    """The shortest way to name all: by site, by site and position, or with the method as well."""
+    for names in (
+        [str(item.site) for item in items],
+        [f"{item.site}[{item.position}]" for item in items],
+        [item.name for item in items],
+    ):
+        if len(set(names)) == len(names):
+            return names
+    twice = sorted({name for name in names if names.count(name) > 1})
+    raise DirectionError(
+        f"two directions of {path} have one name: {twice[:3]}. Write them to files of their own"
+    )
+
+
+# --------------------------------------------------------------------------------- one file's tensors
+
+
+def _tensors_of(path: Path) -> list[_Found]:
+    """Every tensor of a file, by its ending."""
+    if path.suffix in PICKLES:
+        raise DirectionError(f"{path} is a pickle, and is not read: {_convert(path)}")
+    if path.suffix not in _READERS:
+        raise DirectionError(
+            f"cannot tell what {path} is by its ending {path.suffix!r}: accepted are "
+            f"{', '.join(_READERS)}"
+        )
+    return list(_READERS[path.suffix](path))
+
+
+def _convert(path: Path) -> str:
+    return "unpickling runs whatever code the file holds. " + _CONVERT.format(file=path.name)
+
+
+# What torch raises for a file that is not whole: bytes in the wrong place are read as any instruction.
+_RUINS = (
+    *(UnpicklingError, OSError, RuntimeError, EOFError, ValueError, TypeError),
+    *(KeyError, IndexError, AttributeError, AssertionError, struct.error),
+)
+
+
+def _is_a_pickle(path: Path) -> bool:
+    """True for a whole torch archive and for a bare pickle, False for ruins."""
+    with path.open("rb") as file:
+        return file.read(1) == b"\x80" or zipfile.is_zipfile(path)
+
+
+def _from_torch(path: Path) -> Iterator[_Found]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except _RUINS as error:
+        if isinstance(error, UnpicklingError) and _is_a_pickle(path):
+            raise DirectionError(f"{path} holds more than tensors: {_convert(path)}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DirectionError(f"cannot read {path}: {reason}. Is the file whole?") from error
+    if isinstance(loaded, Tensor) and loaded.ndim == 3 and path.name == "mean_diffs.pt":
+        yield from _from_mean_differences(loaded, path)
+    elif isinstance(loaded, Tensor):
+        yield _Found(path.name, loaded, **_arditi_place(path))
+    elif (
+        isinstance(loaded, dict) and loaded and all(isinstance(v, Tensor) for v in loaded.values())
+    ):
+        yield from (_named(str(name), tensor) for name, tensor in loaded.items())
+    else:
+        kinds = type(loaded).__name__
+        if isinstance(loaded, dict):
+            kinds += f" of {sorted({type(value).__name__ for value in loaded.values()})}"
+        raise DirectionError(
+            f"{path} holds a {kinds}: accepted are one tensor, or a dict of names and tensors"
+        )
+
+
+def _from_mean_differences(
+    table: Float[Tensor, "pos layer d_model"], path: Path
+) -> Iterator[_Found]:
+    """Arditi's candidates: the last positions of the template, by the layer whose input was read."""
+    count, n_layers, _ = table.shape
+    for place in range(count):
+        for layer in range(n_layers):
+            position, site = str(place - count), Site(layer, "resid_pre")
+            name = f"mean_diffs[{position}, {layer}]"
+            vector = table[place, layer]
+            yield _Found(name, vector, site, position, "difference_in_means", ARDITI)
+
+
+def _arditi_place(path: Path) -> dict[str, Any]:
+    """What direction_metadata.json says about the direction.pt beside it; nothing where there is none."""
+    beside = path.with_name(METADATA)
+    if path.name != "direction.pt" or not beside.is_file():
+        return {}
+    try:
+        given = json.loads(beside.read_text())
+        # The paper reads a block's input: layer l is resid_pre(l).
+        site, position = Site(given["layer"], "resid_pre"), str(int(given["pos"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DirectionError(
+            f'cannot read {beside}: {error!r}. Expected are {{"pos": -2, "layer": 10}} or no such file'
+        ) from error
+    return {"site": site, "position": position, "method": "difference_in_means", "source": ARDITI}
+
+
+def _from_numpy(path: Path) -> Iterator[_Found]:
+    import numpy as np
+
+    try:
+        array = np.load(path, allow_pickle=False, mmap_mode="r")  # a lying shape costs nothing
+    except (OSError, ValueError, EOFError, TokenError) as error:
+        if "Python objects" in str(error):
+            raise DirectionError(
+                f"{path} is no plain array but Python objects, and is not read: unpickling runs "
+                "whatever code the file holds. Where you trust it, convert it once: "
+                "np.save('v.npy', np.load('old.npy', allow_pickle=True).astype('float32'))"
+            ) from error
+        raise DirectionError(f"cannot read {path} as .npy: {error}. Is it whole?") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+        kind = getattr(array, "dtype", type(array).__name__)
+        raise DirectionError(f"{path} holds {kind}: a direction needs an array of floats")
+    yield _Found(path.name, torch.from_numpy(array.astype(np.float64)))
+
+
+def _from_safetensors(path: Path) -> Iterator[_Found]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get("interp_ablate", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DirectionError(f"cannot read {path}: {error}. Is the file whole?") from error
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        yield from (_named(name, tensor) for name, tensor in tensors.items())
+        return
+    try:
+        if about["directions"].keys() != tensors.keys():
+            raise TypeError(f"tensors {sorted(tensors)[:4]}")
+        for name, record in about["directions"].items():  # in the order they were written in
+            yield _recorded(name, tensors[name], {**record, "raw": about["raw"]})
+    except (KeyError, TypeError, AttributeError, InterpAblateError) as error:
+        raise DirectionError(
+            f"the metadata of {path} do not describe its tensors: {error!r}. Write the file again, or "
+            "drop its metadata"
+        ) from error
+
+
+def _recorded(name: str, tensor: Tensor, record: dict[str, Any]) -> _Found:
+    site, position, method = Site.parse(record["site"]), record["position"], record["method"]
+    if not (isinstance(record["norm"], float) and 0 < record["norm"] < float("inf")):
+        raise TypeError(f"the norm of {name!r} is {record['norm']!r}")
+    known = None if record["auc"] is None else Separation(record["auc"], record["d_prime"])
+    return _Found(name, tensor, site, position, method, record["source"], known, record)
+
+
+def _from_gguf(path: Path) -> Iterator[_Found]:
+    found = read_gguf_vectors(path)
+    source = path.name + (f", made for {found.model_hint}" if found.model_hint else "")
+    for block, vector in found.vectors.items():
+        site = Site(block, "resid_post")
+        yield _Found(f"direction.{block}", vector, site, None, "control_vector", source)
+
+
+_READERS: dict[str, Callable[[Path], Iterator[_Found]]] = {
+    ".pt": _from_torch,
+    ".pth": _from_torch,
+    ".npy": _from_numpy,
+    ".safetensors": _from_safetensors,
+    ".gguf": _from_gguf,
+}
+
+
+def _is_a_directions_file(path: Path) -> bool:
+    """True for what `Directions.save` wrote: its JSON beside it says so."""
+    beside = path.with_suffix(".json")
+    try:
+        return json.loads(beside.read_text()).get("format") == DIRECTIONS_FORMAT
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+# --------------------------------------------------------------------------------- where they live
+
+
+def _named(name: str, tensor: Tensor) -> _Found:
+    """A tensor with the site, position and method its name tells: `blocks.3.hook_resid_pre[-1]`."""
+    match = _PLACE_NAME.fullmatch(name)
+    try:
+        site = Site.parse(match["site"] if match else name)
+    except InterpAblateError:
+        return _Found(name, tensor)
+    assert match is not None
+    return _Found(name, tensor, site, match["position"], match["method"] or "imported")
+
+
+def _placed(
+    found: list[_Found], path: Path, *, site: Site | None, point: Point | None
+) -> list[_Found]:
+    """Every tensor with its site: the file's own word, else its layer and a point, else `site`."""
+    point = point or (site.point if site else None)
+    placed = []
+    for item in found:
+        layer = _LAYER_NAME.fullmatch(item.name) if item.site is None else None
+        if layer is not None and point is None:
+            raise DirectionError(
+                f"{path} names a layer, {item.name!r}, but not where in it the vector lives: pass "
+                "point='resid_pre' for the input of the block, 'resid_post' for its output, or another "
+                f"of {', '.join(POINTS)}"
+            )
+        if layer is not None and point is not None:
+            item = replace(item, site=Site(int(layer[1] or layer[2]), point))
+        elif item.site is None and len(found) == 1 and site is not None:
+            item = replace(item, site=site)
+        placed.append(item)
+    lost = [item.name for item in placed if item.site is None]
+    if lost and len(found) > 1:
+        raise DirectionError(
+            f"{path} holds {len(found)} tensors, and the names {lost[:4]} are no sites: name them like "
+            "'blocks.3.hook_resid_pre', or keep one tensor a file and pass site=Site(layer, point)"
+        )
+    if lost:
+        raise DirectionError(
+            f"{path} does not say where its vector lives: pass site=Site(layer, point), such as "
+            "Site(10, 'resid_pre') for the input of block 10"
+        )
+    return placed
+
+
+def _directions(found: Iterable[_Found], path: Path, *, position: str | None = None) -> Directions:
+    """The tensors as directions; those of zeros are left out, if there are others."""
+    kept, left_out, recorded = [], {}, False
+    for item in found:
+        recorded = item.record is not None
+        tensor, shape = item.tensor.detach(), tuple(item.tensor.shape)
+        if not tensor.is_floating_point() or tensor.ndim != 1 or not len(tensor):
+            raise DirectionError(
+                f"{item.name!r} of {path} has shape {list(shape)} in {tensor.dtype}: a direction is one "
+                "vector of floats, [d_model]; save the one you want, or one tensor a vector"
+            )
+        if not torch.isfinite(tensor).all():
+            raise DirectionError(
+                f"{item.name!r} of {path} holds NaN or infinity: estimate it again in float32 or better"
+            )
+        if tensor.any():
+            kept.append(_direction(item, position))
+        else:
+            left_out[f"{item.site}[{item.position or position or UNKNOWN}]"] = (
+                f"{item.name!r} of {path.name} is all zeros"
+            )
+    if not kept:
+        raise DirectionError(
+            f"{path} holds {'no vector' if not left_out else 'only zeros'}: nothing can be ablated or "
+            "added along it"
+        )
+    if not recorded:  # safetensors sorts by name, repeng writes the last block first
+        kept.sort(key=lambda item: item.site.order)
+    return Directions(tuple(kept), left_out, kept[0].source)
+
+
+def _direction(item: _Found, position: str | None) -> Direction:
+    assert item.site is not None
+    vector, about = item.tensor.double(), item.record
+    if about is not None and item.tensor.dtype == torch.float64 and not about["raw"]:
+        return from_record(about, vector)  # the unit vector bit for bit
+    norm = about["norm"] if about is not None else float(vector.norm())
+    place = item.position or position or UNKNOWN
+    return Direction(
+        vector, norm, item.site, place, item.method, item.separation, source=item.source
+    )

@@ -1,0 +1,8 @@
+"""Edits of the residual stream as data, and their algebra.
+
+May import: errors, sites, directions. To add an edit: a class in `kinds.py`.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,12 @@
+from .affine import Affine as Affine
+from .kinds import Ablate as Ablate
+from .kinds import Add as Add
+from .kinds import Clamp as Clamp
+from .kinds import Edit as Edit
+from .kinds import Erase as Erase
+from .layers import ablate_layers as ablate_layers
+from .layers import add_to_layers as add_to_layers
+from .layers import layers_of as layers_of
+from .plan import Plan as Plan
+from .presets import band as band
+from .presets import everywhere as everywhere

@@ -1,0 +1,152 @@
+"""Affine maps of the residual stream and the checks of their vectors.
+
+Knows: x -> A x + b as low-rank factors. Does not know: sites, models, weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from interp_ablate.directions.direction import Direction
+from interp_ablate.errors import PlanError
+
+# Below this cosine of write and read an erasure scales rounding (and everything else) up a millionfold.
+SMALLEST_COSINE = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """x -> x + left (right^T x) + shift, with left and right of shape [d_model, k]; float64."""
+
+    left: Float[Tensor, "d_model k"]
+    right: Float[Tensor, "d_model k"]
+    shift: Float[Tensor, " d_model"]
+
+    @classmethod
+    def identity(cls, d_model: int) -> Affine:
+        """The map that changes nothing (k = 0)."""
+        empty = torch.zeros(d_model, 0, dtype=torch.float64)
+        return cls(empty, empty, torch.zeros(d_model, dtype=torch.float64))
+
+    def then(self, after: Affine) -> Affine:
+        """The map that applies this one first and `after` to its result."""
+        # right columns of `after` read x through this map: (I + left right^T)^T after.right
+        through = after.right + self.right @ (self.left.T @ after.right)
+        return Affine(
+            torch.cat([self.left, after.left], 1),
+            torch.cat([self.right, through], 1),
+            after(self.shift),
+        )
+
+    def linear(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The map without its shift."""
+        return x + (x @ self.right) @ self.left.T
+
+    def __call__(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        return self.linear(x) + self.shift
+
+    @property
+    def is_linear(self) -> bool:
+        """True where nothing is added whatever the input."""
+        return not bool(self.shift.any())
+
+    def to(self, like: Tensor) -> Affine:
+        """The same map in the dtype and on the device of `like`, for use inside a forward pass."""
+        return Affine(*(part.to(like) for part in (self.left, self.right, self.shift)))
+
+
+def as_vectors(direction: Direction | Tensor) -> Float[Tensor, "k d_model"]:
+    given = direction.vector if isinstance(direction, Direction) else direction
+    try:
+        tensor = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PlanError(
+            "an edit needs a Direction, or a tensor [d_model] ([k, d_model] for a subspace); got "
+            f"{direction!r} ({type(direction).__name__})"
+        ) from error
+    tensor = tensor.detach().to("cpu", torch.float64)
+    tensor = tensor[None] if tensor.ndim == 1 else tensor
+    if tensor.ndim != 2 or 0 in tensor.shape:
+        raise PlanError(
+            f"a direction has shape [d_model], a subspace [k, d_model]; got {tuple(tensor.shape)}"
+        )
+    if not torch.isfinite(tensor).all():
+        raise PlanError(
+            "the direction holds NaN or infinity: estimate it again in float32 or better"
+        )
+    if not tensor.any(dim=1).all():
+        raise PlanError("the direction is zero: nothing can be edited along it")
+    return tensor
+
+
+def orthonormal_rows(vectors: Float[Tensor, "k d_model"]) -> Float[Tensor, "k d_model"]:
+    units = vectors / vectors.norm(dim=1, keepdim=True)
+    if len(units) == 1:
+        return units
+    if float(torch.linalg.svdvals(units)[-1]) < 1e-6 or len(units) > units.shape[1]:
+        raise PlanError(
+            f"the {len(units)} directions of the subspace are not linearly independent: drop some"
+        )
+    basis, triangle = torch.linalg.qr(units.T)
+    return (basis * triangle.diagonal().sign()).T.contiguous()
+
+
+def projection_map(vectors: Float[Tensor, "k d_model"], amount: float) -> Affine:
+    """x -> x - amount * (projection on the orthonormal rows)."""
+    basis = vectors.T
+    return Affine(-amount * basis, basis, torch.zeros(len(basis), dtype=torch.float64))
+
+
+def pulled_back(
+    vectors: Float[Tensor, "k d_model"], gain: Float[Tensor, " d_model"]
+) -> Float[Tensor, "k d_model"]:
+    """Orthonormal directions before an RMS norm whose removal leaves nothing along `vectors` after it.
+
+    The normed output is gain * x / rms(x): along r it is x . (gain * r) / rms(x).
+    """
+    return orthonormal_rows(vectors * gain.detach().to("cpu", torch.float64))
+
+
+def kept_norm(
+    rows: Float[Tensor, "*row d_model"], affine: Affine, *, eps: float
+) -> tuple[Float[Tensor, "*row d_model"], Float[Tensor, " *row"]]:
+    """Rows through the map (without its shift), each given its norm back, and the factor that did it.
+
+    A row of which nothing but rounding is left (`eps`: of the dtype it is stored in) is not scaled up.
+    """
+    mapped = affine.to(rows).linear(rows)
+    before, after = rows.norm(dim=-1), mapped.norm(dim=-1)
+    factor = before / after.clamp(min=torch.finfo(rows.dtype).tiny)
+    factor = torch.where(after <= eps * before, torch.ones_like(before), factor)
+    return mapped * factor[..., None], factor
+
+
+def one_row(vectors: Float[Tensor, "k d_model"], op: str) -> Float[Tensor, "1 d_model"]:
+    if len(vectors) != 1:
+        raise PlanError(f"{op} takes one vector [d_model]; got {len(vectors)} rows")
+    return vectors
+
+
+def oblique_rows(
+    write: Direction | Tensor, read: Direction | Tensor
+) -> tuple[Float[Tensor, "2 d_model"], float]:
+    """The two as rows, the first unit, the second scaled to read . write = 1; and that scale."""
+    along, across = (one_row(as_vectors(given), "erase")[0] for given in (write, read))
+    if along.shape != across.shape:
+        raise PlanError(
+            f"write has d_model {len(along)}, read {len(across)}: both are vectors of one stream"
+        )
+    unit = along / along.norm()
+    length = across.norm()
+    cosine = float(across / length @ unit)
+    if abs(cosine) < SMALLEST_COSINE:
+        raise PlanError(
+            f"write and read are orthogonal (their cosine is {cosine:.2g}): moving along write does not "
+            "change read . x, so nothing can be erased. LEACE's write is the covariance times its read"
+        )
+    scale = 1 / float(length * cosine)
+    return torch.stack([unit, across * scale]), scale

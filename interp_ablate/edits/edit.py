@@ -1,0 +1,200 @@
+"""What every edit shares: sites, positions, one strength a site, vectors, a label.
+
+Knows: validation and JSON fields. Does not know: which map an edit is.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Sequence
+from numbers import Real
+from typing import Any, ClassVar, Literal, TypeVar, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from interp_ablate.directions.direction import Direction
+from interp_ablate.edits.affine import Affine
+from interp_ablate.errors import PlanError
+from interp_ablate.sites import Site
+
+Positions = Literal["all", "prompt", "generated"]
+
+
+def as_sites(sites: Site | Iterable[Site]) -> tuple[Site, ...]:
+    given: Any = sites
+    several = isinstance(given, Iterable) and not isinstance(given, str)
+    found: tuple[Site, ...] = tuple(given) if several else (given,)
+    if not found or not all(isinstance(site, Site) for site in found):
+        raise PlanError(f"an edit needs one or more Site values; got {found!r}")
+    if len(set(found)) != len(found):
+        raise PlanError(f"the same site is named twice in one edit: {[str(s) for s in found]}")
+    return found
+
+
+def is_number(value: object) -> bool:
+    """One real number of Python, numpy or torch; a bool is none."""
+    if isinstance(value, Tensor):
+        return value.ndim == 0 and value.dtype != torch.bool and not value.is_complex()
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def strength_per_site(
+    value: float | Sequence[float], sites: tuple[Site, ...], what: str
+) -> tuple[float, ...]:
+    given: Any = value
+    try:
+        many = (given,) * len(sites) if is_number(given) else tuple(given)
+    except TypeError:
+        many = (given,)
+    if not all(is_number(number) for number in many):
+        raise PlanError(f"{what} is a number, or a sequence with one a site; got {value!r}")
+    if len(many) != len(sites):
+        raise PlanError(
+            f"{len(many)} values of {what} for {len(sites)} sites: give one, or one a site"
+        )
+    amounts = tuple(float(number) for number in many)
+    if not all(math.isfinite(number) for number in amounts):
+        raise PlanError(f"{what} must be finite; got {amounts}")
+    return amounts
+
+
+def one_or_many(amounts: tuple[float, ...]) -> float | list[float]:
+    return amounts[0] if len(set(amounts)) == 1 else list(amounts)
+
+
+def range_text(amounts: tuple[float, ...]) -> str:
+    low, high = min(amounts), max(amounts)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+def joined_label(*directions: Direction | Tensor) -> str:
+    return next((one.name for one in directions if isinstance(one, Direction)), "given")
+
+
+_E = TypeVar("_E", bound="EditBase")
+
+
+class EditBase:
+    """What the edits share: sites, positions, a number a site, vectors, a label, JSON."""
+
+    op: ClassVar[str]
+    amount: ClassVar[str]  # the name of the number that JSON holds
+    misscaled: ClassVar[str] = "are not unit, or not orthonormal"
+    sites: tuple[Site, ...]
+    vectors: Float[Tensor, "k d_model"]
+    amounts: tuple[float, ...]
+    positions: Positions
+    label: str
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        if self.positions not in get_args(Positions):
+            raise PlanError(
+                f"unknown positions {self.positions!r}: accepted are {', '.join(get_args(Positions))}"
+            )
+
+    def __repr__(self) -> str:
+        return (
+            f"<{self.op} {self.label} at {len(self.sites)} "
+            f"{'site' if len(self.sites) == 1 else 'sites'}, {self._said()}>"
+        )
+
+    def _said(self) -> str:
+        """The numbers, for `repr`."""
+        return f"{self.amount} {range_text(self.amounts)}"
+
+    @property
+    def d_model(self) -> int:
+        return self.vectors.shape[1]
+
+    norm_preserving: ClassVar[bool] = False
+
+    def map_at(self, site: Site, gain: Float[Tensor, " d_model"] | None = None) -> Affine:
+        """The affine map of this edit at one of its sites.
+
+        Args:
+            gain: of the norm between this site and the residual stream, in post-norm blocks. The edit's
+                direction r is one of the stream; what the map projects against is normalize(gain * r),
+                after which the normed output has nothing along r.
+
+        Raises:
+            PlanError: a site that this edit does not write; an addition or a clamp before a norm.
+        """
+        if site not in self.sites:
+            raise PlanError(
+                f"{self!r} has no map at {site}: it writes {', '.join(map(str, self.sites[:4]))}"
+                + (" and more" if len(self.sites) > 4 else "")
+            )
+        i = self.sites.index(site)
+        return self._map(i) if gain is None else self._map_before_norm(i, gain)
+
+    def _map(self, i: int) -> Affine:
+        """The map at the i-th site."""
+        raise NotImplementedError
+
+    def _map_before_norm(self, i: int, gain: Tensor) -> Affine:
+        raise PlanError(
+            f"{self!r} at {self.sites[i]}, before a norm: what is added there is rescaled with the rest, "
+            "so it has no fixed effect on the stream. Write it after the norm, at attn_out or mlp_out"
+        )
+
+    def moved(self: _E, pairs: Sequence[tuple[Site, Site]]) -> _E:
+        """What the edit does at the first site of each pair, done at the second; every bit the same."""
+        kept = [self.sites.index(old) for old, _ in pairs]
+        edit = copy.copy(self)
+        places, amounts = as_sites(new for _, new in pairs), tuple(self.amounts[i] for i in kept)
+        edit._set(sites=places, amounts=amounts)
+        return edit
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "op": self.op,
+            self.amount: one_or_many(self.amounts),
+            "sites": [str(site) for site in self.sites],
+            "positions": self.positions,
+            "label": self.label,
+            "vectors": self.vectors.tolist(),
+        }
+
+    @classmethod
+    def _from_entry(cls, entry: dict[str, Any]) -> Any:
+        """Read what `to_dict` wrote; KeyError, TypeError and ValueError are the caller's."""
+        vectors = torch.tensor(entry["vectors"], dtype=torch.float64)
+        make: Any = cls
+        edit = make(
+            vectors,
+            [Site.parse(name) for name in entry["sites"]],
+            positions=entry["positions"],
+            label=entry["label"],
+            **{cls.amount: entry[cls.amount]},
+            **({"norm_preserving": _flag(entry)} if "norm_preserving" in entry else {}),
+        )
+        edit._keep(vectors)
+        return edit
+
+    def _keep(self, vectors: Float[Tensor, "k d_model"]) -> None:
+        """Take vectors as they are stored, bit for bit, if they are the edit's own but for rounding."""
+        fits = vectors.shape == self.vectors.shape
+        if fits:
+            size = self.vectors.norm(dim=1)
+            apart = (vectors - self.vectors).norm(dim=1)
+            # the read of an erasure, longer than its write, is known to fewer digits
+            fits = bool((apart <= 1e-12 * size + 1e-14 * size**2).all())
+        if not fits:
+            raise PlanError(
+                f"the vectors of {self!r} are stored with shape {tuple(vectors.shape)} where a plan has "
+                f"{tuple(self.vectors.shape)}, or {self.misscaled}: make the edit with "
+                f"{type(self).__name__}(...), which scales them, and save the plan again"
+            )
+        object.__setattr__(self, "vectors", vectors)
+
+
+def _flag(entry: dict[str, Any]) -> bool:
+    value = entry["norm_preserving"]
+    if not isinstance(value, bool):
+        raise PlanError(f'"norm_preserving" of an edit is true or false; got {value!r}')
+    return value

@@ -1,0 +1,164 @@
+"""Edits and plans: what is done to the residual stream, as plain data and pure tensor maths.
+
+Knows: the affine map each edit is (x -> x + left right^T x + shift), where and at which positions it
+applies, composition, JSON. Does not know: hooks, weights or models; they interpret what is said here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from interp_ablate.edits.affine import Affine
+from interp_ablate.edits.edit import EditBase, Positions
+from interp_ablate.edits.kinds import Ablate, Add, Edit, edit_from_dict
+from interp_ablate.errors import PlanError
+from interp_ablate.sites import Site
+from interp_ablate.storage.atomic_files import write_whole
+
+FORMAT = "interp_ablate.plan/1"
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A sequence of edits, applied in the order written where two share a site.
+
+    `plan + plan` and `plan + edit` append. Equal plans (same edits, same numbers) compare equal.
+
+    Raises:
+        PlanError: edits of different d_model, or something that is no edit.
+    """
+
+    edits: tuple[Edit, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        edits = tuple(self.edits) if isinstance(self.edits, Iterable) else (self.edits,)
+        for edit in edits:
+            if not isinstance(edit, EditBase):
+                raise PlanError(
+                    f"a plan is made of Ablate, Add, Clamp and Erase; got {edit!r} ({type(edit).__name__})"
+                )
+        object.__setattr__(self, "edits", edits)
+        widths = {edit.d_model for edit in edits}
+        if len(widths) > 1:
+            raise PlanError(f"edits of different d_model in one plan: {sorted(widths)}")
+
+    def __add__(self, other: Plan | Edit) -> Plan:
+        return Plan(self.edits + (other.edits if isinstance(other, Plan) else (other,)))
+
+    def __iter__(self) -> Iterator[Edit]:
+        return iter(self.edits)
+
+    def __len__(self) -> int:
+        return len(self.edits)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    @property
+    def d_model(self) -> int:
+        if not self.edits:
+            raise PlanError("the plan has no edits")
+        return self.edits[0].d_model
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Every site that is written, in forward order, once."""
+        return tuple(sorted({site for edit in self.edits for site in edit.sites}))
+
+    def keeps_norm_at(self, site: Site) -> bool:
+        """Whether the edit of a site is norm-preserving.
+
+        Raises:
+            PlanError: it is, and shares the site with another edit.
+        """
+        return self.norm_preserving_at(site) is not None
+
+    def norm_preserving_at(self, site: Site) -> Ablate | None:
+        """The norm-preserving edit of a site, if there is one; additions may stand beside it.
+
+        Raises:
+            PlanError: another edit than an addition shares its site.
+        """
+        edits = [e for e in self.edits if site in e.sites and not isinstance(e, Add)]
+        kept = [e for e in edits if isinstance(e, Ablate) and e.norm_preserving]
+        if kept and len(edits) > 1:
+            raise PlanError(
+                f"{len(edits)} edits at {site}, one of them norm-preserving: norms are restored after "
+                "one edit only. Ablate both directions as one subspace [k, d_model]"
+            )
+        return kept[0] if kept else None
+
+    def maps_at(
+        self, site: Site, gain: Float[Tensor, " d_model"] | None = None
+    ) -> list[tuple[Positions, Affine]]:
+        """The maps at one site in order, neighbours of equal positions composed into one.
+
+        `gain`: of the norm that follows the site, as for `map_at`.
+        """
+        found: list[tuple[Positions, Affine]] = []
+        for edit in self.edits:
+            if site not in edit.sites:
+                continue
+            if found and found[-1][0] == edit.positions:
+                found[-1] = (edit.positions, found[-1][1].then(edit.map_at(site, gain)))
+            else:
+                found.append((edit.positions, edit.map_at(site, gain)))
+        return found
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the plan's JSON."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; floats keep every bit."""
+        return {"format": FORMAT, "edits": [edit.to_dict() for edit in self.edits]}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Plan:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            PlanError: another format, an unknown operation, a missing field, vectors that `to_dict` would
+                not have written.
+        """
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise PlanError(f'this is not a plan: expected a JSON object with "format": "{FORMAT}"')
+        entries = data.get("edits")
+        if not isinstance(entries, list):
+            raise PlanError(f'"edits" of a plan is a list of objects; got {entries!r}')
+        return cls(tuple(edit_from_dict(entry) for entry in entries))
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, whole or not at all.
+
+        Raises:
+            PlanError: the place cannot be written.
+        """
+        write_whole(Path(path), json.dumps(self.to_dict()), error=PlanError)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan from JSON: a plan file, or any JSON object with a `plan` (`selected.json`).
+
+        Raises:
+            PlanError: no such file, not JSON, not a plan.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise PlanError(f"cannot read a plan from {path}: {error}") from error
+        if isinstance(data, dict) and "plan" in data:
+            data = data["plan"]
+        return cls.from_dict(data)

@@ -1,0 +1,130 @@
+"""What an evaluation measures: texts, prompts, tasks, scorers.
+
+Knows: the choice and its checks. Does not know: models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from interp_ablate.errors import RunError
+from interp_ablate.evaluation.perplexity import Text, read_text
+from interp_ablate.prompts.contrast_set import ContrastSet
+from interp_ablate.prompts.prompt import Prompt
+from interp_ablate.prompts.readers import LABEL_COLUMNS, bundled_names, read_side
+from interp_ablate.scoring.exchange import TextScorer
+
+# ---- prompts -------------------------------------------------------------------------------------
+
+
+def read_prompts(spec: str | Path, *, seed: int = 0) -> dict[str, tuple[Prompt, ...]]:
+    """Prompts to be answered, by what they are called.
+
+    A bundled contrast set's name stands for the test part of its split, which made no direction and no
+    choice in a run with default sizes and the same `seed`; another contrast set (see `ContrastSet.load`) for all of its
+    prompts, side by side; a text file with a prompt a line, or JSONL without labels, for one list.
+
+    Raises:
+        PromptError: nothing there, or something that cannot be read.
+    """
+    name, path = str(spec), Path(spec)
+    if name not in bundled_names() and _is_one_side(path):
+        prompts = read_side(path, lambda place, text, system: Prompt(text, system))
+        return {path.stem: tuple(prompts)}
+    contrast = ContrastSet.load(spec)
+    if name in bundled_names():
+        contrast = contrast.split(seed=seed).test
+    return {
+        f"{contrast.name}, positive": contrast.positive,
+        f"{contrast.name}, negative": contrast.negative,
+    }
+
+
+def _is_one_side(path: Path) -> bool:
+    if path.suffix != ".jsonl" or not path.is_file():
+        return path.suffix in (".txt", ".md")
+    try:
+        first = json.loads(path.read_text(encoding="utf-8").split("\n", 1)[0])
+    except ValueError:
+        return False  # read as a contrast set, which names the line
+    sided = {*LABEL_COLUMNS, "positive", "negative"}
+    return isinstance(first, dict) and not sided & {str(key).lower() for key in first}
+
+
+# ---- what is measured ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is measured; leave a part out by giving nothing for it.
+
+    Args:
+        text: whose perplexity; None: of none.
+        prompts: those that both models answer, by name of the list.
+        scorers: of the answers, 0 to 100.
+        tasks: of lm-evaluation-harness.
+        task_folders: where tasks are looked for first.
+        new_tokens: of an answer (greedy), at most.
+        context, stride: of the windows, in tokens.
+        limit: documents, prompts a list and items a task, at most.
+        chat: tasks' items go through the chat template.
+    """
+
+    text: Text | None = field(default_factory=read_text)
+    prompts: Mapping[str, tuple[Prompt, ...]] = field(
+        default_factory=lambda: read_prompts("declining")
+    )
+    scorers: tuple[TextScorer, ...] = ()
+    tasks: tuple[str, ...] = ()
+    task_folders: tuple[str | Path, ...] = ()
+    new_tokens: int = 32
+    context: int = 512
+    stride: int = 256
+    limit: int | None = None
+    chat: bool = False
+
+    def limited(self) -> Measures:
+        """With `limit` applied to text and prompts.
+
+        Raises:
+            RunError: nothing to measure; a limit or a number of new tokens below 1; two scorers of one name.
+        """
+        if not (self.text or self.prompts or self.tasks):
+            raise RunError("nothing to measure: give text, prompts or tasks")
+        if self.new_tokens < 1:
+            raise RunError(f"new_tokens={self.new_tokens}: an answer has at least 1")
+        names = [scorer.name for scorer in self.scorers]
+        if len(set(names)) < len(names):
+            raise RunError(f"two scorers have one name: {', '.join(names)}")
+        if self.limit is None:
+            return self
+        if self.limit < 1:
+            raise RunError(f"--limit {self.limit}: at least 1")
+        text = self.text and Text(self.text.name, self.text.documents[: self.limit])
+        return replace(
+            self, text=text, prompts={k: v[: self.limit] for k, v in self.prompts.items()}
+        )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What all numbers depend on beside the models; scorers and tasks have their own."""
+        sides = {
+            name: hashlib.sha256(
+                json.dumps([[p.text, p.system] for p in side]).encode()
+            ).hexdigest()
+            for name, side in self.prompts.items()
+        }
+        return {
+            "text": self.text and self.text.fingerprint,
+            "prompts": sides,
+            "new_tokens": self.new_tokens,
+            "context": self.context,
+            "stride": self.stride,
+            "limit": self.limit,
+            "chat": self.chat,
+        }

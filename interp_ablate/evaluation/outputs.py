@@ -1,0 +1,168 @@
+"""What a model does on prompts: answers, first tokens, under plans.
+
+Knows: outputs kept and shared. Does not know: scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from interp_ablate.edits.plan import Plan
+from interp_ablate.errors import InterpAblateError
+from interp_ablate.models.generation import Generation
+from interp_ablate.models.model import Model
+from interp_ablate.models.residual_cache import Remembered
+from interp_ablate.prompts.prompt import PromptLike
+
+
+class Evidence:
+    """What a model does on some prompts under a plan (None: unedited); computed when first read.
+
+    `continuations` are token lists, one a prompt, for teacher-forced scores.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        prompts: Sequence[PromptLike],
+        plan: Plan | None = None,
+        *,
+        new_tokens: int = 32,
+        batch_size: int | None = None,
+    ) -> None:
+        self.model, self.plan = model, plan
+        self.rows = model.encode_all(prompts)
+        self.new_tokens, self.batch_size = new_tokens, batch_size
+        self._unedited: Evidence | None = None  # whose passes are remembered
+
+    def under(self, plan: Plan | None) -> Evidence:
+        """The same prompts under a plan.
+
+        Its first-token scores are run from the first block on that the plan's edits reach; what enters
+        there is remembered of the unedited model, in one pass when it is first needed.
+        """
+        found = Evidence(
+            self.model, self.rows, plan, new_tokens=self.new_tokens, batch_size=self.batch_size
+        )
+        found._unedited = self
+        return found
+
+    @cached_property
+    def remembered(self) -> Remembered:
+        """What left the unedited model's blocks on these prompts (`Model.remembering`), whatever the plan.
+
+        Raises:
+            PlanError: a plan is applied to the model now.
+        """
+        return self.model.remembering(self.rows)
+
+    def _below(self) -> Remembered | None:
+        """What the blocks below the plan gave without it, where that is worth knowing."""
+        if self._unedited is None or self.plan is None or not self.model.first_block(self.plan):
+            return None
+        # other plans are outside of this one: what they leave of the model is not what is remembered
+        return None if self.model.is_edited else self._unedited.remembered
+
+    def first(self, n: int) -> Evidence:
+        """The same for the first `n` prompts; what is known of them already is kept."""
+        return self.part(range(min(n, len(self.rows))))
+
+    def part(self, index: Sequence[int]) -> Evidence:
+        """The same for some of the prompts, by their places; what is known of them already is kept."""
+        part = Evidence(
+            self.model,
+            [self.rows[i] for i in index],
+            self.plan,
+            new_tokens=self.new_tokens,
+            batch_size=self.batch_size,
+        )
+        part._unedited = self._unedited
+        if "first_logprobs" in self.__dict__:
+            part.__dict__["first_logprobs"] = self.first_logprobs[list(index)]
+        if "generations" in self.__dict__:
+            part.__dict__["generations"] = [self.generations[i] for i in index]
+        return part
+
+    def _under_plan(self) -> Any:
+        return self.model.applied(self.plan) if self.plan is not None else nullcontext()
+
+    @cached_property
+    def first_logprobs(self) -> Float[Tensor, "prompt d_vocab"]:
+        """Log-probabilities of the first token of the answer, float32."""
+        below = self._below()
+        with self._under_plan():
+            found = self.model.logits(self.rows, batch_size=self.batch_size, below=below)
+        return _finite(found[:, -1].float().log_softmax(-1), "first-token logits")
+
+    @cached_property
+    def generations(self) -> list[Generation]:
+        """Greedy answers of at most `new_tokens` tokens."""
+        with self._under_plan():
+            return self.model.generate(
+                self.rows, max_new_tokens=self.new_tokens, batch_size=self.batch_size
+            )
+
+    @property
+    def texts(self) -> list[str]:
+        return [generation.text for generation in self.generations]
+
+    def continuation_logprobs(
+        self, continuations: Sequence[Sequence[int]], *, batch_size: int = 8
+    ) -> list[Float[Tensor, "pos d_vocab"]]:
+        """Log-probabilities at every token of given continuations (teacher-forced), a tensor a prompt."""
+        # the last token is not fed: what follows it is not asked for
+        rows = [row + list(end)[:-1] for row, end in zip(self.rows, continuations)]
+        found: list[Tensor] = [torch.empty(0)] * len(rows)
+        keep = max(1, *(len(end) for end in continuations))
+        stream = self.model.stream(
+            rows,
+            keep=keep,
+            prompt_lengths=[len(row) for row in self.rows],
+            batch_size=batch_size,
+        )
+        with self._under_plan():
+            for batch, logits, _ in stream:
+                assert logits is not None
+                for i, row in zip(batch.index, logits):
+                    length = len(continuations[i])
+                    kept = row[len(row) - length :].float().log_softmax(-1)
+                    found[i] = _finite(kept, "continuation logits")
+        return found
+
+
+def _finite(values: Tensor, what: str) -> Tensor:
+    if not torch.isfinite(values).all():
+        raise InterpAblateError(
+            f"{what} hold NaN or infinity: the plan broke the model, or its dtype did"
+        )
+    return values
+
+
+def generate_together(evidences: Sequence[Evidence]) -> None:
+    """The answers of several evidences of one model in one batch, each under its own plan.
+
+    Decoding is bound by memory: many rows cost little more than few.
+    """
+    waiting = [evidence for evidence in evidences if "generations" not in evidence.__dict__]
+    if len({(evidence.new_tokens, id(evidence.model)) for evidence in waiting}) > 1:
+        raise InterpAblateError(
+            "what is generated together has one model and one number of new tokens"
+        )
+    if not waiting:
+        return
+    rows = [row for evidence in waiting for row in evidence.rows]
+    plans = [evidence.plan for evidence in waiting for _ in evidence.rows]
+    first = waiting[0]
+    with first.model.applied_each(plans):
+        found = iter(
+            first.model.generate(rows, max_new_tokens=first.new_tokens, batch_size=first.batch_size)
+        )
+    for evidence in waiting:
+        evidence.__dict__["generations"] = [next(found) for _ in evidence.rows]

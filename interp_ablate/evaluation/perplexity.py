@@ -1,0 +1,234 @@
+"""Negative log-likelihood of a text, window by window.
+
+Knows: documents, windows, losses. Does not know: plans and comparison.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from interp_ablate.edits.plan import Plan
+from interp_ablate.errors import ModelError, RunError
+from interp_ablate.evaluation.metrics import chosen_logprobs
+from interp_ablate.evaluation.outputs import Evidence
+from interp_ablate.models.model import Model
+from interp_ablate.prompts.chat_template import encode
+from interp_ablate.prompts.prompt import Prompt
+from interp_ablate.storage.bundled_data import bundled
+
+SEPARATOR = "---"  # alone on a line of a text file, between documents
+# Log-probabilities held at a time, of whole distributions at the counted tokens.
+HELD = 100_000_000
+
+
+# ---- text ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Text:
+    """Documents whose perplexity is measured.
+
+    Raises:
+        RunError: no document with any text.
+    """
+
+    name: str
+    documents: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.documents or not all(document.strip() for document in self.documents):
+            raise RunError(
+                f"{self.name} has no text, or an empty document: perplexity needs text in every one"
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(self.documents).encode()).hexdigest()
+
+
+def read_text(*paths: str | Path) -> Text:
+    """Documents from files; without any, the bundled ones (28 passages of 3900 words in all).
+
+    A text file is a document, or several with lines of `---` between them; a JSONL file has a document a
+    line, under "text".
+
+    Raises:
+        RunError: no such file, not UTF-8, a malformed line (named), nothing in it.
+    """
+    if not paths:
+        return Text("bundled text", _documents(bundled("texts", "text.txt")))
+    found = tuple(document for path in paths for document in _documents(Path(path)))
+    return Text(", ".join(Path(path).name for path in paths), found)
+
+
+def _documents(path: Path) -> tuple[str, ...]:
+    try:
+        content = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise RunError(f"cannot read the text {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise RunError(
+            f"{path} is not UTF-8 text (byte {error.start}): convert it, or give a .txt or .jsonl file"
+        ) from error
+    if path.suffix == ".jsonl":
+        found = tuple(_row_text(path, i, line) for i, line in enumerate(content.split("\n"), 1))
+        found = tuple(text for text in found if text)
+    else:
+        parts: list[list[str]] = [[]]
+        for line in content.splitlines():
+            parts.append([]) if line.strip() == SEPARATOR else parts[-1].append(line)
+        found = tuple(text for part in parts if (text := "\n".join(part).strip()))
+    if not found:
+        raise RunError(f"{path} holds no text: perplexity needs some")
+    return found
+
+
+def _row_text(path: Path, number: int, line: str) -> str:
+    if not line.strip():
+        return ""
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f'{path}, line {number}: expected a JSON object with "text" ({error!r})'
+        ) from error
+    if not isinstance(text, str) or not text.strip():
+        raise RunError(f'{path}, line {number}: "text" is {text!r}, not a text')
+    return text.strip()
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens begin..end of a row, of which those from `scored` on are counted."""
+
+    begin: int
+    scored: int
+    end: int
+
+
+def windows(n: int, *, context: int, stride: int, first: int = 1) -> list[Window]:
+    """Windows of at most `context` tokens, `stride` apart, that count every token from `first` on once.
+
+    A token has the tokens before it in its window as context: at least context - stride of them after
+    the first window. Source: the fixed-length perplexity of
+    https://huggingface.co/docs/transformers/perplexity, without the token that each window loses there
+    where windows do not overlap.
+
+    Raises:
+        RunError: a stride that leaves no overlap, a context below 2 tokens.
+    """
+    if context < 2 or not 1 <= stride < context:
+        raise RunError(
+            f"context {context}, stride {stride}: a window has at least 2 tokens, and the stride is from 1 "
+            "to context - 1, so that each window's first counted token has one before it"
+        )
+    found, done = [], first
+    for begin in range(0, n, stride):
+        end = min(begin + context, n)
+        if end > done:
+            found.append(Window(begin, done, end))
+            done = end
+        if end == n:
+            break
+    return found
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What one window's counted tokens cost: nats in all, over so many tokens and bytes of text.
+
+    `bytes` is None where the tokenizer does not say which text its tokens stand for.
+    """
+
+    document: int
+    tokens: int
+    nats: float
+    bytes: int | None
+
+
+def text_losses(
+    model: Model,
+    text: Text,
+    *,
+    plan: Plan | None = None,
+    context: int = 512,
+    stride: int = 256,
+) -> list[Loss]:
+    """Negative log-likelihoods of a text's tokens, window by window, in the documents' order.
+
+    Every document is a row of its own. It starts with what the tokenizer puts in front of raw text (a
+    BOS, where it has one); where it puts nothing, the first token is context and not counted. Under a
+    plan, counted tokens are positions `generated`, the others `prompt`.
+
+    Raises:
+        RunError: see `windows`; no document has a token to count.
+        ModelError: a model without a tokenizer.
+        InterpAblateError: NaN or infinity in the logits.
+    """
+    if model.tokenizer is None:
+        raise ModelError(f"{model.source.name} has no tokenizer: perplexity of text needs one")
+    found = [
+        placed
+        for number, document in enumerate(text.documents)
+        for placed in _placed(model, number, document, context, stride)
+    ]
+    if not found:
+        raise RunError(f"{text.name}: no document has more than one token: nothing can be counted")
+    losses = [loss for loss, _, _ in found]
+    left = sorted(range(len(found)), key=lambda i: -len(found[i][1]) - len(found[i][2]))
+    while left:
+        size = max(1, HELD // (max(len(found[i][2]) for i in left) * model.tl.cfg.d_vocab))
+        chosen, left = left[:size], left[size:]
+        ends = [found[i][2] for i in chosen]
+        evidence = Evidence(model, [found[i][1] for i in chosen], plan)
+        for i, logprobs in zip(chosen, evidence.continuation_logprobs(ends, batch_size=size)):
+            nats = -float(chosen_logprobs(logprobs, found[i][2]).sum())
+            losses[i] = replace(losses[i], nats=nats)
+    return losses
+
+
+def _placed(
+    model: Model, number: int, document: str, context: int, stride: int
+) -> Iterator[tuple[Loss, list[int], list[int]]]:
+    """A document's windows, their nats still unknown: what is context, and what is counted."""
+    row, first, starts = _tokens(model, document)
+    size = len(document.encode())
+    for window in windows(len(row), context=context, stride=stride, first=first):
+        length = None
+        if starts is not None:
+            end = starts[window.end] if window.end < len(row) else size
+            length = end - starts[window.scored]
+        loss = Loss(number, window.end - window.scored, math.nan, length)
+        yield loss, row[window.begin : window.scored], row[window.scored : window.end]
+
+
+def _tokens(model: Model, document: str) -> tuple[list[int], int, list[int] | None]:
+    """A document's row, the first token that is counted, and the byte at which each token begins."""
+    row = encode(Prompt(document), model.tokenizer, template="none")
+    if not model.tokenizer.is_fast:
+        plain = list(model.tokenizer(document, add_special_tokens=False)["input_ids"])
+        return row, max(1, len(row) - len(plain)), None
+    found = model.tokenizer(document, add_special_tokens=False, return_offsets_mapping=True)
+    extra = len(row) - len(found["input_ids"])
+    counted = [0]  # bytes before each character
+    for character in document:
+        counted.append(counted[-1] + len(character.encode()))
+    starts = [0] * extra + [counted[start] for start, _ in found["offset_mapping"]]
+    return row, max(1, extra), starts
+
+
+def same_vocabulary(one: Model, other: Model) -> bool:
+    if one is other:
+        return True
+    if (
+        one.tokenizer is None
+        or other.tokenizer is None
+        or one.tl.cfg.d_vocab != other.tl.cfg.d_vocab
+    ):
+        return False
+    return one.tokenizer.get_vocab() == other.tokenizer.get_vocab()

@@ -1,0 +1,249 @@
+"""Rows of an evaluation and how they are written.
+
+Knows: rows, tables, formats. Does not know: how a number was measured.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from interp_ablate.errors import RunError
+from interp_ablate.stats.intervals import (
+    FEWEST,
+    RESAMPLES,
+    Estimate,
+    difference_estimate,
+    mean_estimate,
+)
+from interp_ablate.storage.atomic_files import write_whole
+
+FORMAT = "interp_ablate evaluation 1"
+
+Unit = Literal["share", "score", "nats", "perplexity", "bits", "tokens", "metric"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measure before and after.
+
+    Attributes:
+        on: what it was measured on.
+        n: units that count (prompts, windows, items); the intervals are over these.
+        missing: units left out, because there is no verdict on one of the two answers.
+        difference: after - before, of the pairs; None where the two cannot be compared.
+    """
+
+    measure: str
+    on: str
+    unit: Unit
+    n: int
+    before: Estimate | None
+    after: Estimate | None
+    difference: Estimate | None
+    missing: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        found = asdict(self)
+        for key in ("before", "after", "difference"):
+            value = getattr(self, key)
+            found[key] = None if value is None else value.to_list()
+        return found
+
+
+def paired_row(
+    measure: str,
+    on: str,
+    unit: Unit,
+    before: Sequence[float | None],
+    after: Sequence[float | None],
+    *,
+    comparable: bool = True,
+) -> Row:
+    """Means before and after over the units that have both, and their difference.
+
+    Raises:
+        RunError: lists of different lengths.
+    """
+    if len(before) != len(after):
+        raise RunError(f"{measure}: {len(before)} units before and {len(after)} after do not pair")
+    pairs = [(b, a) for b, a in zip(before, after) if b is not None and a is not None]
+    missing = len(before) - len(pairs)
+    if not pairs:
+        return Row(measure, on, unit, 0, None, None, None, missing)
+    first, second = ([pair[i] for pair in pairs] for i in (0, 1))
+    rate = {*first, *second} <= {0.0, 1.0}
+    return Row(
+        measure,
+        on,
+        unit,
+        len(pairs),
+        mean_estimate(first, proportion=rate),
+        mean_estimate(second, proportion=rate),
+        difference_estimate(first, second, proportion=rate) if comparable else None,
+        missing,
+    )
+
+
+Sums = tuple[np.ndarray, np.ndarray]  # of numerators and of denominators, a unit
+
+
+def ratio_row(
+    measure: str, on: str, unit: Unit, before: Sums, after: Sums, *, comparable: bool = True
+) -> Row:
+    """A ratio of sums over units (nats a token, bits a byte; perplexity is exp of the first).
+
+    The bootstrap draws units, the same ones before and after.
+    """
+    scale: Callable[[Any], Any] = np.exp if unit == "perplexity" else (lambda x: x)
+
+    def value(sums: Sums, drawn: Any = slice(None)) -> np.ndarray:
+        return scale(sums[0][drawn].sum(-1) / sums[1][drawn].sum(-1))
+
+    n = len(before[0])
+    first, second = float(value(before)), float(value(after))
+    ends: list[list[float]] = [[], [], []]
+    if n >= FEWEST:
+        generator, drawn = np.random.default_rng(0), []
+        block = max(1, 4_000_000 // n)
+        for start in range(0, RESAMPLES, block):
+            size = (min(block, RESAMPLES - start), n)
+            units = generator.integers(0, n, size)
+            drawn.append((value(before, units), value(after, units)))
+        b, a = (np.concatenate(side) for side in zip(*drawn))
+        ends = [np.quantile(x, [0.025, 0.975]).tolist() for x in (b, a, a - b)]
+    found = [Estimate(v, *e) for v, e in zip((first, second, second - first), ends)]
+    return Row(measure, on, unit, n, found[0], found[1], found[2] if comparable else None)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The table, how it was measured (`notes`), and what is behind it.
+
+    Attributes:
+        items: every unit's two numbers (measure, on, item, before, after).
+        answers: every prompt with both answers.
+    """
+
+    before: str
+    after: str
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+    settings: dict[str, Any]
+    items: tuple[dict[str, Any], ...] = ()
+    answers: tuple[dict[str, Any], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "before": self.before,
+            "after": self.after,
+            "rows": [row.to_dict() for row in self.rows],
+            "notes": list(self.notes),
+            "settings": self.settings,
+            "versions": {
+                "python": platform.python_version(),
+                **{name: metadata.version(name) for name in ("torch", "transformers")},
+            },
+        }
+
+    def save(self, folder: str | Path) -> None:
+        """evaluation.json, evaluation.csv, evaluation.md, items.csv and answers.csv in `folder`.
+
+        Raises:
+            RunError: the place cannot be written.
+        """
+        folder = Path(folder)
+        ends = ("", "_low", "_high")
+        table = []
+        for row in self.rows:
+            flat = {"measure": row.measure, "on": row.on, "unit": row.unit, "n": row.n}
+            for key in ("before", "after", "difference"):
+                found = getattr(row, key)
+                values = found.to_list() if found else [None] * 3
+                flat |= {f"{key}{end}": value for end, value in zip(ends, values)}
+            table.append({**flat, "missing": row.missing})
+        for name, rows in (
+            ("evaluation.csv", table),
+            ("items.csv", self.items),
+            ("answers.csv", self.answers),
+        ):
+            if rows:
+                write_whole(folder / name, _csv(rows))
+        write_whole(folder / "evaluation.md", as_markdown(self))
+        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+        write_whole(folder / "evaluation.json", text)
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+# ---- the table as text ---------------------------------------------------------------------------
+
+
+def number(value: float, unit: Unit) -> str:
+    """A value as the tables show it."""
+    places = {"perplexity": 2, "score": 1, "tokens": 1}.get(unit, 3)
+    return f"{value:.{places}f}" if abs(value) < 1e6 else f"{value:.3g}"
+
+
+def _cell(estimate: Estimate | None, unit: Unit, *, signed: bool = False) -> str:
+    if estimate is None:
+        return ""
+    sign = "+" if signed and estimate.value > 0 else ""
+    text = sign + number(estimate.value, unit)
+    if estimate.low is None or estimate.high is None:
+        return text
+    return f"{text} [{number(estimate.low, unit)}, {number(estimate.high, unit)}]"
+
+
+def cells(evaluation: Evaluation) -> list[list[str]]:
+    """The table: a heading, then a line a row."""
+    found = [["measure", "on", "n", "before", "after", "difference"]]
+    for row in evaluation.rows:
+        left_out = f" ({row.missing} without verdict)" if row.missing else ""
+        found.append(
+            [
+                row.measure,
+                row.on,
+                f"{row.n or ''}{left_out}",
+                _cell(row.before, row.unit),
+                _cell(row.after, row.unit),
+                _cell(row.difference, row.unit, signed=True),
+            ]
+        )
+    return found
+
+
+def as_text(evaluation: Evaluation) -> str:
+    """The table in columns, and the notes."""
+    table = cells(evaluation)
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in table]
+    head = f"before: {evaluation.before}\nafter:  {evaluation.after}\n"
+    return "\n".join([head, lines[0], "-" * len(lines[0]), *lines[1:], "", *evaluation.notes])
+
+
+def as_markdown(evaluation: Evaluation) -> str:
+    """The same as a page of Markdown, with the figure."""
+    lines = ["| " + " | ".join(line) + " |" for line in cells(evaluation)]
+    rule = "|---" * len(cells(evaluation)[0]) + "|"
+    notes = [f"- {note}" for note in evaluation.notes]
+    title = f"# {evaluation.after} against {evaluation.before}"
+    said = "95% intervals in brackets; a difference is after - before, of pairs."
+    figure = "![before and after](figures/evaluation.png)"
+    return "\n".join([title, "", lines[0], rule, *lines[1:], "", said, "", *notes, "", figure, ""])

@@ -1,0 +1,12 @@
+from .auditing import Audit as Audit
+from .auditing import Origin as Origin
+from .auditing import audit as audit
+from .certification import certify as certify
+from .checkpoint import export_checkpoint as export_checkpoint
+from .checkpoint import export_folder as export_folder
+from .control_vector import ControlVector as ControlVector
+from .control_vector import read_control_vector as read_control_vector
+from .control_vector import write_control_vector as write_control_vector
+from .gguf import export_gguf as export_gguf
+from .hub import push_to_hub as push_to_hub
+from .lora import export_lora as export_lora

@@ -1,0 +1,307 @@
+"""Audit: is a folder really another one under a plan and nothing else, tensor by tensor.
+
+Knows: what every tensor of the result must be, and how to say which is not. Does not know: logits or
+hooks (`verify` does), or who wrote the folder: anyone may audit what they were sent.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from interp_ablate.edits.plan import Plan
+from interp_ablate.errors import ExportError
+from interp_ablate.export.model_card import CERTIFICATE
+from interp_ablate.models.architectures import Architecture, architecture_of, is_tied
+from interp_ablate.models.sources import read_hf_config
+from interp_ablate.storage.provenance import MANIFEST
+from interp_ablate.storage.safetensors_reader import INDEX, Checkpoint
+from interp_ablate.weights.edited_tensors import edited_tensor
+from interp_ablate.weights.plan_to_weights import Tied, WeightPlan, weight_plan
+
+# Files beside the weights that change what a model does, and have to be there if they are in the source.
+BEHAVIOUR_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+# What an export writes itself, or what no program reads.
+_MAY_DIFFER = (
+    "README.md",
+    "config.json",
+    MANIFEST,
+    CERTIFICATE,
+    ".gitattributes",
+)
+# Files that loaders act on where they find them: adapters, code, other weights, other templates.
+_ACTED_ON = (".json", ".jinja", ".model", ".py", ".safetensors", ".bin", ".pt", ".pth", ".txt")
+_NOT_COMPARED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a folder is said to come from: tensors by name, how to read one, its config, its folder."""
+
+    names: Collection[str]
+    read: Callable[[str], Tensor]
+    hf_config: Any
+    entry: Architecture
+    folder: Path | None = None
+    checkpoint: Checkpoint | None = None
+
+    @classmethod
+    def of_folder(cls, folder: str | Path) -> Origin:
+        """A local Hugging Face folder, read tensor by tensor.
+
+        Raises:
+            ExportError: no safetensors, malformed files, an architecture without an entry.
+        """
+        checkpoint = Checkpoint.open(folder)
+        config = read_hf_config(folder)
+        return cls(
+            checkpoint.tensors,
+            checkpoint.read,
+            config,
+            architecture_of(config),
+            checkpoint.folder,
+            checkpoint,
+        )
+
+    @classmethod
+    def of_model(cls, model: Any) -> Origin:
+        """A model in memory: its own tensors, without the unembedding where it is the embedding."""
+        state, entry = model.hf_state_dict(), model.architecture
+        if is_tied(model.hf_config):
+            state.pop(entry.unembed, None)
+        return cls(state, state.__getitem__, model.hf_config, entry)
+
+
+@dataclass
+class Audit:
+    """What was found: how many tensors are as they must be, and every one that is not."""
+
+    tied: Tied | None
+    weights: WeightPlan
+    same: int = 0
+    edited: int = 0
+    edited_bit_equal: int = 0
+    added: int = 0
+    problems: list[str] = field(default_factory=list)
+    not_compared: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        names = ("same", "edited", "edited_bit_equal", "added", "tied", "problems", "not_compared")
+        return {**{name: getattr(self, name) for name in names}, "passed": self.passed}
+
+
+def audit(origin: Origin, plan: Plan, folder: str | Path, *, tied: Tied | None = None) -> Audit:
+    """Compare a folder with what the plan makes of the origin: tensors, config, tokenizer.
+
+    An edited tensor must be the planned one within one unit in the last place of its dtype; every other
+    must be the same bytes; none may be missing or new.
+
+    Args:
+        tied: what the folder's maker chose for a tied embedding; default: read from the folder.
+
+    Raises:
+        ExportError: a plan with no exact form for the origin, files that cannot be read.
+    """
+    result = Checkpoint.open(folder)
+    config = read_hf_config(folder)
+    chosen = tied or _tied_choice(origin, result, config)
+    weights = weight_plan(
+        plan,
+        origin.hf_config,
+        origin.names,
+        origin.read,
+        tied=chosen,
+        entry=origin.entry,
+        describe=origin.checkpoint.describe if origin.checkpoint else None,
+    )
+    found = Audit(weights.tied, weights)
+    expected = {*origin.names, *weights.added}
+    # a tied model may hold its unembedding or leave it out
+    if is_tied(config):
+        expected.discard(origin.entry.unembed)
+    for name in sorted(expected | set(result.tensors)):
+        if name not in result.tensors:
+            found.problems.append(f"{name} is missing")
+        elif name not in expected and not _is_tied_copy(name, origin, result, config):
+            found.problems.append(f"{name} is not a tensor of the source, nor of the plan")
+        elif name in expected:
+            _check_tensor(found, name, origin, result)
+    found.problems += _config_problems(origin.hf_config, config, weights)
+    if origin.folder is not None:
+        found.problems += _json_problems(origin.folder, result.folder, known=_comparable(config))
+    else:
+        found.not_compared = ["tokenizer and generation config: the source is no folder"]
+    found.problems += _file_problems(origin.folder, result)
+    return found
+
+
+def _tied_choice(origin: Origin, result: Checkpoint, config: Any) -> Tied:
+    """What the folder's maker did with a tied embedding: its manifest says it, or the tensors do."""
+    manifest = result.folder / MANIFEST
+    if manifest.is_file():
+        try:
+            said = json.loads(manifest.read_text()).get("tied")
+        except (ValueError, AttributeError) as error:
+            raise ExportError(f"{manifest} is not a manifest: {error}") from error
+        if said in get_args(Tied):
+            return said
+    if not is_tied(config):
+        return "untie"
+    embed = origin.entry.present(origin.entry.embed, origin.names)
+    if embed in result.tensors and _same(origin, result, embed):
+        return "skip-embedding"
+    return "accept"
+
+
+def _is_tied_copy(name: str, origin: Origin, result: Checkpoint, config: Any) -> bool:
+    """An unembedding that a tied checkpoint stores beside the embedding, as the same values."""
+    entry = origin.entry
+    embed = entry.present(entry.embed, result.tensors)
+    if not is_tied(config) or name != entry.unembed or embed is None:
+        return False
+    return torch.equal(result.read(name), result.read(embed))
+
+
+def _check_tensor(found: Audit, name: str, origin: Origin, result: Checkpoint) -> None:
+    weights = found.weights
+    if name in weights.edits and weights.edits[name].changes:
+        _check_edited(found, name, edited_tensor(origin.read(name), weights.edits[name]), result)
+        return
+    if name not in weights.added:
+        if _same(origin, result, name):
+            found.same += 1
+        else:
+            found.problems.append(f"{name} differs, though the plan does not touch it")
+        return
+    added, before = weights.added[name], len(found.problems)
+    like = origin.read(added.copy_of or added.beside)
+    want = like if added.copy_of is not None else added.bias(like.shape[0], like.dtype)
+    _check_edited(found, name, want, result)
+    found.added += len(found.problems) == before
+
+
+def _check_edited(found: Audit, name: str, want: Tensor, result: Checkpoint) -> None:
+    got = result.read(name)
+    if got.shape != want.shape or got.dtype != want.dtype:
+        found.problems.append(
+            f"{name} is {got.dtype} {tuple(got.shape)}; the plan makes it {want.dtype} {tuple(want.shape)}"
+        )
+        return
+    is_edit = name in found.weights.edits
+    if torch.equal(got, want):
+        found.edited += is_edit
+        found.edited_bit_equal += is_edit
+        return
+    apart = (got.double() - want.double()).abs()
+    # one unit in the last place, and what another order of summing leaves where a value nearly cancels
+    computed = torch.finfo(torch.float32 if want.element_size() < 4 else torch.float64)
+    unit = torch.finfo(want.dtype).eps * want.double().abs() + torch.finfo(want.dtype).tiny
+    unit += 64 * computed.eps * float(want.abs().max())
+    outside = ~(apart <= unit)
+    if bool(outside.any()):
+        found.problems.append(
+            f"{name} is not what the plan makes of it: {int(outside.sum())} of {outside.numel()} values "
+            f"differ, by up to {float(apart.max()):.3g}"
+        )
+        return
+    found.edited += is_edit
+
+
+def _same(origin: Origin, result: Checkpoint, name: str) -> bool:
+    """Equal bytes."""
+    if origin.checkpoint is None:
+        first, second = origin.read(name).detach().cpu().contiguous(), result.read(name)
+        return (
+            first.dtype == second.dtype
+            and first.shape == second.shape
+            and _bytes_equal(first, second)
+        )
+    a, b = origin.checkpoint.tensors[name], result.tensors[name]
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    pairs: Iterator[tuple[Any, Any]] = zip(origin.checkpoint.blocks(name), result.blocks(name))
+    return all(_bytes_equal(x, y) for (_, x), (_, y) in pairs)
+
+
+def _bytes_equal(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+def _config_problems(before: Any, after: Any, weights: WeightPlan) -> list[str]:
+    want = {**_comparable(before), **weights.config}
+    got = _comparable(after)
+    stated = [getattr(config, "dtype", None) for config in (before, after)]
+    if stated[0] is not None:  # a config made in memory says none
+        want["dtype"], got["dtype"] = map(str, stated)
+    return [
+        f"config.json: {key} is {got.get(key)!r}; the plan makes it {want.get(key)!r}"
+        for key in sorted(set(want) | set(got))
+        if want.get(key) != got.get(key)
+    ]
+
+
+def _json_problems(source: Path, folder: Path, *, known: Collection[str]) -> list[str]:
+    """Fields of config.json that the config class drops, and other programs or generation read."""
+    before, after = (json.loads((place / "config.json").read_text()) for place in (source, folder))
+    return [
+        f"config.json has {key} = {value!r}; the source's has {before.get(key)!r}"
+        for key, value in after.items()
+        if key not in known and key not in _NOT_COMPARED and value != before.get(key)
+    ]
+
+
+def _comparable(config: Any) -> dict[str, Any]:
+    values = {k: v for k, v in config.to_dict().items() if k not in _NOT_COMPARED}
+    return json.loads(json.dumps(values, default=str))
+
+
+def _file_problems(source: Path | None, result: Checkpoint) -> list[str]:
+    """Files that are not the source's, and behaviour files that are missing.
+
+    Without a source folder (a model in memory) its own side files cannot be compared; what a loader would
+    act on besides is still found.
+    """
+    folder, problems = result.folder, []
+    weights = {file.name for file in result.files} | {INDEX}
+    known = {*_MAY_DIFFER, *weights, *(BEHAVIOUR_FILES if source is None else ())}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if not path.is_file() or name in known:
+            continue
+        before = source / name if source is not None else None
+        if before is None or not before.is_file():
+            if path.suffix in _ACTED_ON:
+                problems.append(f"{name} is only in {folder}, and programs act on such files")
+        elif before.read_bytes() != path.read_bytes():
+            problems.append(f"{name} differs from the source's")
+    if source is not None:
+        problems += [
+            f"{name} is only in {source}"
+            for name in BEHAVIOUR_FILES
+            if (source / name).is_file() and not (folder / name).is_file()
+        ]
+    return problems

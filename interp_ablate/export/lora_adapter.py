@@ -1,0 +1,239 @@
+"""A plan as a minimal LoRA adapter.
+
+Knows: factors and targets. Does not know: files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from interp_ablate.edits.affine import Affine
+from interp_ablate.errors import ExportError
+from interp_ablate.weights.edited_tensors import BLOCK
+from interp_ablate.weights.plan_to_weights import Read, TensorEdit, WeightPlan
+
+PREFIX = "base_model.model."
+# What becomes of biases: none moves, PEFT adds a bias of its own, or the base's are replaced.
+Biases = Literal["none", "added", "replaced"]
+# A singular value of an edit's map below this share of its factors' size is rounding, not rank.
+NEGLIGIBLE = 1e-13
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A PEFT adapter: tensors under its file's names, its LoraConfig's fields, the rank of each target.
+
+    `ranks` is that of each weight, under its own name; 0 where only the bias beside it changes.
+    """
+
+    tensors: dict[str, Tensor]
+    fields: dict[str, Any]
+    ranks: dict[str, int]
+
+
+# ---- factors --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Bias:
+    """A bias beside an edited weight, before and after; float64."""
+
+    old: Float[Tensor, " d_model"]
+    new: Float[Tensor, " d_model"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Target:
+    """What the plan does to one weight: W + the product of `a` and `b`, and to the bias beside it."""
+
+    name: str  # the tensor's
+    edit: TensorEdit
+    a: Float[Tensor, "... k in"]  # of fused experts [expert, k, in]
+    b: Float[Tensor, "d_model k"]
+    bias: _Bias | None = None
+
+    @property
+    def module(self) -> str:
+        """The module that holds the weight."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def rank(self) -> int:
+        return self.b.shape[1]
+
+    @property
+    def fused(self) -> bool:
+        return self.edit.layout == "experts"
+
+    @property
+    def moves_bias(self) -> bool:
+        return self.bias is not None and not torch.equal(self.bias.old, self.bias.new)
+
+
+def minimal(affine: Affine) -> tuple[Float[Tensor, "d_model k"], Float[Tensor, "d_model k"]]:
+    """Left and right of a map with as many columns as their product has rank; float64."""
+    left, right = affine.left, affine.right
+    if not left.shape[1]:
+        return left, right
+    q_left, r_left = torch.linalg.qr(left)
+    q_right, r_right = torch.linalg.qr(right)
+    u, s, vh = torch.linalg.svd(r_left @ r_right.T)
+    rank = int((s > NEGLIGIBLE * float(left.norm() * right.norm())).sum())
+    if rank == left.shape[1]:
+        return left, right
+    return q_left @ (u[:, :rank] * s[:rank]), q_right @ vh[:rank].T
+
+
+def _read_through(
+    weight: Tensor, right: Float[Tensor, "d_model k"], *, d_model_first: bool
+) -> Float[Tensor, "k in"]:
+    """right^T W for a weight [d_model, in], or for one stored [in, d_model], in float64, a block at a time."""
+    rows, columns = weight.shape
+    width = max(1, BLOCK // max(1, columns))
+    spans = [slice(start, start + width) for start in range(0, rows, width)]
+    wide = (weight[span].detach().cpu().double() for span in spans)
+    if d_model_first:
+        total = right.new_zeros(right.shape[1], columns)
+        for span, block in zip(spans, wide):
+            total += right[span].T @ block
+        return total
+    return torch.cat([right.T @ block.T for block in wide], 1)
+
+
+def _factors(weight: Tensor, edit: TensorEdit) -> tuple[Tensor, Tensor]:
+    """The two factors of what an edit adds to a weight."""
+    left, right = minimal(edit.affine)
+    if edit.layout == "experts":
+        return torch.stack([_read_through(w, right, d_model_first=True) for w in weight]), left
+    along = _read_through(weight, right, d_model_first=edit.layout == "linear")
+    if edit.layout == "embedding" and not edit.affine.is_linear:
+        # the same vector for every entry of the embedding: one more rank
+        along = torch.cat([along, along.new_ones(1, along.shape[1])])
+        left = torch.cat([left, edit.affine.shift[:, None]], 1)
+    return along, left
+
+
+def _targets(plan: WeightPlan, read: Read) -> list[_Target]:
+    """Every weight that the plan changes, or whose bias it changes."""
+    found = []
+    for name, edit in plan.edits.items():
+        if edit.layout == "bias":
+            continue
+        a, b = _factors(read(name), edit)
+        beside = name.removesuffix(".weight") + ".bias"
+        bias = None
+        if beside in plan.edits:
+            old = read(beside).detach().cpu().double()
+            bias = _Bias(old, plan.edits[beside].affine(old))
+        target = _Target(name, edit, a, b, bias)
+        if target.rank or target.moves_bias:
+            found.append(target)
+    return found
+
+
+# ---- the adapter ----------------------------------------------------------------------------------
+
+
+def lora_adapter(
+    plan: WeightPlan, names: Collection[str], read: Read, *, dtype: torch.dtype = torch.float32
+) -> Adapter:
+    """The adapter of a weight plan, for a base model that holds these tensors.
+
+    For a weight W and its map x -> x + left (right^T x), A is right^T W and B is left: the rank is the
+    map's, the scaling 1 everywhere. Computed in float64, rounded once to `dtype`.
+
+    Biases: where every target is a projection that has one, PEFT's `lora_bias` (a bias on B, which a
+    disabled adapter takes back). Elsewhere (an embedding among the targets, projections without bias)
+    PEFT has only `bias="lora_only"`: the new biases replace the base's when the adapter is loaded.
+
+    Args:
+        names: of all tensors of the base model, as its `state_dict` has them.
+        read: gives a tensor by name.
+
+    Raises:
+        ExportError: norm-preserving edits (not of low rank), biases that the base does not have, or a
+            plan that changes nothing.
+    """
+    _check_has_form(plan)
+    targets = _targets(plan, read)
+    if not targets:
+        raise ExportError("the plan changes no weight: there is nothing to export")
+    # In a model with fused experts PEFT takes a target module `...mlp.down_proj` for the experts.
+    mixture = any(".experts." in name for name in names)
+    parameters = {t.name for t in targets if t.fused or (mixture and t.edit.point[:3] == "mlp")}
+    moved = any(t.moves_bias for t in targets)
+    every = all(t.bias is not None and t.edit.layout in ("linear", "conv1d") for t in targets)
+    biases: Biases = ("added" if every else "replaced") if moved else "none"
+    ranks = {t.name: max(1, t.rank) for t in targets}
+    # One rank for all parameters: a rank_pattern for a parameter makes PEFT warn that it is ignored.
+    common = max(rank for name, rank in ranks.items() if name in parameters or not parameters)
+    ranks |= dict.fromkeys(parameters, common)
+    tensors: dict[str, Tensor] = {}
+    for target in targets:
+        tensors.update(_named(target, ranks[target.name], biases))
+    patterns = {
+        f"^{re.escape(t.module)}": ranks[t.name] for t in targets if ranks[t.name] != common
+    }
+    fields = {
+        "r": common,
+        "lora_alpha": common,
+        "rank_pattern": patterns,
+        "alpha_pattern": patterns,
+        "target_modules": sorted(t.module for t in targets if t.name not in parameters),
+        "target_parameters": sorted(parameters) or None,
+        "fan_in_fan_out": any(t.edit.layout == "conv1d" for t in targets),
+        "lora_bias": biases == "added",
+        "bias": "lora_only" if biases == "replaced" else "none",
+    }
+    stored = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+    return Adapter(stored, fields, {t.name: t.rank for t in targets})
+
+
+def _check_has_form(plan: WeightPlan) -> None:
+    kept = [name for name, edit in plan.edits.items() if edit.keeps_norm]
+    if kept:
+        raise ExportError(
+            f"a norm-preserving ablation rescales every column of {kept[0]}: that is no change of low "
+            "rank, and no adapter holds it. The nearest plan that one holds is the same without "
+            "norm_preserving; a checkpoint holds this one"
+        )
+    new = [name for name, added in plan.added.items() if added.copy_of is None]
+    if new:
+        raise ExportError(
+            f"the plan adds a vector through {new[0]}, which the base model does not have: PEFT can run "
+            "a bias there, but cannot merge it. Export a checkpoint, which turns the biases on, or a "
+            "control vector; or leave what is added (an addition, the value of a clamp or an erasure) out "
+            "of the adapter's plan"
+        )
+
+
+def _named(target: _Target, rank: int, biases: Biases) -> dict[str, Tensor]:
+    """A target's tensors as PEFT names and lays them out, filled with zeros up to a rank."""
+    a = _filled(target.a, target.a.ndim - 2, rank)
+    b = _filled(target.b, 1, rank)
+    base = PREFIX + target.module
+    if target.edit.layout == "embedding":
+        return {f"{base}.lora_embedding_A": a, f"{base}.lora_embedding_B": b}
+    if target.fused:
+        # lora_A: expert by expert, its ranks inside; lora_B: rank by rank, the experts inside.
+        b = b[:, :, None].expand(*b.shape, len(a)).flatten(1)
+        a = a.flatten(0, 1)
+    named = {f"{base}.lora_A.weight": a, f"{base}.lora_B.weight": b}
+    if target.bias is not None and biases == "added":
+        named[f"{base}.lora_B.bias"] = target.bias.new - target.bias.old
+    if target.bias is not None and biases == "replaced":
+        named[f"{base}.base_layer.bias"] = target.bias.new
+    return named
+
+
+def _filled(factor: Tensor, dim: int, rank: int) -> Tensor:
+    more = list(factor.shape)
+    more[dim] = rank - more[dim]
+    return torch.cat([factor, factor.new_zeros(more)], dim)

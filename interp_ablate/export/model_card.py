@@ -1,0 +1,328 @@
+"""Card: the model card of an export: checkpoint, adapter or GGUF file.
+
+Knows: what a reader must be told, what is inherited from the source's own card, and valid front matter.
+Does not know: how any of the numbers was measured.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from interp_ablate.sites import Site
+
+logger = logging.getLogger(__name__)
+
+CERTIFICATE = "certificate.json"
+SAFETY_NOTICE = (
+    "An edit of this kind can remove safety training along with the behaviour it was aimed at. "
+    "Treat the result as a model without such training until you have shown otherwise."
+)
+# What an export takes over from its source's card, where it is a text or a list of texts.
+INHERITED = (
+    "license",
+    "license_name",
+    "license_link",
+    "language",
+    "base_model",
+    "tags",
+    "library_name",
+    "pipeline_tag",
+)
+TAGS = ("interp-ablate", "activation-steering")
+_FORMAT_TAGS = {"gguf", "mlx", "onnx", "openvino", "lora", "peft", "adapter", "llama-cpp"}
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_FROM_BASE = "AutoModelForCausalLM.from_pretrained"
+# kind of artefact -> (base_model_relation of the hub, library_name, the code that loads it)
+_KINDS: dict[str, tuple[str, str | None, str]] = {
+    "checkpoint": ("finetune", "transformers", f"model = {_FROM_BASE}('THIS')"),
+    "lora": ("adapter", "peft", f"PeftModel.from_pretrained({_FROM_BASE}('BASE'), 'THIS')"),
+    "gguf": ("finetune", None, "llama-cli -m THIS/FILE -p 'Hello'"),
+}
+_TIED = {
+    "untie": "The tied embedding was untied: `lm_head.weight` keeps the unedited values.",
+    "skip-embedding": "The tied embedding is unedited: what it writes along the direction stays.",
+    "accept": "The tied embedding was edited, and the unembedding with it: this is another function "
+    "than the plan as hooks.",
+}
+# metric of the test split -> how the card names it
+_METRICS = {
+    "behaviour_before": "behaviour, positive prompts, unedited",
+    "behaviour_after": "behaviour, positive prompts, edited",
+    "negative_before": "behaviour, negative prompts, unedited",
+    "negative_after": "behaviour, negative prompts, edited",
+    "kl_first_token": "KL to the unedited model, first token, negative prompts (nats)",
+    "kl_continuation": "KL per token over the unedited model's own answers (nats)",
+    "repetition_before": "repeated 3-grams, negative prompts, unedited",
+    "repetition_after": "repeated 3-grams, negative prompts, edited",
+    "perplexity_before": "perplexity of the unedited model's answers, unedited",
+    "perplexity_after": "perplexity of the unedited model's answers, edited",
+}
+
+
+def source_front_matter(folder: str | Path | None) -> dict[str, Any]:
+    """What the card of a source folder says that an export inherits; empty where there is no card.
+
+    Every scalar stays the text that is written there (`language: no` is Norwegian, not false). Front
+    matter that is no YAML is ignored with a warning.
+    """
+    import yaml
+
+    path = Path(folder or ".") / "README.md"
+    if folder is None or not path.is_file():
+        return {}
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        match = re.match(r"---[ \t]*\r?\n(.*?)^---[ \t]*$", text, re.DOTALL | re.MULTILINE)
+        found = yaml.load(match[1], Loader=yaml.BaseLoader) if match else {}  # texts only: safe
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        logger.warning(
+            "the front matter of %s is ignored, and its licence with it: %s", path, error
+        )
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {key: found[key] for key in INHERITED if _is_text(found.get(key))}
+
+
+def _is_text(value: object) -> bool:
+    """A short text, or a short list of such."""
+    several = isinstance(value, list) and 0 < len(value) <= 100
+    texts = value if isinstance(value, list) and several else [value]
+    return all(isinstance(text, str) and 0 < len(text) <= 500 for text in texts)
+
+
+def model_card(manifest: Mapping[str, Any], certificate: Mapping[str, Any]) -> str:
+    """README.md of an export: what was edited, from what, what it did, what was not tested.
+
+    Args:
+        manifest: `source`, `dtype`, `edited`, `unchanged`, `plan`; and where known `kind` ("checkpoint",
+            "lora" or "gguf"), `source_card`, `tied`, `added`, `test`, `versions`, `file` (of a GGUF), `more_card` (sections that others added).
+    """
+    source, front = manifest["source"], _front_matter(manifest)
+    base = front.get("base_model")
+    license_name = front.get("license_name", front.get("license"))
+    sections = {
+        "What was edited": _edits(manifest, certificate),
+        "What it did": _results(manifest.get("test")),
+        "Is this the model that was measured?": _certificate(certificate, manifest),
+        "How to load and check it": _commands(manifest, base),
+        "Licence": [
+            f"{_code(license_name)}, inherited from the source; its terms go on to apply."
+            if license_name
+            else "The source names none. Find out under which terms it may be used before you share this."
+        ],
+        "Intended use, and what was not tested": _limits(manifest.get("test")),
+        "How to make it again": [
+            "`interp-ablate export` with the source and the plan in `interp_ablate.json`; made with "
+            + ", ".join(f"{name} {number}" for name, number in manifest.get("versions", {}).items())
+        ],
+    }
+    known = f", base model {_code(base)}" if base and base != source["name"] else ""
+    lines = [
+        f"---\n{_yaml(front)}---\n",
+        f"# {_line(source['name'])}, edited\n",
+        f"Made by `interp_ablate` from {_code(source['name'])} ({_line(source['kind'])}{known}), "
+        f"weights in {_line(manifest['dtype'])}.\n",
+    ]
+    for title, content in sections.items():
+        lines += [f"## {title}\n", *content, ""]
+    if manifest.get("more_card"):
+        lines += [manifest["more_card"]]
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------- front matter
+
+
+def _front_matter(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The card's metadata; fields of the hub: https://huggingface.co/docs/hub/model-cards."""
+    source, card = manifest["source"], manifest.get("source_card") or {}
+    kind = manifest.get("kind", "checkpoint")
+    relation, library, _ = _KINDS[kind]
+    base = source["name"] if source["kind"] == "hub" else source.get("base_model")
+    base = base or card.get("base_model")
+    names = [base] if isinstance(base, str) else list(base or ())
+    known = [name for name in names if _HUB_NAME.fullmatch(name)]
+    front: dict[str, Any] = {"license": source.get("license") or card.get("license")}
+    if front["license"] == card.get("license"):
+        front |= {key: card.get(key) for key in ("license_name", "license_link")}
+    link = front.get("license_link")
+    if link and not re.match(r"https?://", link) and kind != "checkpoint":  # LICENSE is not copied
+        front["license_link"] = (
+            f"https://huggingface.co/{known[0]}/blob/main/{link}" if known else None
+        )
+    front["language"] = card.get("language")
+    front["base_model"] = known[0] if len(known) == 1 else known
+    front["base_model_relation"] = relation if known else None
+    front["pipeline_tag"] = card.get("pipeline_tag", "text-generation")
+    front["library_name"] = library
+    inherited = card.get("tags", ())
+    inherited = [inherited] if isinstance(inherited, str) else inherited
+    kept = [tag for tag in inherited if tag.lower() not in _FORMAT_TAGS]
+    front["tags"] = [*dict.fromkeys([*kept, *TAGS, *(["gguf"] if kind == "gguf" else [])])]
+    return {key: value for key, value in front.items() if value}
+
+
+def _yaml(front: Mapping[str, Any]) -> str:
+    import yaml
+
+    def line(value: Any) -> Any:
+        return " ".join(value.split()) if isinstance(value, str) else [line(each) for each in value]
+
+    texts = {key: line(value) for key, value in front.items()}
+    return yaml.safe_dump(texts, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def _line(value: object) -> str:
+    """On one line, and no HTML."""
+    return " ".join(str(value).split()).replace("<", "&lt;")
+
+
+def _code(value: object) -> str:
+    """As code, in a line or a cell of a table."""
+    text = " ".join(", ".join(value).split() if isinstance(value, list) else str(value).split())
+    return "`" + text.replace("`", "'").replace("|", "\\|") + "`"
+
+
+# --------------------------------------------------------------------------------- sections
+
+
+def _edits(manifest: Mapping[str, Any], certificate: Mapping[str, Any]) -> list[str]:
+    edits, changed = manifest["plan"]["edits"], manifest["edited"]
+    lines = ["There is no plan: these are the weights of the model in memory."]
+    if edits:
+        lines = ["| edit | along | sites | amount | positions |", "|---|---|---|---|---|"]
+        lines += [_edit(edit) for edit in edits]
+    count = f"{len(changed)} tensors changed, {len(manifest['unchanged'])} did not"
+    lines += ["", f"{count}{':' if changed else '.'}", ""]
+    lines += [f"- {family}" for family in _families(changed)]
+    added = manifest.get("added", ())
+    lines += ["", f"Added: {', '.join(_families(added))}."] if added else []
+    tied = manifest.get("tied") or ("untie" if manifest.get("untied") else None)
+    lines += ["", _TIED[tied]] if tied else []
+    cost = certificate.get("cost_of_accept")
+    if cost:
+        numbers = ", ".join(f"{name} {value:.3g}" for name, value in cost.items())
+        lines += [f"How far it is from the plan itself: {numbers}."]
+    return [*lines, "", "The full plan and the names of all tensors are in `interp_ablate.json`."]
+
+
+def _edit(edit: Mapping[str, Any]) -> str:
+    names = [key for key in ("strength", "coefficient", "value") if key in edit]
+    amount = ", ".join(f"{name} {_amount(edit[name])}" for name in names)
+    layers: dict[str, list[int]] = {}
+    for site in map(Site.parse, edit["sites"]):
+        layers.setdefault(site.point, []).append(site.layer)
+    places = [p if p.endswith("embed") else f"{p} {_ranges(at)}" for p, at in layers.items()]
+    rank = len(edit.get("vectors") or [0])
+    op = edit["op"] + (f", rank {rank}" if rank > 1 else "")
+    op += ", norm-preserving" if edit.get("norm_preserving") else ""
+    where = f"{len(edit['sites'])} sites: {'; '.join(places)}"
+    return f"| {op} | {_code(edit['label'])} | {where} | {amount} | {edit['positions']} |"
+
+
+def _amount(given: float | Sequence[float]) -> str:
+    many = given if isinstance(given, Sequence) else [given]
+    low, high = min(many), max(many)
+    return f"{low:.3g}" + (f" to {high:.3g}" if high > low else "")
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """`0-3, 7` for 0, 1, 2, 3, 7."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{a}-{b}" if b > a else f"{a}" for a, b in runs)
+
+
+def _families(names: Sequence[str]) -> list[str]:
+    """Tensors that differ in their numbers only as one: `layers.{0-3, 7}.weight` (5)."""
+    found: dict[str, list[list[int]]] = {}
+    for name in names:
+        numbers = [int(number) for number in re.findall(r"(?<=\.)\d+(?=\.)", name)]
+        found.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "{}", name), []).append(numbers)
+    families = []
+    for pattern, rows in sorted(found.items()):
+        ranges = [
+            f"{{{_ranges(column)}}}" if len(rows) > 1 else f"{column[0]}" for column in zip(*rows)
+        ]
+        parts = pattern.split("{}")
+        name = parts[0] + "".join(a + b for a, b in zip(ranges, parts[1:]))
+        families.append(_code(name) + (f" ({len(rows)})" if len(rows) > 1 else ""))
+    return families
+
+
+def _results(test: Mapping[str, Any] | None) -> list[str]:
+    if not test:
+        return ["Not measured in this export."]
+    n = test.get("n", {})
+    how = {**({f"{side} prompts": count for side, count in n.items()}), **test.get("how", {})}
+    lines = ["On prompts that neither made nor selected the direction"]
+    lines[0] += (
+        " (" + ", ".join(f"{_line(k)}: {_line(v)}" for k, v in how.items()) + ")" if how else ""
+    )
+    intervals = test.get("intervals", {})
+    lines += ["", "| measure (test split) | value | 95% interval |", "|---|---|---|"]
+    for key, name in _METRICS.items():
+        if isinstance(test.get(key), (int, float)):
+            lines.append(f"| {name} | {test[key]:.3g} | {_interval(intervals.get(key))} |")
+    if test.get("controls"):
+        lines += ["", "| control, same plan | behaviour after | 95% interval |", "|---|---|---|"]
+    for control in test.get("controls", ()):
+        value, span = control["behaviour_after"], _interval(control.get("interval"))
+        lines.append(f"| {_line(control['name'])} | {value:.3g} | {span} |")
+    return lines
+
+
+def _interval(low_high: Sequence[float] | None) -> str:
+    return f"{low_high[0]:.3g} to {low_high[1]:.3g}" if low_high else ""
+
+
+def _certificate(certificate: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
+    if certificate.get("passed") is None:
+        return [
+            "Not compared by logits when it was written; `interp-ablate verify` (below) does it."
+        ]
+    limits = certificate["limits"]
+    rows = ["| reloaded, against the hooked model | value | limit |", "|---|---|---|"]
+    rows += [f"| {name} | {certificate[name]:.3g} | {limits[name]:.3g} |" for name in limits]
+    verdict = "passed" if certificate["passed"] else "FAILED"
+    dtype = _line(certificate.get("dtype", manifest["dtype"]))
+    effect, prompts = certificate.get("max_abs_logit_effect_of_plan"), certificate.get("prompts")
+    text = f"Certificate: **{verdict}** (`certificate.json`), with the limits of {dtype} weights"
+    text += f", on {prompts} prompts" if prompts else ""
+    text += f"; the plan itself moves logits by up to {effect:.3g}" if effect else ""
+    return [*rows, "", f"{text}."]
+
+
+def _commands(manifest: Mapping[str, Any], base: Any) -> list[str]:
+    code = _KINDS[manifest.get("kind", "checkpoint")][2]
+    found = base[0] if isinstance(base, list) else base
+    file = re.sub(r"[^\w.-]", "_", str(manifest.get("file", "model.gguf")))
+    lines = [code.replace("BASE", found or "SOURCE").replace("FILE", file)]
+    if manifest.get("kind", "checkpoint") == "checkpoint":
+        lines.append("interp-ablate verify SOURCE THIS --plan interp_ablate.json")
+    return [
+        "THIS is this repository or folder, SOURCE the model it was made from:",
+        "",
+        "\n".join(["```", *lines, "```"]),
+    ]
+
+
+def _limits(test: Mapping[str, Any] | None) -> list[str]:
+    return [
+        "Research into how behaviours are represented.",
+        "",
+        ("" if test else "No behaviour was measured in this export. ")
+        + "Not tested: other languages, long contexts, several turns, sampling, other behaviours, other "
+        "dtypes, quantized weights, and safety.",
+        "",
+        f"**{SAFETY_NOTICE}**",
+    ]

@@ -1,0 +1,196 @@
+"""HookedTransformer as a backend.
+
+Knows: TransformerLens 3.9. Does not know: plans.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from interp_ablate.errors import ModelError
+from interp_ablate.models.backends.backend import Lens, Step
+from interp_ablate.models.backends.checks import check_logits, fixed_tokens, lens_tokenizer
+from interp_ablate.sites import PROJECTION_POINTS, Site
+
+# A HookedTransformer built from a checkpoint must reproduce its logits to this, in fp32; else it is refused.
+HOOKED_TOLERANCE = 5e-3
+# HookedTransformer allocates [n_ctx, n_ctx] masks in every block; longer contexts only cost memory.
+MAX_HOOKED_CONTEXT = 2048
+
+
+class HookedLens:
+    """HookedTransformer (TransformerLens 3.x)."""
+
+    def __init__(self, tl: Any, hf_config: Any) -> None:
+        self.tl = tl
+        self.hf_config = hf_config
+
+    def hook_point(self, site: Site) -> nn.Module | None:
+        if site.point in PROJECTION_POINTS and site.layer < self.tl.cfg.n_layers:
+            return getattr(self.tl.blocks[site.layer], site.point.removesuffix("_proj"))
+        if site.point == "pos_embed" and self.tl.cfg.positional_embedding_type != "standard":
+            return None
+        return self.tl.hook_dict.get(str(site))
+
+    @property
+    def unembed_input(self) -> nn.Module:
+        return self.tl.ln_final  # `forward` unembeds what it returns
+
+    def gain(self, site: Site) -> Float[Tensor, " d_model"] | None:
+        names: dict[str, str] = {"attn_proj": "ln1_post", "mlp_proj": "ln2_post"}
+        if site.point not in names or not self.tl.cfg.use_normalization_before_and_after:
+            return None
+        return getattr(self.tl.blocks[site.layer], names[site.point]).w.detach().double()
+
+    def projection(self, site: Site) -> tuple[nn.Module, Float[Tensor, "d_model in"]] | None:
+        block = self.tl.blocks[site.layer]
+        if site.point.startswith("attn"):
+            weight = block.attn.W_O.detach()
+            return block.attn.hook_z, weight.reshape(-1, weight.shape[-1]).T
+        if self.tl.cfg.num_experts:
+            return None
+        return block.mlp.hook_post, block.mlp.W_out.detach().T
+
+    def new_cache(self, batch: int) -> Any:
+        from transformer_lens import TransformerLensKeyValueCache
+
+        return TransformerLensKeyValueCache.init_cache(self.tl.cfg, self.tl.cfg.device, batch)
+
+    def gathered_cache(self, cache: Any, rows: Int[Tensor, " row"]) -> Any:
+        return self.select_cache(copy.copy(cache), rows)
+
+    def select_cache(self, cache: Any, rows: Int[Tensor, " row"]) -> Any:
+        return self._each(cache, lambda x: x[rows])
+
+    starts_late = False  # always the whole pass
+
+    def first_block(self, site: Site) -> int:
+        return 0
+
+    def is_hooked_below(self, block: int) -> bool:
+        return True
+
+    @staticmethod
+    def _each(cache: Any, function: Callable[[Tensor], Tensor]) -> Any:
+        entries = []
+        for entry in cache.entries:
+            changed = copy.copy(entry)
+            changed.past_keys = function(entry.past_keys)
+            changed.past_values = function(entry.past_values)
+            entries.append(changed)
+        cache.entries = entries
+        cache.previous_attention_mask = function(cache.previous_attention_mask)
+        return cache
+
+    def forward(self, step: Step, keep: int) -> Tensor | None:
+        residual = self.tl(
+            step.tokens,
+            attention_mask=step.mask[:, -step.tokens.shape[1] :],
+            past_kv_cache=step.cache,
+            stop_at_layer=self.tl.cfg.n_layers,
+        )
+        if keep == 0:
+            return None
+        logits = self.tl.unembed(self.tl.ln_final(residual[:, -keep:]))
+        cap = getattr(self.tl.cfg, "output_logits_soft_cap", 0) or 0
+        return logits if cap <= 0 else cap * torch.tanh(logits / cap)
+
+    def hf_state_dict(self) -> dict[str, Tensor]:
+        from interp_ablate.models.backends.hooked_to_hf import hooked_to_hf
+
+        if self.hf_config is None:
+            raise ModelError(
+                "this HookedTransformer was wrapped without its Hugging Face config, which holds the "
+                "layout of the checkpoint: pass Model.wrap(..., hf_config=AutoConfig.from_pretrained(...))"
+            )
+        return hooked_to_hf(self.tl.state_dict(), self.hf_config)
+
+
+def refuse_processed(obj: Any) -> None:
+    """Raise for weights that TransformerLens folded or centred."""
+    norm = str(getattr(obj.cfg, "normalization_type", ""))
+    folded = type(obj).__name__ == "HookedTransformer" and norm.endswith("Pre")
+    if folded or getattr(obj, "_weights_processed", False):
+        raise ModelError(
+            f"this {type(obj).__name__} has processed weights (normalization {norm!r}): LayerNorm is "
+            "folded into the weights and writing weights may be centred, so directions and exports "
+            "would not be those of the checkpoint. Load it raw: "
+            "HookedTransformer.from_pretrained_no_processing(...), or a Bridge without "
+            "enable_compatibility_mode()"
+        )
+
+
+def hooked_from_hf(hf: Any, tokenizer: Any) -> Lens:
+    """Build a HookedTransformer from any architecture that TransformerLens can convert."""
+    try:
+        from transformer_lens import HookedTransformer, HookedTransformerConfig
+        from transformer_lens import loading_from_pretrained as loading
+    except ImportError as error:
+        raise ModelError(
+            "the installed TransformerLens has no HookedTransformer (removed in 4.0): use "
+            "backend='bridge', or pip install 'transformer-lens>=3.9,<4'"
+        ) from error
+    with tempfile.TemporaryDirectory() as folder:
+        config = copy.deepcopy(hf.config)
+        config.architectures = [type(hf).__name__]
+        if config.model_type == "gpt2":
+            config.n_ctx = config.n_positions  # transformers 5 dropped a name TransformerLens reads
+        config.save_pretrained(folder)
+        try:
+            cfg = HookedTransformerConfig(**_hooked_values(loading, folder, hf))
+            state = loading.get_pretrained_state_dict(folder, cfg, hf_model=hf, dtype=cfg.dtype)
+        except (NotImplementedError, KeyError, AttributeError, ValueError, RuntimeError) as error:
+            raise ModelError(
+                f"TransformerLens cannot build a HookedTransformer from {type(hf).__name__} "
+                f"({error}): use backend='bridge'"
+            ) from error
+    hooked = HookedTransformer(cfg, tokenizer=lens_tokenizer(tokenizer))
+    hooked.load_and_process_state_dict(
+        state,
+        fold_ln=False,
+        center_writing_weights=False,
+        center_unembed=False,
+        fold_value_biases=False,
+        refactor_factored_attn_matrices=False,
+    )
+    hooked.to(hf.device, print_details=False).eval().requires_grad_(False)
+    lens = HookedLens(hooked, hf.config)
+    _check_hooked(lens, hf)
+    return lens
+
+
+def _hooked_values(loading: Any, folder: str, hf: Any) -> dict[str, Any]:
+    """HookedTransformerConfig's fields for a checkpoint, by TransformerLens' own reading of its config."""
+    values = loading.convert_hf_model_config(folder)
+    head = getattr(hf.config, "head_dim", None)
+    if head:  # TransformerLens assumes hidden_size / heads
+        values.update(d_head=head, rotary_dim=head)
+    parameter = next(hf.parameters())
+    values.update(
+        dtype=parameter.dtype,
+        device=str(parameter.device),
+        init_weights=False,
+        model_name=getattr(hf.config, "_name_or_path", "") or type(hf).__name__,
+        n_ctx=min(values["n_ctx"], MAX_HOOKED_CONTEXT),
+    )
+    return values
+
+
+def _check_hooked(lens: HookedLens, hf: Any) -> None:
+    """Compare logits with the checkpoint's own on fixed tokens; raise where they differ."""
+    width = min(24, lens.tl.cfg.n_ctx)
+    tokens = fixed_tokens(hf.config.vocab_size, width).to(next(hf.parameters()).device)
+    ones = torch.ones_like(tokens)
+    positions = torch.arange(width, device=tokens.device)[None]
+    with torch.no_grad():
+        want = hf(tokens).logits.float()
+        got = lens.forward(Step(tokens, ones, positions, ones.sum(1)), width)
+    assert got is not None
+    check_logits(got, want, hf, "HookedTransformer built from", HOOKED_TOLERANCE)

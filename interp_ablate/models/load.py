@@ -1,0 +1,79 @@
+"""From a name or a folder to a Model.
+
+Knows: sources and backends. Does not know: what is done with it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from interp_ablate.errors import ModelError
+from interp_ablate.models.backends.bridge import bridge_from_hf
+from interp_ablate.models.backends.hooked import hooked_from_hf
+from interp_ablate.models.model import Backend, Model
+from interp_ablate.models.sources import ModelSource, check_device, load_hf, resolve, torch_dtype
+
+BACKENDS: tuple[Backend, ...] = ("bridge", "hooked")
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    backend: Backend = "bridge",
+    dtype: str | torch.dtype = "float32",
+    device: str = "cpu",
+    template: str | None = None,
+    trust_remote_code: bool = False,
+) -> Model:
+    """Load a decoder by hub name, local Hugging Face folder, GGUF file, or bundled alias (`smollm2`).
+
+    Weights are loaded raw: nothing folded, centred or refactored.
+
+    Args:
+        backend: "bridge" (TransformerBridge, the default: HF's own forward pass) or "hooked" (a
+            HookedTransformer built from the checkpoint and checked against its logits).
+        device: "cpu", "cuda", "mps", or "auto" to spread the layers over all GPUs (bridge only).
+        template: a Jinja chat template to use instead of the tokenizer's; "none" for raw text.
+        trust_remote_code: run Python code that the model's folder or repository brings; off unless asked.
+
+    Raises:
+        ModelError: what cannot be found, loaded or reproduced, with what to do.
+    """
+    if backend not in BACKENDS:
+        raise ModelError(f"unknown backend {backend!r}: accepted are {', '.join(BACKENDS)}")
+    if device == "auto" and backend == "hooked":
+        raise ModelError("a HookedTransformer lives on one device: use backend='bridge' for 'auto'")
+    source = resolve(name_or_path)
+    place, kind = None if device == "auto" else check_device(device), torch_dtype(dtype)
+    hf, tokenizer = load_hf(source, dtype=kind, device=place, trust_remote_code=trust_remote_code)
+    return from_hf(hf, tokenizer, source=source, backend=backend, template=template)
+
+
+def from_hf(
+    hf: Any,
+    tokenizer: Any,
+    *,
+    source: ModelSource | None = None,
+    backend: Backend = "bridge",
+    template: str | None = None,
+) -> Model:
+    """A `Model` over a Hugging Face causal language model in memory.
+
+    With the Bridge, the HF model is used in place (its modules get hook points); hooked copies it.
+    """
+    source = source or ModelSource(type(hf).__name__, "object")
+    hf.eval().requires_grad_(False)
+    make = bridge_from_hf if backend == "bridge" else hooked_from_hf
+    lens = make(hf, tokenizer)
+    lens.tl.requires_grad_(False)  # the Bridge splits joint weights into parameters of its own
+    return Model(
+        lens,
+        tokenizer,
+        source,
+        hf_config=hf.config,
+        generation_config=getattr(hf, "generation_config", None),
+        template=template,
+    )

@@ -1,0 +1,202 @@
+"""Hooks: what plans do to one site's activations inside a forward call, for one plan or one plan a row.
+
+Knows: maps stacked over plans, positions of a step, dtypes and devices met on the way. Does not know:
+models, hook points, or how rows are batched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from interp_ablate.edits.affine import Affine, kept_norm
+from interp_ablate.edits.edit import Positions
+from interp_ablate.errors import PlanError
+from interp_ablate.sites import Site
+
+Maps = Sequence[tuple[Positions, Affine]]
+
+
+class Step(Protocol):
+    """What a writer needs to know of the forward call it runs in."""
+
+    plans: Int[Tensor, " batch"] | None
+
+    @property
+    def generated(self) -> Bool[Tensor, "batch new"]: ...
+
+    @property
+    def coverage(self) -> dict[Positions, tuple[bool, bool]]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """One map a plan (None: it has none) that come at the same place in order, of equal positions."""
+
+    kind: Positions
+    maps: list[Affine | None]
+
+
+def _in_order(maps: Sequence[Maps]) -> list[_Place]:
+    """Maps of all plans, place by place in their order; at one place, those of equal positions together."""
+    found = []
+    for place in range(max(len(each) for each in maps)):
+        here = [each[place] if place < len(each) else None for each in maps]
+        for kind in dict.fromkeys(entry[0] for entry in here if entry is not None):
+            chosen = [e[1] if e is not None and e[0] == kind else None for e in here]
+            found.append(_Place(kind, chosen))
+    return found
+
+
+def _only(maps: list[Affine | None]) -> Affine:
+    (found,) = maps
+    assert found is not None
+    return found
+
+
+@dataclass(eq=False)
+class _Slot:
+    """The maps of all plans that come at one place in a site's order and have the same positions.
+
+    Ranks are filled up with zeros; a plan without a map here has zeros only. `shift` is None where no
+    plan adds anything.
+    """
+
+    kind: Positions
+    left: Float[Tensor, "plan d_model k"]
+    right: Float[Tensor, "plan d_model k"]
+    shift: Float[Tensor, "plan d_model"] | None
+    _ready: dict[tuple[torch.dtype, torch.device], _Slot] = field(default_factory=dict)
+    _rows: tuple[Tensor, _Slot] | None = None
+
+    @classmethod
+    def of(cls, place: _Place, d_model: int) -> _Slot:
+        rank = max(affine.left.shape[1] for affine in place.maps if affine is not None)
+        left = torch.zeros(len(place.maps), d_model, rank, dtype=torch.float64)
+        right, shift = torch.zeros_like(left), torch.zeros(len(left), d_model, dtype=torch.float64)
+        for i, affine in enumerate(place.maps):
+            if affine is not None:
+                k = affine.left.shape[1]
+                left[i, :, :k], right[i, :, :k], shift[i] = affine.left, affine.right, affine.shift
+        return cls(place.kind, left, right, shift if bool(shift.any()) else None)
+
+    def to(self, like: Tensor) -> _Slot:
+        """The same in the dtype and on the device of `like`; converted once."""
+        key = (like.dtype, like.device)
+        if key not in self._ready:
+            shift = None if self.shift is None else self.shift.to(like)
+            self._ready[key] = _Slot(self.kind, self.left.to(like), self.right.to(like), shift)
+        return self._ready[key]
+
+    def at(self, x: Tensor, step: Step | None) -> _Slot:
+        """The maps for these activations: in their dtype, one a row where plans differ by row."""
+        ready = self.to(x)
+        if len(ready.left) == 1:
+            return ready
+        if step is None or step.plans is None:
+            raise PlanError(
+                "there is a plan for every row, and only this Model's own methods know which row is "
+                "whose: use model.generate, model.logits or collect instead of calling model.tl"
+            )
+        return ready._of_rows(step.plans)
+
+    def _of_rows(self, plans: Int[Tensor, " batch"]) -> _Slot:
+        """One map a row; kept until other rows come (decoding asks again and again for the same)."""
+        if self._rows is None or self._rows[0] is not plans:
+            shift = None if self.shift is None else self.shift[plans]
+            chosen = _Slot(self.kind, self.left[plans], self.right[plans], shift)
+            self._rows = (plans, chosen)
+        return self._rows[1]
+
+    def __call__(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        if len(self.left) > 1:
+            # some MLPs flatten batch and position
+            rows = x.reshape(len(self.left), -1, x.shape[-1])
+            return self._of_each(rows).view(x.shape)
+        flat = x.reshape(-1, x.shape[-1])
+        base = flat if self.shift is None else flat + self.shift[0]
+        left, right = self.left[0], self.right[0]
+        if left.shape[1] == 1:  # most edits: twice as fast as a matrix product of width 1
+            return torch.addcmul(base, (flat @ right), left[:, 0]).view(x.shape)
+        return torch.addmm(base, flat @ right, left.T).view(x.shape)
+
+    def _of_each(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """A map a row. Few columns one by one: ten times as fast as small batched matrix products."""
+        found = x if self.shift is None else x + self.shift[:, None]
+        left, right = self.left.transpose(1, 2), self.right.transpose(1, 2)
+        if left.shape[1] > 4:
+            return torch.baddbmm(found, x @ right.transpose(1, 2), left)
+        for k in range(left.shape[1]):
+            amount = (x * right[:, k, None]).sum(-1, keepdim=True)
+            found = torch.addcmul(found, amount, left[:, k, None])
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class _NormKept:
+    """A map whose rows get their norms back, in the precision in which weights are edited.
+
+    (So that rounding is not scaled up.) For one plan only.
+    """
+
+    affine: Affine
+    kind: Positions = "all"
+
+    def at(self, x: Tensor, step: Step | None) -> _NormKept:
+        return self
+
+    def __call__(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        wide = x.double() if x.element_size() >= 4 else x.float()
+        kept = kept_norm(wide, self.affine, eps=torch.finfo(x.dtype).eps)[0]
+        return (kept + self.affine.shift.to(kept)).to(x.dtype)
+
+
+class SiteWriter:
+    """Writes one site: `writer(x, step)` returns the edited activations and whether any were edited.
+
+    Args:
+        maps: for each plan its maps at this site in order (`Plan.maps_at`); none for a plan that does
+            not write here.
+        norm_kept: the rows get their norms back after the map (an embedding under a norm-preserving
+            ablation); for one plan only.
+    """
+
+    def __init__(
+        self, site: Site, maps: Sequence[Maps], d_model: int, *, norm_kept: bool = False
+    ) -> None:
+        self.site = site
+        self.slots: list[_Slot | _NormKept] = [
+            _NormKept(_only(slot.maps))
+            if norm_kept and slot.kind == "all"
+            else _Slot.of(slot, d_model)
+            for slot in _in_order(maps)
+        ]
+
+    def __call__(self, x: Tensor, step: Step | None) -> tuple[Tensor, bool]:
+        fired = False
+        for slot in self.slots:
+            some, mask = self._where(slot.kind, step)
+            if some:
+                fired, edited = True, slot.at(x, step)(x)
+                x = edited if mask is None else torch.where(mask[..., None], edited, x)
+        return x, fired
+
+    @staticmethod
+    def _where(kind: Positions, step: Step | None) -> tuple[bool, Tensor | None]:
+        """Whether a kind of positions occurs in this step, and their mask where others do too."""
+        if kind == "all":
+            return True, None
+        if step is None:
+            raise PlanError(
+                f"the plan edits {kind!r} positions, which only this Model's own methods can tell: "
+                "use model.generate, model.logits or collect instead of calling model.tl"
+            )
+        some, every = step.coverage[kind]
+        if not some or every:
+            return some, None
+        return True, step.generated if kind == "generated" else ~step.generated

@@ -1,0 +1,149 @@
+"""Answers of rollouts and their file.
+
+Knows: answers, verdicts, lines. Does not know: how they were made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from interp_ablate.edits.plan import Plan
+from interp_ablate.errors import InterpAblateError, PromptError, RunError
+from interp_ablate.prompts.prompt import Prompt
+from interp_ablate.scoring.exchange import Exchange
+
+FORMAT = "interp_ablate.rollouts/1"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are written; what is sampled depends on every one of these.
+
+    At temperature 0 answers are greedy and the seed means nothing; the published rollouts have temperature 1,
+    at which a small model rambles. `batch_size` counts answers that are written together, all with the
+    same system prompt.
+
+    Raises:
+        InterpAblateError: no tokens, no rows, a negative temperature.
+    """
+
+    new_tokens: int = 48
+    temperature: float = 0.7
+    seed: int = 0
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.new_tokens < 2 or self.batch_size < 1 or not 0 <= self.temperature < math.inf:
+            raise InterpAblateError(
+                "answers need at least 2 new tokens, a batch of at least 1 and a temperature from 0; got "
+                f"{self.new_tokens}, {self.batch_size} and {self.temperature}"
+            )
+
+
+@dataclass(frozen=True)
+class Job:
+    """One answer to be had: what it is for (plain data), the prompt, and the plan it is written under."""
+
+    key: dict[str, Any]
+    prompt: Prompt
+    plan: Plan | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of a job: its tokens (without the end token), its text, and its scores from 0 to 100.
+
+    A score is None where there is no verdict; an empty answer has none, and coherence 0.
+    """
+
+    key: dict[str, Any]
+    prompt: Prompt
+    tokens: tuple[int, ...]
+    text: str
+    finished: bool
+    score: float | None = None
+    coherence: float | None = None
+
+    @property
+    def exchange(self) -> Exchange:
+        return Exchange(self.prompt, self.text)
+
+
+def with_verdicts(answer: Answer, score: float | None, coherence: float | None) -> Answer:
+    return replace(answer, score=score, coherence=coherence if answer.text.strip() else 0.0)
+
+
+def verdict_key(what: str, identity: Mapping[str, Any]) -> str:
+    """What a verdict's line says it is by: "score" or "coherence", and a hash of the scorer's identity."""
+    text = json.dumps(identity, sort_keys=True, default=str)
+    return f"{what}:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+# What `take_line` raises of a line that is neither an answer nor verdicts.
+BROKEN_LINE = (KeyError, IndexError, TypeError, ValueError, PromptError)
+
+
+def take_line(
+    line: dict[str, Any],
+    written: dict[int, Answer],
+    verdicts: dict[tuple[str, int], float | None],
+) -> int | None:
+    """Put a line's answer, whose number is returned, or its verdicts to the others."""
+    if "answer" not in line:
+        for number, value in zip(line["scored"], line["values"], strict=True):
+            verdicts[line["by"], number] = value
+        return None
+    number = int(line["answer"])
+    asked = Prompt(line["question"], line["system"])
+    written[number] = Answer(
+        line["key"], asked, tuple(line["tokens"]), line["text"], line["finished"]
+    )
+    return number
+
+
+def read_answers(
+    path: str | Path, *, scorer: Mapping[str, Any], coherence: Mapping[str, Any]
+) -> list[Answer]:
+    """The answers of a file with the verdicts of these two scorers (their identities), and of no others.
+
+    A last line that was never finished is left out; nothing is written.
+
+    Raises:
+        RunError: no such file, a corrupt line (its number), no verdict of one of the scorers.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise RunError(
+            f"cannot read rollouts from {path}: {error.strerror}. `interp-ablate persona extract` "
+            "writes them"
+        ) from error
+    written: dict[int, Answer] = {}
+    verdicts: dict[tuple[str, int], float | None] = {}
+    for number, text in enumerate(lines, 1):
+        try:
+            line = json.loads(text)
+            if number > 1:
+                take_line(line, written, verdicts)
+            elif line["format"] != FORMAT:
+                raise ValueError(f"the format is {line['format']!r}; accepted is {FORMAT!r}")
+        except BROKEN_LINE as error:
+            raise RunError(f"{path}, line {number}: not a line of rollouts ({error!r})") from error
+    by = verdict_key("score", scorer), verdict_key("coherence", coherence)
+    lacking = set(by) - {name for name, _ in verdicts}
+    if lacking and any(answer.text.strip() for answer in written.values()):
+        raise RunError(
+            f"{path} holds no verdicts of the scorers that are asked for ({', '.join(sorted(lacking))}): "
+            "it is of another persona, or its scoring was never finished; extract the persona again"
+        )
+    return [
+        with_verdicts(answer, *(verdicts.get((name, number)) for name in by))
+        for number, answer in sorted(written.items())
+    ]

@@ -1,0 +1,237 @@
+"""Monitoring: does the projection of a prompt's last token foretell how much of a trait its answer has?
+
+Knows: system prompts graded in trait strength, projections before the first answer token, Pearson's r
+overall, within system prompts and across them, its intervals, random directions as the control.
+Does not know: how a persona was extracted, how answers are stored or scored, how results are drawn. The
+projection of each token as it is generated is `Model.monitor`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from interp_ablate.activations.collection import collect
+from interp_ablate.directions.direction import Direction, random_direction
+from interp_ablate.errors import PromptError, RunError
+from interp_ablate.jobs.progress import Listener
+from interp_ablate.models.model import Model
+from interp_ablate.persona.answers import Answer, Job, Sampling
+from interp_ablate.persona.persona import Persona
+from interp_ablate.persona.rollouts import answer_all
+from interp_ablate.persona.traits import Trait
+from interp_ablate.prompts.prompt import Prompt
+from interp_ablate.scoring.exchange import TextScorer
+from interp_ablate.stats.correlation import Correlation, across, overall, pearson, within
+from interp_ablate.storage.atomic_files import write_whole
+
+COLUMNS = ("level", "question", "projection", "score", "coherence", "system", "text", "answer")
+CONTROLS = 200  # random directions
+# Put before a pair's negative prompt (first half, strongest first) and its positive one (second half).
+STRENGTHS = (
+    "In every single sentence, to the utmost degree: ",
+    "",
+    "For the most part: ",
+    "Just a little, and only where it fits: ",
+)
+_GREEDY = Sampling(temperature=0.0)
+
+
+def graded_prompts(trait: Trait, *, pair: int = 0) -> tuple[str, ...]:
+    """Eight system prompts from the trait's strongest opposite to its strongest form.
+
+    One pair of the trait's own prompts, each in four strengths (STRENGTHS). Source of the idea, with prompts
+    written one by one: Chen et al. 2025, https://arxiv.org/abs/2507.21509.
+
+    Raises:
+        PromptError: the trait has no such pair.
+    """
+    if not 0 <= pair < len(trait.positive):
+        raise PromptError(
+            f"no pair {pair}: {trait.name} has the pairs 0 to {len(trait.positive) - 1}"
+        )
+    against = [strength + trait.negative[pair] for strength in STRENGTHS]
+    towards = [strength + trait.positive[pair] for strength in reversed(STRENGTHS)]
+    return (*against, *towards)
+
+
+def read_graded(path: str | Path) -> tuple[str, ...]:
+    """System prompts from a file, weakest first: a .json list of texts, or a text file with one a line.
+
+    Raises:
+        PromptError: an unreadable file, a blank or repeated prompt, fewer than two.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            found = json.loads(text)
+        else:
+            lines = [line.strip() for line in text.splitlines()]
+            found = [line for line in lines if line and not line.startswith("# ")]
+    except (OSError, ValueError) as error:
+        raise PromptError(f"cannot read system prompts from {path}: {error}") from error
+    if not isinstance(found, list) or not all(isinstance(x, str) and x.strip() for x in found):
+        raise PromptError(f"{path}: expected a list of texts, none of them blank")
+    if len(found) < 2 or len(set(found)) < len(found):
+        raise PromptError(
+            f"{path} has {len(found)} system prompts, {len(set(found))} different ones: at least two, "
+            "each once, from the weakest to the strongest"
+        )
+    return tuple(found)
+
+
+# ---- a trait ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Monitoring:
+    """What `monitor_trait` found.
+
+    `table` has a row an answer (COLUMNS). `control` holds, of CONTROLS random directions at the same site,
+    the 95th percentile of |r| overall, within and across: what no trait at all would give. `no_verdict`
+    answers have no score and are in no correlation.
+    """
+
+    table: pd.DataFrame
+    overall: Correlation
+    within: Correlation
+    across: Correlation
+    control: dict[str, float | None]
+    no_verdict: int
+    details: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the table, as JSON."""
+        names = ("overall", "within", "across")
+        return {
+            **{name: asdict(getattr(self, name)) for name in names},
+            "control": self.control,
+            "answers": len(self.table),
+            "no_verdict": self.no_verdict,
+            **self.details,
+        }
+
+    def save(self, folder: str | Path) -> None:
+        """Write monitor.csv and monitor.json.
+
+        Raises:
+            RunError: the folder cannot be written.
+        """
+        folder = Path(folder)
+        write_whole(folder / "monitor.csv", self.table.to_csv(index=False))
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+        write_whole(folder / "monitor.json", text)
+
+
+def monitor_trait(
+    model: Model,
+    persona: Persona,
+    store: str | Path,
+    *,
+    scorer: TextScorer,
+    systems: Sequence[str] | None = None,
+    questions: Sequence[str] | None = None,
+    sampling: Sampling = _GREEDY,
+    listener: Listener | None = None,
+) -> Monitoring:
+    """Projections of prompts' last tokens on the persona's direction against the scores of the answers.
+
+    Every question under every system prompt, answered once (greedily by default) under whatever plan is
+    applied. Answers and scores are kept in `store` and not made again when the call is repeated.
+
+    Args:
+        systems: graded from the trait's opposite to the trait; default: `graded_prompts`.
+        questions: default: the trait's evaluation questions, which made no vector.
+
+    Source: Chen et al. 2025, https://arxiv.org/abs/2507.21509.
+
+    Raises:
+        DirectionError: the persona is of a model of another shape.
+        RunError: no answer has a score; a store of other answers.
+    """
+    persona.check(model)
+    systems = graded_prompts(persona.trait) if systems is None else tuple(systems)
+    questions = persona.trait.evaluation_questions if questions is None else tuple(questions)
+    jobs = [
+        Job({"level": level, "question": number}, Prompt(question, system))
+        for level, system in enumerate(systems)
+        for number, question in enumerate(questions)
+    ]
+    answers = answer_all(model, jobs, store, scorer=scorer, sampling=sampling, listener=listener)
+    site = persona.direction.site
+    stream = collect(model, [job.prompt for job in jobs], [site], (-1,)).at(site).double()
+    table = _table(answers, (stream @ persona.direction.vector).numpy())
+    details = {
+        "trait": persona.name,
+        "model": model.source.name,
+        "site": str(site),
+        "direction": persona.direction.fingerprint,
+        "scorer": scorer.name,
+        "scorer_identity": scorer.identity,
+        "sampling": asdict(sampling),
+        "systems": list(systems),
+        "questions": len(questions),
+    }
+    return correlate(table, stream, persona.direction, details=details)
+
+
+def _table(answers: Sequence[Answer], projections: np.ndarray) -> pd.DataFrame:
+    rows = []
+    for a, projection in zip(answers, projections.tolist(), strict=True):
+        numbers = (a.key["level"], a.key["question"], projection, a.score, a.coherence)
+        rows.append((*numbers, a.prompt.system, a.prompt.text, a.text))
+    frame = pd.DataFrame(rows, columns=list(COLUMNS))
+    return frame.astype({"score": float, "coherence": float})
+
+
+def correlate(
+    table: pd.DataFrame,
+    stream: torch.Tensor,
+    direction: Direction,
+    *,
+    details: dict[str, Any] | None = None,
+) -> Monitoring:
+    """The three correlations of a table, beside those of random directions.
+
+    Args:
+        stream: the activations [row, d_model] that were projected.
+
+    Raises:
+        RunError: no row has a score.
+    """
+    scored = table["score"].notna().to_numpy()
+    if not scored.any():
+        raise RunError(
+            f"none of the {len(table)} answers has a score: the scorer gave no verdict on any"
+        )
+    rows = table[scored]
+    y, groups = rows["score"].to_numpy(float), rows["level"].to_numpy()
+    x = rows["projection"].to_numpy(float)
+    random = torch.stack([random_direction(direction, seed=i).vector for i in range(CONTROLS)], 1)
+    noise = (stream.cpu().double()[torch.tensor(scored)] @ random).numpy()
+    strength: dict[str, list[float]] = {"overall": [], "within": [], "across": []}
+    for column in noise.T:
+        made = (pearson(column, y), within(column, y, groups), across(column, y, groups))
+        for name, found in zip(strength, made):
+            if found.r is not None:
+                strength[name].append(abs(found.r))
+    control = {
+        name: float(np.quantile(found, 0.95)) if found else None for name, found in strength.items()
+    }
+    return Monitoring(
+        table,
+        overall(x, y, groups),
+        within(x, y, groups),
+        across(x, y, groups),
+        control,
+        int((~scored).sum()),
+        details or {},
+    )

@@ -1,0 +1,222 @@
+"""A persona vector with its folder.
+
+Knows: the folder's files. Does not know: how it was extracted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from interp_ablate.activations.pooling import POSITIONS, Pooling
+from interp_ablate.directions.direction import Direction
+from interp_ablate.directions.direction_set import Directions
+from interp_ablate.edits.edit import Positions
+from interp_ablate.edits.kinds import Add
+from interp_ablate.edits.plan import Plan
+from interp_ablate.errors import DirectionError, RunError
+from interp_ablate.models.model import Model
+from interp_ablate.persona.answers import Sampling
+from interp_ablate.persona.readout import COLUMNS as READ_COLUMNS
+from interp_ablate.persona.readout import METHOD as READING
+from interp_ablate.persona.rollout_filter import COHERENT, FEWEST, THRESHOLD
+from interp_ablate.persona.traits import Trait, load_trait
+from interp_ablate.sites import Site
+from interp_ablate.storage.atomic_files import write_whole
+
+logger = logging.getLogger(__name__)
+
+
+FORMAT = "interp_ablate.persona/1"
+LAYER_COLUMNS = (
+    "layer", "site", "norm", "coefficient", "score", "score_low", "score_high", "coherence", "answers",
+    "no_verdict", "chosen",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Persona:
+    """A trait's directions in one model, the one that was chosen, and how strongly to add it.
+
+    `direction.raw` is the difference of means at `direction.site`: coefficient 1 moves the mean response
+    without the trait onto that with it. `directions` holds those of every layer and pooling, and after them
+    the slopes for `reading`; `details` is what else `persona.json` says (layers, counts, settings, versions).
+    """
+
+    trait: Trait
+    directions: Directions
+    direction: Direction
+    coefficient: float
+    model: str
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def site(self) -> Site:
+        """resid_post of the chosen layer; `hidden_states[layer + 1]` in the published code's counting."""
+        return self.direction.site
+
+    @property
+    def name(self) -> str:
+        return self.trait.name
+
+    @property
+    def reading(self) -> Direction:
+        """The direction to project text on: how the trait shows, where `direction` is how to bring it about.
+
+        Of the layer that reads best (`reading.fit_reading`); `direction` where the extraction found none, or
+        was made before there was one.
+        """
+        site = (self.details.get("reading") or {}).get("site")
+        return self.direction if site is None else self.reading_at(Site.parse(site))
+
+    def reading_at(self, site: Site) -> Direction:
+        """The direction to project text on at another layer's resid_post.
+
+        Raises:
+            DirectionError: none there.
+        """
+        return self.directions[site, POSITIONS["response_mean"], READING]
+
+    def plan(self, coefficient: float | None = None, *, positions: Positions = "generated") -> Plan:
+        """The raw vector times the coefficient, added at the chosen site.
+
+        At "generated" positions every token of the answer is edited as it is read back, and the prompt is
+        not. The published code edits the last token of the prompt too, so that its first answer token is
+        steered; here that one is the model's own.
+        """
+        amount = self.coefficient if coefficient is None else coefficient
+        return addition_plan(self.direction, amount, positions)
+
+    def check(self, model: Model) -> None:
+        """That the directions are of a model of this shape; another model's name is logged.
+
+        Raises:
+            DirectionError: another d_model, or fewer layers.
+        """
+        width, last = len(self.direction.vector), max(self.site.layer, self.reading.site.layer)
+        if width != model.d_model or last >= model.n_layers:
+            raise DirectionError(
+                f"the persona {self.name!r} is of {self.model} (d_model {width}, {self.site}); "
+                f"{model.source.name} has d_model {model.d_model} and {model.n_layers} layers: extract "
+                "the trait from this model"
+            )
+        if model.source.name != self.model:
+            logger.warning(
+                "persona %s is of %s, used on %s", self.name, self.model, model.source.name
+            )
+
+    def save(self, folder: str | Path) -> None:
+        """Write persona.json, trait.json, layers.csv, reading.csv and the directions; persona.json last.
+
+        Raises:
+            RunError, DirectionError, PromptError: the folder cannot be written.
+        """
+        folder = Path(folder)
+        self.trait.save(folder / "trait.json")
+        self.directions.save(folder / "directions.safetensors")
+        layers = pd.DataFrame(self.details.get("layers", []), columns=list(LAYER_COLUMNS))
+        write_whole(folder / "layers.csv", layers.to_csv(index=False))
+        rows = (self.details.get("reading") or {}).get("layers", [])
+        write_whole(
+            folder / "reading.csv",
+            pd.DataFrame(rows, columns=list(READ_COLUMNS)).to_csv(index=False),
+        )
+        told = {
+            "format": FORMAT,
+            "model": self.model,
+            "trait": self.name,
+            "trait_fingerprint": self.trait.fingerprint,
+            "site": str(self.site),
+            "position": self.direction.position,
+            "norm": float(self.direction.norm),
+            "coefficient": self.coefficient,
+            **self.details,
+        }
+        write_whole(folder / "persona.json", json.dumps(told, indent=1))
+
+
+def load_persona(folder: str | Path) -> Persona:
+    """Read a persona folder (`interp-ablate persona extract`).
+
+    Raises:
+        RunError: no persona there, not finished, or a corrupt file, named.
+        DirectionError, PromptError: its directions or its trait cannot be read.
+    """
+    folder = Path(folder)
+    path = folder / "persona.json"
+    if not path.is_file():
+        began = (folder / "rollouts.jsonl").exists()
+        raise RunError(
+            f"{folder} holds no persona (no persona.json): "
+            + (
+                "its extraction was interrupted; run it again, it goes on"
+                if began
+                else "make one with"
+            )
+            + f" `interp-ablate persona extract TRAIT --model MODEL --out {folder}`"
+        )
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(told, dict) or told.get("format") != FORMAT:
+            raise ValueError(f"its format is not {FORMAT!r}")
+        site, position = Site.parse(told.pop("site")), told.pop("position")
+        coefficient, model = float(told.pop("coefficient")), str(told.pop("model"))
+        fingerprint = told.pop("trait_fingerprint")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"cannot read {path}: {error!r}. Extract the persona again into another folder"
+        ) from error
+    trait = load_trait(folder / "trait.json")
+    if trait.fingerprint != fingerprint:
+        raise RunError(
+            f"{folder / 'trait.json'} is not the trait that {path.name} was made with: put it back, or "
+            "extract the persona again into another folder"
+        )
+    directions = Directions.load(folder / "directions.safetensors")
+    details = {k: v for k, v in told.items() if k not in ("format", "trait", "norm")}
+    return Persona(trait, directions, directions[site, position], coefficient, model, details)
+
+
+def addition_plan(
+    direction: Direction, coefficient: float, positions: Positions = "generated"
+) -> Plan:
+    edit = Add(
+        direction,
+        direction.site,
+        coefficient=coefficient,
+        positions=positions,
+        label=f"{direction.method}@{direction.site}",
+    )
+    return Plan((edit,))
+
+
+# ---- extraction -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """How a persona is extracted.
+
+    `questions` make the vectors, under every pair of system prompts, `samples` answers each; `choosing`
+    others, without a system prompt, choose the layer among `layers` (first, last; None: 20 to 90% of the
+    depth, at most ten of them) and one of `coefficients`. Evaluation questions are left alone.
+    """
+
+    questions: int = 10
+    choosing: int = 6
+    samples: int = 3
+    sampling: Sampling = field(default_factory=Sampling)
+    layers: tuple[int, int] | None = None
+    coefficients: tuple[float, ...] = (1.0, 2.0)
+    pooling: Pooling = "response_mean"
+    threshold: float = THRESHOLD
+    coherent: float = COHERENT
+    fewest: int = FEWEST
+
+
+DEFAULTS = Extraction()

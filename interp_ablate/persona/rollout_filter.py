@@ -1,0 +1,131 @@
+"""Rollouts that express the trait coherently, and those that do not.
+
+Knows: thresholds. Does not know: models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from interp_ablate.errors import RunError
+from interp_ablate.persona.answers import Answer, read_answers
+
+THRESHOLD, COHERENT = 50.0, 50.0  # of the trait's score and of coherence, as published
+FEWEST = 8  # answers a side below which a difference of means says little
+
+
+def kept_answers(path: str | Path, made_of: Mapping[str, Any] | None) -> Kept:
+    """What made a persona's vectors: its rollouts, judged and filtered as its `made_of` says.
+
+    Raises:
+        RunError: as `read_answers`; a persona that does not say what it is made of.
+    """
+    try:
+        told = dict(made_of or {})
+        by = {name: told[name] for name in ("scorer", "coherence")}
+        limits = {name: told["settings"][name] for name in ("threshold", "coherent")}
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(
+            f"the persona of {path} does not say how its rollouts were judged and filtered ({error!r} is "
+            "missing): extract it again"
+        ) from error
+    return keep_expressing(read_answers(path, **by), **limits, fewest=0)
+
+
+# ---- the filter -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The answers of both sides that passed, and for each side how many came, stayed and went, and why."""
+
+    positive: tuple[Answer, ...]
+    negative: tuple[Answer, ...]
+    counts: dict[str, dict[str, int]]
+
+    def __str__(self) -> str:
+        return "; ".join(f"{side}: {said(counts)}" for side, counts in self.counts.items())
+
+
+def said(counts: dict[str, int]) -> str:
+    """The counts of one side in words."""
+    removed = ", ".join(
+        f"{n} {_REASONS[why]}" for why, n in counts.items() if why in _REASONS and n
+    )
+    return f"{counts['kept']} of {counts['answers']} kept" + (f" ({removed})" if removed else "")
+
+
+_REASONS = {
+    "empty": "empty",
+    "no_verdict": "without a verdict",
+    "score": "on the wrong side of the threshold",
+    "coherence": "incoherent",
+}
+
+
+def keep_expressing(
+    answers: Sequence[Answer],
+    *,
+    threshold: float = THRESHOLD,
+    coherent: float = COHERENT,
+    fewest: int = FEWEST,
+) -> Kept:
+    """Answers under positive prompts that show the trait, and negative ones that do not, all coherent.
+
+    Kept: score >= threshold under the positive prompts, < threshold under the negative ones, coherence >=
+    `coherent` in both. Each answer is judged alone (the published code drops a pair where one of the two
+    fails). Answers without a verdict are dropped and counted.
+
+    Source: Chen et al. 2025, https://arxiv.org/abs/2507.21509.
+
+    Raises:
+        RunError: fewer than `fewest` are left on a side, with what was removed and what to do.
+    """
+    counts: dict[str, dict[str, int]] = {}
+    kept: dict[str, list[Answer]] = {"positive": [], "negative": []}
+    for side in ("positive", "negative"):
+        tally = counts[side] = {"answers": 0, "kept": 0, **dict.fromkeys(_REASONS, 0)}
+        for answer in answers:
+            if answer.key["side"] != side:
+                continue
+            why = _why_not(answer, side, threshold, coherent)
+            tally["answers"] += 1
+            tally[why or "kept"] += 1
+            if why is None:
+                kept[side].append(answer)
+    short = [side for side, found in kept.items() if len(found) < fewest]
+    if short:
+        raise RunError(_too_few(short[0], counts[short[0]], fewest, threshold))
+    return Kept(tuple(kept["positive"]), tuple(kept["negative"]), counts)
+
+
+def _why_not(answer: Answer, side: str, threshold: float, coherent: float) -> str | None:
+    if not answer.text.strip() or not answer.tokens:
+        return "empty"
+    if answer.score is None or answer.coherence is None:
+        return "no_verdict"
+    if (answer.score >= threshold) != (side == "positive"):
+        return "score"
+    return None if answer.coherence >= coherent else "coherence"
+
+
+def _too_few(side: str, counts: dict[str, int], fewest: int, threshold: float) -> str:
+    most = max(_REASONS, key=lambda why: counts[why])
+    wanted = "at or above" if side == "positive" else "below"
+    advice = {
+        "empty": "the model says nothing: is it a chat model, and its chat template its own?",
+        "no_verdict": "the scorer gave no verdict: try another --scorer",
+        "score": (
+            f"few answers under the {side} system prompts score {wanted} {threshold:g}: read them in the "
+            "rollouts, then use a model that follows its system prompt, plainer system prompts, another "
+            "--scorer, or another --threshold"
+        ),
+        "coherence": "the answers are incoherent: lower --temperature, or use another model",
+    }[most]
+    return (
+        f"too few answers under the {side} system prompts: {said(counts)}; at least {fewest} are needed. "
+        f"Give more --questions or --samples; {advice}"
+    )

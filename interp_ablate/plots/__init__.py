@@ -1,0 +1,8 @@
+"""Figures: data and axes in, axes out.
+
+May import: errors, storage, search, persona. To add a plot: a function `(data, ax) -> ax` in a file here and a line in `run_figures.py`.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

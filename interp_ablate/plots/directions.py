@@ -1,0 +1,220 @@
+"""Projections, separation and cosines by layer.
+
+Knows: three plots. Does not know: runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+import pandas as pd
+
+from interp_ablate.errors import RunError
+from interp_ablate.plots.style import (
+    CONTROL,
+    FAINT,
+    INK,
+    LINE_STYLES,
+    NEGATIVE,
+    POINT_STYLE,
+    POSITIVE,
+    SIDES,
+    add_colour_bar,
+    add_legend,
+    colour_patch,
+    finish_axes,
+    point_order,
+    position_key,
+    require_columns,
+    require_rows,
+    set_layer_axis,
+    standardised_projections,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from interp_ablate.directions.direction import Direction
+
+Measure = Literal["d_prime", "auc"]
+
+PROJECTION_COLUMNS = ("layer", "point", "split", "label", "prompt", "projection")
+
+
+# Data functions ------------------------------------------------------------------------------
+
+
+def projections(frame: pd.DataFrame, ax: Axes) -> Axes:
+    """Both labels' projections at every layer of one point, as pairs of half violins with medians.
+
+    The stream grows with depth, so each layer's values are centred between the two label means and
+    divided by that layer's pooled standard deviation within the labels: a pair's gap is its d'.
+    The validation split is drawn; where a frame has none, whatever split it has, and the caption
+    says which. Non-finite values are left out.
+
+    Raises:
+        RunError: a missing column, no rows, or rows of several points or positions.
+    """
+    require_columns(frame, PROJECTION_COLUMNS, "projections")
+    for column in ("point", "position"):
+        if column in frame and frame[column].nunique() > 1:
+            raise RunError(
+                f"projections() draws one {column}, and these rows hold "
+                f"{sorted(map(str, frame[column].unique()))}: pass one {column}'s rows"
+            )
+    held_out = frame[frame["split"] == "validation"]
+    rows = held_out if len(held_out) else frame
+    rows = rows[np.isfinite(rows["projection"].astype(float))]
+    require_rows(rows, "projections with finite values")
+    layers = sorted(rows["layer"].unique())
+    half_width = 0.46 * min(np.diff(layers), default=1)
+    everything = []
+    for layer in layers:
+        groups = standardised_projections(rows[rows["layer"] == layer])
+        for values, colour, side in zip(groups, (NEGATIVE, POSITIVE), (-1, 1)):
+            _half_violin(ax, float(layer), values, colour, side * half_width)
+        everything += list(groups)
+    cut = _limit_outliers(ax, np.concatenate(everything))
+    counts = [int((rows[rows["layer"] == layers[0]]["label"] == name).sum()) for name in SIDES]
+    splits = " + ".join(sorted(map(str, rows["split"].unique())))
+    caption = f"{splits} split, {counts[1]} positive + {counts[0]} negative prompts a layer"
+    finish_axes(
+        ax,
+        f"Projections at {rows['point'].iloc[0]}, on each layer's own direction",
+        caption + (f"; {cut} values beyond the frame" if cut else ""),
+        "layer",
+        "projection\n(pooled SDs of its layer)",
+    )
+    set_layer_axis(ax, layers)
+    ax.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
+    handles = [colour_patch(POSITIVE, "positive"), colour_patch(NEGATIVE, "negative")]
+    add_legend(ax, handles, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderpad=0.1)
+    return ax
+
+
+def separation_by_layer(
+    directions: Iterable[Direction], ax: Axes, *, measure: Measure = "d_prime"
+) -> Axes:
+    """How well each site's direction tells held-out prompts apart, by layer, one line a site kind.
+
+    Several positions are told apart by the line's dashes. Directions without a separation, or with
+    an infinite one, leave a gap.
+
+    Raises:
+        RunError: no direction has a separation, or an unknown measure.
+    """
+    if measure not in get_args(Measure):
+        raise RunError(f"unknown measure {measure!r}: accepted are {', '.join(get_args(Measure))}")
+    lines: dict[tuple[str, str], dict[int, float]] = {}
+    for item in directions:
+        if item.separation is not None:
+            line = lines.setdefault((item.site.point, item.position), {})
+            value = getattr(item.separation, measure)
+            line[item.site.layer] = value if np.isfinite(value) else np.nan
+    if not lines:
+        raise RunError(
+            "no direction has a separation: run `interp-ablate directions` with held-out prompts"
+        )
+    positions = sorted({position for _, position in lines}, key=position_key)
+    for point, position in sorted(lines, key=lambda key: (point_order(key[0]), key[1])):
+        line = lines[point, position]
+        colour, marker = POINT_STYLE[point]
+        ax.plot(
+            sorted(line),
+            [line[layer] for layer in sorted(line)],
+            linestyle=LINE_STYLES[positions.index(position) % len(LINE_STYLES)],
+            color=colour,
+            marker=marker,
+            markersize=4,
+            linewidth=1.5,
+            label=point if len(positions) == 1 else f"{point} at {position}",
+        )
+    chance, ylabel = {
+        "d_prime": (0.0, "d′ (gap of the means\nin pooled SDs)"),
+        "auc": (0.5, "AUC (chance = 0.5)"),
+    }[measure]
+    ax.axhline(chance, color=CONTROL, linewidth=0.9, linestyle=(0, (4, 3)))
+    count = sum(len(line) for line in lines.values())
+    finish_axes(
+        ax,
+        f"Separation of held-out prompts by layer ({'AUC' if measure == 'auc' else 'd′'})",
+        f"{count} directions; dashed line: no separation",
+        "layer",
+        ylabel,
+    )
+    set_layer_axis(ax, [layer for line in lines.values() for layer in line])
+    add_legend(ax, loc="best", ncols=1 if len(lines) <= 3 else 2)
+    return ax
+
+
+def cosine_similarity(directions: Iterable[Direction], ax: Axes) -> Axes:
+    """Cosine of every pair of directions, sites in forward order; several positions make blocks.
+
+    Raises:
+        RunError: no directions.
+    """
+    from interp_ablate.directions.direction import cosine_similarities
+
+    items = sorted(directions, key=lambda item: (position_key(item.position), item.site.order))
+    if not items:
+        raise RunError("no directions to compare: run `interp-ablate directions` first")
+    matrix = cosine_similarities(items).numpy()
+    image = ax.imshow(
+        matrix, cmap="PuOr_r", vmin=-1, vmax=1, interpolation="nearest", origin="lower"
+    )
+    starts = [
+        index
+        for index, item in enumerate(items)
+        if not index
+        or (item.site.layer, item.position)
+        != (items[index - 1].site.layer, items[index - 1].position)
+    ]
+    ticks = starts[:: max(1, -(-len(starts) // 12))]
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_ticks([float(tick) for tick in ticks])
+        axis.set_ticklabels([str(items[tick].site.layer) for tick in ticks])
+    for index in range(1, len(items)):
+        if items[index].position != items[index - 1].position:
+            ax.axhline(index - 0.5, color=INK, linewidth=0.8)
+            ax.axvline(index - 0.5, color=INK, linewidth=0.8)
+    points = sorted({item.site.point for item in items}, key=point_order)
+    positions = sorted({item.position for item in items}, key=position_key)
+    order = ", ".join(points) + (f"; positions {', '.join(positions)}" if positions[1:] else "")
+    finish_axes(
+        ax,
+        "Cosine similarity of the directions",
+        f"{len(items)} sites in forward order; within a layer: {order}",
+        "layer",
+        "layer",
+        grid=False,
+    )
+    bar = add_colour_bar(image, ax, fraction=0.046, pad=0.03)
+    bar.set_label("cosine", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    return ax
+
+
+def _half_violin(ax: Axes, x: float, values: np.ndarray, colour: str, width: float) -> None:
+    """Gaussian kernel density (Scott's bandwidth) to one side of x, with the median as a bar."""
+    if not len(values):
+        return
+    spread = values.std(ddof=1) if len(values) > 1 else 0.0
+    if spread > 1e-9:
+        bandwidth = spread * len(values) ** -0.2
+        span = np.linspace(values.min() - bandwidth, values.max() + bandwidth, 60)
+        density = np.exp(-0.5 * ((span[:, None] - values) / bandwidth) ** 2).sum(1)
+        edge = x + width * density / density.max()
+        ax.fill_betweenx(span, x, edge, color=colour, alpha=0.55, linewidth=0)
+    median = float(np.median(values))
+    ax.plot([x, x + width], [median, median], color=colour, linewidth=1.8, solid_capstyle="butt")
+
+
+def _limit_outliers(ax: Axes, values: np.ndarray) -> int:
+    """Keep a few far values from flattening the rest; the number of those beyond the frame."""
+    bulk = 2.5 * float(np.percentile(np.abs(values), 98))
+    if bulk <= 0 or np.abs(values).max() <= bulk:
+        return 0
+    ax.set_ylim(-bulk, bulk)
+    return int((np.abs(values) > bulk).sum())

@@ -1,0 +1,258 @@
+"""Plots of personas: how each layer steers and reads, and trait and coherence against the coefficient.
+
+Knows: how the tables of a persona folder are drawn, in the look of `plots`. Does not know: models, or how a
+number was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import pandas as pd
+
+from interp_ablate.errors import RunError
+from interp_ablate.plots.style import (
+    CONTROL,
+    INK,
+    NEGATIVE,
+    POSITIVE,
+    add_legend,
+    finish_axes,
+    new_figure,
+    require_columns,
+    require_rows,
+    save_figure,
+    set_layer_axis,
+)
+from interp_ablate.storage.tables import read_json, read_table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Value = Literal["score", "coherence"]
+_LAYER_COLUMNS = ("layer", "coefficient", "score", "score_low", "score_high", "coherence", "chosen")
+_READING_COLUMNS = ("layer", "r", "r_low", "r_high", "answers", "questions", "chosen")
+_CURVE_COLUMNS = (
+    "condition", "coefficient", "score", "score_low", "score_high", "coherence", "coherence_low",
+    "coherence_high", "questions",
+)  # fmt: skip
+_COLOURS = ("#56B4E9", POSITIVE, "#009E73", "#CC79A7", "#E69F00")
+_VALUES: dict[Value, tuple[str, str, str]] = {
+    "score": ("Trait in the answers", "trait score (0 to 100)", POSITIVE),
+    "coherence": ("Coherence of the answers", "coherence (0 to 100)", NEGATIVE),
+}
+
+
+def layers(
+    frame: pd.DataFrame,
+    ax: Axes,
+    *,
+    trait: str = "trait",
+    unsteered: float | None = None,
+    coherent: float = 50.0,
+) -> Axes:
+    """Trait score of steered answers by layer, one line a coefficient; hollow: incoherent; star: chosen.
+
+    Args:
+        unsteered: score of the unedited model's answers to the same questions: the dashed line.
+        coherent: coherence below which a layer could not be chosen.
+
+    Raises:
+        RunError: a missing column, or no row with a score.
+    """
+    require_columns(frame, _LAYER_COLUMNS, "layers")
+    rows = frame[frame["score"].notna()]
+    require_rows(rows, "layers with a score")
+    for place, (coefficient, some) in enumerate(rows.groupby("coefficient")):
+        line = some.sort_values("layer")
+        _layer_line(
+            ax, line, _COLOURS[place % len(_COLOURS)], f"coefficient {coefficient:g}", coherent
+        )
+    _star(ax, rows, "score")
+    if unsteered is not None:
+        ax.axhline(
+            unsteered, color=CONTROL, linewidth=0.9, linestyle=(0, (4, 3)), label="unsteered"
+        )
+    finish_axes(
+        ax,
+        f"Steering towards {trait!r} by layer",
+        f"questions that made no vector; bands: 95% intervals; hollow: coherence below {coherent:g}",
+        "layer (resid_post)",
+        "trait score of the answers\n(0 to 100)",
+    )
+    set_layer_axis(ax, rows["layer"])
+    add_legend(ax, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=4)
+    return ax
+
+
+def _star(ax: Axes, rows: pd.DataFrame, value: str) -> None:
+    """The row that was chosen."""
+    for _, row in rows[rows["chosen"].astype(str) == "True"].iterrows():
+        ax.plot(
+            row["layer"], row[value], "*", color=INK, markersize=14, markeredgecolor="white",
+            linewidth=0, label="chosen", zorder=5,
+        )  # fmt: skip
+
+
+def _layer_line(ax: Axes, line: pd.DataFrame, colour: str, label: str, coherent: float) -> None:
+    """One coefficient's scores with their band; hollow where the answers are incoherent."""
+    ax.fill_between(
+        line["layer"], line["score_low"], line["score_high"], color=colour, alpha=0.13, linewidth=0
+    )
+    ax.plot(line["layer"], line["score"], color=colour, linewidth=1.5, label=label)
+    fluent = line["coherence"] >= coherent
+    for mask, face in ((fluent, colour), (~fluent, "white")):
+        ax.plot(
+            line["layer"][mask], line["score"][mask], "o", markersize=5, markerfacecolor=face,
+            markeredgecolor=colour, linewidth=0,
+        )  # fmt: skip
+
+
+def reading(frame: pd.DataFrame, ax: Axes, *, trait: str = "trait") -> Axes:
+    """How well each layer's direction for reading foretells scores of answers to unseen questions; star: chosen.
+
+    Raises:
+        RunError: a missing column, or no row with a correlation.
+    """
+    require_columns(frame, _READING_COLUMNS, "reading")
+    rows = frame[frame["r"].notna()].sort_values("layer")
+    require_rows(rows, "layers with a correlation")
+    ax.fill_between(
+        rows["layer"], rows["r_low"], rows["r_high"], color=POSITIVE, alpha=0.15, linewidth=0
+    )
+    ax.plot(rows["layer"], rows["r"], color=POSITIVE, linewidth=1.5, marker="o", markersize=5)
+    _star(ax, rows, "r")
+    ax.axhline(0, color=CONTROL, linewidth=0.9, linestyle=(0, (4, 3)))
+    first = rows.iloc[0]
+    finish_axes(
+        ax,
+        f"Reading {trait!r} off answers by layer",
+        f"{first['answers']:.0f} answers, each read by what the other {first['questions'] - 1:.0f} questions "
+        "made; band: 95% interval",
+        "layer (resid_post)",
+        "Pearson's r of projection\nand score",
+    )
+    set_layer_axis(ax, rows["layer"])
+    add_legend(ax, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=4)
+    return ax
+
+
+def curve(
+    frame: pd.DataFrame, ax: Axes, *, value: Value = "score", chosen: float | None = None
+) -> Axes:
+    """Trait score (or coherence) against the coefficient, with random directions of the same norm in grey.
+
+    Args:
+        chosen: the persona's own coefficient: a dotted line.
+
+    Raises:
+        RunError: a missing column, an unknown value, or no row of the persona with one.
+    """
+    if value not in get_args(Value):
+        raise RunError(f"unknown value {value!r}: accepted are {', '.join(get_args(Value))}")
+    require_columns(frame, _CURVE_COLUMNS, "curve")
+    rows = frame[frame[value].notna()]
+    require_rows(rows[rows["condition"] == "persona"], f"{value}s of the persona's direction")
+    title, ylabel, colour = _VALUES[value]
+    zero = rows[(rows["condition"] == "persona") & (rows["coefficient"] == 0)]
+    drawn = False
+    for condition, some in rows.groupby("condition"):
+        control = condition != "persona"
+        # at coefficient 0 every direction is the unedited model
+        line = (pd.concat([some, zero]) if control else some).sort_values("coefficient")
+        _band(ax, line, value, CONTROL if control else colour, control)
+        ax.plot(
+            line["coefficient"], line[value], color=CONTROL if control else colour,
+            linewidth=1.2 if control else 1.8, marker="s" if control else "o",
+            markersize=3.5 if control else 5, linestyle="--" if control else "-",
+            label=None if control and drawn else
+            "random direction, same norm" if control else "persona's direction",
+        )  # fmt: skip
+        drawn = drawn or control
+    if chosen is not None:
+        ax.axvline(chosen, color=INK, linewidth=0.9, linestyle=":", label=f"chosen: {chosen:g}")
+    ax.set_ylim(-3, 103)
+    count = int(rows["questions"].max())
+    finish_axes(
+        ax,
+        title,
+        f"{count} questions; bands: 95% intervals",
+        "coefficient (added at generated tokens)",
+        ylabel,
+    )
+    return ax
+
+
+def _band(ax: Axes, line: pd.DataFrame, value: Value, colour: str, control: bool) -> None:
+    ax.fill_between(
+        line["coefficient"], line[f"{value}_low"], line[f"{value}_high"], color=colour,
+        alpha=0.08 if control else 0.17, linewidth=0,
+    )  # fmt: skip
+
+
+def save_figures(folder: str | Path) -> list[Path]:
+    """Draw what the persona folder has data for: figures/layers.png, reading.png, curve.png.
+
+    Raises:
+        RunError: no persona there, a corrupt table, or a place that cannot be written.
+    """
+    folder = Path(folder)
+    persona = read_json(folder / "persona.json")
+    if persona is None:
+        raise RunError(
+            f"{folder} holds no persona.json: make one with `interp-ablate persona extract`"
+        )
+    return [
+        *_save_layers(folder, persona),
+        *_save_reading(folder, persona),
+        *_save_curve(folder, persona),
+    ]
+
+
+def _save_layers(folder: Path, persona: Mapping[str, Any]) -> list[Path]:
+    numbers = _numbers_of(_LAYER_COLUMNS)
+    if not (folder / "layers.csv").exists():
+        return []
+    frame = read_table(folder / "layers.csv", _LAYER_COLUMNS, numbers=numbers)
+    figure = new_figure(height=3.9)
+    settings = (persona.get("made_of") or {}).get("settings") or {}
+    layers(
+        frame,
+        figure.add_subplot(),
+        trait=str(persona.get("trait", "trait")),
+        unsteered=(persona.get("unsteered") or {}).get("score"),
+        coherent=float(settings.get("coherent", 50.0)),
+    )
+    return [save_figure(figure, folder / "figures" / "layers.png")]
+
+
+def _save_reading(folder: Path, persona: Mapping[str, Any]) -> list[Path]:
+    if not (persona.get("reading") or {}).get("layers") or not (folder / "reading.csv").exists():
+        return []
+    numbers = _numbers_of(_READING_COLUMNS)
+    frame = read_table(folder / "reading.csv", _READING_COLUMNS, numbers=numbers)
+    figure = new_figure(height=3.9)
+    reading(frame, figure.add_subplot(), trait=str(persona.get("trait", "trait")))
+    return [save_figure(figure, folder / "figures" / "reading.png")]
+
+
+def _save_curve(folder: Path, persona: Mapping[str, Any]) -> list[Path]:
+    if not (folder / "curve.csv").exists():
+        return []
+    frame = read_table(folder / "curve.csv", _CURVE_COLUMNS, numbers=_numbers_of(_CURVE_COLUMNS))
+    figure = new_figure(height=3.9)
+    axes = [figure.add_subplot(1, 2, place + 1) for place in range(2)]
+    values: tuple[Value, ...] = get_args(Value)
+    for ax, value in zip(axes, values):
+        curve(frame, ax, value=value, chosen=persona.get("coefficient"))
+    axes[0].set_title(f"{str(persona.get('trait')).capitalize()}: {axes[0].get_title(loc='left').lower()}",
+                      loc="left", fontsize=10.5, fontweight="bold", color=INK, pad=19)  # fmt: skip
+    handles = axes[0].get_legend_handles_labels()[0]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8.5, frameon=False)
+    return [save_figure(figure, folder / "figures" / "curve.png")]
+
+
+def _numbers_of(columns: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in columns if name not in ("condition", "chosen"))

@@ -1,0 +1,268 @@
+"""Prompts: two sets that differ in one concept, checked, and split once.
+
+Knows: what makes a prompt and a set unusable, when two prompts are the same, how a set is split into
+three parts that share nothing, and labels shuffled as a control.
+Does not know: file formats (`prompt_files`), what else a direction could pick up (`lint`), chat
+templates (`rendering`), models. Nothing here imports torch, transformers or numpy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from interp_ablate.errors import PromptError
+from interp_ablate.prompts.prompt import Prompt, distinct, normalised, quote, repeated
+from interp_ablate.prompts.readers import bundled_names, read_side, read_spec, stem
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ContrastSet:
+    """Two sets of prompts that differ in one concept; in `positive` the concept is present.
+
+    `source` says where the prompts came from; `duplicates` are those that `load` dropped because
+    their side already had them, kept so that `lint` can report them.
+
+    Raises:
+        PromptError: a side is empty, holds something else than prompts, or shares a prompt with the
+            other side (compared without regard to case and white space, system prompt included).
+    """
+
+    name: str
+    positive: tuple[Prompt, ...]
+    negative: tuple[Prompt, ...]
+    source: str
+    duplicates: tuple[Prompt, ...] = field(default=(), compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for side in ("positive", "negative"):
+            prompts = tuple(getattr(self, side))
+            wrong = [prompt for prompt in prompts if not isinstance(prompt, Prompt)]
+            if wrong:
+                raise PromptError(
+                    f"{self.name}: the {side} side holds {type(wrong[0]).__name__} {wrong[0]!r}, "
+                    "not prompts: wrap it in Prompt(...), or use ContrastSet.from_texts"
+                )
+            object.__setattr__(self, side, prompts)
+        if not self.positive or not self.negative:
+            raise PromptError(
+                f"{self.name} ({self.source}): {len(self.positive)} positive and "
+                f"{len(self.negative)} negative prompts: a contrast needs at least one of each"
+            )
+        others = {normalised(prompt) for prompt in self.negative}
+        shared = distinct(p for p in self.positive if normalised(p) in others)
+        if shared:
+            raise PromptError(
+                f"{self.name} ({self.source}): {len(shared)} prompts are in both sets, such as "
+                f"{quote(*shared)}: a prompt either has the concept or not; remove it from one set"
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the prompts of both sides in their order; name and source do not count."""
+        sides = [[[p.text, p.system] for p in side] for side in (self.positive, self.negative)]
+        return hashlib.sha256(json.dumps(sides, ensure_ascii=True).encode()).hexdigest()
+
+    @classmethod
+    def from_texts(
+        cls,
+        positive: Iterable[str],
+        negative: Iterable[str],
+        *,
+        name: str = "texts",
+        system: str | None = None,
+        source: str = "memory",
+    ) -> ContrastSet:
+        """Two lists of strings as a contrast set, all with the same system prompt.
+
+        Raises:
+            PromptError: see `Prompt` and `ContrastSet`.
+        """
+        sides = [tuple(Prompt(text, system) for text in texts) for texts in (positive, negative)]
+        return cls(name, sides[0], sides[1], source)
+
+    @classmethod
+    def load(
+        cls,
+        spec: str | Path | None = None,
+        *,
+        positive: str | Path | None = None,
+        negative: str | Path | None = None,
+        column: str | None = None,
+        split: str | None = None,
+        system: str | None = None,
+        name: str | None = None,
+    ) -> ContrastSet:
+        """Read a contrast set.
+
+        `spec` is one of: a bundled name (see `bundled_names`; to read a folder of that name write
+        `./name`), a folder holding `positive.*` and `negative.*`, one .jsonl / .json / .csv / .tsv
+        / .parquet file, or a Hugging Face dataset written `hf:owner/name` (or
+        `hf:owner/name:configuration`). A single file or dataset has a prompt column (`column`, or
+        the first there is of `prompt_files.PROMPT_COLUMNS`) and a label column (the first there is of
+        LABEL_COLUMNS; positive, pos, 1, true / negative, neg, 0, false), or the two columns
+        `positive` and `negative`, a matched pair a row. An optional column `system` (or
+        `system_prompt`) gives prompts their own system prompts.
+
+        Instead of `spec`, `positive` and `negative` each give one side: a file of one of those
+        formats, a text file, or an `hf:` dataset, of which every row is taken. In text files each
+        line is a prompt; blank lines and comments (`#` alone, or `# ` at the start of the line)
+        are skipped, but `#include ...` is a prompt. `column` says nothing about text files.
+
+        `split` is that of an `hf:` dataset (left out: the only one, or `train`). `system` is given
+        to every prompt without its own. Prompts that their own side already had (normalised) are
+        dropped with a logged warning.
+
+        Raises:
+            PromptError: nothing, or something unreadable, at the given place; a malformed line or
+                row (named); a missing column; text that is not UTF-8; an unreachable hub; a set
+                that `ContrastSet` refuses.
+        """
+
+        def build(place: str, text: str, own: str | None) -> Prompt:
+            try:
+                return Prompt(text, system if own is None else own)
+            except PromptError as error:
+                raise PromptError(f"{place}: {error}") from error
+
+        if spec is None and positive is not None and negative is not None:
+            sides = (
+                read_side(positive, build, column=column, split=split),
+                read_side(negative, build, column=column, split=split),
+            )
+            found = f"{stem(positive)}-vs-{stem(negative)}"
+            source = f"{positive} | {negative}"
+        elif spec is not None and positive is None and negative is None:
+            found, source, sides = read_spec(spec, build, column=column, split=split)
+        else:
+            given = {"spec": spec, "positive": positive, "negative": negative}
+            came = [f"{key}={value}" for key, value in given.items() if value is not None]
+            raise PromptError(
+                f"got {' and '.join(came) or 'no contrast set'}: give either one contrast set (a "
+                f"bundled name: {', '.join(bundled_names())}; a file, a folder, hf:owner/name), or "
+                "both positive= and negative="
+            )
+        return _deduplicated(name or found, sides, source)
+
+    def split(
+        self, n_train: int = 64, n_validation: int = 32, n_test: int = 32, *, seed: int = 0
+    ) -> Split:
+        """Three parts without a common prompt; the numbers are prompts of each side.
+
+        Prompts are ordered by a hash of the seed and their own normalised text: the same on every
+        platform, whatever their order in the file. The test part is taken first, then validation,
+        then train, so that other sizes of the later ones leave the test part as it is. Where both
+        sides have the same length and no duplicates, prompt i of one is taken to match prompt i of
+        the other, and the two stay in the same part; otherwise duplicates are dropped and each
+        side is split alone.
+
+        Raises:
+            PromptError: a size below 1 (three sets are three), or more than a side has.
+        """
+        sizes = {"n_train": n_train, "n_validation": n_validation, "n_test": n_test}
+        for key, size in sizes.items():
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise PromptError(
+                    f"{key}={size!r}: the prompts that make a direction, select it and report it "
+                    "are three different sets, each of at least 1 prompt a side"
+                )
+        positive, negative = _ordered(self, seed)
+        available = min(len(positive), len(negative))
+        if sum(sizes.values()) > available:
+            raise PromptError(_too_few(self, len(positive), len(negative), sizes))
+        parts, start = {}, 0
+        for part, size in (("test", n_test), ("validation", n_validation), ("train", n_train)):
+            chosen = slice(start, start + size)
+            source = f"{self.source} [{part}, seed {seed}]"
+            parts[part] = ContrastSet(self.name, positive[chosen], negative[chosen], source)
+            start += size
+        return Split(**parts)
+
+    def shuffled_labels(self, seed: int = 0) -> ContrastSet:
+        """The same prompts with labels that carry no information: a control for a direction.
+
+        So many prompts change sides that both sides hold the same share of former positives: half
+        of each where the sides are equally long (matched pairs then swap their two members).
+        Duplicates are dropped first.
+
+        Raises:
+            PromptError: a side has fewer than two different prompts.
+        """
+        positive, negative = _ordered(self, f"shuffled labels {seed}")
+        n_positive, n_negative = len(positive), len(negative)
+        if min(n_positive, n_negative) < 2:
+            raise PromptError(
+                f"{self.name}: {n_positive} positive and {n_negative} negative prompts: shuffling "
+                "labels needs at least 2 different prompts on each side"
+            )
+        n_swapped = round(n_positive * n_negative / (n_positive + n_negative))
+        return ContrastSet(
+            f"{self.name}-shuffled-{seed}",
+            negative[:n_swapped] + positive[n_swapped:],
+            positive[:n_swapped] + negative[n_swapped:],
+            f"{self.source} [labels shuffled, seed {seed}]",
+        )
+
+
+@dataclass(frozen=True)
+class Split:
+    """The prompts that make a direction, those that select it, and those that report it."""
+
+    train: ContrastSet
+    validation: ContrastSet
+    test: ContrastSet
+
+
+def _ordered(
+    contrast: ContrastSet, seed: int | str
+) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
+    """Both sides without duplicates in the order of the seed, pairs kept together (see `split`)."""
+
+    def rank(*prompts: Prompt) -> str:
+        key = "\x1e".join((str(seed), *map(normalised, prompts)))
+        return hashlib.sha256(key.encode()).hexdigest()
+
+    positive, negative = distinct(contrast.positive), distinct(contrast.negative)
+    no_duplicates = (positive, negative) == (contrast.positive, contrast.negative)
+    if no_duplicates and len(positive) == len(negative):
+        pairs = sorted(zip(positive, negative, strict=True), key=lambda pair: rank(*pair))
+        return tuple(p for p, _ in pairs), tuple(n for _, n in pairs)
+    return tuple(sorted(positive, key=rank)), tuple(sorted(negative, key=rank))
+
+
+def _too_few(contrast: ContrastSet, n_positive: int, n_negative: int, sizes: dict[str, int]) -> str:
+    asked, available = sum(sizes.values()), min(n_positive, n_negative)
+    sums = " + ".join(f"{key}={size}" for key, size in sizes.items())
+    message = (
+        f"{contrast.name}: {n_positive} positive and {n_negative} negative different prompts, but "
+        f"{sums} asks for {asked} of each: "
+    )
+    if available < 3:
+        return message + "three disjoint parts need at least 3 of each; add prompts"
+    fit = {key: max(1, size * available // asked) for key, size in sizes.items()}
+    while sum(fit.values()) > available:
+        fit[max(fit, key=lambda key: fit[key])] -= 1
+    return message + "pass " + ", ".join(f"{k}={v}" for k, v in fit.items()) + ", or add prompts"
+
+
+def _deduplicated(
+    name: str, sides: tuple[Sequence[Prompt], Sequence[Prompt]], source: str
+) -> ContrastSet:
+    dropped: list[Prompt] = []
+    kept = []
+    for label, side in zip(("positive", "negative"), sides, strict=True):
+        again = repeated(side)
+        if again:
+            logger.warning(
+                "%s: dropped %d duplicates of %d %s prompts, such as %s",
+                name, len(again), len(side), label, quote(*again),
+            )  # fmt: skip
+        dropped += again
+        kept.append(distinct(side))
+    return ContrastSet(name, kept[0], kept[1], source, tuple(dropped))

@@ -1,0 +1,317 @@
+"""Lint: the faults of a contrast set that a direction made from it would pick up.
+
+Knows: exact and near duplicates, leaks between the sides, lengths, and how well words alone tell the
+sides apart. Does not know: files, tokenizers or models, nor what should be done about a finding; it
+does not print: findings are data. numpy, scipy and scikit-learn are imported when `lint` runs.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from interp_ablate.prompts.contrast_set import ContrastSet
+from interp_ablate.prompts.prompt import Prompt, distinct, normalised, repeated
+
+Severity = Literal["error", "warning", "info"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that `lint` has to say; `examples` are some of the prompts or words it is about."""
+
+    kind: str
+    severity: Severity
+    message: str
+    examples: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LintReport:
+    """What a direction made from this set might carry beside the concept.
+
+    AUCs are the chance that a random positive prompt scores above a random negative one: 0.5 =
+    tells nothing, 1 (or 0) = separates fully; NaN where there are too few prompts.
+    `length_difference` is the difference of mean word counts, positive minus negative, over the
+    pooled standard deviation.
+    `lengths` is side -> words/characters -> mean/median/min/max; `telling_words` is side -> words.
+    """
+
+    name: str
+    findings: tuple[Finding, ...]
+    bag_of_words_auc: float
+    length_auc: float
+    length_difference: float
+    lengths: dict[str, dict[str, dict[str, float]]]
+    telling_words: dict[str, tuple[str, ...]]
+
+    def of(self, severity: Severity) -> tuple[Finding, ...]:
+        """The findings of one severity."""
+        return tuple(finding for finding in self.findings if finding.severity == severity)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that JSON can hold: NaN becomes None."""
+        plain = asdict(self)
+        for key in ("bag_of_words_auc", "length_auc", "length_difference"):
+            plain[key] = None if math.isnan(plain[key]) else plain[key]
+        return plain
+
+
+NEAR_DUPLICATE = 0.85  # Jaccard index of two prompts' word sets
+# One character of a script written without spaces, or a word with its apostrophes.
+_CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+_WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+(?:'[^\W{_CJK}]+)*")
+
+
+def lint(contrast: ContrastSet) -> LintReport:
+    """Faults of a contrast set that a direction made from it would pick up.
+
+    Reports exact and near duplicates inside a side (Jaccard index of the word sets at least
+    NEAR_DUPLICATE), leaks between the sides, length imbalance, and how well a bag of words alone
+    separates the sides (five-fold cross-validated logistic regression; near duplicates and matched
+    pairs stay in one fold). Prompts with different system prompts are not duplicates; lengths and
+    bags of words include the system prompt.
+    """
+    prompts = contrast.positive + contrast.negative
+    words = [_words(f"{prompt.system or ''}\n{prompt.text}") for prompt in prompts]
+    labels = [True] * len(contrast.positive) + [False] * len(contrast.negative)
+    near = _near_pairs(prompts)
+    auc = _bag_of_words_auc(words, labels, _groups(contrast, near))
+    telling = _telling_words(words, labels)
+    n_words = [float(len(w)) for w in words]
+    length_auc, difference = _auc(n_words, labels), _standardised_difference(n_words, labels)
+    findings = [
+        *_duplicate_findings(contrast, near),
+        *_length_findings(contrast, length_auc, difference),
+        *_word_findings(auc, telling),
+        *_size_findings(contrast),
+    ]
+    findings.sort(key=lambda finding: ("error", "warning", "info").index(finding.severity))
+    lengths = {
+        "positive": _lengths(contrast.positive, words[: len(contrast.positive)]),
+        "negative": _lengths(contrast.negative, words[len(contrast.positive) :]),
+    }
+    return LintReport(contrast.name, tuple(findings), auc, length_auc, difference, lengths, telling)
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(unicodedata.normalize("NFC", text).casefold().replace("’", "'"))
+
+
+def _near_pairs(prompts: Sequence[Prompt]) -> list[tuple[int, int]]:
+    """Index pairs i < j of prompts that are nearly the same under the same system prompt."""
+    import numpy as np
+    from scipy.sparse import csr_matrix
+
+    words = [_words(prompt.text) for prompt in prompts]
+    vocabulary = {word: i for i, word in enumerate(sorted({w for ws in words for w in ws}))}
+    columns = [vocabulary[word] for ws in words for word in sorted(set(ws))]
+    sizes = np.array([len(set(ws)) for ws in words])
+    rows = np.repeat(np.arange(len(words)), sizes)
+    matrix = csr_matrix(
+        (np.ones(len(columns)), (rows, columns)), shape=(len(words), max(1, len(vocabulary)))
+    )
+    pairs: list[tuple[int, int]] = []
+    for start in range(0, len(words), 512):  # a block of rows at a time: memory stays linear
+        shared = (matrix[start : start + 512] @ matrix.T).toarray()
+        union = sizes[start : start + 512, None] + sizes[None, :] - shared
+        left, right = np.nonzero(shared >= NEAR_DUPLICATE * np.maximum(union, 1))
+        found = ((start + int(i), int(j)) for i, j in zip(left, right, strict=True))
+        pairs += [(i, j) for i, j in found if i < j and prompts[i].system == prompts[j].system]
+    return pairs
+
+
+def _matched(contrast: ContrastSet) -> bool:
+    return len(contrast.positive) == len(contrast.negative)
+
+
+def _groups(contrast: ContrastSet, near: Sequence[tuple[int, int]]) -> list[int]:
+    """A group for each prompt: near duplicates, and prompts of a matched pair, share theirs."""
+    n_positive = len(contrast.positive)
+    parent = list(range(n_positive + len(contrast.negative)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    pairs = [(i, n_positive + i) for i in range(n_positive)] if _matched(contrast) else []
+    for i, j in [*near, *pairs]:
+        parent[root(i)] = root(j)
+    return [root(i) for i in range(len(parent))]
+
+
+def _bag_of_words_auc(
+    words: Sequence[Sequence[str]], labels: Sequence[bool], groups: Sequence[int]
+) -> float:
+    """AUC of the pooled held-out scores; NaN where five-fold validation is not possible."""
+    import numpy as np
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    y = np.array(labels)
+    if min(y.sum(), (~y).sum()) < 5 or len(set(groups)) < 5 or not any(words):
+        return math.nan
+    scores = np.zeros(len(y))
+    folds = StratifiedGroupKFold(n_splits=5, shuffle=True, random_state=0)
+    for train, test in folds.split(np.zeros(len(y)), y, groups):
+        if len(test) == 0 or y[train].all() or not y[train].any():
+            continue  # one group holds a whole side: nothing to learn from the rest
+        seen = [words[i] for i in train]
+        if not any(seen):
+            continue
+        vectorizer = CountVectorizer(analyzer=list)
+        features = vectorizer.fit_transform(seen)
+        model = LogisticRegression(max_iter=1000).fit(features, y[train])
+        scores[test] = model.decision_function(vectorizer.transform([words[i] for i in test]))
+    return _auc(scores.tolist(), labels)
+
+
+def _telling_words(
+    words: Sequence[Sequence[str]], labels: Sequence[bool], n: int = 8
+) -> dict[str, tuple[str, ...]]:
+    """The words that weigh most in a logistic regression on all prompts, for each side."""
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    if not any(words):
+        return {"positive": (), "negative": ()}
+    vectorizer = CountVectorizer(analyzer=list)
+    features = vectorizer.fit_transform(words)
+    weights = LogisticRegression(max_iter=1000).fit(features, labels).coef_[0]
+    ranked = sorted(zip(weights.tolist(), vectorizer.get_feature_names_out(), strict=True))
+    least = max(1e-6, 0.05 * float(abs(weights).max()))
+    return {
+        "positive": tuple(str(word) for weight, word in ranked[::-1][:n] if weight >= least),
+        "negative": tuple(str(word) for weight, word in ranked[:n] if weight <= -least),
+    }
+
+
+def _auc(scores: Sequence[float], labels: Sequence[bool]) -> float:
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(labels, scores))
+
+
+def _standardised_difference(values: Sequence[float], labels: Sequence[bool]) -> float:
+    """Cohen's d: difference of means over the pooled standard deviation; NaN below 2 a side."""
+    labelled = list(zip(values, labels, strict=True))
+    sides = [[value for value, label in labelled if label is side] for side in (True, False)]
+    if min(map(len, sides)) < 2:
+        return math.nan
+    difference = statistics.fmean(sides[0]) - statistics.fmean(sides[1])
+    degrees = [len(side) - 1 for side in sides]
+    pooled = math.sqrt(
+        sum(k * statistics.variance(side) for k, side in zip(degrees, sides, strict=True))
+        / sum(degrees)
+    )
+    if pooled:
+        return difference / pooled
+    return math.copysign(math.inf, difference) if difference else 0.0
+
+
+def _lengths(
+    prompts: Sequence[Prompt], words: Sequence[Sequence[str]]
+) -> dict[str, dict[str, float]]:
+    def summary(values: Sequence[int]) -> dict[str, float]:
+        return {
+            "mean": float(statistics.fmean(values)),
+            "median": float(statistics.median(values)),
+            "min": float(min(values)),
+            "max": float(max(values)),
+        }
+
+    characters = [len(prompt.system or "") + len(prompt.text) for prompt in prompts]
+    return {"words": summary([len(w) for w in words]), "characters": summary(characters)}
+
+
+def _duplicate_findings(contrast: ContrastSet, near: Sequence[tuple[int, int]]) -> list[Finding]:
+    prompts = contrast.positive + contrast.negative
+    n_positive = len(contrast.positive)
+    findings = []
+    again = repeated(contrast.positive) + repeated(contrast.negative) + contrast.duplicates
+    if again:
+        text = f"{len(again)} prompts repeat one of their own side; each counts once in a split"
+        findings.append(Finding("duplicate", "warning", text, _examples(again)))
+    kinds: dict[str, list[tuple[int, int]]] = {kind: [] for kind in _NEAR_KINDS}
+    for i, j in near:
+        if (i < n_positive) == (j < n_positive):
+            if normalised(prompts[i]) != normalised(prompts[j]):
+                kinds["near-duplicate"].append((i, j))
+        elif _words(prompts[i].text) == _words(prompts[j].text):
+            kinds["leak"].append((i, j))
+        elif _matched(contrast) and j == n_positive + i:
+            kinds["matched-pair"].append((i, j))
+        else:
+            kinds["near-leak"].append((i, j))
+    for kind, pairs in kinds.items():
+        severity, text = _NEAR_KINDS[kind]
+        shown = tuple(f"{prompts[i].text} | {prompts[j].text}" for i, j in pairs[:5])
+        if pairs:
+            findings.append(Finding(kind, severity, f"{len(pairs)} {text}", shown))
+    return findings
+
+
+_NEAR_KINDS: dict[str, tuple[Severity, str]] = {
+    "leak": ("error", "prompts are in both sets but for punctuation: remove them from one"),
+    "near-leak": ("warning", "unmatched pairs across the sets are nearly the same: keep one"),
+    "near-duplicate": ("warning", "pairs within a side are nearly the same: keep one of each"),
+    "matched-pair": ("info", "matched pairs differ in a word or two, which is what pairs are for"),
+}
+
+
+def _examples(prompts: Sequence[Prompt]) -> tuple[str, ...]:
+    return tuple(prompt.text for prompt in prompts[:5])
+
+
+def _length_findings(contrast: ContrastSet, auc: float, difference: float) -> list[Finding]:
+    if abs(auc - 0.5) < 0.15 and not abs(difference) >= 0.5:
+        return []
+    longer = "positive" if auc > 0.5 or difference > 0 else "negative"
+    by_length = sorted(getattr(contrast, longer), key=lambda prompt: -len(prompt.text))
+    text = (
+        f"the {longer} prompts are longer (word count alone: AUC {auc:.2f}, difference "
+        f"{difference:+.2f} standard deviations): a direction may carry length; match the lengths"
+    )
+    return [Finding("length", "warning", text, _examples(by_length)[:3])]
+
+
+def _word_findings(auc: float, telling: dict[str, tuple[str, ...]]) -> list[Finding]:
+    if math.isnan(auc):
+        text = "too few different prompts to measure how well words alone separate the sets"
+        return [Finding("bag-of-words", "info", text)]
+    shown = tuple(f"{side}: {', '.join(words)}" for side, words in telling.items() if words)
+    text = f"a bag of words alone separates the sets with AUC {auc:.2f}"
+    if auc >= 0.9:
+        text += ": a direction may carry these words rather than the concept; vary the wording"
+        return [Finding("bag-of-words", "warning", text, shown)]
+    return [Finding("bag-of-words", "info", text, shown)] if auc >= 0.7 else []
+
+
+def _size_findings(contrast: ContrastSet) -> list[Finding]:
+    n_positive, n_negative = len(distinct(contrast.positive)), len(distinct(contrast.negative))
+    findings = []
+    counts = f"{n_positive} positive and {n_negative} negative different prompts"
+    if max(n_positive, n_negative) > 2 * min(n_positive, n_negative):
+        findings.append(Finding("imbalance", "warning", f"{counts}: more than two to one"))
+    if min(n_positive, n_negative) < 128:
+        text = f"{counts}: the default split (64 + 32 + 32) needs 128 of each; pass smaller sizes"
+        findings.append(Finding("size", "info", text))
+    shares = [
+        statistics.fmean(prompt.system is not None for prompt in side)
+        for side in (contrast.positive, contrast.negative)
+    ]
+    if abs(shares[0] - shares[1]) > 0.1:
+        text = (
+            f"{shares[0]:.0%} of the positive and {shares[1]:.0%} of the negative prompts have a "
+            "system prompt: a direction may carry its presence; give both sides one"
+        )
+        findings.append(Finding("system", "warning", text))
+    return findings

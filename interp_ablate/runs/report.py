@@ -1,0 +1,532 @@
+"""The HTML report of a run: one self-contained page that says what was found, in plain words.
+
+Knows: the files of a run folder, how to word their numbers, which split each number is from, and
+what to say where a file is missing. The page's layout is `data/report.html.j2`; every text of a
+model or a prompt passes through its autoescaping, and the page loads and runs nothing.
+Does not know: any model, how a number was measured, or how a figure is drawn (see `plots`).
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import pandas as pd
+
+from interp_ablate.errors import RunError
+from interp_ablate.runs.report_wording import (
+    duration,
+    number,
+    part_of,
+    plain,
+    rate,
+    span_text,
+    with_interval,
+)
+from interp_ablate.search.trial_table import read_trials
+from interp_ablate.storage.atomic_files import write_whole
+from interp_ablate.storage.bundled_data import bundled
+from interp_ablate.storage.tables import read_json, read_lines, read_table
+
+logger = logging.getLogger(__name__)
+
+
+TOP_TRIALS = 15
+CONDITIONS = ("baseline", "ablated", "added")
+
+_STAGE_OF = {
+    "run.json": "run",
+    "directions.json": "directions",
+    "projections.csv": "directions",
+    "trials.csv": "sweep",
+    "selected.json": "sweep",
+    "generations.jsonl": "generate",
+    "figures/*.png": "plot",
+    "export/certificate.json": "export",
+}
+# File name -> heading and caption; the order of the page. Several positions add `_at_<position>`.
+_FIGURES = {
+    "before_after": (
+        "Before and after",
+        "How often generated answers express the behaviour, before and after the chosen plan, by "
+        "the side of control directions treated the same way. Test split: prompts that "
+        "neither made nor chose the direction.",
+    ),
+    "projections": (
+        "Projections of both sets",
+        "Each prompt's activation projected on the direction of its own site, one half violin a "
+        "set and layer; the bars are medians. Values are centred and divided by the layer's pooled "
+        "standard deviation, since the stream grows with depth. Validation split, unless the "
+        "figure says otherwise.",
+    ),
+    "separation": (
+        "Separation by layer",
+        "How well the projections tell the two sets apart, as d′ and as AUC. Held-out prompts. A "
+        "direction that separates well need not be one the model uses: see the sweep.",
+    ),
+    "cosine_similarity": (
+        "Similarity of the directions",
+        "Cosine between the directions of every pair of sites in forward order. A block of high "
+        "cosines is one direction carried through several layers. Train split.",
+    ),
+    "sweep": (
+        "The sweep",
+        "Each site's direction, ablated everywhere at full strength (behaviour, damage) and added "
+        "at its own site. Hatched: failed or not tried. Validation split.",
+    ),
+    "pareto": (
+        "Behaviour against damage",
+        "Every finished trial; on the green line nothing is better on both counts. The behaviour "
+        "is measured on positive prompts, the damage on negative ones. Validation split.",
+    ),
+}
+# Key of selected.json's test report -> name, prompts, whether it is a rate.
+_MEASURES = (
+    ("behaviour_before", "behaviour expressed, unedited", "positive", True),
+    ("behaviour_after", "behaviour expressed, ablated", "positive", True),
+    ("negative_before", "behaviour expressed, unedited", "negative", True),
+    ("negative_after", "behaviour expressed, ablated", "negative", True),
+    ("addition_after", "behaviour expressed, added", "negative", True),
+    ("kl_first_token", "KL to the unedited model, first token (nats)", "negative", False),
+    ("kl_continuation", "KL over the baseline's continuation (nats a token)", "negative", False),
+    ("perplexity_before", "perplexity, unedited", "negative", False),
+    ("perplexity_after", "perplexity, ablated", "negative", False),
+    ("repetition_before", "repetition of generated text, unedited", "generated", False),
+    ("repetition_after", "repetition of generated text, ablated", "generated", False),
+    ("positive_empty_before", "empty answers, unedited", "positive", True),
+    ("positive_empty_after", "empty answers, ablated", "positive", True),
+    ("length_before", "length of generated text, unedited (tokens)", "generated", False),
+    ("length_after", "length of generated text, ablated (tokens)", "generated", False),
+)
+_TRIAL_COLUMNS = {
+    "trial": "trial",
+    "stage": "stage",
+    "site": "direction of",
+    "operation": "operation",
+    "behaviour": "behaviour (log-odds)",
+    "kl": "KL (nats)",
+    "addition": "addition (log-odds)",
+    "expression_rate": "expressed",
+    "attention_strength": "attention strength",
+    "attention_layer": "at layer",
+    "mlp_strength": "MLP strength",
+    "mlp_layer": "at layer",
+    "width": "width",
+    "repetition": "repetition",
+    "length": "length",
+    "seconds": "seconds",
+}
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write `report.html` into the run folder from what it holds; say what is missing.
+
+    The file is written beside its place and renamed when whole.
+
+    Raises:
+        RunError: no such folder, one that cannot be written, or a corrupt file in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise RunError(
+            f"no run folder at {folder}: make one with `interp-ablate run --out {folder}`"
+        )
+    page = _render(_context(folder))
+    path = folder / "report.html"
+    # A model can emit half a surrogate pair, which UTF-8 has no bytes for.
+    write_whole(path, page.encode("utf-8", "replace"))
+    logger.info("wrote %s", path)
+    return path
+
+
+def _render(context: Mapping[str, Any]) -> str:
+    """The page's text. A key that a file lacks reads as None in every filter."""
+    from jinja2 import Environment, Undefined
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    for show in (rate, number, duration, plain):
+        environment.filters[show.__name__] = lambda value, show=show: show(
+            None if isinstance(value, Undefined) else value
+        )
+    template = bundled("templates", "report.html.j2")
+    return environment.from_string(template.read_text(encoding="utf-8")).render(context)
+
+
+def _context(folder: Path) -> dict[str, Any]:
+    """Everything the template shows, as plain data."""
+    run = read_json(folder / "run.json") or {}
+    selected = read_json(folder / "selected.json")
+    certificate = read_json(folder / "export" / "certificate.json")
+    directions = read_json(folder / "directions.json") or {}
+    configuration = part_of(run, "configuration")
+    test, limits = part_of(selected, "test"), part_of(selected, "limits")
+    found = {**directions, **part_of(run, "directions")}
+    return {
+        "title": _title(run, configuration),
+        "model": part_of(run, "model"),
+        "contrast": part_of(run, "contrast"),
+        "behaviour": _behaviour(run, configuration),
+        "headline": _headline(_behaviour(run, configuration), configuration, selected, certificate),
+        "tiles": _tiles(test, certificate, configuration),
+        "results": _results(test),
+        "controls": _dictionaries(test.get("controls")),
+        "plans": _plans(selected),
+        "trial": part_of(selected, "trial"),
+        "rule": (selected or {}).get("rule"),
+        "limits": limits and {**limits, "removed": part_of(limits, "removed")},
+        "advice": _advice(selected),
+        "has_plan": bool((selected or {}).get("plan")),
+        "figures": _figures(folder),
+        "trials": _trials(folder, selected, configuration),
+        "estimators": _estimators(folder),
+        "target_tokens": _dictionaries(run.get("target_tokens")),
+        "n_directions": found.get("count", len(found.get("directions") or [])),
+        "left_out": part_of(found, "left_out"),
+        "certificate": certificate,
+        "generations": _generations(folder),
+        "configuration": configuration,
+        "versions": part_of(run, "versions"),
+        "stages": _stages(run),
+        "notes": [str(note) for note in run.get("notes") or []],
+        "missing": _missing(folder),
+    }
+
+
+def _title(run: Mapping[str, Any], configuration: Mapping[str, Any]) -> str:
+    model = part_of(run, "model").get("name") or configuration.get("model")
+    title = _behaviour(run, configuration)
+    title = title[:1].upper() + title[1:]
+    return f"{title} in {model}" if model else title
+
+
+def _behaviour(run: Mapping[str, Any], configuration: Mapping[str, Any]) -> str:
+    name = part_of(run, "contrast").get("name") or configuration.get("contrast")
+    return str(name) if name else "the behaviour"
+
+
+def _headline(
+    behaviour: str,
+    configuration: Mapping[str, Any],
+    selected: Mapping[str, Any] | None,
+    certificate: Mapping[str, Any] | None,
+) -> list[dict[str, str]]:
+    """The result in sentences, each with a tone: plain, good, warn or bad."""
+    if selected is None:
+        return [_say("No plan has been chosen yet: the sweep has not finished.", "warn")]
+    if not selected.get("plan"):
+        return [
+            _say("No candidate passed the limits, so there is no plan and nothing to export. "
+                 "What removed how many, and what to relax, stands below.", "bad")
+        ]  # fmt: skip
+    test = part_of(selected, "test")
+    if not test:
+        return [
+            _say("A plan is chosen, but its report on the test split is not there yet.", "warn"),
+            *_about_export(certificate),
+        ]
+    found = []
+    if "behaviour_before" in test and "behaviour_after" in test:
+        found.append(
+            _say(f"Of the answers to positive test prompts, "
+                 f"{with_interval(test, 'behaviour_before', as_rate=True)} express “{behaviour}” "
+                 f"before the edit and {with_interval(test, 'behaviour_after', as_rate=True)} "
+                 "after the ablation.")
+        )  # fmt: skip
+    found += _about_damage(test, configuration)
+    if test.get("addition_after") is not None:
+        found.append(
+            _say(f"Adding the direction makes "
+                 f"{with_interval(test, 'addition_after', as_rate=True)} of the answers to "
+                 f"negative prompts express it, against {rate(test.get('negative_before'))} "
+                 "unedited.")
+        )  # fmt: skip
+    return found + _about_controls(test) + _about_export(certificate)
+
+
+def _about_damage(
+    test: Mapping[str, Any], configuration: Mapping[str, Any]
+) -> list[dict[str, str]]:
+    kl, limit = test.get("kl_first_token"), configuration.get("max_kl")
+    if kl is None:
+        return []
+    text = f"On negative prompts the first token's distribution moved by a KL of {number(kl)} nats"
+    interval = span_text(test, "kl_first_token", as_rate=False)
+    text += f" [{interval}]" if interval else ""
+    if test.get("kl_continuation") is not None:
+        text += f", and by {number(test['kl_continuation'])} a token over the whole continuation"
+    over = _is_number(kl) and _is_number(limit) and float(kl) > float(limit)
+    if limit is not None:
+        text += f"; the limit in the choice was {number(limit)}"
+        text += ", which the test split exceeds" if over else ""
+    return [_say(text + ".", "warn" if over else "plain")]
+
+
+def _about_controls(test: Mapping[str, Any]) -> list[dict[str, str]]:
+    controls = _dictionaries(test.get("controls"))
+    rates = [float(c["behaviour_after"]) for c in controls if _is_number(c.get("behaviour_after"))]
+    if not rates:
+        return [
+            _say(
+                "There are no controls: without them this is not evidence for a direction.", "warn"
+            )
+        ]
+    low, high = rate(min(rates)), rate(max(rates))
+    between = low if low == high else f"{low} to {high}"
+    text = (
+        f"Ablating control directions in the same way leaves the behaviour in {between} of the "
+        f"answers to positive prompts ({len(rates)} control{'s' if rates[1:] else ''})"
+    )
+    after = test.get("behaviour_after")
+    if _is_number(after) and min(rates) <= float(after):
+        return [
+            _say(
+                f"{text}: a control does as much as the direction, which speaks against it.", "bad"
+            )
+        ]
+    return [_say(f"{text}.")]
+
+
+def _about_export(certificate: Mapping[str, Any] | None) -> list[dict[str, str]]:
+    if certificate is None:
+        return [_say("Nothing has been exported yet.", "plain")]
+    numbers = (
+        f"largest logit difference to the hooked model "
+        f"{number(certificate.get('max_abs_logit_difference'))}, "
+        f"KL {number(certificate.get('kl'))}, "
+        f"residual along the direction {number(certificate.get('residual_along_direction'))}"
+    )
+    if certificate.get("passed") is True:
+        return [_say(f"The exported checkpoint passed its certificate: {numbers}.", "good")]
+    return [
+        _say(f"The exported checkpoint FAILED its certificate, do not use it: {numbers}.", "bad")
+    ]
+
+
+def _say(text: str, tone: str = "plain") -> dict[str, str]:
+    return {"text": text, "tone": tone}
+
+
+# Parts of the page ---------------------------------------------------------------------------
+
+
+def _tiles(
+    test: Mapping[str, Any],
+    certificate: Mapping[str, Any] | None,
+    configuration: Mapping[str, Any],
+) -> list[dict[str, str]]:
+    """The few numbers to read first."""
+    found = []
+    if "behaviour_before" in test and "behaviour_after" in test:
+        value = f"{rate(test['behaviour_before'])} → {rate(test['behaviour_after'])}"
+        found.append({"name": "expressed, ablated", "value": value, "note": "positive, test split"})
+    if test.get("addition_after") is not None:
+        value = f"{rate(test.get('negative_before'))} → {rate(test['addition_after'])}"
+        found.append({"name": "expressed, added", "value": value, "note": "negative, test split"})
+    if test.get("kl_first_token") is not None:
+        limit = configuration.get("max_kl")
+        note = "nats, negative, test split" + (
+            f"; limit {number(limit)}" if limit is not None else ""
+        )
+        found.append({"name": "KL", "value": number(test["kl_first_token"]), "note": note})
+    if found or certificate is not None:
+        passed = certificate is not None and certificate.get("passed") is True
+        value = "none yet" if certificate is None else "passed" if passed else "FAILED"
+        tone = "" if certificate is None else "good" if passed else "bad"
+        note = "export against hooked model"
+        found.append({"name": "certificate", "value": value, "note": note, "tone": tone})
+    return found
+
+
+def _results(test: Mapping[str, Any]) -> list[dict[str, str]]:
+    return [
+        {
+            "name": name,
+            "prompts": prompts,
+            "value": (rate if as_rate else number)(test.get(key)),
+            "interval": span_text(test, key, as_rate=as_rate),
+        }
+        for key, name, prompts, as_rate in _MEASURES
+        if test.get(key) is not None
+    ]
+
+
+def _plans(selected: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The edits of the ablation and of the addition plan, without their vectors."""
+    found = []
+    for key, name in (("plan", "Ablation"), ("addition_plan", "Addition")):
+        edits = _dictionaries(part_of(selected, key).get("edits"))
+        rows = [
+            {
+                "op": edit.get("op", "?"),
+                "amount": _amount(edit),
+                "sites": _places(edit.get("sites") or []),
+                "positions": edit.get("positions", "all"),
+                "label": edit.get("label", ""),
+            }
+            for edit in edits
+        ]
+        if rows:
+            found.append({"name": name, "edits": rows})
+    return found
+
+
+def _amount(edit: Mapping[str, Any]) -> str:
+    found = []
+    for key in ("strength", "coefficient", "value"):
+        amount = edit.get(key)
+        if isinstance(amount, (list, tuple)) and amount:
+            found.append(f"{key} {number(min(amount))} to {number(max(amount))}, one a site")
+        elif amount is not None and not (found and amount == 0):
+            found.append(f"{key} {number(amount)}")
+    return "; ".join(found) or "–"
+
+
+def _places(sites: list[Any]) -> str:
+    if len(sites) <= 3:
+        return ", ".join(map(str, sites))
+    return f"{len(sites)} sites, {sites[0]} to {sites[-1]}"
+
+
+def _advice(selected: Mapping[str, Any] | None) -> str:
+    """What to relax: said beside the limits, or on top of the file."""
+    return str(part_of(selected, "limits").get("relax") or (selected or {}).get("relax") or "")
+
+
+def _figures(folder: Path) -> list[dict[str, str]]:
+    """Every PNG of the run as a data URI: the known ones first, in the page's order."""
+    order = list(_FIGURES)
+    found = []
+    for path in sorted((folder / "figures").glob("*.png")):
+        if path.name.startswith("."):
+            continue
+        stem, _, position = path.stem.partition("_at_")
+        heading, caption = _FIGURES.get(stem, (path.stem.replace("_", " "), ""))
+        content = path.read_bytes()
+        if not content.startswith(b"\x89PNG"):
+            raise RunError(
+                f"{path} is not a PNG: delete it and run `interp-ablate plot {folder}` again"
+            )
+        place = order.index(stem) if stem in order else len(order)
+        found.append(
+            {
+                "order": f"{place:03d} {path.name}",
+                "heading": heading + (f", position {position}" if position else ""),
+                "caption": caption,
+                "uri": "data:image/png;base64," + base64.b64encode(content).decode("ascii"),
+            }
+        )
+    return sorted(found, key=lambda figure: figure["order"])
+
+
+def _trials(
+    folder: Path, selected: Mapping[str, Any] | None, configuration: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """The best trials as rows of text, and what failed; None where there is no table."""
+    if not (folder / "trials.csv").exists():
+        return None
+    frame = read_trials(folder / "trials.csv")
+    chosen = (
+        str(part_of(selected, "trial").get("trial", "")) if (selected or {}).get("plan") else ""
+    )
+    finished = frame[frame["status"] == "ok"]
+    limit = configuration.get("max_kl")
+    within = finished["kl"] <= float(limit) if _is_number(limit) else finished["kl"].notna()
+    ranked = finished.assign(_outside=~within).sort_values(["_outside", "behaviour"])
+    is_chosen = ranked["trial"].astype(str) == chosen
+    top = pd.concat([ranked[is_chosen], ranked[~is_chosen]]).head(TOP_TRIALS)
+    top = top.assign(
+        site=[f"{row.layer}.{row.point}" + (f" [{row.position}]" if row.position else "")
+              for row in top.itertuples()]
+    )  # fmt: skip
+    columns = [
+        name for name in _TRIAL_COLUMNS
+        if name in top and not top[name].isna().all() and not (top[name] == "").all()
+    ]  # fmt: skip
+    rows = [
+        {
+            "chosen": str(row["trial"]) == chosen,
+            "outside": bool(row["_outside"]),
+            "cells": [_cell(name, row[name]) for name in columns],
+        }
+        for _, row in top.iterrows()
+    ]
+    failed = frame[frame["status"] == "failed"]
+    reasons = failed["reason"].value_counts().to_dict() if "reason" in failed else {}
+    return {
+        "heads": [_TRIAL_COLUMNS[name] for name in columns],
+        "rows": rows,
+        "total": len(frame),
+        "failed": len(failed),
+        "reasons": {reason or "no reason given": count for reason, count in reasons.items()},
+        "limit": limit,
+    }
+
+
+def _estimators(folder: Path) -> dict[str, Any] | None:
+    """Every estimator's direction at one site, on the same validation prompts; None without a table."""
+    path = folder / "estimators.csv"
+    if not path.exists():
+        return None
+    columns = ("estimator", "auc", "d_prime", "cosine", "left_out", "site", "position")
+    table = read_table(path, columns, numbers=("auc", "d_prime", "cosine"))
+    rows = table.to_dict("records")
+    return (
+        {"rows": rows, "site": rows[0]["site"], "position": rows[0]["position"]} if rows else None
+    )
+
+
+def _cell(name: str, value: Any) -> str:
+    return rate(value) if name == "expression_rate" else number(value)
+
+
+def _generations(folder: Path) -> list[dict[str, Any]] | None:
+    """Answers side by side, one group a set; None where none were written."""
+    records = read_lines(folder / "generations.jsonl")
+    if records is None:
+        return None
+    labels: dict[str, dict[str, dict[str, Any]]] = {}
+    for record in records:
+        prompts = labels.setdefault(str(record.get("label", "unlabelled")), {})
+        answers = prompts.setdefault(str(record.get("prompt", "")), {})
+        answers[str(record.get("condition", "?"))] = record
+    groups = []
+    for label, prompts in sorted(labels.items(), reverse=True):
+        present = {condition for answers in prompts.values() for condition in answers}
+        conditions = [name for name in CONDITIONS if name in present]
+        conditions += sorted(present - set(CONDITIONS))
+        counts = {
+            name: [bool(a[name].get("expressed")) for a in prompts.values() if name in a]
+            for name in conditions
+        }
+        groups.append(
+            {
+                "label": label,
+                "conditions": conditions,
+                "counts": {name: (sum(hits), len(hits)) for name, hits in counts.items()},
+                "prompts": [{"prompt": p, "answers": answers} for p, answers in prompts.items()],
+            }
+        )
+    return groups
+
+
+def _stages(run: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return [
+        (str(name), found.get("seconds") if isinstance(found, Mapping) else found)
+        for name, found in part_of(run, "stages").items()
+    ]
+
+
+def _missing(folder: Path) -> list[tuple[str, str]]:
+    return [(name, stage) for name, stage in _STAGE_OF.items() if not any(folder.glob(name))]
+
+
+def _dictionaries(found: Any) -> list[dict[str, Any]]:
+    return [dict(item) for item in found or [] if isinstance(item, Mapping)]
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

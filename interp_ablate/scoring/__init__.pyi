@@ -1,0 +1,12 @@
+from .classifier import ClassifierScorer as ClassifierScorer
+from .endpoint import Endpoint as Endpoint
+from .exchange import Exchange as Exchange
+from .exchange import TextScorer as TextScorer
+from .expression_lists import Expression as Expression
+from .expression_lists import read_expressions as read_expressions
+from .expressions import ExpressionScorer as ExpressionScorer
+from .judge import Judge as Judge
+from .lexicon import LexiconScorer as LexiconScorer
+from .refusals import Declines as Declines
+from .registry import scorer_of as scorer_of
+from .verdicts import Verdict as Verdict

@@ -1,0 +1,329 @@
+"""Expressions: phrases and regular expressions by which text shows a behaviour, in many languages.
+
+Knows: the bundled lists, lists of one's own, folding of case, apostrophes and spaces (and the way back to
+places in the original), weights, negation, the first sentence, which expression matched where.
+Does not know: models, prompts, scales of other scorers. Nothing here imports torch, transformers or numpy
+before a tensor is asked for.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+
+from interp_ablate.errors import InterpAblateError
+from interp_ablate.scoring.expression_lists import (
+    Expression,
+    Scope,
+    bundled_expressions,
+    chosen_languages,
+)
+from interp_ablate.scoring.text_folding import (
+    SPACED_WORD,
+    UNSPACED_CHARACTER,
+    first_sentence,
+    fold,
+    fold_with_places,
+    without_spaces,
+)
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+Outcome = Literal["expressed", "not expressed", "empty"]
+
+
+def _phrase_pattern(phrase: str) -> re.Pattern[str]:
+    folded = fold(phrase).strip()
+    word = SPACED_WORD if UNSPACED_CHARACTER.search(folded) else r"\w"
+    left = rf"(?<!{word})" if folded[0].isalnum() and not without_spaces(folded[0]) else ""
+    right = rf"(?!{word})" if folded[-1].isalnum() and not without_spaces(folded[-1]) else ""
+    return re.compile(left + re.escape(folded) + right)
+
+
+# ---- negation ------------------------------------------------------------------------------------
+
+# Words that deny what follows within the clause. Japanese denies behind the verb: nothing is looked for.
+_NEGATORS: dict[str, str] = {
+    "en": r"\b(?:not|never|cannot|without|hardly|scarcely|rarely|neither|nor)\b|n't\b",
+    "es": r"\b(?:no|nunca|jamás|sin|tampoco|ni|apenas)\b",
+    "de": r"\b(?:nicht|nie|niemals|kein|keine|keinen|keinem|keiner|keines|ohne|kaum|weder)\b",
+    "fr": r"\b(?:pas|jamais|sans|aucun|aucune|guère|nullement)\b",
+    "it": r"\b(?:non|mai|senza|né|nessun|nessuna|neanche)\b",
+    "pt": r"\b(?:não|nunca|jamais|sem|nem|nenhum|nenhuma)\b",
+    "zh": "不是|并非|並非|不|没|沒|从未|從未|绝非|絕非",
+    "ru": r"\b(?:не|нет|никогда|без|ни|вовсе не)\b",
+    "nl": r"\b(?:niet|nooit|geen|zonder|nauwelijks|noch)\b",
+}
+_CLAUSE_END = re.compile(r"[.,;:!?\u2026()\"\u3001\u3002\u2014]| - ")
+_WITHIN = 2  # words between a negator and what it denies (characters, where there are no spaces)
+
+
+@cache
+def _negator(language: str) -> re.Pattern[str] | None:
+    """Finds a negator that is near enough to the end of a clause."""
+    words = _NEGATORS.get(language or "en")
+    if words is None:
+        return None
+    between = rf".{{0,{_WITHIN}}}" if language == "zh" else rf"(?:\s+\S+){{0,{_WITHIN}}}\s*"
+    return re.compile(rf"(?:{words}){between}$")
+
+
+# ---- the scorer ----------------------------------------------------------------------------------
+
+
+class HasTexts(Protocol):
+    """Evidence, as far as expressions need it."""
+
+    @property
+    def texts(self) -> Sequence[str]: ...
+
+
+@dataclass(frozen=True)
+class Match:
+    """One expression found in a text: which, and where.
+
+    `start` and `end` count characters of the folded text, `place` those of the original. `counts` is False
+    where it is negated, and where the same expression was found (and counted) before.
+    """
+
+    expression: str
+    start: int
+    end: int
+    place: tuple[int, int] = (0, 0)
+    weight: float = 1.0
+    language: str = ""
+    negated: bool = False
+    counts: bool = True
+
+
+@dataclass(frozen=True)
+class ExpressionScorer:
+    """Whether generated text holds any of some expressions: 1.0 or 0.0 a prompt.
+
+    Args:
+        expressions: a bundled list's name, or phrases and `Expression`s; case, apostrophes and spaces are
+            folded, and a phrase matches at word boundaries (anywhere, in scripts without spaces).
+        patterns: regular expressions, searched in the folded text.
+        languages: of a bundled list, or of own expressions that name theirs; () is the list's default (all
+            own ones), ("all",) every one.
+        scope: where to look: the whole text, or its first sentence.
+        negation: an expression that a negator of its language precedes, at most two words off in the same
+            clause, does not count ("it is not that I can't"). Off by default.
+        threshold: text expresses the behaviour from this sum of weights on.
+
+    Raises:
+        InterpAblateError: an unknown list, language or scope, no expression at all, one that is not text, a
+            weight that cannot be, a malformed regular expression.
+    """
+
+    expressions: str | tuple[str | Expression, ...] = "declining"
+    patterns: tuple[str, ...] = ()
+    name: str = "expression_rate"
+    goal: Literal["min", "max", "limit"] = "min"
+    languages: tuple[str, ...] = field(default=(), kw_only=True)
+    scope: Scope = field(default="whole", kw_only=True)
+    negation: bool = field(default=False, kw_only=True)
+    threshold: float = field(default=1.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.scope not in get_args(Scope):
+            raise InterpAblateError(f"scope is {' or '.join(get_args(Scope))}; got {self.scope!r}")
+        if not (math.isfinite(self.threshold) and self.threshold > 0):
+            raise InterpAblateError(
+                f"threshold is a sum of weights above 0; got {self.threshold!r}"
+            )
+        self._compiled  # noqa: B018  (malformed input fails here, not in the middle of a sweep)
+
+    @property
+    def label(self) -> str:
+        """What to call the list."""
+        return self.expressions if isinstance(self.expressions, str) else "own"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything a score depends on, as JSON."""
+        return {
+            "expressions": [[e.text, e.weight, e.language, e.regex] for e, _ in self._compiled],
+            "scope": self.scope,
+            "negation": self.negation,
+            "threshold": self.threshold,
+        }
+
+    @cached_property
+    def _compiled(self) -> list[tuple[Expression, re.Pattern[str]]]:
+        if isinstance(self.expressions, str):
+            chosen = bundled_expressions(self.expressions, self.languages)
+        else:
+            chosen = self._own()
+        _check_texts("patterns", self.patterns, str)
+        chosen += tuple(Expression(pattern, regex=True) for pattern in self.patterns)
+        found = [(each, _pattern(each)) for each in chosen if each.regex or each.text.strip()]
+        if not found:
+            raise InterpAblateError("an ExpressionScorer needs at least one expression or pattern")
+        if not any(each.weight > 0 for each, _ in found):
+            raise InterpAblateError("no expression has a weight above 0: nothing would ever count")
+        return found
+
+    def _own(self) -> tuple[Expression, ...]:
+        """The expressions that were given, in the languages that are wanted."""
+        given = self.expressions
+        _check_texts("expressions", given, (str, Expression))
+        every = tuple(each if isinstance(each, Expression) else Expression(each) for each in given)  # type: ignore[arg-type]
+        there = sorted({each.language for each in every} - {""})
+        wanted = chosen_languages(self.languages, there, "the list")
+        return tuple(e for e in every if not wanted or e.language in wanted or not e.language)
+
+    # ---- one text
+
+    def strength(self, text: str) -> float:
+        """The sum of the weights of what is found and not negated, each expression once."""
+        folded = fold(self._scoped(text))
+        counted = (
+            each.weight
+            for each, pattern in self._there(folded)
+            if any(not negated for _, _, negated in self._places(folded, each, pattern))
+        )
+        return math.fsum(counted)
+
+    def outcome(self, text: str) -> Outcome:
+        """Whether the behaviour is there; a text without any character but spaces is neither."""
+        if not text.strip():
+            return "empty"
+        return "expressed" if self._reached(text) else "not expressed"
+
+    def matches(self, text: str) -> list[Match]:
+        """Every expression that occurs and is not negated, with the first place that counts."""
+        return [match for match in self.all_matches(text) if match.counts]
+
+    def all_matches(self, text: str) -> list[Match]:
+        """Every place of every expression, in the order of the list; negated and repeated ones too."""
+        scoped = self._scoped(text)
+        folded, found = fold(scoped), []
+        places: list[tuple[int, int]] | None = None
+        for each, pattern in self._there(folded):
+            counted = False
+            for start, end, negated in self._places(folded, each, pattern):
+                if places is None:
+                    places = fold_with_places(scoped)[1]
+                counts = not negated and not counted
+                counted = counted or counts
+                where = _original(places, start, end)
+                found.append(
+                    Match(each.text, start, end, where, each.weight, each.language, negated, counts)
+                )
+        return found
+
+    # ---- many texts
+
+    def score_texts(self, texts: Sequence[str]) -> Float[Tensor, " prompt"]:
+        """1.0 or 0.0 a text; an empty one is 0.0 (`counts` tells it apart)."""
+        import torch
+
+        return torch.tensor([float(self._reached(text)) for text in texts])
+
+    def __call__(self, evidence: HasTexts, baseline: HasTexts) -> Float[Tensor, " prompt"]:
+        return self.score_texts(evidence.texts)
+
+    def counts(self, texts: Sequence[str]) -> dict[Outcome, int]:
+        """How many texts express the behaviour, do not, and are empty (neither)."""
+        found = Counter(self.outcome(text) for text in texts)
+        return {outcome: found[outcome] for outcome in get_args(Outcome)}
+
+    def report(self, texts: Sequence[str]) -> list[dict[str, Any]]:
+        """Which expression matched where, a row a place: `pandas.DataFrame(rows)` is the table.
+
+        `text` is the number of the text; `start` and `end` are characters of the original, where `found`
+        stands, `folded_start` and `folded_end` of the folded text.
+        """
+        return [
+            {
+                "text": number,
+                "expression": match.expression,
+                "language": match.language,
+                "weight": match.weight,
+                "found": text[slice(*match.place)],
+                "start": match.place[0],
+                "end": match.place[1],
+                "folded_start": match.start,
+                "folded_end": match.end,
+                "negated": match.negated,
+                "counts": match.counts,
+            }
+            for number, text in enumerate(texts)
+            for match in self.all_matches(text)
+        ]
+
+    # ---- inside
+
+    def _scoped(self, text: str) -> str:
+        return first_sentence(text) if self.scope == "first_sentence" else text
+
+    def _reached(self, text: str) -> bool:
+        return (
+            self.strength(text) >= self.threshold - 1e-9
+        )  # sums of tenths fall short of their total
+
+    @cached_property
+    def _literals(self) -> list[str]:
+        """What a text must hold for each expression to match; "" for regular expressions."""
+        return ["" if each.regex else fold(each.text).strip() for each, _ in self._compiled]
+
+    def _there(self, folded: str) -> Iterator[tuple[Expression, re.Pattern[str]]]:
+        """The expressions that a text may hold: looking for a substring is ten times as fast."""
+        for literal, compiled in zip(self._literals, self._compiled):
+            if literal in folded:
+                yield compiled
+
+    def _places(
+        self, folded: str, each: Expression, pattern: re.Pattern[str]
+    ) -> Iterator[tuple[int, int, bool]]:
+        """(start, end, negated) in the folded text; of empty matches the first only."""
+        negator = _negator(each.language) if self.negation else None
+        for hit in pattern.finditer(folded):
+            negated = False
+            if negator is not None:
+                before = folded[max(0, hit.start() - 80) : hit.start()]
+                negated = bool(negator.search(_CLAUSE_END.split(before)[-1]))
+            yield hit.start(), hit.end(), negated
+            if hit.start() == hit.end():
+                return
+
+
+def _check_texts(what: str, given: Any, kinds: type | tuple[type, ...]) -> None:
+    if isinstance(given, (str, Mapping)) or not isinstance(given, Sequence):
+        raise InterpAblateError(f"{what} are given as a tuple of texts; got {given!r}")
+    for each in given:
+        if not isinstance(each, kinds):
+            raise InterpAblateError(
+                f"{what} are texts; one is {each!r} ({type(each).__name__}): quote it"
+            )
+
+
+def _pattern(expression: Expression) -> re.Pattern[str]:
+    if not math.isfinite(expression.weight) or expression.weight == 0:
+        raise InterpAblateError(
+            f"the weight of {expression.text!r} is {expression.weight}: give a number other than 0"
+        )
+    if not expression.regex:
+        return _phrase_pattern(expression.text)
+    try:
+        return re.compile(expression.text)
+    except re.error as error:
+        raise InterpAblateError(
+            f"malformed regular expression {expression.text!r}: {error}"
+        ) from error
+
+
+def _original(places: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
+    """Where characters start to end of the folded text come from."""
+    if start == end:
+        at = places[start][0] if start < len(places) else (places[-1][1] if places else 0)
+        return at, at
+    return places[start][0], places[end - 1][1]

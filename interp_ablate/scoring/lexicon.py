@@ -1,0 +1,157 @@
+"""Scores from word lists: sentiment, formality, length.
+
+Knows: word lists. Does not know: classifiers and judges.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from interp_ablate.errors import RunError
+from interp_ablate.scoring.exchange import Exchange
+from interp_ablate.scoring.text_folding import sentences, without_spaces
+from interp_ablate.scoring.verdicts import ExplainingScorer, Verdict
+
+# ---- lexicons ------------------------------------------------------------------------------------
+
+Measure = Literal["sentiment", "formality", "length"]
+
+
+def _set_of(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
+# Function words that hardly any English text of some length does without.
+_ENGLISH = _set_of(
+    "the a an of to and in is are was it that you i for with on as be this have not at or by we my your "
+    "he she they but from so can if do what there me will"
+)
+_CONTRACTION = re.compile(
+    r"\b\w+(?:n't|'(?:s|re|ve|ll|d|m))\b|\b(?:gonna|wanna|gotta|kinda|sorta|lemme|dunno)\b"
+)
+_INFORMAL = _set_of(
+    "hey hi yeah yep yup nope nah ok okay wow cool awesome guy guys kid kids stuff lots pretty really super "
+    "totally basically literally honestly gosh oops lol haha hmm dude buddy folks crazy anyway whatever "
+    "thing things bit get gets got getting"
+)
+_FORMAL = _set_of(
+    "furthermore moreover therefore thus hence consequently accordingly nevertheless nonetheless whereas "
+    "however additionally regarding concerning pursuant herein upon shall whom whose wherein thereby "
+    "sincerely respectfully kindly cordially esteemed endeavour endeavor commence ascertain facilitate "
+    "obtain provide require request inquire inform assist sufficient numerous subsequently prior"
+)
+
+
+@dataclass(frozen=True)
+class LexiconScorer(ExplainingScorer):
+    """A measure of English text that needs no model.
+
+    - sentiment: 50 + 50 x the mean over sentences of VADER's compound score; 50 is neutral. A mean, for
+      the compound of a whole text saturates with its length. Source: Hutto and Gilbert 2014.
+    - formality: formal words (connectives, officialese, words of nine letters and more) as a share of
+      formal and informal ones (contractions, slang, exclamation marks, emoji), drawn to 50 where there
+      are few of either: a count of markers, no more.
+    - length: 100 x words / (words + `half`); a CJK character counts as a word.
+
+    Text that is not English has no sentiment and no formality: no verdict. There is no measure of humour
+    that deserves the name without a model: ask a judge.
+
+    Raises:
+        RunError: an unknown measure, no vaderSentiment package.
+    """
+
+    measure: Measure = "sentiment"
+    half: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.measure not in _MEASURES:
+            raise RunError(
+                f"no lexicon measures {self.measure!r}: there are {', '.join(_MEASURES)}. What needs "
+                "understanding (humour, sarcasm, truth) is for judge: or classifier:"
+            )
+        if not (math.isfinite(self.half) and self.half > 0):
+            raise RunError(f"half is a number of words above 0; got {self.half!r}")
+        if self.measure == "sentiment":
+            self._vader  # noqa: B018  (a missing package fails here, not after the rollouts)
+
+    @property
+    def name(self) -> str:
+        return f"lexicon:{self.measure}"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        more = {"half": self.half} if self.measure == "length" else {}
+        return {"kind": "lexicon", "measure": self.measure, "version": 1, **more}
+
+    @cached_property
+    def _vader(self) -> Any:
+        try:
+            from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+        except ImportError as error:
+            raise RunError(
+                "the sentiment lexicon is the vaderSentiment package: pip install 'interp-ablate[lexicon]'"
+            ) from error
+        return SentimentIntensityAnalyzer()
+
+    def judged(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+        return [self._verdict(exchange.answer) for exchange in exchanges]
+
+    def _verdict(self, text: str) -> Verdict:
+        if self.measure != "length" and not _looks_english(text):
+            return Verdict(None, "not English")
+        return _MEASURES[self.measure](self, text)
+
+    def _sentiment(self, text: str) -> Verdict:
+        # straight apostrophes: VADER knows "don't", not its curly form
+        plain = text.replace("\u2019", "'")
+        compounds = [self._vader.polarity_scores(one)["compound"] for one in sentences(plain)]
+        return Verdict(
+            50 + 50 * sum(compounds) / len(compounds), detail={"sentences": len(compounds)}
+        )
+
+    def _formality(self, text: str) -> Verdict:
+        plain = text.replace("\u2019", "'").casefold()
+        words = _words(plain)
+        formal = sum(word in _FORMAL or len(word) > 8 for word in words)
+        marks = plain.count("!") + sum(unicodedata.category(c) == "So" for c in plain)
+        informal = len(_CONTRACTION.findall(plain)) + sum(w in _INFORMAL for w in words) + marks
+        share = (formal + 1) / (formal + informal + 2)
+        return Verdict(100 * share, detail={"formal": formal, "informal": informal})
+
+    def _length(self, text: str) -> Verdict:
+        n = len(_words(text))
+        return Verdict(100 * n / (n + self.half), detail={"words": n})
+
+
+_MEASURES: dict[str, Callable[[LexiconScorer, str], Verdict]] = {
+    "sentiment": LexiconScorer._sentiment,
+    "formality": LexiconScorer._formality,
+    "length": LexiconScorer._length,
+}
+
+
+def _words(text: str) -> list[str]:
+    """Words; characters of scripts without spaces one by one."""
+    found: list[str] = []
+    for word in re.findall(r"[\w']+", text):
+        if any(map(without_spaces, word)):
+            found += [c for c in word if without_spaces(c)]
+        elif word.strip("'"):
+            found.append(word.strip("'"))
+    return found
+
+
+def _looks_english(text: str) -> bool:
+    """Latin letters; and in ten words or more at least one in twelve a common English one."""
+    letters = [c for c in text if c.isalpha()]
+    if sum("LATIN" in unicodedata.name(c, "") for c in letters) < 0.8 * len(letters):
+        return False
+    words = _words(text.casefold().replace("\u2019", "'"))
+    known = sum(word.partition("'")[0] in _ENGLISH for word in words)
+    return len(words) < 10 or known * 12 >= len(words)

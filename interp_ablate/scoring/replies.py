@@ -1,0 +1,140 @@
+"""What a judge's server answered: replies, errors, JSON inside prose, schema checks.
+
+Knows: reply formats. Does not know: the network.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from interp_ablate.errors import RunError
+
+
+class EndpointError(RunError):
+    """The server cannot be reached, wants another key, or does not speak the protocol."""
+
+
+class RequestError(EndpointError):
+    """The server takes this one request not (too long, filtered, malformed); others may pass."""
+
+
+class AnswerError(RunError):
+    """There is an answer, but not what was asked for: prose, another schema, a refusal, cut off."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back: the text, why it ended, and the likeliest first tokens where they were asked for.
+
+    `tokens` are the answer's (with log-probabilities only), `top` the likeliest (token, log-probability)
+    at the place of the first that is not blank. `model` is the server's own name of what answered.
+    """
+
+    text: str
+    finish: str = "stop"
+    refusal: str | None = None
+    tokens: tuple[str, ...] = ()
+    top: tuple[tuple[str, float], ...] = ()
+    model: str = ""
+
+
+# ---- answers held to a schema --------------------------------------------------------------------
+
+
+def spoken(text: str) -> str:
+    """An answer without the thoughts (<think>...</think>) and the code fence around it."""
+    text = re.sub(r"^\s*<think>.*?</think>", "", text, flags=re.DOTALL).strip()
+    fenced = re.fullmatch(r"```(?:json)?\s*\n(.*?)\n?\s*```", text, flags=re.DOTALL)
+    return fenced[1].strip() if fenced else text
+
+
+def parse_json(reply: Reply, schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The object that a reply consists of, if it fits the schema.
+
+    Raises:
+        AnswerError: a refusal, an answer that was cut off, something else than one object, a misfit.
+    """
+    if reply.refusal:
+        raise AnswerError(f"the model refuses to answer: {reply.refusal[:200]!r}")
+    if reply.finish == "length":
+        raise AnswerError(
+            "the answer was cut off: raise max_tokens. It begins " + repr(reply.text[:100])
+        )
+    try:
+        value = json.loads(spoken(reply.text))
+    except (ValueError, RecursionError):
+        raise AnswerError(
+            f"expected a JSON object and nothing else; got {reply.text[:200]!r}"
+        ) from None
+    wrong = misfit(value, {"type": "object", **schema})
+    if wrong:
+        raise AnswerError(f"the answer does not fit its schema: {wrong}; got {reply.text[:200]!r}")
+    return value
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "object": (dict,),
+    "array": (list,),
+    "string": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+    "null": (type(None),),
+}
+
+
+def misfit(value: Any, schema: Mapping[str, Any], where: str = "the answer") -> str | None:
+    """What of a value does not fit a JSON schema (types, ranges, lengths, enum, required); None: it fits."""
+    kinds = schema.get("type", ())
+    kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    if kinds and not any(_is(value, kind) for kind in kinds):
+        return f"{where} is {value!r:.60}, not {' or '.join(kinds)}"
+    if "enum" in schema and value not in schema["enum"]:
+        return f"{where} is {value!r:.60}, none of {schema['enum']}"
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        low, high = schema.get("minimum", value), schema.get("maximum", value)
+        return None if low <= value <= high else f"{where} is {value}, outside {low} to {high}"
+    if isinstance(value, str):
+        return _count(len(value), schema, "Length", f"{where} has %d characters")
+    if isinstance(value, list):
+        inside = (misfit(v, schema.get("items", {}), f"{where}[{i}]") for i, v in enumerate(value))
+        wrong = _count(len(value), schema, "Items", f"{where} has %d items")
+        return wrong or next(filter(None, inside), None)
+    if isinstance(value, dict):
+        return _misfit_object(value, schema, where)
+    return None
+
+
+def _misfit_object(value: dict[str, Any], schema: Mapping[str, Any], where: str) -> str | None:
+    known = schema.get("properties", {})
+    missing = [name for name in schema.get("required", ()) if name not in value]
+    if missing:
+        return f"{where} lacks {', '.join(missing)}"
+    surplus = [name for name in value if name not in known]
+    if surplus and schema.get("additionalProperties") is False:
+        return f"{where} has {', '.join(surplus)} besides {', '.join(known)}"
+    inside = (
+        misfit(value[name], part, f"{where}.{name}")
+        for name, part in known.items()
+        if name in value
+    )
+    return next(filter(None, inside), None)
+
+
+def _is(value: Any, kind: str) -> bool:
+    if isinstance(value, bool):
+        return kind == "boolean"
+    if isinstance(value, float) and not (abs(value) < float("inf")):
+        return False  # Python's JSON takes NaN and Infinity
+    return isinstance(value, _TYPES[kind]) or (
+        kind == "integer" and isinstance(value, float) and value.is_integer()
+    )
+
+
+def _count(n: int, schema: Mapping[str, Any], what: str, text: str) -> str | None:
+    low, high = schema.get(f"min{what}", 0), schema.get(f"max{what}", n)
+    return None if low <= n <= high else f"{text % n}, not {low} to {high}"

@@ -1,0 +1,114 @@
+"""Text made comparable: case, accents, apostrophes, spaces; sentences.
+
+Knows: folding with places kept. Does not know: expressions.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator
+
+# ---- folding -------------------------------------------------------------------------------------
+
+_APOSTROPHES = re.compile("[\u2018\u2019\u201b\u02bc\u00b4`]")
+_QUOTES = re.compile("[\u201c\u201d\u201e]")
+
+
+def fold(text: str) -> str:
+    """Lower case, compatibility forms, straight apostrophes and quotes, single spaces."""
+    return re.sub(r"\s+", " ", _compatible(text)).casefold()
+
+
+def _compatible(text: str) -> str:
+    text = _APOSTROPHES.sub("'", text)  # before NFKC, which takes U+00B4 apart, and after
+    text = _APOSTROPHES.sub("'", unicodedata.normalize("NFKC", text))
+    return _QUOTES.sub('"', text)
+
+
+def fold_with_places(text: str) -> tuple[str, list[tuple[int, int]]]:
+    """`fold(text)`, and for each of its characters where it comes from: (start, end) in the original."""
+    folded: list[str] = []
+    places: list[tuple[int, int]] = []
+    for start, end in _clusters(text):
+        for char in _compatible(text[start:end]):
+            if char.isspace():
+                if folded and folded[-1] == " ":  # one of a run: the run grows
+                    places[-1] = (places[-1][0], end)
+                    continue
+                char = " "
+            lower = char.casefold()
+            folded += lower
+            places += [(start, end)] * len(lower)
+    return "".join(folded), places
+
+
+def _clusters(text: str) -> Iterator[tuple[int, int]]:
+    """Pieces that normalize by themselves: a character with what composes with it."""
+    start = 0
+    for i in range(1, len(text) + 1):
+        if i < len(text) and not text[i].isascii():
+            apart = _compatible(text[start:i]) + _compatible(text[i])
+            if unicodedata.combining(text[i]) or _compatible(text[start : i + 1]) != apart:
+                continue
+        if start < i:
+            yield start, i
+            start = i
+
+
+# ---- scripts and sentences -----------------------------------------------------------------------
+
+# Scripts that put no spaces between words: a phrase may stand anywhere in them.
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai and Lao, Burmese, Khmer
+    "\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f"  # Japanese syllables
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f\u3005-\u3007"  # Chinese characters
+)
+UNSPACED_CHARACTER = re.compile(f"[{_UNSPACED}]")
+SPACED_WORD = rf"[^\W{_UNSPACED}]"
+
+
+def without_spaces(character: str) -> bool:
+    """Whether a character is of a script that puts no spaces between words (Chinese, Japanese, Thai, ...)."""
+    return bool(UNSPACED_CHARACTER.fullmatch(character))
+
+
+_SENTENCE_END = re.compile(r"[.!?\u2026]+[\"'\u201d\u2019\u00bb)\]*_]*(?=\s|$)|[\u3002\uff01\uff1f\uff61]+[\u300d\u300f\u201d\u2019\uff09]*|\n")  # fmt: skip
+_ABBREVIATION = re.compile(
+    r"(?:^|[\s(])(?:\w|mr|mrs|ms|dr|prof|st|vs|etc|e\.g|i\.e|u\.s|z\.b|d\.h|bzw|ca|nr|sra|srta|sr|ud|mme|mlle|"
+    r"sig|approx|fig|al|jr|inc|ltd)\.$",
+    re.IGNORECASE,
+)
+
+
+_LIST_NUMBER = re.compile(r"\W*\d{1,3}\.")
+
+
+def _sentence_ends(text: str) -> Iterator[int]:
+    """Ends of sentences, at punctuation or the end of a line; not at abbreviations and numbers of lists."""
+    for end in _SENTENCE_END.finditer(text):
+        if end[0] == "." and end.end() < len(text) and text[end.end()] != "\n":
+            after = text[end.end() :].lstrip()[:1]
+            if after.islower() or _ABBREVIATION.search(text[max(0, end.end() - 12) : end.end()]):
+                continue
+            if _LIST_NUMBER.fullmatch(text[: end.end()].rpartition("\n")[2]):
+                continue
+        yield end.end()
+    yield len(text)
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a text, without the blank ones; at least the text itself."""
+    found, start = [], 0
+    for end in _sentence_ends(text):
+        piece = text[start:end].strip()
+        if any(map(str.isalnum, piece)):
+            found.append(piece)
+            start = end
+    return found or [text]
+
+
+def first_sentence(text: str) -> str:
+    """The text up to the end of its first sentence that has a letter or a digit."""
+    ends = (end for end in _sentence_ends(text) if any(map(str.isalnum, text[:end])))
+    return text[: next(ends, len(text))]

@@ -1,0 +1,8 @@
+"""Which plan? Candidates, trials, rules of choice, the gradient fit.
+
+May import: errors, sites, storage, jobs, stats, prompts, scoring, directions, edits, models, activations, evaluation. To add a selection rule: `selection.py`.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

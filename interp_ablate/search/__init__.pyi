@@ -1,0 +1,15 @@
+from .bench import Bench as Bench
+from .candidates import Candidate as Candidate
+from .candidates import Trial as Trial
+from .gradient_fit import fit_data as fit_data
+from .gradient_fit import fit_edit as fit_edit
+from .selection import Choice as Choice
+from .selection import arditi as arditi
+from .selection import constrained as constrained
+from .selection import pareto_front as pareto_front
+from .selection import read_evaluations as read_evaluations
+from .study.parameters import Float as Float
+from .study.parameters import Int as Int
+from .study.parameters import Space as Space
+from .sweep import finalists as finalists
+from .sweep import run_trials as run_trials

@@ -1,0 +1,115 @@
+"""A race of directions on growing subsets of prompts.
+
+Knows: rungs and merit. Does not know: plans.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pandas as pd
+
+from interp_ablate.errors import RunError
+from interp_ablate.search.bench import Bench
+from interp_ablate.search.candidates import Candidate, Source, Trial
+from interp_ablate.search.trial_table import to_frame
+
+# Fits: how many directions, how many layers apart at least, and the multiples of the edit tried.
+N_FITS, FIT_DISTANCE = 1, 3
+# Prompts a side and candidates of each rung of the screening, which ranks directions and selects no plan.
+# With 60 candidates and 32 prompts that is 0.23 of all on all (benchmarks/screening.py).
+RUNGS = ((3, 10**9), (12, 14), (32, 3))
+
+
+def merit(rows: pd.DataFrame) -> pd.Series:
+    """How much of the behaviour a screened plan removes for the KL it costs; higher is better."""
+    gain = (rows["own_words_baseline"] - rows["own_words"]).clip(lower=0)
+    return gain / (0.1 + rows["kl"])
+
+
+def screen(
+    bench: Bench,
+    candidates: Sequence[Candidate],
+    score: Callable[[Bench, Sequence[Candidate]], list[Trial]],
+    *,
+    rungs: Sequence[tuple[int, int]] = RUNGS,
+) -> pd.DataFrame:
+    """Race the candidates: all on a few prompts a side, the best of them on more, and so on.
+
+    Args:
+        score: scores candidates on a bench of the first prompts (`run_trials`).
+        rungs: (prompts a side, how many candidates go on to it); the first takes them all. One that has
+            no more prompts than the one before it is left out.
+
+    Returns one row a candidate, of the last rung that it reached; those of the last rung come first.
+    The idea is that of successive halving (Jamieson and Talwalkar 2016, https://arxiv.org/abs/1502.07943).
+    """
+    alive = list(candidates)
+    tables: list[pd.DataFrame] = []
+    for prompts, most in growing(rungs, bench.n_prompts):
+        if not alive:
+            break
+        small = bench.first(prompts)
+        trials = score(small, [replace(c, prompts=prompts) for c in alive[:most]])
+        table = to_frame(trials, small)
+        out = [] if not tables else tables[-1].iloc[len(trials) :]
+        order = merit(table).where(table["status"] == "ok", -math.inf)
+        places = order.sort_values(ascending=False, kind="stable").index
+        tables.append(
+            pd.concat([table.loc[places], *([out] if len(out) else [])], ignore_index=True)
+        )
+        whole = [trials[i] for i in places if trials[i].status == "ok"]
+        alive = [replace(trial.candidate, prompts=None) for trial in whole]
+    return tables[-1]
+
+
+def growing(rungs: Sequence[tuple[int, int]], n_prompts: int) -> list[tuple[int, int]]:
+    """The rungs where there are so many prompts."""
+    found: list[tuple[int, int]] = []
+    for prompts, most in rungs:
+        here = min(prompts, n_prompts)
+        if not found or here > found[-1][0]:
+            found.append((here, most))
+    return found
+
+
+def promising(screened: pd.DataFrame, *, n: int = 8) -> list[Source]:
+    """The (layer, point, position) of the screened directions worth refining, the best first.
+
+    The ones that lower the behaviour most for the KL they cost, among those whose addition raises the
+    target log-odds of negative prompts above the unedited model's.
+
+    Raises:
+        RunError: every screened trial failed.
+    """
+    rows = screened[screened["status"] == "ok"]
+    if rows.empty:
+        reasons = [reason for reason in screened["reason"] if reason]
+        raise RunError(
+            f"none of the {len(screened)} screened directions could be scored"
+            + (f"; the first failed with: {reasons[0]}" if reasons else "")
+        )
+    raised = rows[rows["addition"] > rows["addition_baseline"]]
+    rows = raised if len(raised) else rows
+    # what few prompts say is not compared with what more prompts say of those that went on
+    rungs = rows["prompts"].fillna(math.inf)
+    order = (
+        rows.assign(merit=merit(rows), rung=rungs)
+        .sort_values(["rung", "merit"], ascending=False, kind="stable")
+        .index[:n]
+    )
+    return [
+        (int(r["layer"]), str(r["point"]), str(r["position"]))
+        for _, r in rows.loc[order].iterrows()
+    ]
+
+
+def spread(sources: Sequence[Source]) -> list[Source]:
+    """The first few sources that are some layers apart: neighbours hold nearly the same direction."""
+    chosen: list[Source] = []
+    for source in sources:
+        if all(abs(source[0] - other[0]) >= FIT_DISTANCE for other in chosen):
+            chosen.append(source)
+    return chosen[:N_FITS]

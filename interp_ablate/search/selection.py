@@ -1,0 +1,211 @@
+"""Selection: which trial to keep, what the limits removed, and how sure a mean is.
+
+Knows: the rule of Arditi et al., a rule constrained by a KL budget, the Pareto front, the bootstrap.
+Does not know: models, prompts or plans; it reads tables of numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from interp_ablate.errors import RunError
+
+# How published evaluation files name what the trials here call behaviour, addition and kl.
+PUBLISHED_COLUMNS = {
+    "refusal_score": "behaviour",
+    "steering_score": "addition",
+    "kl_div_score": "kl",
+}
+
+
+def read_evaluations(path: str | Path) -> pd.DataFrame:
+    """A table of evaluations: JSON (a list of rows), JSONL or CSV.
+
+    Raises:
+        RunError: no such file, or not a table.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".csv":
+            return pd.read_csv(path)
+        text = path.read_text()
+        rows = (
+            [json.loads(line) for line in text.splitlines() if line.strip()]
+            if (path.suffix == ".jsonl")
+            else json.loads(text)
+        )
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError("expected a list of objects")
+        return pd.DataFrame(rows)
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot read evaluations from {path}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The row a rule chose (None: no candidate passed), how many each limit removed, in order.
+
+    `relax` says in words what would let candidates through.
+    """
+
+    rule: str
+    row: dict[str, Any] | None
+    considered: int
+    kept: int
+    removed: dict[str, int] = field(default_factory=dict)
+    relax: str = ""
+
+    @property
+    def trial(self) -> dict[str, Any] | None:
+        """The row as plain data: None where the table has nothing."""
+        if self.row is None:
+            return None
+        return {k: (None if pd.isna(v) else v) for k, v in self.row.items()}
+
+    def limits(self) -> dict[str, Any]:
+        """Plain data for reports."""
+        return {
+            "considered": self.considered,
+            "removed": self.removed,
+            "kept": self.kept,
+            "relax": self.relax,
+        }
+
+
+def _require(frame: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    names = {old: new for old, new in PUBLISHED_COLUMNS.items() if new not in frame}
+    renamed = frame.rename(columns=names)
+    missing = [column for column in columns if column not in renamed]
+    if missing or renamed.empty:
+        raise RunError(
+            f"cannot select: {'no rows' if not missing else 'no column ' + ', '.join(missing)}; "
+            f"needed are {', '.join(columns)} (or the published names {', '.join(PUBLISHED_COLUMNS)}); "
+            f"there are {', '.join(map(str, frame.columns)) or 'none'}"
+        )
+    for column in columns:
+        if not pd.api.types.is_numeric_dtype(renamed[column]):
+            renamed[column] = pd.to_numeric(renamed[column], errors="coerce")
+    return renamed
+
+
+def _apply(
+    frame: pd.DataFrame, limits: dict[str, pd.Series]
+) -> tuple[pd.DataFrame, dict[str, int]]:
+    """Rows that pass every limit, and how many rows each limit removed of those left by the ones before."""
+    alive = pd.Series(True, index=frame.index)
+    removed = {}
+    for name, passes in limits.items():
+        removed[name] = int((alive & ~passes).sum())
+        alive &= passes
+    return frame[alive], removed
+
+
+def _advice(frame: pd.DataFrame, limits: dict[str, pd.Series]) -> str:
+    """Which single limit, if dropped, lets most candidates through."""
+    freed = {}
+    for name in limits:
+        others = pd.Series(True, index=frame.index)
+        for other, passes in limits.items():
+            if other != name:
+                others &= passes
+        freed[name] = int(others.sum())
+    best = max(freed, key=lambda name: freed[name])
+    if freed[best] == 0:
+        return "no single limit is to blame: relax several, or use other layers, sites or prompts"
+    return f"without the limit '{best}' {freed[best]} candidates would pass"
+
+
+def _choose(
+    rule: str, frame: pd.DataFrame, limits: dict[str, pd.Series], order: list[str]
+) -> Choice:
+    kept, removed = _apply(frame, limits)
+    if kept.empty:
+        return Choice(rule, None, len(frame), 0, removed, _advice(frame, limits))
+    best = kept.sort_values(order, kind="stable").head(1).to_dict("records")[0]
+    row = {str(k): v.item() if isinstance(v, np.generic) else v for k, v in best.items()}
+    return Choice(rule, row, len(frame), len(kept), removed)
+
+
+def arditi(
+    frame: pd.DataFrame,
+    *,
+    n_layers: int,
+    max_kl: float = 0.1,
+    min_addition: float = 0.0,
+    prune_layers: float = 0.2,
+) -> Choice:
+    """The published rule: the lowest score under ablation among candidates that pass the limits.
+
+    Limits: finite scores, layer < int((1 - prune_layers) * n_layers), KL <= max_kl, score under
+    addition >= min_addition. Source: Arditi et al. 2024, https://arxiv.org/abs/2406.11717.
+
+    Raises:
+        RunError: missing columns, no rows, n_layers below 1.
+    """
+    if n_layers < 1:
+        raise RunError(f"n_layers must be at least 1; got {n_layers}")
+    rows = _require(frame, ["layer", "behaviour", "addition", "kl"])
+    scores = rows[["behaviour", "addition", "kl"]]
+    last = int(n_layers * (1 - prune_layers))
+    limits = {
+        "not finite": np.isfinite(scores).all(axis=1),
+        f"layer >= {last}": rows["layer"] < last,
+        f"kl > {max_kl:g}": rows["kl"] <= max_kl,
+        f"addition < {min_addition:g}": rows["addition"] >= min_addition,
+    }
+    return _choose("arditi", rows, limits, ["behaviour"])
+
+
+def constrained(
+    frame: pd.DataFrame,
+    *,
+    max_kl: float = 0.1,
+    at_most: Mapping[str, float] | None = None,
+    behaviour: str = "expression_rate",
+    tolerance: float = 0.0,
+) -> Choice:
+    """The least behaviour within a KL budget, held against the bootstrap's upper bound of the KL.
+
+    Candidates whose `behaviour` is within `tolerance` of the best one count as equal; among them the
+    one with the lowest `own_words` (the soft score) wins, then the lowest KL. `kl_high`, the upper
+    end of the KL's interval, is used where the table has it: a plan chosen at the limit on few prompts
+    would exceed it on others half of the time. `at_most`: limits of other columns, such as repetition.
+    """
+    rows = _require(frame, [behaviour, "kl", *(at_most or {})])
+    upper = rows["kl_high"] if "kl_high" in rows else rows["kl"]
+    limits = {
+        "not finite": np.isfinite(rows[[behaviour, "kl"]]).all(axis=1),
+        f"kl > {max_kl:g} (upper bound)": upper <= max_kl,
+    }
+    for name, most in (at_most or {}).items():
+        limits[f"{name} > {most:.3g}"] = rows[name] <= most
+    kept, _ = _apply(rows, limits)
+    best = kept[behaviour].min() if len(kept) else 0.0
+    rows = rows.assign(_rounded=rows[behaviour].where(rows[behaviour] > best + tolerance, best))
+    order = ["_rounded", *(c for c in ("own_words", "kl") if c in rows)]
+    found = _choose("constrained", rows, limits, order)
+    if found.row is not None:
+        found.row.pop("_rounded")
+    return found
+
+
+def pareto_front(
+    frame: pd.DataFrame, *, objectives: Sequence[str] = ("behaviour", "kl")
+) -> pd.DataFrame:
+    """Rows that no other row beats: none is at least as low in every objective and lower in one."""
+    rows = _require(frame, list(objectives))
+    values = rows[list(objectives)].to_numpy(float)
+    finite = np.isfinite(values).all(axis=1)
+    keep = []
+    for i, value in enumerate(values):
+        no_worse = (values <= value).all(axis=1) & finite
+        better = (values < value).any(axis=1)
+        keep.append(bool(finite[i] and not (no_worse & better).any()))
+    return rows[keep].sort_values(list(objectives), kind="stable")

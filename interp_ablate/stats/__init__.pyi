@@ -1,0 +1,9 @@
+from .correlation import Correlation as Correlation
+from .correlation import pearson as pearson
+from .intervals import Estimate as Estimate
+from .intervals import bootstrap_interval as bootstrap_interval
+from .intervals import difference_estimate as difference_estimate
+from .intervals import mean_estimate as mean_estimate
+from .rates import rate as rate
+from .roc import auc as auc
+from .roc import auc_interval as auc_interval

@@ -1,0 +1,143 @@
+"""What is healed: an edited checkpoint, what it keeps, how.
+
+Knows: the settings and their checks. Does not know: training.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from interp_ablate.edits.plan import Plan
+from interp_ablate.errors import RunError
+from interp_ablate.models.model import Model
+from interp_ablate.storage.provenance import MANIFEST
+from interp_ablate.training.healing.held_out import HeldOut
+from interp_ablate.training.healing.preferences import Pair
+from interp_ablate.training.recipe import RECIPE, Base, Recipe
+from interp_ablate.weights.plan_to_weights import WeightPlan, weight_plan
+
+Keep = Literal["readers", "projected", "free"]
+
+
+@dataclass(frozen=True)
+class Healing:
+    """How preferences are learned, and how the edit is kept.
+
+    Args:
+        keep: "readers" trains only what reads the residual stream (queries, keys, values, gate and up
+            projections): every tensor that the edit changed stays as it is, bit for bit. "projected" trains
+            all linear layers, and at the end what the adapter writes to the stream goes through the edit,
+            as if the original had been trained and edited then. "free" trains all and keeps nothing.
+        beta: DPO's; the smaller, the further from the edited model. With the original's answers preferred
+            to the edited model's, 1 is the value at which the loss is least for the original itself.
+        sft_weight: of TRL's `sft` loss on the chosen answers, beside DPO's.
+        kl_weight: of the KL a token (nats) to the original over the chosen answers; needs the original.
+
+    Raises:
+        RunError: a number that cannot be.
+    """
+
+    keep: Keep = "readers"
+    beta: float = 0.1
+    sft_weight: float = 0.0
+    kl_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.keep not in get_args(Keep):
+            raise RunError(f"keep={self.keep!r}: accepted are {', '.join(get_args(Keep))}")
+        if not self.beta > 0 or self.sft_weight < 0 or self.kl_weight < 0:
+            raise RunError(
+                "beta is above 0, the weights of other losses from 0; got "
+                f"{self.beta}, {self.sft_weight} and {self.kl_weight}"
+            )
+
+
+# ---- the case --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """An edited checkpoint, the original it came from (where it is known), and the edit."""
+
+    edited: Base
+    original: Base | None = None
+    plan: Plan | None = None
+
+    @cached_property
+    def edited_model(self) -> Model:
+        """The edited model to ask and measure; the one that is trained stays as it is."""
+        return self.edited.copy().model
+
+    @cached_property
+    def original_model(self) -> Model:
+        """The original to ask and measure.
+
+        Raises:
+            RunError: it was not given.
+        """
+        if self.original is None:
+            raise RunError("the original model is needed here: give --original MODEL")
+        return self.original.copy().model
+
+    @cached_property
+    def weights(self) -> WeightPlan:
+        """The edit, tensor by tensor.
+
+        Raises:
+            RunError: the checkpoint's manifest holds no plan.
+            ExportError: see `weight_plan`.
+        """
+        if self.plan is None or not len(self.plan):
+            raise RunError(
+                "the checkpoint has no manifest with a plan, so what the edit is cannot be known: "
+                "--keep readers or free"
+            )
+        state = self.edited.hf.state_dict()
+        return weight_plan(
+            self.plan, self.edited.hf.config, list(state), state.__getitem__, tied="untie"
+        )
+
+
+def read_plan(folder: str | Path) -> tuple[Plan | None, dict[str, Any]]:
+    """The plan of an exported checkpoint and what its manifest says of its source; None without one.
+
+    Raises:
+        RunError: a manifest that cannot be read.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        return None, {}
+    try:
+        manifest = json.loads(path.read_text())
+        if manifest.get("kind") != "checkpoint":
+            raise RunError(
+                f"{path} is of a {manifest.get('kind')}; an exported checkpoint is healed"
+            )
+        plan = Plan.from_dict(manifest["plan"])
+        source = dict(manifest["source"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"cannot read {path}: {error}. Export the checkpoint again") from error
+    return (plan if len(plan) else None), source
+
+
+# ---- all of it -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Treatment:
+    """What is learned and how: preferences, settings, numbers; what is measured before and after.
+
+    `qlora`: the configuration for axolotl loads the checkpoint in 4 bits (the training here never does).
+    """
+
+    pairs: Sequence[Pair]
+    healing: Healing = Healing()
+    recipe: Recipe = RECIPE
+    held_out: HeldOut | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+    qlora: bool = False

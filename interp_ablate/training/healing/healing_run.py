@@ -1,0 +1,265 @@
+"""Healing: an edited checkpoint trained on preferences (DPO) until it is close to the original again.
+
+Knows: preferences from files and from two models' own answers, DPO over a LoRA that cannot undo the edit
+(it sits on what reads the stream, or what it writes goes through the edit), what the edit cost and what is
+left of the cost, the certificate, a configuration in axolotl's terms. Does not know: how a trainer works
+(`training`), how the edit was found, other measures of a model (`evaluation`).
+
+Sources: DPO, Rafailov et al. 2023, https://arxiv.org/abs/2305.18290; recovery after such an edit by DPO,
+Labonne 2024, https://huggingface.co/blog/mlabonne/abliteration; axolotl's keys,
+https://docs.axolotl.ai/docs/config-reference.html and https://docs.axolotl.ai/docs/rlhf.html.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from interp_ablate.errors import ExportError
+from interp_ablate.evaluation.outputs import Evidence
+from interp_ablate.export.checkpoint import whole_folder
+from interp_ablate.export.checkpoint_files import write_json
+from interp_ablate.export.model_card import CERTIFICATE
+from interp_ablate.models.model import Model
+from interp_ablate.stats.summaries import apart
+from interp_ablate.storage.output_folder import check_place
+from interp_ablate.storage.provenance import versions
+from interp_ablate.storage.safetensors_reader import Checkpoint
+from interp_ablate.training.healing.axolotl import (
+    AXOLOTL,
+    PREFERENCES,
+    REPORT,
+    axolotl_config,
+    axolotl_text,
+)
+from interp_ablate.training.healing.case import Case, Treatment
+from interp_ablate.training.healing.dpo_training import dpo, project
+from interp_ablate.training.healing.held_out import HeldOut, along_plan, costs, mean_measures
+from interp_ablate.training.healing.preferences import pair_rows
+from interp_ablate.training.merging import PACKAGES, Trained, merge, write_trained
+from interp_ablate.training.recipe import Base
+from interp_ablate.training.rows import Renderer, Row
+from interp_ablate.training.trainer import train, workplace
+from interp_ablate.weights.plan_to_weights import WeightPlan
+
+REPORT_FORMAT = "interp_ablate.heal/1"
+
+
+def heal(
+    case: Case,
+    treatment: Treatment,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    on_step: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Train an adapter on preferences over an edited checkpoint, merge it, certify it, measure it.
+
+    `out` is a checkpoint that plain transformers loads, with `adapter/`, the preferences, a configuration for
+    axolotl, the certificate, the card and the report; it is whole or not there. Killed, the same call goes on
+    from the last checkpoint. `case.edited` is the merged model afterwards.
+
+    Returns the report.
+
+    Raises:
+        RunError, ExportError, PlanError: nothing to train on; a loss that is not finite; tensors of the edit
+            that changed although they must not; a certificate that fails. Nothing is left at `out` then.
+    """
+    renderer = Renderer(case.edited.tokenizer, case.edited.template, treatment.recipe.max_length)
+    rows, counts = pair_rows(treatment.pairs, renderer)
+    # read before the training: afterwards the model in memory is another one
+    weights = case.weights if case.plan or treatment.healing.keep == "projected" else None
+    settings = _settings(case, treatment)
+    check_place(out, overwrite=overwrite, source=case.edited.source.path)
+    with (  # checkpoints go last, when the result is in its place
+        workplace(out, _identity(case, settings, rows)) as work,
+        whole_folder(out, overwrite=overwrite, source=case.edited.source) as place,
+    ):
+        before = _before(case, treatment.held_out)
+        learned = _learn(case, treatment, rows, work, on_step)
+        plan = case.plan.to_dict() if case.plan else None
+        what = {"for": "recovery", **settings, "plan_of_source": plan}
+        certificate = write_trained(learned.trained, place, what)
+        kept = edit_kept(case.edited, weights, place, must=treatment.healing.keep == "readers")
+        report = {
+            "format": REPORT_FORMAT,
+            **settings,
+            "preferences": {**counts, **treatment.details},
+            "steps": [_step(entry) for entry in learned.logged],
+            "edit": {**kept, "modules_projected": learned.projected},
+            "adapter": certificate["adapter"],
+            **_after(case, learned.trained.base.model, treatment.held_out, before),
+            "versions": versions(*PACKAGES),
+        }
+        _write(place, report, treatment, case, certificate)
+    return report
+
+
+def _settings(case: Case, treatment: Treatment) -> dict[str, Any]:
+    return {
+        "source": case.edited.source.to_dict(),
+        "original": case.original.source.to_dict() if case.original else None,
+        "healing": asdict(treatment.healing),
+        "recipe": treatment.recipe.to_dict(),
+    }
+
+
+def _identity(
+    case: Case, settings: Mapping[str, Any], rows: Sequence[tuple[Row, Row]]
+) -> dict[str, Any]:
+    """What checkpoints of an interrupted run belong to; weights may change under the same name."""
+    return {
+        **settings,
+        "weights": [base.fingerprint for base in (case.edited, case.original) if base],
+        "rows": [[a.prompt, a.answer, b.answer] for a, b in rows],
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class _Learned:
+    """A merged model, what its training logged, and how many modules were put through the edit."""
+
+    trained: Trained
+    logged: list[dict[str, float]]
+    projected: int
+
+
+def _learn(
+    case: Case,
+    treatment: Treatment,
+    rows: Sequence[tuple[Row, Row]],
+    work: Path,
+    on_step: Callable[[int], None] | None,
+) -> _Learned:
+    healing = treatment.healing
+    weights = case.weights if healing.keep == "projected" else None
+    trainer = dpo(case, rows, work, healing=healing, recipe=treatment.recipe)
+    logged = train(trainer, work, on_step=on_step)
+    projected = project(trainer.model, weights) if weights is not None else 0
+    return _Learned(merge(case.edited, trainer.model), logged, projected)
+
+
+@dataclass(eq=False)
+class _Before:
+    found: dict[str, dict[str, Any]]
+    raw: dict[str, dict[str, list[float | None]]]
+    baseline: Evidence | None = None
+
+
+def _before(case: Case, by: HeldOut | None) -> _Before:
+    """The original's and the edited model's numbers."""
+    before = _Before({}, {})
+    if by is None:
+        return before
+    if case.original is not None:
+        before.raw["original"], before.baseline = costs(case.original_model, by)
+    before.raw["edited"], _ = costs(case.edited_model, by, before.baseline)
+    for name, values in before.raw.items():
+        model = case.original_model if name == "original" else case.edited_model
+        before.found[name] = mean_measures(values)
+        if case.plan is not None:
+            before.found[name]["along_plan"] = along_plan(model, case.plan, by.requests)
+    return before
+
+
+def _after(case: Case, healed: Model, by: HeldOut | None, before: _Before) -> dict[str, Any]:
+    """What was measured of all three, and how far healed is from edited, prompt by prompt."""
+    if by is None:
+        return {"measured": None}
+    raw, _ = costs(healed, by, before.baseline)
+    found = {**before.found, "healed": mean_measures(raw)}
+    if case.plan is not None:
+        found["healed"]["along_plan"] = along_plan(healed, case.plan, by.requests)
+    edited = before.raw["edited"]
+    changes = {name: apart(values, edited[name]) for name, values in raw.items()}
+    told = {"source": by.source, "new_tokens": by.new_tokens, "expressions": by.expression.identity}
+    return {"measured": found, "healed_minus_edited": changes, "held_out": told}
+
+
+def _step(entry: Mapping[str, Any]) -> dict[str, float]:
+    names = ("step", "loss", "rewards/accuracies", "rewards/margins")
+    return {name: round(float(entry[name]), 6) for name in names if name in entry}
+
+
+def edit_kept(
+    edited: Base, weights: WeightPlan | None, folder: str | Path, *, must: bool
+) -> dict[str, Any]:
+    """How many of the tensors that the edit changed are the same bytes after the training.
+
+    Raises:
+        ExportError: `must`, and one is not.
+    """
+    origin = Path(edited.source.path or "")
+    if weights is None or edited.source.kind != "folder":
+        return {"tensors": None, "unchanged": None}
+    before, after = Checkpoint.open(origin), Checkpoint.open(folder)
+    names = [name for name in weights.edits if name in before.tensors]
+    changed = [n for n in names if not torch.equal(before.read(n), after.read(n))]
+    if changed and must:
+        raise ExportError(
+            f"{len(changed)} tensors of the edit changed in training, such as {changed[0]}: this is a "
+            "fault of this package; nothing was left on disk"
+        )
+    return {"tensors": len(names), "unchanged": len(names) - len(changed)}
+
+
+def _write(
+    place: Path,
+    report: Mapping[str, Any],
+    treatment: Treatment,
+    case: Case,
+    certificate: Mapping[str, Any],
+) -> None:
+    rows = (json.dumps(pair.to_dict(), ensure_ascii=False) for pair in treatment.pairs)
+    (place / PREFERENCES).write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+    adapter = json.loads((place / "adapter" / "adapter_config.json").read_text())
+    config = axolotl_config(
+        case.edited.source.path or case.edited.source.name,
+        treatment,
+        targets=sorted(adapter["target_modules"]),
+    )
+    (place / AXOLOTL).write_text(axolotl_text(config, treatment.healing), encoding="utf-8")
+    write_json(place / REPORT, report)
+    write_json(place / CERTIFICATE, certificate)
+    card = (place / "README.md").read_text(encoding="utf-8")
+    (place / "README.md").write_text(f"{card}\n{_card(report)}", encoding="utf-8")
+
+
+def _card(report: Mapping[str, Any]) -> str:
+    """What the model card says of the recovery."""
+    healing, recipe = report["healing"], report["recipe"]
+    keeping = {
+        "readers": "the adapter sat on what reads the residual stream: the edit's tensors are unchanged",
+        "projected": "what the adapter wrote to the residual stream went through the edit at the end",
+        "free": "nothing kept the adapter from undoing the edit",
+    }[healing["keep"]]
+    lines = [
+        "## Recovery after the edit",
+        "",
+        f"Trained on {report['preferences']['used']} preferences with TRL's DPOTrainer and a LoRA of rank "
+        f"{recipe['rank']}, {recipe['steps']} steps of {recipe['batch_size']}, beta {healing['beta']}, "
+        f"weights of SFT {healing['sft_weight']} and KL {healing['kl_weight']}; {keeping}. "
+        "The edit itself is that of the checkpoint this one came from.",
+    ]
+    if report["measured"]:
+        names = list(report["measured"])
+        lines += ["", "| held-out prompts | " + " | ".join(names) + " |"]
+        lines.append("|---" * (len(names) + 1) + "|")
+        for row in ("behaviour", "behaviour_benign", "kl_first_token", "kl_continuation"):
+            cells = [_cell(report["measured"][name].get(row)) for name in names]
+            lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: Mapping[str, Any] | None) -> str:
+    if value is None:
+        return ""
+    if value["mean"] is None:
+        return "no value"
+    low, high = value["interval"]
+    return f"{value['mean']:.3g} ({low:.3g} to {high:.3g})"

@@ -1,0 +1,180 @@
+"""Preference pairs for healing: read, or made by the unedited model.
+
+Knows: pairs and their rows. Does not know: training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from interp_ablate.datasets.chat_reader import read_preferences
+from interp_ablate.datasets.conversations import Message
+from interp_ablate.errors import RunError
+from interp_ablate.models.model import Model
+from interp_ablate.prompts.prompt import Prompt, normalised
+from interp_ablate.training.rows import Renderer, Row
+
+# For the original's answers against the edited model's: little preference, much KL (measured; docs/recovery.md).
+OWN_ANSWERS: dict[str, Any] = {"beta": 0.1, "kl_weight": 10.0}
+
+
+# ---- preferences -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Said:
+    """An answer, and whether it ended by itself (a limit of tokens cut it where not)."""
+
+    text: str
+    finished: bool = True
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A conversation open for an answer, the answer to prefer and the one not to."""
+
+    messages: tuple[dict[str, str], ...]
+    chosen: Said
+    rejected: Said
+
+    def to_dict(self) -> dict[str, Any]:
+        """A row as TRL, axolotl (`chat_template.default`) and `read_pairs` take it."""
+
+        def answer(said: Said) -> list[dict[str, str]]:
+            return [{"role": "assistant", "content": said.text}]
+
+        return {
+            "prompt": list(self.messages),
+            "chosen": answer(self.chosen),
+            "rejected": answer(self.rejected),
+            "finished": {"chosen": self.chosen.finished, "rejected": self.rejected.finished},
+        }
+
+
+def read_pairs(path: str | Path) -> list[Pair]:
+    """The preferences of a file, each with one chosen and one rejected answer.
+
+    Raises:
+        ChatError: a file or row that cannot be used, with its line; two answers that say the same.
+        RunError: an answer of several messages, with its row; no preferences at all.
+    """
+    found = []
+    for row in read_preferences(path):
+        sides = [_one_answer(side, path, row.number) for side in (row.chosen, row.rejected)]
+        ended = row.raw.get("finished")
+        ended = ended if isinstance(ended, Mapping) else {}
+        messages = tuple({"role": m.role, "content": m.content} for m in row.prompt)
+        chosen, rejected = (
+            Said(text, bool(ended.get(name, True)))
+            for name, text in zip(("chosen", "rejected"), sides)
+        )
+        found.append(Pair(messages, chosen, rejected))
+    if not found:
+        raise RunError(f"{path} holds no preference")
+    return found
+
+
+def _one_answer(side: Sequence[Message], path: str | Path, number: int) -> str:
+    if len(side) != 1 or side[0].role != "assistant":
+        raise RunError(
+            f"{path}, row {number}: chosen and rejected are one answer of the assistant each; here one "
+            f"is {', '.join(m.role for m in side)}. Put what comes before into the prompt"
+        )
+    return side[0].content
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How both models answer where their answers become preferences: sampled, `samples` a prompt.
+
+    What is sampled depends on every one of these, `batch_size` too: prompts that are answered together.
+    """
+
+    new_tokens: int = 40
+    samples: int = 1
+    temperature: float = 1.0
+    seed: int = 0
+    batch_size: int = 32
+
+
+def make_pairs(
+    original: Model, edited: Model, prompts: Sequence[Prompt], how: Answering
+) -> tuple[list[Pair], dict[str, int]]:
+    """The original's answers preferred to the edited model's, and how many were of no use.
+
+    Answers are sampled: samples of the original are what its KL is about, greedy answers are not. Two equal
+    answers teach nothing and are left out, and so are blank ones.
+
+    Raises:
+        RunError: no pair is left.
+    """
+    asked = [prompt for prompt in prompts for _ in range(how.samples)]
+    sides = [
+        model.generate(
+            asked,
+            max_new_tokens=how.new_tokens,
+            temperature=how.temperature,
+            seed=how.seed,
+            batch_size=how.batch_size,
+        )
+        for model in (original, edited)
+    ]
+    counts = {"answers": len(asked), "same": 0, "blank": 0, "used": 0}
+    pairs = []
+    for prompt, chosen, rejected in zip(asked, *sides, strict=True):
+        if not chosen.text.strip() or not rejected.text.strip():
+            counts["blank"] += 1
+        elif chosen.text == rejected.text:
+            counts["same"] += 1
+        else:
+            system = (
+                () if prompt.system is None else ({"role": "system", "content": prompt.system},)
+            )
+            messages = (*system, {"role": "user", "content": prompt.text})
+            said = (Said(g.text, g.finished) for g in (chosen, rejected))
+            pairs.append(Pair(messages, *said))
+    counts["used"] = len(pairs)
+    if not pairs:
+        raise RunError(
+            f"the two models answer alike ({counts}): there is nothing to heal, or both are one model"
+        )
+    return pairs, counts
+
+
+def without(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> tuple[list[Prompt], int]:
+    """The prompts that are not among the held-out ones, and how many were."""
+    gone = {normalised(prompt) for prompt in held_out}
+    kept = [prompt for prompt in prompts if normalised(prompt) not in gone]
+    if not kept:
+        raise RunError("every prompt for preferences is held out for the report: give others")
+    return kept, len(prompts) - len(kept)
+
+
+def pair_rows(
+    pairs: Sequence[Pair], renderer: Renderer
+) -> tuple[list[tuple[Row, Row]], dict[str, int]]:
+    """Tokens of both answers of every pair, and how many prompts were too long and answers cut.
+
+    Raises:
+        RunError: no pair is left.
+    """
+    rows, counts = [], {"pairs": len(pairs), "used": 0, "prompts_too_long": 0, "answers_cut": 0}
+    for pair in pairs:
+        both = [
+            renderer.row(pair.messages, said.text, finished=said.finished)
+            for said in (pair.chosen, pair.rejected)
+        ]
+        if both[0] is None or both[1] is None:
+            counts["prompts_too_long"] += 1
+            continue
+        counts["answers_cut"] += both[0].cut + both[1].cut
+        rows.append((both[0], both[1]))
+    counts["used"] = len(rows)
+    if not rows:
+        raise RunError(
+            f"no preference is left to train on: {counts}. Give a larger --max-length, or shorter prompts"
+        )
+    return rows, counts

@@ -1,0 +1,158 @@
+"""A trained adapter merged, certified and written.
+
+Knows: folders. Does not know: training.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from interp_ablate.errors import ExportError, RunError
+from interp_ablate.evaluation.metrics import kl_divergence
+from interp_ablate.export.certification import LIMITS, PROBES
+from interp_ablate.export.checkpoint import export_checkpoint
+from interp_ablate.export.checkpoint_files import write_json
+from interp_ablate.export.model_card import CERTIFICATE
+from interp_ablate.prompts.chat_template import encode
+from interp_ablate.prompts.prompt import Prompt
+from interp_ablate.storage.provenance import MANIFEST, versions
+from interp_ablate.training.recipe import Base
+
+ADAPTER = "adapter"  # the folder of a training's adapter, in its output
+PACKAGES = ("trl", "peft", "datasets", "accelerate")
+
+
+# ---- what comes of it ------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def logits_of(hf: Any, rows: Sequence[Sequence[int]]) -> list[Float[Tensor, "pos d_vocab"]]:
+    """Logits of each row at every position, a row at a time, in plain transformers."""
+    device = next(hf.parameters()).device
+    hf.eval()
+    return [hf(input_ids=torch.tensor([row], device=device)).logits[0].float() for row in rows]
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A merged model, and what its certificate needs: the unmerged adapter's logits on probes."""
+
+    base: Base
+    adapter: dict[str, Tensor] = field(repr=False)
+    config: Any = field(repr=False)
+    probes: list[list[int]] = field(repr=False)
+    unmerged: list[Tensor] = field(repr=False)
+
+
+def merge(base: Base, peft_model: Any, *, probes: Sequence[str] = PROBES) -> Trained:
+    """The adapter added to the weights, in place; `base.hf` is then the merged model in plain transformers.
+
+    Raises:
+        RunError: the merged weights are not finite.
+    """
+    from peft import get_peft_model_state_dict
+
+    rows = [encode(Prompt(text), base.tokenizer, template=base.template) for text in probes]
+    unmerged = logits_of(peft_model, rows)
+    adapter = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.items()}
+    config = peft_model.peft_config["default"]
+    try:
+        hf = peft_model.merge_and_unload(safe_merge=True)
+    except ValueError as error:  # PEFT found NaN
+        raise RunError(
+            f"the adapter cannot be merged: {error}. Train with a smaller rate"
+        ) from error
+    vars(hf).pop("forward", None)  # TRL's own forward, over the class's
+    hf.eval().requires_grad_(False)
+    return Trained(
+        Base(hf, base.tokenizer, base.source, base.template), stored, config, rows, unmerged
+    )
+
+
+def certify_merged(trained: Trained, folder: str | Path) -> dict[str, Any]:
+    """Reload a folder in plain transformers, with no option, and compare it with the unmerged adapter.
+
+    Returns the largest logit difference and KL at any position of the probes, the limits, which follow
+    the dtype, and whether both hold.
+
+    Raises:
+        ExportError: transformers cannot load the folder.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        reloaded: Any = AutoModelForCausalLM.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ExportError(f"transformers cannot load {folder}: {error}") from error
+    got = logits_of(reloaded.to(trained.base.device), trained.probes)
+    gap = kl = 0.0
+    for want, found in zip(trained.unmerged, got, strict=True):
+        gap = max(gap, float((want - found).abs().max()))
+        pair = (want.double().log_softmax(-1), found.double().log_softmax(-1))
+        kl = max(kl, float(kl_divergence(*pair).max()))
+    dtype = str(trained.base.dtype).removeprefix("torch.")
+    limits = dict(zip(("max_abs_logit_difference", "kl"), LIMITS[dtype]))
+    numbers = {"max_abs_logit_difference": gap, "kl": kl}
+    failed = [name for name in limits if not numbers[name] <= limits[name]]
+    return {
+        "compared": "merged checkpoint, reloaded, with the unmerged adapter",
+        **numbers,
+        "limits": limits,
+        "prompts": len(got),
+        "failed": failed,
+        "passed": not failed,
+    }
+
+
+def write_adapter(trained: Trained, folder: Path) -> None:
+    """The adapter as PEFT loads it; a base that only this machine has is not named."""
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    source = trained.base.source
+    trained.config.base_model_name_or_path = (
+        source.name if source.kind == "hub" else source.base_model
+    )
+    trained.config.inference_mode = True
+    trained.config.save_pretrained(folder)
+    save_file(trained.adapter, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_model.safetensors").chmod(0o644)
+
+
+def write_trained(trained: Trained, place: Path, what: Mapping[str, Any]) -> dict[str, Any]:
+    """The merged checkpoint and `adapter/` into an empty folder, certified twice; returns the certificate.
+
+    The checkpoint is held against the model in memory (as every export) and, under "adapter", against
+    the unmerged adapter. `what` goes into the manifest as "trained".
+
+    Raises:
+        ExportError: one of the two comparisons failed, or the place cannot be written.
+    """
+    inside = place / "merged"
+    certificate = export_checkpoint(trained.base.model, None, inside)
+    certificate["adapter"] = certify_merged(trained, inside)
+    if not certificate["adapter"]["passed"]:
+        raise ExportError(
+            f"the merged checkpoint is not the trained adapter: {certificate['adapter']}. Nothing was "
+            "left on disk; merge in --dtype float32"
+        )
+    for path in sorted(inside.iterdir()):
+        os.replace(path, place / path.name)
+    inside.rmdir()
+    write_adapter(trained, place / ADAPTER)
+    manifest = json.loads((place / MANIFEST).read_text())
+    manifest["trained"] = dict(what)
+    manifest["versions"] = versions(*PACKAGES)
+    write_json(place / MANIFEST, manifest)
+    write_json(place / CERTIFICATE, certificate)
+    return certificate

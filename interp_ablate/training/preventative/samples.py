@@ -1,0 +1,100 @@
+"""Samples for preventative training, from files or rollouts.
+
+Knows: rows of chats. Does not know: training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from interp_ablate.datasets.conversations import Sample
+from interp_ablate.errors import RunError
+from interp_ablate.persona.persona import load_persona
+from interp_ablate.persona.rollout_filter import kept_answers
+from interp_ablate.training.rows import Renderer, Row
+
+# ---- trait-bearing rows ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A prompt's messages, an answer, and whether the answer ended by itself."""
+
+    messages: tuple[dict[str, str], ...]
+    answer: str
+    finished: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """A row in the messages layout, as `chat_data` reads it."""
+        answer = {"role": "assistant", "content": self.answer}
+        return {"messages": [*self.messages, answer], "finished": self.finished}
+
+
+def samples_of(samples: Iterable[Sample]) -> list[Sampled]:
+    """Chat samples: what comes before the last answer as the prompt, and that answer.
+
+    Raises:
+        RunError: a sample without an answer at its end, or without a prompt (its number).
+    """
+    found = []
+    for sample in samples:
+        *before, last = sample.as_dicts
+        if last["role"] != "assistant" or not any(m["role"] == "user" for m in before):
+            raise RunError(
+                f"sample {sample.number}: a row to train on has a prompt and ends with the assistant's "
+                f"answer; this one has {', '.join(m['role'] for m in sample.as_dicts)}"
+            )
+        ended = sample.raw.get("finished", True)
+        found.append(Sampled(tuple(before), last["content"], bool(ended)))
+    return found
+
+
+def samples_of_rollouts(path: str | Path) -> tuple[list[Sampled], dict[str, int]]:
+    """A persona's answers under its positive system prompts, the system prompts taken away.
+
+    `path` is the file in the persona's folder. Kept is what made the persona's vectors: by the scorers and
+    from the thresholds that it was extracted with. The counts say what was not kept.
+
+    Raises:
+        RunError: no persona or rollouts there, or a corrupt line (its number); nothing is kept.
+    """
+    path = Path(path)
+    made_of = load_persona(path.parent).details.get("made_of")
+    kept = kept_answers(path, made_of)
+    found = kept.counts["positive"]
+    counts = {
+        "positive": found["answers"], "kept": found["kept"], "empty": found["empty"],
+        "no_verdict": found["no_verdict"], "below": found["score"], "incoherent": found["coherence"],
+    }  # fmt: skip
+    if not kept.positive:
+        raise RunError(f"{path} holds no answer that shows the trait: {counts}")
+    samples = [
+        Sampled(({"role": "user", "content": answer.prompt.text},), answer.text, answer.finished)
+        for answer in kept.positive
+    ]
+    return samples, counts
+
+
+def rows_of(samples: Sequence[Sampled], renderer: Renderer) -> tuple[list[Row], dict[str, int]]:
+    """Token rows of samples, and how many came, were used, had too long a prompt, or were cut.
+
+    Raises:
+        RunError: no sample is left.
+    """
+    made = [renderer.row(s.messages, s.answer, finished=s.finished) for s in samples]
+    rows = [row for row in made if row is not None]
+    counts = {
+        "samples": len(made),
+        "used": len(rows),
+        "prompts_too_long": len(made) - len(rows),
+        "answers_cut": sum(row.cut for row in rows),
+        "unfinished": sum(not sample.finished for sample in samples),
+    }
+    if not rows:
+        raise RunError(
+            f"no row is left to train on: {counts}. Give shorter prompts, or a larger --max-length"
+        )
+    return rows, counts

@@ -1,0 +1,211 @@
+"""Training: what fine-tuning with TRL and PEFT needs, whatever it is for.
+
+Knows: LoRA over a decoder's linear layers (all of them, or those that do not write to the residual
+stream), rows with the loss on the answer alone, trainers that keep off the network and go on after a
+kill, merging, and the proof that what is written computes what was trained.
+Does not know: why anyone trains (`preventing`, `healing`), plans, personas, files of data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from interp_ablate.errors import RunError
+from interp_ablate.storage.jsonl_log import Lines
+from interp_ablate.training.lora import lora_config
+from interp_ablate.training.recipe import Base, Recipe, require_extra
+from interp_ablate.training.rows import Row
+
+logger = logging.getLogger(__name__)
+
+JOURNAL_FORMAT = "interp_ablate.training/1"
+_STATE = "trainer_state.json"  # what the trainer writes last of a checkpoint
+
+
+# ---- trainers --------------------------------------------------------------------------------------
+
+
+def quiet(kind: type) -> Any:
+    """A TRL trainer that sends no telemetry, writes no card, and takes rows that are tokens already."""
+
+    class Quiet(kind):  # type: ignore[misc, valid-type]
+        def _send_telemetry(self) -> None:
+            """TRL would tell the hub about every trainer that is made."""
+
+        def create_model_card(self, *args: Any, **options: Any) -> None:
+            """A card of TRL's beside every checkpoint is of no use here."""
+
+        def _prepare_dataset(self, dataset: Any, *args: Any, **options: Any) -> Any:
+            return dataset
+
+    return Quiet
+
+
+def common_arguments(base: Base, recipe: Recipe, work: Path) -> dict[str, Any]:
+    """What SFTConfig and DPOConfig share: steps, device, determinism, no reports, checkpoints in `work`."""
+    on_cpu = base.device.type == "cpu"
+    return {
+        "output_dir": str(work),
+        "max_steps": recipe.steps,
+        "per_device_train_batch_size": recipe.batch_size,
+        "learning_rate": recipe.learning_rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": max(1, recipe.steps // 10),
+        "weight_decay": 0.0,
+        "optim": "adamw_torch",
+        "max_length": None,  # rows are cut already, and counted
+        "seed": recipe.seed,
+        "bf16": base.dtype == torch.bfloat16 and not on_cpu,
+        "fp16": False,
+        "use_cpu": on_cpu,
+        "gradient_checkpointing": recipe.gradient_checkpointing,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "push_to_hub": False,
+        "dataloader_pin_memory": False,
+        "save_strategy": "steps",
+        "save_steps": recipe.save_every,
+        "save_total_limit": 1,
+    }
+
+
+@contextmanager
+def workplace(out: str | Path, identity: Mapping[str, Any]) -> Iterator[Path]:
+    """A hidden folder beside `out` for checkpoints: kept when the training is killed, removed when done.
+
+    What lies there without a journal that says of which training it is, is removed first.
+
+    Raises:
+        RunError: it holds the checkpoints of another training, is in use, or cannot be written.
+    """
+    work = Path(out).parent / f".{Path(out).name}.training"
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    journal = Lines(
+        work / "journal.jsonl",
+        {"training": digest},
+        kind="training journal",
+        format=JOURNAL_FORMAT,
+        lost="the training starts over",
+    )
+    with journal.open() as kept:
+        if not kept:  # a new one: checkpoints without a journal are of who knows what
+            for place in work.iterdir():
+                if place.is_dir():
+                    shutil.rmtree(place)
+            journal.append({"begun": True})
+        yield work
+    try:
+        shutil.rmtree(work)
+    except OSError as error:
+        logger.warning("%s is not needed any more, and could not be removed: %s", work, error)
+
+
+def _last_checkpoint(work: Path) -> str | None:
+    """The newest whole checkpoint; one that was being written when the process died is removed."""
+    found = sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for path in reversed(found):
+        try:
+            json.loads((path / _STATE).read_text())
+        except (OSError, ValueError):
+            shutil.rmtree(path)
+            continue
+        return str(path)
+    return None
+
+
+@contextmanager
+def _no_advice() -> Iterator[None]:
+    """Without the libraries' warnings about each other's deprecated names."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        yield
+
+
+def make_trainer(kind: type, config: type, base: Base, **options: Any) -> Any:
+    """A trainer of TRL's of some kind, made quiet, over a base; `config` is its settings' class.
+
+    Embeddings that pad have the tokenizer's padding token, or its end of sequence.
+    """
+    if base.tokenizer.pad_token is None:
+        base.tokenizer.pad_token = base.tokenizer.eos_token
+    settings = options.pop("settings")
+    with _no_advice():
+        return kind(
+            model=base.hf, args=config(**settings), processing_class=base.tokenizer, **options
+        )
+
+
+def train(
+    trainer: Any, work: Path, *, on_step: Callable[[int], None] | None = None
+) -> list[dict[str, float]]:
+    """Run a trainer, from its last checkpoint if there is one; returns what it logged, a dict a step.
+
+    Raises:
+        RunError: the loss is not finite.
+    """
+    from transformers import PrinterCallback, TrainerCallback
+
+    class Steps(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            if on_step:
+                on_step(state.global_step)
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Steps)
+    # without a name PEFT does not ask the hub whether the vocabulary was resized
+    trainer.model.peft_config["default"].base_model_name_or_path = ""
+    with _no_advice():
+        trainer.train(resume_from_checkpoint=_last_checkpoint(work))
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    wrong = [entry["step"] for entry in logged if not math.isfinite(entry["loss"])]
+    if wrong:
+        raise RunError(
+            f"the loss is not finite from step {wrong[0]} of {len(logged)}: try a smaller "
+            "--learning-rate, or --dtype float32"
+        )
+    return logged
+
+
+def sft(
+    base: Base,
+    rows: Sequence[Row],
+    recipe: Recipe,
+    work: Path,
+) -> Any:
+    """TRL's SFTTrainer over rows, with a fresh adapter on all linear layers; the loss on answers alone.
+
+    Raises:
+        RunError: no rows; TRL or PEFT is missing.
+    """
+    from datasets import Dataset
+
+    _, trl = require_extra()
+    if not rows:
+        raise RunError("there is no row to train on")
+    data = Dataset.from_dict(
+        {
+            "input_ids": [[*row.prompt, *row.answer] for row in rows],
+            "labels": [[-100] * len(row.prompt) + list(row.answer) for row in rows],
+        }
+    )
+    return make_trainer(
+        quiet(trl.SFTTrainer),
+        trl.SFTConfig,
+        base,
+        settings=common_arguments(base, recipe, work),
+        train_dataset=data,
+        peft_config=lora_config(base.hf, recipe),
+    )

@@ -1,0 +1,378 @@
+"""Exports: whole folders that plain transformers loads, certified, or nothing at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tiny import (
+    CHATML,
+    HAS_HOOKED,
+    N_LAYERS,
+    editing,
+    forward,
+    make,
+    rows_of,
+    shared,
+    tiny,
+    unit,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from interp_ablate import Ablate, Plan, Site, certify, everywhere, export_checkpoint, load_model
+from interp_ablate.errors import ExportError
+from interp_ablate.export import certification as verify
+from interp_ablate.export import checkpoint, checkpoint_files
+from interp_ablate.export.lora import export_lora
+from interp_ablate.export.model_card import SAFETY_NOTICE
+from interp_ablate.models.model import Model
+
+PLAN = Plan((Ablate(unit(), everywhere(N_LAYERS), label="a direction"),))
+NO_EMBED = Plan((Ablate(unit(), everywhere(N_LAYERS)[1:], strength=0.8),))
+ROWS = rows_of(9, 14)
+TEST = {
+    "behaviour_before": 0.75,
+    "behaviour_after": 0.0,
+    "intervals": {"behaviour_after": [0, 0.1]},
+}
+
+
+def save_source(
+    folder: Path, *, kind: str = "llama_gqa", dtype: Any = None, **options: Any
+) -> Path:
+    """A Hugging Face folder as people publish them: weights, tokenizer, generation config, extras."""
+    hf, tokenizer = tiny(kind, tied=True)
+    hf = hf.to(dtype or torch.float32)
+    hf.generation_config = GenerationConfig(temperature=0.7, do_sample=True, eos_token_id=[2, 0])
+    hf.save_pretrained(folder, **options)
+    tokenizer.save_pretrained(folder)
+    (folder / "LICENSE").write_text("free")
+    (folder / "README.md").write_text("the source's own card")
+    return folder
+
+
+def check_loads(folder: Path, plan: Plan) -> Any:
+    """Loaded with no option, it computes what the plan computes on the source."""
+    hf, source = AutoModelForCausalLM.from_pretrained(folder), tiny(tied=True)[0]
+    for row in ROWS:
+        want = forward(source, row, editing(plan))
+        torch.testing.assert_close(forward(hf, row), want, atol=1e-5, rtol=0)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.chat_template == CHATML and tokenizer.eos_token_id == 2
+    messages = [{"role": "user", "content": "Hi"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    return hf
+
+
+def nothing_beside(folder: Path) -> bool:
+    return not list(folder.iterdir())
+
+
+# --------------------------------------------------------------------------------- what an export is
+
+
+@pytest.mark.parametrize("sharded", (False, True), ids=("one file", "sharded"))
+def test_from_a_folder(tmp_path: Path, backend: str, sharded: bool) -> None:
+    options = {"max_shard_size": "40KB"} if sharded else {}
+    source = save_source(tmp_path / "source", **options)
+    assert (source / "model.safetensors.index.json").is_file() == sharded
+    model, out = load_model(source, backend=backend), tmp_path / "a" / "out"  # type: ignore[arg-type]
+    certificate = export_checkpoint(model, PLAN, out, prompts=ROWS, report=TEST)
+    hf = check_loads(out, PLAN)
+    assert hf.config.tie_word_embeddings is False
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    assert torch.equal(hf.lm_head.weight, tiny(tied=True)[0].lm_head.weight)
+    assert not torch.equal(hf.lm_head.weight, hf.model.embed_tokens.weight)
+    assert (out / "LICENSE").read_text() == "free"
+    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (out / file).read_bytes() == (source / file).read_bytes()
+    assert hf.generation_config.eos_token_id == [2, 0]
+    assert json.loads((out / "certificate.json").read_text()) == certificate
+    assert certificate["passed"] and certificate["largest_projection_left"] < 1e-5
+    assert certificate["kl"] <= 1e-6 and certificate["residual_along_direction"] <= 1e-5
+    assert [p.name for p in out.parent.iterdir()] == ["out"]
+    shards = [path.name for path in sorted(source.glob("*.safetensors*"))]
+    assert [path.name for path in sorted(out.glob("*.safetensors*"))] == shards
+
+
+def test_in_shards_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_files, "MAX_SHARD", "40KB")
+    export_checkpoint(shared(tied=True), PLAN, tmp_path / "out", prompts=ROWS)
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
+    check_loads(tmp_path / "out", PLAN)
+
+
+def test_from_memory(tmp_path: Path, backend: str) -> None:
+    model = shared(backend=backend, tied=True)
+    export_checkpoint(model, PLAN, tmp_path / "out", prompts=ROWS)
+    hf = check_loads(tmp_path / "out", PLAN)
+    assert hf.config.architectures == ["LlamaForCausalLM"] and hf.dtype == torch.float32
+    assert (tmp_path / "out" / "generation_config.json").is_file()
+
+
+def test_a_plan_that_leaves_the_embedding_alone_keeps_the_tie(tmp_path: Path, backend: str) -> None:
+    folder = load_model(save_source(tmp_path / "source"), backend=backend)  # type: ignore[arg-type]
+    for model, out in (
+        (folder, tmp_path / "1"),
+        (shared(backend=backend, tied=True), tmp_path / "2"),
+    ):
+        export_checkpoint(model, NO_EMBED, out, prompts=ROWS)
+        assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is True
+        assert "lm_head.weight" not in load_file(out / "model.safetensors")
+        hf = check_loads(out, NO_EMBED)
+        assert hf.lm_head.weight is hf.model.embed_tokens.weight
+        assert json.loads((out / "interp_ablate.json").read_text())["untied"] is False
+
+
+def test_manifest_and_card(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export_checkpoint(load_model(save_source(tmp_path / "s")), PLAN, out, prompts=ROWS, report=TEST)
+    manifest = json.loads((out / "interp_ablate.json").read_text())
+    assert Plan.from_dict(manifest["plan"]) == PLAN and manifest["test"] == TEST
+    assert manifest["source"]["name"] == "s" and manifest["dtype"] == "float32"
+    assert manifest["untied"] is True and "torch" in manifest["versions"]
+    assert len(manifest["edited"]) == 1 + 2 * N_LAYERS
+    stored = load_file(out / "model.safetensors")
+    assert manifest["added"] == ["lm_head.weight"] and manifest["tied"] == "untie"
+    kinds = [set(manifest[kind]) for kind in ("edited", "unchanged", "added")]
+    assert set.union(*kinds) == set(stored) and sum(map(len, kinds)) == len(stored)
+    card = (out / "README.md").read_text()
+    assert SAFETY_NOTICE in card and "remove safety training" in card
+    assert "the source's own card" not in card
+    for text in ("a direction", "7 sites", "7 tensors changed", "untied", "| 0.75 |", "**passed**"):
+        assert text in card
+
+
+@pytest.mark.parametrize("run_in", ("float32", "bfloat16"))
+def test_bfloat16_weights_stay_bfloat16(tmp_path: Path, run_in: str) -> None:
+    source = save_source(tmp_path / "source", dtype=torch.bfloat16)
+    model = load_model(source, dtype=run_in)
+    certificate = export_checkpoint(model, PLAN, tmp_path / "out", prompts=ROWS)
+    assert certificate["dtype"] == "bfloat16"
+    before, after = (load_file(tmp_path / p / "model.safetensors") for p in ("source", "out"))
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    edited = set(json.loads((tmp_path / "out" / "interp_ablate.json").read_text())["edited"])
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]) == (name not in edited), name
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_other_weight_files_of_a_source_are_not_the_model(tmp_path: Path) -> None:
+    """Mistral's folders hold consolidated.safetensors beside the files that transformers reads."""
+    source = save_source(tmp_path / "source")
+    save_file({"layers.0.wo": torch.ones(3)}, source / "consolidated.safetensors")
+    save_file({"model.norm.weight": torch.zeros(32)}, source / "zz.safetensors")
+    export_checkpoint(load_model(source), PLAN, tmp_path / "out", prompts=ROWS)
+    assert "layers.0.wo" not in load_file(tmp_path / "out" / "model.safetensors")
+    assert not (tmp_path / "out" / "consolidated.safetensors").exists()
+    check_loads(tmp_path / "out", PLAN)
+
+
+# --------------------------------------------------------------------------------- a model edited by hand
+
+
+def test_no_plan_writes_the_weights_in_memory(tmp_path: Path, backend: str) -> None:
+    model = make(backend=backend, tied=True)
+    r = unit().float()
+    with torch.no_grad():
+        weight = model.tl.blocks[1].mlp.W_out if backend == "hooked" else None
+        if weight is None:
+            down = model.tl.original_model.model.layers[1].mlp.down_proj
+            down.weight.sub_(r[:, None] * (r @ down.weight))
+        else:
+            weight.sub_((weight @ r)[..., None] * r)
+    certificate = export_checkpoint(model, None, tmp_path / "out", prompts=ROWS)
+    assert certificate["passed"] and certificate["max_abs_logit_effect_of_plan"] == 0
+    assert "no plan" in (tmp_path / "out" / "README.md").read_text()
+    check_loads(tmp_path / "out", Plan((Ablate(unit(), Site(1, "mlp_out")),)))
+
+
+@pytest.mark.skipif(not HAS_HOOKED, reason="no HookedTransformer in TransformerLens 4")
+def test_a_users_own_hooked_transformer_needs_its_config(tmp_path: Path) -> None:
+    tl = shared(backend="hooked").tl
+    with pytest.raises(ExportError, match=r"Model.wrap\(..., hf_config=...\)"):
+        export_checkpoint(Model.wrap(tl), PLAN, tmp_path / "out", prompts=ROWS)
+    wrapped = Model.wrap(tl, hf_config=tiny()[0].config)
+    assert export_checkpoint(wrapped, PLAN, tmp_path / "out", prompts=ROWS)["passed"]
+
+
+# --------------------------------------------------------------------------------- whole or nothing
+
+
+def test_an_existing_place_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("precious")
+    with pytest.raises(ExportError, match=r"out exists: choose another"):
+        export_checkpoint(shared(), PLAN, out, prompts=ROWS)
+    assert [p.name for p in out.iterdir()] == ["mine"]
+    with pytest.raises(ExportError, match=r"no export .*they would be lost"):
+        export_checkpoint(shared(), PLAN, out, prompts=ROWS, overwrite=True)
+    assert [p.name for p in out.iterdir()] == ["mine"]
+    (out / "interp_ablate.json").touch()  # an export of ours
+    export_checkpoint(shared(), PLAN, out, prompts=ROWS, overwrite=True)
+    assert not (out / "mine").exists() and (out / "config.json").is_file()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("writer", ("write_weights", "_write_side_files", "write_json"))
+@pytest.mark.parametrize(
+    "error",
+    (
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ),
+    ids=("OSError", "SafetensorError"),
+)
+def test_a_full_disk_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str, error: Exception
+) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        folder = args[0].parent if writer == "write_json" else args[-1]
+        (folder / "half").touch()
+        raise error
+
+    monkeypatch.setattr(checkpoint, writer, full)
+    with pytest.raises(ExportError, match=r"cannot write .*out: .*No space left on device"):
+        export_checkpoint(shared(), PLAN, tmp_path / "out", prompts=ROWS)
+    assert nothing_beside(tmp_path)
+
+
+def test_a_full_disk_leaves_the_old_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "interp_ablate.json").touch()
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_weights", full)
+    with pytest.raises(ExportError, match=r"No space left"):
+        export_checkpoint(shared(), PLAN, tmp_path / "out", prompts=ROWS, overwrite=True)
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "interp_ablate.json"]
+
+
+def test_any_other_failure_leaves_nothing_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "certify", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        export_checkpoint(shared(), PLAN, tmp_path / "out", prompts=ROWS)
+    assert nothing_beside(tmp_path)
+
+
+def test_a_file_in_the_place_of_the_parent(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for out in (tmp_path / "file" / "out", tmp_path / "file" / "deep" / "out"):
+        with pytest.raises(ExportError, match=r"cannot write beside|cannot write"):
+            export_checkpoint(shared(), PLAN, out, prompts=ROWS)
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_corrupt_source_is_named(tmp_path: Path) -> None:
+    source = save_source(tmp_path / "source")
+    model = load_model(source)
+    (source / "model.safetensors").write_bytes(b"junk")
+    with pytest.raises(ExportError, match=r"model.safetensors"):
+        export_checkpoint(model, PLAN, tmp_path / "out", prompts=ROWS)
+    assert not (tmp_path / "out").exists()
+
+
+# --------------------------------------------------------------------------------- certificates
+
+
+def test_a_failed_certificate_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(verify.LIMITS, "float32", (0.0, 1e-6, 1e-5))
+    with pytest.raises(
+        ExportError, match=r"not the hooked model: max_abs_logit_difference .*limit 0"
+    ):
+        export_checkpoint(shared(), PLAN, tmp_path / "out", prompts=ROWS)
+    assert nothing_beside(tmp_path)
+
+
+def spoiled(folder: Path, name: str, value: float) -> Path:
+    """An export with one number of one tensor changed."""
+    stored = load_file(folder / "model.safetensors")
+    stored[name][0, 0] += value
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("value", (0.5, float("nan"), float("inf")))
+def test_a_spoiled_export_fails(tmp_path: Path, value: float) -> None:
+    model = shared()
+    export_checkpoint(model, PLAN, tmp_path / "out", prompts=ROWS)
+    assert certify(model, PLAN, tmp_path / "out", prompts=ROWS)["passed"]
+    name = "model.layers.1.mlp.down_proj.weight"
+    found = certify(model, PLAN, spoiled(tmp_path / "out", name, value), prompts=ROWS)
+    assert not found["passed"] and "max_abs_logit_difference" in found["failed"]
+    assert "residual_along_direction" in found["failed"]
+    assert found["worst_site"].startswith(("blocks.1", "blocks.2"))
+
+
+def test_the_export_of_another_plan_fails(tmp_path: Path) -> None:
+    export_checkpoint(shared(), NO_EMBED, tmp_path / "out", prompts=ROWS)
+    found = certify(shared(), PLAN, tmp_path / "out", prompts=ROWS)
+    assert set(found["failed"]) == {"max_abs_logit_difference", "kl", "residual_along_direction"}
+
+
+def test_a_folder_that_does_not_load(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"transformers cannot load the export"):
+        certify(shared(), PLAN, tmp_path, prompts=ROWS)
+
+
+# --------------------------------------------------------------------------------- what must not be lost or missed
+
+
+@pytest.mark.parametrize("where", ("source", "parent"))
+def test_the_source_is_never_replaced(tmp_path: Path, where: str) -> None:
+    source = save_source(tmp_path / "models" / "source")
+    (tmp_path / "models" / "interp_ablate.json").touch()
+    (source / "interp_ablate.json").touch()
+    out = source if where == "source" else tmp_path / "models"
+    before = sorted(tmp_path.rglob("*"))
+    model = load_model(source)
+    for plan in (PLAN, None):
+        with pytest.raises(ExportError, match=r"holds the source"):
+            export_checkpoint(model, plan, out, prompts=ROWS, overwrite=True)
+    with pytest.raises(ExportError, match=r"holds the source"):
+        export_lora(model, PLAN, out, prompts=ROWS, overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_a_model_edited_since_it_was_loaded_is_not_its_folder(tmp_path: Path, dtype: Any) -> None:
+    model = load_model(save_source(tmp_path / "source", dtype=dtype))
+    with torch.no_grad():
+        model.hf_state_dict()["model.layers.1.mlp.up_proj.weight"].mul_(1.02)
+    with pytest.raises(ExportError, match=r"up_proj.weight in memory is not what"):
+        export_checkpoint(model, PLAN, tmp_path / "out", prompts=ROWS)
+    assert export_checkpoint(model, None, tmp_path / "out", prompts=ROWS)["passed"]
+
+
+def test_mixed_dtypes_get_the_coarsest_limits(tmp_path: Path) -> None:
+    source = save_source(tmp_path / "source", dtype=torch.bfloat16)
+    stored = load_file(source / "model.safetensors")
+    wide = {n: t.float() if "norm" in n else t for n, t in stored.items()}
+    save_file(wide, source / "model.safetensors", metadata={"format": "pt"})
+    certificate = export_checkpoint(load_model(source), PLAN, tmp_path / "out", prompts=ROWS)
+    assert certificate["dtype"] == "bfloat16" and certificate["passed"]
+
+
+def test_templates_come_along_and_secrets_do_not(tmp_path: Path) -> None:
+    source = save_source(tmp_path / "source")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool.jinja").write_text("{{ messages }}")
+    (source / ".env").write_text("TOKEN=secret")
+    export_checkpoint(load_model(source), PLAN, tmp_path / "out", prompts=ROWS)
+    assert (tmp_path / "out" / "additional_chat_templates" / "tool.jinja").is_file()
+    assert not (tmp_path / "out" / ".env").exists()

@@ -1,0 +1,122 @@
+"""Rendering: templates with and without a system role, one BOS, the tokens after the instruction."""
+
+from __future__ import annotations
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from interp_ablate.errors import PromptError
+from interp_ablate.prompts.chat_template import encode, render, suffix_length
+from interp_ablate.prompts.prompt import Prompt
+
+CHATML = (
+    "{% for m in messages %}{{ '<|start|>' + m['role'] + ' ' + m['content'] + '<|end|> ' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant ' }}{% endif %}"
+)
+WITH_BOS = "{{ '<s>' }}" + CHATML
+NO_SYSTEM = (
+    "{{ '<s>' }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{{ '<|start|>' + m['role'] + ' ' + m['content'] | trim + '<|end|> ' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>model ' }}{% endif %}"
+)
+IGNORES_SYSTEM = (
+    "{% for m in messages if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% endfor %}"
+)
+
+
+def make_tokenizer(template: str | None = None, *, eos: bool = False) -> PreTrainedTokenizerFast:
+    """Bytes as tokens, BOS put in front (and EOS behind) of text with special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<s>", "</s>", "<|start|>", "<|end|>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *alphabet])}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>" if eos else "<s> $A", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens=["<|start|>", "<|end|>"],
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_render_with_and_without_a_template() -> None:
+    prompt = Prompt("Hello?", "Be kind.")
+    chat = render(prompt, make_tokenizer(CHATML))
+    assert chat.templated
+    assert (
+        chat.text
+        == "<|start|>system Be kind.<|end|> <|start|>user Hello?<|end|> <|start|>assistant "
+    )
+    plain = "Be kind.\n\nHello?"
+    for tokenizer, template in ((make_tokenizer(), None), (make_tokenizer(CHATML), "none")):
+        raw = render(prompt, tokenizer, template=template)
+        assert (raw.text, raw.templated) == (plain, False)
+    given = render(Prompt("Hello?"), make_tokenizer(), template=CHATML, response=" Oh\n")
+    assert given.text == "<|start|>user Hello?<|end|> <|start|>assistant  Oh\n"
+    assert render(Prompt("a", ""), make_tokenizer(CHATML)).text.startswith(
+        "<|start|>system <|end|>"
+    )
+    assert render(Prompt("a", ""), make_tokenizer()).text == "a"
+
+
+@pytest.mark.parametrize("template", [NO_SYSTEM, IGNORES_SYSTEM])
+def test_a_system_prompt_that_the_template_refuses_is_folded(template: str) -> None:
+    tokenizer = make_tokenizer(template)
+    text = render(Prompt("Hello?", "Be kind."), tokenizer).text
+    assert "Be kind.\n\nHello?" in text and text.count("Hello?") == 1
+    assert render(Prompt("Hello?", ""), tokenizer) == render(Prompt("Hello?"), tokenizer)
+
+
+@pytest.mark.parametrize("template", ["{{ undefined.x.y }}", "{% if %}", "constant text"])
+def test_a_bad_template(template: str) -> None:
+    with pytest.raises(PromptError, match="chat template"):
+        render(Prompt("Hello?", "Be kind."), make_tokenizer(), template=template)
+
+
+@pytest.mark.parametrize("template", [None, CHATML, WITH_BOS, NO_SYSTEM])
+@pytest.mark.parametrize("eos", [False, True])
+@pytest.mark.parametrize("text", ["Hello?", "<s>Hello?", "<s>"])
+def test_never_a_second_bos_nor_an_eos(template: str | None, eos: bool, text: str) -> None:
+    tokenizer = make_tokenizer(template, eos=eos)
+    ids = encode(Prompt(text, "Be kind." if text == "Hello?" else None), tokenizer)
+    assert ids[:2] != [0, 0] and ids[-1] != 1
+    assert (ids[0] == 0) is (template != CHATML)
+    assert all(type(i) is int for i in ids)
+
+
+def test_encode_is_the_rendered_text() -> None:
+    tokenizer = make_tokenizer(CHATML, eos=True)
+    prompt = Prompt("Hi", "Be kind.")
+    assert tokenizer.decode(encode(prompt, tokenizer)) == render(prompt, tokenizer).text
+    assert tokenizer.decode(encode(prompt, tokenizer, template="none")) == "<s>Be kind.\n\nHi"
+    assert str(tokenizer.decode(encode(prompt, tokenizer, response="Yes</s>"))).endswith(" Yes</s>")
+    # An EOS that the caller wrote stays; only what the tokenizer appends goes.
+    assert encode(prompt, tokenizer, template="none", response="</s>")[-1] == 1
+
+
+def test_no_token_at_all() -> None:
+    def empty(text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": [0] if add_special_tokens else []}
+
+    with pytest.raises(PromptError, match="made no token"):
+        encode(Prompt("x"), empty)
+
+
+def test_suffix_length() -> None:
+    tokenizer = make_tokenizer(CHATML)
+    suffix = tokenizer("<|end|> <|start|>assistant ", add_special_tokens=False)["input_ids"]
+    assert suffix_length(tokenizer) == len(suffix) == 13
+    assert suffix_length(tokenizer, system="Be kind.") == 13
+    assert suffix_length(tokenizer, template="none") == suffix_length(make_tokenizer()) == 1
+    assert suffix_length(make_tokenizer(), template=IGNORES_SYSTEM, system="Be kind.") == 8
+    for text in ("one", "Another one?"):
+        assert encode(Prompt(text), tokenizer)[-13:] == suffix

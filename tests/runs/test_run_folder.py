@@ -1,0 +1,476 @@
+"""The run folder end to end on a tiny model: what it leaves, what it refuses, how it goes on after a kill."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from tiny import tiny
+
+from interp_ablate.cli.main import main
+from interp_ablate.directions.direction_set import Directions
+from interp_ablate.edits.kinds import Erase
+from interp_ablate.edits.plan import Plan
+from interp_ablate.errors import InterpAblateError, RunError
+from interp_ablate.runs.configuration import Configuration
+from interp_ablate.runs.run_folder import STAGES, Run
+from interp_ablate.runs.sweep_stage import WORK
+from interp_ablate.search.race import RUNGS, growing, promising
+from interp_ablate.search.sweep import SCALES
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose first tokens are peaked enough to have targets."""
+    model, tokenizer = tiny(seed=3)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(6)
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prompt_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("prompts")
+    for name, words in (("yes", "order bring fetch send"), ("no", "name list tell describe")):
+        verbs = words.split()
+        lines = [f"{verbs[i % 4]} number {i * 7 + 3} now" for i in range(24)]
+        (folder / f"{name}.txt").write_text("\n".join(lines))
+    return folder / "yes.txt", folder / "no.txt"
+
+
+@pytest.fixture(scope="session")
+def flags_of_all(tiny_folder: Path, prompt_files: tuple[Path, Path]) -> list[str]:
+    yes, no = map(str, prompt_files)
+    return [
+        *("--model", str(tiny_folder), "--positive", yes, "--negative", no),
+        *("--n-train", "8", "--n-validation", "6", "--n-test", "6"),
+        *("--new-tokens", "4", "--max-kl", "50"),
+    ]
+
+
+@pytest.fixture
+def flags(flags_of_all: list[str]) -> list[str]:
+    return list(flags_of_all)
+
+
+class Trials:
+    """Counts what is scored while it is entered; kills the run after the first few."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, most: int = 10**9) -> None:
+        self.patches, self.most, self.keys = monkeypatch, most, []  # type: ignore[var-annotated]
+
+    def __enter__(self) -> None:
+        from interp_ablate.search import sweep
+
+        self.real = sweep.run_trial
+        self.patches.setattr(sweep, "run_trial", self.run)
+
+    def __exit__(self, *_: object) -> None:
+        self.patches.setattr("interp_ablate.search.sweep.run_trial", self.real)
+
+    def run(self, bench: Any, directions: Any, candidate: Any, fits: Any = None) -> Any:
+        if len(self.keys) == self.most:
+            raise KeyboardInterrupt
+        self.keys.append(candidate.key)
+        return self.real(bench, directions, candidate, fits)
+
+
+@pytest.fixture(scope="session")
+def finished(
+    tiny_folder: Path, prompt_files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A whole run, made once."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    yes, no = map(str, prompt_files)
+    arguments = ["--quiet", "run", "--model", str(tiny_folder), "--positive", yes, "--negative", no]
+    arguments += ["--n-train", "8", "--n-validation", "6", "--n-test", "6", "--new-tokens", "4"]
+    assert main([*arguments, "--max-kl", "50", "--out", str(out)]) == 0
+    return out
+
+
+def test_run_leaves_everything(finished: Path) -> None:
+    run = json.loads((finished / "run.json").read_text())
+    assert set(run["stages"]) == set(STAGES)
+    assert run["versions"]["torch"] and run["model"]["fingerprint"] and run["target_tokens"]
+    assert any("no --expressions" in note for note in run["notes"])
+    frame = pd.read_csv(finished / "projections.csv")
+    assert list(frame) == ["layer", "point", "split", "label", "prompt", "projection"]
+    assert set(frame["split"]) == {"train", "validation"}
+    directions = Directions.load(finished / "directions.safetensors")
+    assert "blocks.0.hook_resid_pre[-1]" in directions.left_out
+    selected = json.loads((finished / "selected.json").read_text())
+    for key in [
+        "behaviour_before",
+        "behaviour_after",
+        "negative_before",
+        "addition_after",
+        "kl_first_token",
+        "kl_continuation",
+        "intervals",
+        "controls",
+    ]:
+        assert key in selected["test"]
+    assert {c["name"] for c in selected["test"]["controls"]} >= {"random 0", "shuffled labels"}
+    certificate = json.loads((finished / "export" / "certificate.json").read_text())
+    assert certificate["passed"] and certificate["residual_along_direction"] <= 1e-5
+    texts = [json.loads(line) for line in (finished / "generations.jsonl").read_text().splitlines()]
+    assert {row["condition"] for row in texts} == {"baseline", "ablated", "added"}
+    assert len(list((finished / "figures").glob("*.png"))) >= 5
+    assert (finished / "report.html").stat().st_size > 10_000
+    assert not list(finished.glob(".*"))  # no temporary files
+
+
+def test_projections_are_of_the_saved_directions(finished: Path, tiny_folder: Path) -> None:
+    from interp_ablate import Site, collect, load_model
+
+    frame = pd.read_csv(finished / "projections.csv")
+    row = frame[(frame.layer == 2) & (frame.point == "resid_mid")].iloc[0]
+    site = Site(2, "resid_mid")
+    direction = Directions.load(finished / "directions.safetensors")[site]
+    value = collect(load_model(tiny_folder), [row.prompt], [site]).at(site)[0]
+    torch.testing.assert_close(
+        float(value.double() @ direction.vector), row.projection, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_finalists_text_scores_decide(finished: Path) -> None:
+    trials = pd.read_csv(finished / "trials.csv")
+    finals = trials[trials.stage == "finalist"]
+    chosen = json.loads((finished / "selected.json").read_text())["trial"]
+    assert chosen["trial"] in set(finals.trial)
+    assert chosen["expression_rate"] == finals.expression_rate.min()
+    assert finals[["expression_rate", "repetition"]].notna().all(axis=None)
+    assert trials[trials.stage == "screen"]["addition"].notna().all()
+
+
+def test_second_run_does_nothing_twice(
+    finished: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*_: object, **__: object) -> None:
+        raise AssertionError("the model was loaded again")
+
+    monkeypatch.setattr("interp_ablate.models.load.load_model", loaded)
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
+    assert main(["run", *flags, "--out", str(finished)]) == 0
+    assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
+
+
+def test_other_configuration_is_refused_with_what_differs(
+    finished: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", *flags, "--seed", "5", "--out", str(finished)]) == 2
+    error = capsys.readouterr().err
+    assert "seed: 0 there, 5 now" in error and "Traceback" not in error
+
+
+def test_changed_prompts_are_refused(finished: Path, tmp_path: Path) -> None:
+    run = json.loads((finished / "run.json").read_text())
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    run["contrast"]["fingerprint"] = "another"
+    (copy / "run.json").write_text(json.dumps(run))
+    with pytest.raises(RunError, match="other prompts"):
+        Run(copy, Configuration.from_dict(run["configuration"]), work=WORK.__getitem__)
+
+
+def test_killed_sweep_goes_on(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after some trials: the next run repeats none."""
+    calls, again = Trials(monkeypatch, most=7), Trials(monkeypatch)
+    out = tmp_path / "out"
+    with calls:
+        assert main(["--quiet", "sweep", *flags, "--out", str(out)]) == 130
+    lines = (out / "trials.jsonl").read_bytes().splitlines()
+    assert len(lines) == 1 + 7
+    with open(out / "trials.jsonl", "ab") as file:
+        file.write(b'{"candidate": {"layer"')  # and one that was being written
+    with again:
+        assert main(["--quiet", "sweep", "--out", str(out)]) == 0
+    assert again.keys and not set(again.keys) & set(calls.keys)
+    after = (out / "trials.jsonl").read_bytes().splitlines()
+    assert after[:8] == lines
+    keys = [json.dumps(json.loads(line)["candidate"], sort_keys=True) for line in after[1:]]
+    assert len(keys) == len(set(keys))
+
+
+@pytest.fixture(scope="session")
+def behaving(flags_of_all: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags with an expression that the tiny model's answers hold: there is something to fit."""
+    path = tmp_path_factory.mktemp("words") / "words.txt"
+    path.write_text("\N{REPLACEMENT CHARACTER}\n")  # bytes that are no text
+    return [*flags_of_all, "--expressions", str(path)]
+
+
+def mild(fit_edit: Any) -> Any:
+    """A random model's KL is no model's: at its usual weight nothing but strength 0 is worth it."""
+    return functools.partial(fit_edit, kl_weight=1.0)
+
+
+@pytest.fixture(scope="session")
+def fitted_run(behaving: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run with a fitted edit, made once."""
+    from interp_ablate.runs import stages as experiment
+
+    out = tmp_path_factory.mktemp("fitted") / "out"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(experiment, "fit_edit", mild(experiment.fit_edit))
+        assert main(["--quiet", "run", *behaving, "--out", str(out)]) == 0
+    return out
+
+
+def trials_of(out: Path) -> pd.DataFrame:
+    return pd.read_csv(out / "trials.csv").drop(columns="seconds")
+
+
+def test_a_fitted_edit_is_kept_and_tried_at_every_scale(fitted_run: Path) -> None:
+    [path] = (fitted_run / "fits").iterdir()
+    (edit,) = Plan.load(path)
+    assert isinstance(edit, Erase) and edit.label.endswith(", fitted")
+    frame = trials_of(fitted_run)
+    fits = frame[(frame.operation == "fitted") & (frame.stage == "refine")]
+    assert fits.scale.tolist() == list(SCALES) and set(fits.fit) == {path.stem}
+    # from the most promising direction on, whose name it has
+    best = promising(frame[frame.stage == "screen"])[0]
+    assert {(row.layer, row.point, str(row.position)) for row in fits.itertuples()} == {best}
+    assert path.stem.startswith("-".join(map(str, best)) + "-")
+    # it was fitted to lower own words on other prompts: so it does on these
+    full = fits[fits.scale == 1.0].iloc[0]
+    assert full.own_words < full.own_words_baseline and full.kl > 0
+
+
+def test_the_screening_is_a_race(fitted_run: Path) -> None:
+    frame = trials_of(fitted_run)
+    screened = frame[frame.stage == "screen"]
+    prompts = screened.prompts.tolist()
+    rungs = growing(RUNGS, int(prompts[0]))
+    assert prompts == sorted(prompts, reverse=True) and set(prompts) <= {p for p, _ in rungs}
+    assert not screened.duplicated(["layer", "point", "position"]).any()
+    assert frame[frame.stage != "screen"].prompts.isna().all()
+    assert frame.trial.tolist() == list(range(len(frame)))
+    lines = (fitted_run / "trials.jsonl").read_text().splitlines()[1:]
+    count = sum(min(len(screened), most) for _, most in rungs)
+    tried = [json.loads(line)["candidate"] for line in lines]
+    assert sum(c["stage"] == "screen" for c in tried) == count
+
+
+def test_a_fitted_edit_that_is_chosen_is_controlled_and_exported(
+    behaving: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from interp_ablate.runs import stages as experiment
+
+    monkeypatch.setattr(experiment, "bands", lambda *_, **__: [])  # so that a fitted one is
+    monkeypatch.setattr(experiment, "fit_edit", mild(experiment.fit_edit))
+    planned: list[tuple[str, Plan]] = []
+    real = experiment._control
+
+    def noting(run: Any, name: str, plan: Plan, *rest: Any) -> Any:
+        planned.append((name, plan))
+        return real(run, name, plan, *rest)
+
+    monkeypatch.setattr(experiment, "_control", noting)
+    out = tmp_path / "out"
+    assert main(["--quiet", "run", *behaving, "--out", str(out)]) == 0
+    selected = json.loads((out / "selected.json").read_text())
+    chosen = selected["trial"]
+    assert (chosen["stage"], chosen["operation"]) == ("finalist", "fitted")
+    (edit,) = Plan.from_dict(selected["plan"])
+    (kept,) = Plan.load(out / "fits" / f"{chosen['fit']}.json")
+    assert isinstance(edit, Erase) and isinstance(kept, Erase)
+    want = {s: chosen["scale"] * a for s, a in zip(kept.sites, kept.amounts) if a}
+    assert dict(zip(edit.sites, edit.amounts)) == pytest.approx(want, abs=1e-6)
+    # the controls read and write elsewhere, as far apart and as strongly
+    assert [name for name, _ in planned] == ["random 0", "random 1", "shuffled labels"]
+    for _, (control,) in planned:
+        assert isinstance(control, Erase)
+        assert (control.sites, control.amounts) == (edit.sites, edit.amounts)
+        assert float(control.read.norm()) == pytest.approx(float(edit.read.norm()))
+        assert abs(float(control.write @ edit.write)) < 0.9
+    assert all(math.isfinite(c["kl_first_token"]) for c in selected["test"]["controls"])
+    certificate = json.loads((out / "export" / "certificate.json").read_text())
+    assert certificate["passed"]
+
+
+@pytest.mark.parametrize("when", ("after the fit", "between the rounds", "while it is tried"))
+def test_a_run_killed_around_the_fit_fits_once(
+    behaving: list[str],
+    fitted_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    when: str,
+) -> None:
+    """A fit that was saved is not made again; one that was not is; the results are the unbroken run's."""
+    from interp_ablate.runs import stages as experiment
+
+    out, real = tmp_path / "out", mild(experiment.fit_edit)
+    fits: list[int] = []
+
+    def counting(*given: Any, **options: Any) -> Any:
+        fits.append(options["steps"])
+        if when == "between the rounds" and len(fits) == 2:  # the second is not made
+            raise KeyboardInterrupt
+        return real(*given, **options)
+
+    def dies(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment, "fit_edit", counting)
+    with monkeypatch.context() as patched:
+        if when == "after the fit":
+            patched.setattr(experiment, "fitted", dies)
+        if when == "while it is tried":
+            patched.setattr("interp_ablate.search.sweep.run_trial", dies_at_second_fitted())
+        assert main(["--quiet", "sweep", *behaving, "--out", str(out)]) == 130
+    rounds = [steps for steps, _ in experiment.FIT_ROUNDS]
+    saved = when != "between the rounds"
+    before = rounds if saved else rounds[:2]
+    assert fits == before
+    kept = {p.name: p.read_bytes() for p in out.glob("fits/*")}
+    assert len(kept) == saved and not (out / "trials.csv").exists()
+    assert main(["--quiet", "sweep", "--out", str(out)]) == 0
+    assert fits == (rounds if saved else [*before, *rounds])
+    after = {p.name: p.read_bytes() for p in out.glob("fits/*")}
+    assert kept.items() <= after.items()
+    assert after == {p.name: p.read_bytes() for p in fitted_run.glob("fits/*")}
+    pd.testing.assert_frame_equal(trials_of(out), trials_of(fitted_run))
+
+
+def dies_at_second_fitted() -> Any:
+    from interp_ablate.search import sweep
+
+    real, seen = sweep.run_trial, []
+
+    def dying(bench: Any, directions: Any, candidate: Any, fits: Any = None) -> Any:
+        if candidate.operation == "fitted":
+            seen.append(candidate)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return real(bench, directions, candidate, fits)
+
+    return dying
+
+
+def test_behaviour_that_is_never_there_is_noted_and_not_fitted(finished: Path) -> None:
+    """Bands are still tried, and chosen from."""
+    notes = json.loads((finished / "run.json").read_text())["notes"]
+    assert any("no training prompt's answer expresses the behaviour" in note for note in notes)
+    assert not (finished / "fits").exists()
+    operations = set(pd.read_csv(finished / "trials.csv").operation)
+    assert operations == {"ablate", "band"}
+
+
+def test_nothing_passes(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["run", *flags, "--max-kl", "1e-9", "--layers", "1-1", "--sites", "resid_post"]
+    assert main([*arguments, "--out", str(out)]) == 1
+    said = capsys.readouterr().out
+    assert "no candidate passed" in said and "kl > 1e-09" in said
+    assert json.loads((out / "selected.json").read_text())["plan"] is None
+    assert not (out / "export").exists()
+    assert "kl &gt; 1e-09" in (out / "report.html").read_text()
+
+
+def test_nan_scores_are_failed_trials_and_never_chosen(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from interp_ablate.search.bench import Bench
+
+    real = Bench.score
+
+    def sometimes_nan(self, plan, *, generate):  # type: ignore[no-untyped-def]
+        scores = real(self, plan, generate=generate)
+        if len(plan.sites) > 6:  # the screening candidates
+            scores["own_words"] = math.nan
+        return scores
+
+    monkeypatch.setattr(Bench, "score", sometimes_nan)
+    out = tmp_path / "out"
+    assert main(["--quiet", "sweep", *flags, "--out", str(out)]) in (0, 2)
+    lines = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()[1:]]
+    failed = [line for line in lines if line["status"] == "failed"]
+    assert failed and all("own_words" in line["reason"] for line in failed)
+
+
+def test_stages_one_by_one(flags: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(["--quiet", "collect", *flags, "--out", str(out)]) == 0
+    assert (out / "cache").is_dir() and not (out / "directions.json").exists()
+    assert main(["--quiet", "directions", "--out", str(out)]) == 0  # settings come from the folder
+    assert (out / "projections.csv").exists()
+    assert main(["--quiet", "plot", str(out)]) == 0
+    assert (out / "figures" / "projections.png").exists() and (out / "report.html").exists()
+
+
+def test_verify_export_and_generate(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", str(finished)]) == 0
+    assert json.loads(capsys.readouterr().out)["passed"]
+    out = tmp_path / "again"
+    assert main(["export", str(finished), "--out", str(out)]) == 0
+    capsys.readouterr()
+    same = (finished / "export" / "model.safetensors").read_bytes()
+    assert (out / "model.safetensors").read_bytes() == same
+    assert main(["export", str(finished), "--out", str(out)]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert main(["verify", str(out), "--plan", str(finished / "selected.json")]) == 0
+    capsys.readouterr()
+    command = ["generate", "--run", str(finished), "--json", "--new-tokens", "3", "order it"]
+    assert main(command) == 0
+    assert set(json.loads(capsys.readouterr().out)) == {"prompt", "baseline", "edited"}
+
+
+def test_verify_fails_another_plan(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from interp_ablate import Ablate, Site
+
+    other = tmp_path / "plan.json"
+    Plan((Ablate(torch.randn(32), Site(1, "mlp_out")),)).save(other)
+    assert main(["verify", str(finished / "export"), "--plan", str(other)]) == 1
+    assert not json.loads(capsys.readouterr().out)["passed"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model": ""}, "--model"),
+        ({"contrast": None}, "--contrast"),
+        ({"positive": "a.txt"}, "--contrast"),
+        ({"sites": ["resid_up"]}, "resid_up"),
+        ({"n_test": 0}, "--n-test"),
+        ({"max_kl": 0}, "--max-kl"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+def test_bad_settings(change: dict, said: str) -> None:
+    with pytest.raises(InterpAblateError, match=said):
+        Configuration.from_dict({"model": "smollm2", "contrast": "declining", **change})
+
+
+@pytest.mark.parametrize("layers", ["9-12", "2-1", "x", "0-3"])
+def test_bad_layers(layers: str) -> None:
+    with pytest.raises(RunError, match="layers"):
+        Configuration(model="m", contrast="declining", layers=layers).layer_range(3)
+
+
+def test_folders_that_are_not_runs(flags: list[str], tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert main(["run", *flags, "--out", str(tmp_path)]) == 2
+    assert main(["run", *flags, "--out", str(tmp_path / "notes.txt")]) == 2
+    corrupt = tmp_path / "corrupt"
+    corrupt.mkdir()
+    (corrupt / "run.json").write_text("{")
+    assert main(["run", *flags, "--out", str(corrupt)]) == 2
+    assert (corrupt / "run.json").read_text() == "{"

@@ -1,0 +1,288 @@
+"""Training with TRL and PEFT on tiny models: rows, targets, quiet and resumable trainers, merging."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from tiny import DECLARED, make_tokenizer
+
+from interp_ablate.errors import ExportError, PromptError, RunError
+from interp_ablate.models.sources import ModelSource
+from interp_ablate.prompts.chat_template import encode
+from interp_ablate.prompts.prompt import Prompt
+from interp_ablate.training.lora import linear_modules, lora_targets, writing_modules
+from interp_ablate.training.merging import certify_merged, logits_of, merge, write_trained
+from interp_ablate.training.recipe import Base, Recipe, require_extra
+from interp_ablate.training.rows import Renderer, Row
+from interp_ablate.training.trainer import sft, train, workplace
+
+trl = pytest.importorskip("trl")
+
+FAST = Recipe(steps=12, batch_size=2, learning_rate=2e-2, rank=4, alpha=8, max_length=96)
+USER = ({"role": "user", "content": "Say a"},)
+
+
+def base_of(kind: str = "llama_gqa", **options: Any) -> Base:
+    return Base(*tiny.tiny(kind, **options), ModelSource("tiny", "object"))
+
+
+def some_rows(base: Base, n: int = 6) -> list[Row]:
+    renderer = Renderer(base.tokenizer)
+    found = [renderer.row([{"role": "user", "content": f"Say {c}"}], c * 9) for c in "abcdefgh"[:n]]
+    return [row for row in found if row is not None]
+
+
+def losses(logged: list[dict[str, float]]) -> list[float]:
+    return [entry["loss"] for entry in logged]
+
+
+def targeted(peft_model: Any) -> list[str]:
+    """Names, in the base model, of the modules that have an adapter."""
+    prefix, end = "base_model.model.", ".lora_A.default"
+    names = [name for name, _ in peft_model.named_modules() if name.endswith(end)]
+    return [name.removeprefix(prefix).removesuffix(end) for name in names]
+
+
+def others(hf: Any, modules: list[str]) -> dict[str, torch.Tensor]:
+    """Every tensor that belongs to none of the modules."""
+    gone = {f"{name}.{part}" for name in modules for part in ("weight", "bias")}
+    return {name: tensor for name, tensor in hf.state_dict().items() if name not in gone}
+
+
+# ---- what is trained -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [*DECLARED])
+def test_readers_are_all_linear_layers_that_do_not_write(kind: str) -> None:
+    hf, _ = tiny.tiny(kind)
+    every, writers = set(linear_modules(hf)), writing_modules(hf)
+    head = "lm_head" if "lm_head" in dict(hf.named_modules()) else "embed_out"
+    assert head not in every and every & writers
+    names = dict(hf.named_modules())
+    for where, wanted in (("all", every), ("readers", every - writers)):
+        targets = lora_targets(hf, where)  # type: ignore[arg-type]
+        hit = {n for n in names if n in targets or n.rpartition(".")[2] in targets}
+        assert hit == wanted
+
+
+def test_short_names_where_they_are_unambiguous() -> None:
+    assert lora_targets(tiny.tiny()[0], "readers") == [
+        "gate_proj", "k_proj", "q_proj", "up_proj", "v_proj",
+    ]  # fmt: skip
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+
+def test_a_row_is_the_prompt_the_answer_and_the_end_of_the_turn() -> None:
+    tokenizer = make_tokenizer()
+    row = Renderer(tokenizer).row(USER, "aaa")
+    assert row is not None and not row.cut
+    assert list(row.prompt) == encode(Prompt("Say a"), tokenizer)
+    assert tokenizer.decode(row.answer) == "aaa<|im_end|>"
+
+
+def test_an_answer_that_a_limit_cut_does_not_end_the_turn() -> None:
+    row = Renderer(make_tokenizer()).row(USER, "aaa", finished=False)
+    assert row is not None and make_tokenizer().decode(row.answer) == "aaa"
+
+
+def test_system_prompts_and_earlier_turns_are_kept() -> None:
+    tokenizer = make_tokenizer()
+    told = [{"role": "system", "content": "Be brief"}, *USER]
+    row = Renderer(tokenizer).row(told, "a")
+    assert row is not None and list(row.prompt) == encode(Prompt("Say a", "Be brief"), tokenizer)
+    turns = [*told, {"role": "assistant", "content": "a"}, {"role": "user", "content": "Say b"}]
+    row = Renderer(tokenizer).row(turns, "b")
+    text = tokenizer.decode(row.prompt)  # type: ignore[union-attr]
+    assert "Be brief" in text and "\na<|im_end|>" in text
+    assert text.endswith("Say b<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_long_rows_are_cut_and_too_long_prompts_left_out() -> None:
+    tokenizer = make_tokenizer()
+    length = len(encode(Prompt("Say a"), tokenizer))
+    cut = Renderer(tokenizer, max_length=length + 2).row(USER, "aaaa")
+    assert cut is not None and cut.cut and len(cut.answer) == 2
+    assert Renderer(tokenizer, max_length=length).row(USER, "aaaa") is None
+
+
+def test_raw_text_ends_with_the_end_of_sequence_and_has_one_turn() -> None:
+    tokenizer = make_tokenizer(None)
+    renderer = Renderer(tokenizer)
+    row = renderer.row(USER, "a")
+    assert row is not None and row.answer[-1] == tokenizer.eos_token_id
+    with pytest.raises(PromptError, match="several turns"):
+        renderer.row([*USER, *USER], "a")
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def trained(work: Path, base: Base, recipe: Recipe = FAST, **options: Any) -> tuple[Any, list]:
+    trainer = sft(base, some_rows(base), recipe, work)
+    return trainer, train(trainer, work, **options)
+
+
+def test_the_loss_falls_and_the_seed_decides(tmp_path: Path) -> None:
+    found = [losses(trained(tmp_path / name, base_of())[1]) for name in "ab"]
+    assert found[0] == found[1] and len(found[0]) == FAST.steps
+    assert sum(found[0][-3:]) < 0.7 * sum(found[0][:3])
+    other = Recipe(**{**FAST.to_dict(), "seed": 1})
+    assert losses(trained(tmp_path / "c", base_of(), other)[1]) != found[0]
+
+
+def test_the_loss_is_on_the_answer_alone(tmp_path: Path) -> None:
+    base = base_of()
+    rows = some_rows(base, 2)
+    recipe = Recipe(**{**FAST.to_dict(), "steps": 1})
+    first = losses(train(sft(base.copy(), rows, recipe, tmp_path / "w"), tmp_path / "w"))[0]
+    total, count = 0.0, 0
+    for row in rows:
+        logits = logits_of(base.hf, [[*row.prompt, *row.answer]])[0].log_softmax(-1)
+        at = range(len(row.prompt) - 1, len(row.prompt) + len(row.answer) - 1)
+        total -= sum(float(logits[i, token]) for i, token in zip(at, row.answer, strict=True))
+        count += len(row.answer)
+    assert first == pytest.approx(total / count, abs=1e-4)
+
+
+def test_nothing_is_sent_printed_or_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import trl.trainer.base_trainer as module
+
+    def sent(*args: Any, **options: Any) -> None:
+        raise AssertionError("telemetry")
+
+    assert module.send_telemetry and module._BaseTrainer._send_telemetry  # what is overridden
+    monkeypatch.setattr(module, "send_telemetry", sent)
+    monkeypatch.chdir(tmp_path)
+    trained(tmp_path / "work", base_of())
+    assert capfd.readouterr().out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["work"]
+
+
+def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    recipe = Recipe(**{**FAST.to_dict(), "save_every": 4})
+    whole, want = trained(tmp_path / "whole", base_of(), recipe)
+
+    def killed(step: int) -> None:
+        if step == 7:
+            raise KeyboardInterrupt
+
+    out, identity = tmp_path / "out", {"of": "this"}
+    with pytest.raises(KeyboardInterrupt), workplace(out, identity) as work:
+        trained(work, base_of(), recipe, on_step=killed)
+    torn = tmp_path / ".out.training" / "checkpoint-6"
+    torn.mkdir()  # as if it had been killed while it wrote this one
+    steps: list[int] = []
+    with workplace(out, identity) as work:
+        trainer, got = trained(work, base_of(), recipe, on_step=steps.append)
+    assert steps[0] == 5 and not (tmp_path / ".out.training").exists()
+    assert losses(got) == pytest.approx(losses(want), abs=1e-6)
+    pairs = zip(trainer.model.state_dict().values(), whole.model.state_dict().values())
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
+
+
+def test_checkpoints_of_another_training_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), workplace(tmp_path / "out", {"seed": 0}):
+        raise KeyboardInterrupt
+    with (
+        pytest.raises(RunError, match="other work"),
+        workplace(tmp_path / "out", {"seed": 1}),
+    ):
+        pass
+
+
+def test_checkpoints_without_a_journal_are_not_gone_on_from(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), workplace(tmp_path / "out", {"seed": 0}) as work:
+        (work / "plain" / "checkpoint-4").mkdir(parents=True)
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), workplace(tmp_path / "out", {"seed": 0}) as work:
+        assert (work / "plain" / "checkpoint-4").exists()  # the same training goes on
+        raise KeyboardInterrupt
+    (work / "journal.jsonl").unlink()  # as the refusal of another training advises
+    with workplace(tmp_path / "out", {"seed": 1}) as work:
+        assert [path.name for path in work.iterdir()] == ["journal.jsonl"]
+
+
+def test_the_fingerprint_is_of_the_weights_and_their_dtype() -> None:
+    one, same, other = base_of(), base_of(), base_of(seed=1)
+    assert one.fingerprint == same.fingerprint == one.copy().fingerprint != other.fingerprint
+    same.hf.to(torch.bfloat16)
+    assert same.fingerprint != one.fingerprint
+
+
+def test_a_loss_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
+    base = base_of()
+    with torch.no_grad():
+        base.hf.model.norm.weight[0] = float("nan")
+    with pytest.raises(RunError, match="not finite from step 1"):
+        trained(tmp_path, base)
+
+
+# ---- what comes of it ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama_gqa", "gpt2", "gemma2"])
+def test_merged_and_reloaded_is_the_unmerged_adapter(kind: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base = base_of(kind, tied=kind != "llama_gqa")
+    original = base.copy()
+    trainer, _ = trained(tmp_path / "work", base)
+    modules = targeted(trainer.model)
+    assert set(modules) == set(linear_modules(original.hf))
+    done = merge(base, trainer.model)
+    kept, same = others(original.hf, modules), others(done.base.hf, modules)
+    assert kept and kept.keys() == same.keys()
+    assert all(torch.equal(tensor, same[name]) for name, tensor in kept.items())
+    place = tmp_path / "out"
+    place.mkdir()
+    certificate = write_trained(done, place, {"for": "a test"})
+    assert certificate["passed"] and certificate["adapter"]["max_abs_logit_difference"] < 1e-4
+    moved = max(
+        float((a - b).abs().max())
+        for a, b in zip(done.unmerged, logits_of(original.hf, done.probes), strict=True)
+    )
+    assert moved > 0.1  # the training did something
+    manifest = json.loads((place / "interp_ablate.json").read_text())
+    assert manifest["trained"] == {"for": "a test"} and "trl" in manifest["versions"]
+    reloaded = AutoModelForCausalLM.from_pretrained(place)
+    import peft
+
+    adapted = peft.PeftModel.from_pretrained(original.hf, place / "adapter")
+    for one, other in zip(
+        logits_of(adapted, done.probes), logits_of(reloaded, done.probes), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+
+
+def test_another_model_fails_the_certificate(tmp_path: Path) -> None:
+    base = base_of()
+    trainer, _ = trained(tmp_path / "work", base)
+    done = merge(base, trainer.model)
+    tiny.folder_of(tmp_path / "other")
+    found = certify_merged(done, tmp_path / "other")
+    assert not found["passed"] and "max_abs_logit_difference" in found["failed"]
+
+
+def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for wrong in ({"steps": 0}, {"learning_rate": 0.0}, {"rank": 0}, {"max_length": 1}):
+        with pytest.raises(RunError, match=next(iter(wrong))):
+            Recipe(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(RunError, match="where="):
+        lora_targets(tiny.tiny()[0], "some")  # type: ignore[arg-type]
+    hf, _ = tiny.tiny()
+    hf.config.model_type = "unheard_of"
+    with pytest.raises(ExportError, match="unheard_of"):
+        lora_targets(hf, "readers")
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(RunError, match=r"pip install 'interp-ablate\[train\]'"):
+        require_extra()
