@@ -44,7 +44,11 @@ def main() -> None:
         },
         args.rounds,
     )
-    facts = {"prompts": len(rows), "new_tokens": new, "same_rows_unedited": f"{same}/{len(rows)}"}
+    facts = {
+        "prompts": len(rows),
+        "max_new_tokens": new,
+        "same_rows_unedited": f"{same}/{len(rows)}",
+    }
     common.report("generate", seconds, "HF generate, no hooks", **facts)
 
 

@@ -26,13 +26,13 @@ def base_of(args: argparse.Namespace) -> tuple[int, int]:
 
 def bench_of(model: Any, split: Any) -> Any:
     from interp_ablate.evaluation.metrics import TargetLogOdds, find_target_tokens
-    from interp_ablate.evaluation.outputs import Evidence
+    from interp_ablate.evaluation.outputs import ModelOutputs
     from interp_ablate.scoring.expressions import ExpressionScorer
-    from interp_ablate.search.bench import Bench
+    from interp_ablate.search.bench import ValidationBench
 
     sides = (split.train.positive[:32], split.train.negative[:32])
-    found = find_target_tokens(*(Evidence(model, side).first_logprobs for side in sides))
-    return Bench(
+    found = find_target_tokens(*(ModelOutputs(model, side).first_logprobs for side in sides))
+    return ValidationBench(
         model,
         split.validation.positive,
         split.validation.negative,
@@ -69,7 +69,7 @@ def main() -> None:
     swept(bench, directions, some[:1])  # warm-up
     for _ in range(args.rounds):
         for size in sizes:
-            seconds[size].append(swept(bench.first(size[2]), directions, some[: size[1]]))
+            seconds[size].append(swept(bench.head(size[2]), directions, some[: size[1]]))
     print("\nscaling of a sweep")
     print("  grows        candidates  prompts a side   seconds  ms a candidate-prompt   x 1x")
     rows = []

@@ -58,21 +58,21 @@ class Ground:
 def ground_of(model: Any, name: str, args: Any) -> Ground:
     from interp_ablate import ContrastSet, collect, errors, estimate_directions
     from interp_ablate.evaluation.metrics import TargetLogOdds, find_target_tokens
-    from interp_ablate.evaluation.outputs import Evidence
+    from interp_ablate.evaluation.outputs import ModelOutputs
     from interp_ablate.scoring.expression_lists import EXPRESSIONS_OF_CONTRAST
     from interp_ablate.scoring.expressions import ExpressionScorer
-    from interp_ablate.search.bench import Bench
+    from interp_ablate.search.bench import ValidationBench
     from interp_ablate.search.candidates import distinct, screening
 
     n = 4 if args.smoke else 32
     split = ContrastSet.load(name).split(args.prompts, n, 1)
     sides = (split.train.positive[:32], split.train.negative[:32])
-    first = [Evidence(model, side).first_logprobs for side in sides]
+    first = [ModelOutputs(model, side).first_logprobs for side in sides]
     try:
         target = [token for token, _, _ in find_target_tokens(*first)]
     except errors.InterpAblateError:  # only the published rule reads it
         target = [int((first[0].exp().mean(0) - first[1].exp().mean(0)).argmax())]
-    bench = Bench(
+    bench = ValidationBench(
         model,
         split.validation.positive,
         split.validation.negative,
@@ -93,11 +93,11 @@ def ground_of(model: Any, name: str, args: Any) -> Ground:
 class Exact:
     """Scores by candidate and prompt, and which positive prompts' own answers express the behaviour."""
 
-    own_words: Any
+    unedited_answer_logprob: Any
     kl: Any
     behaviour: Any
     addition: Any
-    own_words_before: Any
+    unedited_answer_logprob_before: Any
     expressed: Any
     seconds: float
     passes: int
@@ -108,31 +108,35 @@ class Exact:
         """`sweep.merit` of every candidate by some prompts of each side (all by default)."""
         import pandas as pd
 
-        from interp_ablate.search.race import merit
+        from interp_ablate.search.race import removal_per_kl
 
         every = range(self.kl.shape[1])
         first = list(every if positive is None else positive)
         some = list(every if negative is None else negative)
         telling = [i for i in first if self.expressed[i]] or first
-        rows = pd.DataFrame({"own_words": self.own_words[:, telling].mean(1)})
-        rows["own_words_baseline"] = float(self.own_words_before[telling].mean())
+        rows = pd.DataFrame(
+            {"unedited_answer_logprob": self.unedited_answer_logprob[:, telling].mean(1)}
+        )
+        rows["unedited_answer_logprob_baseline"] = float(
+            self.unedited_answer_logprob_before[telling].mean()
+        )
         rows["kl"] = self.kl[:, some].mean(1)
-        return merit(rows)
+        return removal_per_kl(rows)
 
 
 def answers_of(bench: Any) -> list[list[int]]:
     """What `OwnWords` forces: the first tokens of the unedited model's answers."""
-    n = bench.own_words.tokens
+    n = bench.unedited_answer_logprob.tokens
     return [list(generation.tokens)[:n] or [0] for generation in bench.positive.generations]
 
 
-def own_words(bench: Any, evidence: Any) -> tuple[Any, Any]:
+def unedited_answer_logprob(bench: Any, evidence: Any) -> tuple[Any, Any]:
     """Log-probability of every prompt's own answer, and the first token's distribution."""
     import torch
 
     from interp_ablate.evaluation.metrics import chosen_logprobs
 
-    logprobs = bench.own_words.logprobs(evidence, bench.positive)
+    logprobs = bench.unedited_answer_logprob.logprobs(evidence, bench.positive)
     values = [chosen_logprobs(r, end).sum() for r, end in zip(logprobs, answers_of(bench))]
     return torch.stack(values), torch.stack([rows[0] for rows in logprobs])
 
@@ -142,16 +146,21 @@ def exact_sweep(ground: Ground) -> Exact:
 
     from interp_ablate import Add, Plan
     from interp_ablate.evaluation.metrics import FirstTokenKL
-    from interp_ablate.evaluation.outputs import Evidence
+    from interp_ablate.evaluation.outputs import ModelOutputs
 
     model, bench = ground.model, ground.bench
-    found: dict[str, list[Any]] = {"own_words": [], "kl": [], "behaviour": [], "addition": []}
+    found: dict[str, list[Any]] = {
+        "unedited_answer_logprob": [],
+        "kl": [],
+        "behaviour": [],
+        "addition": [],
+    }
     start = time.perf_counter()
     for item, candidate in zip(ground.items, ground.candidates):
-        positive, negative = bench.under(candidate.plan(item, model.writers))
-        words, first = own_words(bench, positive)
-        added = Evidence(model, bench.negative.rows, Plan((Add(item, item.site),)))
-        found["own_words"].append(words)
+        positive, negative = bench.outputs_under(candidate.plan(item, model.writers))
+        words, first = unedited_answer_logprob(bench, positive)
+        added = ModelOutputs(model, bench.negative.rows, Plan((Add(item, item.site),)))
+        found["unedited_answer_logprob"].append(words)
         found["behaviour"].append(bench.target.of_logprobs(first))
         found["kl"].append(FirstTokenKL()(negative, bench.negative))
         found["addition"].append(bench.target(added, bench.negative))
@@ -159,7 +168,9 @@ def exact_sweep(ground: Ground) -> Exact:
     tables = {name: torch.stack(rows).double().numpy() for name, rows in found.items()}
     return Exact(
         **tables,
-        own_words_before=own_words(bench, bench.positive)[0].double().numpy(),
+        unedited_answer_logprob_before=unedited_answer_logprob(bench, bench.positive)[0]
+        .double()
+        .numpy(),
         expressed=bench.expression.score_texts(bench.positive.texts).bool().numpy(),
         seconds=seconds,
         passes=len(ground.items) * SIDES * ground.prompts,
@@ -195,14 +206,14 @@ def passes_of(rungs: Sequence[tuple[int, int]], n: int) -> int:
 
 def rungs_of(ground: Ground) -> list[tuple[int, int]]:
     """RUNGS, as far as there are prompts."""
-    from interp_ablate.search.race import RUNGS, growing
+    from interp_ablate.search.race import RUNGS, usable_rungs
 
-    return growing(RUNGS, ground.prompts)
+    return usable_rungs(RUNGS, ground.prompts)
 
 
 def raced(ground: Ground) -> list[dict[str, Any]]:
     """`sweep.screen`, and what it would have chosen without its last rung."""
-    from interp_ablate.search.race import merit, screen
+    from interp_ablate.search.race import race_directions, removal_per_kl
     from interp_ablate.search.sweep import run_trial
     from interp_ablate.search.trial_table import to_frame
 
@@ -213,11 +224,11 @@ def raced(ground: Ground) -> list[dict[str, Any]]:
         trials = [run_trial(small, ground.directions, candidate) for candidate in candidates]
         seconds.append(time.perf_counter() - start)
         table = to_frame(trials, small)
-        best.append(str(trials[int(merit(table).idxmax())].candidate.site))
+        best.append(str(trials[int(removal_per_kl(table).idxmax())].candidate.site))
         return trials
 
     rungs = rungs_of(ground)
-    screen(ground.bench, ground.candidates, score, rungs=rungs)
+    race_directions(ground.bench, ground.candidates, score, rungs=rungs)
     return [
         {
             "name": name,
@@ -275,7 +286,7 @@ class Target:
         return Target(self.rows[:n], self.lengths[:n], self.keep, self.scores, self.k)
 
 
-def own_words_target(bench: Any) -> Target:
+def unedited_answer_logprob_target(bench: Any) -> Target:
     """Log-probability of the expressing answers."""
     import torch
 
@@ -377,7 +388,7 @@ class Estimate:
     passes: int
     seconds: float
     checked: int = CHECKED
-    merit: Any = field(init=False)
+    removal_per_kl: Any = field(init=False)
 
     def __post_init__(self) -> None:
         merit = self.gain.clip(0) / (0.1 + self.kl.clip(0))
@@ -395,7 +406,7 @@ class Estimate:
 
 def at_zero(ground: Ground, units: Any) -> Estimate:
     start = time.perf_counter()
-    words, drawn = own_words_target(ground.bench), drawn_target(ground.bench)
+    words, drawn = unedited_answer_logprob_target(ground.bench), drawn_target(ground.bench)
     gain = -effects(ground.model, words, units, units[0], 0.0).mean((0, 1))
     kl = effects(ground.model, drawn, units, units[0], 0.0).square().mean((0, 1)) / 2
     seconds = time.perf_counter() - start
@@ -407,7 +418,7 @@ def halfway(ground: Ground, units: Any) -> Estimate:
     start = time.perf_counter()
     mean = units.mean(0)
     mean = mean / mean.norm()
-    words, kl = own_words_target(ground.bench), kl_target(ground.bench)
+    words, kl = unedited_answer_logprob_target(ground.bench), kl_target(ground.bench)
     found = [effects(ground.model, t, units, mean, HALF).mean((0, 1)).numpy() for t in (words, kl)]
     seconds = time.perf_counter() - start
     passes = words.passes + kl.passes
@@ -420,7 +431,9 @@ def path(ground: Ground, units: Any, before: Estimate) -> Estimate:
 
     start = time.perf_counter()
     some = before.order[: max(len(units) // 3, 1)]
-    targets = [t(ground.bench).first(PATH_PROMPTS) for t in (own_words_target, kl_target)]
+    targets = [
+        t(ground.bench).head(PATH_PROMPTS) for t in (unedited_answer_logprob_target, kl_target)
+    ]
     found = np.full((2, len(units)), np.nan)
     for i in some:
         for row, target in enumerate(targets):
@@ -450,7 +463,7 @@ def judged(estimate: Estimate, exact: Exact) -> dict[str, Any]:
     merits = exact.merits().to_numpy()
     best = [int(i) for i in merits.argsort()[::-1]]
     telling = exact.expressed if exact.expressed.any() else ~exact.expressed
-    gain = -exact.own_words[:, telling].mean(1)
+    gain = -exact.unedited_answer_logprob[:, telling].mean(1)
     order = estimate.order
     checked = order[: estimate.checked]
     choice = max(checked, key=lambda i: merits[i])

@@ -4,7 +4,7 @@ Bypass is the target log-odds of positive prompts under ablation, induce that of
 addition at the direction's site, KL that of negative prompts' first token under ablation; the rule of
 Arditi et al. 2024 chooses. The baseline is TransformerLens' own `run_with_hooks` on the Bridge over padded
 batches: nothing shared, the logits of all positions as it returns them. Ours scores every distinct
-direction once (resid_pre of a layer is resid_post of the layer before) with `Evidence`, and runs an addition
+direction once (resid_pre of a layer is resid_post of the layer before) with `ModelOutputs`, and runs an addition
 from its own layer on: what enters there is remembered of one unedited pass, whose seconds (with the check
 that blocks can be run so) are added to every estimate of ours.
 
@@ -43,12 +43,12 @@ class Task:
 def task_of(model: Any, args: Any) -> Task:
     from interp_ablate import ContrastSet, collect, estimate_directions
     from interp_ablate.evaluation.metrics import TargetLogOdds, find_target_tokens
-    from interp_ablate.evaluation.outputs import Evidence
+    from interp_ablate.evaluation.outputs import ModelOutputs
 
     n = 4 if args.smoke else 32
     split = ContrastSet.load("declining").split(args.prompts, n, 1)
     train, sides = split.train, (split.train.positive[:32], split.train.negative[:32])
-    found = find_target_tokens(*(Evidence(model, side).first_logprobs for side in sides))
+    found = find_target_tokens(*(ModelOutputs(model, side).first_logprobs for side in sides))
     directions = estimate_directions(collect(model, train)).of("difference_in_means")
     return Task(
         model,
@@ -117,10 +117,10 @@ class Shared:
     """
 
     def __init__(self, task: Task) -> None:
-        from interp_ablate.evaluation.outputs import Evidence
+        from interp_ablate.evaluation.outputs import ModelOutputs
 
         self.task = task
-        self.reference = Evidence(task.model, task.negative)
+        self.reference = ModelOutputs(task.model, task.negative)
         self.reference.first_logprobs  # noqa: B018  (computed here, as the baseline's is)
         start = time.perf_counter()
         self.reference.remembered  # noqa: B018
@@ -129,12 +129,12 @@ class Shared:
     def score(self, item: Any) -> dict[str, float]:
         from interp_ablate import Ablate, Add, Plan
         from interp_ablate.evaluation.metrics import kl_divergence
-        from interp_ablate.evaluation.outputs import Evidence
+        from interp_ablate.evaluation.outputs import ModelOutputs
 
         task, n = self.task, len(self.task.positive)
         plan = Plan((Ablate(item, task.model.writers),))
-        ablated = Evidence(task.model, [*task.positive, *task.negative], plan).first_logprobs
-        added = self.reference.under(Plan((Add(item, item.site),))).first_logprobs
+        ablated = ModelOutputs(task.model, [*task.positive, *task.negative], plan).first_logprobs
+        added = self.reference.with_plan(Plan((Add(item, item.site),))).first_logprobs
         values = (
             task.target.of_logprobs(ablated[:n]),
             task.target.of_logprobs(added),

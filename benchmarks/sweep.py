@@ -33,7 +33,7 @@ class Task:
     sides: tuple[list[list[int]], list[list[int]]]
     tests: list[list[int]]
     candidates: int
-    new_tokens: int
+    max_new_tokens: int
     timed: int  # candidates that the recipe runs; its time for all follows, they cost the same
 
 
@@ -53,8 +53,8 @@ def task_of(model: Any, args: Any) -> Task:
     train = split.train
     sides = (model.encode_all(train.positive), model.encode_all(train.negative))
     tests = model.encode_all(split.test.positive)
-    candidates, new_tokens = (3, 6) if args.smoke else (20, 64)
-    return Task(train, sides, tests, candidates, new_tokens, args.timed or candidates)
+    candidates, max_new_tokens = (3, 6) if args.smoke else (20, 64)
+    return Task(train, sides, tests, candidates, max_new_tokens, args.timed or candidates)
 
 
 # ---- the recipe: nothing of this package -------------------------------------------------------------
@@ -107,11 +107,11 @@ def ablating(tl: Any, direction: Any) -> list[tuple[str, Any]]:
     return [(f"blocks.{layer}.hook_{point}", hook) for layer in layers for point in RESIDUAL]
 
 
-def continued(tl: Any, tokens: Any, hooks: list[tuple[str, Any]], new_tokens: int) -> Any:
+def continued(tl: Any, tokens: Any, hooks: list[tuple[str, Any]], max_new_tokens: int) -> Any:
     """Greedy, without a KV cache: the whole sequence for every token, all its logits."""
     import torch
 
-    for _ in range(new_tokens):
+    for _ in range(max_new_tokens):
         with tl.hooks(fwd_hooks=hooks):
             logits = tl(tokens)
         tokens = torch.cat([tokens, logits[:, -1].argmax(-1, keepdim=True)], 1)
@@ -138,7 +138,7 @@ def recipe(tl: Any, task: Task) -> Recipe:
         middle = time.perf_counter()
         tokens = padded(tl, task.tests)
         written = {
-            layer: continued(tl, tokens, ablating(tl, direction), task.new_tokens)
+            layer: continued(tl, tokens, ablating(tl, direction), task.max_new_tokens)
             for layer, direction in list(directions.items())[: task.timed]
         }
         end = time.perf_counter()
@@ -160,7 +160,7 @@ def ours(model: Any, task: Task) -> dict[int, list[Any]]:
     plans = [Plan((Ablate(item, model.writers),)) for item in chosen]
     n = len(task.tests)
     with model.applied_each([plan for plan in plans for _ in range(n)]):
-        rows = model.generate(task.tests * len(plans), max_new_tokens=task.new_tokens)
+        rows = model.generate(task.tests * len(plans), max_new_tokens=task.max_new_tokens)
     return {item.site.layer: rows[n * i : n * (i + 1)] for i, item in enumerate(chosen)}
 
 
@@ -231,7 +231,7 @@ def main() -> None:
         "candidates": task.candidates,
         "run_by_the_recipe": task.timed,
         "tests": len(task.tests),
-        "new_tokens": task.new_tokens,
+        "max_new_tokens": task.max_new_tokens,
         "recipe_seconds": {name: round(value, 2) for name, value in theirs.seconds.items()},
         "compared": rows,
         "limit": LIMIT,

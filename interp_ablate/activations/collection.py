@@ -30,7 +30,7 @@ from interp_ablate.prompts.chat_template import suffix_length
 from interp_ablate.prompts.contrast_set import ContrastSet
 from interp_ablate.prompts.prompt import PromptLike
 from interp_ablate.sites import Site, sites_of
-from interp_ablate.storage.atomic_files import replacing
+from interp_ablate.storage.atomic_files import atomic_path
 
 
 def collect(
@@ -255,7 +255,7 @@ def _write_cache(path: Path, found: Activations) -> None:
         "squares": found.moments.squares.contiguous(),
     }
     try:
-        with replacing(path) as temporary:
+        with atomic_path(path) as temporary:
             save_file(tensors, temporary, metadata={"count": str(found.moments.count)})
     except (SafetensorError, OSError) as error:  # a full disk is a SafetensorError
         raise InterpAblateError(

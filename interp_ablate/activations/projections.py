@@ -16,14 +16,14 @@ from interp_ablate.directions.direction import Direction
 from interp_ablate.errors import DirectionError, ModelError
 from interp_ablate.models.batches import Batch
 from interp_ablate.models.model import Model
-from interp_ablate.scoring.exchange import Exchange
+from interp_ablate.scoring.exchange import PromptResponse
 
 # ---- projections --------------------------------------------------------------------------------------
 
 
 def project_responses(
     model: Model,
-    exchanges: Sequence[Exchange],
+    exchanges: Sequence[PromptResponse],
     direction: Direction,
     *,
     response_tokens: int | None = None,
@@ -48,7 +48,7 @@ def project_responses(
 
 def response_means(
     model: Model,
-    exchanges: Sequence[Exchange],
+    exchanges: Sequence[PromptResponse],
     directions: Sequence[Direction],
     *,
     response_tokens: int | None = None,
@@ -105,7 +105,7 @@ def _reader(matrix: Float[Tensor, "d_model k"]) -> Callable[[Tensor, Batch], Ten
 
 
 def _rows(
-    model: Model, exchanges: Sequence[Exchange], response_tokens: int | None
+    model: Model, exchanges: Sequence[PromptResponse], response_tokens: int | None
 ) -> tuple[list[list[int]], list[int], list[int]]:
     """Token rows, their prompts' lengths, and which exchange each row is of."""
     if model.tokenizer is None:

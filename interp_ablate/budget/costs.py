@@ -27,7 +27,7 @@ class Workload:
         fitted: rows of each kind that a gradient step of a fit reads.
         tokens: of a prompt, `prefix` included.
         prefix: tokens in front that all prompts share (a chat template's).
-        new_tokens: of an answer.
+        max_new_tokens: of an answer.
         rows: in a batch of forward passes; `decoded_rows` in one that is decoded.
         dtype_bytes: of a number: 4 for float32, 2 for bfloat16.
 
@@ -40,7 +40,7 @@ class Workload:
     fitted: int = STEP_ROWS
     tokens: int = 60
     prefix: int = 40
-    new_tokens: int = 32
+    max_new_tokens: int = 32
     rows: int = STREAM_ROWS
     decoded_rows: int = DECODED_ROWS
     dtype_bytes: int = 2
@@ -136,16 +136,18 @@ def kv_bytes(sizes: Dimensions, dtype_bytes: int) -> int:
     return 2 * sizes.n_layers * sizes.keys * dtype_bytes
 
 
-def kv_places(*, tokens: int, new_tokens: int, prefix: int = 0) -> int:
+def kv_places(*, tokens: int, max_new_tokens: int, prefix: int = 0) -> int:
     """Tokens that a row's KV cache has room for after decoding, its spare places included.
 
     Nothing is spared in a cache that decoding never adds to.
     """
     if prefix:
         return (
-            tokens + SPARE + (SPARE + 1) * math.ceil(max(0, new_tokens - 1 - SPARE) / (SPARE + 1))
+            tokens
+            + SPARE
+            + (SPARE + 1) * math.ceil(max(0, max_new_tokens - 1 - SPARE) / (SPARE + 1))
         )
-    return tokens + (SPARE + 1) * math.ceil((new_tokens - 1) / (SPARE + 1))
+    return tokens + (SPARE + 1) * math.ceil((max_new_tokens - 1) / (SPARE + 1))
 
 
 def saved_bytes(
@@ -166,7 +168,7 @@ def saved_bytes(
     return rows * (sizes.n_layers * (token * new + seen) + ends)
 
 
-def live_bytes(sizes: Dimensions, *, rows: int, new: int, dtype_bytes: int) -> int:
+def activation_bytes(sizes: Dimensions, *, rows: int, new: int, dtype_bytes: int) -> int:
     """Activations alive at once in a forward call: those of one block, by the rule that sizes batches."""
     return rows * new * (6 * sizes.d_model + 3 * sizes.d_mlp) * dtype_bytes
 

@@ -16,7 +16,7 @@ DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
-class Form:
+class ConfigTraits:
     """What a model type's config does not say in numbers.
 
     `positions` and `mlp_width` name fields of the config. A bias is there always, never, or where the named field of the config is true. `norms` are those of a
@@ -38,26 +38,26 @@ class Form:
     saved_mlp: int = 3
 
 
-_BIASED = Form(qkv_bias="attention_bias", out_bias="attention_bias")
+_BIASED = ConfigTraits(qkv_bias="attention_bias", out_bias="attention_bias")
 # model_type of the Hugging Face config -> form; a missing one raises.
-FORMS: dict[str, Form] = {
-    "llama": Form(qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias"),
-    "smollm3": Form(qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias"),
-    "mistral": Form(),
-    "phi3": Form(),
-    "qwen2": Form(qkv_bias=True),
-    "qwen3": Form(qkv_bias="attention_bias", out_bias="attention_bias", head_norm="head"),
+FORMS: dict[str, ConfigTraits] = {
+    "llama": ConfigTraits(qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias"),
+    "smollm3": ConfigTraits(qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias"),
+    "mistral": ConfigTraits(),
+    "phi3": ConfigTraits(),
+    "qwen2": ConfigTraits(qkv_bias=True),
+    "qwen3": ConfigTraits(qkv_bias="attention_bias", out_bias="attention_bias", head_norm="head"),
     "gemma": _BIASED,
-    "gemma2": Form(qkv_bias="attention_bias", out_bias="attention_bias", norms=4),
-    "gemma3_text": Form(
+    "gemma2": ConfigTraits(qkv_bias="attention_bias", out_bias="attention_bias", norms=4),
+    "gemma3_text": ConfigTraits(
         qkv_bias="attention_bias", out_bias="attention_bias", norms=4, head_norm="head"
     ),
-    "olmo2": Form(qkv_bias="attention_bias", out_bias="attention_bias", head_norm="whole"),
-    "gpt2": Form(
+    "olmo2": ConfigTraits(qkv_bias="attention_bias", out_bias="attention_bias", head_norm="whole"),
+    "gpt2": ConfigTraits(
         gated=False, norm_bias=True, wide_norm=False, qkv_bias=True, out_bias=True, mlp_bias=True,
         positions="max_position_embeddings", mlp_width="n_inner", saved_mlp=4,
     ),
-    "gpt_neox": Form(
+    "gpt_neox": ConfigTraits(
         gated=False, norm_bias=True, wide_norm=False, qkv_bias="attention_bias",
         out_bias="attention_bias", mlp_bias=True, saved_mlp=1,
     ),
@@ -78,7 +78,7 @@ class Dimensions:
     tied: bool
     n_positions: int = 0
     biases: int = 0
-    form: Form = Form()
+    form: ConfigTraits = ConfigTraits()
 
     @property
     def queries(self) -> int:

@@ -14,12 +14,12 @@ from interp_ablate.budget.costs import (
     Call,
     Machine,
     Workload,
+    activation_bytes,
     batch_sizes,
     forward_flops,
     gradient_flops,
     kv_bytes,
     kv_places,
-    live_bytes,
     saved_bytes,
 )
 from interp_ablate.budget.sizes import Dimensions, dimensions_of
@@ -67,7 +67,7 @@ def _passing(
     prefix, rows = work.shared(prompts), min(prompts, work.rows)
     new = work.tokens - prefix + more
     places = rows * (prefix + new + SPARE) + prefix if prefix else 0
-    live = live_bytes(sizes, rows=rows, new=new, dtype_bytes=work.dtype_bytes)
+    live = activation_bytes(sizes, rows=rows, new=new, dtype_bytes=work.dtype_bytes)
     scores = rows * logits * sizes.d_vocab * (work.dtype_bytes + 8)
     return places * kv_bytes(sizes, work.dtype_bytes) + live + scores
 
@@ -101,7 +101,7 @@ def decode_calls(sizes: Dimensions, work: Workload, prompts: int) -> list[Call]:
     body = sizes.n_layers * sizes.block_matrices * work.dtype_bytes
     calls = [Call(forward_flops(sizes, rows=1, new=prefix), body)] if prefix else []
     for rows in batch_sizes(prompts, work.decoded_rows):
-        for step in range(work.new_tokens):
+        for step in range(work.max_new_tokens):
             past = prefix if step == 0 else work.tokens + step - 1
             new = work.tokens - prefix if step == 0 else 1
             flops = forward_flops(sizes, rows=rows, new=new, past=past, logits=1)
@@ -116,13 +116,15 @@ def trial_stage(sizes: Dimensions, work: Workload) -> Stage:
     first = _pass(sizes, work, work.scored, more=N_TOKENS, logits=N_TOKENS + 1)
     second = _pass(sizes, work, work.scored, logits=1)
     answers = decode_calls(sizes, work, prompts)
-    places = kv_places(tokens=work.tokens, new_tokens=work.new_tokens, prefix=prefix)
+    places = kv_places(tokens=work.tokens, max_new_tokens=work.max_new_tokens, prefix=prefix)
     cache = (rows * places + prefix) * kv_bytes(sizes, work.dtype_bytes)
-    live = live_bytes(sizes, rows=rows, new=work.tokens - prefix, dtype_bytes=work.dtype_bytes)
+    live = activation_bytes(
+        sizes, rows=rows, new=work.tokens - prefix, dtype_bytes=work.dtype_bytes
+    )
     live += rows * sizes.d_vocab * (work.dtype_bytes + 8)
     passing = _passing(sizes, work, work.scored, more=N_TOKENS, logits=N_TOKENS + 1)
     note = (
-        f"{prompts} answers of {work.new_tokens} tokens; a step reads "
+        f"{prompts} answers of {work.max_new_tokens} tokens; a step reads "
         f"{sizes.parameters_a_step * work.dtype_bytes / 1e9:.1f} GB of weights, KV cache {cache / 1e9:.2f} GB"
     )
     return Stage("trial", max(cache + live, passing), 0, (*first, *second, *answers), note)
@@ -160,7 +162,9 @@ def fit_stage(sizes: Dimensions, work: Workload, *, passages: bool = False) -> S
             flops += gradient_flops(sizes, rows=1, new=prefix, prefix=True)
             size += saved_bytes(sizes, rows=1, new=prefix, dtype_bytes=work.dtype_bytes)
         calls.append(Call(flops, (4 if prefix else 2) * weights))
-        held.append(size + live_bytes(sizes, rows=side.rows, new=new, dtype_bytes=work.dtype_bytes))
+        held.append(
+            size + activation_bytes(sizes, rows=side.rows, new=new, dtype_bytes=work.dtype_bytes)
+        )
     what = f"{work.fitted} + {work.fitted} rows" + (
         f" + {max(work.fitted // 2, 1)} passages" if passages else ""
     )

@@ -17,7 +17,7 @@ def _budget_flags(parser: argparse.ArgumentParser) -> None:
         ("fitted", "rows of each kind in a gradient step"),
         ("tokens", "of a prompt"),
         ("prefix", "of them shared by all prompts"),
-        ("new-tokens", "of an answer"),
+        ("max-new-tokens", "of an answer"),
         ("rows", "a forward batch"),
         ("decoded-rows", "a decoding batch"),
         ("devices", "GPUs"),

@@ -42,7 +42,7 @@ def add_commands(commands: Any) -> None:
         "--split-seed", type=int, default=0,
         help="of a bundled set's split: the --seed of the run that made the edit (default 0)",
     )  # fmt: skip
-    parser.add_argument("--new-tokens", type=int, default=32, help="of an answer (default 32)")
+    parser.add_argument("--max-new-tokens", type=int, default=32, help="of an answer (default 32)")
     parser.add_argument(
         "--expressions", help="comma-separated built-in lists or files; default: declining"
     )
@@ -101,8 +101,8 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _measures(args: argparse.Namespace) -> Any:
     """What the flags ask for; everything that can be wrong in them is found before a model is loaded."""
     from interp_ablate.evaluation.harness import BUNDLED_TASK, Tasks, is_installed
-    from interp_ablate.evaluation.measures import Measures, read_prompts
-    from interp_ablate.evaluation.perplexity import read_text, windows
+    from interp_ablate.evaluation.measures import EvaluationConfig, read_prompts
+    from interp_ablate.evaluation.perplexity import read_corpus, windows
 
     windows(2, context=args.context, stride=args.stride)
     tasks = _listed(args.tasks)
@@ -115,13 +115,13 @@ def _measures(args: argparse.Namespace) -> Any:
         for name in tasks:
             found.identity(name)
     no_text, no_prompts = args.text == ["none"], args.prompts == "none"
-    return Measures(
-        text=None if no_text else read_text(*(args.text or ())),
+    return EvaluationConfig(
+        text=None if no_text else read_corpus(*(args.text or ())),
         prompts={} if no_prompts else read_prompts(args.prompts, seed=args.split_seed),
         scorers=() if no_prompts else tuple(_scorers(args)),
         tasks=tuple(tasks),
         task_folders=tuple(args.tasks_folder),
-        new_tokens=args.new_tokens,
+        max_new_tokens=args.max_new_tokens,
         context=args.context,
         stride=args.stride,
         limit=args.limit,
@@ -135,14 +135,14 @@ def _listed(text: str | None) -> list[str]:
 
 
 def _scorers(args: argparse.Namespace) -> list[Any]:
-    from interp_ablate.scoring.registry import scorer_of
+    from interp_ablate.scoring.registry import make_scorer
 
     names = _listed(args.expressions or "declining")
     rubric = rubric_of(args.rubric)
     cache = Path(args.out) / "judge.jsonl"
     specs = [*(f"expressions:{name}" for name in names), *args.scorer]
     return [
-        scorer_of(spec, rubric=rubric, cache=cache) if "judge:" in spec else scorer_of(spec)
+        make_scorer(spec, rubric=rubric, cache=cache) if "judge:" in spec else make_scorer(spec)
         for spec in specs
     ]
 

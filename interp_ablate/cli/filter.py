@@ -136,14 +136,14 @@ class _Test(argparse.Action):
 
 
 def _filter(args: argparse.Namespace) -> int:
-    from interp_ablate.datasets.filter_recipe import Recipe
+    from interp_ablate.datasets.filter_recipe import FilterRecipe
     from interp_ablate.datasets.filtering import PLANTED as planted
-    from interp_ablate.datasets.filtering import Settings, filter_file
+    from interp_ablate.datasets.filtering import FilterSettings, filter_file
 
     data, labels = (
         (planted, args.labels or "planted") if args.data == PLANTED else (args.data, args.labels)
     )
-    recipe = Recipe(
+    recipe = FilterRecipe(
         rules=tuple(_rules(args)),
         combine=args.combine,
         turns=args.turns,
@@ -153,7 +153,7 @@ def _filter(args: argparse.Namespace) -> int:
     )
     if args.samples < 0:
         raise RunError(f"--samples {args.samples}: a number from 0")
-    settings = Settings(
+    settings = FilterSettings(
         layout=args.layout,
         skip_malformed=args.skip_malformed,
         shown=args.samples,

@@ -49,7 +49,7 @@ def add_commands(commands: Any) -> None:
         help="of the KL to the original on chosen answers (default 0; 10 with --make-preferences)",
     )  # fmt: skip
     heal.add_argument("--samples", type=int, help="answers a prompt that are made (default 1)")
-    heal.add_argument("--new-tokens", type=int, help="of made answers (default 40)")
+    heal.add_argument("--max-new-tokens", type=int, help="of made answers (default 40)")
     heal.add_argument(
         "--contrast", help="measure on its test split: behaviour (positive), KL (negative)"
     )
@@ -71,20 +71,22 @@ def add_commands(commands: Any) -> None:
 
 
 def _heal(args: argparse.Namespace) -> int:
-    if args.make_preferences is None and (args.samples or args.new_tokens):
-        raise RunError("--samples and --new-tokens are of answers that --make-preferences makes")
+    if args.make_preferences is None and (args.samples or args.max_new_tokens):
+        raise RunError(
+            "--samples and --max-new-tokens are of answers that --make-preferences makes"
+        )
     _prepare(args)
     from interp_ablate.plots.training import save_costs
-    from interp_ablate.training.healing.case import Case, Treatment
+    from interp_ablate.training.healing.case import EditedCheckpoint, HealingRun
     from interp_ablate.training.healing.healing_run import heal
 
     held_out, asked = _held_out(args), _asked(args)  # faults in files come before any model
     plan, source = _plan_of(args.checkpoint)
     healing, recipe = _healing(args), _recipe(args)
     original = _original(args, source, needed=bool(args.make_preferences or healing.kl_weight))
-    case = Case(_base(args, args.checkpoint), original, plan)
+    case = EditedCheckpoint(_base(args, args.checkpoint), original, plan)
     pairs, counts = _pairs(args, case, held_out, asked)
-    treatment = Treatment(pairs, healing, recipe, held_out, counts, args.qlora)
+    treatment = HealingRun(pairs, healing, recipe, held_out, counts, args.qlora)
     report = heal(
         case,
         treatment,
@@ -110,11 +112,11 @@ def _heal(args: argparse.Namespace) -> int:
 
 def _healing(args: argparse.Namespace) -> Any:
     """The settings that were given; for answers of the two models, those under which the original is best."""
-    from interp_ablate.training.healing.case import Healing
+    from interp_ablate.training.healing.case import HealingConfig
     from interp_ablate.training.healing.preferences import OWN_ANSWERS
 
     given = flags_given(args, "keep", "beta", "sft_weight", "kl_weight")
-    return Healing(**{**(OWN_ANSWERS if args.make_preferences else {}), **given})
+    return HealingConfig(**{**(OWN_ANSWERS if args.make_preferences else {}), **given})
 
 
 def _plan_of(checkpoint: str) -> tuple[Any, dict[str, Any]]:
@@ -174,12 +176,16 @@ def _asked(args: argparse.Namespace) -> list[Any]:
 def _pairs(
     args: argparse.Namespace, case: Any, held_out: Any, asked: list[Any]
 ) -> tuple[list[Any], dict[str, Any]]:
-    from interp_ablate.training.healing.preferences import Answering, make_pairs, without
+    from interp_ablate.training.healing.preferences import (
+        AnswerConfig,
+        exclude_held_out,
+        make_pairs,
+    )
 
     if args.preferences:
         return asked, {"from": args.preferences}
-    kept, gone = without(asked, held_out.benign + held_out.requests if held_out else ())
-    how = Answering(**flags_given(args, "samples", "new_tokens", "seed"))
+    kept, gone = exclude_held_out(asked, held_out.benign + held_out.requests if held_out else ())
+    how = AnswerConfig(**flags_given(args, "samples", "max_new_tokens", "seed"))
     _note(args, f"{len(kept)} prompts, answered by the original and the edited model")
     pairs, counts = make_pairs(case.original_model, case.edited_model, kept, how)
     told = {"from": args.make_preferences, "prompts": len(kept), "held_out_prompts_left_out": gone}

@@ -48,14 +48,14 @@ def trait_scorer(spec: str | None, trait: Any, folder: Path) -> Any:
     Raises:
         RunError: neither is there.
     """
-    from interp_ablate.scoring.registry import scorer_of
+    from interp_ablate.scoring.registry import make_scorer
 
     if not (spec or trait.scorer):
         raise RunError(
             f"the trait {trait.name!r} names no offline scorer: give --scorer, such as "
             "judge:MODEL@http://HOST/v1 (its rubric is the trait's) or classifier:FOLDER"
         )
-    return scorer_of(spec or trait.scorer, rubric=trait.rubric, cache=folder / REPLIES)
+    return make_scorer(spec or trait.scorer, rubric=trait.rubric, cache=folder / REPLIES)
 
 
 def load(args: argparse.Namespace, name: str | None) -> Any:

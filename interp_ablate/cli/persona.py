@@ -14,7 +14,7 @@ from typing import Any
 from interp_ablate.cli import heal as cli_training
 from interp_ablate.cli import persona_monitor as cli_monitor
 from interp_ablate.cli.options import REPLIES, flags_given, load, model_flags, trait_scorer
-from interp_ablate.cli.progress_bars import Progress
+from interp_ablate.cli.progress_bars import ProgressBars
 from interp_ablate.errors import InterpAblateError, RunError
 
 
@@ -50,7 +50,7 @@ def _scoring_flags(parser: argparse.ArgumentParser) -> None:
         "--coherence",
         help="scorer of coherence, such as judge:MODEL@URL (default: perplexity under the model, and loops)",
     )
-    parser.add_argument("--new-tokens", type=int, help="an answer's most tokens")
+    parser.add_argument("--max-new-tokens", type=int, help="an answer's most tokens")
     parser.add_argument("--batch-size", type=int, help="answers that are written together")
     parser.add_argument("--json", action="store_true", help="results as JSON")
 
@@ -126,12 +126,12 @@ def _new_flags(new: argparse.ArgumentParser) -> None:
 
 def scorers(args: argparse.Namespace, trait: Any, folder: Path) -> tuple[Any, Any]:
     """The trait's scorer and that of coherence (None: fluency); judges keep their replies in the folder."""
-    from interp_ablate.scoring.registry import scorer_of
+    from interp_ablate.scoring.registry import make_scorer
 
     scorer = trait_scorer(args.scorer, trait, folder)
     if not args.coherence:
         return scorer, None
-    return scorer, scorer_of(args.coherence, rubric=COHERENCE_RUBRIC, cache=folder / REPLIES)
+    return scorer, make_scorer(args.coherence, rubric=COHERENCE_RUBRIC, cache=folder / REPLIES)
 
 
 COHERENCE_RUBRIC = (
@@ -184,12 +184,14 @@ def _extract(args: argparse.Namespace) -> int:
 
     trait, out = load_trait(args.trait), Path(args.out)
     scorer, coherence = scorers(args, trait, out)
-    from interp_ablate.persona.answers import Sampling
+    from interp_ablate.persona.answers import SamplingConfig
     from interp_ablate.persona.extraction import extract
-    from interp_ablate.persona.persona import Extraction
+    from interp_ablate.persona.persona import ExtractionConfig
     from interp_ablate.plots.persona import save_figures
 
-    sampling = Sampling(**flags_given(args, "new_tokens", "temperature", "seed", "batch_size"))
+    sampling = SamplingConfig(
+        **flags_given(args, "max_new_tokens", "temperature", "seed", "batch_size")
+    )
     given = flags_given(
         args, "questions", "choosing", "samples", "threshold", "coherent", "fewest", "pooling"
     )
@@ -203,15 +205,15 @@ def _extract(args: argparse.Namespace) -> int:
         out,
         scorer=scorer,
         coherence=coherence,
-        settings=Extraction(sampling=sampling, **given),
-        listener=Progress(quiet=args.quiet),
+        settings=ExtractionConfig(sampling=sampling, **given),
+        listener=ProgressBars(quiet=args.quiet),
     )
     _print_persona(persona, out, save_figures(out), as_json=args.json)
     return 0
 
 
 def _print_persona(persona: Any, out: Path, figures: list[Path], *, as_json: bool) -> None:
-    from interp_ablate.persona.rollout_filter import said
+    from interp_ablate.persona.rollout_filter import describe_counts
 
     counts, unsteered = persona.details["counts"], persona.details["unsteered"]
     chosen = next(row for row in persona.details["layers"] if row["chosen"])
@@ -222,7 +224,7 @@ def _print_persona(persona: Any, out: Path, figures: list[Path], *, as_json: boo
         print(json.dumps({**told, "unsteered": unsteered["score"], "counts": counts}))
         return
     for side in ("positive", "negative"):
-        print(f"{side + ' answers':<18} {said(counts[side])}")
+        print(f"{side + ' answers':<18} {describe_counts(counts[side])}")
     print(f"{'direction':<18} {persona.site}, norm {persona.direction.norm:.3g}")
     print(f"{'unsteered':<18} {_shown(unsteered)}")
     print(f"{'steered':<18} {_shown(chosen)} at coefficient {persona.coefficient:g}")
@@ -262,10 +264,10 @@ def _opened(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
 
 def _steer(args: argparse.Namespace) -> int:
     persona, scorer, coherence, model = _opened(args)
-    from interp_ablate.persona.answers import Sampling
+    from interp_ablate.persona.answers import SamplingConfig
     from interp_ablate.persona.steering import COEFFICIENTS, curve, steer
     from interp_ablate.plots.persona import save_figures
-    from interp_ablate.storage.atomic_files import write_whole
+    from interp_ablate.storage.atomic_files import write_atomic
 
     folder = Path(args.folder)
     path = folder / "steering.jsonl"
@@ -282,11 +284,13 @@ def _steer(args: argparse.Namespace) -> int:
         else COEFFICIENTS,
         questions=args.questions,
         controls=args.controls,
-        sampling=Sampling(temperature=0.0, **flags_given(args, "new_tokens", "batch_size")),
-        listener=Progress(quiet=args.quiet),
+        sampling=SamplingConfig(
+            temperature=0.0, **flags_given(args, "max_new_tokens", "batch_size")
+        ),
+        listener=ProgressBars(quiet=args.quiet),
     )
     table = curve(answers)
-    write_whole(folder / "curve.csv", table.to_csv(index=False))
+    write_atomic(folder / "curve.csv", table.to_csv(index=False))
     figures = save_figures(folder)
     if args.json:
         print(table.to_json(orient="records"))
@@ -303,7 +307,7 @@ def _steer(args: argparse.Namespace) -> int:
 
 def _bake(args: argparse.Namespace) -> int:
     persona, scorer, coherence, model = _opened(args)
-    from interp_ablate.persona.answers import Sampling
+    from interp_ablate.persona.answers import SamplingConfig
     from interp_ablate.persona.baking import bake
 
     amount = persona.coefficient if args.coefficient is None else args.coefficient
@@ -319,9 +323,11 @@ def _bake(args: argparse.Namespace) -> int:
         coherence=coherence,
         coefficient=amount,
         questions=args.questions,
-        sampling=Sampling(temperature=0.0, **flags_given(args, "new_tokens", "batch_size")),
+        sampling=SamplingConfig(
+            temperature=0.0, **flags_given(args, "max_new_tokens", "batch_size")
+        ),
         overwrite=args.force,
-        listener=Progress(quiet=args.quiet),
+        listener=ProgressBars(quiet=args.quiet),
     )
     if args.json:
         certificate = {"certificate": baked.certificate["passed"]}

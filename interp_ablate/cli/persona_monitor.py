@@ -12,7 +12,7 @@ from typing import Any
 
 from interp_ablate.cli.options import load, model_flags, trait_scorer
 from interp_ablate.cli.persona_screen import _screen_flags
-from interp_ablate.cli.progress_bars import Progress
+from interp_ablate.cli.progress_bars import ProgressBars
 from interp_ablate.errors import RunError
 
 
@@ -35,7 +35,7 @@ def _monitor_flags(parser: argparse.ArgumentParser) -> None:
         "--systems", metavar="FILE", help="system prompts, weakest first; a line each"
     )
     parser.add_argument("--questions", type=int, help="of the trait's evaluation questions (all)")
-    parser.add_argument("--new-tokens", type=int, help="of an answer (default 48)")
+    parser.add_argument("--max-new-tokens", type=int, help="of an answer (default 48)")
     parser.add_argument("--scorer", help="default: the trait's own")
     parser.add_argument("--out", help="default: the persona folder")
     parser.add_argument(
@@ -52,7 +52,7 @@ def _monitor_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _monitor(args: argparse.Namespace) -> int:
-    from interp_ablate.persona.answers import Sampling
+    from interp_ablate.persona.answers import SamplingConfig
     from interp_ablate.persona.monitoring import monitor_trait, read_graded
     from interp_ablate.persona.persona import load_persona
     from interp_ablate.plots.monitoring import save_monitoring
@@ -64,7 +64,7 @@ def _monitor(args: argparse.Namespace) -> int:
     scorer = trait_scorer(args.scorer, persona.trait, out)
     systems = None if args.systems is None else read_graded(args.systems)
     questions = asked_questions(args, persona)
-    given = {} if args.new_tokens is None else {"new_tokens": args.new_tokens}
+    given = {} if args.max_new_tokens is None else {"max_new_tokens": args.max_new_tokens}
     found = monitor_trait(
         load(args, args.model or persona.model),
         persona,
@@ -72,8 +72,8 @@ def _monitor(args: argparse.Namespace) -> int:
         scorer=scorer,
         systems=systems,
         questions=questions,
-        sampling=Sampling(temperature=0.0, **given),
-        listener=Progress(quiet=args.quiet),
+        sampling=SamplingConfig(temperature=0.0, **given),
+        listener=ProgressBars(quiet=args.quiet),
     )
     found.save(out)
     figure = save_monitoring(found, out / "figures" / "monitor.png")
@@ -120,7 +120,7 @@ def _stream(args: argparse.Namespace, persona: Any) -> int:
     persona.check(model)
     amount = args.coefficient or 0.0
     steered = model.applied(persona.plan(amount)) if amount else nullcontext()
-    limit = {} if args.new_tokens is None else {"max_new_tokens": args.new_tokens}
+    limit = {} if args.max_new_tokens is None else {"max_new_tokens": args.max_new_tokens}
     seen = []
     with steered:
         prompt = Prompt(args.prompt, args.system)

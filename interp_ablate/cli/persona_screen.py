@@ -36,7 +36,7 @@ def _screen_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="projection alone: do not answer the prompts with the model itself",
     )
-    parser.add_argument("--new-tokens", type=int, help="of the model's own answer (default 64)")
+    parser.add_argument("--max-new-tokens", type=int, help="of the model's own answer (default 64)")
     parser.add_argument(
         "--response-tokens", type=int, help="of a sample's answer, the first so many (default: all)"
     )
@@ -66,17 +66,17 @@ def _screen_flags(parser: argparse.ArgumentParser) -> None:
 
 def _screen(args: argparse.Namespace) -> int:
     from interp_ablate.datasets.planted import labels_of
-    from interp_ablate.datasets.screening import save_summary, screen
-    from interp_ablate.datasets.screening_measure import contents
+    from interp_ablate.datasets.screening import save_summary, screen_file
+    from interp_ablate.datasets.screening_measure import summarise_file
     from interp_ablate.persona.persona import load_persona
     from interp_ablate.plots.screening import save_screening
 
     persona = load_persona(args.folder)
     direction = _asked_direction(persona, args.direction, args.layer)
     data, field, threshold, settings = _what(args)
-    held, layout = contents(data, layout=args.layout), args.layout
+    held, layout = summarise_file(data, layout=args.layout), args.layout
     labels = None if field is None else labels_of(data, field, layout=layout)
-    clean = contents(args.reference, layout=layout) if args.reference else None
+    clean = summarise_file(args.reference, layout=layout) if args.reference else None
     out, by = Path(args.out), args.by or settings.measure
     settings.check_measure(by)
     model = load(args, args.model or persona.model)
@@ -88,7 +88,9 @@ def _screen(args: argparse.Namespace) -> int:
     reference = measured(args.reference, "reference.jsonl", clean.samples) if clean else None
     table = measured(data, "scores.jsonl", held.samples)
     table, reference, slope = _adjusted(table, reference, settings)
-    found = screen(table, data, out, by=by, threshold=threshold, reference=reference, layout=layout)
+    found = screen_file(
+        table, data, out, by=by, threshold=threshold, reference=reference, layout=layout
+    )
     figure = save_screening(
         table, out / "figures" / "screening.png", by=by, threshold=found.threshold,
         trait=persona.name, labels=labels, reference=reference,
@@ -127,27 +129,31 @@ def _asked_direction(persona: Any, kind: str, layer: int | None) -> Any:
 
 def _adjusted(table: Any, reference: Any, settings: Any) -> tuple[Any, Any, float | None]:
     """Both tables adjusted by one slope: the reference's, if there is one."""
-    from interp_ablate.datasets.screening_measure import adjusted, own_slope
+    from interp_ablate.datasets.screening_measure import baseline_adjusted, baseline_slope
 
     if not settings.own:
         return table, reference, None
-    slope = own_slope(table if reference is None else reference)
-    return adjusted(table, slope), None if reference is None else adjusted(reference, slope), slope
+    slope = baseline_slope(table if reference is None else reference)
+    return (
+        baseline_adjusted(table, slope),
+        None if reference is None else baseline_adjusted(reference, slope),
+        slope,
+    )
 
 
 def _what(args: argparse.Namespace) -> tuple[Any, str | None, Any, Any]:
     """The data, the field of its labels, the threshold, and what is measured."""
     from interp_ablate.datasets.planted import planted_file
     from interp_ablate.datasets.screening import Threshold
-    from interp_ablate.datasets.screening_measure import Settings
+    from interp_ablate.datasets.screening_measure import ScreeningSettings
 
     data, field = args.data, args.labels
     if data.startswith(PLANTED):
         data, field = planted_file(data.removeprefix(PLANTED)), field or "planted"
     threshold = Threshold.parse(args.threshold or ("q0.99" if args.reference else "q0.9"))
-    names = ("new_tokens", "response_tokens")
+    names = ("max_new_tokens", "response_tokens")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return data, field, threshold, Settings(own=not args.no_own, **given)
+    return data, field, threshold, ScreeningSettings(own=not args.no_own, **given)
 
 
 def _measure(args: argparse.Namespace, what: tuple[Any, ...], total: int) -> Any:
@@ -196,7 +202,7 @@ def _check(
 ) -> list[dict[str, Any]]:
     from interp_ablate.activations.projections import project_responses
     from interp_ablate.datasets.screening_check import bag_of_words, check, rollout_texts
-    from interp_ablate.scoring.registry import scorer_of
+    from interp_ablate.scoring.registry import make_scorer
 
     data, table, labels = screened
     baselines: dict[str, Any] = {}
@@ -206,7 +212,7 @@ def _check(
                 project_responses, model, direction=other, response_tokens=args.response_tokens
             )
     if persona.trait.scorer is not None and not persona.trait.scorer.startswith("judge:"):
-        baselines[persona.trait.scorer] = scorer_of(persona.trait.scorer)
+        baselines[persona.trait.scorer] = make_scorer(persona.trait.scorer)
     texts = rollout_texts(Path(args.folder) / "rollouts.jsonl")
     if all(texts):
         baselines["bag of words of the persona's rollouts"] = bag_of_words(*texts)

@@ -47,7 +47,7 @@ def add_persona_commands(commands: Any) -> None:
     train.add_argument("--scorer", help="default: the trait's")
     train.add_argument("--questions", type=int, help="for evaluation (default: all of the trait's)")
     train.add_argument(
-        "--new-tokens", type=int, default=48, help="of measured answers (default 48)"
+        "--max-new-tokens", type=int, default=48, help="of measured answers (default 48)"
     )
     _recipe_flags(train)
     train.set_defaults(work=_train)
@@ -67,31 +67,31 @@ def _train(args: argparse.Namespace) -> int:
         PLAIN,
         PREVENTATIVE,
         RANDOM,
-        Comparison,
-        Condition,
+        PreventativeExperiment,
+        TrainingArm,
         prevent,
-        steering,
+        prevention_plan,
     )
-    from interp_ablate.training.preventative.trait_measure import Yardstick
+    from interp_ablate.training.preventative.trait_measure import TraitMeasure
 
     persona = load_persona(args.folder)
     scorer = trait_scorer(args.scorer, persona.trait, Path(args.folder))
     samples, counts = _samples(args)
     coefficient = persona.coefficient if args.coefficient is None else args.coefficient
-    plan = steering(persona.direction, coefficient, positions=args.positions)
-    conditions = [Condition(PLAIN)] if args.plain_too else []
-    conditions.append(Condition(PREVENTATIVE, plan))
+    plan = prevention_plan(persona.direction, coefficient, positions=args.positions)
+    conditions = [TrainingArm(PLAIN)] if args.plain_too else []
+    conditions.append(TrainingArm(PREVENTATIVE, plan))
     if args.control:
         one = random_direction(persona.direction, seed=args.seed or 0)
-        added = steering(one, coefficient, positions=args.positions)
-        conditions.append(Condition(RANDOM, added))
-    yardstick = Yardstick(
+        added = prevention_plan(one, coefficient, positions=args.positions)
+        conditions.append(TrainingArm(RANDOM, added))
+    yardstick = TraitMeasure(
         persona.direction,
         asked_questions(args, persona),
         scorer,
-        new_tokens=args.new_tokens,
+        max_new_tokens=args.max_new_tokens,
     )
-    comparison = Comparison(
+    comparison = PreventativeExperiment(
         _base(args, args.model or _model_of(persona)),
         samples,
         yardstick,

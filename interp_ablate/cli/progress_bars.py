@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 
-class Progress:
+class ProgressBars:
     """Progress bars on standard error; plain lines where it is no terminal."""
 
     def __init__(self, *, quiet: bool) -> None:

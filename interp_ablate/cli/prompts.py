@@ -46,13 +46,18 @@ def _generate_command(commands: Any) -> None:
     model_flags(generate)
     generate.add_argument("--plan", help="plan JSON")
     generate.add_argument("--system")
-    generate.add_argument("--new-tokens", type=int, default=64)
+    generate.add_argument("--max-new-tokens", type=int, default=64)
     generate.add_argument("--json", action="store_true")
     generate.set_defaults(work=_generate)
 
 
 def _select(args: argparse.Namespace) -> int:
-    from interp_ablate.search.selection import arditi, constrained, pareto_front, read_evaluations
+    from interp_ablate.search.selection import (
+        arditi,
+        least_behaviour_under_kl,
+        pareto_front,
+        read_evaluations,
+    )
 
     frame = read_evaluations(args.evaluations)
     if args.rule == "pareto":
@@ -64,7 +69,7 @@ def _select(args: argparse.Namespace) -> int:
             raise RunError("--rule arditi needs --n-layers: how many layers the model has")
         choice = arditi(frame, n_layers=args.n_layers, max_kl=args.max_kl)
     else:
-        choice = constrained(frame, max_kl=args.max_kl)
+        choice = least_behaviour_under_kl(frame, max_kl=args.max_kl)
     row = choice.row or {}
     print(json.dumps({**row, "rule": choice.rule, **choice.limits()}))
     return 0 if choice.row is not None else NO_PLAN
@@ -103,10 +108,10 @@ def _generate(args: argparse.Namespace) -> int:
     plan = Plan.load(plan_path) if plan_path else None
     prompts = [Prompt(text, args.system) for text in _prompt_texts(args.prompts)]
     model = load(args, args.model)
-    conditions = {"baseline": model.generate(prompts, max_new_tokens=args.new_tokens)}
+    conditions = {"baseline": model.generate(prompts, max_new_tokens=args.max_new_tokens)}
     if plan is not None:
         with model.applied(plan):
-            conditions["edited"] = model.generate(prompts, max_new_tokens=args.new_tokens)
+            conditions["edited"] = model.generate(prompts, max_new_tokens=args.max_new_tokens)
     for i, prompt in enumerate(prompts):
         texts = {name: found[i].text for name, found in conditions.items()}
         if args.json:

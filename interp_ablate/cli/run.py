@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from interp_ablate.cli.options import model_flags
-from interp_ablate.cli.progress_bars import Progress
+from interp_ablate.cli.progress_bars import ProgressBars
 from interp_ablate.errors import RunError
 
 STAGE_COMMANDS = {
@@ -44,7 +44,7 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
         "--positions",
         help="comma-separated: -1, -2, ..., after_instruction (all of these), response_mean",
     )
-    for name in ("n-train", "n-validation", "n-test", "seed", "new-tokens"):
+    for name in ("n-train", "n-validation", "n-test", "seed", "max-new-tokens"):
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--max-kl", type=float, help="first-token KL budget in nats (default 0.1)")
     parser.add_argument("--config", help="TOML file with the same settings; flags override it")
@@ -96,7 +96,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         found.update(_read_toml(args.config))
     names = (
         "model backend dtype device template contrast positive negative system expressions layers "
-        "n_train n_validation n_test seed new_tokens max_kl"
+        "n_train n_validation n_test seed max_new_tokens max_kl"
     )
     found.update({k: getattr(args, k) for k in names.split() if getattr(args, k) is not None})
     for name in ("sites", "positions"):
@@ -126,7 +126,7 @@ def _open(args: argparse.Namespace) -> Any:
     if args.command != "run" and saved is not None:
         given = {**saved["configuration"], **given}
     configuration = Configuration.from_dict(given)
-    run = Run(args.out, configuration, work=_work, listener=Progress(quiet=args.quiet))
+    run = Run(args.out, configuration, work=_work, listener=ProgressBars(quiet=args.quiet))
     if "executor" in args:
         names = ("workers", "cpus", "gpus", "address")
         run.shared["executor"] = {"name": args.executor, **{n: getattr(args, n) for n in names}}
@@ -158,11 +158,11 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _search(args: argparse.Namespace) -> int:
-    from interp_ablate.runs.search_run import Search, do_search, summary
+    from interp_ablate.runs.search_run import SearchSettings, run_search, summary
 
     run = _open(args)
-    search = Search(args.minutes, args.trials, args.control, not args.no_fits, args.sampler)
-    do_search(run, search)
+    search = SearchSettings(args.minutes, args.trials, args.control, not args.no_fits, args.sampler)
+    run_search(run, search)
     print(summary(run))
     selected = _selected(run)
     if selected["plan"] is None:

@@ -76,13 +76,13 @@ class _Tally:
 
 
 def _score(args: argparse.Namespace) -> int:
-    from interp_ablate.scoring.registry import scorer_of
+    from interp_ablate.scoring.registry import make_scorer
 
     out = Path(args.out) if args.out else None
     _check_out(out, args.force)
     cache = args.cache or (out.with_name(out.name + ".replies.jsonl") if out else None)
     rubric = rubric_of(args.rubric)
-    scorers = [scorer_of(spec, rubric=rubric, cache=cache) for spec in args.scorer]
+    scorers = [make_scorer(spec, rubric=rubric, cache=cache) for spec in args.scorer]
     names = _distinct(args.scorer, [scorer.name for scorer in scorers])
     by = tuple(args.by.split(",")) if args.by else None
     rows, tallies = _rows(args), {}  # type: ignore[var-annotated]
@@ -152,7 +152,7 @@ def _rows(args: argparse.Namespace) -> Iterator[_Row]:
 def _plain(file: Any, key: str) -> Iterator[_Row]:
     """Rows with a prompt, an answer under `key`, and whatever else."""
     from interp_ablate.prompts.prompt import Prompt
-    from interp_ablate.scoring.exchange import Exchange
+    from interp_ablate.scoring.exchange import PromptResponse
 
     for row in file.rows():
         prompt, answer = row.values.get("prompt"), row.values.get(key)
@@ -162,7 +162,7 @@ def _plain(file: Any, key: str) -> Iterator[_Row]:
                 f"{', '.join(row.values)}"
             )
         try:
-            exchange = Exchange(Prompt(prompt, row.values.get("system")), answer)
+            exchange = PromptResponse(Prompt(prompt, row.values.get("system")), answer)
         except InterpAblateError as error:
             raise RunError(f"{file.place(row.number)}: {error}") from error
         yield _Row(row.number, row.values, exchange)
@@ -189,13 +189,13 @@ def _record(row: _Row, verdicts: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def _writing(out: Path | None) -> Iterator[Any]:
     """A function that writes a row; the file is there when the block ends well."""
-    from interp_ablate.storage.atomic_files import replacing
+    from interp_ablate.storage.atomic_files import atomic_path
 
     if out is None:
         yield lambda record: None
         return
     with (
-        replacing(out) as place,
+        atomic_path(out) as place,
         open(place, "w", encoding="utf-8", newline="", errors="backslashreplace") as file,
     ):
         if out.suffix == ".jsonl":

@@ -38,7 +38,7 @@ def _recipe_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _recipe(args: argparse.Namespace) -> Any:
-    from interp_ablate.training.recipe import Recipe
+    from interp_ablate.training.recipe import LoraRecipe
 
     names = [
         "steps",
@@ -50,7 +50,7 @@ def _recipe(args: argparse.Namespace) -> Any:
         "save_every",
         "learning_rate",
     ]
-    return Recipe(
+    return LoraRecipe(
         **flags_given(args, *names),
         rslora=not args.no_rslora,
         gradient_checkpointing=args.gradient_checkpointing,

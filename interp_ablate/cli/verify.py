@@ -48,21 +48,21 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _origin(args: argparse.Namespace) -> tuple[Any, Any]:
     """What the folder is compared with, and the loaded model unless only tensors are compared."""
-    from interp_ablate.export.auditing import Origin
+    from interp_ablate.export.auditing import AuditSource
 
     is_folder = (Path(args.model) / "config.json").is_file()
     if args.tensors_only:
         if not is_folder:
             raise RunError(f"--tensors-only compares two folders; {args.model} is none")
-        return Origin.of_folder(args.model), None
+        return AuditSource.of_folder(args.model), None
     model = load(args, args.model)
     if is_folder:
-        return Origin.of_folder(args.model), model
+        return AuditSource.of_folder(args.model), model
     if model.source.kind == "hub":
         from huggingface_hub import snapshot_download
 
-        return Origin.of_folder(snapshot_download(args.model, local_files_only=True)), model
-    return Origin.of_model(model), model
+        return AuditSource.of_folder(snapshot_download(args.model, local_files_only=True)), model
+    return AuditSource.of_model(model), model
 
 
 def _what_to_verify(args: argparse.Namespace) -> tuple[Path, Path]:

@@ -23,17 +23,17 @@ from interp_ablate.datasets.conversations import (
     TEXT_PART_TYPES,
     Conversation,
     Message,
-    Pair,
     Preference,
+    PreferenceLayout,
     Role,
     Sample,
 )
 from interp_ablate.datasets.row_files import (
     ChatError,
     ChatFile,
+    FileRow,
     Malformed,
     OnMalformed,
-    Row,
     as_json,
 )
 
@@ -85,7 +85,7 @@ def writing_samples(path: str | Path, like: str | Path) -> Iterator[Callable[[Sa
 
 
 def _read(
-    file: ChatFile, parse: Callable[[Row], Any], malformed: OnMalformed | None
+    file: ChatFile, parse: Callable[[FileRow], Any], malformed: OnMalformed | None
 ) -> Iterator[Any]:
     for row in file.rows(malformed):
         try:
@@ -113,7 +113,7 @@ class _Samples:
         self.layout = layout
         self.first = 0
 
-    def __call__(self, row: Row) -> Sample:
+    def __call__(self, row: FileRow) -> Sample:
         if any(row.values.get(key) == [] for key in LIST_KEYS):
             raise _RowError("a conversation without messages: remove the row")
         found = [name for name in _matching(row.values) if self.layout in (None, name)]
@@ -204,7 +204,7 @@ def _text(content: Any, place: str) -> str:
     return "\n".join(parts)
 
 
-def _pair(layout: Pair, values: dict[str, Any]) -> tuple[Message, ...]:
+def _pair(layout: PreferenceLayout, values: dict[str, Any]) -> tuple[Message, ...]:
     prompt = _side(values[layout.prompt], layout.prompt, "user")
     answer = _side(values[layout.answer], layout.answer, "assistant")
     more = values.get(layout.more) if layout.more else None
@@ -231,7 +231,7 @@ def _system(values: dict[str, Any]) -> str | None:
     return _text(found[0][1], found[0][0]) if found else None
 
 
-def _preference(row: Row) -> Preference:
+def _preference(row: FileRow) -> Preference:
     values = row.values
     missing = [key for key in ("chosen", "rejected") if values.get(key) is None]
     if missing:
@@ -263,7 +263,7 @@ def _preference(row: Row) -> Preference:
     return Preference(row.number, prompt, *sides, values, row.line)
 
 
-def _check_unicode(row: Row, messages: tuple[Message, ...]) -> None:
+def _check_unicode(row: FileRow, messages: tuple[Message, ...]) -> None:
     if row.line is not None and b"\\ud" not in row.line and b"\\uD" not in row.line:
         return  # the bytes were UTF-8: only an escape can be half a character
     for message in messages:
@@ -276,7 +276,9 @@ def _check_unicode(row: Row, messages: tuple[Message, ...]) -> None:
             ) from error
 
 
-def _parser(layout: Conversation | Pair) -> Callable[[dict[str, Any]], tuple[Message, ...]]:
+def _parser(
+    layout: Conversation | PreferenceLayout,
+) -> Callable[[dict[str, Any]], tuple[Message, ...]]:
     if isinstance(layout, Conversation):
         return lambda values: _conversation(layout, values)
     return lambda values: _pair(layout, values)

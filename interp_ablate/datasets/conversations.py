@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from interp_ablate.datasets.row_files import ChatError, as_json
 from interp_ablate.prompts.prompt import Prompt
-from interp_ablate.scoring.exchange import Exchange
+from interp_ablate.scoring.exchange import PromptResponse
 
 Role = Literal["system", "user", "assistant", "tool"]
 Turns = Literal["any", "last", "first"]
@@ -40,7 +40,7 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class Pair:
+class PreferenceLayout:
     """A layout in which one key holds the prompt (`more`: text that follows it) and another the answer."""
 
     name: str
@@ -55,14 +55,14 @@ CONVERSATIONS = (
     Conversation("messages", "role", "content"),
 )
 PAIRS = (
-    Pair("alpaca", "instruction", "output", "input"),
-    Pair("instruction/response", "instruction", "response", "context"),
-    Pair("prompt/completion", "prompt", "completion"),
-    Pair("prompt/response", "prompt", "response"),
-    Pair("question/answer", "question", "answer"),
-    Pair("question/response", "question", "response"),
-    Pair("query/response", "query", "response"),
-    Pair("input/output", "input", "output", absent=("instruction",)),
+    PreferenceLayout("alpaca", "instruction", "output", "input"),
+    PreferenceLayout("instruction/response", "instruction", "response", "context"),
+    PreferenceLayout("prompt/completion", "prompt", "completion"),
+    PreferenceLayout("prompt/response", "prompt", "response"),
+    PreferenceLayout("question/answer", "question", "answer"),
+    PreferenceLayout("question/response", "question", "response"),
+    PreferenceLayout("query/response", "query", "response"),
+    PreferenceLayout("input/output", "input", "output", absent=("instruction",)),
 )
 LAYOUTS = tuple(layout.name for layout in (*CONVERSATIONS, *PAIRS))
 SYSTEM_KEYS = ("system", "system_prompt")
@@ -89,7 +89,7 @@ class Turn:
     answer: str
 
     @property
-    def exchange(self) -> Exchange:
+    def exchange(self) -> PromptResponse:
         """As scorers take it. Earlier rounds are not in it.
 
         Raises:
@@ -97,7 +97,7 @@ class Turn:
         """
         if self.prompt is None or not self.prompt.strip():
             raise ChatError(f"the answer {self.answer[:60]!r} has no prompt before it")
-        return Exchange(Prompt(self.prompt, self.system), self.answer)
+        return PromptResponse(Prompt(self.prompt, self.system), self.answer)
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Sample:
         return tuple(found[chosen])
 
     @property
-    def exchange(self) -> Exchange:
+    def exchange(self) -> PromptResponse:
         """The last answer and the user's message before it; the system prompt is kept.
 
         Raises:

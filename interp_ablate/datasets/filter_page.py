@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator
 
 from interp_ablate.datasets.conversations import Sample
-from interp_ablate.datasets.filter_recipe import Because, Decision
+from interp_ablate.datasets.filter_recipe import Decision, RuleHit
 
 _SHOWN = 1500  # characters of a message on the page of samples
 
@@ -84,7 +84,7 @@ def _article(sample: Sample, decision: Decision) -> str:
     return "".join(parts) + "</article>"
 
 
-def _reason(because: Because) -> str:
+def _reason(because: RuleHit) -> str:
     value, why, found = because.reading
     said = why or ("no verdict" if value is None else f"{value:g}")
     if found:

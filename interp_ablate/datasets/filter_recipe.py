@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
 from interp_ablate.datasets.conversations import Sample, Turn, Turns
-from interp_ablate.datasets.filter_rules import DeclineRule, Reading, Rule
+from interp_ablate.datasets.filter_rules import DeclineRule, Rule, RuleValue
 from interp_ablate.errors import RunError
 
 Action = Literal["drop", "keep"]
@@ -24,7 +24,7 @@ NO_ANSWER = "no answer of the assistant"
 
 
 @dataclass(frozen=True)
-class Recipe:
+class FilterRecipe:
     """Which samples match, and what becomes of them.
 
     Args:
@@ -82,12 +82,12 @@ class Recipe:
         return {"rules": rules, **choices, "no_verdict": self.unknown()}
 
 
-class Because(NamedTuple):
+class RuleHit(NamedTuple):
     """One rule's reading of one answer, as it counted for a decision."""
 
     turn: int
     rule: str
-    reading: Reading
+    reading: RuleValue
 
 
 class Decision(NamedTuple):
@@ -95,25 +95,25 @@ class Decision(NamedTuple):
 
     outcome: Outcome
     matched: bool | None
-    because: tuple[Because, ...]
+    because: tuple[RuleHit, ...]
     sample: Sample | None  # as it is kept
 
 
-Ask = Callable[[Rule, Sequence[tuple[Sample, Turn]]], list[Reading]]
+Ask = Callable[[Rule, Sequence[tuple[Sample, Turn]]], list[RuleValue]]
 
 
-def read_now(rule: Rule, asked: Sequence[tuple[Sample, Turn]]) -> list[Reading]:
+def read_now(rule: Rule, asked: Sequence[tuple[Sample, Turn]]) -> list[RuleValue]:
     """A rule's readings, made without a journal."""
     return rule.read([turn for _, turn in asked])
 
 
-def decide(samples: Sequence[Sample], recipe: Recipe, ask: Ask = read_now) -> list[Decision]:
+def decide(samples: Sequence[Sample], recipe: FilterRecipe, ask: Ask = read_now) -> list[Decision]:
     """What becomes of each sample.
 
     Cheap rules are asked first, and no rule is asked about an answer that is decided without it.
     """
     turns = [(i, turn) for i, sample in enumerate(samples) for turn in sample.turns(recipe.turns)]
-    found: list[list[tuple[bool | None, Because]]] = [[] for _ in turns]
+    found: list[list[tuple[bool | None, RuleHit]]] = [[] for _ in turns]
     deciding = recipe.combine == "any"  # a rule that says so settles the answer
     settled = [False] * len(turns)
     done: set[int] = set()  # samples that one answer has settled
@@ -124,11 +124,11 @@ def decide(samples: Sequence[Sample], recipe: Recipe, ask: Ask = read_now) -> li
         readings = ask(rule, [(samples[turns[k][0]], turns[k][1]) for k in open_])
         for k, reading in zip(open_, readings, strict=True):
             hit = None if reading.value is None else rule.hits(reading.value)
-            found[k].append((hit, Because(turns[k][1].index, rule.name, reading)))
+            found[k].append((hit, RuleHit(turns[k][1].index, rule.name, reading)))
             settled[k] = hit is deciding
         if recipe.scope == "sample" and deciding:
             done |= {turns[k][0] for k in open_ if settled[k]}
-    each: list[list[tuple[bool | None, tuple[Because, ...]]]] = [[] for _ in samples]
+    each: list[list[tuple[bool | None, tuple[RuleHit, ...]]]] = [[] for _ in samples]
     for (i, _), readings_of in zip(turns, found):
         if readings_of:
             each[i].append(_together(readings_of, recipe.combine))
@@ -136,8 +136,8 @@ def decide(samples: Sequence[Sample], recipe: Recipe, ask: Ask = read_now) -> li
 
 
 def _together(
-    found: list[tuple[bool | None, Because]], combine: Combine
-) -> tuple[bool | None, tuple[Because, ...]]:
+    found: list[tuple[bool | None, RuleHit]], combine: Combine
+) -> tuple[bool | None, tuple[RuleHit, ...]]:
     """Whether an answer matches, and the readings that say so."""
     hits = [hit for hit, _ in found]
     if combine == "any":
@@ -150,13 +150,13 @@ def _together(
 
 
 def _decided(
-    sample: Sample, turns: list[tuple[bool | None, tuple[Because, ...]]], recipe: Recipe
+    sample: Sample, turns: list[tuple[bool | None, tuple[RuleHit, ...]]], recipe: FilterRecipe
 ) -> Decision:
     hits = [hit for hit, _ in turns]
     matched = True if True in hits else (None if None in hits or not turns else False)
     because = tuple(b for hit, given in turns if hit is matched for b in given)
     if not turns:
-        because = (Because(-1, "turns", Reading(None, NO_ANSWER)),)
+        because = (RuleHit(-1, "turns", RuleValue(None, NO_ANSWER)),)
     goes = recipe.unknown() == "drop" if matched is None else matched == (recipe.action == "drop")
     if not goes:
         return Decision("kept", matched, because, sample)

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from interp_ablate.datasets.conversations import Turn
 from interp_ablate.errors import RunError
-from interp_ablate.scoring.exchange import Exchange, TextScorer
+from interp_ablate.scoring.exchange import PromptResponse, TextScorer
 from interp_ablate.scoring.expression_lists import expression_names, read_expressions
 from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.scoring.refusal_phrases import LANGUAGES, REASONS, Reason
-from interp_ablate.scoring.refusals import Declines
+from interp_ablate.scoring.refusals import RefusalDetector
 from interp_ablate.scoring.text_folding import fold
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 NO_PROMPT, EMPTY = "no prompt before the answer", "empty answer"
 
 
-class Reading(NamedTuple):
+class RuleValue(NamedTuple):
     """What a rule read off an answer.
 
     `value` is None where there is no verdict, and `why` then says why; `found` are phrases with their kind.
@@ -63,7 +63,7 @@ class Rule(Protocol):
     @property
     def stored(self) -> bool: ...
 
-    def read(self, turns: Sequence[Turn]) -> list[Reading]: ...
+    def read(self, turns: Sequence[Turn]) -> list[RuleValue]: ...
 
     def hits(self, value: float) -> bool: ...
 
@@ -82,7 +82,7 @@ class _Phrases:
 class DeclineRule(_Phrases):
     """The assistant declines, moralizes, or says that it is a language model, in its own words."""
 
-    declines: Declines = field(default_factory=Declines)
+    declines: RefusalDetector = field(default_factory=RefusalDetector)
     name: str = "declines"
 
     @property
@@ -95,14 +95,14 @@ class DeclineRule(_Phrases):
             "phrases": found.hexdigest()[:16],
         }
 
-    def read(self, turns: Sequence[Turn]) -> list[Reading]:
+    def read(self, turns: Sequence[Turn]) -> list[RuleValue]:
         return [self._read(turn.answer) for turn in turns]
 
-    def _read(self, text: str) -> Reading:
+    def _read(self, text: str) -> RuleValue:
         if not text.strip():
-            return Reading(None, EMPTY)
+            return RuleValue(None, EMPTY)
         found = tuple((f"{f.reason} ({f.language})", f.phrase) for f in self.declines.find(text))
-        return Reading(float(len(found)), found=found)
+        return RuleValue(float(len(found)), found=found)
 
 
 @dataclass(frozen=True)
@@ -126,23 +126,23 @@ class ExpressionRule(_Phrases):
             dict.fromkeys(fold(text).strip() for text, weight, _, _ in entries if weight > 0)
         )
 
-    def read(self, turns: Sequence[Turn]) -> list[Reading]:
+    def read(self, turns: Sequence[Turn]) -> list[RuleValue]:
         return [self._read(turn.answer) for turn in turns]
 
-    def _read(self, text: str) -> Reading:
+    def _read(self, text: str) -> RuleValue:
         if not text.strip():
-            return Reading(None, EMPTY)
+            return RuleValue(None, EMPTY)
         if self._words is not None:
             folded = fold(text)
             if not any(word in folded for word in self._words):
-                return Reading(0.0)
+                return RuleValue(0.0)
         if self.scorer.outcome(text) != "expressed":
-            return Reading(0.0)
+            return RuleValue(0.0)
         found = tuple(
             (f"{self.name} ({m.language})" if m.language else self.name, m.expression)
             for m in self.scorer.matches(text)
         )
-        return Reading(1.0, found=found)
+        return RuleValue(1.0, found=found)
 
 
 @dataclass(frozen=True)
@@ -192,15 +192,15 @@ class ScoreRule(_Limits):
     def identity(self) -> dict[str, Any]:
         return {"kind": "score", **self.scorer.identity}
 
-    def read(self, turns: Sequence[Turn]) -> list[Reading]:
+    def read(self, turns: Sequence[Turn]) -> list[RuleValue]:
         return _asked(turns, self._ask)
 
-    def _ask(self, exchanges: Sequence[Exchange]) -> list[Reading]:
+    def _ask(self, exchanges: Sequence[PromptResponse]) -> list[RuleValue]:
         from interp_ablate.scoring.verdicts import ExplainingScorer
 
         if isinstance(self.scorer, ExplainingScorer):
-            return [Reading(v.score, v.why) for v in self.scorer.explain(exchanges)]
-        return [Reading(score) for score in self.scorer(exchanges)]
+            return [RuleValue(v.score, v.why) for v in self.scorer.explain(exchanges)]
+        return [RuleValue(score) for score in self.scorer(exchanges)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,14 +237,14 @@ class ProjectionRule(_Limits):
             "direction": self.direction.fingerprint,
         }
 
-    def read(self, turns: Sequence[Turn]) -> list[Reading]:
+    def read(self, turns: Sequence[Turn]) -> list[RuleValue]:
         return _asked(turns, self._ask)
 
-    def _ask(self, exchanges: Sequence[Exchange]) -> list[Reading]:
+    def _ask(self, exchanges: Sequence[PromptResponse]) -> list[RuleValue]:
         from interp_ablate.activations.projections import project_responses
 
         return [
-            Reading(value) for value in project_responses(self.model, exchanges, self.direction)
+            RuleValue(value) for value in project_responses(self.model, exchanges, self.direction)
         ]
 
 
@@ -260,18 +260,18 @@ class LengthRule(_Limits):
     def identity(self) -> dict[str, Any]:
         return {"kind": "characters"}
 
-    def read(self, turns: Sequence[Turn]) -> list[Reading]:
-        return [Reading(float(len(turn.answer))) for turn in turns]
+    def read(self, turns: Sequence[Turn]) -> list[RuleValue]:
+        return [RuleValue(float(len(turn.answer))) for turn in turns]
 
 
 def _asked(
-    turns: Sequence[Turn], ask: Callable[[Sequence[Exchange]], list[Reading]]
-) -> list[Reading]:
+    turns: Sequence[Turn], ask: Callable[[Sequence[PromptResponse]], list[RuleValue]]
+) -> list[RuleValue]:
     """Readings of turns; those that have no prompt cannot be asked about."""
     there = [bool((turn.prompt or "").strip()) for turn in turns]
     exchanges = [turn.exchange for turn, yes in zip(turns, there) if yes]
     found = iter(ask(exchanges) if exchanges else ())
-    return [next(found) if yes else Reading(None, NO_PROMPT) for yes in there]
+    return [next(found) if yes else RuleValue(None, NO_PROMPT) for yes in there]
 
 
 # ---- rules from flags ------------------------------------------------------------------------------
@@ -302,7 +302,7 @@ def decline_rule(reasons: Iterable[Reason] = REASONS, languages: Sequence[str] =
     """`DeclineRule` for some reasons and languages (by default all)."""
     chosen = tuple(reasons)
     name = "declines" if chosen == REASONS else "+".join(chosen)
-    return DeclineRule(Declines(chosen, tuple(languages) or LANGUAGES), name)
+    return DeclineRule(RefusalDetector(chosen, tuple(languages) or LANGUAGES), name)
 
 
 def score_rule(
@@ -318,12 +318,12 @@ def score_rule(
     Raises:
         RunError: no such scorer, no limit.
     """
-    from interp_ablate.scoring.registry import scorer_of
+    from interp_ablate.scoring.registry import make_scorer
 
     kind = spec.partition(":")[0]
     cost = {"expressions": 1, "lexicon": 2, "classifier": 3}.get(kind, 5)
     judge = kind == "judge"
-    scorer = scorer_of(spec, rubric=rubric if judge else None, cache=cache if judge else None)
+    scorer = make_scorer(spec, rubric=rubric if judge else None, cache=cache if judge else None)
     return ScoreRule(above=above, below=below, scorer=scorer, cost=cost, stored=cost > 2)
 
 

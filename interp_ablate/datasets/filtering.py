@@ -25,14 +25,21 @@ from interp_ablate import __version__
 from interp_ablate.datasets.chat_reader import read_samples, writing_samples
 from interp_ablate.datasets.conversations import Sample, Turn
 from interp_ablate.datasets.filter_page import SampledDecisions, reason_kinds, samples_page
-from interp_ablate.datasets.filter_recipe import Ask, Because, Decision, Recipe, decide, read_now
-from interp_ablate.datasets.filter_rules import Reading, Rule
+from interp_ablate.datasets.filter_recipe import (
+    Ask,
+    Decision,
+    FilterRecipe,
+    RuleHit,
+    decide,
+    read_now,
+)
+from interp_ablate.datasets.filter_rules import Rule, RuleValue
 from interp_ablate.datasets.row_files import ChatError, ChatFile, Malformed
 from interp_ablate.errors import RunError
 from interp_ablate.stats.rates import rate
-from interp_ablate.storage.atomic_files import replacing, write_whole
+from interp_ablate.storage.atomic_files import atomic_path, write_atomic
 from interp_ablate.storage.bundled_data import bundled
-from interp_ablate.storage.jsonl_log import Lines
+from interp_ablate.storage.jsonl_log import JsonlLog
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +56,7 @@ _PHRASES = 100_000  # different ones that are counted at a time
 
 
 @dataclass(frozen=True)
-class Settings:
+class FilterSettings:
     """How a file is filtered, beside the recipe.
 
     Args:
@@ -68,15 +75,15 @@ class Settings:
     force: bool = False
 
 
-DEFAULTS = Settings()
+DEFAULTS = FilterSettings()
 
 
 def filter_file(
     data: str | Path,
     out: str | Path,
-    recipe: Recipe | None = None,
+    recipe: FilterRecipe | None = None,
     *,
-    settings: Settings = DEFAULTS,
+    settings: FilterSettings = DEFAULTS,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Filter a file (see `chat_data.read_samples`) into the folder `out`; returns the manifest.
@@ -95,10 +102,10 @@ def filter_file(
         ChatError: data that cannot be read, by its line.
         RunError: a folder in use, that holds another result or cannot be written; input that changed.
     """
-    recipe, out, source = recipe or Recipe(), Path(out), ChatFile.at(data)
+    recipe, out, source = recipe or FilterRecipe(), Path(out), ChatFile.at(data)
     run = _Run(source, out, recipe, settings)
     run.check()
-    journal = Lines(
+    journal = JsonlLog(
         out / JOURNAL,
         {"data": run.fingerprint, "layout": settings.layout},
         kind="journal of verdicts",
@@ -114,18 +121,18 @@ def filter_file(
 class _Stored:
     """Asks rules, and keeps what those that are stored say."""
 
-    def __init__(self, journal: Lines, lines: list[dict[str, Any]]) -> None:
+    def __init__(self, journal: JsonlLog, lines: list[dict[str, Any]]) -> None:
         self.journal = journal
         self.names: dict[int, str] = {}  # of rules
-        self.known: dict[tuple[str, int, int], Reading] = {}
+        self.known: dict[tuple[str, int, int], RuleValue] = {}
         for number, line in enumerate(lines, 2):
             try:
                 for at, turn, value, why in line["readings"]:
-                    self.known[line["rule"], at, turn] = Reading(value, why)
+                    self.known[line["rule"], at, turn] = RuleValue(value, why)
             except (KeyError, TypeError, ValueError) as error:
                 raise journal.corrupt(number, f"{type(error).__name__} {error}") from error
 
-    def __call__(self, rule: Rule, asked: Sequence[tuple[Sample, Turn]]) -> list[Reading]:
+    def __call__(self, rule: Rule, asked: Sequence[tuple[Sample, Turn]]) -> list[RuleValue]:
         if not rule.stored:
             return read_now(rule, asked)
         if id(rule) not in self.names:
@@ -149,8 +156,8 @@ class _Run:
 
     source: ChatFile
     out: Path
-    recipe: Recipe
-    settings: Settings
+    recipe: FilterRecipe
+    settings: FilterSettings
     counts: Counter[str] = field(default_factory=Counter)
     why: Counter[str] = field(default_factory=Counter)
     phrases: Counter[str] = field(default_factory=Counter)
@@ -294,7 +301,7 @@ class _Run:
 
     def finish(self) -> dict[str, Any]:
         """The page and, last, the manifest."""
-        write_whole(self.out / "samples.html", samples_page(self.source.path.name, self.shown))
+        write_atomic(self.out / "samples.html", samples_page(self.source.path.name, self.shown))
         names = [*self.names.values(), "why.jsonl", "samples.html"]
         if self.counts["malformed"]:
             names.append("malformed.jsonl")
@@ -320,7 +327,7 @@ class _Run:
                 "%d of %d samples have no verdict (%s)",
                 self.counts["no_verdict"], self.counts["rows"], self.recipe.unknown(),
             )  # fmt: skip
-        write_whole(
+        write_atomic(
             self.out / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
         )
         return manifest
@@ -355,7 +362,7 @@ class _Bytes:
     def write(self, data: bytes) -> None:
         try:
             if self.file is None:
-                place = self.stack.enter_context(replacing(self.path))
+                place = self.stack.enter_context(atomic_path(self.path))
                 self.file = self.stack.enter_context(open(place, "wb"))  # noqa: SIM115  (the stack closes)
             self.file.write(data)
         except OSError as error:
@@ -374,7 +381,7 @@ class _Bytes:
             self.path.unlink(missing_ok=True)  # an earlier run's
 
 
-def _told(because: Because) -> dict[str, Any]:
+def _told(because: RuleHit) -> dict[str, Any]:
     value, why, found = because.reading
     told = {"turn": because.turn, "rule": because.rule, "value": value}
     return {**told, **({"why": why} if why else {}), **({"found": found} if found else {})}

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from interp_ablate.errors import InterpAblateError
-from interp_ablate.storage.atomic_files import feed, replacing
+from interp_ablate.storage.atomic_files import atomic_path, hash_file
 
 Format = Literal["jsonl", "json", "parquet", "folder"]
 Compression = Literal["", ".gz", ".zst"]
@@ -46,7 +46,7 @@ class ChatError(InterpAblateError):
 
 
 @dataclass(frozen=True)
-class Row:
+class FileRow:
     """One object of a file: its number there (from 1), its values, and its own bytes, if it is JSON."""
 
     number: int
@@ -123,12 +123,12 @@ class ChatFile:
                 if self.format == "folder":
                     name = path.relative_to(self.path).as_posix().encode()
                     found.update(b"%d:%s:%d:" % (len(name), name, path.stat().st_size))
-                feed(found, path)
+                hash_file(found, path)
         except OSError as error:
             raise self._unreadable(error) from error
         return found.hexdigest()
 
-    def rows(self, malformed: OnMalformed | None = None) -> Iterator[Row]:
+    def rows(self, malformed: OnMalformed | None = None) -> Iterator[FileRow]:
         """Every row in order; one is in memory at a time (of parquet, one batch).
 
         A blank line is no row; a byte order mark is skipped.
@@ -156,7 +156,7 @@ class ChatFile:
         """
         try:
             with (
-                replacing(Path(path)) as temporary,
+                atomic_path(Path(path)) as temporary,
                 _WRITERS[self.format](self, temporary) as write,
             ):
                 yield write
@@ -221,7 +221,7 @@ def _binary(file: ChatFile) -> Iterator[BinaryIO]:
             raise file._unreadable(error) from error
 
 
-def _jsonl_rows(file: ChatFile, malformed: OnMalformed) -> Iterator[Row]:
+def _jsonl_rows(file: ChatFile, malformed: OnMalformed) -> Iterator[FileRow]:
     with _binary(file) as stream:
         for number, line in enumerate(stream, 1):
             if number == 1:
@@ -235,7 +235,7 @@ def _jsonl_rows(file: ChatFile, malformed: OnMalformed) -> Iterator[Row]:
             except ValueError as error:
                 malformed(Malformed(number, str(error), line))
                 continue
-            yield Row(number, values, line)
+            yield FileRow(number, values, line)
 
 
 def _values(line: bytes) -> dict[str, Any]:
@@ -332,7 +332,7 @@ class _Text:
             return found, text
 
 
-def _json_rows(file: ChatFile, malformed: OnMalformed) -> Iterator[Row]:
+def _json_rows(file: ChatFile, malformed: OnMalformed) -> Iterator[FileRow]:
     with _binary(file) as stream:
         text = _Text(file, stream)
         if text.peek() != "[":
@@ -347,7 +347,7 @@ def _json_rows(file: ChatFile, malformed: OnMalformed) -> Iterator[Row]:
                 values, source = text.entry()
                 line = source.encode(errors="surrogatepass")
                 if isinstance(values, dict):
-                    yield Row(number, values, line)
+                    yield FileRow(number, values, line)
                 else:
                     why = f"a JSON {type(values).__name__}, not an object: {_shown(line)}"
                     malformed(Malformed(number, why, line))
@@ -365,7 +365,7 @@ def _json_rows(file: ChatFile, malformed: OnMalformed) -> Iterator[Row]:
 # ---- tables ----------------------------------------------------------------------------------------
 
 
-def _parquet_rows(file: ChatFile, malformed: OnMalformed) -> Iterator[Row]:
+def _parquet_rows(file: ChatFile, malformed: OnMalformed) -> Iterator[FileRow]:
     import pyarrow
     import pyarrow.parquet
 
@@ -375,7 +375,7 @@ def _parquet_rows(file: ChatFile, malformed: OnMalformed) -> Iterator[Row]:
             for batch in table.iter_batches(batch_size=_ROWS):
                 for values in batch.to_pylist():
                     number += 1
-                    yield Row(number, values)
+                    yield FileRow(number, values)
     except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise file._unreadable(error) from error
 
@@ -397,9 +397,9 @@ def _dataset(file: ChatFile) -> Any:
     return found
 
 
-def _folder_rows(file: ChatFile, malformed: OnMalformed) -> Iterator[Row]:
+def _folder_rows(file: ChatFile, malformed: OnMalformed) -> Iterator[FileRow]:
     for number, values in enumerate(_dataset(file), 1):
-        yield Row(number, values)
+        yield FileRow(number, values)
 
 
 # ---- out -------------------------------------------------------------------------------------------
@@ -490,7 +490,7 @@ def _parquet_out(file: ChatFile, path: Path) -> Iterator[Write]:
         flush()
 
 
-_READERS: dict[Format, Callable[[ChatFile, OnMalformed], Iterator[Row]]] = {
+_READERS: dict[Format, Callable[[ChatFile, OnMalformed], Iterator[FileRow]]] = {
     "jsonl": _jsonl_rows,
     "json": _json_rows,
     "parquet": _parquet_rows,

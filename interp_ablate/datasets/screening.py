@@ -23,7 +23,7 @@ from interp_ablate.datasets.chat_reader import read_samples, writing_samples
 from interp_ablate.datasets.row_files import ChatFile
 from interp_ablate.datasets.screening_measure import last_exchange
 from interp_ablate.errors import RunError
-from interp_ablate.storage.atomic_files import replacing, write_whole
+from interp_ablate.storage.atomic_files import atomic_path, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -96,14 +96,14 @@ class Threshold:
 
 @dataclass(frozen=True)
 class Screening:
-    """What `screen` found: the table in rank order, the threshold's number, and the summary as saved."""
+    """What `screen_file` found: the table in rank order, the threshold's number, and the summary as saved."""
 
     table: pd.DataFrame
     threshold: float
     summary: dict[str, Any]
 
 
-def screen(
+def screen_file(
     table: pd.DataFrame,
     data: str | Path,
     out: str | Path,
@@ -170,7 +170,7 @@ def _summary(
 def save_summary(summary: dict[str, Any], out: str | Path) -> None:
     """Write `screening.json`."""
     text = json.dumps(summary, indent=1, allow_nan=False) + "\n"
-    write_whole(Path(out) / "screening.json", text)
+    write_atomic(Path(out) / "screening.json", text)
 
 
 def _quantiles(values: np.ndarray) -> dict[str, float]:
@@ -207,7 +207,7 @@ def _quote(text: str) -> str:
 
 def _write_table(frame: pd.DataFrame, path: Path) -> None:
     try:
-        with replacing(path) as temporary:
+        with atomic_path(path) as temporary:
             frame.to_csv(temporary, index=False)
     except OSError as error:
         raise RunError(

@@ -24,14 +24,14 @@ from interp_ablate.errors import RunError
 from interp_ablate.models.model import Model
 from interp_ablate.persona.persona import load_persona
 from interp_ablate.persona.rollout_filter import kept_answers
-from interp_ablate.scoring.exchange import Exchange
+from interp_ablate.scoring.exchange import PromptResponse
 from interp_ablate.stats.roc import auc, auc_interval
 
 RANDOM_DIRECTIONS = 20
 
 
 # Of each exchange a number, or None: a TextScorer is one.
-Baseline = Callable[[Sequence[Exchange]], Sequence[float | None]]
+Baseline = Callable[[Sequence[PromptResponse]], Sequence[float | None]]
 
 
 def bag_of_words(positive: Sequence[str], negative: Sequence[str]) -> Baseline:
@@ -55,7 +55,7 @@ def bag_of_words(positive: Sequence[str], negative: Sequence[str]) -> Baseline:
         for word in vocabulary
     }
 
-    def score(exchanges: Sequence[Exchange]) -> list[float | None]:
+    def score(exchanges: Sequence[PromptResponse]) -> list[float | None]:
         known = [[odds[w] for w in _words(e.answer) if w in odds] for e in exchanges]
         return [sum(values) / len(values) if values else None for values in known]
 
@@ -78,7 +78,7 @@ def rollout_texts(path: str | Path) -> tuple[list[str], list[str]]:
     return [answer.text for answer in kept.positive], [answer.text for answer in kept.negative]
 
 
-def words_in(exchanges: Sequence[Exchange]) -> list[float | None]:
+def words_in(exchanges: Sequence[PromptResponse]) -> list[float | None]:
     """Answers' length in words: a baseline."""
     return [float(len(_words(exchange.answer))) for exchange in exchanges]
 

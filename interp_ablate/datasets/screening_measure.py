@@ -23,8 +23,8 @@ from interp_ablate.directions.direction import Direction
 from interp_ablate.errors import RunError
 from interp_ablate.models.model import Model
 from interp_ablate.prompts.prompt import Prompt
-from interp_ablate.scoring.exchange import Exchange
-from interp_ablate.storage.jsonl_log import Lines
+from interp_ablate.scoring.exchange import PromptResponse
+from interp_ablate.storage.jsonl_log import JsonlLog
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +36,11 @@ FEWEST_FITTED = 10  # samples with a value, for a slope
 
 
 @dataclass(frozen=True)
-class Settings:
+class ScreeningSettings:
     """What is measured of a sample.
 
     Args:
-        own: also answer each prompt with the model itself (greedily, `new_tokens` at most) and take the
+        own: also answer each prompt with the model itself (greedily, `max_new_tokens` at most) and take the
             difference; without it a sample's projection alone counts.
         response_tokens: of a sample's answer, the first so many; all that fit the context by default.
         rows: samples that are in memory, and on disk, at a time.
@@ -48,13 +48,13 @@ class Settings:
     """
 
     own: bool = True
-    new_tokens: int = 64
+    max_new_tokens: int = 64
     response_tokens: int | None = None
     rows: int = 64
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        sizes = {"new_tokens": self.new_tokens, "rows": self.rows}
+        sizes = {"max_new_tokens": self.max_new_tokens, "rows": self.rows}
         if self.response_tokens is not None:
             sizes["response_tokens"] = self.response_tokens
         wrong = [f"{name}={value}" for name, value in sizes.items() if value < 1]
@@ -80,28 +80,28 @@ class Settings:
             )
 
 
-DEFAULTS = Settings()
+DEFAULTS = ScreeningSettings()
 
 
-def own_answers(
+def model_answers(
     model: Model,
     prompts: Sequence[Prompt],
     *,
-    new_tokens: int = Settings.new_tokens,
+    max_new_tokens: int = ScreeningSettings.max_new_tokens,
     batch_size: int | None = None,
 ) -> list[str]:
     """The model's own greedy answer to every prompt; a prompt that is there twice is answered once.
 
-    A prompt that leaves no room for `new_tokens` in the context gets the empty answer.
+    A prompt that leaves no room for `max_new_tokens` in the context gets the empty answer.
     """
     fits = [
         prompt
         for prompt in dict.fromkeys(prompts)
-        if len(model.encode(prompt)) + new_tokens <= model.tl.cfg.n_ctx
+        if len(model.encode(prompt)) + max_new_tokens <= model.tl.cfg.n_ctx
     ]
     if not fits:
         return [""] * len(prompts)
-    made = model.generate(fits, max_new_tokens=new_tokens, batch_size=batch_size)
+    made = model.generate(fits, max_new_tokens=max_new_tokens, batch_size=batch_size)
     answers = {prompt: generation.text for prompt, generation in zip(fits, made)}
     return [answers.get(prompt, "") for prompt in prompts]
 
@@ -110,7 +110,7 @@ def own_answers(
 
 
 @dataclass(frozen=True)
-class Contents:
+class FileSummary:
     """What a file holds: samples, those with earlier rounds (which are not read), those without an answer."""
 
     samples: int
@@ -118,7 +118,7 @@ class Contents:
     unanswered: int
 
 
-def contents(data: str | Path, *, layout: str | None = None) -> Contents:
+def summarise_file(data: str | Path, *, layout: str | None = None) -> FileSummary:
     """Read a file once, before anything is computed.
 
     Raises:
@@ -129,10 +129,10 @@ def contents(data: str | Path, *, layout: str | None = None) -> Contents:
         samples += 1
         rounds += len(sample.turns()) > 1
         unanswered += last_exchange(sample) is None
-    return Contents(samples, rounds, unanswered)
+    return FileSummary(samples, rounds, unanswered)
 
 
-def last_exchange(sample: Sample) -> Exchange | None:
+def last_exchange(sample: Sample) -> PromptResponse | None:
     """Its last answer with the user's message before it; None where one of them is missing or blank."""
     turns = sample.turns("last")
     if not turns or not turns[0].answer.strip() or not (turns[0].prompt or "").strip():
@@ -146,7 +146,7 @@ def measure(
     data: str | Path,
     store: str | Path,
     *,
-    settings: Settings = DEFAULTS,
+    settings: ScreeningSettings = DEFAULTS,
     layout: str | None = None,
     on_rows: Callable[[int], None] | None = None,
 ) -> pd.DataFrame:
@@ -188,9 +188,9 @@ def _store(
     direction: Direction,
     data: str | Path,
     path: Path,
-    settings: Settings,
+    settings: ScreeningSettings,
     layout: str | None,
-) -> Lines:
+) -> JsonlLog:
     plan = model.active_plan
     identity = {
         "data": ChatFile.at(data).fingerprint(),
@@ -202,7 +202,7 @@ def _store(
         "settings": {k: v for k, v in asdict(settings).items() if k not in _FREE},
     }
     lost = "its samples are measured again"
-    return Lines(path, identity, kind="screening", format=FORMAT, lost=lost)
+    return JsonlLog(path, identity, kind="screening", format=FORMAT, lost=lost)
 
 
 _FREE = ("batch_size",)  # a setting that no number depends on
@@ -215,7 +215,7 @@ def _chunks(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
 
 
 def _measured(
-    model: Model, direction: Direction, samples: Sequence[Sample], settings: Settings
+    model: Model, direction: Direction, samples: Sequence[Sample], settings: ScreeningSettings
 ) -> dict[str, Any]:
     """One line of the store: numbers, projections, own projections (None where there is nothing)."""
     given = [last_exchange(sample) for sample in samples]
@@ -224,10 +224,10 @@ def _measured(
     own: list[float | None] = [None] * len(there)
     if settings.own and there:
         prompts = [exchange.prompt for exchange in there]
-        answers = own_answers(
-            model, prompts, new_tokens=settings.new_tokens, batch_size=settings.batch_size
+        answers = model_answers(
+            model, prompts, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size
         )
-        pairs = [Exchange(prompt, answer) for prompt, answer in zip(prompts, answers)]
+        pairs = [PromptResponse(prompt, answer) for prompt, answer in zip(prompts, answers)]
         distinct = list(dict.fromkeys(pairs))
         values = dict(zip(distinct, project_responses(model, distinct, direction, **limits)))
         own = [values[pair] for pair in pairs]
@@ -240,7 +240,7 @@ def _measured(
     }
 
 
-def own_slope(table: pd.DataFrame) -> float:
+def baseline_slope(table: pd.DataFrame) -> float:
     """Least-squares slope of the projection on the own answer's, over all samples of a table.
 
     The own answer says what the prompt alone brings, with noise of its own: subtracting all of it puts that
@@ -257,6 +257,6 @@ def own_slope(table: pd.DataFrame) -> float:
     return float(np.cov(x, y)[0, 1] / x.var(ddof=1))
 
 
-def adjusted(table: pd.DataFrame, slope: float) -> pd.DataFrame:
-    """The table with the column `adjusted`: projection - slope * own."""
+def baseline_adjusted(table: pd.DataFrame, slope: float) -> pd.DataFrame:
+    """The table with the column `baseline_adjusted`: projection - slope * own."""
     return table.assign(adjusted=table["projection"] - slope * table["own"])

@@ -19,7 +19,7 @@ from interp_ablate.directions.class_separation import Separation
 from interp_ablate.directions.direction import Direction
 from interp_ablate.errors import DirectionError
 from interp_ablate.sites import Site
-from interp_ablate.storage.atomic_files import write_whole
+from interp_ablate.storage.atomic_files import write_atomic
 
 FORMAT = "interp_ablate.directions/1"
 
@@ -111,8 +111,8 @@ class Directions:
             "left_out": self.left_out,
         }
         content = save({"directions": vectors}, metadata={"format": "pt"})
-        write_whole(path, content, error=DirectionError)
-        write_whole(path.with_suffix(".json"), json.dumps(payload, indent=1), error=DirectionError)
+        write_atomic(path, content, error=DirectionError)
+        write_atomic(path.with_suffix(".json"), json.dumps(payload, indent=1), error=DirectionError)
 
     @classmethod
     def load(cls, path: str | Path) -> Directions:

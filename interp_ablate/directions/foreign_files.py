@@ -29,7 +29,7 @@ from interp_ablate.directions.direction_set import Directions, from_record, to_r
 from interp_ablate.directions.gguf_vectors import read_gguf_vectors
 from interp_ablate.errors import DirectionError, InterpAblateError
 from interp_ablate.sites import POINTS, Point, Site
-from interp_ablate.storage.atomic_files import write_whole
+from interp_ablate.storage.atomic_files import write_atomic
 
 FORMAT = "interp_ablate.vectors/1"
 UNKNOWN = "unknown"  # the position of a vector whose file does not tell it
@@ -158,7 +158,7 @@ def write_directions(
     records = {name: to_record(item) for name, item in zip(names, items)}
     about = {"format": FORMAT, "raw": raw, "dtype": dtype, "directions": records}
     metadata = {"format": "pt", "interp_ablate": json.dumps(about)}
-    write_whole(path, save(tensors, metadata=metadata), error=DirectionError)
+    write_atomic(path, save(tensors, metadata=metadata), error=DirectionError)
 
 
 def _names_for(items: list[Direction], path: Path) -> list[str]:

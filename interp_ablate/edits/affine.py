@@ -101,7 +101,7 @@ def projection_map(vectors: Float[Tensor, "k d_model"], amount: float) -> Affine
     return Affine(-amount * basis, basis, torch.zeros(len(basis), dtype=torch.float64))
 
 
-def pulled_back(
+def through_gain(
     vectors: Float[Tensor, "k d_model"], gain: Float[Tensor, " d_model"]
 ) -> Float[Tensor, "k d_model"]:
     """Orthonormal directions before an RMS norm whose removal leaves nothing along `vectors` after it.
@@ -111,7 +111,7 @@ def pulled_back(
     return orthonormal_rows(vectors * gain.detach().to("cpu", torch.float64))
 
 
-def kept_norm(
+def rescale_rows(
     rows: Float[Tensor, "*row d_model"], affine: Affine, *, eps: float
 ) -> tuple[Float[Tensor, "*row d_model"], Float[Tensor, " *row"]]:
     """Rows through the map (without its shift), each given its norm back, and the factor that did it.

@@ -21,7 +21,7 @@ from interp_ablate.edits.affine import (
     one_row,
     orthonormal_rows,
     projection_map,
-    pulled_back,
+    through_gain,
 )
 from interp_ablate.edits.edit import (
     EditBase,
@@ -83,7 +83,7 @@ class Ablate(EditBase):
         return projection_map(self.vectors, self.amounts[i])
 
     def _map_before_norm(self, i: int, gain: Tensor) -> Affine:
-        return projection_map(pulled_back(self.vectors, gain), self.amounts[i])
+        return projection_map(through_gain(self.vectors, gain), self.amounts[i])
 
     def to_dict(self) -> dict[str, Any]:
         more = {"norm_preserving": True} if self.norm_preserving else {}
@@ -165,7 +165,7 @@ class Clamp(EditBase):
         return Affine(-basis, basis, self.amounts[i] * self.vectors[0])
 
 
-class Erasing(Protocol):
+class EraserLike(Protocol):
     """What an eraser has to be made an edit: x -> x - write * (read . (x - centre))."""
 
     @property
@@ -229,7 +229,7 @@ class Erase(EditBase):
     @classmethod
     def of(
         cls,
-        eraser: Erasing,
+        eraser: EraserLike,
         sites: Site | Iterable[Site],
         *,
         strength: float | Sequence[float] = 1.0,
@@ -280,7 +280,7 @@ class Erase(EditBase):
     def _map_before_norm(self, i: int, gain: Tensor) -> Affine:
         if self.amounts[i] * self.values[i]:
             return super()._map_before_norm(i, gain)
-        return projection_map(pulled_back(self.read[None], gain), self.amounts[i])
+        return projection_map(through_gain(self.read[None], gain), self.amounts[i])
 
     def moved(self, pairs: Sequence[tuple[Site, Site]]) -> Erase:
         edit = super().moved(pairs)

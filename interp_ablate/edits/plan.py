@@ -21,7 +21,7 @@ from interp_ablate.edits.edit import EditBase, Positions
 from interp_ablate.edits.kinds import Ablate, Add, Edit, edit_from_dict
 from interp_ablate.errors import PlanError
 from interp_ablate.sites import Site
-from interp_ablate.storage.atomic_files import write_whole
+from interp_ablate.storage.atomic_files import write_atomic
 
 FORMAT = "interp_ablate.plan/1"
 
@@ -146,7 +146,7 @@ class Plan:
         Raises:
             PlanError: the place cannot be written.
         """
-        write_whole(Path(path), json.dumps(self.to_dict()), error=PlanError)
+        write_atomic(Path(path), json.dumps(self.to_dict()), error=PlanError)
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

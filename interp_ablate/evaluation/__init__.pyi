@@ -1,9 +1,9 @@
 from .compare import evaluate as evaluate
 from .harness import Tasks as Tasks
-from .measures import Measures as Measures
+from .measures import EvaluationConfig as EvaluationConfig
 from .metrics import FirstTokenKL as FirstTokenKL
-from .metrics import OwnWords as OwnWords
 from .metrics import TargetLogOdds as TargetLogOdds
+from .metrics import UneditedAnswerLogProb as UneditedAnswerLogProb
 from .metrics import find_target_tokens as find_target_tokens
-from .outputs import Evidence as Evidence
+from .outputs import ModelOutputs as ModelOutputs
 from .results import Evaluation as Evaluation

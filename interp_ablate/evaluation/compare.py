@@ -22,14 +22,14 @@ from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import RunError
 from interp_ablate.evaluation.harness import Tasks, TaskScore
 from interp_ablate.evaluation.harness_adapter import longest
-from interp_ablate.evaluation.measures import Measures
+from interp_ablate.evaluation.measures import EvaluationConfig
 from interp_ablate.evaluation.metrics import continuation_scores, kl_divergence, repetition
-from interp_ablate.evaluation.outputs import Evidence
-from interp_ablate.evaluation.perplexity import Loss, Text, same_vocabulary, text_losses
+from interp_ablate.evaluation.outputs import ModelOutputs
+from interp_ablate.evaluation.perplexity import Corpus, WindowLoss, corpus_losses, same_vocabulary
 from interp_ablate.evaluation.results import (
     FORMAT,
+    ComparisonRow,
     Evaluation,
-    Row,
     Unit,
     paired_row,
     ratio_row,
@@ -38,9 +38,9 @@ from interp_ablate.models.generation import Generation
 from interp_ablate.models.model import Model
 from interp_ablate.prompts.chat_template import encode
 from interp_ablate.prompts.prompt import Prompt
-from interp_ablate.scoring.exchange import Exchange, TextScorer
+from interp_ablate.scoring.exchange import PromptResponse, TextScorer
 from interp_ablate.stats.intervals import Estimate, mean_estimate
-from interp_ablate.storage.jsonl_log import Lines
+from interp_ablate.storage.jsonl_log import JsonlLog
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def evaluate(
     after: Model | None = None,
     *,
     plan: Plan | None = None,
-    measures: Measures | None = None,
+    measures: EvaluationConfig | None = None,
     out: str | Path | None = None,
     tell: Callable[[str], None] = logger.info,
 ) -> Evaluation:
@@ -69,13 +69,13 @@ def evaluate(
     """
     if after is None and plan is None:
         raise RunError("nothing to compare: give a second model, or a plan")
-    asked = (measures or Measures()).limited()
+    asked = (measures or EvaluationConfig()).limited()
     tasks = Tasks(asked.task_folders) if asked.tasks else None
     keys = {name: tasks.identity(name) for name in asked.tasks} if tasks else {}
     sides = (_Side("before", before, None), _Side("after", after or before, plan))
     identity = {**{side.which: side.identity for side in sides}, **asked.identity}
     with _opened(out, identity, tell) as parts:
-        work = _Work(sides, asked, parts)
+        work = _Evaluator(sides, asked, parts)
         if asked.text:
             work.text(asked.text)
         for name, prompts in asked.prompts.items():
@@ -116,7 +116,7 @@ class _Parts:
     """What is measured, by name and by what else it depends on; kept on disk where there is a folder."""
 
     def __init__(
-        self, lines: Lines | None, kept: list[dict[str, Any]], tell: Callable[[str], None]
+        self, lines: JsonlLog | None, kept: list[dict[str, Any]], tell: Callable[[str], None]
     ) -> None:
         self.lines, self.kept, self.tell = lines, kept, tell
 
@@ -141,7 +141,7 @@ def _opened(
     if out is None:
         yield _Parts(None, [], tell)
         return
-    lines = Lines(
+    lines = JsonlLog(
         Path(out) / "measured.jsonl",
         identity,
         kind="record of what is measured",
@@ -152,12 +152,12 @@ def _opened(
         yield _Parts(lines, kept, tell)
 
 
-class _Work:
+class _Evaluator:
     """Rows, items and notes, as the parts are measured."""
 
-    def __init__(self, sides: tuple[_Side, _Side], asked: Measures, parts: _Parts) -> None:
+    def __init__(self, sides: tuple[_Side, _Side], asked: EvaluationConfig, parts: _Parts) -> None:
         self.sides, self.asked, self.parts = sides, asked, parts
-        self.rows: list[Row] = []
+        self.rows: list[ComparisonRow] = []
         self.notes: list[str] = []
         self.items: list[dict[str, Any]] = []
         self.texts: list[dict[str, Any]] = []
@@ -186,7 +186,7 @@ class _Work:
 
     # ---- text
 
-    def text(self, text: Text) -> None:
+    def text(self, text: Corpus) -> None:
         """Perplexity and bits a byte."""
         limits = [longest(side.model) for side in self.sides]
         context = min(self.asked.context, *limits)
@@ -194,18 +194,18 @@ class _Work:
         if context < self.asked.context:  # a model takes no more
             stride = min(stride, max(1, context // 2))
 
-        def losses(side: _Side) -> list[Loss]:
+        def losses(side: _Side) -> list[WindowLoss]:
             found = self.parts.of(
                 f"text, {side.which}",
                 lambda: [
                     asdict(loss)
-                    for loss in text_losses(
+                    for loss in corpus_losses(
                         side.model, text, plan=side.plan, context=context, stride=stride
                     )
                 ],
                 [context, stride],
             )
-            return [Loss(**each) for each in found]
+            return [WindowLoss(**each) for each in found]
 
         before, after = (losses(side) for side in self.sides)
         # one vocabulary can still cut a text in two ways: another BOS, other merges
@@ -265,9 +265,9 @@ class _Work:
             self.texts.append({**told, "before": texts[0], "after": texts[1]})
         self._note_answers(name, evidence)
 
-    def _note_answers(self, name: str, evidence: Sequence[Evidence]) -> None:
+    def _note_answers(self, name: str, evidence: Sequence[ModelOutputs]) -> None:
         note = (
-            f"Answers: greedy, at most {self.asked.new_tokens} tokens, each model's own chat template. KL over "
+            f"Answers: greedy, at most {self.asked.max_new_tokens} tokens, each model's own chat template. KL over "
             "answers: teacher-forced along the first model's own, of the second from the first, in nats."
         )
         if note not in self.notes:
@@ -275,8 +275,10 @@ class _Work:
         if evidence[0].rows != evidence[1].rows and self.same_tokens:
             self.notes.append(f"{name}: the models' chat templates render the prompts differently.")
 
-    def _answered(self, side: _Side, name: str, prompts: tuple[Prompt, ...]) -> Evidence:
-        evidence = Evidence(side.model, prompts, side.plan, new_tokens=self.asked.new_tokens)
+    def _answered(self, side: _Side, name: str, prompts: tuple[Prompt, ...]) -> ModelOutputs:
+        evidence = ModelOutputs(
+            side.model, prompts, side.plan, max_new_tokens=self.asked.max_new_tokens
+        )
 
         def measure() -> list[Any]:
             evidence.first_logprobs  # noqa: B018  (what is generated from NaN looks like text)
@@ -291,17 +293,19 @@ class _Work:
         scorer: TextScorer,
         side: _Side,
         name: str,
-        evidence: Evidence,
+        evidence: ModelOutputs,
         prompts: Sequence[Prompt],
     ) -> list[float | None]:
-        exchanges = [Exchange(prompt, text) for prompt, text in zip(prompts, evidence.texts)]
+        exchanges = [PromptResponse(prompt, text) for prompt, text in zip(prompts, evidence.texts)]
         return self.parts.of(
             f"{scorer.name} of the answers to {name}, {side.which}",
             lambda: scorer(exchanges),
             scorer.identity,
         )
 
-    def _divergence(self, name: str, evidence: Sequence[Evidence], named: Sequence[str]) -> None:
+    def _divergence(
+        self, name: str, evidence: Sequence[ModelOutputs], named: Sequence[str]
+    ) -> None:
         before, after = evidence
 
         def measure() -> dict[str, list[float | None]]:
@@ -320,7 +324,9 @@ class _Work:
             kept = [value for value in values if value is not None]
             estimate = mean_estimate(kept) if kept else None
             missing = len(values) - len(kept)
-            self.rows.append(Row(measured, name, "nats", len(kept), None, estimate, None, missing))
+            self.rows.append(
+                ComparisonRow(measured, name, "nats", len(kept), None, estimate, None, missing)
+            )
             self._pairs(measured, name, named, [None] * len(values), values)
 
     # ---- tasks
@@ -354,7 +360,7 @@ class _Work:
                 )
 
 
-def _task_row(before: TaskScore, after: TaskScore, measure: str) -> Row:
+def _task_row(before: TaskScore, after: TaskScore, measure: str) -> ComparisonRow:
     if before.items is not None and after.items is not None:
         rate = {*before.items, *after.items} <= {0.0, 1.0}
         unit: Unit = "share" if rate else "metric"
@@ -367,7 +373,7 @@ def _task_row(before: TaskScore, after: TaskScore, measure: str) -> Row:
         width = 1.96 * math.hypot(*known)
         return Estimate(value, value - width, value + width)
 
-    return Row(
+    return ComparisonRow(
         measure,
         before.task,
         "metric",
@@ -379,8 +385,13 @@ def _task_row(before: TaskScore, after: TaskScore, measure: str) -> Row:
 
 
 def _text_rows(
-    name: str, before: Sequence[Loss], after: Sequence[Loss], *, comparable: bool, known: bool
-) -> Iterator[Row]:
+    name: str,
+    before: Sequence[WindowLoss],
+    after: Sequence[WindowLoss],
+    *,
+    comparable: bool,
+    known: bool,
+) -> Iterator[ComparisonRow]:
     """Perplexity a token; bits a byte where the bytes are known."""
 
     def column(of: str) -> list[np.ndarray]:
@@ -396,7 +407,7 @@ def _text_rows(
         yield ratio_row("bits a byte", name, "bits", sums[0], sums[1])
 
 
-def _whole_documents(*sides: Sequence[Loss]) -> list[list[Loss]]:
+def _whole_documents(*sides: Sequence[WindowLoss]) -> list[list[WindowLoss]]:
     """Sums by document, of the documents that both tokenizers have tokens to count in."""
     found = []
     shared = set.intersection(*({loss.document for loss in losses} for losses in sides))
@@ -407,7 +418,7 @@ def _whole_documents(*sides: Sequence[Loss]) -> list[list[Loss]]:
             sizes = [part.bytes for part in parts]
             size = None if None in sizes else sum(x for x in sizes if x is not None)
             tokens, nats = sum(part.tokens for part in parts), math.fsum(p.nats for p in parts)
-            whole.append(Loss(number, tokens, nats, size))
+            whole.append(WindowLoss(number, tokens, nats, size))
         found.append(whole)
     return found
 

@@ -30,7 +30,7 @@ from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import InterpAblateError, RunError
 from interp_ablate.evaluation.harness_adapter import as_harness_lm
 from interp_ablate.models.model import Model
-from interp_ablate.storage.atomic_files import feed
+from interp_ablate.storage.atomic_files import hash_file
 from interp_ablate.storage.bundled_data import bundled
 
 logger = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ class Tasks:
             # these change on their own, as tasks are run and looked at
             if not {"__pycache__", ".git"} & set(path.parts):
                 digest.update(path.name.encode())
-                feed(digest, path)
+                hash_file(digest, path)
         return {"task": name, "lm_eval": lm_eval.__version__, "files": digest.hexdigest()}
 
     def run(

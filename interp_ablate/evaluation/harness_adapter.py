@@ -13,13 +13,13 @@ from typing import Any
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import RunError
 from interp_ablate.evaluation.metrics import chosen_logprobs
-from interp_ablate.evaluation.outputs import Evidence
+from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.models.model import Model
 
 # Whole distributions of every answer token are held for so many requests at a time.
 REQUESTS = 32
 
-Pair = tuple[Sequence[int], Sequence[int]]
+ContextContinuation = tuple[Sequence[int], Sequence[int]]
 
 
 # ---- the library's requests, answered by our forward passes --------------------------------------
@@ -34,7 +34,7 @@ def longest(model: Model) -> int:
 
 
 def loglikelihoods(
-    model: Model, pairs: Sequence[Pair], *, plan: Plan | None = None
+    model: Model, pairs: Sequence[ContextContinuation], *, plan: Plan | None = None
 ) -> list[tuple[float, bool]]:
     """Of (context, continuation) token pairs: the continuation's log-probability, nats; is it greedy?
 
@@ -57,7 +57,7 @@ def loglikelihoods(
     for start in range(0, len(order), REQUESTS):
         keys = order[start : start + REQUESTS]
         ends = [list(pairs[groups[key][0]][1]) for key in keys]
-        evidence = Evidence(model, [list(key[0]) for key in keys], plan)
+        evidence = ModelOutputs(model, [list(key[0]) for key in keys], plan)
         for key, logprobs in zip(keys, evidence.continuation_logprobs(ends, batch_size=REQUESTS)):
             greedy = logprobs.argmax(-1).tolist()
             for number in groups[key]:
@@ -81,7 +81,7 @@ def _generations(
         room = max(1, longest(model) - new)
         rows = [encode(requests[number][0])[-room:] for number in numbers]
         for start in range(0, len(rows), REQUESTS):  # what is generated from NaN looks like text
-            Evidence(model, rows[start : start + REQUESTS], plan).first_logprobs  # noqa: B018
+            ModelOutputs(model, rows[start : start + REQUESTS], plan).first_logprobs  # noqa: B018
         with model.applied(plan) if plan is not None else nullcontext():
             written = model.generate(rows, max_new_tokens=new, temperature=heat)
         for number, generation in zip(numbers, written):

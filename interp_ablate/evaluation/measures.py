@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from interp_ablate.errors import RunError
-from interp_ablate.evaluation.perplexity import Text, read_text
+from interp_ablate.evaluation.perplexity import Corpus, read_corpus
 from interp_ablate.prompts.contrast_set import ContrastSet
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.prompts.readers import LABEL_COLUMNS, bundled_names, read_side
@@ -60,7 +60,7 @@ def _is_one_side(path: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class Measures:
+class EvaluationConfig:
     """What is measured; leave a part out by giving nothing for it.
 
     Args:
@@ -69,26 +69,26 @@ class Measures:
         scorers: of the answers, 0 to 100.
         tasks: of lm-evaluation-harness.
         task_folders: where tasks are looked for first.
-        new_tokens: of an answer (greedy), at most.
+        max_new_tokens: of an answer (greedy), at most.
         context, stride: of the windows, in tokens.
         limit: documents, prompts a list and items a task, at most.
         chat: tasks' items go through the chat template.
     """
 
-    text: Text | None = field(default_factory=read_text)
+    text: Corpus | None = field(default_factory=read_corpus)
     prompts: Mapping[str, tuple[Prompt, ...]] = field(
         default_factory=lambda: read_prompts("declining")
     )
     scorers: tuple[TextScorer, ...] = ()
     tasks: tuple[str, ...] = ()
     task_folders: tuple[str | Path, ...] = ()
-    new_tokens: int = 32
+    max_new_tokens: int = 32
     context: int = 512
     stride: int = 256
     limit: int | None = None
     chat: bool = False
 
-    def limited(self) -> Measures:
+    def limited(self) -> EvaluationConfig:
         """With `limit` applied to text and prompts.
 
         Raises:
@@ -96,8 +96,8 @@ class Measures:
         """
         if not (self.text or self.prompts or self.tasks):
             raise RunError("nothing to measure: give text, prompts or tasks")
-        if self.new_tokens < 1:
-            raise RunError(f"new_tokens={self.new_tokens}: an answer has at least 1")
+        if self.max_new_tokens < 1:
+            raise RunError(f"max_new_tokens={self.max_new_tokens}: an answer has at least 1")
         names = [scorer.name for scorer in self.scorers]
         if len(set(names)) < len(names):
             raise RunError(f"two scorers have one name: {', '.join(names)}")
@@ -105,7 +105,7 @@ class Measures:
             return self
         if self.limit < 1:
             raise RunError(f"--limit {self.limit}: at least 1")
-        text = self.text and Text(self.text.name, self.text.documents[: self.limit])
+        text = self.text and Corpus(self.text.name, self.text.documents[: self.limit])
         return replace(
             self, text=text, prompts={k: v[: self.limit] for k, v in self.prompts.items()}
         )
@@ -122,7 +122,7 @@ class Measures:
         return {
             "text": self.text and self.text.fingerprint,
             "prompts": sides,
-            "new_tokens": self.new_tokens,
+            "max_new_tokens": self.max_new_tokens,
             "context": self.context,
             "stride": self.stride,
             "limit": self.limit,

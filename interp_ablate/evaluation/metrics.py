@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from interp_ablate.errors import InterpAblateError
-from interp_ablate.evaluation.outputs import Evidence
+from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.scoring.expressions import ExpressionScorer
 
 Goal = Literal["min", "max", "limit"]
@@ -34,7 +34,9 @@ class Scorer(Protocol):
     @property
     def goal(self) -> Goal: ...
 
-    def __call__(self, evidence: Evidence, baseline: Evidence) -> Float[Tensor, " prompt"]: ...
+    def __call__(
+        self, evidence: ModelOutputs, baseline: ModelOutputs
+    ) -> Float[Tensor, " prompt"]: ...
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,12 @@ class TargetLogOdds:
         outside = wide[:, ~chosen].logsumexp(-1)
         return inside - outside
 
-    def __call__(self, evidence: Evidence, baseline: Evidence) -> Float[Tensor, " prompt"]:
+    def __call__(self, evidence: ModelOutputs, baseline: ModelOutputs) -> Float[Tensor, " prompt"]:
         return self.of_logprobs(evidence.first_logprobs)
 
 
 @dataclass(frozen=True)
-class OwnWords:
+class UneditedAnswerLogProb:
     """Log-probability of the first tokens of the unedited model's own answers that express the behaviour.
 
     Teacher-forced over `tokens` tokens, summed; one number for each prompt whose unedited answer holds
@@ -86,21 +88,21 @@ class OwnWords:
 
     expression: ExpressionScorer
     tokens: int = 4
-    name: str = "own_words"
+    name: str = "unedited_answer_logprob"
     goal: Goal = "min"
 
-    def _answers(self, baseline: Evidence) -> list[list[int]]:
+    def _answers(self, baseline: ModelOutputs) -> list[list[int]]:
         # an answer that ended at once stands for itself with any token: it is not among the expressing
         return [list(g.tokens)[: self.tokens] or [0] for g in baseline.generations]
 
     def logprobs(
-        self, evidence: Evidence, baseline: Evidence
+        self, evidence: ModelOutputs, baseline: ModelOutputs
     ) -> list[Float[Tensor, "pos d_vocab"]]:
         """Log-probabilities at the first tokens of every unedited answer; row 0 is the first token's."""
         return evidence.continuation_logprobs(self._answers(baseline), batch_size=32)
 
     def of_logprobs(
-        self, logprobs: Sequence[Float[Tensor, "pos d_vocab"]], baseline: Evidence
+        self, logprobs: Sequence[Float[Tensor, "pos d_vocab"]], baseline: ModelOutputs
     ) -> Float[Tensor, " prompt"]:
         """The score, from what `logprobs` returned."""
         answers = self._answers(baseline)
@@ -108,7 +110,7 @@ class OwnWords:
         chosen = [i for i, yes in enumerate(expressed) if yes] or range(len(answers))
         return torch.stack([chosen_logprobs(logprobs[i], answers[i]).sum() for i in chosen])
 
-    def __call__(self, evidence: Evidence, baseline: Evidence) -> Float[Tensor, " prompt"]:
+    def __call__(self, evidence: ModelOutputs, baseline: ModelOutputs) -> Float[Tensor, " prompt"]:
         return self.of_logprobs(self.logprobs(evidence, baseline), baseline)
 
 
@@ -161,12 +163,12 @@ class FirstTokenKL:
     name: str = "kl"
     goal: Goal = "limit"
 
-    def __call__(self, evidence: Evidence, baseline: Evidence) -> Float[Tensor, " prompt"]:
+    def __call__(self, evidence: ModelOutputs, baseline: ModelOutputs) -> Float[Tensor, " prompt"]:
         return kl_divergence(baseline.first_logprobs, evidence.first_logprobs)
 
 
 def continuation_scores(
-    evidence: Evidence, baseline: Evidence
+    evidence: ModelOutputs, baseline: ModelOutputs
 ) -> dict[str, Float[Tensor, " prompt"]]:
     """KL a token, and perplexity before and after, over the unedited model's own answers, in one pass.
 
@@ -186,7 +188,7 @@ def continuation_scores(
             continue
         ends = [answers[i] for i in part]
         before, after = (
-            Evidence(e.model, [e.rows[i] for i in part], e.plan).continuation_logprobs(ends)
+            ModelOutputs(e.model, [e.rows[i] for i in part], e.plan).continuation_logprobs(ends)
             for e in (baseline, evidence)
         )
         for i, end, reference, other in zip(part, ends, before, after):
@@ -203,7 +205,7 @@ class ContinuationKL:
     name: str = "kl_continuation"
     goal: Goal = "limit"
 
-    def __call__(self, evidence: Evidence, baseline: Evidence) -> Float[Tensor, " prompt"]:
+    def __call__(self, evidence: ModelOutputs, baseline: ModelOutputs) -> Float[Tensor, " prompt"]:
         return continuation_scores(evidence, baseline)["kl_continuation"]
 
 
@@ -214,7 +216,7 @@ class Perplexity:
     name: str = "perplexity"
     goal: Goal = "min"
 
-    def __call__(self, evidence: Evidence, baseline: Evidence) -> Float[Tensor, " prompt"]:
+    def __call__(self, evidence: ModelOutputs, baseline: ModelOutputs) -> Float[Tensor, " prompt"]:
         return continuation_scores(evidence, baseline)["perplexity_after"]
 
 
@@ -242,7 +244,7 @@ class Repetition:
     name: str = "repetition"
     goal: Goal = "limit"
 
-    def __call__(self, evidence: Evidence, baseline: Evidence) -> Float[Tensor, " prompt"]:
+    def __call__(self, evidence: ModelOutputs, baseline: ModelOutputs) -> Float[Tensor, " prompt"]:
         return torch.tensor([repetition(g.tokens) for g in evidence.generations])
 
 
@@ -253,7 +255,7 @@ class Length:
     name: str = "length"
     goal: Goal = "limit"
 
-    def __call__(self, evidence: Evidence, baseline: Evidence) -> Float[Tensor, " prompt"]:
+    def __call__(self, evidence: ModelOutputs, baseline: ModelOutputs) -> Float[Tensor, " prompt"]:
         return torch.tensor([float(len(g.tokens)) for g in evidence.generations])
 
 
@@ -264,5 +266,5 @@ class Empty:
     name: str = "empty"
     goal: Goal = "limit"
 
-    def __call__(self, evidence: Evidence, baseline: Evidence) -> Float[Tensor, " prompt"]:
+    def __call__(self, evidence: ModelOutputs, baseline: ModelOutputs) -> Float[Tensor, " prompt"]:
         return torch.tensor([float(not text.strip()) for text in evidence.texts])

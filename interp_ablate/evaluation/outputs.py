@@ -18,11 +18,11 @@ from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import InterpAblateError
 from interp_ablate.models.generation import Generation
 from interp_ablate.models.model import Model
-from interp_ablate.models.residual_cache import Remembered
+from interp_ablate.models.residual_cache import ResidualCache
 from interp_ablate.prompts.prompt import PromptLike
 
 
-class Evidence:
+class ModelOutputs:
     """What a model does on some prompts under a plan (None: unedited); computed when first read.
 
     `continuations` are token lists, one a prompt, for teacher-forced scores.
@@ -34,28 +34,32 @@ class Evidence:
         prompts: Sequence[PromptLike],
         plan: Plan | None = None,
         *,
-        new_tokens: int = 32,
+        max_new_tokens: int = 32,
         batch_size: int | None = None,
     ) -> None:
         self.model, self.plan = model, plan
         self.rows = model.encode_all(prompts)
-        self.new_tokens, self.batch_size = new_tokens, batch_size
-        self._unedited: Evidence | None = None  # whose passes are remembered
+        self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
+        self._unedited: ModelOutputs | None = None  # whose passes are remembered
 
-    def under(self, plan: Plan | None) -> Evidence:
+    def with_plan(self, plan: Plan | None) -> ModelOutputs:
         """The same prompts under a plan.
 
         Its first-token scores are run from the first block on that the plan's edits reach; what enters
         there is remembered of the unedited model, in one pass when it is first needed.
         """
-        found = Evidence(
-            self.model, self.rows, plan, new_tokens=self.new_tokens, batch_size=self.batch_size
+        found = ModelOutputs(
+            self.model,
+            self.rows,
+            plan,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
         )
         found._unedited = self
         return found
 
     @cached_property
-    def remembered(self) -> Remembered:
+    def remembered(self) -> ResidualCache:
         """What left the unedited model's blocks on these prompts (`Model.remembering`), whatever the plan.
 
         Raises:
@@ -63,24 +67,24 @@ class Evidence:
         """
         return self.model.remembering(self.rows)
 
-    def _below(self) -> Remembered | None:
+    def _below(self) -> ResidualCache | None:
         """What the blocks below the plan gave without it, where that is worth knowing."""
         if self._unedited is None or self.plan is None or not self.model.first_block(self.plan):
             return None
         # other plans are outside of this one: what they leave of the model is not what is remembered
         return None if self.model.is_edited else self._unedited.remembered
 
-    def first(self, n: int) -> Evidence:
+    def head(self, n: int) -> ModelOutputs:
         """The same for the first `n` prompts; what is known of them already is kept."""
-        return self.part(range(min(n, len(self.rows))))
+        return self.subset(range(min(n, len(self.rows))))
 
-    def part(self, index: Sequence[int]) -> Evidence:
+    def subset(self, index: Sequence[int]) -> ModelOutputs:
         """The same for some of the prompts, by their places; what is known of them already is kept."""
-        part = Evidence(
+        part = ModelOutputs(
             self.model,
             [self.rows[i] for i in index],
             self.plan,
-            new_tokens=self.new_tokens,
+            max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
         )
         part._unedited = self._unedited
@@ -103,10 +107,10 @@ class Evidence:
 
     @cached_property
     def generations(self) -> list[Generation]:
-        """Greedy answers of at most `new_tokens` tokens."""
+        """Greedy answers of at most `max_new_tokens` tokens."""
         with self._under_plan():
             return self.model.generate(
-                self.rows, max_new_tokens=self.new_tokens, batch_size=self.batch_size
+                self.rows, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size
             )
 
     @property
@@ -145,13 +149,13 @@ def _finite(values: Tensor, what: str) -> Tensor:
     return values
 
 
-def generate_together(evidences: Sequence[Evidence]) -> None:
+def generate_outputs_together(evidences: Sequence[ModelOutputs]) -> None:
     """The answers of several evidences of one model in one batch, each under its own plan.
 
     Decoding is bound by memory: many rows cost little more than few.
     """
     waiting = [evidence for evidence in evidences if "generations" not in evidence.__dict__]
-    if len({(evidence.new_tokens, id(evidence.model)) for evidence in waiting}) > 1:
+    if len({(evidence.max_new_tokens, id(evidence.model)) for evidence in waiting}) > 1:
         raise InterpAblateError(
             "what is generated together has one model and one number of new tokens"
         )
@@ -162,7 +166,9 @@ def generate_together(evidences: Sequence[Evidence]) -> None:
     first = waiting[0]
     with first.model.applied_each(plans):
         found = iter(
-            first.model.generate(rows, max_new_tokens=first.new_tokens, batch_size=first.batch_size)
+            first.model.generate(
+                rows, max_new_tokens=first.max_new_tokens, batch_size=first.batch_size
+            )
         )
     for evidence in waiting:
         evidence.__dict__["generations"] = [next(found) for _ in evidence.rows]

@@ -15,7 +15,7 @@ from pathlib import Path
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import ModelError, RunError
 from interp_ablate.evaluation.metrics import chosen_logprobs
-from interp_ablate.evaluation.outputs import Evidence
+from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.models.model import Model
 from interp_ablate.prompts.chat_template import encode
 from interp_ablate.prompts.prompt import Prompt
@@ -30,7 +30,7 @@ HELD = 100_000_000
 
 
 @dataclass(frozen=True)
-class Text:
+class Corpus:
     """Documents whose perplexity is measured.
 
     Raises:
@@ -51,7 +51,7 @@ class Text:
         return hashlib.sha256(json.dumps(self.documents).encode()).hexdigest()
 
 
-def read_text(*paths: str | Path) -> Text:
+def read_corpus(*paths: str | Path) -> Corpus:
     """Documents from files; without any, the bundled ones (28 passages of 3900 words in all).
 
     A text file is a document, or several with lines of `---` between them; a JSONL file has a document a
@@ -61,9 +61,9 @@ def read_text(*paths: str | Path) -> Text:
         RunError: no such file, not UTF-8, a malformed line (named), nothing in it.
     """
     if not paths:
-        return Text("bundled text", _documents(bundled("texts", "text.txt")))
+        return Corpus("bundled text", _documents(bundled("texts", "text.txt")))
     found = tuple(document for path in paths for document in _documents(Path(path)))
-    return Text(", ".join(Path(path).name for path in paths), found)
+    return Corpus(", ".join(Path(path).name for path in paths), found)
 
 
 def _documents(path: Path) -> tuple[str, ...]:
@@ -139,7 +139,7 @@ def windows(n: int, *, context: int, stride: int, first: int = 1) -> list[Window
 
 
 @dataclass(frozen=True)
-class Loss:
+class WindowLoss:
     """What one window's counted tokens cost: nats in all, over so many tokens and bytes of text.
 
     `bytes` is None where the tokenizer does not say which text its tokens stand for.
@@ -151,14 +151,14 @@ class Loss:
     bytes: int | None
 
 
-def text_losses(
+def corpus_losses(
     model: Model,
-    text: Text,
+    text: Corpus,
     *,
     plan: Plan | None = None,
     context: int = 512,
     stride: int = 256,
-) -> list[Loss]:
+) -> list[WindowLoss]:
     """Negative log-likelihoods of a text's tokens, window by window, in the documents' order.
 
     Every document is a row of its own. It starts with what the tokenizer puts in front of raw text (a
@@ -185,7 +185,7 @@ def text_losses(
         size = max(1, HELD // (max(len(found[i][2]) for i in left) * model.tl.cfg.d_vocab))
         chosen, left = left[:size], left[size:]
         ends = [found[i][2] for i in chosen]
-        evidence = Evidence(model, [found[i][1] for i in chosen], plan)
+        evidence = ModelOutputs(model, [found[i][1] for i in chosen], plan)
         for i, logprobs in zip(chosen, evidence.continuation_logprobs(ends, batch_size=size)):
             nats = -float(chosen_logprobs(logprobs, found[i][2]).sum())
             losses[i] = replace(losses[i], nats=nats)
@@ -194,7 +194,7 @@ def text_losses(
 
 def _placed(
     model: Model, number: int, document: str, context: int, stride: int
-) -> Iterator[tuple[Loss, list[int], list[int]]]:
+) -> Iterator[tuple[WindowLoss, list[int], list[int]]]:
     """A document's windows, their nats still unknown: what is context, and what is counted."""
     row, first, starts = _tokens(model, document)
     size = len(document.encode())
@@ -203,7 +203,7 @@ def _placed(
         if starts is not None:
             end = starts[window.end] if window.end < len(row) else size
             length = end - starts[window.scored]
-        loss = Loss(number, window.end - window.scored, math.nan, length)
+        loss = WindowLoss(number, window.end - window.scored, math.nan, length)
         yield loss, row[window.begin : window.scored], row[window.scored : window.end]
 
 

@@ -25,7 +25,7 @@ from interp_ablate.stats.intervals import (
     difference_estimate,
     mean_estimate,
 )
-from interp_ablate.storage.atomic_files import write_whole
+from interp_ablate.storage.atomic_files import write_atomic
 
 FORMAT = "interp_ablate evaluation 1"
 
@@ -33,7 +33,7 @@ Unit = Literal["share", "score", "nats", "perplexity", "bits", "tokens", "metric
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparisonRow:
     """One measure before and after.
 
     Attributes:
@@ -68,7 +68,7 @@ def paired_row(
     after: Sequence[float | None],
     *,
     comparable: bool = True,
-) -> Row:
+) -> ComparisonRow:
     """Means before and after over the units that have both, and their difference.
 
     Raises:
@@ -79,10 +79,10 @@ def paired_row(
     pairs = [(b, a) for b, a in zip(before, after) if b is not None and a is not None]
     missing = len(before) - len(pairs)
     if not pairs:
-        return Row(measure, on, unit, 0, None, None, None, missing)
+        return ComparisonRow(measure, on, unit, 0, None, None, None, missing)
     first, second = ([pair[i] for pair in pairs] for i in (0, 1))
     rate = {*first, *second} <= {0.0, 1.0}
-    return Row(
+    return ComparisonRow(
         measure,
         on,
         unit,
@@ -99,7 +99,7 @@ Sums = tuple[np.ndarray, np.ndarray]  # of numerators and of denominators, a uni
 
 def ratio_row(
     measure: str, on: str, unit: Unit, before: Sums, after: Sums, *, comparable: bool = True
-) -> Row:
+) -> ComparisonRow:
     """A ratio of sums over units (nats a token, bits a byte; perplexity is exp of the first).
 
     The bootstrap draws units, the same ones before and after.
@@ -122,7 +122,7 @@ def ratio_row(
         b, a = (np.concatenate(side) for side in zip(*drawn))
         ends = [np.quantile(x, [0.025, 0.975]).tolist() for x in (b, a, a - b)]
     found = [Estimate(v, *e) for v, e in zip((first, second, second - first), ends)]
-    return Row(measure, on, unit, n, found[0], found[1], found[2] if comparable else None)
+    return ComparisonRow(measure, on, unit, n, found[0], found[1], found[2] if comparable else None)
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Evaluation:
 
     before: str
     after: str
-    rows: tuple[Row, ...]
+    rows: tuple[ComparisonRow, ...]
     notes: tuple[str, ...]
     settings: dict[str, Any]
     items: tuple[dict[str, Any], ...] = ()
@@ -178,10 +178,10 @@ class Evaluation:
             ("answers.csv", self.answers),
         ):
             if rows:
-                write_whole(folder / name, _csv(rows))
-        write_whole(folder / "evaluation.md", as_markdown(self))
+                write_atomic(folder / name, _csv(rows))
+        write_atomic(folder / "evaluation.md", as_markdown(self))
         text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-        write_whole(folder / "evaluation.json", text)
+        write_atomic(folder / "evaluation.json", text)
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:

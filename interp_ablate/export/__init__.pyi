@@ -1,5 +1,5 @@
 from .auditing import Audit as Audit
-from .auditing import Origin as Origin
+from .auditing import AuditSource as AuditSource
 from .auditing import audit as audit
 from .certification import certify as certify
 from .checkpoint import export_checkpoint as export_checkpoint

@@ -55,7 +55,7 @@ _NOT_COMPARED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype"
 
 
 @dataclass(frozen=True)
-class Origin:
+class AuditSource:
     """What a folder is said to come from: tensors by name, how to read one, its config, its folder."""
 
     names: Collection[str]
@@ -66,7 +66,7 @@ class Origin:
     checkpoint: Checkpoint | None = None
 
     @classmethod
-    def of_folder(cls, folder: str | Path) -> Origin:
+    def of_folder(cls, folder: str | Path) -> AuditSource:
         """A local Hugging Face folder, read tensor by tensor.
 
         Raises:
@@ -84,7 +84,7 @@ class Origin:
         )
 
     @classmethod
-    def of_model(cls, model: Any) -> Origin:
+    def of_model(cls, model: Any) -> AuditSource:
         """A model in memory: its own tensors, without the unembedding where it is the embedding."""
         state, entry = model.hf_state_dict(), model.architecture
         if is_tied(model.hf_config):
@@ -114,7 +114,9 @@ class Audit:
         return {**{name: getattr(self, name) for name in names}, "passed": self.passed}
 
 
-def audit(origin: Origin, plan: Plan, folder: str | Path, *, tied: Tied | None = None) -> Audit:
+def audit(
+    origin: AuditSource, plan: Plan, folder: str | Path, *, tied: Tied | None = None
+) -> Audit:
     """Compare a folder with what the plan makes of the origin: tensors, config, tokenizer.
 
     An edited tensor must be the planned one within one unit in the last place of its dtype; every other
@@ -159,7 +161,7 @@ def audit(origin: Origin, plan: Plan, folder: str | Path, *, tied: Tied | None =
     return found
 
 
-def _tied_choice(origin: Origin, result: Checkpoint, config: Any) -> Tied:
+def _tied_choice(origin: AuditSource, result: Checkpoint, config: Any) -> Tied:
     """What the folder's maker did with a tied embedding: its manifest says it, or the tensors do."""
     manifest = result.folder / MANIFEST
     if manifest.is_file():
@@ -177,7 +179,7 @@ def _tied_choice(origin: Origin, result: Checkpoint, config: Any) -> Tied:
     return "accept"
 
 
-def _is_tied_copy(name: str, origin: Origin, result: Checkpoint, config: Any) -> bool:
+def _is_tied_copy(name: str, origin: AuditSource, result: Checkpoint, config: Any) -> bool:
     """An unembedding that a tied checkpoint stores beside the embedding, as the same values."""
     entry = origin.entry
     embed = entry.present(entry.embed, result.tensors)
@@ -186,7 +188,7 @@ def _is_tied_copy(name: str, origin: Origin, result: Checkpoint, config: Any) ->
     return torch.equal(result.read(name), result.read(embed))
 
 
-def _check_tensor(found: Audit, name: str, origin: Origin, result: Checkpoint) -> None:
+def _check_tensor(found: Audit, name: str, origin: AuditSource, result: Checkpoint) -> None:
     weights = found.weights
     if name in weights.edits and weights.edits[name].changes:
         _check_edited(found, name, edited_tensor(origin.read(name), weights.edits[name]), result)
@@ -231,7 +233,7 @@ def _check_edited(found: Audit, name: str, want: Tensor, result: Checkpoint) -> 
     found.edited += is_edit
 
 
-def _same(origin: Origin, result: Checkpoint, name: str) -> bool:
+def _same(origin: AuditSource, result: Checkpoint, name: str) -> bool:
     """Equal bytes."""
     if origin.checkpoint is None:
         first, second = origin.read(name).detach().cpu().contiguous(), result.read(name)

@@ -41,24 +41,30 @@ from interp_ablate.models.backends.hooked_to_hf import CONVERTIBLE
 from interp_ablate.models.model import Model
 from interp_ablate.models.sources import ModelSource, read_hf_config
 from interp_ablate.prompts.prompt import PromptLike
-from interp_ablate.storage.atomic_files import write_whole
-from interp_ablate.storage.output_folder import StreamedFolder, check_place, streamed_folder
+from interp_ablate.storage.atomic_files import write_atomic
+from interp_ablate.storage.output_folder import StreamedFolder, check_output_path, streamed_folder
 from interp_ablate.storage.provenance import MANIFEST, versions
 from interp_ablate.storage.safetensors_reader import INDEX, SINGLE, Checkpoint, TensorSource
-from interp_ablate.storage.safetensors_writer import Edit, NewTensor, copy_checkpoint
+from interp_ablate.storage.safetensors_writer import NewTensor, TensorEditor, copy_checkpoint
 from interp_ablate.weights.edited_tensors import (
     BLOCK,
     edited_blocks,
     edited_state_dict,
     edited_tensor,
 )
-from interp_ablate.weights.plan_to_weights import Added, TensorEdit, Tied, WeightPlan, weight_plan
+from interp_ablate.weights.plan_to_weights import (
+    AddedTensor,
+    TensorEdit,
+    Tied,
+    WeightPlan,
+    weight_plan,
+)
 
 _ROWS_AT_A_TIME = 16  # blocks of `weights` that are read from disk together
 
 
 @contextmanager
-def whole_folder(
+def atomic_folder(
     out: str | Path, *, overwrite: bool = False, source: ModelSource | None = None
 ) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its place when the block ends well, or disappears.
@@ -68,7 +74,7 @@ def whole_folder(
             be written.
     """
     out = Path(out)
-    check_place(out, overwrite=overwrite, source=source.path if source else None)
+    check_output_path(out, overwrite=overwrite, source=source.path if source else None)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(
@@ -141,7 +147,7 @@ def export_checkpoint(
     state = _untied_or_not(model)
     weights = _memory_plan(model, plan, state, tied)
     state, _ = edited_state_dict(state, weights)
-    with whole_folder(out, overwrite=overwrite, source=model.source) as place:
+    with atomic_folder(out, overwrite=overwrite, source=model.source) as place:
         write_weights(state, place)
         write_config(model, state, weights, place)
         write_side_files(model, place)
@@ -221,7 +227,7 @@ def write_certificate(folder: str | Path, certificate: dict[str, Any]) -> None:
     """
     folder = Path(folder)
     manifest = _written(folder, MANIFEST)
-    write_whole(folder / CERTIFICATE, json.dumps(certificate, indent=1), error=ExportError)
+    write_atomic(folder / CERTIFICATE, json.dumps(certificate, indent=1), error=ExportError)
     _write_card(folder, manifest, certificate)
 
 
@@ -234,7 +240,7 @@ def add_to_card(folder: str | Path, section: str) -> None:
     folder = Path(folder)
     certificate = _written(folder, CERTIFICATE)
     manifest = {**_written(folder, MANIFEST), "more_card": section}
-    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1), error=ExportError)
+    write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1), error=ExportError)
     _write_card(folder, manifest, certificate)
 
 
@@ -246,7 +252,7 @@ def _written(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _write_card(folder: Path, manifest: dict[str, Any], certificate: dict[str, Any]) -> None:
-    write_whole(folder / "README.md", model_card(manifest, certificate), error=ExportError)
+    write_atomic(folder / "README.md", model_card(manifest, certificate), error=ExportError)
 
 
 def _untied_or_not(model: Model) -> dict[str, Tensor]:
@@ -345,7 +351,7 @@ def _write_streamed(source: Checkpoint, weights: WeightPlan, folder: StreamedFol
     return Written(tuple(written.tensors), coarsest_dtype(source, weights))
 
 
-def _edit(edit: TensorEdit) -> Edit:
+def _edit(edit: TensorEdit) -> TensorEditor:
     """How one tensor is changed while it streams: the blocks that `edited_tensor` would make."""
 
     def change(source: TensorSource) -> Iterable[Tensor]:
@@ -363,7 +369,7 @@ def _edit(edit: TensorEdit) -> Edit:
     return change
 
 
-def _new_tensor(source: Checkpoint, name: str, added: Added) -> NewTensor:
+def _new_tensor(source: Checkpoint, name: str, added: AddedTensor) -> NewTensor:
     beside = source.tensors[added.beside]
     if added.copy_of is not None:
         return NewTensor.copy_of(name, source.tensors[added.copy_of])

@@ -19,7 +19,7 @@ from interp_ablate.edits.kinds import Add
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import ExportError
 from interp_ablate.sites import Site
-from interp_ablate.storage.atomic_files import replacing
+from interp_ablate.storage.atomic_files import atomic_path
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +75,7 @@ def write_control_vector(
     # Neither repeng nor llama.cpp's loader (common_control_vector_load) reads it.
     layer_count = len(vectors)
     try:
-        with replacing(path) as temporary:
+        with atomic_path(path) as temporary:
             writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
             writer.add_string(f"{ARCHITECTURE}.model_hint", model_hint)
             writer.add_uint32(f"{ARCHITECTURE}.layer_count", layer_count)

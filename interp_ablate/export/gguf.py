@@ -19,7 +19,7 @@ from torch import Tensor
 
 from interp_ablate.errors import ExportError
 from interp_ablate.export.gguf_tokenizer import add_tokenizer
-from interp_ablate.storage.atomic_files import replacing
+from interp_ablate.storage.atomic_files import atomic_path
 from interp_ablate.storage.safetensors_header import TensorInfo
 from interp_ablate.storage.safetensors_reader import Checkpoint, TensorSource
 
@@ -112,7 +112,7 @@ def export_gguf(
     form = FORMS[config.model_type]
     entries = _entries(Checkpoint.open(folder), config, form)
     try:
-        with replacing(out) as temporary:
+        with atomic_path(out) as temporary:
             writer = gguf.GGUFWriter(temporary, form.name)
             try:
                 _add_config(writer, folder, config, dtype)

@@ -15,10 +15,10 @@ import torch
 
 from interp_ablate.edits.plan import Plan
 from interp_ablate.export.certification import PROBES, require_passed
-from interp_ablate.export.checkpoint import whole_folder
+from interp_ablate.export.checkpoint import atomic_folder
 from interp_ablate.export.checkpoint_files import write_json
 from interp_ablate.export.lora_adapter import Adapter, lora_adapter
-from interp_ablate.export.lora_certificate import certify_lora, import_peft, merging
+from interp_ablate.export.lora_certificate import certify_lora, import_peft, merge_instructions
 from interp_ablate.export.model_card import CERTIFICATE, model_card, source_front_matter
 from interp_ablate.models.model import Model
 from interp_ablate.models.sources import ModelSource
@@ -67,7 +67,7 @@ def export_lora(
         plan, model.hf_config, list(state), state.__getitem__, tied=tied, entry=entry
     )
     adapter = lora_adapter(found, list(state), state.__getitem__, dtype=dtype)
-    with whole_folder(out, overwrite=overwrite, source=model.source) as folder:
+    with atomic_folder(out, overwrite=overwrite, source=model.source) as folder:
         _write(peft, adapter, folder, base=_base_name(model.source))
         certificate = certify_lora(model, found, folder, prompts=prompts)
         require_passed(certificate, "adapter")
@@ -101,7 +101,7 @@ def _manifest(
         "edited": plan.changed,
         "ranks": adapter.ranks,
         "adapter": adapter.fields,
-        "merging": merging(plan, adapter),
+        "merging": merge_instructions(plan, adapter),
         "versions": versions(),
         "plan": plan.plan.to_dict(),
         "test": report,

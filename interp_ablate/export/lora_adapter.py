@@ -77,7 +77,9 @@ class _Target:
         return self.bias is not None and not torch.equal(self.bias.old, self.bias.new)
 
 
-def minimal(affine: Affine) -> tuple[Float[Tensor, "d_model k"], Float[Tensor, "d_model k"]]:
+def minimal_adapter(
+    affine: Affine,
+) -> tuple[Float[Tensor, "d_model k"], Float[Tensor, "d_model k"]]:
     """Left and right of a map with as many columns as their product has rank; float64."""
     left, right = affine.left, affine.right
     if not left.shape[1]:
@@ -109,7 +111,7 @@ def _read_through(
 
 def _factors(weight: Tensor, edit: TensorEdit) -> tuple[Tensor, Tensor]:
     """The two factors of what an edit adds to a weight."""
-    left, right = minimal(edit.affine)
+    left, right = minimal_adapter(edit.affine)
     if edit.layout == "experts":
         return torch.stack([_read_through(w, right, d_model_first=True) for w in weight]), left
     along = _read_through(weight, right, d_model_first=edit.layout == "linear")

@@ -47,7 +47,7 @@ from the plan is said above.""",
 }
 
 
-def merging(plan: WeightPlan, adapter: Adapter) -> str:
+def merge_instructions(plan: WeightPlan, adapter: Adapter) -> str:
     """What a user of the adapter must know before merging or disabling it, as Markdown."""
     lines = [_MERGING.get(plan.tied or "", "`merge_and_unload()` computes what the adapter does.")]
     if adapter.fields["bias"] == "lora_only":
@@ -71,7 +71,7 @@ def import_peft() -> Any:
 # ---- the certificate ------------------------------------------------------------------------------
 
 
-def untied(hf_model: Any) -> Any:
+def untied_base(hf_model: Any) -> Any:
     """The same model with an unembedding of its own, equal to the embedding: its logits do not change.
 
     PEFT merges into tensors in place: what it merges into a tied embedding, it merges into the
@@ -92,7 +92,7 @@ def certify_lora(
 
     Returns the largest logit difference and KL at any position, unmerged and merged, the plan's effect,
     the limits (they follow the model's dtype) and whether all hold. With `plan.tied` "untie" the merge is
-    into `untied(base)`; with "accept" into the tied base, and is held against the hooks with an edited
+    into `untied_base(base)`; with "accept" into the tied base, and is held against the hooks with an edited
     unembedding, whose distance from the plan is `cost_of_accept`.
 
     Raises:
@@ -110,7 +110,7 @@ def certify_lora(
         adapted = peft.PeftModel.from_pretrained(base, folder)
         unmerged = _logits(adapted, rows)
         if plan.tied == "untie":
-            adapted = peft.PeftModel.from_pretrained(untied(adapted.unload()), folder)
+            adapted = peft.PeftModel.from_pretrained(untied_base(adapted.unload()), folder)
         merged = _logits(adapted.merge_and_unload(), rows)
     numbers = {**_apart(want, unmerged), **_apart(meant, merged, "merged_")}
     dtype = str(model.dtype).removeprefix("torch.")

@@ -1,5 +1,5 @@
 from .executors import Executor as Executor
-from .progress import Listener as Listener
-from .progress import Silent as Silent
+from .progress import NoProgress as NoProgress
+from .progress import Progress as Progress
 from .ray_executor import RayExecutor as RayExecutor
 from .ray_executor import executor_of as executor_of

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Protocol
 
 
-class Listener(Protocol):
+class Progress(Protocol):
     """Who is told of progress: `start(stage, total)`, `advance(n)`, `note(text)`, `finish()`."""
 
     def start(self, stage: str, total: int | None) -> None: ...
@@ -17,7 +17,7 @@ class Listener(Protocol):
     def finish(self) -> None: ...
 
 
-class Silent:
+class NoProgress:
     """A listener that hears nothing."""
 
     def start(self, stage: str, total: int | None) -> None: ...

@@ -27,7 +27,7 @@ class Generation:
 
 
 @dataclass(frozen=True)
-class Piece:
+class MonitoredToken:
     """One generated token and the text it adds: "" until a character of several tokens is whole."""
 
     id: int

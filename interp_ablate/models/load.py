@@ -13,16 +13,16 @@ import torch
 from interp_ablate.errors import ModelError
 from interp_ablate.models.backends.bridge import bridge_from_hf
 from interp_ablate.models.backends.hooked import hooked_from_hf
-from interp_ablate.models.model import Backend, Model
+from interp_ablate.models.model import BackendName, Model
 from interp_ablate.models.sources import ModelSource, check_device, load_hf, resolve, torch_dtype
 
-BACKENDS: tuple[Backend, ...] = ("bridge", "hooked")
+BACKENDS: tuple[BackendName, ...] = ("bridge", "hooked")
 
 
 def load_model(
     name_or_path: str | Path,
     *,
-    backend: Backend = "bridge",
+    backend: BackendName = "bridge",
     dtype: str | torch.dtype = "float32",
     device: str = "cpu",
     template: str | None = None,
@@ -57,7 +57,7 @@ def from_hf(
     tokenizer: Any,
     *,
     source: ModelSource | None = None,
-    backend: Backend = "bridge",
+    backend: BackendName = "bridge",
     template: str | None = None,
 ) -> Model:
     """A `Model` over a Hugging Face causal language model in memory.

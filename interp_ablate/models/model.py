@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from interp_ablate.directions.direction import Direction
-from interp_ablate.edits.affine import Affine, kept_norm
+from interp_ablate.edits.affine import Affine, rescale_rows
 from interp_ablate.edits.kinds import Edit
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import DirectionError, ExportError, ModelError, PlanError
@@ -29,14 +29,14 @@ from interp_ablate.models.architectures import (
     architecture_of,
     writer_points,
 )
-from interp_ablate.models.backends.backend import Lens, Start, Step
-from interp_ablate.models.backends.bridge import BridgeLens
-from interp_ablate.models.backends.hooked import HookedLens, refuse_processed
+from interp_ablate.models.backends.backend import Backend, ForwardCall, ResumePoint
+from interp_ablate.models.backends.bridge import BridgeBackend
+from interp_ablate.models.backends.hooked import HookedBackend, refuse_processed
 from interp_ablate.models.batches import Batch, batches, common_prefix, in_parts
 from interp_ablate.models.forward import Capture
-from interp_ablate.models.generation import Choose, Generation, Piece
+from interp_ablate.models.generation import Choose, Generation, MonitoredToken
 from interp_ablate.models.plan_hooks import SiteWriter
-from interp_ablate.models.residual_cache import Remembered, layers_to_keep, n_tokens
+from interp_ablate.models.residual_cache import ResidualCache, layers_to_keep, n_tokens
 from interp_ablate.models.sources import ModelSource, free_memory, weights_fingerprint
 from interp_ablate.prompts.chat_template import encode
 from interp_ablate.prompts.prompt import Prompt, PromptLike
@@ -53,7 +53,7 @@ from interp_ablate.sites import (
 logger = logging.getLogger(__name__)
 
 
-Backend = Literal["bridge", "hooked"]
+BackendName = Literal["bridge", "hooked"]
 # Sharing a prefix costs one more forward call; below this many tokens it is not worth it.
 MIN_SHARED_PREFIX = 8
 # More rows a batch bring nothing: forward passes are bound by arithmetic, and wide batches pad more;
@@ -70,7 +70,7 @@ class Model:
 
     def __init__(
         self,
-        lens: Lens,
+        lens: Backend,
         tokenizer: Any,
         source: ModelSource,
         *,
@@ -78,14 +78,14 @@ class Model:
         generation_config: Any = None,
         template: str | None = None,
     ) -> None:
-        self._lens = lens
+        self._backend = lens
         self.tokenizer = tokenizer
         self.source = source
         self.hf_config = hf_config
         self.generation_config = generation_config
         self.template = template
-        self.backend: Backend = "bridge" if isinstance(lens, BridgeLens) else "hooked"
-        self._step: Step | None = None
+        self.backend: BackendName = "bridge" if isinstance(lens, BridgeBackend) else "hooked"
+        self._step: ForwardCall | None = None
         self._applied: list[AppliedPlans] = []
         self._with_grad = False
 
@@ -94,7 +94,7 @@ class Model:
     @property
     def tl(self) -> Any:
         """The HookedTransformer or TransformerBridge itself."""
-        return self._lens.tl
+        return self._backend.tl
 
     @property
     def n_layers(self) -> int:
@@ -113,15 +113,15 @@ class Model:
         leaves nothing along it anywhere.
         """
         points = writer_points(
-            pos_embed=self._lens.hook_point(Site(0, "pos_embed")) is not None,
-            post_norm=self._lens.gain(Site(0, "attn_proj")) is not None,
+            pos_embed=self._backend.hook_point(Site(0, "pos_embed")) is not None,
+            post_norm=self._backend.gain(Site(0, "attn_proj")) is not None,
         )
         return sites_of(points, range(self.n_layers))
 
     @property
     def residual_points(self) -> tuple[Point, ...]:
         """The points of the residual stream that its blocks have: parallel ones have no resid_mid."""
-        return tuple(p for p in RESIDUAL_POINTS if self._lens.hook_point(Site(0, p)) is not None)
+        return tuple(p for p in RESIDUAL_POINTS if self._backend.hook_point(Site(0, p)) is not None)
 
     @property
     def architecture(self) -> Architecture:
@@ -130,14 +130,14 @@ class Model:
         Raises:
             ExportError: neither says it; the message names what was found.
         """
-        if isinstance(self._lens, BridgeLens):
-            if self._lens.architecture is None:
+        if isinstance(self._backend, BridgeBackend):
+            if self._backend.architecture is None:
                 raise ExportError(
-                    f"{self._lens.component_map()}: not every tensor that writes to the residual stream "
+                    f"{self._backend.component_map()}: not every tensor that writes to the residual stream "
                     f"is named there, and there is no entry for {self.hf_config.model_type!r} among "
                     f"{', '.join(ARCHITECTURES)}. Plans run as hooks; they cannot be written into weights"
                 )
-            return self._lens.architecture
+            return self._backend.architecture
         if self.hf_config is None:
             raise ModelError(
                 "the model was wrapped without its Hugging Face config: Model.wrap(..., hf_config=...)"
@@ -183,11 +183,11 @@ class Model:
         name = getattr(obj.cfg, "model_name", None) or kind
         source = ModelSource(str(name), "object")
         if kind == "HookedTransformer":
-            lens: Lens = HookedLens(obj, hf_config)
+            lens: Backend = HookedBackend(obj, hf_config)
             return cls(lens, tokenizer, source, hf_config=hf_config, template=template)
         hf = obj.original_model
         return cls(
-            BridgeLens(obj),
+            BridgeBackend(obj),
             tokenizer,
             source,
             hf_config=hf.config,
@@ -201,7 +201,7 @@ class Model:
         Raises:
             ModelError: an object that cannot be mapped back.
         """
-        return self._lens.hf_state_dict()
+        return self._backend.hf_state_dict()
 
     @property
     def fingerprint(self) -> str:
@@ -268,9 +268,9 @@ class Model:
             raise ModelError(
                 f"no layer {site.layer}: {self.source.name} has layers 0 to {self.n_layers - 1}"
             )
-        found = self._lens.hook_point(site)
+        found = self._backend.hook_point(site)
         if found is None:
-            has = [p for p in POINTS if self._lens.hook_point(Site(0, p)) is not None]
+            has = [p for p in POINTS if self._backend.hook_point(Site(0, p)) is not None]
             raise ModelError(
                 f"{self.source.name} ({self.backend}) has no site {site}; its points are "
                 f"{', '.join(has)} (blocks that run attention and MLP in parallel have no resid_mid)"
@@ -366,7 +366,7 @@ class Model:
         def read(module: nn.Module, args: Any, x: Tensor) -> Tensor:
             return inside(x)
 
-        handle = self._lens.unembed_input.register_forward_hook(read)
+        handle = self._backend.unembed_input.register_forward_hook(read)
         try:
             yield self
         finally:
@@ -394,7 +394,7 @@ class Model:
             raise PlanError("strengths are fitted at writer sites, resid_pre or resid_post")
 
         def writer(i: int) -> Callable[..., Tensor]:
-            gain = self._lens.gain(sites[i])
+            gain = self._backend.gain(sites[i])
 
             def edit(module: nn.Module, args: Any, x: Tensor) -> Tensor:
                 amount, along, reading = strengths[i], write, read
@@ -426,7 +426,7 @@ class Model:
                 )
         for site in state.sites:
             self.hook_point(site)  # every name is checked before any hook is placed
-            gain = self._lens.gain(site)
+            gain = self._backend.gain(site)
             maps = [plan.maps_at(site, gain) for plan in state.plans]
             for plan in state.plans:
                 self._check_nested(site, plan)
@@ -460,7 +460,7 @@ class Model:
         for applied in self._applied:
             for other in applied.plans:
                 (other + plan).keeps_norm_at(site)
-        if site.point not in PROJECTION_POINTS or self._lens.gain(site) is not None:
+        if site.point not in PROJECTION_POINTS or self._backend.gain(site) is not None:
             return
         out = site.output
         outer = {site for applied in self._applied for site in applied.sites}
@@ -472,8 +472,8 @@ class Model:
 
     def _install_norm_preserving(self, site: Site, affine: Affine, state: AppliedPlans) -> None:
         """Scale the projection's input: the same as giving its weight's projected columns their norms back."""
-        found = self._lens.projection(site)
-        if site.point.endswith("_out") and self._lens.gain(site.projection) is not None:
+        found = self._backend.projection(site)
+        if site.point.endswith("_out") and self._backend.gain(site.projection) is not None:
             raise PlanError(
                 f"a norm-preserving ablation at {site}, after a norm: it is an edit of weights, which are "
                 f"before the norm: use {site.projection.point}"
@@ -485,7 +485,7 @@ class Model:
             )
         inner, weight = found
         eps = torch.finfo(weight.dtype).eps
-        _, scale = kept_norm(weight.double().T, affine, eps=eps)
+        _, scale = rescale_rows(weight.double().T, affine, eps=eps)
         scale = scale.to(weight)
 
         def rescale(module: nn.Module, args: Any, x: Tensor) -> Tensor:
@@ -519,11 +519,11 @@ class Model:
 
     # ---- running --------------------------------------------------------------------------------
 
-    def _forward(self, step: Step, keep: int) -> Tensor | None:
+    def _forward(self, step: ForwardCall, keep: int) -> Tensor | None:
         self._step = step
         try:
             with torch.set_grad_enabled(self._with_grad):
-                return self._lens.forward(step, keep)
+                return self._backend.forward(step, keep)
         finally:
             self._step = None
 
@@ -536,7 +536,7 @@ class Model:
         capture: dict[Site, Capture] | None = None,
         batch_size: int | None = None,
         tail: int = 1,
-        below: Remembered | None = None,
+        below: ResidualCache | None = None,
     ) -> Iterator[tuple[Batch, Tensor | None, dict[Site, Tensor]]]:
         """Forward passes over token rows in length-sorted batches.
 
@@ -560,10 +560,10 @@ class Model:
         prefix = self._shared_prefix(rows, lengths, keep=max(keep, tail, 1))
         first = self._first_block(below, rows, capture)
 
-        def start(index: Sequence[int], positions: Tensor) -> Start | None:
+        def start(index: Sequence[int], positions: Tensor) -> ResumePoint | None:
             if below is None or not first:
                 return None
-            return Start(first, below.entering(first, [rows[i] for i in index], positions))
+            return ResumePoint(first, below.entering(first, [rows[i] for i in index], positions))
 
         shared = self._prefix_cache(rows[0][:prefix], lengths, plans, start) if prefix else None
 
@@ -583,7 +583,7 @@ class Model:
             run,
         )
 
-    def remembering(self, prompts: Sequence[PromptLike]) -> Remembered:
+    def remembering(self, prompts: Sequence[PromptLike]) -> ResidualCache:
         """Run prompts unedited and keep what leaves their blocks: for `stream` and `logits` as `below`.
 
         Passes under a plan then start at the first block that its edits reach. On the Bridge, for models
@@ -602,15 +602,15 @@ class Model:
         rows = self.encode_all(prompts)
         n_layers, used = self.n_layers, n_tokens(rows) * self.d_model * self.dtype.itemsize
         layers: tuple[int, ...] = ()
-        if not self._lens.is_hooked_below(n_layers + 1) and self._lens.starts_late:
+        if not self._backend.is_hooked_below(n_layers + 1) and self._backend.starts_late:
             layers = layers_to_keep(n_layers, used, free_memory(self.device))
         logger.debug("remembering %d of %d layers, %d bytes each", len(layers), n_layers, used)
-        found = Remembered(rows, layers, self._weights_now)
+        found = ResidualCache(rows, layers, self._weights_now)
         if layers:
             self._fill(found)
         return found
 
-    def _fill(self, memory: Remembered) -> None:
+    def _fill(self, memory: ResidualCache) -> None:
         rows, lengths = memory.rows, [len(row) for row in memory.rows]
 
         def reader(layer: int) -> Capture:
@@ -653,11 +653,11 @@ class Model:
 
     def _first_block_of(self, site: Site) -> int:
         self.hook_point(site)  # it is there
-        return self._lens.first_block(site)
+        return self._backend.first_block(site)
 
     def _first_block(
         self,
-        below: Remembered | None,
+        below: ResidualCache | None,
         rows: Sequence[Sequence[int]],
         capture: dict[Site, Capture],
     ) -> int:
@@ -669,7 +669,7 @@ class Model:
             [*map(self.first_block, plans), *map(self._first_block_of, capture), self.n_layers]
         )
         first = below.first_block(first)
-        if not first or not below.holds(rows) or self._lens.is_hooked_below(first):
+        if not first or not below.holds(rows) or self._backend.is_hooked_below(first):
             return 0
         if below.state != self._weights_now:
             logger.warning(
@@ -729,14 +729,14 @@ class Model:
         prompt_lengths: Sequence[int],
         *,
         keep: int,
-        new_tokens: int = 0,
+        max_new_tokens: int = 0,
     ) -> int:
         """How many leading tokens are run once for all rows: all of them prompt, in every row.
 
         0 where a row outgrows a sliding window: that counts the padding between prefix and rest.
         """
         window = getattr(self.hf_config, "sliding_window", None)
-        if len(rows) < 2 or (window and max(map(len, rows)) + new_tokens > window):
+        if len(rows) < 2 or (window and max(map(len, rows)) + max_new_tokens > window):
             return 0
         prefix = min(common_prefix(rows, keep=keep), *prompt_lengths)
         return prefix if prefix >= MIN_SHARED_PREFIX else 0
@@ -746,18 +746,20 @@ class Model:
         prefix: Sequence[int],
         prompt_lengths: Sequence[int],
         plans: list[int] | None,
-        start: Callable[[Sequence[int], Tensor], Start | None] = lambda index, positions: None,
+        start: Callable[[Sequence[int], Tensor], ResumePoint | None] = lambda index, positions: (
+            None
+        ),
     ) -> Any:
         """KV cache of the shared leading tokens under the active plan; a row a plan if there are several.
 
         `start`: from which block on some rows are run at some positions.
         """
         size = 1 if plans is None else max(plans) + 1
-        cache = self._lens.new_cache(size)
+        cache = self._backend.new_cache(size)
         tokens = torch.tensor([list(prefix)], device=self.device).expand(size, -1)
         positions = torch.arange(len(prefix), device=self.device).expand(size, -1)
         self._forward(
-            Step(
+            ForwardCall(
                 tokens,
                 torch.ones_like(tokens),
                 positions,
@@ -778,16 +780,16 @@ class Model:
         plans: list[int] | None,
         *,
         cache: bool = False,
-    ) -> Step:
+    ) -> ForwardCall:
         """The forward call that runs a batch of rows without their shared prefix."""
         size = len(batch.index)
         of_row = torch.tensor([plans[i] if plans else 0 for i in batch.index], device=self.device)
-        past = self._lens.gathered_cache(shared, of_row) if prefix else None
+        past = self._backend.gathered_cache(shared, of_row) if prefix else None
         if cache and past is None:
-            past = self._lens.new_cache(size)
+            past = self._backend.new_cache(size)
         mask = torch.cat([batch.mask.new_ones(size, prefix), batch.mask], 1)
         positions = batch.positions + prefix
-        return Step(
+        return ForwardCall(
             batch.tokens, mask, positions, batch.prompt_lengths, past, of_row if plans else None
         )
 
@@ -797,7 +799,7 @@ class Model:
         *,
         keep: int = 1,
         batch_size: int | None = None,
-        below: Remembered | None = None,
+        below: ResidualCache | None = None,
     ) -> Float[Tensor, "prompt keep d_vocab"]:
         """Logits at the last `keep` positions of every prompt, in the prompts' order; `below` as for `stream`."""
         rows = self.encode_all(prompts)
@@ -831,7 +833,7 @@ class Model:
         choose = self._chooser(max_new_tokens, temperature, seed)
         rows = self.encode_all(prompts)
         lengths, plans = [len(row) for row in rows], self._plans_of(rows)
-        prefix = self._shared_prefix(rows, lengths, keep=1, new_tokens=max_new_tokens)
+        prefix = self._shared_prefix(rows, lengths, keep=1, max_new_tokens=max_new_tokens)
         shared = self._prefix_cache(rows[0][:prefix], lengths, plans) if prefix else None
 
         def run(batch: Batch) -> dict[int, tuple[list[int], bool]]:
@@ -876,7 +878,7 @@ class Model:
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         seed: int = 0,
-    ) -> Iterator[tuple[Piece, Any]]:
+    ) -> Iterator[tuple[MonitoredToken, Any]]:
         """Generate token by token, and project what the stream holds at each token on directions.
 
         Yields (piece, projection) for every generated token but the end of sequence, as it is made: the
@@ -911,8 +913,10 @@ class Model:
         choose: Choose,
         max_new_tokens: int,
         applied: tuple[AppliedPlans, ...],
-    ) -> Iterator[tuple[Piece, tuple[float, ...]]]:
-        def advance(step: Step, capture: dict[Site, Capture]) -> tuple[int, dict[Site, Tensor]]:
+    ) -> Iterator[tuple[MonitoredToken, tuple[float, ...]]]:
+        def advance(
+            step: ForwardCall, capture: dict[Site, Capture]
+        ) -> tuple[int, dict[Site, Tensor]]:
             if list(map(id, applied)) != list(map(id, self._applied)):
                 raise PlanError(
                     "the plans applied now are not those under which monitor was called: iterate "
@@ -937,7 +941,7 @@ class Model:
             mask = torch.cat([step.mask, step.mask.new_ones(1, 1)], 1)
             new = step.tokens.new_full((1, 1), token)
             places, lengths = step.positions[:, -1:] + 1, step.prompt_lengths
-            step = Step(new, mask, places, lengths, step.cache, step.plans)
+            step = ForwardCall(new, mask, places, lengths, step.cache, step.plans)
             token, captured = advance(step, reading)
             values = tuple(float(captured[item.site] @ item.vector) for item in watched)
             if not all(map(math.isfinite, values)):
@@ -946,7 +950,7 @@ class Model:
                     "many models; use --dtype bfloat16 or float32"
                 )
             ended = token in self.eos_token_ids or len(tokens) == max_new_tokens
-            piece = Piece(tokens[-1], self._added_text(tokens, shown, ended))
+            piece = MonitoredToken(tokens[-1], self._added_text(tokens, shown, ended))
             shown += piece.text
             yield piece, values
 
@@ -958,7 +962,7 @@ class Model:
 
     def _decode(
         self,
-        step: Step,
+        step: ForwardCall,
         index: tuple[int, ...],
         choose: Choose,
         max_new_tokens: int,
@@ -983,10 +987,10 @@ class Model:
             cache, plans = step.cache, step.plans
             if len(going) < len(active):
                 rows = torch.tensor(going, device=self.device)
-                cache = self._lens.select_cache(cache, rows)
+                cache = self._backend.select_cache(cache, rows)
                 mask, positions, lengths = mask[rows], positions[rows], lengths[rows]
                 plans = None if plans is None else plans[rows]
                 tokens, active = tokens[rows], [active[place] for place in going]
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            step = Step(tokens[:, None], mask, positions + 1, lengths, cache, plans)
+            step = ForwardCall(tokens[:, None], mask, positions + 1, lengths, cache, plans)
         return written

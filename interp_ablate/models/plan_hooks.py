@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from interp_ablate.edits.affine import Affine, kept_norm
+from interp_ablate.edits.affine import Affine, rescale_rows
 from interp_ablate.edits.edit import Positions
 from interp_ablate.errors import PlanError
 from interp_ablate.sites import Site
@@ -152,7 +152,7 @@ class _NormKept:
 
     def __call__(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         wide = x.double() if x.element_size() >= 4 else x.float()
-        kept = kept_norm(wide, self.affine, eps=torch.finfo(x.dtype).eps)[0]
+        kept = rescale_rows(wide, self.affine, eps=torch.finfo(x.dtype).eps)[0]
         return (kept + self.affine.shift.to(kept)).to(x.dtype)
 
 

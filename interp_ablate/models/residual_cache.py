@@ -36,7 +36,7 @@ def n_tokens(rows: Sequence[Sequence[int]]) -> int:
 
 
 @dataclass(eq=False)
-class Remembered:
+class ResidualCache:
     """What left the blocks of some layers, unedited, at every position of some rows.
 
     Tokens that all rows share in front are kept once. `state` is the model's own mark of the weights

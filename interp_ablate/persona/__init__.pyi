@@ -3,8 +3,8 @@ from .extraction import extract as extract
 from .monitoring import monitor_trait as monitor_trait
 from .persona import Persona as Persona
 from .persona import load_persona as load_persona
-from .readout import TraitReading as TraitReading
-from .readout import fit_reading as fit_reading
+from .readout import TraitReadout as TraitReadout
+from .readout import fit_readout as fit_readout
 from .steering import steer as steer
 from .trait_writer import generate_trait as generate_trait
 from .traits import Trait as Trait

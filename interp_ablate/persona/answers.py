@@ -16,13 +16,13 @@ from typing import Any
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import InterpAblateError, PromptError, RunError
 from interp_ablate.prompts.prompt import Prompt
-from interp_ablate.scoring.exchange import Exchange
+from interp_ablate.scoring.exchange import PromptResponse
 
 FORMAT = "interp_ablate.rollouts/1"
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingConfig:
     """How answers are written; what is sampled depends on every one of these.
 
     At temperature 0 answers are greedy and the seed means nothing; the published rollouts have temperature 1,
@@ -33,21 +33,21 @@ class Sampling:
         InterpAblateError: no tokens, no rows, a negative temperature.
     """
 
-    new_tokens: int = 48
+    max_new_tokens: int = 48
     temperature: float = 0.7
     seed: int = 0
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        if self.new_tokens < 2 or self.batch_size < 1 or not 0 <= self.temperature < math.inf:
+        if self.max_new_tokens < 2 or self.batch_size < 1 or not 0 <= self.temperature < math.inf:
             raise InterpAblateError(
                 "answers need at least 2 new tokens, a batch of at least 1 and a temperature from 0; got "
-                f"{self.new_tokens}, {self.batch_size} and {self.temperature}"
+                f"{self.max_new_tokens}, {self.batch_size} and {self.temperature}"
             )
 
 
 @dataclass(frozen=True)
-class Job:
+class RolloutRequest:
     """One answer to be had: what it is for (plain data), the prompt, and the plan it is written under."""
 
     key: dict[str, Any]
@@ -56,7 +56,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Rollout:
     """What came of a job: its tokens (without the end token), its text, and its scores from 0 to 100.
 
     A score is None where there is no verdict; an empty answer has none, and coherence 0.
@@ -71,11 +71,11 @@ class Answer:
     coherence: float | None = None
 
     @property
-    def exchange(self) -> Exchange:
-        return Exchange(self.prompt, self.text)
+    def exchange(self) -> PromptResponse:
+        return PromptResponse(self.prompt, self.text)
 
 
-def with_verdicts(answer: Answer, score: float | None, coherence: float | None) -> Answer:
+def with_verdicts(answer: Rollout, score: float | None, coherence: float | None) -> Rollout:
     return replace(answer, score=score, coherence=coherence if answer.text.strip() else 0.0)
 
 
@@ -91,7 +91,7 @@ BROKEN_LINE = (KeyError, IndexError, TypeError, ValueError, PromptError)
 
 def take_line(
     line: dict[str, Any],
-    written: dict[int, Answer],
+    written: dict[int, Rollout],
     verdicts: dict[tuple[str, int], float | None],
 ) -> int | None:
     """Put a line's answer, whose number is returned, or its verdicts to the others."""
@@ -101,7 +101,7 @@ def take_line(
         return None
     number = int(line["answer"])
     asked = Prompt(line["question"], line["system"])
-    written[number] = Answer(
+    written[number] = Rollout(
         line["key"], asked, tuple(line["tokens"]), line["text"], line["finished"]
     )
     return number
@@ -109,7 +109,7 @@ def take_line(
 
 def read_answers(
     path: str | Path, *, scorer: Mapping[str, Any], coherence: Mapping[str, Any]
-) -> list[Answer]:
+) -> list[Rollout]:
     """The answers of a file with the verdicts of these two scorers (their identities), and of no others.
 
     A last line that was never finished is left out; nothing is written.
@@ -125,7 +125,7 @@ def read_answers(
             f"cannot read rollouts from {path}: {error.strerror}. `interp-ablate persona extract` "
             "writes them"
         ) from error
-    written: dict[int, Answer] = {}
+    written: dict[int, Rollout] = {}
     verdicts: dict[tuple[str, int], float | None] = {}
     for number, text in enumerate(lines, 1):
         try:

@@ -16,17 +16,17 @@ from typing import Any
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import InterpAblateError
 from interp_ablate.export.checkpoint import add_to_card, export_checkpoint
-from interp_ablate.jobs.progress import Listener
+from interp_ablate.jobs.progress import Progress
 from interp_ablate.models.model import Model
-from interp_ablate.persona.answers import Answer, Sampling
+from interp_ablate.persona.answers import Rollout, SamplingConfig
 from interp_ablate.persona.persona import Persona
-from interp_ablate.persona.rollouts import answer_all
-from interp_ablate.persona.steering import GREEDY, steering_jobs, summary
+from interp_ablate.persona.rollouts import run_rollouts
+from interp_ablate.persona.steering import GREEDY, steering_requests, summary
 from interp_ablate.persona.traits import split_questions
 from interp_ablate.scoring.exchange import TextScorer
 from interp_ablate.stats.intervals import bootstrap_interval
-from interp_ablate.storage.atomic_files import write_whole
-from interp_ablate.storage.output_folder import check_place
+from interp_ablate.storage.atomic_files import write_atomic
+from interp_ablate.storage.output_folder import check_output_path
 from interp_ablate.weights.plan_to_weights import weight_plan
 
 STYLE = "style.json"  # beside the export's manifest: what the card's section was written from
@@ -36,15 +36,15 @@ _SHOWN = 4  # pairs of answers on the card
 
 
 @dataclass(frozen=True)
-class Baked:
+class BakedPersona:
     """A baked checkpoint: its certificate, and the answers before, steered and baked."""
 
     folder: Path
     certificate: dict[str, Any]
     results: dict[str, Any]
-    answers: tuple[Answer, ...]
+    answers: tuple[Rollout, ...]
 
-    def of(self, condition: str) -> list[Answer]:
+    def of(self, condition: str) -> list[Rollout]:
         """The answers of one of CONDITIONS, in the questions' order."""
         return [answer for answer in self.answers if answer.key["condition"] == condition]
 
@@ -59,10 +59,10 @@ def bake(
     coherence: TextScorer | None = None,
     coefficient: float | None = None,
     questions: int | None = None,
-    sampling: Sampling = GREEDY,
+    sampling: SamplingConfig = GREEDY,
     overwrite: bool = False,
-    listener: Listener | None = None,
-) -> Baked:
+    listener: Progress | None = None,
+) -> BakedPersona:
     """Write the model with the persona's vector in its weights, and measure what that did.
 
     The vector is added at resid_post of the persona's layer: exactly a bias of that layer's last
@@ -78,7 +78,7 @@ def bake(
     Raises:
         ExportError: an architecture without an exact form, `out` exists, a failed certificate. Nothing is
             left at `out` then.
-        InterpAblateError: a coefficient of 0; see `answer_all`.
+        InterpAblateError: a coefficient of 0; see `run_rollouts`.
     """
     persona.check(model)
     amount = persona.coefficient if coefficient is None else float(coefficient)
@@ -87,15 +87,15 @@ def bake(
     everywhere = persona.plan(amount, positions="all")
     state = model.hf_state_dict()  # refuses an inexact form before hours of answers
     weight_plan(everywhere, model.hf_config, state, state.__getitem__, entry=model.architecture)
-    check_place(Path(out), overwrite=overwrite, source=model.source.path)
+    check_output_path(Path(out), overwrite=overwrite, source=model.source.path)
     count = len(persona.trait.evaluation_questions) if questions is None else questions
     asked = split_questions(persona.trait, making=1, choosing=1, reporting=count).reporting
     plans: dict[str, Plan | None] = dict(
         zip(CONDITIONS, (None, persona.plan(amount), everywhere), strict=True)
     )
-    found = answer_all(
+    found = run_rollouts(
         model,
-        steering_jobs(plans, asked),
+        steering_requests(plans, asked),
         answers,
         scorer=scorer,
         coherence=coherence,
@@ -104,7 +104,7 @@ def bake(
     )
     results = _results(persona, amount, found, sampling, scorer)
     certificate = export_checkpoint(model, everywhere, out, overwrite=overwrite)
-    baked = Baked(Path(out), certificate, results, tuple(found))
+    baked = BakedPersona(Path(out), certificate, results, tuple(found))
     _write(baked, persona)
     return baked
 
@@ -112,8 +112,8 @@ def bake(
 def _results(
     persona: Persona,
     coefficient: float,
-    answers: Sequence[Answer],
-    sampling: Sampling,
+    answers: Sequence[Rollout],
+    sampling: SamplingConfig,
     scorer: TextScorer,
 ) -> dict[str, Any]:
     """The table of the conditions, and paired differences over questions with 95% intervals."""
@@ -141,7 +141,7 @@ def _results(
     }
 
 
-def _difference(some: Sequence[Answer], others: Sequence[Answer]) -> dict[str, Any]:
+def _difference(some: Sequence[Rollout], others: Sequence[Rollout]) -> dict[str, Any]:
     """Mean difference of trait scores, question by question; those without both verdicts are counted."""
     pairs = [
         a.score - b.score
@@ -154,14 +154,14 @@ def _difference(some: Sequence[Answer], others: Sequence[Answer]) -> dict[str, A
     return {"mean": sum(pairs) / len(pairs), "low": low, "high": high, "questions": len(pairs)}
 
 
-def _share_same(some: Sequence[Answer], others: Sequence[Answer]) -> float:
+def _share_same(some: Sequence[Rollout], others: Sequence[Rollout]) -> float:
     return sum(a.tokens == b.tokens for a, b in zip(some, others, strict=True)) / len(some)
 
 
 # ---- the card --------------------------------------------------------------------------------------
 
 
-def _write(baked: Baked, persona: Persona) -> None:
+def _write(baked: BakedPersona, persona: Persona) -> None:
     told = {
         **baked.results,
         "answers": [
@@ -172,7 +172,7 @@ def _write(baked: Baked, persona: Persona) -> None:
             for a in baked.answers
         ],
     }  # fmt: skip
-    write_whole(baked.folder / STYLE, json.dumps(told, indent=1))
+    write_atomic(baked.folder / STYLE, json.dumps(told, indent=1))
     add_to_card(baked.folder, _section(baked, persona))
 
 
@@ -183,7 +183,7 @@ _NAMES = {
 }
 
 
-def _section(baked: Baked, persona: Persona) -> str:
+def _section(baked: BakedPersona, persona: Persona) -> str:
     told = baked.results
     lines = [
         f"## The style: {persona.name}",
@@ -237,5 +237,5 @@ def _plain(text: str) -> str:
     return folded
 
 
-def _cut(answer: Answer) -> str:
+def _cut(answer: Rollout) -> str:
     return "" if answer.finished else " (cut off)"

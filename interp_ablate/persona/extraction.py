@@ -19,13 +19,13 @@ from interp_ablate.activations.pooling import POOLED_ROWS, POOLINGS, POSITIONS, 
 from interp_ablate.directions.direction import ZERO_TOLERANCE, Direction
 from interp_ablate.directions.direction_set import Directions
 from interp_ablate.errors import DirectionError, InterpAblateError
-from interp_ablate.jobs.progress import Listener, Silent
+from interp_ablate.jobs.progress import NoProgress, Progress
 from interp_ablate.models.model import Model
-from interp_ablate.persona.answers import Answer
-from interp_ablate.persona.persona import DEFAULTS, Extraction, Persona, load_persona
-from interp_ablate.persona.readout import TraitReading, fit_reading
-from interp_ablate.persona.rollout_filter import Kept, keep_expressing
-from interp_ablate.persona.rollouts import BROKEN, FLUENT, answer_all, rollout_jobs
+from interp_ablate.persona.answers import Rollout
+from interp_ablate.persona.persona import DEFAULTS, ExtractionConfig, Persona, load_persona
+from interp_ablate.persona.readout import TraitReadout, fit_readout
+from interp_ablate.persona.rollout_filter import FilteredRollouts, filter_rollouts
+from interp_ablate.persona.rollouts import BROKEN, FLUENT, rollout_requests, run_rollouts
 from interp_ablate.persona.steering import choose_layer
 from interp_ablate.persona.traits import Trait, split_questions
 from interp_ablate.scoring.exchange import TextScorer
@@ -41,12 +41,12 @@ def extract(
     *,
     scorer: TextScorer,
     coherence: TextScorer | None = None,
-    settings: Extraction = DEFAULTS,
-    listener: Listener | None = None,
+    settings: ExtractionConfig = DEFAULTS,
+    listener: Progress | None = None,
 ) -> Persona:
     """The trait's directions at resid_post of every layer, and the layer at which they steer best.
 
-    Rollouts under both sides' system prompts are scored and filtered (`keep_expressing`); a layer's
+    Rollouts under both sides' system prompts are scored and filtered (`filter_rollouts`); a layer's
     direction is the mean over the kept positive answers minus that over the negative ones, each answer
     being the mean over its own tokens. Then every candidate layer and coefficient steers answers to the
     choosing questions: of those whose answers are coherent, the highest trait score is chosen. The direction
@@ -63,7 +63,7 @@ def extract(
         RunError: too few answers pass the filter; no candidate gives coherent answers; `out` is other work.
         InterpAblateError: settings that do not fit the trait or the model.
     """
-    listener, out = listener or Silent(), Path(out)
+    listener, out = listener or NoProgress(), Path(out)
     candidates = _candidate_layers(model, settings)
     made_of = _made_of(model, trait, scorer, coherence, settings)
     if (out / "persona.json").exists():
@@ -79,7 +79,7 @@ def extract(
     answers, kept = _rollouts(model, trait, parts.making, out, settings, options)
     source = f"{trait.name} {model.source.name}"
     directions = trait_directions(model, kept, source=source, listener=listener)
-    read = fit_reading(
+    read = fit_readout(
         model,
         answers,
         sites_of(("resid_post",), range(model.n_layers)),
@@ -125,13 +125,15 @@ def _rollouts(
     trait: Trait,
     questions: Sequence[str],
     out: Path,
-    settings: Extraction,
+    settings: ExtractionConfig,
     options: dict[str, Any],
-) -> tuple[list[Answer], Kept]:
+) -> tuple[list[Rollout], FilteredRollouts]:
     """Answers under both sides' system prompts: all of them, and those that passed the filter."""
-    jobs = rollout_jobs(trait, questions, samples=settings.samples)
-    answers = answer_all(model, jobs, out / "rollouts.jsonl", sampling=settings.sampling, **options)
-    kept = keep_expressing(
+    jobs = rollout_requests(trait, questions, samples=settings.samples)
+    answers = run_rollouts(
+        model, jobs, out / "rollouts.jsonl", sampling=settings.sampling, **options
+    )
+    kept = filter_rollouts(
         answers,
         threshold=settings.threshold,
         coherent=settings.coherent,
@@ -141,7 +143,7 @@ def _rollouts(
     return answers, kept
 
 
-def _note_weak(chosen: dict[str, Any], unsteered: dict[str, Any], listener: Listener) -> None:
+def _note_weak(chosen: dict[str, Any], unsteered: dict[str, Any], listener: Progress) -> None:
     before = unsteered["score"]
     if before is not None and chosen["score"] <= before:
         listener.note(
@@ -150,7 +152,7 @@ def _note_weak(chosen: dict[str, Any], unsteered: dict[str, Any], listener: List
         )
 
 
-def _note_reading(read: TraitReading, listener: Listener) -> None:
+def _note_reading(read: TraitReadout, listener: Progress) -> None:
     if read.chosen is None:
         listener.note(
             f"no direction for reading text ({read.why}): screening will use the steering one"
@@ -162,7 +164,7 @@ def _made_of(
     trait: Trait,
     scorer: TextScorer,
     coherence: TextScorer | None,
-    settings: Extraction,
+    settings: ExtractionConfig,
 ) -> dict[str, Any]:
     """Everything a persona depends on, as it is read back from JSON."""
     told = {
@@ -177,7 +179,7 @@ def _made_of(
     return found
 
 
-def _candidate_layers(model: Model, settings: Extraction) -> list[int]:
+def _candidate_layers(model: Model, settings: ExtractionConfig) -> list[int]:
     """The layers that may be chosen; settings that fit no model are refused first."""
     if settings.pooling not in POOLINGS:
         raise InterpAblateError(
@@ -197,7 +199,7 @@ def _candidate_layers(model: Model, settings: Extraction) -> list[int]:
 
 
 def trait_directions(
-    model: Model, kept: Kept, *, source: str = "", listener: Listener | None = None
+    model: Model, kept: FilteredRollouts, *, source: str = "", listener: Progress | None = None
 ) -> Directions:
     """Difference of means at resid_post of every layer, by each pooling.
 
@@ -208,7 +210,7 @@ def trait_directions(
     Raises:
         DirectionError: the sides do not differ anywhere; NaN or infinity in the activations.
     """
-    listener = listener or Silent()
+    listener = listener or NoProgress()
     sites = sites_of(("resid_post",), range(model.n_layers))
     listener.start("activations", len(kept.positive) + len(kept.negative))
     positive, negative = (

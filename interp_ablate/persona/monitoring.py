@@ -21,16 +21,16 @@ import torch
 from interp_ablate.activations.collection import collect
 from interp_ablate.directions.direction import Direction, random_direction
 from interp_ablate.errors import PromptError, RunError
-from interp_ablate.jobs.progress import Listener
+from interp_ablate.jobs.progress import Progress
 from interp_ablate.models.model import Model
-from interp_ablate.persona.answers import Answer, Job, Sampling
+from interp_ablate.persona.answers import Rollout, RolloutRequest, SamplingConfig
 from interp_ablate.persona.persona import Persona
-from interp_ablate.persona.rollouts import answer_all
+from interp_ablate.persona.rollouts import run_rollouts
 from interp_ablate.persona.traits import Trait
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring.exchange import TextScorer
 from interp_ablate.stats.correlation import Correlation, across, overall, pearson, within
-from interp_ablate.storage.atomic_files import write_whole
+from interp_ablate.storage.atomic_files import write_atomic
 
 COLUMNS = ("level", "question", "projection", "score", "coherence", "system", "text", "answer")
 CONTROLS = 200  # random directions
@@ -41,7 +41,7 @@ STRENGTHS = (
     "For the most part: ",
     "Just a little, and only where it fits: ",
 )
-_GREEDY = Sampling(temperature=0.0)
+_GREEDY = SamplingConfig(temperature=0.0)
 
 
 def graded_prompts(trait: Trait, *, pair: int = 0) -> tuple[str, ...]:
@@ -126,9 +126,9 @@ class Monitoring:
             RunError: the folder cannot be written.
         """
         folder = Path(folder)
-        write_whole(folder / "monitor.csv", self.table.to_csv(index=False))
+        write_atomic(folder / "monitor.csv", self.table.to_csv(index=False))
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
-        write_whole(folder / "monitor.json", text)
+        write_atomic(folder / "monitor.json", text)
 
 
 def monitor_trait(
@@ -139,8 +139,8 @@ def monitor_trait(
     scorer: TextScorer,
     systems: Sequence[str] | None = None,
     questions: Sequence[str] | None = None,
-    sampling: Sampling = _GREEDY,
-    listener: Listener | None = None,
+    sampling: SamplingConfig = _GREEDY,
+    listener: Progress | None = None,
 ) -> Monitoring:
     """Projections of prompts' last tokens on the persona's direction against the scores of the answers.
 
@@ -161,11 +161,11 @@ def monitor_trait(
     systems = graded_prompts(persona.trait) if systems is None else tuple(systems)
     questions = persona.trait.evaluation_questions if questions is None else tuple(questions)
     jobs = [
-        Job({"level": level, "question": number}, Prompt(question, system))
+        RolloutRequest({"level": level, "question": number}, Prompt(question, system))
         for level, system in enumerate(systems)
         for number, question in enumerate(questions)
     ]
-    answers = answer_all(model, jobs, store, scorer=scorer, sampling=sampling, listener=listener)
+    answers = run_rollouts(model, jobs, store, scorer=scorer, sampling=sampling, listener=listener)
     site = persona.direction.site
     stream = collect(model, [job.prompt for job in jobs], [site], (-1,)).at(site).double()
     table = _table(answers, (stream @ persona.direction.vector).numpy())
@@ -183,7 +183,7 @@ def monitor_trait(
     return correlate(table, stream, persona.direction, details=details)
 
 
-def _table(answers: Sequence[Answer], projections: np.ndarray) -> pd.DataFrame:
+def _table(answers: Sequence[Rollout], projections: np.ndarray) -> pd.DataFrame:
     rows = []
     for a, projection in zip(answers, projections.tolist(), strict=True):
         numbers = (a.key["level"], a.key["question"], projection, a.score, a.coherence)

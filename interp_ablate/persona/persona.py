@@ -21,13 +21,13 @@ from interp_ablate.edits.kinds import Add
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import DirectionError, RunError
 from interp_ablate.models.model import Model
-from interp_ablate.persona.answers import Sampling
+from interp_ablate.persona.answers import SamplingConfig
 from interp_ablate.persona.readout import COLUMNS as READ_COLUMNS
 from interp_ablate.persona.readout import METHOD as READING
 from interp_ablate.persona.rollout_filter import COHERENT, FEWEST, THRESHOLD
 from interp_ablate.persona.traits import Trait, load_trait
 from interp_ablate.sites import Site
-from interp_ablate.storage.atomic_files import write_whole
+from interp_ablate.storage.atomic_files import write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -120,9 +120,9 @@ class Persona:
         self.trait.save(folder / "trait.json")
         self.directions.save(folder / "directions.safetensors")
         layers = pd.DataFrame(self.details.get("layers", []), columns=list(LAYER_COLUMNS))
-        write_whole(folder / "layers.csv", layers.to_csv(index=False))
+        write_atomic(folder / "layers.csv", layers.to_csv(index=False))
         rows = (self.details.get("reading") or {}).get("layers", [])
-        write_whole(
+        write_atomic(
             folder / "reading.csv",
             pd.DataFrame(rows, columns=list(READ_COLUMNS)).to_csv(index=False),
         )
@@ -137,7 +137,7 @@ class Persona:
             "coefficient": self.coefficient,
             **self.details,
         }
-        write_whole(folder / "persona.json", json.dumps(told, indent=1))
+        write_atomic(folder / "persona.json", json.dumps(told, indent=1))
 
 
 def load_persona(folder: str | Path) -> Persona:
@@ -199,7 +199,7 @@ def addition_plan(
 
 
 @dataclass(frozen=True)
-class Extraction:
+class ExtractionConfig:
     """How a persona is extracted.
 
     `questions` make the vectors, under every pair of system prompts, `samples` answers each; `choosing`
@@ -210,7 +210,7 @@ class Extraction:
     questions: int = 10
     choosing: int = 6
     samples: int = 3
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     layers: tuple[int, int] | None = None
     coefficients: tuple[float, ...] = (1.0, 2.0)
     pooling: Pooling = "response_mean"
@@ -219,4 +219,4 @@ class Extraction:
     fewest: int = FEWEST
 
 
-DEFAULTS = Extraction()
+DEFAULTS = ExtractionConfig()

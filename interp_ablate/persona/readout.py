@@ -22,9 +22,9 @@ from torch import Tensor
 from interp_ablate.activations.activations import RESPONSE_MEAN
 from interp_ablate.activations.pooling import POOLED_ROWS, response_activations
 from interp_ablate.directions.direction import ZERO_TOLERANCE, Direction
-from interp_ablate.jobs.progress import Listener, Silent
+from interp_ablate.jobs.progress import NoProgress, Progress
 from interp_ablate.models.model import Model
-from interp_ablate.persona.answers import Answer
+from interp_ablate.persona.answers import Rollout
 from interp_ablate.persona.rollout_filter import COHERENT, FEWEST
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.sites import Site
@@ -35,7 +35,7 @@ COLUMNS = ("layer", "site", "norm", "r", "r_low", "r_high", "answers", "question
 
 
 @dataclass(frozen=True, eq=False)
-class TraitReading:
+class TraitReadout:
     """A direction a layer, and a row each (COLUMNS): r of projection and score on unseen questions.
 
     `chosen` is the candidate with the highest r; None, with `why`, where no direction could be had, or none
@@ -74,17 +74,17 @@ def score_slope(
     return Direction(change, norm, site, RESPONSE_MEAN, METHOD, source=source)
 
 
-def fit_reading(
+def fit_readout(
     model: Model,
-    answers: Sequence[Answer],
+    answers: Sequence[Rollout],
     sites: Sequence[Site],
     *,
     candidates: Collection[Site] | None = None,
     coherent: float = COHERENT,
     fewest: int = 2 * FEWEST,
     source: str = "",
-    listener: Listener | None = None,
-) -> TraitReading:
+    listener: Progress | None = None,
+) -> TraitReadout:
     """At every site the slope of the answers' mean activations on their scores, and the candidate that reads best.
 
     Used are all coherent answers with a score, on whichever side of a threshold. They are read as a data
@@ -99,7 +99,7 @@ def fit_reading(
     Raises:
         DirectionError: NaN or infinity in the activations.
     """
-    listener = listener or Silent()
+    listener = listener or NoProgress()
     usable = [
         replace(answer, prompt=Prompt(answer.prompt.text))
         for answer in answers
@@ -112,7 +112,7 @@ def fit_reading(
     scores = torch.tensor([answer.score or 0.0 for answer in usable], dtype=torch.float64)
     if len(usable) < fewest or len(set(questions.tolist())) < 2:
         there = f"{len(usable)} coherent answers with a score to {len(set(questions.tolist()))} questions"
-        return TraitReading(
+        return TraitReadout(
             (), [], None, f"{there}; at least {fewest} are needed, and 2 questions to judge it on"
         )
     listener.start("reading", len(usable))
@@ -141,7 +141,7 @@ def fit_reading(
     )
     if chosen is not None:
         rows[chosen]["chosen"] = True
-    return TraitReading(tuple(found), rows, None if chosen is None else found[chosen].site, why)
+    return TraitReadout(tuple(found), rows, None if chosen is None else found[chosen].site, why)
 
 
 def _choose(rows: Sequence[dict[str, Any]], candidates: Collection[str]) -> tuple[int | None, str]:

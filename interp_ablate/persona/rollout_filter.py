@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from interp_ablate.errors import RunError
-from interp_ablate.persona.answers import Answer, read_answers
+from interp_ablate.persona.answers import Rollout, read_answers
 
 THRESHOLD, COHERENT = 50.0, 50.0  # of the trait's score and of coherence, as published
 FEWEST = 8  # answers a side below which a difference of means says little
 
 
-def kept_answers(path: str | Path, made_of: Mapping[str, Any] | None) -> Kept:
+def kept_answers(path: str | Path, made_of: Mapping[str, Any] | None) -> FilteredRollouts:
     """What made a persona's vectors: its rollouts, judged and filtered as its `made_of` says.
 
     Raises:
@@ -32,25 +32,27 @@ def kept_answers(path: str | Path, made_of: Mapping[str, Any] | None) -> Kept:
             f"the persona of {path} does not say how its rollouts were judged and filtered ({error!r} is "
             "missing): extract it again"
         ) from error
-    return keep_expressing(read_answers(path, **by), **limits, fewest=0)
+    return filter_rollouts(read_answers(path, **by), **limits, fewest=0)
 
 
 # ---- the filter -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Kept:
+class FilteredRollouts:
     """The answers of both sides that passed, and for each side how many came, stayed and went, and why."""
 
-    positive: tuple[Answer, ...]
-    negative: tuple[Answer, ...]
+    positive: tuple[Rollout, ...]
+    negative: tuple[Rollout, ...]
     counts: dict[str, dict[str, int]]
 
     def __str__(self) -> str:
-        return "; ".join(f"{side}: {said(counts)}" for side, counts in self.counts.items())
+        return "; ".join(
+            f"{side}: {describe_counts(counts)}" for side, counts in self.counts.items()
+        )
 
 
-def said(counts: dict[str, int]) -> str:
+def describe_counts(counts: dict[str, int]) -> str:
     """The counts of one side in words."""
     removed = ", ".join(
         f"{n} {_REASONS[why]}" for why, n in counts.items() if why in _REASONS and n
@@ -66,13 +68,13 @@ _REASONS = {
 }
 
 
-def keep_expressing(
-    answers: Sequence[Answer],
+def filter_rollouts(
+    answers: Sequence[Rollout],
     *,
     threshold: float = THRESHOLD,
     coherent: float = COHERENT,
     fewest: int = FEWEST,
-) -> Kept:
+) -> FilteredRollouts:
     """Answers under positive prompts that show the trait, and negative ones that do not, all coherent.
 
     Kept: score >= threshold under the positive prompts, < threshold under the negative ones, coherence >=
@@ -85,7 +87,7 @@ def keep_expressing(
         RunError: fewer than `fewest` are left on a side, with what was removed and what to do.
     """
     counts: dict[str, dict[str, int]] = {}
-    kept: dict[str, list[Answer]] = {"positive": [], "negative": []}
+    kept: dict[str, list[Rollout]] = {"positive": [], "negative": []}
     for side in ("positive", "negative"):
         tally = counts[side] = {"answers": 0, "kept": 0, **dict.fromkeys(_REASONS, 0)}
         for answer in answers:
@@ -99,10 +101,10 @@ def keep_expressing(
     short = [side for side, found in kept.items() if len(found) < fewest]
     if short:
         raise RunError(_too_few(short[0], counts[short[0]], fewest, threshold))
-    return Kept(tuple(kept["positive"]), tuple(kept["negative"]), counts)
+    return FilteredRollouts(tuple(kept["positive"]), tuple(kept["negative"]), counts)
 
 
-def _why_not(answer: Answer, side: str, threshold: float, coherent: float) -> str | None:
+def _why_not(answer: Rollout, side: str, threshold: float, coherent: float) -> str | None:
     if not answer.text.strip() or not answer.tokens:
         return "empty"
     if answer.score is None or answer.coherence is None:
@@ -126,6 +128,6 @@ def _too_few(side: str, counts: dict[str, int], fewest: int, threshold: float) -
         "coherence": "the answers are incoherent: lower --temperature, or use another model",
     }[most]
     return (
-        f"too few answers under the {side} system prompts: {said(counts)}; at least {fewest} are needed. "
+        f"too few answers under the {side} system prompts: {describe_counts(counts)}; at least {fewest} are needed. "
         f"Give more --questions or --samples; {advice}"
     )

@@ -19,15 +19,15 @@ from typing import Any
 
 from interp_ablate.errors import InterpAblateError
 from interp_ablate.evaluation.metrics import chosen_logprobs, repetition
-from interp_ablate.evaluation.outputs import Evidence
-from interp_ablate.jobs.progress import Listener, Silent
+from interp_ablate.evaluation.outputs import ModelOutputs
+from interp_ablate.jobs.progress import NoProgress, Progress
 from interp_ablate.models.model import Model
 from interp_ablate.persona.answers import (
     BROKEN_LINE,
     FORMAT,
-    Answer,
-    Job,
-    Sampling,
+    Rollout,
+    RolloutRequest,
+    SamplingConfig,
     take_line,
     verdict_key,
     with_verdicts,
@@ -35,14 +35,16 @@ from interp_ablate.persona.answers import (
 from interp_ablate.persona.traits import Trait
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring.exchange import TextScorer
-from interp_ablate.storage.jsonl_log import Lines
+from interp_ablate.storage.jsonl_log import JsonlLog
 
 # Perplexities between which coherence falls from 100 to 0, on a logarithmic scale.
 FLUENT, BROKEN = 10.0, 1000.0
 _SCORED_AT_A_TIME, _READ_AT_A_TIME = 16, 8
 
 
-def rollout_jobs(trait: Trait, questions: Sequence[str], *, samples: int = 1) -> list[Job]:
+def rollout_requests(
+    trait: Trait, questions: Sequence[str], *, samples: int = 1
+) -> list[RolloutRequest]:
     """Every question under every system prompt of both sides, `samples` times.
 
     Raises:
@@ -53,7 +55,7 @@ def rollout_jobs(trait: Trait, questions: Sequence[str], *, samples: int = 1) ->
             f"{len(questions)} questions, {samples} samples of each: at least 1 of both are needed"
         )
     return [
-        Job(
+        RolloutRequest(
             {"side": side, "pair": pair, "question": number, "sample": sample},
             Prompt(question, system),
         )
@@ -67,16 +69,16 @@ def rollout_jobs(trait: Trait, questions: Sequence[str], *, samples: int = 1) ->
 # ---- answering -----------------------------------------------------------------------------------
 
 
-def answer_all(
+def run_rollouts(
     model: Model,
-    jobs: Sequence[Job],
+    jobs: Sequence[RolloutRequest],
     path: str | Path,
     *,
     scorer: TextScorer,
     coherence: TextScorer | None = None,
-    sampling: Sampling | None = None,
-    listener: Listener | None = None,
-) -> list[Answer]:
+    sampling: SamplingConfig | None = None,
+    listener: Progress | None = None,
+) -> list[Rollout]:
     """Answer every job and score the answers; what `path` holds of them already is not done again.
 
     Answers are stored batch by batch, scores some answers at a time. A batch that was interrupted is
@@ -87,10 +89,10 @@ def answer_all(
         coherence: a scorer of how coherent an answer is; without one `fluency` under the unedited model.
 
     Raises:
-        RunError: `path` holds answers to other jobs, of another model or sampling; see `Lines`.
+        RunError: `path` holds answers to other jobs, of another model or sampling; see `JsonlLog`.
         InterpAblateError: a scorer that gives something else than numbers from 0 to 100, one an answer.
     """
-    listener, sampling = listener or Silent(), sampling or Sampling()
+    listener, sampling = listener or NoProgress(), sampling or SamplingConfig()
     store = _Store(model, jobs, Path(path), sampling)
     with store.lines.open() as kept:
         store.read(kept)
@@ -113,7 +115,7 @@ def answer_all(
     ]
 
 
-def _batches(jobs: Sequence[Job], size: int) -> Iterator[list[int]]:
+def _batches(jobs: Sequence[RolloutRequest], size: int) -> Iterator[list[int]]:
     """Numbers of jobs that are answered together: neighbours with one system prompt, which run as one prefix."""
     for _, group in groupby(range(len(jobs)), key=lambda number: jobs[number].prompt.system):
         numbers = list(group)
@@ -122,7 +124,7 @@ def _batches(jobs: Sequence[Job], size: int) -> Iterator[list[int]]:
 
 
 def _generate(
-    model: Model, jobs: Sequence[Job], batch: Sequence[int], sampling: Sampling
+    model: Model, jobs: Sequence[RolloutRequest], batch: Sequence[int], sampling: SamplingConfig
 ) -> list[Any]:
     digest = hashlib.sha256(f"{sampling.seed} {batch[0]}".encode()).digest()
     plans = [jobs[number].plan for number in batch]
@@ -132,7 +134,7 @@ def _generate(
     with under:
         return model.generate(
             [jobs[number].prompt for number in batch],
-            max_new_tokens=sampling.new_tokens,
+            max_new_tokens=sampling.max_new_tokens,
             temperature=sampling.temperature,
             seed=int.from_bytes(digest[:4], "big"),
             batch_size=len(batch),
@@ -144,10 +146,10 @@ class _Store:
     """The file of one set of jobs: answers by number, and verdicts by scorer."""
 
     model: Model
-    jobs: Sequence[Job]
+    jobs: Sequence[RolloutRequest]
     path: Path
-    sampling: Sampling
-    written: dict[int, Answer] = field(default_factory=dict)
+    sampling: SamplingConfig
+    written: dict[int, Rollout] = field(default_factory=dict)
     verdicts: dict[tuple[str, int], float | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -163,7 +165,7 @@ class _Store:
             "sampling": asdict(self.sampling),
             "plan": outer.fingerprint if len(outer) else None,
         }
-        self.lines = Lines(
+        self.lines = JsonlLog(
             self.path,
             identity,
             kind="answer file",
@@ -188,7 +190,7 @@ class _Store:
             if number in self.written:  # of a batch that was interrupted between its lines
                 continue
             job = self.jobs[number]
-            answer = Answer(job.key, job.prompt, found.tokens, found.text, found.finished)
+            answer = Rollout(job.key, job.prompt, found.tokens, found.text, found.finished)
             self.lines.append(
                 {
                     "answer": number, "key": job.key, "system": job.prompt.system,
@@ -212,7 +214,7 @@ class _Store:
 
 
 def _scores(
-    store: _Store, what: str, scorer: TextScorer, listener: Listener
+    store: _Store, what: str, scorer: TextScorer, listener: Progress
 ) -> dict[int, float | None]:
     by = verdict_key(what, scorer.identity)
     waiting = store.waiting(by)
@@ -240,7 +242,7 @@ def _checked(values: Sequence[float | None], count: int, name: str) -> list[floa
     return found
 
 
-def _fluency(store: _Store, model: Model, listener: Listener) -> dict[int, float | None]:
+def _fluency(store: _Store, model: Model, listener: Progress) -> dict[int, float | None]:
     by = verdict_key("coherence", {"fluency": [FLUENT, BROKEN]})
     waiting = store.waiting(by)
     if waiting:
@@ -255,7 +257,7 @@ def _fluency(store: _Store, model: Model, listener: Listener) -> dict[int, float
     return {number: store.verdicts.get((by, number)) for number in range(len(store.jobs))}
 
 
-def fluency(model: Model, answers: Sequence[Answer]) -> list[float]:
+def fluency(model: Model, answers: Sequence[Rollout]) -> list[float]:
     """Coherence from 0 to 100 without a judge: how likely the model finds the answer, less its loops.
 
     100 * (1 - share of repeated 3-grams) * f, where f falls from 1 at perplexity 10 (or less) to 0 at 1000
@@ -270,7 +272,7 @@ def fluency(model: Model, answers: Sequence[Answer]) -> list[float]:
     with_tokens = [i for i, answer in enumerate(answers) if answer.tokens]
     for start in range(0, len(with_tokens), _READ_AT_A_TIME):
         part = with_tokens[start : start + _READ_AT_A_TIME]
-        evidence = Evidence(model, [answers[i].prompt for i in part])
+        evidence = ModelOutputs(model, [answers[i].prompt for i in part])
         ends = [answers[i].tokens for i in part]
         for i, end, logprobs in zip(part, ends, evidence.continuation_logprobs(ends)):
             surprise = -float(chosen_logprobs(logprobs, end).mean())

@@ -15,17 +15,17 @@ import pandas as pd
 from interp_ablate.directions.direction import Direction, random_direction
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import InterpAblateError, RunError
-from interp_ablate.jobs.progress import Listener
+from interp_ablate.jobs.progress import Progress
 from interp_ablate.models.model import Model
-from interp_ablate.persona.answers import Answer, Job, Sampling
-from interp_ablate.persona.persona import DEFAULTS, Extraction, Persona, addition_plan
-from interp_ablate.persona.rollouts import answer_all
+from interp_ablate.persona.answers import Rollout, RolloutRequest, SamplingConfig
+from interp_ablate.persona.persona import DEFAULTS, ExtractionConfig, Persona, addition_plan
+from interp_ablate.persona.rollouts import run_rollouts
 from interp_ablate.persona.traits import split_questions
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring.exchange import TextScorer
 from interp_ablate.stats.intervals import bootstrap_interval
 
-GREEDY = Sampling(temperature=0.0)
+GREEDY = SamplingConfig(temperature=0.0)
 COEFFICIENTS = (-1.0, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5)
 CURVE_COLUMNS = (
     "condition", "coefficient", "score", "score_low", "score_high", "coherence", "coherence_low",
@@ -44,8 +44,8 @@ def choose_layer(
     *,
     scorer: TextScorer,
     coherence: TextScorer | None = None,
-    settings: Extraction = DEFAULTS,
-    listener: Listener | None = None,
+    settings: ExtractionConfig = DEFAULTS,
+    listener: Progress | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
     """The layer and coefficient whose steered answers score highest and are coherent.
 
@@ -69,9 +69,9 @@ def choose_layer(
             place = {"layer": site.layer, "site": str(site), "norm": float(item.norm)}
             rows.append({**place, "coefficient": float(coefficient)})
             plans[_name(rows[-1])] = addition_plan(item, coefficient)
-    answers = answer_all(
+    answers = run_rollouts(
         model,
-        steering_jobs(plans, questions),
+        steering_requests(plans, questions),
         path,
         scorer=scorer,
         coherence=coherence,
@@ -98,7 +98,7 @@ def _name(row: Mapping[str, Any]) -> str:
     return f"{row['site']} {row['coefficient']:g}"
 
 
-def _nothing_usable(table: Sequence[Mapping[str, Any]], settings: Extraction) -> str:
+def _nothing_usable(table: Sequence[Mapping[str, Any]], settings: ExtractionConfig) -> str:
     best = max(row["coherence"] or 0.0 for row in table)
     return (
         "no layer gives coherent answers of which most have a verdict (coherence of at least "
@@ -108,18 +108,20 @@ def _nothing_usable(table: Sequence[Mapping[str, Any]], settings: Extraction) ->
     )
 
 
-def steering_jobs(
+def steering_requests(
     plans: Mapping[str, Plan | None], questions: Sequence[str], *, samples: int = 1
-) -> list[Job]:
+) -> list[RolloutRequest]:
     return [
-        Job({"condition": name, "question": number, "sample": sample}, Prompt(question), plan)
+        RolloutRequest(
+            {"condition": name, "question": number, "sample": sample}, Prompt(question), plan
+        )
         for name, plan in plans.items()
         for number, question in enumerate(questions)
         for sample in range(samples)
     ]
 
 
-def summary(answers: Sequence[Answer]) -> dict[str, Any]:
+def summary(answers: Sequence[Rollout]) -> dict[str, Any]:
     """Means over questions with 95% intervals; answers without a verdict are counted, not averaged."""
     return {
         **_mean("score", answers, lambda answer: answer.score),
@@ -131,7 +133,7 @@ def summary(answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 def _mean(
-    name: str, answers: Sequence[Answer], read: Callable[[Answer], float | None]
+    name: str, answers: Sequence[Rollout], read: Callable[[Rollout], float | None]
 ) -> dict[str, float | None]:
     """The mean over questions of the mean over each one's answers; bootstrapped over questions."""
     by_question: dict[int, list[float]] = {}
@@ -157,9 +159,9 @@ def steer(
     questions: int | None = None,
     controls: int = 1,
     samples: int = 1,
-    sampling: Sampling = GREEDY,
-    listener: Listener | None = None,
-) -> list[Answer]:
+    sampling: SamplingConfig = GREEDY,
+    listener: Progress | None = None,
+) -> list[Rollout]:
     """Answers to evaluation questions (no system prompt) with the vector added, coefficient by coefficient.
 
     Beside the persona's direction as many random directions of the same norm at the same site as
@@ -181,9 +183,9 @@ def steer(
     count = len(persona.trait.evaluation_questions) if questions is None else questions
     asked = split_questions(persona.trait, making=1, choosing=1, reporting=count).reporting
     plans = _steering_plans(persona.direction, coefficients, controls)
-    return answer_all(
+    return run_rollouts(
         model,
-        steering_jobs(plans, asked, samples=samples),
+        steering_requests(plans, asked, samples=samples),
         path,
         scorer=scorer,
         coherence=coherence,
@@ -205,7 +207,7 @@ def _steering_plans(
     return plans
 
 
-def curve(answers: Sequence[Answer]) -> pd.DataFrame:
+def curve(answers: Sequence[Rollout]) -> pd.DataFrame:
     """Trait score and coherence by direction and coefficient (CURVE_COLUMNS), intervals over questions."""
     rows = []
     for name in dict.fromkeys(answer.key["condition"] for answer in answers):

@@ -26,7 +26,7 @@ PAIRS, QUESTIONS = (
 # ---- asking for one ------------------------------------------------------------------------------
 
 
-class Asks(Protocol):
+class JsonEndpoint(Protocol):
     """What `generate_trait` needs of an endpoint (`endpoints.Endpoint`)."""
 
     def ask_json(
@@ -73,7 +73,7 @@ Give a JSON object with these keys.
   be misled by. It speaks of the trait alone, never of how good the answer is."""
 
 
-def generate_trait(endpoint: Asks, name: str, description: str) -> Trait:
+def generate_trait(endpoint: JsonEndpoint, name: str, description: str) -> Trait:
     """A trait written by a model behind an endpoint, refused where it lacks something.
 
     Raises:

@@ -18,7 +18,7 @@ from typing import Any
 
 from interp_ablate.errors import PromptError
 from interp_ablate.prompts.prompt import Prompt, normalised
-from interp_ablate.storage.atomic_files import write_whole
+from interp_ablate.storage.atomic_files import write_atomic
 from interp_ablate.storage.bundled_data import bundled
 
 FEWEST_QUESTIONS = 2  # for extraction: some make the vector, others choose its layer
@@ -107,7 +107,7 @@ class Trait:
             PromptError: the place cannot be written.
         """
         content = json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
-        write_whole(Path(path), content, error=PromptError)
+        write_atomic(Path(path), content, error=PromptError)
 
 
 @dataclass(frozen=True)

@@ -30,11 +30,11 @@ from interp_ablate.plots.style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from interp_ablate.models.generation import Piece
+    from interp_ablate.models.generation import MonitoredToken
     from interp_ablate.persona.monitoring import Monitoring
     from interp_ablate.stats.correlation import Correlation
 
-Reading = tuple["Piece", float]
+MonitoredAnswer = tuple["MonitoredToken", float]
 _WIDTH_IN_CHARACTERS, _CHARACTER = 92, 0.602  # of a monospaced line; its width in units of its size
 _SAID = (0.48, 0.2)  # what the numbers in a corner take of the axes: width, height
 _AXES_POINTS = 545  # width of the only axes of a figure
@@ -144,7 +144,7 @@ def _dot(colour: Any, name: str) -> Any:
 # ---- tokens -------------------------------------------------------------------------------------------
 
 
-def token_strip(readings: Sequence[Reading], ax: Axes, *, title: str, limit: float) -> Axes:
+def token_strip(readings: Sequence[MonitoredAnswer], ax: Axes, *, title: str, limit: float) -> Axes:
     """A generated text, each token on a ground coloured by its projection (`Model.monitor`).
 
     Args:
@@ -190,7 +190,7 @@ def _drawable(text: str) -> str:
     )
 
 
-def tokens_figure(answers: Mapping[str, Sequence[Reading]], path: str | Path) -> Path:
+def tokens_figure(answers: Mapping[str, Sequence[MonitoredAnswer]], path: str | Path) -> Path:
     """Several generated texts, one below the other, on one scale of colours; the file.
 
     Raises:

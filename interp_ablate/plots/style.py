@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from interp_ablate.errors import RunError
 from interp_ablate.sites import POINTS, Point
-from interp_ablate.storage.atomic_files import replacing
+from interp_ablate.storage.atomic_files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -150,7 +150,7 @@ def new_figure(*, height: float) -> Figure:
 
 def save_figure(figure: Figure, path: Path) -> Path:
     try:
-        with replacing(path) as temporary:
+        with atomic_path(path) as temporary:
             figure.savefig(temporary, format="png")
     except OSError as error:
         raise RunError(

@@ -44,10 +44,10 @@ _COSTS = {
     "kl_first_token": ("KL to the original, first token", "nats"),
     "kl_continuation": ("KL to the original, a token", "nats, over its own answers"),
 }
-Row = tuple[str, Mapping[str, Any], str]
+WhiskerRow = tuple[str, Mapping[str, Any], str]
 
 
-def whiskers(rows: Sequence[Row], ax: Axes, *, digits: int = 2) -> Axes:
+def whiskers(rows: Sequence[WhiskerRow], ax: Axes, *, digits: int = 2) -> Axes:
     """A dot and its interval a row, from the top: (label, {"mean", "interval"}, colour).
 
     Raises:

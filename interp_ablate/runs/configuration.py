@@ -39,7 +39,7 @@ class Configuration:
     n_validation: int = 32
     n_test: int = 32
     seed: int = 0
-    new_tokens: int = 32
+    max_new_tokens: int = 32
     max_kl: float = 0.1
 
     def __post_init__(self) -> None:
@@ -52,7 +52,12 @@ class Configuration:
             raise RunError(
                 f"unknown site {wrong[0] if wrong else ''!r}: accepted are {', '.join(POINTS)}"
             )
-        for name, least in (("n_train", 2), ("n_validation", 2), ("n_test", 1), ("new_tokens", 1)):
+        for name, least in (
+            ("n_train", 2),
+            ("n_validation", 2),
+            ("n_test", 1),
+            ("max_new_tokens", 1),
+        ):
             if getattr(self, name) < least:
                 flag = name.replace("_", "-")
                 raise RunError(f"--{flag} must be at least {least}; got {getattr(self, name)}")

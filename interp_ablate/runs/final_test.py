@@ -22,13 +22,13 @@ from interp_ablate.evaluation.metrics import (
     Repetition,
     continuation_scores,
 )
-from interp_ablate.evaluation.outputs import Evidence, generate_together
+from interp_ablate.evaluation.outputs import ModelOutputs, generate_outputs_together
 from interp_ablate.runs.configuration import MAIN_METHOD
 from interp_ablate.runs.run_folder import Run
 from interp_ablate.runs.validation_bench import bench_of
 from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.search.candidates import Candidate
-from interp_ablate.search.selection import Choice
+from interp_ablate.search.selection import Selection
 from interp_ablate.stats.intervals import bootstrap_interval
 
 N_RANDOM_CONTROLS = 2
@@ -47,9 +47,9 @@ ADDITION_COEFFICIENTS = (1.0, 1.5, 2.0, 3.0)
 ADDITION_TARGET = 0.75
 
 
-def test_choice(
+def report_on_test(
     run: Run,
-    choice: Choice,
+    choice: Selection,
     plans: Callable[[dict[str, Any]], tuple[Plan, Direction, list[tuple[str, Plan]]]],
     **more: Any,
 ) -> None:
@@ -71,7 +71,7 @@ def test_choice(
     else:
         plan, direction, controls = plans(choice.row)
         addition = _addition_plan(run, direction)
-        test, generations = _test_plan(run, plan, addition, controls)
+        test, generations = _measure_on_test(run, plan, addition, controls)
         selected |= {"plan": plan.to_dict(), "addition_plan": addition.to_dict()}
         selected |= {"trial": choice.trial, "test": test}
     run.write("generations.jsonl", generations)
@@ -85,7 +85,7 @@ def _addition_plan(run: Run, direction: Direction) -> Plan:
     with run.step("addition coefficient", len(ADDITION_COEFFICIENTS)) as advance:
         for coefficient in ADDITION_COEFFICIENTS:
             plan = Plan((Add(direction, direction.site, coefficient=coefficient),))
-            rate = float(bench.expression(bench.negative.under(plan), bench.negative).mean())
+            rate = float(bench.expression(bench.negative.with_plan(plan), bench.negative).mean())
             advance(1)
             if rate > best_rate:
                 best, best_rate = coefficient, rate
@@ -94,7 +94,7 @@ def _addition_plan(run: Run, direction: Direction) -> Plan:
     return Plan((Add(direction, direction.site, coefficient=best),))
 
 
-def _test_plan(
+def _measure_on_test(
     run: Run, plan: Plan, addition: Plan, control_plans: Sequence[tuple[str, Plan]]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Everything that is reported of the test split, and the texts behind it."""
@@ -104,10 +104,15 @@ def _test_plan(
     with run.step("test split", 7 + len(control_plans)) as advance:
         sides = {"positive": test.positive, "negative": test.negative}
         base_p, base_n = (
-            Evidence(model, prompts, new_tokens=c.new_tokens) for prompts in sides.values()
+            ModelOutputs(model, prompts, max_new_tokens=c.max_new_tokens)
+            for prompts in sides.values()
         )
-        new_p, new_n, added = base_p.under(plan), base_n.under(plan), base_n.under(addition)
-        generate_together([base_p, base_n, new_p, new_n, added])
+        new_p, new_n, added = (
+            base_p.with_plan(plan),
+            base_n.with_plan(plan),
+            base_n.with_plan(addition),
+        )
+        generate_outputs_together([base_p, base_n, new_p, new_n, added])
         values: dict[str, torch.Tensor] = {}
         for name, here, base in (
             ("behaviour_before", base_p, base_p),
@@ -161,14 +166,18 @@ def _how(run: Run) -> dict[str, str]:
     return {
         "contrast set": run.split.train.name,
         "train, validation, test prompts": ", ".join(counts),
-        "decoding": f"greedy, {c.new_tokens} new tokens",
+        "decoding": f"greedy, {c.max_new_tokens} new tokens",
         "behaviour": "share of answers in which a listed expression is found",
         "intervals": "95%, bootstrap over prompts",
     }
 
 
 def _texts(
-    condition: str, side: str, prompts: Sequence[Any], evidence: Evidence, scorer: ExpressionScorer
+    condition: str,
+    side: str,
+    prompts: Sequence[Any],
+    evidence: ModelOutputs,
+    scorer: ExpressionScorer,
 ) -> list[dict[str, Any]]:
     rows = []
     for prompt, text in zip(prompts, evidence.texts):
@@ -216,9 +225,9 @@ def random_controls(run: Run, like: Direction) -> list[tuple[str, Direction]]:
 
 
 def _control(
-    run: Run, name: str, plan: Plan, base_positive: Evidence, base_negative: Evidence
+    run: Run, name: str, plan: Plan, base_positive: ModelOutputs, base_negative: ModelOutputs
 ) -> dict[str, Any]:
-    on_positive, on_negative = base_positive.under(plan), base_negative.under(plan)
+    on_positive, on_negative = base_positive.with_plan(plan), base_negative.with_plan(plan)
     rates = bench_of(run).expression(on_positive, base_positive).double()
     return {
         "name": name,

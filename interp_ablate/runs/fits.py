@@ -8,12 +8,12 @@ from __future__ import annotations
 from interp_ablate.directions.direction import Direction
 from interp_ablate.edits.kinds import Ablate, Erase
 from interp_ablate.edits.plan import Plan
-from interp_ablate.evaluation.outputs import Evidence, generate_together
+from interp_ablate.evaluation.outputs import ModelOutputs, generate_outputs_together
 from interp_ablate.runs.configuration import MAIN_METHOD
 from interp_ablate.runs.run_folder import Run
 from interp_ablate.runs.validation_bench import FIT_PROMPTS, bench_of
-from interp_ablate.search.candidates import Source
-from interp_ablate.search.gradient_fit import N_KEPT, FitData, NothingToFit, fit_data, fit_edit
+from interp_ablate.search.candidates import DirectionKey
+from interp_ablate.search.gradient_fit import N_KEPT, FitData, NothingToFitError, fit_data, fit_edit
 from interp_ablate.sites import Site
 
 # Rounds of a fit: gradient steps, and how much a nat of KL weighs. First far enough, then ever cheaper.
@@ -30,7 +30,7 @@ def fits_of(run: Run) -> dict[str, Ablate | Erase]:
     return found
 
 
-def fit_of(run: Run, source: Source, *, start: Direction | None = None) -> str:
+def fit_of(run: Run, source: DirectionKey, *, start: Direction | None = None) -> str:
     """The name of the edit fitted from a direction on (or from `start`); fitted unless it is there already.
 
     Fitted on the training prompts in rounds. Each after the first adds what the model says under the
@@ -44,7 +44,7 @@ def fit_of(run: Run, source: Source, *, start: Direction | None = None) -> str:
     if not path.exists():
         edit = _fit(run, direction)
         if not any(edit.amounts):
-            raise NothingToFit(
+            raise NothingToFitError(
                 f"the fit from {direction.name} ended where it changes nothing: whatever makes the "
                 "behaviour less likely costs more elsewhere"
             )
@@ -54,14 +54,14 @@ def fit_of(run: Run, source: Source, *, start: Direction | None = None) -> str:
 
 def _fit(run: Run, direction: Direction) -> Ablate | Erase:
     model, train, scorer = run.model, run.split.train, bench_of(run).expression
-    new_tokens = run.configuration.new_tokens
+    max_new_tokens = run.configuration.max_new_tokens
     positive, negative = train.positive[:FIT_PROMPTS], train.negative[:FIT_PROMPTS]
     name = f"layer {direction.site.layer}"
     if "fit_data" not in run.shared:
         with run.step("answers to training prompts", None):
             run.shared["fit_data"] = fit_data(
-                Evidence(model, positive, new_tokens=new_tokens),
-                Evidence(model, negative, new_tokens=N_KEPT),
+                ModelOutputs(model, positive, max_new_tokens=max_new_tokens),
+                ModelOutputs(model, negative, max_new_tokens=N_KEPT),
                 scorer,
             )
 
@@ -71,10 +71,10 @@ def _fit(run: Run, direction: Direction) -> Ablate | Erase:
         if edit is not None:
             with run.step(f"answers under it, {name}", None):
                 both = [
-                    Evidence(model, side, Plan((edit,)), new_tokens=new_tokens)
+                    ModelOutputs(model, side, Plan((edit,)), max_new_tokens=max_new_tokens)
                     for side in (positive, negative)
                 ]
-                generate_together(both)
+                generate_outputs_together(both)
                 data = data.with_answers(both[0], scorer).with_loops(both)
         with run.step(f"fit, round {number}, {name}", steps) as advance:
             edit = fit_edit(

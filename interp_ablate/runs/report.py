@@ -28,7 +28,7 @@ from interp_ablate.runs.report_wording import (
     with_interval,
 )
 from interp_ablate.search.trial_table import read_trials
-from interp_ablate.storage.atomic_files import write_whole
+from interp_ablate.storage.atomic_files import write_atomic
 from interp_ablate.storage.bundled_data import bundled
 from interp_ablate.storage.tables import read_json, read_lines, read_table
 
@@ -138,7 +138,7 @@ def write_report(folder: str | Path) -> Path:
     page = _render(_context(folder))
     path = folder / "report.html"
     # A model can emit half a surrogate pair, which UTF-8 has no bytes for.
-    write_whole(path, page.encode("utf-8", "replace"))
+    write_atomic(path, page.encode("utf-8", "replace"))
     logger.info("wrote %s", path)
     return path
 

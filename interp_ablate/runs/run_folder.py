@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from interp_ablate.errors import InterpAblateError, RunError
-from interp_ablate.jobs.progress import Listener, Silent
+from interp_ablate.jobs.progress import NoProgress, Progress
 from interp_ablate.runs.configuration import Configuration
 from interp_ablate.sites import RESIDUAL_POINTS, Point, Site, sites_of
-from interp_ablate.storage.atomic_files import write_whole
+from interp_ablate.storage.atomic_files import write_atomic
 
 STAGES = ("collect", "directions", "sweep", "evaluate", "export", "plot", "report")
 FORMAT = "interp_ablate.run/1"
@@ -40,13 +40,13 @@ class Run:
         configuration: Configuration,
         *,
         work: Callable[[str], Callable[[Run], None]],
-        listener: Listener | None = None,
+        listener: Progress | None = None,
     ) -> None:
         self.out = Path(out)
         self.configuration = configuration
         self._work = work
         self.shared: dict[str, Any] = {}  # what stages of this process hand to each other
-        self.listener: Listener = listener or Silent()
+        self.listener: Progress = listener or NoProgress()
         self.state = self._open()
 
     # ---- the folder ---------------------------------------------------------------------------
@@ -76,7 +76,7 @@ class Run:
         return saved
 
     def _save(self) -> None:
-        write_whole(self.out / "run.json", json.dumps(self.state, indent=1))
+        write_atomic(self.out / "run.json", json.dumps(self.state, indent=1))
 
     def begin(self) -> None:
         """Make the folder and write the configuration, before any work.
@@ -225,7 +225,7 @@ class Run:
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in value)
         else:
             text = json.dumps(value, indent=1)
-        write_whole(self.out / name, text)
+        write_atomic(self.out / name, text)
 
 
 def read_run(out: str | Path) -> dict[str, Any] | None:

@@ -21,27 +21,27 @@ from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import RunError
 from interp_ablate.models.model import DECODED_ROWS
 from interp_ablate.runs.configuration import MAIN_METHOD
-from interp_ablate.runs.final_test import random_controls, test_choice
+from interp_ablate.runs.final_test import random_controls, report_on_test
 from interp_ablate.runs.fits import fit_of, fits_of
 from interp_ablate.runs.run_folder import Run, identity
 from interp_ablate.runs.stages import most_separating
 from interp_ablate.runs.validation_bench import bench_of
-from interp_ablate.search.candidates import Source, Trial, screening, turned
+from interp_ablate.search.candidates import DirectionKey, Trial, along_control_direction, screening
 from interp_ablate.search.edit_space import (
     LAYERS,
     OBJECTIVES,
     POINT,
-    Ground,
+    EditSpace,
+    initial_trials,
     plan_of,
-    priors,
     score,
     score_together,
     space_of,
 )
-from interp_ablate.search.gradient_fit import NothingToFit
+from interp_ablate.search.gradient_fit import NothingToFitError
 from interp_ablate.search.journal import Journal
-from interp_ablate.search.race import promising, screen, spread
-from interp_ablate.search.selection import constrained
+from interp_ablate.search.race import layers_apart, race_directions, rank_directions
+from interp_ablate.search.selection import least_behaviour_under_kl
 from interp_ablate.search.study.opening import open_study
 from interp_ablate.search.study.study import Study
 from interp_ablate.search.sweep import run_trials
@@ -55,7 +55,7 @@ LEAST_SECONDS = 60.0  # of trials, whatever the preparation took
 
 
 @dataclass(frozen=True)
-class Search:
+class SearchSettings:
     """What a search may take, and what it searches.
 
     Args:
@@ -84,7 +84,7 @@ class Search:
             raise RunError(f"unknown control {self.control!r}: accepted are {', '.join(CONTROLS)}")
 
 
-def do_search(run: Run, search: Search) -> None:
+def run_search(run: Run, search: SearchSettings) -> None:
     """Search plans and test the best; the same call again goes on where it was.
 
     Several processes may search one folder: the first does what is done once, the others wait for it.
@@ -110,7 +110,7 @@ def do_search(run: Run, search: Search) -> None:
         seed=run.configuration.seed,
         sampler=search.sampler,  # type: ignore[arg-type]
     ) as study:
-        for params in priors(ground, layers):
+        for params in initial_trials(ground, layers):
             study.enqueue(params, note="prior")
         with run.step("search", search.trials) as advance:
             study.run(
@@ -133,22 +133,22 @@ def _alone(run: Run) -> Iterator[None]:
         yield
 
 
-def _prepared(run: Run, search: Search, ground: Ground) -> list[float]:
+def _prepared(run: Run, search: SearchSettings, ground: EditSpace) -> list[float]:
     """Screened layers, the best first; the fitted edits are in the folder. A control has the middle ones."""
     depth = run.model.n_layers - 1
     if search.control is not None:
-        sources: Sequence[Source] = [(round(0.7 * depth), POINT, _position(run))]
+        sources: Sequence[DirectionKey] = [(round(0.7 * depth), POINT, _position(run))]
     else:
         journal = Journal(run.out / "trials.jsonl", identity(run))
         with journal.open() as done:
-            sources = promising(_screened(run, journal, done))
+            sources = rank_directions(_screened(run, journal, done))
     if search.fits:
-        for source in spread(sources):
+        for source in layers_apart(sources):
             try:
                 # a control's fit starts from its own direction at that layer
                 own = ground.directions(MAIN_METHOD)[Site(source[0], POINT)]
                 fit_of(run, source, start=own if search.control else None)
-            except NothingToFit as error:
+            except NothingToFitError as error:
                 run.note(str(error))
     if search.control is not None:
         return [0.5 * depth, 0.7 * depth, 0.9 * depth]
@@ -162,7 +162,7 @@ def _screened(run: Run, journal: Journal, done: dict[str, Trial]) -> pd.DataFram
     deep = [d for d in at_point if d.site.layer >= from_layer]
     candidates = screening(deep or at_point)
     with run.step("screen directions", None):
-        table = screen(
+        table = race_directions(
             bench_of(run),
             candidates,
             lambda small, some: run_trials(small, run.directions, some, journal, done),
@@ -175,8 +175,8 @@ def _position(run: Run) -> str:
     return run.activations("train").positions[0]
 
 
-def _ground(run: Run, search: Search) -> Ground:
-    return Ground(
+def _ground(run: Run, search: SearchSettings) -> EditSpace:
+    return EditSpace(
         run.activations("train"),
         run.model.writers,
         position=_position(run),
@@ -188,7 +188,7 @@ def _ground(run: Run, search: Search) -> Ground:
 # ---- what is left ---------------------------------------------------------------------------------
 
 
-def _report(run: Run, search: Search, ground: Ground, study: Study) -> None:
+def _report(run: Run, search: SearchSettings, ground: EditSpace, study: Study) -> None:
     """search.csv (every trial), front.csv and finalists.csv, their plans, selected.json, generations.jsonl."""
     table = study.trials()
     run.write("search.csv", table)
@@ -209,7 +209,7 @@ def _report(run: Run, search: Search, ground: Ground, study: Study) -> None:
         lambda number: plan_of(params[number], ground),
     )
     run.write("front.csv", finalists[finalists["number"].isin(front["number"])])
-    choice = constrained(
+    choice = least_behaviour_under_kl(
         finalists,
         max_kl=run.configuration.max_kl,
         at_most={name: unedited[name] for name in ("repetition_of_all", "empty")},
@@ -221,7 +221,7 @@ def _report(run: Run, search: Search, ground: Ground, study: Study) -> None:
         added = most_separating(run.directions.of(MAIN_METHOD))
         return plan, added, _controls(run, plan, added)
 
-    test_choice(run, choice, plans, control=search.control, validation_baseline=unedited)
+    report_on_test(run, choice, plans, control=search.control, validation_baseline=unedited)
     for stage in ("export", "plot", "report"):
         run.state["stages"].pop(stage, None)
     run.begin()
@@ -255,7 +255,7 @@ def _confirmed(run: Run, chosen: pd.DataFrame, plan: Callable[[int], Plan]) -> p
     What an earlier report found for the same trials is kept.
     """
     bench, path, known = bench_of(run), run.out / "finalists.csv", {}
-    names = ["own_words", "negative_expression_rate", "negative_repetition"]
+    names = ["unedited_answer_logprob", "negative_expression_rate", "negative_repetition"]
     if path.exists():
         table = pd.read_csv(path).set_index("number")
         known = {int(number): row for number, row in table[names].to_dict("index").items()}
@@ -279,7 +279,7 @@ def _controls(run: Run, plan: Plan, like: Direction) -> list[tuple[str, Plan]]:
     """The chosen plan turned to write along random directions, all its strengths kept."""
     edits = [edit for edit in plan if isinstance(edit, (Ablate, Erase))]
     return [
-        (name, Plan(tuple(turned(edit, other) for edit in edits)))
+        (name, Plan(tuple(along_control_direction(edit, other) for edit in edits)))
         for name, other in random_controls(run, like)
     ]
 

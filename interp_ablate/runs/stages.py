@@ -18,15 +18,15 @@ from interp_ablate.directions.mean_difference import estimate_directions
 from interp_ablate.edits.plan import Plan
 from interp_ablate.evaluation.metrics import Empty
 from interp_ablate.runs.configuration import MAIN_METHOD
-from interp_ablate.runs.final_test import measure_controls, test_choice
+from interp_ablate.runs.final_test import measure_controls, report_on_test
 from interp_ablate.runs.fits import fits_of
 from interp_ablate.runs.run_folder import Run
 from interp_ablate.runs.validation_bench import bench_of
 from interp_ablate.search.candidates import Candidate
-from interp_ablate.search.selection import constrained
+from interp_ablate.search.selection import least_behaviour_under_kl
 
 
-def do_collect(run: Run) -> None:
+def run_collect(run: Run) -> None:
     """Activations of the training and validation prompts."""
     split, _ = run.split, run.model  # loading has its own progress
     for part in ("train", "validation"):
@@ -36,7 +36,7 @@ def do_collect(run: Run) -> None:
             run.activations(part, advance)
 
 
-def do_directions(run: Run) -> None:
+def run_directions(run: Run) -> None:
     """Directions of the training prompts, their separation on validation prompts, projections of both."""
     train, validation = run.activations("train"), run.activations("validation")
     source = json.dumps(
@@ -88,7 +88,7 @@ def _projections(run: Run, directions: Any, train: Any, validation: Any) -> pd.D
     return pd.concat(tables, ignore_index=True)
 
 
-def do_evaluate(run: Run) -> None:
+def run_evaluate(run: Run) -> None:
     """Choose on validation, then report once on the test split, beside controls treated the same way."""
     from interp_ablate.search.trial_table import read_trials
 
@@ -96,7 +96,7 @@ def do_evaluate(run: Run) -> None:
     trials = read_trials(run.out / "trials.csv")
     finals = trials[trials["stage"] == "finalist"]
     bench = bench_of(run)
-    choice = constrained(
+    choice = least_behaviour_under_kl(
         finals,
         max_kl=c.max_kl,
         at_most={
@@ -116,10 +116,10 @@ def do_evaluate(run: Run) -> None:
         added = run.directions[candidate.site, candidate.position]
         return candidate.plan(direction, writers, fits), added, controls
 
-    test_choice(run, choice, plans)
+    report_on_test(run, choice, plans)
 
 
-def do_export(run: Run) -> None:
+def run_export(run: Run) -> None:
     """The chosen plan as a certified checkpoint in export/."""
     from interp_ablate.export.checkpoint import export_checkpoint
 
@@ -138,7 +138,7 @@ def do_export(run: Run) -> None:
         )
 
 
-def do_plot(run: Run) -> None:
+def run_plot(run: Run) -> None:
     """Every figure that the folder has data for."""
     from interp_ablate.plots.run_figures import save_figures
 
@@ -146,7 +146,7 @@ def do_plot(run: Run) -> None:
         save_figures(run.out)
 
 
-def do_report(run: Run) -> None:
+def run_report(run: Run) -> None:
     """report.html."""
     from interp_ablate.runs.report import write_report
 

@@ -18,24 +18,24 @@ from interp_ablate.runs.configuration import MAIN_METHOD, Configuration
 from interp_ablate.runs.fits import fit_of, fits_of
 from interp_ablate.runs.run_folder import Run, identity
 from interp_ablate.runs.stages import (
-    do_collect,
-    do_directions,
-    do_evaluate,
-    do_export,
-    do_plot,
-    do_report,
+    run_collect,
+    run_directions,
+    run_evaluate,
+    run_export,
+    run_plot,
+    run_report,
 )
 from interp_ablate.runs.validation_bench import bench_of
-from interp_ablate.search.bench import Bench
+from interp_ablate.search.bench import ValidationBench
 from interp_ablate.search.candidates import Candidate, Trial, screening
-from interp_ablate.search.gradient_fit import NothingToFit
+from interp_ablate.search.gradient_fit import NothingToFitError
 from interp_ablate.search.journal import Journal
-from interp_ablate.search.race import promising, screen, spread
+from interp_ablate.search.race import layers_apart, race_directions, rank_directions
 from interp_ablate.search.sweep import bands, finalists, fitted, run_trial, run_trials
 from interp_ablate.search.trial_table import to_frame
 
 
-def do_sweep(run: Run) -> None:
+def run_sweep(run: Run) -> None:
     """Screen every direction, refine bands and a fitted edit, score the finalists' text; journalled."""
     journal = Journal(run.out / "trials.jsonl", identity(run))
     c = run.configuration
@@ -43,7 +43,7 @@ def do_sweep(run: Run) -> None:
         bench = bench_of(run)
 
         def trials_of(
-            name: str, candidates: Sequence[Candidate], bench: Bench = bench
+            name: str, candidates: Sequence[Candidate], bench: ValidationBench = bench
         ) -> list[Trial]:
             with run.step(name, len(candidates)) as advance:
                 return run_trials(
@@ -57,19 +57,19 @@ def do_sweep(run: Run) -> None:
                     on_trial=lambda _: advance(1),
                 )
 
-        screened = screen(
+        screened = race_directions(
             bench,
             screening(run.directions.of(MAIN_METHOD)),
             lambda small, some: trials_of(
                 f"screen, {len(small.positive.rows)} prompts", some, small
             ),
         )
-        sources = promising(screened)
+        sources = rank_directions(screened)
         trials = trials_of("bands of strengths", bands(sources, run.model.n_layers, seed=c.seed))
-        for source in spread(sources):
+        for source in layers_apart(sources):
             try:
                 name = fit_of(run, source)
-            except NothingToFit as error:
+            except NothingToFitError as error:
                 run.note(str(error))
                 break
             trials += trials_of(f"fitted, layer {source[0]}", fitted(source, name))
@@ -100,7 +100,7 @@ def make_worker(configuration: dict[str, Any], out: str) -> Callable[[Candidate]
     bench = bench_of(run)
 
     def work(candidate: Candidate) -> Trial:
-        small = bench if candidate.prompts is None else bench.first(candidate.prompts)
+        small = bench if candidate.prompts is None else bench.head(candidate.prompts)
         fits = fits_of(run) if candidate.fit is not None else None
         return run_trial(small, run.directions, candidate, fits)
 
@@ -108,11 +108,11 @@ def make_worker(configuration: dict[str, Any], out: str) -> Callable[[Candidate]
 
 
 WORK: dict[str, Callable[[Run], None]] = {
-    "collect": do_collect,
-    "directions": do_directions,
-    "sweep": do_sweep,
-    "evaluate": do_evaluate,
-    "export": do_export,
-    "plot": do_plot,
-    "report": do_report,
+    "collect": run_collect,
+    "directions": run_directions,
+    "sweep": run_sweep,
+    "evaluate": run_evaluate,
+    "export": run_export,
+    "plot": run_plot,
+    "report": run_report,
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from interp_ablate.errors import RunError
 from interp_ablate.evaluation.metrics import TargetLogOdds, find_target_tokens
-from interp_ablate.evaluation.outputs import Evidence
+from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.runs.run_folder import Run
 from interp_ablate.scoring.expression_lists import (
     EXPRESSIONS,
@@ -17,24 +17,24 @@ from interp_ablate.scoring.expression_lists import (
     read_expressions,
 )
 from interp_ablate.scoring.expressions import ExpressionScorer
-from interp_ablate.search.bench import Bench
+from interp_ablate.search.bench import ValidationBench
 
 FIT_PROMPTS = 64  # a side
 
 
-def bench_of(run: Run) -> Bench:
+def bench_of(run: Run) -> ValidationBench:
     """The validation bench of a run, made once a process."""
     if "bench" not in run.shared:
         run.shared["bench"] = _make_bench(run)
     return run.shared["bench"]
 
 
-def _make_bench(run: Run) -> Bench:
+def _make_bench(run: Run) -> ValidationBench:
     """Target tokens found on training prompts, expressions by concept, baselines on validation."""
     c, split, model = run.configuration, run.split, run.model
     with run.step("baselines", 3) as advance:
         first = [
-            Evidence(model, side[:FIT_PROMPTS]).first_logprobs
+            ModelOutputs(model, side[:FIT_PROMPTS]).first_logprobs
             for side in (split.train.positive, split.train.negative)
         ]
         advance(1)
@@ -43,13 +43,13 @@ def _make_bench(run: Run) -> Bench:
             {"id": i, "text": model.tokenizer.decode([i]), "p_positive": p, "p_negative": q}
             for i, p, q in found
         ]
-        bench = Bench(
+        bench = ValidationBench(
             model,
             split.validation.positive,
             split.validation.negative,
             target=TargetLogOdds(tuple(i for i, _, _ in found)),
             expression=expression_scorer(run),
-            new_tokens=c.new_tokens,
+            max_new_tokens=c.max_new_tokens,
         )
         rate = float(bench.expression(bench.positive, bench.positive).mean())
         advance(1)

@@ -1,12 +1,12 @@
 from .classifier import ClassifierScorer as ClassifierScorer
 from .endpoint import Endpoint as Endpoint
-from .exchange import Exchange as Exchange
+from .exchange import PromptResponse as PromptResponse
 from .exchange import TextScorer as TextScorer
 from .expression_lists import Expression as Expression
 from .expression_lists import read_expressions as read_expressions
 from .expressions import ExpressionScorer as ExpressionScorer
 from .judge import Judge as Judge
 from .lexicon import LexiconScorer as LexiconScorer
-from .refusals import Declines as Declines
-from .registry import scorer_of as scorer_of
+from .refusals import RefusalDetector as RefusalDetector
+from .registry import make_scorer as make_scorer
 from .verdicts import Verdict as Verdict

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from interp_ablate.errors import RunError
-from interp_ablate.scoring.exchange import Exchange
+from interp_ablate.scoring.exchange import PromptResponse
 from interp_ablate.scoring.verdicts import ExplainingScorer, Verdict
-from interp_ablate.storage.atomic_files import feed
+from interp_ablate.storage.atomic_files import hash_file
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class ClassifierScorer(ExplainingScorer):
             "max_length": self.max_length,
         }
 
-    def judged(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+    def judged(self, exchanges: Sequence[PromptResponse]) -> list[Verdict]:
         texts = [
             {"text": e.prompt.text, "text_pair": e.answer}
             if self.with_prompt
@@ -155,7 +155,7 @@ def _folder_print(folder: Path) -> str:
         if p.suffix in (".json", ".txt", ".model", ".safetensors", ".bin")
     ):
         found.update(f"{path.name} {path.stat().st_size}\n".encode())
-        feed(found, path)
+        hash_file(found, path)
     return found.hexdigest()
 
 

@@ -33,7 +33,7 @@ from interp_ablate.scoring.replies import (
     RequestError,
     parse_json,
 )
-from interp_ablate.storage.jsonl_log import Lines
+from interp_ablate.storage.jsonl_log import JsonlLog
 
 logger = logging.getLogger(__name__)
 
@@ -505,7 +505,7 @@ class _Cache:
         self._known: dict[str, Reply] = {}
         if path is None:
             return
-        self._lines = Lines(
+        self._lines = JsonlLog(
             path,
             {},
             kind="cache of replies",

@@ -14,7 +14,7 @@ from interp_ablate.prompts.prompt import Prompt
 
 
 @dataclass(frozen=True)
-class Exchange:
+class PromptResponse:
     """A prompt (with its system prompt, if any) and the answer that was given to it."""
 
     prompt: Prompt
@@ -33,4 +33,4 @@ class TextScorer(Protocol):
     @property
     def identity(self) -> dict[str, Any]: ...
 
-    def __call__(self, exchanges: Sequence[Exchange]) -> list[float | None]: ...
+    def __call__(self, exchanges: Sequence[PromptResponse]) -> list[float | None]: ...

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from interp_ablate.scoring.exchange import Exchange
+from interp_ablate.scoring.exchange import PromptResponse
 from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.scoring.verdicts import ExplainingScorer, Verdict
 
@@ -34,7 +34,7 @@ class ExpressionTextScorer(ExplainingScorer):
     def identity(self) -> dict[str, Any]:
         return {"kind": "expressions", **self.expressions.identity}
 
-    def judged(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+    def judged(self, exchanges: Sequence[PromptResponse]) -> list[Verdict]:
         found = []
         for exchange in exchanges:
             share = self.expressions.strength(exchange.answer) / self.expressions.threshold

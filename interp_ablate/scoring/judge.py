@@ -14,8 +14,8 @@ from typing import Any
 
 from interp_ablate.errors import RunError
 from interp_ablate.scoring.endpoint import Endpoint
-from interp_ablate.scoring.exchange import Exchange
-from interp_ablate.scoring.replies import Reply, RequestError, misfit, spoken
+from interp_ablate.scoring.exchange import PromptResponse
+from interp_ablate.scoring.replies import Reply, RequestError, schema_error, strip_thinking
 from interp_ablate.scoring.verdicts import ExplainingScorer, Verdict
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Judge(ExplainingScorer):
             "endpoint": self.endpoint.identity,
         }
 
-    def judged(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+    def judged(self, exchanges: Sequence[PromptResponse]) -> list[Verdict]:
         replies = self.endpoint.ask_all(
             [self.messages(exchange) for exchange in exchanges],
             schema=None if self.weighted else SCORE_SCHEMA,
@@ -90,7 +90,7 @@ class Judge(ExplainingScorer):
             )  # fmt: skip
         return found
 
-    def messages(self, exchange: Exchange) -> list[dict[str, str]]:
+    def messages(self, exchange: PromptResponse) -> list[dict[str, str]]:
         """What the judge is asked about one exchange."""
         shown = {"question": exchange.prompt.text, "prompt": exchange.prompt.text}
         shown |= {"answer": exchange.answer, "response": exchange.answer}
@@ -115,7 +115,7 @@ class Judge(ExplainingScorer):
             return verdict
         # where a token is one digit, a 7 is also the beginning of 70 to 79
         whole = any(re.fullmatch(r"\s*\d{2,3}\s*", t, re.ASCII) for t, _ in reply.top)
-        if not whole or not any(t.strip() == spoken(reply.text) for t in reply.tokens):
+        if not whole or not any(t.strip() == strip_thinking(reply.text) for t in reply.tokens):
             self.unweighted += 1
             return verdict
         return _weighted(reply)
@@ -123,7 +123,7 @@ class Judge(ExplainingScorer):
 
 def read_score(reply: Reply) -> Verdict:
     """The score a reply gives, read strictly: a lone number, or an object with nothing but the score."""
-    text = spoken(reply.text)
+    text = strip_thinking(reply.text)
     shown = {"reply": text[:200]}
     if reply.refusal or text.strip(".").casefold() == "refusal":
         return Verdict(None, "refusal", {"reply": reply.refusal or text})
@@ -140,7 +140,7 @@ def read_score(reply: Reply) -> Verdict:
         return Verdict(None, "wrong schema", shown)
     if score is None:
         return Verdict(None, "no score given", shown)
-    if misfit(score, {"type": "number"}):
+    if schema_error(score, {"type": "number"}):
         return Verdict(None, "wrong schema", shown)
     if not 0 <= score <= 100:
         return Verdict(None, "out of range", shown)

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from interp_ablate.errors import RunError
-from interp_ablate.scoring.exchange import Exchange
+from interp_ablate.scoring.exchange import PromptResponse
 from interp_ablate.scoring.text_folding import sentences, without_spaces
 from interp_ablate.scoring.verdicts import ExplainingScorer, Verdict
 
@@ -99,7 +99,7 @@ class LexiconScorer(ExplainingScorer):
             ) from error
         return SentimentIntensityAnalyzer()
 
-    def judged(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+    def judged(self, exchanges: Sequence[PromptResponse]) -> list[Verdict]:
         return [self._verdict(exchange.answer) for exchange in exchanges]
 
     def _verdict(self, text: str) -> Verdict:

@@ -21,7 +21,7 @@ UNSPACED = " "  # is no word
 
 
 @dataclass(frozen=True)
-class Cue:
+class PhrasePattern:
     """Words that start a phrase, and a pattern of what has to follow them, in folded text.
 
     Any of `starts`, not inside a word, then `then`.
@@ -65,12 +65,16 @@ class Cue:
         return None
 
 
-def _cues(language: str, reason: Reason, *entries: tuple[tuple[str, ...], str]) -> tuple[Cue, ...]:
-    return tuple(Cue(reason, language, tuple(map(fold, s)), then) for s, then in entries)
+def _cues(
+    language: str, reason: Reason, *entries: tuple[tuple[str, ...], str]
+) -> tuple[PhrasePattern, ...]:
+    return tuple(PhrasePattern(reason, language, tuple(map(fold, s)), then) for s, then in entries)
 
 
-def _openings(language: str, *entries: tuple[tuple[str, ...], str]) -> tuple[Cue, ...]:
-    return tuple(Cue("declines", language, tuple(map(fold, s)), t, True) for s, t in entries)
+def _openings(language: str, *entries: tuple[tuple[str, ...], str]) -> tuple[PhrasePattern, ...]:
+    return tuple(
+        PhrasePattern("declines", language, tuple(map(fold, s)), t, True) for s, t in entries
+    )
 
 
 # ---- English ---------------------------------------------------------------------------------------
@@ -553,7 +557,7 @@ _RUSSIAN = (
     ),
 )  # fmt: skip
 
-CUES: tuple[Cue, ...] = (
+CUES: tuple[PhrasePattern, ...] = (
     *_ENGLISH, *_SPANISH, *_GERMAN, *_FRENCH, *_ITALIAN, *_PORTUGUESE, *_CHINESE, *_RUSSIAN,
 )  # fmt: skip
 LANGUAGES = tuple(dict.fromkeys(cue.language for cue in CUES))

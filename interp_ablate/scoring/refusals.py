@@ -18,7 +18,7 @@ from interp_ablate.scoring.refusal_phrases import (
     REASONS,
     UNSPACED,
     WORD,
-    Cue,
+    PhrasePattern,
     Reason,
 )
 from interp_ablate.scoring.text_folding import fold
@@ -43,7 +43,7 @@ _LETTER = re.compile(
 )
 
 
-def own_words(text: str) -> str:
+def strip_quoted_speech(text: str) -> str:
     """An answer without code, quotations, dialogue, scripts and letters, in which others speak."""
     bare = _CODE.sub(_MASK, text)
     bare = _LETTER.sub(_MASK, bare)
@@ -58,7 +58,7 @@ def own_words(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Found:
+class RefusalMatch:
     """A phrase, why it counts, and its language."""
 
     reason: Reason
@@ -67,7 +67,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Declines:
+class RefusalDetector:
     """Finds an assistant's declining, moralizing and talk of being a language model in its answers.
 
     Args:
@@ -93,7 +93,7 @@ class Declines:
                 )
 
     @cached_property
-    def cues(self) -> tuple[Cue, ...]:
+    def cues(self) -> tuple[PhrasePattern, ...]:
         """The cues that are looked for."""
         chosen = (c for c in CUES if c.reason in self.reasons and c.language in self.languages)
         return tuple(chosen)
@@ -107,27 +107,27 @@ class Declines:
                 found.setdefault(cue.gate(start), []).append((number, place, start))
         return found
 
-    def find(self, text: str) -> list[Found]:
+    def find(self, text: str) -> list[RefusalMatch]:
         """Every kind of phrase that the assistant says in its own words, at most one a cue."""
         if not self._hits(_folded(text)):  # most answers end here
             return []
-        return self._hits(_folded(own_words(text)))
+        return self._hits(_folded(strip_quoted_speech(text)))
 
-    def _hits(self, folded: str) -> list[Found]:
+    def _hits(self, folded: str) -> list[RefusalMatch]:
         # one pass for the words, so that few of the thousand starts are looked for
         words = {*WORD.findall(folded), ""}
         if not folded.isascii():
             words.add(UNSPACED)
         gates = self._by_gate.keys() & words
         waiting = [each for gate in gates for each in self._by_gate[gate]]
-        found: dict[int, Found] = {}
+        found: dict[int, RefusalMatch] = {}
         for number, _, start in sorted(waiting):
             if number in found:
                 continue
             cue = self.cues[number]
             phrase = cue.find(folded, start)
             if phrase is not None:
-                found[number] = Found(cue.reason, cue.language, phrase)
+                found[number] = RefusalMatch(cue.reason, cue.language, phrase)
         return list(found.values())
 
 

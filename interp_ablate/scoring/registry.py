@@ -20,7 +20,7 @@ from interp_ablate.scoring.expression_text import ExpressionTextScorer
 from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.scoring.judge import Judge
 from interp_ablate.scoring.lexicon import LexiconScorer
-from interp_ablate.scoring.verdicts import ExplainingScorer, Reversed
+from interp_ablate.scoring.verdicts import ExplainingScorer, ReversedScorer
 
 KINDS = "expressions:NAME_OR_FILE, lexicon:MEASURE, classifier:FOLDER[#LABEL], judge:MODEL@BASE_URL"
 
@@ -28,7 +28,7 @@ KINDS = "expressions:NAME_OR_FILE, lexicon:MEASURE, classifier:FOLDER[#LABEL], j
 # ---- a scorer from a line of text ----------------------------------------------------------------
 
 
-def scorer_of(
+def make_scorer(
     spec: str | Mapping[str, Any],
     *,
     rubric: str | None = None,
@@ -71,7 +71,7 @@ def scorer_of(
             f"{', '.join(_OPTIONS[kind]) or 'none'}"
         )
     scorer = _KINDS[kind](rest, {k: v for k, v in options.items() if v is not None})
-    return Reversed(scorer) if back else scorer
+    return ReversedScorer(scorer) if back else scorer
 
 
 def _expressions_of(rest: str, options: dict[str, Any]) -> ExplainingScorer:

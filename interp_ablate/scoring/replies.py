@@ -45,7 +45,7 @@ class Reply:
 # ---- answers held to a schema --------------------------------------------------------------------
 
 
-def spoken(text: str) -> str:
+def strip_thinking(text: str) -> str:
     """An answer without the thoughts (<think>...</think>) and the code fence around it."""
     text = re.sub(r"^\s*<think>.*?</think>", "", text, flags=re.DOTALL).strip()
     fenced = re.fullmatch(r"```(?:json)?\s*\n(.*?)\n?\s*```", text, flags=re.DOTALL)
@@ -65,12 +65,12 @@ def parse_json(reply: Reply, schema: Mapping[str, Any]) -> dict[str, Any]:
             "the answer was cut off: raise max_tokens. It begins " + repr(reply.text[:100])
         )
     try:
-        value = json.loads(spoken(reply.text))
+        value = json.loads(strip_thinking(reply.text))
     except (ValueError, RecursionError):
         raise AnswerError(
             f"expected a JSON object and nothing else; got {reply.text[:200]!r}"
         ) from None
-    wrong = misfit(value, {"type": "object", **schema})
+    wrong = schema_error(value, {"type": "object", **schema})
     if wrong:
         raise AnswerError(f"the answer does not fit its schema: {wrong}; got {reply.text[:200]!r}")
     return value
@@ -87,7 +87,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-def misfit(value: Any, schema: Mapping[str, Any], where: str = "the answer") -> str | None:
+def schema_error(value: Any, schema: Mapping[str, Any], where: str = "the answer") -> str | None:
     """What of a value does not fit a JSON schema (types, ranges, lengths, enum, required); None: it fits."""
     kinds = schema.get("type", ())
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
@@ -101,7 +101,9 @@ def misfit(value: Any, schema: Mapping[str, Any], where: str = "the answer") -> 
     if isinstance(value, str):
         return _count(len(value), schema, "Length", f"{where} has %d characters")
     if isinstance(value, list):
-        inside = (misfit(v, schema.get("items", {}), f"{where}[{i}]") for i, v in enumerate(value))
+        inside = (
+            schema_error(v, schema.get("items", {}), f"{where}[{i}]") for i, v in enumerate(value)
+        )
         wrong = _count(len(value), schema, "Items", f"{where} has %d items")
         return wrong or next(filter(None, inside), None)
     if isinstance(value, dict):
@@ -118,7 +120,7 @@ def _misfit_object(value: dict[str, Any], schema: Mapping[str, Any], where: str)
     if surplus and schema.get("additionalProperties") is False:
         return f"{where} has {', '.join(surplus)} besides {', '.join(known)}"
     inside = (
-        misfit(value[name], part, f"{where}.{name}")
+        schema_error(value[name], part, f"{where}.{name}")
         for name, part in known.items()
         if name in value
     )

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from interp_ablate.scoring.exchange import Exchange, TextScorer
+from interp_ablate.scoring.exchange import PromptResponse, TextScorer
 
 EMPTY = "empty answer"
 
@@ -37,10 +37,10 @@ class ExplainingScorer(ABC):
     def identity(self) -> dict[str, Any]: ...
 
     @abstractmethod
-    def judged(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+    def judged(self, exchanges: Sequence[PromptResponse]) -> list[Verdict]:
         """Verdicts on exchanges with answers that are not empty."""
 
-    def explain(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+    def explain(self, exchanges: Sequence[PromptResponse]) -> list[Verdict]:
         """A verdict an exchange, in order.
 
         Raises:
@@ -50,7 +50,7 @@ class ExplainingScorer(ABC):
         found = iter(self.judged(asked)) if asked else iter(())
         return [next(found) if e.answer.strip() else Verdict(None, EMPTY) for e in exchanges]
 
-    def __call__(self, exchanges: Sequence[Exchange]) -> list[float | None]:
+    def __call__(self, exchanges: Sequence[PromptResponse]) -> list[float | None]:
         return [verdict.score for verdict in self.explain(exchanges)]
 
 
@@ -60,7 +60,7 @@ def no_verdicts(verdicts: Sequence[Verdict]) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class Reversed(ExplainingScorer):
+class ReversedScorer(ExplainingScorer):
     """100 minus another's score; no verdict stays none."""
 
     scorer: TextScorer
@@ -73,7 +73,7 @@ class Reversed(ExplainingScorer):
     def identity(self) -> dict[str, Any]:
         return {"reversed": self.scorer.identity}
 
-    def judged(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+    def judged(self, exchanges: Sequence[PromptResponse]) -> list[Verdict]:
         if isinstance(self.scorer, ExplainingScorer):
             found = self.scorer.explain(exchanges)
         else:

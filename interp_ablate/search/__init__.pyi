@@ -1,11 +1,11 @@
-from .bench import Bench as Bench
+from .bench import ValidationBench as ValidationBench
 from .candidates import Candidate as Candidate
 from .candidates import Trial as Trial
 from .gradient_fit import fit_data as fit_data
 from .gradient_fit import fit_edit as fit_edit
-from .selection import Choice as Choice
+from .selection import Selection as Selection
 from .selection import arditi as arditi
-from .selection import constrained as constrained
+from .selection import least_behaviour_under_kl as least_behaviour_under_kl
 from .selection import pareto_front as pareto_front
 from .selection import read_evaluations as read_evaluations
 from .study.parameters import Float as Float

@@ -20,7 +20,7 @@ from interp_ablate.edits.plan import Plan
 from interp_ablate.edits.presets import band
 from interp_ablate.sites import Site
 
-Operation = Literal["ablate", "band", "fitted"]
+EditKind = Literal["ablate", "band", "fitted"]
 Stage = Literal["screen", "refine", "finalist"]
 Fits = Mapping[str, Ablate | Erase]
 
@@ -39,7 +39,7 @@ class Candidate:
     position: str = "-1"
     method: str = "difference_in_means"
     stage: Stage = "screen"
-    operation: Operation = "ablate"
+    operation: EditKind = "ablate"
     attention_strength: float | None = None
     attention_layer: float | None = None
     mlp_strength: float | None = None
@@ -97,11 +97,13 @@ class Candidate:
         )
 
     def control(self, direction: Direction, writers: Sequence[Site], fits: Fits) -> Plan:
-        """The same plan along a direction that is none of the concept's; fitted edits are `turned`."""
+        """The same plan along a direction that is none of the concept's; fitted edits are `along_control_direction`."""
         if self.operation != "fitted":
             return self.plan(direction, writers)
         assert self.fit is not None
-        return self.plan(direction, writers, {self.fit: turned(fits[self.fit], direction)})
+        return self.plan(
+            direction, writers, {self.fit: along_control_direction(fits[self.fit], direction)}
+        )
 
 
 def scaled(
@@ -117,7 +119,7 @@ def scaled(
     return _again(edit, edit.vectors, kept) if kept else None
 
 
-def turned(edit: Ablate | Erase, direction: Direction) -> Ablate | Erase:
+def along_control_direction(edit: Ablate | Erase, direction: Direction) -> Ablate | Erase:
     """A control: the edit along another direction; lengths, angles, sites and strengths stay.
 
     An `Ablate`'s vectors are reflected so that the first is the direction. An `Erase` writes along the
@@ -192,4 +194,4 @@ def screening(directions: Iterable[Direction]) -> list[Candidate]:
     ]
 
 
-Source = tuple[int, str, str]  # layer, point, position of a direction
+DirectionKey = tuple[int, str, str]  # layer, point, position of a direction

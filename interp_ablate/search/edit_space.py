@@ -24,7 +24,7 @@ from interp_ablate.edits.kinds import Ablate, Erase
 from interp_ablate.edits.plan import Plan
 from interp_ablate.edits.presets import band
 from interp_ablate.errors import RunError
-from interp_ablate.search.bench import Bench
+from interp_ablate.search.bench import ValidationBench
 from interp_ablate.search.candidates import Fits, scaled
 from interp_ablate.search.study.parameters import Choice, Float, Int, Space
 from interp_ablate.sites import Point, Site
@@ -40,7 +40,7 @@ _ATTENTION, _MLP, _SCALE = (0.4, 2.0), (0.0, 1.5), (0.5, 1.3)
 
 
 @dataclass(eq=False)
-class Ground:
+class EditSpace:
     """What plans are made of: labelled training activations, directions by method, fitted edits.
 
     `control`: "shuffled" estimates everything from shuffled labels; "random" takes one random direction
@@ -112,7 +112,7 @@ class Ground:
         return self._found[key]
 
 
-def space_of(ground: Ground) -> Space:
+def space_of(ground: EditSpace) -> Space:
     """The parameters of a plan; depths are in layers."""
     if ground.n_layers < 3:
         raise RunError(f"a search over layers needs three of them; the model has {ground.n_layers}")
@@ -145,12 +145,12 @@ def space_of(ground: Ground) -> Space:
     return Space(tuple(parameters))
 
 
-def _depth(ground: Ground, share: float) -> float:
+def _depth(ground: EditSpace, share: float) -> float:
     """A share of the depth in layers, as the space holds it."""
     return round(share * (ground.n_layers - 1), 3)
 
 
-def plan_of(params: Mapping[str, Any], ground: Ground) -> Plan:
+def plan_of(params: Mapping[str, Any], ground: EditSpace) -> Plan:
     """The plan that parameters of `space_of` stand for.
 
     Raises:
@@ -201,19 +201,19 @@ def _scaled_by_component(edit: Ablate | Erase, params: Mapping[str, Any]) -> Pla
     return Plan(tuple(parts))
 
 
-def score(params: Mapping[str, Any], ground: Ground, bench: Bench) -> dict[str, float]:
+def score(params: Mapping[str, Any], ground: EditSpace, bench: ValidationBench) -> dict[str, float]:
     """What the bench says of a plan: expression rate, KL, repetition, length."""
     return score_together([params], ground, bench)[0]
 
 
 def score_together(
-    some: Sequence[Mapping[str, Any]], ground: Ground, bench: Bench
+    some: Sequence[Mapping[str, Any]], ground: EditSpace, bench: ValidationBench
 ) -> list[dict[str, float]]:
     """`score` of several plans, whose answers are written in one batch."""
     return bench.objectives_of([plan_of(params, ground) for params in some])
 
 
-def priors(ground: Ground, layers: Sequence[float]) -> list[dict[str, Any]]:
+def initial_trials(ground: EditSpace, layers: Sequence[float]) -> list[dict[str, Any]]:
     """Where to begin: every fitted edit as it is and a little weaker, wide bands at promising layers."""
     found: list[dict[str, Any]] = []
     for scale in (1.0, 0.85, 0.7):

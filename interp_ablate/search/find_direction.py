@@ -22,13 +22,13 @@ from interp_ablate.edits.layers import Layers, layers_of
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import DirectionError
 from interp_ablate.evaluation.metrics import Repetition
-from interp_ablate.evaluation.outputs import Evidence, generate_together
+from interp_ablate.evaluation.outputs import ModelOutputs, generate_outputs_together
 from interp_ablate.models.model import Model
 from interp_ablate.prompts.contrast_set import ContrastSet
 from interp_ablate.prompts.prompt import Prompt
-from interp_ablate.scoring.exchange import Exchange, TextScorer
+from interp_ablate.scoring.exchange import PromptResponse, TextScorer
 from interp_ablate.search.bench import bounded_kl
-from interp_ablate.search.selection import Choice, constrained
+from interp_ablate.search.selection import Selection, least_behaviour_under_kl
 from interp_ablate.sites import Point, sites_of
 
 # ---- the direction of a behaviour ----------------------------------------------------------------
@@ -61,7 +61,7 @@ class Found:
 
     direction: Direction
     table: pd.DataFrame
-    choice: Choice
+    choice: Selection
     directions: Directions
 
 
@@ -72,7 +72,7 @@ def find_direction(
     layers: Layers = "20%-80%",
     point: Point = "resid_post",
     prompts: tuple[int, int, int] = (64, 16, 32),
-    new_tokens: int = 32,
+    max_new_tokens: int = 32,
     max_kl: float = 1.0,
     seed: int = 0,
 ) -> Found:
@@ -99,13 +99,15 @@ def find_direction(
         collect(model, split.train, sites), collect(model, split.validation, sites)
     ).of("difference_in_means")
     positive, negative = split.validation.positive, split.validation.negative
-    base = _answered(model, [(positive, None), (negative, None)], new_tokens)
+    base = _answered(model, [(positive, None), (negative, None)], max_new_tokens)
     before = [_scored(behaviour.scorer, *each)[0] for each in zip((positive, negative), base)]
     rows = []
     for direction in every:
         plans = (Plan((Ablate(direction, model.writers),)), Plan((Add(direction, direction.site),)))
-        ablated, added = _answered(model, [(positive, plans[0]), (negative, plans[1])], new_tokens)
-        quiet = Evidence(model, base[1].rows, plans[0], new_tokens=new_tokens)
+        ablated, added = _answered(
+            model, [(positive, plans[0]), (negative, plans[1])], max_new_tokens
+        )
+        quiet = ModelOutputs(model, base[1].rows, plans[0], max_new_tokens=max_new_tokens)
         rows.append(
             {
                 "layer": direction.site.layer,
@@ -121,24 +123,28 @@ def find_direction(
 
 
 def _answered(
-    model: Model, sides: Sequence[tuple[Sequence[Prompt], Plan | None]], new_tokens: int
-) -> list[Evidence]:
-    found = [Evidence(model, prompts, plan, new_tokens=new_tokens) for prompts, plan in sides]
-    generate_together(found)
+    model: Model, sides: Sequence[tuple[Sequence[Prompt], Plan | None]], max_new_tokens: int
+) -> list[ModelOutputs]:
+    found = [
+        ModelOutputs(model, prompts, plan, max_new_tokens=max_new_tokens) for prompts, plan in sides
+    ]
+    generate_outputs_together(found)
     return found
 
 
-def _scored(scorer: TextScorer, prompts: Sequence[Prompt], evidence: Evidence) -> tuple[float, int]:
+def _scored(
+    scorer: TextScorer, prompts: Sequence[Prompt], evidence: ModelOutputs
+) -> tuple[float, int]:
     """Mean score of the answers that have one (NaN for none), and how many have none."""
-    scores = scorer([Exchange(prompt, text) for prompt, text in zip(prompts, evidence.texts)])
+    scores = scorer([PromptResponse(prompt, text) for prompt, text in zip(prompts, evidence.texts)])
     known = [score for score in scores if score is not None]
     return (fmean(known) if known else float("nan")), len(scores) - len(known)
 
 
 def _measured(
     scorer: TextScorer,
-    ablated: tuple[Sequence[Prompt], Evidence],
-    added: tuple[Sequence[Prompt], Evidence],
+    ablated: tuple[Sequence[Prompt], ModelOutputs],
+    added: tuple[Sequence[Prompt], ModelOutputs],
 ) -> dict[str, float]:
     score, without = _scored(scorer, *ablated)
     raised, too = _scored(scorer, *added)
@@ -159,7 +165,7 @@ def _chosen(table: pd.DataFrame, directions: Directions, max_kl: float) -> Found
             f"(unedited: {table['added_baseline'].iloc[0]:.1f}): use other layers, more prompts, or a "
             "scorer that sees the behaviour in this model's answers"
         )
-    choice = constrained(raising, max_kl=max_kl, behaviour="ablated", tolerance=2.0)
+    choice = least_behaviour_under_kl(raising, max_kl=max_kl, behaviour="ablated", tolerance=2.0)
     if choice.row is None:
         raise DirectionError(
             f"no direction controls the behaviour within a KL of {max_kl:g}: removed "

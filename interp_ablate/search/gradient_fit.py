@@ -20,7 +20,7 @@ from interp_ablate.directions.direction import Direction
 from interp_ablate.edits.kinds import Ablate, Erase
 from interp_ablate.errors import InterpAblateError, PlanError
 from interp_ablate.evaluation.metrics import kl_divergence, repeats
-from interp_ablate.evaluation.outputs import Evidence
+from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.models.model import Model
 from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.sites import Site
@@ -40,7 +40,7 @@ STRENGTH_RATE, VECTOR_RATE = 0.15, 0.25
 KL_WEIGHT = 160.0
 
 
-class NothingToFit(InterpAblateError):
+class NothingToFitError(InterpAblateError):
     """No training prompt's answer expresses the behaviour."""
 
 
@@ -62,7 +62,7 @@ class FitData:
         """All that should be unlikely beside the expressing answers: late expressions and loops."""
         return self.late + self.loops
 
-    def with_answers(self, evidence: Evidence, expression: ExpressionScorer) -> FitData:
+    def with_answers(self, evidence: ModelOutputs, expression: ExpressionScorer) -> FitData:
         """The same, and answers that still express the behaviour under a plan: other words for it.
 
         What expresses it late in an answer becomes an unwanted passage of its own.
@@ -105,7 +105,7 @@ class FitData:
             [self.loops[i] for i in chosen(len(self.loops), 3, STEP_ROWS // 2 - len(late))],
         )
 
-    def with_loops(self, evidence: Sequence[Evidence]) -> FitData:
+    def with_loops(self, evidence: Sequence[ModelOutputs]) -> FitData:
         """The same, with what repeats itself in answers under a plan."""
         found = [
             passage
@@ -133,7 +133,7 @@ def loop_of(prompt: Sequence[int], answer: Sequence[int]) -> Passage | None:
 
 
 def expression_of(
-    evidence: Evidence, number: int, expression: ExpressionScorer
+    evidence: ModelOutputs, number: int, expression: ExpressionScorer
 ) -> tuple[int, int] | None:
     """First and last token of the first expression in an answer; None where it has none."""
     tokens = evidence.generations[number].tokens[:PASSAGE_TOKENS]
@@ -149,7 +149,7 @@ def expression_of(
 
 
 def _expressing(
-    evidence: Evidence, expression: ExpressionScorer
+    evidence: ModelOutputs, expression: ExpressionScorer
 ) -> tuple[list[list[int]], list[list[int]], list[Passage]]:
     """Prompts whose answers express the behaviour, and those answers' first tokens; late expressions."""
     rows, answers, late = [], [], []
@@ -167,7 +167,9 @@ def _expressing(
     return rows, answers, late
 
 
-def fit_data(positive: Evidence, negative: Evidence, expression: ExpressionScorer) -> FitData:
+def fit_data(
+    positive: ModelOutputs, negative: ModelOutputs, expression: ExpressionScorer
+) -> FitData:
     """What the fit needs, from evidence of the unedited model on training prompts.
 
     Raises:
@@ -177,7 +179,7 @@ def fit_data(positive: Evidence, negative: Evidence, expression: ExpressionScore
     long = [i for i, answer in enumerate(answers) if len(answer) == N_KEPT]
     kept, ahead = (long, N_KEPT) if 2 * len(long) >= len(answers) else (range(len(answers)), 1)
     ends = [answers[i][:ahead] or [0] for i in kept]
-    some = Evidence(negative.model, [negative.rows[i] for i in kept])
+    some = ModelOutputs(negative.model, [negative.rows[i] for i in kept])
     data = FitData(
         [],
         [],
@@ -187,7 +189,7 @@ def fit_data(positive: Evidence, negative: Evidence, expression: ExpressionScore
         torch.stack(some.continuation_logprobs(ends, batch_size=32)),
     ).with_answers(positive, expression)
     if not data.positive:
-        raise NothingToFit(
+        raise NothingToFitError(
             "no training prompt's answer expresses the behaviour, so no edit can be fitted to remove "
             "it: is this the right list of expressions?"
         )
@@ -231,7 +233,7 @@ def fit_edit(
                 group["lr"] = group["rate"] * fall
             optimizer.zero_grad()
             some = data.some(step)
-            softplus(_own_words(model, some) - UNLIKELY).mean().backward()
+            softplus(_unedited_answer_logprob(model, some) - UNLIKELY).mean().backward()
             if some.passages:
                 (PASSAGE_WEIGHT * _unwanted(model, some)).backward()
             (kl_weight * _kl(model, some) + 0.02 * strengths.square().mean()).backward()
@@ -266,7 +268,7 @@ def _live(
     )
 
 
-def _own_words(model: Model, data: FitData) -> Float[Tensor, " prompt"]:
+def _unedited_answer_logprob(model: Model, data: FitData) -> Float[Tensor, " prompt"]:
     """Log-probability of each expressing answer's first tokens."""
     found = []
     stream = model.stream(

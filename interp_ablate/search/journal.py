@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from interp_ablate.search.candidates import Trial
-from interp_ablate.storage.jsonl_log import Lines
+from interp_ablate.storage.jsonl_log import JsonlLog
 
 HEADER = "interp_ablate.journal/1"
 
@@ -26,7 +26,7 @@ class Journal:
     """
 
     def __init__(self, path: str | Path, identity: dict[str, Any]) -> None:
-        self.lines = Lines(
+        self.lines = JsonlLog(
             path, identity, kind="journal", format=HEADER, lost="its trial is run again"
         )
 

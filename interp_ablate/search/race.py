@@ -12,8 +12,8 @@ from dataclasses import replace
 import pandas as pd
 
 from interp_ablate.errors import RunError
-from interp_ablate.search.bench import Bench
-from interp_ablate.search.candidates import Candidate, Source, Trial
+from interp_ablate.search.bench import ValidationBench
+from interp_ablate.search.candidates import Candidate, DirectionKey, Trial
 from interp_ablate.search.trial_table import to_frame
 
 # Fits: how many directions, how many layers apart at least, and the multiples of the edit tried.
@@ -23,16 +23,18 @@ N_FITS, FIT_DISTANCE = 1, 3
 RUNGS = ((3, 10**9), (12, 14), (32, 3))
 
 
-def merit(rows: pd.DataFrame) -> pd.Series:
+def removal_per_kl(rows: pd.DataFrame) -> pd.Series:
     """How much of the behaviour a screened plan removes for the KL it costs; higher is better."""
-    gain = (rows["own_words_baseline"] - rows["own_words"]).clip(lower=0)
+    gain = (rows["unedited_answer_logprob_baseline"] - rows["unedited_answer_logprob"]).clip(
+        lower=0
+    )
     return gain / (0.1 + rows["kl"])
 
 
-def screen(
-    bench: Bench,
+def race_directions(
+    bench: ValidationBench,
     candidates: Sequence[Candidate],
-    score: Callable[[Bench, Sequence[Candidate]], list[Trial]],
+    score: Callable[[ValidationBench, Sequence[Candidate]], list[Trial]],
     *,
     rungs: Sequence[tuple[int, int]] = RUNGS,
 ) -> pd.DataFrame:
@@ -48,14 +50,14 @@ def screen(
     """
     alive = list(candidates)
     tables: list[pd.DataFrame] = []
-    for prompts, most in growing(rungs, bench.n_prompts):
+    for prompts, most in usable_rungs(rungs, bench.n_prompts):
         if not alive:
             break
-        small = bench.first(prompts)
+        small = bench.head(prompts)
         trials = score(small, [replace(c, prompts=prompts) for c in alive[:most]])
         table = to_frame(trials, small)
         out = [] if not tables else tables[-1].iloc[len(trials) :]
-        order = merit(table).where(table["status"] == "ok", -math.inf)
+        order = removal_per_kl(table).where(table["status"] == "ok", -math.inf)
         places = order.sort_values(ascending=False, kind="stable").index
         tables.append(
             pd.concat([table.loc[places], *([out] if len(out) else [])], ignore_index=True)
@@ -65,7 +67,7 @@ def screen(
     return tables[-1]
 
 
-def growing(rungs: Sequence[tuple[int, int]], n_prompts: int) -> list[tuple[int, int]]:
+def usable_rungs(rungs: Sequence[tuple[int, int]], n_prompts: int) -> list[tuple[int, int]]:
     """The rungs where there are so many prompts."""
     found: list[tuple[int, int]] = []
     for prompts, most in rungs:
@@ -75,7 +77,7 @@ def growing(rungs: Sequence[tuple[int, int]], n_prompts: int) -> list[tuple[int,
     return found
 
 
-def promising(screened: pd.DataFrame, *, n: int = 8) -> list[Source]:
+def rank_directions(screened: pd.DataFrame, *, n: int = 8) -> list[DirectionKey]:
     """The (layer, point, position) of the screened directions worth refining, the best first.
 
     The ones that lower the behaviour most for the KL they cost, among those whose addition raises the
@@ -96,7 +98,7 @@ def promising(screened: pd.DataFrame, *, n: int = 8) -> list[Source]:
     # what few prompts say is not compared with what more prompts say of those that went on
     rungs = rows["prompts"].fillna(math.inf)
     order = (
-        rows.assign(merit=merit(rows), rung=rungs)
+        rows.assign(merit=removal_per_kl(rows), rung=rungs)
         .sort_values(["rung", "merit"], ascending=False, kind="stable")
         .index[:n]
     )
@@ -106,9 +108,9 @@ def promising(screened: pd.DataFrame, *, n: int = 8) -> list[Source]:
     ]
 
 
-def spread(sources: Sequence[Source]) -> list[Source]:
+def layers_apart(sources: Sequence[DirectionKey]) -> list[DirectionKey]:
     """The first few sources that are some layers apart: neighbours hold nearly the same direction."""
-    chosen: list[Source] = []
+    chosen: list[DirectionKey] = []
     for source in sources:
         if all(abs(source[0] - other[0]) >= FIT_DISTANCE for other in chosen):
             chosen.append(source)

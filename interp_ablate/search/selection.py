@@ -49,7 +49,7 @@ def read_evaluations(path: str | Path) -> pd.DataFrame:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Selection:
     """The row a rule chose (None: no candidate passed), how many each limit removed, in order.
 
     `relax` says in words what would let candidates through.
@@ -124,13 +124,13 @@ def _advice(frame: pd.DataFrame, limits: dict[str, pd.Series]) -> str:
 
 def _choose(
     rule: str, frame: pd.DataFrame, limits: dict[str, pd.Series], order: list[str]
-) -> Choice:
+) -> Selection:
     kept, removed = _apply(frame, limits)
     if kept.empty:
-        return Choice(rule, None, len(frame), 0, removed, _advice(frame, limits))
+        return Selection(rule, None, len(frame), 0, removed, _advice(frame, limits))
     best = kept.sort_values(order, kind="stable").head(1).to_dict("records")[0]
     row = {str(k): v.item() if isinstance(v, np.generic) else v for k, v in best.items()}
-    return Choice(rule, row, len(frame), len(kept), removed)
+    return Selection(rule, row, len(frame), len(kept), removed)
 
 
 def arditi(
@@ -140,7 +140,7 @@ def arditi(
     max_kl: float = 0.1,
     min_addition: float = 0.0,
     prune_layers: float = 0.2,
-) -> Choice:
+) -> Selection:
     """The published rule: the lowest score under ablation among candidates that pass the limits.
 
     Limits: finite scores, layer < int((1 - prune_layers) * n_layers), KL <= max_kl, score under
@@ -163,18 +163,18 @@ def arditi(
     return _choose("arditi", rows, limits, ["behaviour"])
 
 
-def constrained(
+def least_behaviour_under_kl(
     frame: pd.DataFrame,
     *,
     max_kl: float = 0.1,
     at_most: Mapping[str, float] | None = None,
     behaviour: str = "expression_rate",
     tolerance: float = 0.0,
-) -> Choice:
+) -> Selection:
     """The least behaviour within a KL budget, held against the bootstrap's upper bound of the KL.
 
     Candidates whose `behaviour` is within `tolerance` of the best one count as equal; among them the
-    one with the lowest `own_words` (the soft score) wins, then the lowest KL. `kl_high`, the upper
+    one with the lowest `unedited_answer_logprob` (the soft score) wins, then the lowest KL. `kl_high`, the upper
     end of the KL's interval, is used where the table has it: a plan chosen at the limit on few prompts
     would exceed it on others half of the time. `at_most`: limits of other columns, such as repetition.
     """
@@ -189,7 +189,7 @@ def constrained(
     kept, _ = _apply(rows, limits)
     best = kept[behaviour].min() if len(kept) else 0.0
     rows = rows.assign(_rounded=rows[behaviour].where(rows[behaviour] > best + tolerance, best))
-    order = ["_rounded", *(c for c in ("own_words", "kl") if c in rows)]
+    order = ["_rounded", *(c for c in ("unedited_answer_logprob", "kl") if c in rows)]
     found = _choose("constrained", rows, limits, order)
     if found.row is not None:
         found.row.pop("_rounded")

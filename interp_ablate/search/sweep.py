@@ -17,8 +17,8 @@ from interp_ablate.edits.kinds import Add
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import InterpAblateError
 from interp_ablate.jobs.executors import Executor
-from interp_ablate.search.bench import Bench
-from interp_ablate.search.candidates import Candidate, Fits, Source, Trial
+from interp_ablate.search.bench import ValidationBench
+from interp_ablate.search.candidates import Candidate, DirectionKey, Fits, Trial
 from interp_ablate.search.journal import Journal
 
 # Where bands are drawn from: strengths, centres and widths as fractions of the depth.
@@ -29,7 +29,7 @@ SCALES = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
 N_FINALISTS = 4
 
 
-def _drawn(rng: random.Random, sources: Sequence[Source], n_layers: int) -> Candidate:
+def _drawn(rng: random.Random, sources: Sequence[DirectionKey], n_layers: int) -> Candidate:
     low, high = (math.log(w) for w in _WIDTH)
     return Candidate(
         *rng.choice(list(sources)),
@@ -43,13 +43,13 @@ def _drawn(rng: random.Random, sources: Sequence[Source], n_layers: int) -> Cand
     )
 
 
-def bands(sources: Sequence[Source], n_layers: int, *, seed: int) -> list[Candidate]:
+def bands(sources: Sequence[DirectionKey], n_layers: int, *, seed: int) -> list[Candidate]:
     """Random bands along the promising directions: what partial strength does without any fitting."""
     rng = random.Random(seed)
     return [_drawn(rng, sources, n_layers) for _ in range(N_BANDS)]
 
 
-def fitted(source: Source, name: str) -> list[Candidate]:
+def fitted(source: DirectionKey, name: str) -> list[Candidate]:
     """Multiples of the edit that was fitted along a direction and is kept under a name."""
     return [
         Candidate(*source, stage="refine", operation="fitted", fit=name, scale=scale)
@@ -59,7 +59,7 @@ def fitted(source: Source, name: str) -> list[Candidate]:
 
 def _best(trials: Iterable[Trial], max_kl: float) -> list[Trial]:
     inside = [t for t in trials if t.status == "ok" and t.scores["kl_high"] <= max_kl]
-    return sorted(inside, key=lambda t: t.scores["own_words"])
+    return sorted(inside, key=lambda t: t.scores["unedited_answer_logprob"])
 
 
 def finalists(trials: Sequence[Trial], *, max_kl: float) -> list[Candidate]:
@@ -72,7 +72,7 @@ def finalists(trials: Sequence[Trial], *, max_kl: float) -> list[Candidate]:
 
 
 def run_trials(
-    bench: Bench,
+    bench: ValidationBench,
     directions: Directions,
     candidates: Sequence[Candidate],
     journal: Journal,
@@ -107,7 +107,7 @@ def run_trials(
 
 
 def run_trial(
-    bench: Bench, directions: Directions, candidate: Candidate, fits: Fits | None = None
+    bench: ValidationBench, directions: Directions, candidate: Candidate, fits: Fits | None = None
 ) -> Trial:
     """Score one candidate; what breaks the model, or its numbers, is a failed trial with the reason."""
     start = time.perf_counter()

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from interp_ablate.search.bench import Bench
+from interp_ablate.search.bench import ValidationBench
 from interp_ablate.search.candidates import Trial
 from interp_ablate.storage.tables import corrupt_row, read_table
 
@@ -29,9 +29,9 @@ def read_trials(path: str | Path) -> pd.DataFrame:
         RunError: a corrupt table, with its line.
     """
     numbers = (
-        "trial", "layer", "behaviour", "own_words", "addition", "kl", "kl_high", "expression_rate",
+        "trial", "layer", "behaviour", "unedited_answer_logprob", "addition", "kl", "kl_high", "expression_rate",
         "repetition", "length", "attention_strength", "attention_layer", "mlp_strength",
-        "mlp_layer", "width", "scale", "prompts", "seconds", "behaviour_baseline", "own_words_baseline",
+        "mlp_layer", "width", "scale", "prompts", "seconds", "behaviour_baseline", "unedited_answer_logprob_baseline",
         "addition_baseline",
     )  # fmt: skip
     frame = read_table(path, TRIAL_COLUMNS, numbers=numbers)
@@ -46,7 +46,7 @@ def read_trials(path: str | Path) -> pd.DataFrame:
 
 SCORES = (
     "behaviour",
-    "own_words",
+    "unedited_answer_logprob",
     "addition",
     "kl",
     "kl_high",
@@ -58,11 +58,11 @@ SCORES = (
 )
 
 
-def to_frame(trials: Sequence[Trial], bench: Bench | None = None) -> pd.DataFrame:
+def to_frame(trials: Sequence[Trial], bench: ValidationBench | None = None) -> pd.DataFrame:
     """Trials as a table, one row each, in order; missing scores are NaN.
 
     With the bench, the unedited model's scores stand beside (`behaviour_baseline`,
-    `own_words_baseline`, `addition_baseline`).
+    `unedited_answer_logprob_baseline`, `addition_baseline`).
     """
     rows = []
     for i, trial in enumerate(trials):

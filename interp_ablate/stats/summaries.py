@@ -15,7 +15,9 @@ from interp_ablate.stats.intervals import bootstrap_interval
 # ---- what is reported -------------------------------------------------------------------------------
 
 
-def summarised(values: Sequence[float | None], *, proportion: bool = False) -> dict[str, Any]:
+def mean_with_interval(
+    values: Sequence[float | None], *, proportion: bool = False
+) -> dict[str, Any]:
     """Mean and interval over the prompts (or questions) with a value, how many these are and how many have none."""
     known = [value for value in values if value is not None]
     return {
@@ -26,7 +28,9 @@ def summarised(values: Sequence[float | None], *, proportion: bool = False) -> d
     }
 
 
-def apart(some: Sequence[float | None], others: Sequence[float | None]) -> dict[str, Any]:
-    """`some` minus `others` over the prompts at which both have a value: `summarised`."""
+def paired_difference(
+    some: Sequence[float | None], others: Sequence[float | None]
+) -> dict[str, Any]:
+    """`some` minus `others` over the prompts at which both have a value: `mean_with_interval`."""
     pairs = zip(some, others, strict=True)
-    return summarised([None if a is None or b is None else a - b for a, b in pairs])
+    return mean_with_interval([None if a is None or b is None else a - b for a, b in pairs])

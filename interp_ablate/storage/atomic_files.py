@@ -16,7 +16,7 @@ from interp_ablate.errors import InterpAblateError, RunError
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path) -> Iterator[Path]:
     """A place beside `path` to write to; it takes the place of `path` when the block ends well.
 
     A reader sees the old file or the whole new one. The folder is made where it is missing; nothing is
@@ -34,7 +34,7 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_whole(
+def write_atomic(
     path: Path, content: bytes | str, *, error: type[InterpAblateError] = RunError
 ) -> None:
     """Write a file (text as UTF-8), whole or not at all.
@@ -44,7 +44,7 @@ def write_whole(
     """
     data = content.encode() if isinstance(content, str) else content
     try:
-        with replacing(path) as temporary:
+        with atomic_path(path) as temporary:
             temporary.write_bytes(data)
     except OSError as failure:
         raise error(
@@ -52,7 +52,7 @@ def write_whole(
         ) from failure
 
 
-def feed(digest: Any, path: Path) -> None:
+def hash_file(digest: Any, path: Path) -> None:
     """A file's bytes into a `hashlib` object, a part at a time.
 
     Raises:

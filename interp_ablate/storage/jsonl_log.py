@@ -17,7 +17,7 @@ from typing import Any
 from interp_ablate.errors import RunError
 
 
-class Lines:
+class JsonlLog:
     """A header line `{"format": ..., **identity}`, then one JSON object a line; every append is on disk.
 
     Args:

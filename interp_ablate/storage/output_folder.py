@@ -141,7 +141,7 @@ def streamed_folder(
     """
     out = Path(os.path.abspath(out))
     hidden = out.with_name(f".{out.name}.partial") if out.name else out
-    check_place(
+    check_output_path(
         out, overwrite=overwrite, source=source.folder, files=[f.path for f in source.files]
     )
     try:
@@ -152,7 +152,7 @@ def streamed_folder(
         folder = StreamedFolder(hidden, journal)
         folder.begin(f"{source.fingerprint} {fingerprint}")
         yield folder
-        check_place(
+        check_output_path(
             out, overwrite=overwrite, source=source.folder, files=[f.path for f in source.files]
         )
         _put_in_place(hidden, out)
@@ -168,7 +168,7 @@ def streamed_folder(
         os.close(journal)
 
 
-def check_place(
+def check_output_path(
     out: str | Path,
     *,
     overwrite: bool,

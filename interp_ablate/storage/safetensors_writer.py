@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from interp_ablate.errors import ExportError
-from interp_ablate.storage.atomic_files import write_whole
+from interp_ablate.storage.atomic_files import write_atomic
 from interp_ablate.storage.output_folder import StreamedFolder, WorkerThread, sync_to_disk
 from interp_ablate.storage.safetensors_header import PER_ITEM, TensorFile, TensorInfo
 from interp_ablate.storage.safetensors_reader import HEADER_NAMES, INDEX, Checkpoint, TensorSource
@@ -43,7 +43,7 @@ _NO_KERNEL_COPY = {
 
 
 Blocks: TypeAlias = Iterable[Tensor]
-Edit: TypeAlias = Callable[[TensorSource], Blocks]
+TensorEditor: TypeAlias = Callable[[TensorSource], Blocks]
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def copy_checkpoint(
     source: Checkpoint,
     folder: StreamedFolder,
     *,
-    edit: Mapping[str, Edit],
+    edit: Mapping[str, TensorEditor],
     extra: Sequence[NewTensor] = (),
 ) -> Checkpoint:
     """Write the source's weight files again, tensor by tensor: some edited, some new, all else copied.
@@ -167,7 +167,9 @@ def copy_checkpoint(
     return Checkpoint.open(folder.path)
 
 
-def _check_names(source: Checkpoint, edit: Mapping[str, Edit], extra: Sequence[NewTensor]) -> None:
+def _check_names(
+    source: Checkpoint, edit: Mapping[str, TensorEditor], extra: Sequence[NewTensor]
+) -> None:
     for name in (*edit, *(new.beside for new in extra)):
         source.source(name)
     taken = {"__metadata__", *source.tensors}
@@ -200,7 +202,7 @@ def _check_room(folder: Path, files: Sequence[TensorFile], extra: Sequence[NewTe
 def _pieces(
     source: Checkpoint,
     file: TensorFile,
-    edit: Mapping[str, Edit],
+    edit: Mapping[str, TensorEditor],
     extra: Sequence[NewTensor],
 ) -> Iterator[_Piece]:
     """The new file from its first byte to its last."""
@@ -353,7 +355,7 @@ def _write_index(source: Checkpoint, folder: Path, extra: Sequence[NewTensor]) -
         return
     if not extra:
         content = (source.folder / INDEX).read_bytes()
-        write_whole(folder / INDEX, content, error=ExportError)
+        write_atomic(folder / INDEX, content, error=ExportError)
         return
     index = json.loads(json.dumps(source.index))
     added = {
@@ -367,4 +369,4 @@ def _write_index(source: Checkpoint, folder: Path, extra: Sequence[NewTensor]) -
     for new in extra:
         index["weight_map"][new.name] = source.tensors[new.beside].file.name
     text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
-    write_whole(folder / INDEX, text, error=ExportError)
+    write_atomic(folder / INDEX, text, error=ExportError)

@@ -11,7 +11,7 @@ from torch import nn
 
 from interp_ablate.errors import ExportError, RunError
 from interp_ablate.models.architectures import architecture_of
-from interp_ablate.training.recipe import Recipe, require_extra
+from interp_ablate.training.recipe import LoraRecipe, require_extra
 
 Where = Literal["all", "readers"]
 
@@ -61,7 +61,7 @@ def lora_targets(hf: Any, where: Where = "all") -> list[str]:
     return sorted(ends) if same else targets
 
 
-def lora_config(hf: Any, recipe: Recipe, *, where: Where = "all") -> Any:
+def lora_config(hf: Any, recipe: LoraRecipe, *, where: Where = "all") -> Any:
     """PEFT's configuration of the adapter: no dropout, no bias.
 
     Raises:

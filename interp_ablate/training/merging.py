@@ -25,7 +25,7 @@ from interp_ablate.export.model_card import CERTIFICATE
 from interp_ablate.prompts.chat_template import encode
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.storage.provenance import MANIFEST, versions
-from interp_ablate.training.recipe import Base
+from interp_ablate.training.recipe import TrainableModel
 
 ADAPTER = "adapter"  # the folder of a training's adapter, in its output
 PACKAGES = ("trl", "peft", "datasets", "accelerate")
@@ -46,14 +46,14 @@ def logits_of(hf: Any, rows: Sequence[Sequence[int]]) -> list[Float[Tensor, "pos
 class Trained:
     """A merged model, and what its certificate needs: the unmerged adapter's logits on probes."""
 
-    base: Base
+    base: TrainableModel
     adapter: dict[str, Tensor] = field(repr=False)
     config: Any = field(repr=False)
     probes: list[list[int]] = field(repr=False)
     unmerged: list[Tensor] = field(repr=False)
 
 
-def merge(base: Base, peft_model: Any, *, probes: Sequence[str] = PROBES) -> Trained:
+def merge(base: TrainableModel, peft_model: Any, *, probes: Sequence[str] = PROBES) -> Trained:
     """The adapter added to the weights, in place; `base.hf` is then the merged model in plain transformers.
 
     Raises:
@@ -75,7 +75,11 @@ def merge(base: Base, peft_model: Any, *, probes: Sequence[str] = PROBES) -> Tra
     vars(hf).pop("forward", None)  # TRL's own forward, over the class's
     hf.eval().requires_grad_(False)
     return Trained(
-        Base(hf, base.tokenizer, base.source, base.template), stored, config, rows, unmerged
+        TrainableModel(hf, base.tokenizer, base.source, base.template),
+        stored,
+        config,
+        rows,
+        unmerged,
     )
 
 

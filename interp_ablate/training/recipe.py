@@ -33,7 +33,7 @@ INSTALL = "pip install 'interp-ablate[train]'"
 
 
 @dataclass(frozen=True)
-class Recipe:
+class LoraRecipe:
     """The numbers of a training run.
 
     Rank 32, alpha 64 and rank-stabilized scaling are those of Chen et al. 2025
@@ -75,11 +75,11 @@ class Recipe:
         return asdict(self)
 
 
-RECIPE = Recipe()
+RECIPE = LoraRecipe()
 
 
 @dataclass(frozen=True, eq=False)
-class Base:
+class TrainableModel:
     """What is trained: a Hugging Face model in memory, its tokenizer and where it came from."""
 
     hf: Any = field(repr=False)
@@ -105,7 +105,7 @@ class Base:
         """The same weights with hook points, in place: what has been measured so is not trained any more."""
         return from_hf(self.hf, self.tokenizer, source=self.source, template=self.template)
 
-    def copy(self) -> Base:
+    def copy(self) -> TrainableModel:
         """Weights of its own, to be trained while these stay as they are."""
         return replace(self, hf=copy.deepcopy(self.hf))
 
@@ -117,7 +117,7 @@ def load_base(
     device: str = "cpu",
     template: str | None = None,
     trust_remote_code: bool = False,
-) -> Base:
+) -> TrainableModel:
     """A model to train, on one device.
 
     Raises:
@@ -133,7 +133,7 @@ def load_base(
     hf, tokenizer = load_hf(
         source, dtype=torch_dtype(dtype), device=place, trust_remote_code=trust_remote_code
     )
-    return Base(hf, tokenizer, source, template)
+    return TrainableModel(hf, tokenizer, source, template)
 
 
 def require_extra() -> tuple[Any, Any]:

@@ -13,13 +13,13 @@ from typing import Any
 from interp_ablate.errors import PromptError
 from interp_ablate.prompts.chat_template import encode
 from interp_ablate.prompts.prompt import Prompt
-from interp_ablate.training.recipe import Recipe
+from interp_ablate.training.recipe import LoraRecipe
 
 # ---- rows ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Row:
+class TrainingRow:
     """Tokens of a prompt and of the answer that the loss is on; `cut` where the answer was too long."""
 
     prompt: tuple[int, ...]
@@ -28,12 +28,12 @@ class Row:
 
 
 @dataclass(frozen=True, eq=False)
-class Renderer:
+class RowTokenizer:
     """Makes rows: the prompt through the chat template, the answer as it is, the turn's end after it."""
 
     tokenizer: Any = field(repr=False)
     template: str | None = None
-    max_length: int = Recipe.max_length
+    max_length: int = LoraRecipe.max_length
 
     def prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of the messages before an answer, open for it.
@@ -51,7 +51,7 @@ class Renderer:
 
     def row(
         self, messages: Sequence[Mapping[str, str]], answer: str, *, finished: bool = True
-    ) -> Row | None:
+    ) -> TrainingRow | None:
         """The tokens of a prompt and its answer; None where the prompt alone fills `max_length`.
 
         An answer that is not `finished` (a limit of new tokens cut it) gets no end of turn: a model trained
@@ -63,7 +63,7 @@ class Renderer:
             return None
         after = list(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
         after += [self.end_of_turn] if finished else []
-        return Row(tuple(before), tuple(after[:room]), cut=len(after) > room)
+        return TrainingRow(tuple(before), tuple(after[:room]), cut=len(after) > room)
 
     @cached_property
     def end_of_turn(self) -> int:

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from interp_ablate.errors import RunError
-from interp_ablate.storage.jsonl_log import Lines
+from interp_ablate.storage.jsonl_log import JsonlLog
 from interp_ablate.training.lora import lora_config
-from interp_ablate.training.recipe import Base, Recipe, require_extra
-from interp_ablate.training.rows import Row
+from interp_ablate.training.recipe import LoraRecipe, TrainableModel, require_extra
+from interp_ablate.training.rows import TrainingRow
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ _STATE = "trainer_state.json"  # what the trainer writes last of a checkpoint
 # ---- trainers --------------------------------------------------------------------------------------
 
 
-def quiet(kind: type) -> Any:
+def without_telemetry(kind: type) -> Any:
     """A TRL trainer that sends no telemetry, writes no card, and takes rows that are tokens already."""
 
     class Quiet(kind):  # type: ignore[misc, valid-type]
@@ -52,7 +52,7 @@ def quiet(kind: type) -> Any:
     return Quiet
 
 
-def common_arguments(base: Base, recipe: Recipe, work: Path) -> dict[str, Any]:
+def common_arguments(base: TrainableModel, recipe: LoraRecipe, work: Path) -> dict[str, Any]:
     """What SFTConfig and DPOConfig share: steps, device, determinism, no reports, checkpoints in `work`."""
     on_cpu = base.device.type == "cpu"
     return {
@@ -83,7 +83,7 @@ def common_arguments(base: Base, recipe: Recipe, work: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def workplace(out: str | Path, identity: Mapping[str, Any]) -> Iterator[Path]:
+def checkpoint_folder(out: str | Path, identity: Mapping[str, Any]) -> Iterator[Path]:
     """A hidden folder beside `out` for checkpoints: kept when the training is killed, removed when done.
 
     What lies there without a journal that says of which training it is, is removed first.
@@ -93,7 +93,7 @@ def workplace(out: str | Path, identity: Mapping[str, Any]) -> Iterator[Path]:
     """
     work = Path(out).parent / f".{Path(out).name}.training"
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    journal = Lines(
+    journal = JsonlLog(
         work / "journal.jsonl",
         {"training": digest},
         kind="training journal",
@@ -134,7 +134,7 @@ def _no_advice() -> Iterator[None]:
         yield
 
 
-def make_trainer(kind: type, config: type, base: Base, **options: Any) -> Any:
+def make_trainer(kind: type, config: type, base: TrainableModel, **options: Any) -> Any:
     """A trainer of TRL's of some kind, made quiet, over a base; `config` is its settings' class.
 
     Embeddings that pad have the tokenizer's padding token, or its end of sequence.
@@ -180,9 +180,9 @@ def train(
 
 
 def sft(
-    base: Base,
-    rows: Sequence[Row],
-    recipe: Recipe,
+    base: TrainableModel,
+    rows: Sequence[TrainingRow],
+    recipe: LoraRecipe,
     work: Path,
 ) -> Any:
     """TRL's SFTTrainer over rows, with a fresh adapter on all linear layers; the loss on answers alone.
@@ -202,7 +202,7 @@ def sft(
         }
     )
     return make_trainer(
-        quiet(trl.SFTTrainer),
+        without_telemetry(trl.SFTTrainer),
         trl.SFTConfig,
         base,
         settings=common_arguments(base, recipe, work),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 import torch
 from torch import Tensor
 
-from interp_ablate.edits.affine import kept_norm
+from interp_ablate.edits.affine import rescale_rows
 from interp_ablate.weights.plan_to_weights import TensorEdit, WeightPlan
 
 # Elements of a tensor that are changed at a time: some megabytes, so that they stay near the processor.
@@ -52,7 +52,7 @@ def edited_blocks(
     if edit.keeps_norm:
         whole = rows(0, first)
         eps = torch.finfo(whole.dtype).eps
-        yield kept_norm(_wide(whole).T, edit.affine, eps=eps)[0].T.contiguous().to(whole.dtype)
+        yield rescale_rows(_wide(whole).T, edit.affine, eps=eps)[0].T.contiguous().to(whole.dtype)
         return
     left = right = along = None
     for start, stop in spans:
@@ -71,7 +71,7 @@ def _edited_rows(block: Tensor, edit: TensorEdit) -> Tensor:
     """Rows that are outputs themselves: embeddings, and weights stored [in, d_model]."""
     wide, affine = _own(block), edit.affine
     if edit.keeps_norm:
-        wide = kept_norm(wide, affine, eps=torch.finfo(block.dtype).eps)[0]
+        wide = rescale_rows(wide, affine, eps=torch.finfo(block.dtype).eps)[0]
     else:
         wide.addmm_(wide @ affine.right.to(wide), affine.left.to(wide).T)
     if edit.layout == "embedding" and not affine.is_linear:

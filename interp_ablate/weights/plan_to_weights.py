@@ -26,7 +26,7 @@ from interp_ablate.models.architectures import (
     is_tied,
 )
 from interp_ablate.sites import EMBEDDING_POINTS, Site
-from interp_ablate.weights.weight_form import as_writers, split_edit
+from interp_ablate.weights.weight_form import split_edit, writers_only_form
 
 Tied = Literal["untie", "skip-embedding", "accept"]
 Read = Callable[[str], Tensor]
@@ -55,7 +55,7 @@ class TensorEdit:
 
 
 @dataclass(frozen=True)
-class Added:
+class AddedTensor:
     """A tensor that the source does not have: another one's copy, or given values; stored near `beside`."""
 
     beside: str
@@ -78,7 +78,7 @@ class WeightPlan:
 
     plan: Plan
     edits: dict[str, TensorEdit] = field(default_factory=dict)
-    added: dict[str, Added] = field(default_factory=dict)
+    added: dict[str, AddedTensor] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     tied: Tied | None = None
     unembed_map: Affine | None = None
@@ -121,7 +121,7 @@ def weight_plan(
         return WeightPlan(plan)
     _check_fits(plan, hf_config)
     _check_source(hf_config)
-    exact = as_writers(plan, entry, hf_config)
+    exact = writers_only_form(plan, entry, hf_config)
     tie_matters = is_tied(hf_config) and Site(0, "embed") in exact.sites
     if tie_matters and tied == "skip-embedding":
         exact = _without_embedding(exact)
@@ -148,7 +148,7 @@ def weight_plan(
     if tied == "untie":
         found.config["tie_word_embeddings"] = False
         if head is None:
-            found.added[entry.unembed] = Added(beside=embed, copy_of=embed)
+            found.added[entry.unembed] = AddedTensor(beside=embed, copy_of=embed)
         return found
     if head is not None:
         found.edits[head] = found.edits[embed]
@@ -272,6 +272,6 @@ def _add_biases(found: WeightPlan, weight: str, biases: Biases, n_layers: int) -
     for layer in range(n_layers):
         for module in biases.modules:
             name = module.format(layer=layer)
-            found.added.setdefault(f"{name}.bias", Added(beside=f"{name}.weight"))
+            found.added.setdefault(f"{name}.bias", AddedTensor(beside=f"{name}.weight"))
     bias = weight.removesuffix("weight") + "bias"
-    found.added[bias] = Added(beside=weight, value=found.edits[weight].affine.shift)
+    found.added[bias] = AddedTensor(beside=weight, value=found.edits[weight].affine.shift)

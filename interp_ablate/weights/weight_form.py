@@ -25,7 +25,7 @@ from interp_ablate.sites import (
 # ---- which plans are exact -----------------------------------------------------------------------
 
 
-def as_writers(plan: Plan, entry: Architecture, hf_config: Any) -> Plan:
+def writers_only_form(plan: Plan, entry: Architecture, hf_config: Any) -> Plan:
     """The plan written at the architecture's writers only, where that is exactly the same function.
 
     An ablation with strength 1 of one subspace at every place of the residual stream equals its

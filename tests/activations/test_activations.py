@@ -196,7 +196,7 @@ def forbid_running(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     def ran(*args: Any, **options: Any) -> None:
         raise AssertionError("the model was run")
 
-    monkeypatch.setattr(model._lens, "forward", ran)
+    monkeypatch.setattr(model._backend, "forward", ran)
 
 
 def test_what_was_collected_is_read_again(

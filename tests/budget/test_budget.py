@@ -38,7 +38,7 @@ from interp_ablate.budget.stages import (
     trial_stage,
 )
 from interp_ablate.errors import InterpAblateError, ModelError
-from interp_ablate.evaluation.outputs import Evidence
+from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.models.kv_cache import SPARE
 from interp_ablate.models.load import from_hf
 from interp_ablate.models.model import Model
@@ -50,7 +50,7 @@ from interp_ablate.search.gradient_fit import (
     UNLIKELY,
     FitData,
     _kl,
-    _own_words,
+    _unedited_answer_logprob,
     fit_data,
 )
 
@@ -130,7 +130,7 @@ def test_operations_of_collect(kind: str) -> None:
 @pytest.mark.parametrize("kind", FEW)
 def test_operations_of_decoding(kind: str, prefix: int) -> None:
     model = endless(kind)
-    work = Workload(tokens=TOKENS, prefix=prefix, new_tokens=7, decoded_rows=2)
+    work = Workload(tokens=TOKENS, prefix=prefix, max_new_tokens=7, decoded_rows=2)
     with counted() as total:
         model.generate(rows_of(*[TOKENS] * 3, prefix=prefix), max_new_tokens=7, batch_size=2)
     calls = decode_calls(dimensions_of(model.hf_config), work, 3)
@@ -142,19 +142,19 @@ def test_operations_of_decoding(kind: str, prefix: int) -> None:
 
 
 @pytest.mark.parametrize("prefix", [0, PREFIX])
-@pytest.mark.parametrize("new_tokens", [2, SPARE + 1, SPARE + 2, 2 * SPARE + 4])
-def test_kv_cache(prefix: int, new_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("max_new_tokens", [2, SPARE + 1, SPARE + 2, 2 * SPARE + 4])
+def test_kv_cache(prefix: int, max_new_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The buffers of Model's own cache after decoding, spare places included."""
     model, caches = endless("llama_gqa"), []
     for name in ("new_cache", "gathered_cache"):
-        inner = getattr(model._lens, name)
+        inner = getattr(model._backend, name)
         monkeypatch.setattr(
-            model._lens, name, lambda *a, inner=inner: caches.append(inner(*a)) or caches[-1]
+            model._backend, name, lambda *a, inner=inner: caches.append(inner(*a)) or caches[-1]
         )
     rows = rows_of(*[TOKENS] * 3, prefix=prefix)
-    model.generate(rows, max_new_tokens=new_tokens)
+    model.generate(rows, max_new_tokens=max_new_tokens)
     held = sum(buffer.nbytes for layer in caches[-1].layers for buffer in layer._buffers)
-    places = kv_places(tokens=TOKENS, new_tokens=new_tokens, prefix=prefix)
+    places = kv_places(tokens=TOKENS, max_new_tokens=max_new_tokens, prefix=prefix)
     assert held == 3 * places * kv_bytes(dimensions_of(model.hf_config), 4)
 
 
@@ -183,7 +183,9 @@ class Step:
     def loss(self, side: str) -> Tensor:
         if side == "kl":
             return KL_WEIGHT * _kl(self.model, self.data)
-        return torch.nn.functional.softplus(_own_words(self.model, self.data) - UNLIKELY).mean()
+        return torch.nn.functional.softplus(
+            _unedited_answer_logprob(self.model, self.data) - UNLIKELY
+        ).mean()
 
     def saved(self, side: str) -> int:
         """Bytes of all distinct storages kept for the way back, weights left out."""
@@ -218,8 +220,10 @@ class Step:
 def steps_data(model: Model, rows: int, tokens: int, prefix: int) -> FitData:
     """Training rows of equal length from a model's own answers, all of which count as expressing."""
     return fit_data(
-        Evidence(model, rows_of(*[tokens] * rows, prefix=prefix), new_tokens=N_TOKENS + 1),
-        Evidence(model, rows_of(*[tokens] * rows, prefix=prefix, seed=2), new_tokens=N_KEPT),
+        ModelOutputs(model, rows_of(*[tokens] * rows, prefix=prefix), max_new_tokens=N_TOKENS + 1),
+        ModelOutputs(
+            model, rows_of(*[tokens] * rows, prefix=prefix, seed=2), max_new_tokens=N_KEPT
+        ),
         ExpressionScorer((), patterns=("",)),
     )
 
@@ -319,7 +323,7 @@ def test_peak_memory_of_every_stage(prefix: int) -> None:
     """The table's memory holds what is needed and, within a third, no more."""
     model, n = wide(), 60
     sizes, rows = dimensions_of(model.hf_config), rows_of(*[n] * 32, prefix=prefix)
-    work = Workload(16, 16, 8, tokens=n, prefix=prefix, new_tokens=32, dtype_bytes=4)
+    work = Workload(16, 16, 8, tokens=n, prefix=prefix, max_new_tokens=32, dtype_bytes=4)
     step = Step(model, steps_data(model, 8, n, prefix))
     found = {
         "collect": (peak(lambda: collect(model, rows, batch_size=32)), collect_stage(sizes, work)),
@@ -341,7 +345,7 @@ def column(table: Any, name: str) -> dict[str, float]:
 
 
 def test_the_table_follows_the_formulas() -> None:
-    work = Workload(scored=4, tokens=20, prefix=10, new_tokens=3, dtype_bytes=2)
+    work = Workload(scored=4, tokens=20, prefix=10, max_new_tokens=3, dtype_bytes=2)
     machine = Machine(flops=1e12, bandwidth=1e30, memory=80e9, devices=2, disk=1e9)
     table = budget(LLAMA_70B, work, machine)
     assert [stage.split(",")[0] for stage in table["stage"]] == [
@@ -368,7 +372,7 @@ def test_the_table_follows_the_formulas() -> None:
 
 def test_what_bounds_a_stage() -> None:
     """Decoding few rows is bound by reading the weights, collecting by arithmetic."""
-    table = budget(LLAMA_70B, Workload(scored=1, new_tokens=100))
+    table = budget(LLAMA_70B, Workload(scored=1, max_new_tokens=100))
     machine, reads = Machine(), column(table, "reads")
     assert column(table, "seconds")["trial"] == pytest.approx(
         reads["trial"] / machine.bandwidth, rel=0.1
@@ -406,6 +410,6 @@ def test_refused() -> None:
     with pytest.raises(InterpAblateError, match="shared prefix shorter"):
         Workload(tokens=10, prefix=10)
     with pytest.raises(InterpAblateError, match="at least 1"):
-        Workload(new_tokens=0)
+        Workload(max_new_tokens=0)
     with pytest.raises(InterpAblateError, match="above 0"):
         Machine(disk=0)

@@ -242,7 +242,7 @@ def test_a_model_goes_on_with_smaller_batches(
     run = getattr(model, do)
     with model.applied_each(plans):
         want = run(rows)
-    forward, calls = type(model._lens).forward, []
+    forward, calls = type(model._backend).forward, []
 
     def hungry(self: Any, step: Any, keep: int) -> Tensor | None:
         calls.append(len(step.tokens))
@@ -251,7 +251,7 @@ def test_a_model_goes_on_with_smaller_batches(
             raise torch.OutOfMemoryError("out of memory")
         return forward(self, step, keep)
 
-    monkeypatch.setattr(type(model._lens), "forward", hungry)
+    monkeypatch.setattr(type(model._backend), "forward", hungry)
     with model.applied_each(plans):
         if do == "generate":
             assert run(rows) == want

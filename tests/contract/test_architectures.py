@@ -49,7 +49,7 @@ from interp_ablate.sites import RESIDUAL_POINTS
 from interp_ablate.weights import edited_tensors
 from interp_ablate.weights.edited_tensors import edited_blocks, edited_state_dict, edited_tensor
 from interp_ablate.weights.plan_to_weights import TensorEdit, WeightPlan, weight_plan
-from interp_ablate.weights.weight_form import as_writers
+from interp_ablate.weights.weight_form import writers_only_form
 
 TOLERANCE = 1e-5  # fp32, logits of size 1
 LEFT = 2e-6  # of the stream's norm
@@ -593,7 +593,7 @@ def test_the_whole_stream_is_all_writers(kind: str) -> None:
     for name in ("residual", "embeddings, mid, post"):
         if parts.parallel and name != "residual":
             continue
-        assert as_writers(plan_of(kind, name), entry, config) == want
+        assert writers_only_form(plan_of(kind, name), entry, config) == want
     for left_out in parts.residual:
         less = [site for site in parts.residual if site != left_out]
         # resid_pre of a layer is resid_post of the one before: one of the two is enough
@@ -601,10 +601,10 @@ def test_the_whole_stream_is_all_writers(kind: str) -> None:
         twin |= left_out.point == "resid_post" and left_out.layer < N_LAYERS - 1
         plan = Plan((Ablate(unit(), less),))
         if twin:
-            assert as_writers(plan, entry, config) == want
+            assert writers_only_form(plan, entry, config) == want
         else:
             with pytest.raises(ExportError, match=r"at some places only .*model\.writers"):
-                as_writers(plan, entry, config)
+                writers_only_form(plan, entry, config)
 
 
 def test_learned_positions_are_part_of_the_stream() -> None:
@@ -613,7 +613,7 @@ def test_learned_positions_are_part_of_the_stream() -> None:
     after = [site for site in parts.residual if site.point != "resid_pre"]
     plan = Plan((Ablate(unit(), [Site(0, "embed"), *after]),))
     with pytest.raises(ExportError, match=r"some places only \(blocks.0.hook_resid_pre"):
-        as_writers(plan, architecture_of(source.config), source.config)
+        writers_only_form(plan, architecture_of(source.config), source.config)
     apart = [hf_forward(source, "gpt2", row, editing(plan)) for row in ROWS]
     assert moved(apart, wanted("gpt2", False, "writers")) > 1e-2
 
@@ -716,7 +716,7 @@ def test_without_a_norm_both_names_of_a_writer_are_one(kind: str, name: str, bac
     same = Plan.from_dict(data)
     close(hooked_logits(shared(kind, backend), same), wanted(kind, False, name))
     config = source_of(kind).config
-    moved_back, x = as_writers(same, architecture_of(config), config), unit(8)
+    moved_back, x = writers_only_form(same, architecture_of(config), config), unit(8)
     assert moved_back.sites == plan.sites
     for site in plan.sites:
         ((_, got),), ((_, want),) = moved_back.maps_at(site), plan.maps_at(site)

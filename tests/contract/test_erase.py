@@ -35,11 +35,11 @@ from interp_ablate.directions.direction import Direction
 from interp_ablate.edits.affine import Affine
 from interp_ablate.edits.kinds import Erase
 from interp_ablate.errors import ExportError, PlanError
-from interp_ablate.export.auditing import Origin, audit
+from interp_ablate.export.auditing import AuditSource, audit
 from interp_ablate.export.control_vector import write_control_vector
 from interp_ablate.models.architectures import architecture_of
 from interp_ablate.weights.plan_to_weights import weight_plan
-from interp_ablate.weights.weight_form import as_writers
+from interp_ablate.weights.weight_form import writers_only_form
 
 ROWS = rows_of(9, 14)
 LEFT = 1e-5  # of the stream's norm, along the unit read
@@ -511,10 +511,10 @@ def test_exports_reload_and_pass_the_audit(
     assert certificate["passed"] and certificate["max_abs_logit_effect_of_plan"] > 1e-2
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     close(logits_of(reloaded), oracle(kind, tied, plan))
-    found = audit(Origin.of_model(model), plan, tmp_path / "out")
+    found = audit(AuditSource.of_model(model), plan, tmp_path / "out")
     assert found.passed and found.edited, found.problems
     other = Plan((Ablate(READ, done_at(kind, plan)),))
-    assert not audit(Origin.of_model(model), other, tmp_path / "out").passed
+    assert not audit(AuditSource.of_model(model), other, tmp_path / "out").passed
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| erase | `given` | " in card and "| strength " in card and ", value " in card
 
@@ -549,7 +549,7 @@ def test_an_accepted_tie_reads_through_the_transposed_map() -> None:
 
 def as_planned(kind: str, *edits: Any) -> Plan:
     config = source_of(kind).config
-    return as_writers(Plan(edits), architecture_of(config), config)
+    return writers_only_form(Plan(edits), architecture_of(config), config)
 
 
 @pytest.mark.parametrize("kind", PRE_NORM)

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from interp_ablate import Ablate, Add, Clamp, Plan, Site
 from interp_ablate.edits.kinds import Erase
 from interp_ablate.errors import PlanError
-from interp_ablate.models.backends.backend import Step
+from interp_ablate.models.backends.backend import ForwardCall
 from interp_ablate.models.batches import pad_left
 from interp_ablate.models.plan_hooks import Maps, SiteWriter
 
@@ -36,11 +36,13 @@ def stream(*shape: int, seed: int = 0) -> Tensor:
     return 2 * torch.randn(*shape, D_MODEL, generator=generator, dtype=torch.float64) + 0.5
 
 
-def step_of(lengths: Sequence[int], prompts: Sequence[int], plans: Tensor | None = None) -> Step:
+def step_of(
+    lengths: Sequence[int], prompts: Sequence[int], plans: Tensor | None = None
+) -> ForwardCall:
     """Left-padded rows of some lengths, of which the first tokens are prompt."""
     tokens, mask = pad_left([[1] * length for length in lengths])
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    return Step(tokens, mask, positions, torch.tensor(prompts), None, plans)
+    return ForwardCall(tokens, mask, positions, torch.tensor(prompts), None, plans)
 
 
 def by_hand(maps: Maps, x: Tensor, generated: Tensor | None = None) -> Tensor:

@@ -20,25 +20,25 @@ import pytest
 from interp_ablate.cli.main import main
 from interp_ablate.datasets.chat_reader import read_samples
 from interp_ablate.datasets.conversations import Message, Sample, Turn
-from interp_ablate.datasets.filter_recipe import Recipe, decide
+from interp_ablate.datasets.filter_recipe import FilterRecipe, decide
 from interp_ablate.datasets.filter_rules import (
     ExpressionRule,
     LengthRule,
     ProjectionRule,
-    Reading,
+    RuleValue,
     ScoreRule,
     decline_rule,
     direction_at,
     expression_rule,
     score_rule,
 )
-from interp_ablate.datasets.filtering import PLANTED, Settings, filter_file
+from interp_ablate.datasets.filtering import PLANTED, FilterSettings, filter_file
 from interp_ablate.datasets.row_files import ChatError
 from interp_ablate.errors import InterpAblateError, RunError
-from interp_ablate.scoring.exchange import Exchange
+from interp_ablate.scoring.exchange import PromptResponse
 from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.scoring.refusal_phrases import CUES, LANGUAGES, REASONS
-from interp_ablate.scoring.refusals import Declines, own_words
+from interp_ablate.scoring.refusals import RefusalDetector, strip_quoted_speech
 from interp_ablate.scoring.text_folding import fold
 
 FINISHED = {
@@ -99,9 +99,11 @@ class Said:
     def match(self) -> dict[str, Any]:
         return {"limit": self.limit}
 
-    def read(self, turns: Sequence[Turn]) -> list[Reading]:
+    def read(self, turns: Sequence[Turn]) -> list[RuleValue]:
         self.asked += [turn.answer for turn in turns]
-        return [Reading(None, "?") if t.answer == "?" else Reading(float(t.answer)) for t in turns]
+        return [
+            RuleValue(None, "?") if t.answer == "?" else RuleValue(float(t.answer)) for t in turns
+        ]
 
     def hits(self, value: float) -> bool:
         return value > self.limit
@@ -129,7 +131,7 @@ T, F, N = True, False, None
 def test_what_becomes_of_a_sample(
     answers: list[str], matched: Any, action: Any, no_verdict: Any
 ) -> None:
-    recipe = Recipe((Said("a", 5),), action=action, no_verdict=no_verdict)
+    recipe = FilterRecipe((Said("a", 5),), action=action, no_verdict=no_verdict)
     [decision] = decide([talk(*answers)], recipe)
     assert decision.matched is matched
     kept = (action == "keep") if matched else (action == "drop")
@@ -148,7 +150,7 @@ def test_what_becomes_of_a_sample(
 def test_rules_together(first: str, second: float, both: Any, either: Any) -> None:
     for combine, wanted in (("all", both), ("any", either)):
         rules = (Said("a", 5), Said("b", second))
-        [decision] = decide([talk(first)], Recipe(rules, combine=combine))  # type: ignore[arg-type]
+        [decision] = decide([talk(first)], FilterRecipe(rules, combine=combine))  # type: ignore[arg-type]
         assert decision.matched is wanted
 
 
@@ -159,9 +161,9 @@ class Fixed(Said):
         super().__init__(name, 0.5, cost=cost)
         self.value = value
 
-    def read(self, turns: Sequence[Turn]) -> list[Reading]:
+    def read(self, turns: Sequence[Turn]) -> list[RuleValue]:
         self.asked += [turn.answer for turn in turns]
-        return [Reading(self.value, "" if self.value is not None else "?") for _ in turns]
+        return [RuleValue(self.value, "" if self.value is not None else "?") for _ in turns]
 
 
 @pytest.mark.parametrize("combine, table", [
@@ -172,39 +174,39 @@ def test_no_verdict_is_neither_yes_nor_no(combine: Any, table: dict[Any, Any]) -
     for (a, b), wanted in table.items():
         for x, y in ((a, b), (b, a)):
             rules = (Fixed("a", x), Fixed("b", y))
-            [decision] = decide([talk("x")], Recipe(rules, combine=combine))
+            [decision] = decide([talk("x")], FilterRecipe(rules, combine=combine))
             assert decision.matched is wanted, (combine, x, y)
 
 
 def test_what_is_decided_is_not_paid_for() -> None:
     cheap, dear = Fixed("cheap", 1, cost=1), Fixed("dear", 1, cost=5)
-    decide([talk("x", "y")], Recipe((dear, cheap)))
+    decide([talk("x", "y")], FilterRecipe((dear, cheap)))
     assert cheap.asked == ["x", "y"] and dear.asked == []
     cheap, dear = Fixed("cheap", 0, cost=1), Fixed("dear", 1, cost=5)
-    decide([talk("x")], Recipe((dear, cheap), combine="all"))
+    decide([talk("x")], FilterRecipe((dear, cheap), combine="all"))
     assert dear.asked == []
     cheap, dear = Said("cheap", 5, cost=1), Fixed("dear", 0, cost=5)
-    decide([talk("1", "9"), talk("2")], Recipe((dear, cheap)))
+    decide([talk("1", "9"), talk("2")], FilterRecipe((dear, cheap)))
     assert dear.asked == ["2"]  # the other answer of the first sample settled it
 
 
 @pytest.mark.parametrize("turns, matched", [("any", T), ("last", F), ("first", F)])
 def test_which_answers_are_looked_at(turns: Any, matched: bool) -> None:
-    [decision] = decide([talk("1", "9", "2")], Recipe((Said("a", 5),), turns=turns))
+    [decision] = decide([talk("1", "9", "2")], FilterRecipe((Said("a", 5),), turns=turns))
     assert decision.matched is matched
 
 
 def test_a_round_can_be_dropped_alone() -> None:
-    recipe = Recipe((Said("a", 5),), scope="round")
+    recipe = FilterRecipe((Said("a", 5),), scope="round")
     whole, cut, gone = decide([talk("1", "2"), talk("1", "9", "2"), talk("9", "8")], recipe)
     assert (whole.outcome, cut.outcome, gone.outcome) == ("kept", "cut", "dropped")
     assert cut.sample is not None and [t.answer for t in cut.sample.turns()] == ["1", "2"]
-    recipe = Recipe((Said("a", 5),), scope="round", no_verdict="drop")
+    recipe = FilterRecipe((Said("a", 5),), scope="round", no_verdict="drop")
     cut, gone = decide([talk("1", "9", "?"), talk("?")], recipe)
     assert cut.sample is not None and [t.answer for t in cut.sample.turns()] == ["1"]
     assert gone.outcome == "dropped"
     with pytest.raises(RunError, match="single rounds"):
-        Recipe((Said("a", 5),), scope="round", action="keep")
+        FilterRecipe((Said("a", 5),), scope="round", action="keep")
 
 
 @pytest.mark.parametrize(
@@ -212,7 +214,7 @@ def test_a_round_can_be_dropped_alone() -> None:
 )
 def test_a_recipe_that_is_none(wrong: dict[str, Any]) -> None:
     with pytest.raises(RunError):
-        Recipe(**wrong)
+        FilterRecipe(**wrong)
 
 
 # ---- phrases ---------------------------------------------------------------------------------------
@@ -234,12 +236,14 @@ def test_a_recipe_that_is_none(wrong: dict[str, Any]) -> None:
     "作者说：「我无法回答这个问题。」",
 ])  # fmt: skip
 def test_the_words_of_others_do_not_count(text: str) -> None:
-    assert Declines().find(text) == []
+    assert RefusalDetector().find(text) == []
 
 
 def test_own_words_are_what_is_left() -> None:
-    assert own_words('He said "no".').split() == ["He", "said", "\u25ae", "."]
-    assert Declines().find(f"{DECLINED} He said 'no'.") and not Declines().find(f'"{DECLINED}"')
+    assert strip_quoted_speech('He said "no".').split() == ["He", "said", "\u25ae", "."]
+    assert RefusalDetector().find(f"{DECLINED} He said 'no'.") and not RefusalDetector().find(
+        f'"{DECLINED}"'
+    )
 
 
 def test_every_cue_can_be_found_and_none_is_unfolded() -> None:
@@ -247,13 +251,13 @@ def test_every_cue_can_be_found_and_none_is_unfolded() -> None:
         for start in cue.starts:
             assert start and start == fold(start).strip(), (cue.language, start)
     text = " ".join(["I am happy to help. Here is a list of rivers."] * 50)
-    assert Declines().find(text) == []
+    assert RefusalDetector().find(text) == []
 
 
 def test_looking_for_few_starts_finds_what_looking_for_all_does() -> None:
     from interp_ablate.scoring.refusals import _folded
 
-    declines = Declines()
+    declines = RefusalDetector()
     texts = [m.content for s in read_samples(PLANTED) for m in s.messages]
     for cue in CUES:
         for start in cue.starts:
@@ -274,15 +278,20 @@ def test_looking_for_few_starts_finds_what_looking_for_all_does() -> None:
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_each_language_and_reason_can_be_chosen(language: str) -> None:
     rows = [s for s in read_samples(PLANTED) if s.raw["language"] == language and s.raw["planted"]]
-    own, other = Declines(languages=(language,)), tuple(x for x in LANGUAGES if x != language)
+    own, other = (
+        RefusalDetector(languages=(language,)),
+        tuple(x for x in LANGUAGES if x != language),
+    )
     found = [own.find(s.messages[-1].content) or own.find(s.turns("first")[0].answer) for s in rows]
     assert sum(map(bool, found)) >= 0.8 * len(rows)
     assert {f.language for each in found for f in each} == {language}
-    foreign = [Declines(languages=other).find(s.turns("first")[0].answer) for s in rows]
+    foreign = [RefusalDetector(languages=other).find(s.turns("first")[0].answer) for s in rows]
     assert sum(map(bool, foreign)) <= 0.1 * len(rows)
     for reason in REASONS:
         assert {
-            f.reason for s in rows for f in Declines((reason,)).find(s.turns("first")[0].answer)
+            f.reason
+            for s in rows
+            for f in RefusalDetector((reason,)).find(s.turns("first")[0].answer)
         } <= {reason}
 
 
@@ -290,7 +299,7 @@ def test_unknown_reasons_and_languages() -> None:
     with pytest.raises(InterpAblateError, match="no language 'xx'"):
         decline_rule(languages=("xx",))
     with pytest.raises(InterpAblateError, match="no reason 'bores'"):
-        Declines(("bores",))  # type: ignore[arg-type]
+        RefusalDetector(("bores",))  # type: ignore[arg-type]
     with pytest.raises(RunError, match="no expressions 'nowhere'"):
         expression_rule("nowhere")
 
@@ -322,7 +331,7 @@ def test_limits() -> None:
 
 
 def test_planted_declines_are_found_and_little_else(tmp_path: Path) -> None:
-    manifest = filter_file(PLANTED, tmp_path, settings=Settings(labels="planted"))
+    manifest = filter_file(PLANTED, tmp_path, settings=FilterSettings(labels="planted"))
     agreement = manifest["agreement"]
     assert agreement["precision"]["value"] >= 0.95 and agreement["recall"]["value"] >= 0.9
     dropped = {s.number for s in read_samples(tmp_path / "dropped.jsonl")}
@@ -377,13 +386,13 @@ def test_rows_are_kept_byte_for_byte_and_counted(tmp_path: Path) -> None:
 
 def test_the_same_input_and_rules_give_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        filter_file(PLANTED, tmp_path / name, settings=Settings(shown=5, seed=3))
+        filter_file(PLANTED, tmp_path / name, settings=FilterSettings(shown=5, seed=3))
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
     filter_file(
-        PLANTED, tmp_path / "a", settings=Settings(shown=5, seed=3)
+        PLANTED, tmp_path / "a", settings=FilterSettings(shown=5, seed=3)
     )  # and again in its place
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
-    filter_file(PLANTED, tmp_path / "c", settings=Settings(shown=5, seed=4))
+    filter_file(PLANTED, tmp_path / "c", settings=FilterSettings(shown=5, seed=4))
     names = ("kept.jsonl", "dropped.jsonl", "why.jsonl")
     assert digests(tmp_path / "a", *names) == digests(tmp_path / "c", *names)
     assert digests(tmp_path / "a", "samples.html") != digests(tmp_path / "c", "samples.html")
@@ -396,12 +405,12 @@ def test_malformed_rows_stop_it_or_are_set_apart(tmp_path: Path) -> None:
     with pytest.raises(ChatError, match="line 2"):
         filter_file(path, tmp_path / "out")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"verdicts.jsonl"}  # nothing half done
-    manifest = filter_file(path, tmp_path / "out", settings=Settings(skip_malformed=True))
+    manifest = filter_file(path, tmp_path / "out", settings=FilterSettings(skip_malformed=True))
     assert (tmp_path / "out" / "malformed.jsonl").read_bytes() == rows[1] + rows[2]
     assert (manifest["counts"]["malformed"], manifest["counts"]["kept"]) == (2, 1)
     path.write_bytes(rows[1])
     with pytest.raises(ChatError, match="no row that can be used"):
-        filter_file(path, tmp_path / "none", settings=Settings(skip_malformed=True))
+        filter_file(path, tmp_path / "none", settings=FilterSettings(skip_malformed=True))
 
 
 def test_other_formats_come_out_as_they_came(tmp_path: Path) -> None:
@@ -442,10 +451,13 @@ def test_a_folder_of_other_work_is_left_alone(tmp_path: Path) -> None:
     filter_file(path, tmp_path / "out")
     before = digests(tmp_path / "out")
     with pytest.raises(RunError, match="another filter"):
-        filter_file(path, tmp_path / "out", Recipe((LengthRule(above=5),)))
+        filter_file(path, tmp_path / "out", FilterRecipe((LengthRule(above=5),)))
     assert digests(tmp_path / "out") == before
     filter_file(
-        path, tmp_path / "out", Recipe((LengthRule(below=5),)), settings=Settings(force=True)
+        path,
+        tmp_path / "out",
+        FilterRecipe((LengthRule(below=5),)),
+        settings=FilterSettings(force=True),
     )
     assert numbers(tmp_path / "out" / "kept.jsonl") == [1]
     own = tmp_path / "mine"
@@ -456,12 +468,12 @@ def test_a_folder_of_other_work_is_left_alone(tmp_path: Path) -> None:
     assert (own / "kept.jsonl").read_text() == "my own"
     kept = tmp_path / "out" / "kept.jsonl"
     with pytest.raises(RunError, match="is where"):
-        filter_file(kept, tmp_path / "out", settings=Settings(force=True))
+        filter_file(kept, tmp_path / "out", settings=FilterSettings(force=True))
 
 
 def test_another_result_stays_until_there_is_a_new_one(tmp_path: Path) -> None:
-    scorer, out, force = Counting(), tmp_path / "out", Settings(force=True)
-    recipe = Recipe((ScoreRule(above=50, scorer=scorer),))
+    scorer, out, force = Counting(), tmp_path / "out", FilterSettings(force=True)
+    recipe = FilterRecipe((ScoreRule(above=50, scorer=scorer),))
     filter_file(pairs(tmp_path / "a.jsonl", ["10", "60"]), out, recipe)
     before = digests(out, "kept.jsonl", "dropped.jsonl")
     bad = tmp_path / "bad.jsonl"
@@ -482,14 +494,14 @@ def test_another_result_stays_until_there_is_a_new_one(tmp_path: Path) -> None:
 
 
 def test_two_at_once(tmp_path: Path) -> None:
-    from interp_ablate.storage.jsonl_log import Lines
+    from interp_ablate.storage.jsonl_log import JsonlLog
 
     path = pairs(tmp_path / "a.jsonl", ["x"])
     filter_file(path, tmp_path / "out")
     journal = tmp_path / "out" / "verdicts.jsonl"
     header = json.loads(journal.read_text().splitlines()[0])
     identity = {"data": header["data"], "layout": header["layout"]}
-    lines = Lines(journal, identity, kind="journal", format=header["format"], lost="")
+    lines = JsonlLog(journal, identity, kind="journal", format=header["format"], lost="")
     with lines.open(), pytest.raises(RunError, match="in use"):
         filter_file(path, tmp_path / "out")
 
@@ -544,11 +556,13 @@ def test_labels(tmp_path: Path) -> None:
         for a, b in (("ok", 0), (DECLINED, 1), ("no", 1), (DECLINED, 0))
     ]
     path = write_rows(tmp_path / "a.jsonl", rows)
-    agreement = filter_file(path, tmp_path / "out", settings=Settings(labels="bad"))["agreement"]
+    agreement = filter_file(path, tmp_path / "out", settings=FilterSettings(labels="bad"))[
+        "agreement"
+    ]
     assert agreement["precision"]["value"] == 0.5 and agreement["recall"]["value"] == 0.5
     assert agreement["precision"]["low"] < 0.2 < 0.8 < agreement["precision"]["high"]
     with pytest.raises(ChatError, match="line 1: 'label' is None"):
-        filter_file(path, tmp_path / "b", settings=Settings(labels="label"))
+        filter_file(path, tmp_path / "b", settings=FilterSettings(labels="label"))
 
 
 def test_files_larger_than_memory(tmp_path: Path) -> None:
@@ -644,20 +658,22 @@ class Counting:
     def identity(self) -> dict[str, Any]:
         return {"kind": "counting"}
 
-    def __call__(self, exchanges: Sequence[Exchange]) -> list[float | None]:
+    def __call__(self, exchanges: Sequence[PromptResponse]) -> list[float | None]:
         self.calls += [exchange.answer for exchange in exchanges]
         return [None if e.answer == "?" else float(e.answer) for e in exchanges]
 
 
 def test_another_limit_asks_for_nothing_again(tmp_path: Path) -> None:
     path, scorer = pairs(tmp_path / "a.jsonl", ["10", "60", "?"]), Counting()
-    manifest = filter_file(path, tmp_path / "out", Recipe((ScoreRule(above=50, scorer=scorer),)))
+    manifest = filter_file(
+        path, tmp_path / "out", FilterRecipe((ScoreRule(above=50, scorer=scorer),))
+    )
     assert manifest["counts"]["no_verdict"] == 1 and numbers(tmp_path / "out" / "kept.jsonl") == [
         0,
         2,
     ]
-    recipe = Recipe((ScoreRule(below=50, scorer=scorer),), no_verdict="drop")
-    manifest = filter_file(path, tmp_path / "out", recipe, settings=Settings(force=True))
+    recipe = FilterRecipe((ScoreRule(below=50, scorer=scorer),), no_verdict="drop")
+    manifest = filter_file(path, tmp_path / "out", recipe, settings=FilterSettings(force=True))
     assert numbers(tmp_path / "out" / "kept.jsonl") == [1]
     assert scorer.calls == ["10", "60", "?"]
     assert manifest["why"] == {"counting": 1, "no verdict: counting": 1}
@@ -670,7 +686,9 @@ def test_an_answer_without_a_prompt_has_no_verdict(tmp_path: Path) -> None:
         {"from": "gpt", "value": "10"},
     ]
     path, scorer = write_rows(tmp_path / "a.jsonl", [{"conversations": talk_}]), Counting()
-    manifest = filter_file(path, tmp_path / "out", Recipe((ScoreRule(above=50, scorer=scorer),)))
+    manifest = filter_file(
+        path, tmp_path / "out", FilterRecipe((ScoreRule(above=50, scorer=scorer),))
+    )
     assert scorer.calls == ["10"] and manifest["counts"]["no_verdict"] == 1
     assert manifest["why"] == {"no verdict: no prompt before the answer": 1}
 
@@ -685,7 +703,7 @@ def test_scorers_by_name(tmp_path: Path) -> None:
     path = pairs(tmp_path / "a.jsonl", answers)
     rule = score_rule("lexicon:sentiment", below=30)
     assert not rule.stored
-    filter_file(path, tmp_path / "out", Recipe((rule,)))
+    filter_file(path, tmp_path / "out", FilterRecipe((rule,)))
     assert numbers(tmp_path / "out" / "dropped.jsonl") == [1]
     with pytest.raises(RunError, match="no scorer"):
         score_rule("nonsense", above=1)
@@ -713,7 +731,7 @@ def test_projection_on_a_direction(tmp_path: Path) -> None:
     values = project_responses(model, exchanges, direction)
     limit = sorted(v for v in values if v is not None)[1]
     rule = ProjectionRule(above=limit, model=model, direction=direction)
-    manifest = filter_file(path, tmp_path / "out", Recipe((rule,)))
+    manifest = filter_file(path, tmp_path / "out", FilterRecipe((rule,)))
     wanted = [i for i, v in enumerate(values) if v is not None and v > limit]
     assert numbers(tmp_path / "out" / "dropped.jsonl") == wanted and len(wanted) == 1
     assert manifest["counts"]["no_verdict"] == 1
@@ -919,7 +937,7 @@ def test_what_the_real_model_declines_is_dropped(tmp_path: Path, bundled_model: 
         for i, (p, a) in enumerate(zip(prompts, answers))
     ]
     path = write_rows(tmp_path / "a.jsonl", rows)
-    manifest = filter_file(path, tmp_path / "out", settings=Settings(labels="asks_too_much"))
+    manifest = filter_file(path, tmp_path / "out", settings=FilterSettings(labels="asks_too_much"))
     dropped = numbers(tmp_path / "out" / "dropped.jsonl")
     assert len(dropped) >= 2 and max(dropped) < 6, [rows[i] for i in dropped]
     assert manifest["agreement"]["precision"]["value"] == 1.0

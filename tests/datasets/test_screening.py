@@ -21,35 +21,35 @@ from interp_ablate.cli.main import main
 from interp_ablate.datasets.chat_reader import read_samples
 from interp_ablate.datasets.planted import PLANTED, labels_of, planted_file
 from interp_ablate.datasets.row_files import ChatError
-from interp_ablate.datasets.screening import Threshold, screen
+from interp_ablate.datasets.screening import Threshold, screen_file
 from interp_ablate.datasets.screening_check import bag_of_words, check, rollout_texts, words_in
 from interp_ablate.datasets.screening_measure import (
-    Settings,
-    adjusted,
-    contents,
+    ScreeningSettings,
+    baseline_adjusted,
+    baseline_slope,
     measure,
-    own_answers,
-    own_slope,
+    model_answers,
+    summarise_file,
 )
 from interp_ablate.directions.direction import random_direction
 from interp_ablate.errors import DirectionError, RunError
-from interp_ablate.persona.answers import Answer, verdict_key
+from interp_ablate.persona.answers import Rollout, verdict_key
 from interp_ablate.persona.persona import Persona, load_persona
-from interp_ablate.persona.readout import fit_reading
+from interp_ablate.persona.readout import fit_readout
 from interp_ablate.persona.traits import load_trait
 from interp_ablate.plots.screening import save_screening
-from interp_ablate.scoring.exchange import Exchange
-from interp_ablate.scoring.registry import scorer_of
+from interp_ablate.scoring.exchange import PromptResponse
+from interp_ablate.scoring.registry import make_scorer
 from interp_ablate.stats.roc import auc, auc_interval
 
 TOLERANCE = 5e-5
 DIRECTION = Direction(unit(), 1.0, Site(1, "resid_post"))
-FAST = Settings(own=False, rows=3)
+FAST = ScreeningSettings(own=False, rows=3)
 EXCHANGES = [
-    Exchange(Prompt("What is a river?"), "Water that goes to the sea"),
-    Exchange(Prompt("Hi", "Be kind"), "Hello"),
-    Exchange(Prompt("What is a river?"), "A"),
-    Exchange(Prompt("Count"), "one, two, three, four, five, six, seven, eight, nine, ten"),
+    PromptResponse(Prompt("What is a river?"), "Water that goes to the sea"),
+    PromptResponse(Prompt("Hi", "Be kind"), "Hello"),
+    PromptResponse(Prompt("What is a river?"), "A"),
+    PromptResponse(Prompt("Count"), "one, two, three, four, five, six, seven, eight, nine, ten"),
 ]
 
 
@@ -126,15 +126,15 @@ def test_what_cannot_be_read_is_none_and_what_does_not_fit_is_cut() -> None:
     context = model.tl.cfg.n_ctx
     assert context == 256
     given = [
-        Exchange(Prompt("Hi"), ""),
-        Exchange(Prompt("x" * 300), "no room"),
-        Exchange(Prompt("Hi"), "y" * 400),
-        Exchange(Prompt("Hi"), "yyyy"),
+        PromptResponse(Prompt("Hi"), ""),
+        PromptResponse(Prompt("x" * 300), "no room"),
+        PromptResponse(Prompt("Hi"), "y" * 400),
+        PromptResponse(Prompt("Hi"), "yyyy"),
     ]
     found = project_responses(model, given, DIRECTION)
     assert found[:2] == [None, None] and found[2] is not None
     room = context - len(model.encode(given[2].prompt))
-    cut = [Exchange(given[2].prompt, "y" * room)]
+    cut = [PromptResponse(given[2].prompt, "y" * room)]
     assert found[2] == pytest.approx(project_responses(model, cut, DIRECTION)[0], abs=TOLERANCE)
     first = project_responses(model, given, DIRECTION, response_tokens=4)
     assert first[2] == pytest.approx(found[3], abs=TOLERANCE) and first[2] != found[2]
@@ -148,7 +148,7 @@ def test_own_answers_are_greedy_and_made_once(monkeypatch: pytest.MonkeyPatch) -
     asked: list[int] = []
     generate = model.generate
     monkeypatch.setattr(model, "generate", lambda p, **k: asked.append(len(p)) or generate(p, **k))
-    assert own_answers(model, prompts, new_tokens=9) == [want[0], want[1], want[0], ""]
+    assert model_answers(model, prompts, max_new_tokens=9) == [want[0], want[1], want[0], ""]
     assert asked == [2]
 
 
@@ -160,17 +160,21 @@ def test_measuring_a_file(tmp_path: Path) -> None:
     rows[4]["completion"] = " "
     data = write(tmp_path / "data.jsonl", rows)
     frame = measure(
-        model, DIRECTION, data, tmp_path / "s.jsonl", settings=Settings(new_tokens=6, rows=3)
+        model,
+        DIRECTION,
+        data,
+        tmp_path / "s.jsonl",
+        settings=ScreeningSettings(max_new_tokens=6, rows=3),
     )
     assert frame["number"].tolist() == list(range(1, 8))
-    exchanges = [Exchange(Prompt(r["prompt"]), r["completion"]) for r in rows]
-    own = own_answers(model, [e.prompt for e in exchanges], new_tokens=6)
+    exchanges = [PromptResponse(Prompt(r["prompt"]), r["completion"]) for r in rows]
+    own = model_answers(model, [e.prompt for e in exchanges], max_new_tokens=6)
     for i, exchange in enumerate(exchanges):
         if i == 4:
             assert frame.loc[i, ["projection", "own", "difference"]].isna().all()
             continue
         theirs, mine = project_responses(
-            model, [exchange, Exchange(exchange.prompt, own[i])], DIRECTION
+            model, [exchange, PromptResponse(exchange.prompt, own[i])], DIRECTION
         )
         assert theirs is not None and mine is not None
         want = [theirs, mine, theirs - mine]
@@ -180,7 +184,7 @@ def test_measuring_a_file(tmp_path: Path) -> None:
 
 def test_an_interrupted_file_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = make(), write(tmp_path / "data.jsonl", rows_of(8))
-    settings = Settings(new_tokens=4, rows=3)
+    settings = ScreeningSettings(max_new_tokens=4, rows=3)
     whole = measure(model, DIRECTION, data, tmp_path / "whole.jsonl", settings=settings)
     store = tmp_path / "part.jsonl"
     seen: list[int] = []
@@ -212,7 +216,9 @@ def test_a_store_is_of_one_data_set_direction_and_setting(tmp_path: Path) -> Non
     with pytest.raises(RunError, match="direction"):
         measure(model, other, data, store, settings=FAST)
     with pytest.raises(RunError, match="settings"):
-        measure(model, DIRECTION, data, store, settings=Settings(own=False, response_tokens=2))
+        measure(
+            model, DIRECTION, data, store, settings=ScreeningSettings(own=False, response_tokens=2)
+        )
     with pytest.raises(RunError, match="plan"), model.applied(Plan((Add(other, other.site),))):
         project_responses(model, EXCHANGES, DIRECTION)
         measure(model, DIRECTION, data, store, settings=FAST)
@@ -224,7 +230,7 @@ def test_a_store_is_of_one_data_set_direction_and_setting(tmp_path: Path) -> Non
 def test_a_malformed_line_is_named_before_anything_runs(tmp_path: Path) -> None:
     path = write(tmp_path / "data.jsonl", rows_of(3))
     path.write_text(path.read_text() + '{"prompt": "cut off\n')
-    for read in (contents, lambda p: labels_of(p, "planted")):
+    for read in (summarise_file, lambda p: labels_of(p, "planted")):
         with pytest.raises(ChatError, match="line 4"):
             read(path)
     path = write(
@@ -246,7 +252,7 @@ def test_contents_are_counted(tmp_path: Path) -> None:
     path = write(
         tmp_path / "d.jsonl", [talk("a", "b"), talk("a", "b", "c", "d"), talk("a"), talk("a", " ")]
     )
-    found = contents(path)
+    found = summarise_file(path)
     assert (found.samples, found.rounds, found.unanswered) == (4, 1, 2)
 
 
@@ -258,7 +264,7 @@ def test_parts_hold_every_row_as_it_came(tmp_path: Path) -> None:
     data.write_text("\n".join(lines) + "\n")
     table = measure(model, DIRECTION, data, tmp_path / "s.jsonl", settings=FAST)
     limit = float(np.nanquantile(table["projection"], 0.75))
-    found = screen(table, data, tmp_path, by="projection", threshold=Threshold(limit))
+    found = screen_file(table, data, tmp_path, by="projection", threshold=Threshold(limit))
     parts = {
         name: (tmp_path / f"{name}.jsonl").read_text().splitlines()
         for name in ("flagged", "kept", "unscored")
@@ -283,7 +289,7 @@ def test_parquet_in_parquet_out(tmp_path: Path) -> None:
     frame = pd.DataFrame(rows_of(5))
     frame.to_parquet(data)
     table = measure(model, DIRECTION, data, tmp_path / "s.jsonl", settings=FAST)
-    screen(table, data, tmp_path, by="projection", threshold=Threshold(0.5, quantile=True))
+    screen_file(table, data, tmp_path, by="projection", threshold=Threshold(0.5, quantile=True))
     parts = [pd.read_parquet(tmp_path / f"{name}.parquet") for name in ("flagged", "kept")]
     assert [len(part) for part in parts] == [2, 3]
     both = pd.concat(parts).sort_values("prompt").reset_index(drop=True)
@@ -309,7 +315,7 @@ def test_a_reference_sets_the_threshold(tmp_path: Path, caplog: pytest.LogCaptur
     data = write(tmp_path / "d.jsonl", rows_of(4))
     table = pd.DataFrame({"number": [1, 2, 3, 4], "projection": [0.0, 1, 2, 9], "own": 0.0})
     clean = pd.DataFrame({"number": range(50), "projection": np.linspace(-1, 1.5, 50)})
-    found = screen(
+    found = screen_file(
         table.assign(difference=table["projection"]), data, tmp_path, by="projection",
         threshold=Threshold(0.9, quantile=True), reference=clean,
     )  # fmt: skip
@@ -332,21 +338,27 @@ def test_the_slope_is_least_squares_and_one_where_there_is_nothing_to_fit(
     table = pd.DataFrame({"own": own, "projection": 2 + 0.4 * own + random.normal(size=60)})
     want = float(np.polyfit(own, table["projection"], 1)[0])
     holed = pd.concat([table, pd.DataFrame({"own": [np.nan, 3.0], "projection": [1.0, np.nan]})])
-    assert own_slope(table) == pytest.approx(want) == pytest.approx(own_slope(holed))
-    left = adjusted(table, want)["adjusted"]
+    assert baseline_slope(table) == pytest.approx(want) == pytest.approx(baseline_slope(holed))
+    left = baseline_adjusted(table, want)["adjusted"]
     assert np.corrcoef(left, own)[0, 1] == pytest.approx(0, abs=1e-9) and not caplog.records
-    assert own_slope(table[:5]) == own_slope(table.assign(own=1.0)) == 1.0
+    assert baseline_slope(table[:5]) == baseline_slope(table.assign(own=1.0)) == 1.0
     assert "too few or too alike" in caplog.text
 
 
 def test_only_measures_that_there_are_rank() -> None:
-    assert Settings().measure == "adjusted" and Settings(own=False).measure == "projection"
-    Settings().check_measure("difference")
-    for settings, name in ((Settings(), "own"), (Settings(own=False), "difference")):
+    assert (
+        ScreeningSettings().measure == "adjusted"
+        and ScreeningSettings(own=False).measure == "projection"
+    )
+    ScreeningSettings().check_measure("difference")
+    for settings, name in (
+        (ScreeningSettings(), "own"),
+        (ScreeningSettings(own=False), "difference"),
+    ):
         with pytest.raises(RunError, match=f"cannot rank by '{name}'"):
             settings.check_measure(name)
-    with pytest.raises(RunError, match="new_tokens=0"):
-        Settings(new_tokens=0)
+    with pytest.raises(RunError, match="max_new_tokens=0"):
+        ScreeningSettings(max_new_tokens=0)
 
 
 # --------------------------------------------------------------------------------- known labels
@@ -395,7 +407,8 @@ def test_its_interval_is_a_bootstrap_over_groups() -> None:
 def test_bag_of_words_knows_words() -> None:
     score = bag_of_words(["so sad and gray", "a sad day"], ["so glad and bright", "a glad day"])
     given = [
-        Exchange(Prompt("?"), text) for text in ("Sad, gray!", "glad", "a day", "unknown words", "")
+        PromptResponse(Prompt("?"), text)
+        for text in ("Sad, gray!", "glad", "a day", "unknown words", "")
     ]
     sad, glad, even, none, empty = score(given)
     assert sad is not None and glad is not None and sad > 0 > glad
@@ -461,7 +474,7 @@ def test_the_check_finds_what_was_planted_and_says_what_is_missing(tmp_path: Pat
 def test_bundled_mixtures(name: str) -> None:
     path = planted_file(name)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert contents(path).unanswered == 0 and set(labels_of(path, "planted")) == {True, False}
+    assert summarise_file(path).unanswered == 0 and set(labels_of(path, "planted")) == {True, False}
     prompts = {row["prompt"] for row in rows}
     for prompt in prompts:  # each prompt with the trait and without
         assert sorted(row["planted"] for row in rows if row["prompt"] == prompt) == [False, True]
@@ -510,9 +523,9 @@ def test_screen_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     again = [*command, "--no-own", "--threshold", "q0.5", "--reference", str(clean)]
     assert main(again) == 0 and (out / "scores.jsonl").read_bytes() == before
     assert "of the reference" in capsys.readouterr().out
-    assert main([*command, "--new-tokens", "3"]) == 2  # other settings, the same folder
+    assert main([*command, "--max-new-tokens", "3"]) == 2  # other settings, the same folder
     assert "other work" in capsys.readouterr().err
-    own = [*command[:-1], str(tmp_path / "own"), "--new-tokens", "3", "--threshold", "0"]
+    own = [*command[:-1], str(tmp_path / "own"), "--max-new-tokens", "3", "--threshold", "0"]
     assert main(own) == 0 and "adjusted" in capsys.readouterr().out
     assert json.loads((tmp_path / "own" / "screening.json").read_text())["slope"] is not None
     assert main([*own, "--by", "difference"]) == 0 and "difference" in capsys.readouterr().out
@@ -573,7 +586,7 @@ def test_screen_command_says_what_is_wrong(
 
 def test_monitor_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--quiet", "persona", "monitor", str(folder), "--out", str(tmp_path)]
-    assert main([*command, "--questions", "2", "--new-tokens", "8"]) == 0
+    assert main([*command, "--questions", "2", "--max-new-tokens", "8"]) == 0
     said = capsys.readouterr().out
     assert "within system prompts" in said and "random directions" in said
     assert (tmp_path / "figures" / "monitor.png").exists()
@@ -581,7 +594,7 @@ def test_monitor_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert len(pd.read_csv(tmp_path / "monitor.csv")) == 16
     assert main([*command, "--questions", "99"]) == 2
     assert "--questions 99" in capsys.readouterr().err
-    streamed = [*command, "--prompt", "What is rain?", "--new-tokens", "5"]
+    streamed = [*command, "--prompt", "What is rain?", "--max-new-tokens", "5"]
     assert main(streamed) == 0
     plain = capsys.readouterr().out
     assert main([*streamed, "--coefficient", "4"]) == 0
@@ -609,8 +622,10 @@ def test_planted_samples_in_the_real_model(tmp_path: Path, bundled_model: str) -
     lines = planted_file("cheerful").read_text().splitlines()
     data = tmp_path / "planted.jsonl"
     data.write_text("\n".join(lines[:40]) + "\n")  # 20 prompts, each with and without
-    table = measure(model, direction, data, tmp_path / "s.jsonl", settings=Settings(new_tokens=20))
-    table = adjusted(table, own_slope(table))
+    table = measure(
+        model, direction, data, tmp_path / "s.jsonl", settings=ScreeningSettings(max_new_tokens=20)
+    )
+    table = baseline_adjusted(table, baseline_slope(table))
     labels = labels_of(data, "planted")
     values = {name: auc(table[name].to_numpy(), labels) for name in ("projection", "adjusted")}
     assert min(values.values()) >= 0.9, values
@@ -618,12 +633,14 @@ def test_planted_samples_in_the_real_model(tmp_path: Path, bundled_model: str) -
     assert values["adjusted"] > auc(np.array(words, float), labels)  # more than length
     # so does the slope on the scores of the same answers, by a lexicon
     texts = [*zip(prompts, GLAD), *zip(prompts, SAD)]
-    scores = scorer_of(trait.scorer or "")([Exchange(prompt, text) for prompt, text in texts])
+    scores = make_scorer(trait.scorer or "")(
+        [PromptResponse(prompt, text) for prompt, text in texts]
+    )
     written = [
-        Answer({}, prompt, tuple(model.tokenizer(text)["input_ids"]), text, True, score, 100.0)
+        Rollout({}, prompt, tuple(model.tokenizer(text)["input_ids"]), text, True, score, 100.0)
         for (prompt, text), score in zip(texts, scores)
     ]
-    read = fit_reading(model, written, [site])
+    read = fit_readout(model, written, [site])
     exchanges = [sample.exchange for sample in read_samples(data)]
     found = project_responses(model, exchanges, read.directions[0])
     assert auc(np.array(found, float), labels) >= 0.9

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from interp_ablate.directions.direction import Direction
-from interp_ablate.edits.affine import Affine, kept_norm, pulled_back
+from interp_ablate.edits.affine import Affine, rescale_rows, through_gain
 from interp_ablate.edits.kinds import Ablate, Add, Clamp, Edit, Erase
 from interp_ablate.edits.plan import Plan
 from interp_ablate.edits.presets import band, everywhere
@@ -320,7 +320,7 @@ def test_a_pulled_back_ablation_leaves_nothing_after_the_norm(seed: int, k: int)
     exactly(normed @ vectors.T, torch.zeros(4, 7, k, dtype=torch.float64))
     assert (after - normed).abs().max() > 1e-2
     assert (norm(only(edit)(x)) @ vectors.T).abs().max() > 1e-2  # the fault: the gain left out
-    basis = pulled_back(edit.vectors, gain)
+    basis = through_gain(edit.vectors, gain)
     exactly(basis @ basis.T, torch.eye(k, dtype=torch.float64))
     exactly(edit.map_at(site, gain)(x), x - x @ basis.T @ basis)
     exactly(edit.map_at(site, torch.ones(D))(x), only(edit)(x))
@@ -352,7 +352,7 @@ def test_nothing_is_added_before_a_norm(edit: Edit) -> None:
 def test_a_row_keeps_its_norm_and_leaves_the_direction(seed: int, strength: float) -> None:
     vectors, rows = draw(seed, 2, D), draw(seed + 9, 20, D)
     each = only(Ablate(vectors, Site(1, "mlp_out"), strength=strength, norm_preserving=True))
-    kept, factor = kept_norm(rows, each, eps=1e-15)
+    kept, factor = rescale_rows(rows, each, eps=1e-15)
     exactly(kept.norm(dim=1), rows.norm(dim=1))
     exactly(kept, each(rows) * factor[:, None])
     assert (factor > 1).all()
@@ -366,7 +366,7 @@ def test_a_row_of_nothing_but_the_direction_stays_small(dtype: torch.dtype) -> N
     vector = draw(0, D)
     rows = torch.stack([vector, 0 * vector, vector + 0.1 * draw(1, D)]).to(dtype)  # stored so
     each = only(Ablate(vector, Site(1, "mlp_out")))
-    kept, factor = kept_norm(rows.double(), each, eps=torch.finfo(dtype).eps)
+    kept, factor = rescale_rows(rows.double(), each, eps=torch.finfo(dtype).eps)
     assert factor[:2].tolist() == [1.0, 1.0] and factor[2] > 1
     assert kept[:2].norm() < 1e-5 and torch.isfinite(kept).all()
     exactly(kept[2].norm(), rows[2].double().norm())

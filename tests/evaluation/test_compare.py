@@ -21,15 +21,15 @@ from interp_ablate import Ablate, Add, Direction, Plan, Prompt, Site, export_che
 from interp_ablate.cli.main import main
 from interp_ablate.errors import InterpAblateError, PlanError, RunError
 from interp_ablate.evaluation.compare import evaluate
-from interp_ablate.evaluation.measures import Measures, read_prompts
-from interp_ablate.evaluation.perplexity import Text, read_text, text_losses, windows
-from interp_ablate.evaluation.results import Evaluation, Row, paired_row, ratio_row
+from interp_ablate.evaluation.measures import EvaluationConfig, read_prompts
+from interp_ablate.evaluation.perplexity import Corpus, corpus_losses, read_corpus, windows
+from interp_ablate.evaluation.results import ComparisonRow, Evaluation, paired_row, ratio_row
 from interp_ablate.models.model import Model
 from interp_ablate.plots.evaluation import save_evaluation
-from interp_ablate.scoring.exchange import Exchange
+from interp_ablate.scoring.exchange import PromptResponse
 from interp_ablate.stats.intervals import difference_estimate, mean_estimate
 
-TEXT = Text(
+TEXT = Corpus(
     "passages",
     (
         "A short one.",
@@ -60,7 +60,7 @@ class Vowels:
     def __init__(self) -> None:
         self.asked = 0
 
-    def __call__(self, exchanges: Sequence[Exchange]) -> list[float | None]:
+    def __call__(self, exchanges: Sequence[PromptResponse]) -> list[float | None]:
         self.asked += len(exchanges)
         return [self._one(e.answer) for e in exchanges]
 
@@ -71,12 +71,12 @@ class Vowels:
         return 100 * sum(c in "aeiou" for c in answer) / len(answer)
 
 
-SMALL = Measures(
-    text=TEXT, prompts=PROMPTS, scorers=(Vowels(),), new_tokens=8, context=40, stride=16
+SMALL = EvaluationConfig(
+    text=TEXT, prompts=PROMPTS, scorers=(Vowels(),), max_new_tokens=8, context=40, stride=16
 )
 
 
-def named(found: Evaluation, measure: str) -> Row:
+def named(found: Evaluation, measure: str) -> ComparisonRow:
     (row,) = [row for row in found.rows if row.measure == measure]
     return row
 
@@ -123,7 +123,7 @@ def test_perplexity_is_that_of_plain_transformers(length: int) -> None:
     document = "the cat sat on the mat and then it went away"[:length]
     row = tokenizer(document, add_special_tokens=False)["input_ids"]
     assert len(row) == length
-    found = text_losses(tiny.shared(), Text("one", (document,)), context=16, stride=6)
+    found = corpus_losses(tiny.shared(), Corpus("one", (document,)), context=16, stride=6)
     want = by_hand(hf, row, 16, 6)
     assert sum(loss.tokens for loss in found) == len(want) == length - 1
     assert sum(loss.nats for loss in found) == pytest.approx(sum(want), rel=1e-5)
@@ -136,9 +136,9 @@ def test_perplexity_is_that_of_plain_transformers(length: int) -> None:
 
 def test_documents_do_not_see_each_other() -> None:
     model = tiny.shared()
-    together = text_losses(model, TEXT, context=40, stride=16)
+    together = corpus_losses(model, TEXT, context=40, stride=16)
     for number, document in enumerate(TEXT.documents):
-        alone = text_losses(model, Text("one", (document,)), context=40, stride=16)
+        alone = corpus_losses(model, Corpus("one", (document,)), context=40, stride=16)
         mine = [loss for loss in together if loss.document == number]
         assert [loss.tokens for loss in mine] == [loss.tokens for loss in alone]
         assert [x.nats for x in mine] == pytest.approx([x.nats for x in alone], rel=1e-5)
@@ -151,8 +151,8 @@ def test_a_bos_is_context_and_the_first_token_counts() -> None:
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", start)]
     )
     model = Model.wrap(tiny.make().tl, tokenizer)
-    text = Text("accents", ("déjà vu",))
-    (found,) = text_losses(model, text)
+    text = Corpus("accents", ("déjà vu",))
+    (found,) = corpus_losses(model, text)
     row = [start, *tokenizer("déjà vu", add_special_tokens=False)["input_ids"]]
     assert found.nats == pytest.approx(sum(by_hand(hf, row, 512, 256)), rel=1e-5)
     assert found.tokens == len(row) - 1 and found.bytes == len("déjà vu".encode())
@@ -165,8 +165,8 @@ def test_a_plan_of_generated_positions_reaches_counted_tokens() -> None:
     rows = {}
     for positions in ("all", "generated", "prompt"):
         plan = Plan(Add(direction, sites, coefficient=8.0, positions=positions))
-        rows[positions] = sum(x.nats for x in text_losses(model, TEXT, plan=plan))
-    plain = sum(x.nats for x in text_losses(model, TEXT))
+        rows[positions] = sum(x.nats for x in corpus_losses(model, TEXT, plan=plan))
+    plain = sum(x.nats for x in corpus_losses(model, TEXT))
     assert len({round(x, 3) for x in (*rows.values(), plain)}) == 4
 
 
@@ -262,7 +262,9 @@ def test_a_plan_as_hooks_and_the_exported_checkpoint_give_the_same_numbers(tmp_p
 def test_kl_is_that_of_plain_transformers() -> None:
     hf, other = tiny.tiny()[0], tiny.tiny(seed=4)[0]
     before, after = tiny.shared(), tiny.shared(seed=4)
-    found = evaluate(before, after, measures=Measures(text=None, prompts=PROMPTS, new_tokens=6))
+    found = evaluate(
+        before, after, measures=EvaluationConfig(text=None, prompts=PROMPTS, max_new_tokens=6)
+    )
     first, along = [], []
     for prompt in PROMPTS["short"]:
         row = before.encode(prompt)
@@ -319,7 +321,9 @@ def test_logits_with_nan_are_an_error() -> None:
     hf.model.norm.weight.data[0] = math.nan
     broken = tiny.from_hf(hf, tokenizer)
     for part in ({"prompts": {}}, {"text": None}):
-        measures = Measures(**{"text": TEXT, "prompts": PROMPTS, "new_tokens": 4, **part})  # type: ignore[arg-type]
+        measures = EvaluationConfig(
+            **{"text": TEXT, "prompts": PROMPTS, "max_new_tokens": 4, **part}
+        )  # type: ignore[arg-type]
         with pytest.raises(InterpAblateError, match="NaN"):
             evaluate(tiny.shared(), broken, measures=measures)
 
@@ -329,17 +333,17 @@ def test_what_is_refused() -> None:
     with pytest.raises(RunError, match="nothing to compare"):
         evaluate(model)
     with pytest.raises(RunError, match="nothing to measure"):
-        evaluate(model, model, measures=Measures(text=None, prompts={}))
+        evaluate(model, model, measures=EvaluationConfig(text=None, prompts={}))
     with pytest.raises(RunError, match="two scorers"):
-        evaluate(model, model, measures=Measures(scorers=(Vowels(), Vowels())))
+        evaluate(model, model, measures=EvaluationConfig(scorers=(Vowels(), Vowels())))
     with pytest.raises(RunError, match="limit 0"):
-        evaluate(model, model, measures=Measures(limit=0))
+        evaluate(model, model, measures=EvaluationConfig(limit=0))
     with pytest.raises(PlanError, match="d_model"):
         wide = Direction(
             vector=torch.eye(64)[0], site=Site(0, "resid_post"), norm=1.0, method="test"
         )
         plan = Plan(Ablate(wide, [Site(0, "resid_post")]))
-        evaluate(model, plan=plan, measures=Measures(text=TEXT, prompts={}))
+        evaluate(model, plan=plan, measures=EvaluationConfig(text=TEXT, prompts={}))
 
 
 # ---- the folder ----------------------------------------------------------------------------------
@@ -350,7 +354,7 @@ class Interrupted(Exception):
 
 
 class Dying(Vowels):
-    def __call__(self, exchanges: Sequence[Exchange]) -> list[float | None]:
+    def __call__(self, exchanges: Sequence[PromptResponse]) -> list[float | None]:
         if self.asked:
             raise Interrupted
         return super().__call__(exchanges)
@@ -394,7 +398,7 @@ def test_a_folder_of_other_work_is_refused(tmp_path: Path, change: str) -> None:
     elif change == "model":
         model = tiny.shared(seed=3)
     elif change == "text":
-        small = replace(small, text=Text("other", ("Other words.",)))
+        small = replace(small, text=Corpus("other", ("Other words.",)))
     elif change == "context":
         small = replace(small, context=30)
     else:
@@ -435,11 +439,11 @@ def test_a_figure_needs_a_table(tmp_path: Path) -> None:
 def test_text_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\ufeffone\ntwo\n---\nthree\n---\n\n")
     (tmp_path / "b.jsonl").write_text('{"text": "four"}\n\n{"text": "five", "id": 2}\n')
-    found = read_text(tmp_path / "a.txt", tmp_path / "b.jsonl")
+    found = read_corpus(tmp_path / "a.txt", tmp_path / "b.jsonl")
     assert (
         found.documents == ("one\ntwo", "three", "four", "five") and found.name == "a.txt, b.jsonl"
     )
-    assert len(read_text().documents) == 28
+    assert len(read_corpus().documents) == 28
     for name, content, message in (
         ("empty.txt", b" \n\n", "holds no text"),
         ("bad.jsonl", b'{"text": "x"}\n{"text": 3}\n', "line 2"),
@@ -449,9 +453,9 @@ def test_text_files(tmp_path: Path) -> None:
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(RunError, match=message):
-            read_text(tmp_path / name)
+            read_corpus(tmp_path / name)
     with pytest.raises(RunError, match="nothere"):
-        read_text(tmp_path / "nothere.txt")
+        read_corpus(tmp_path / "nothere.txt")
 
 
 def test_contrast_set(tmp_path: Path) -> None:
@@ -490,7 +494,7 @@ def test_command_line(
     (tmp_path / "text.txt").write_text(f"{TEXT.documents[1]}\n---\n{TEXT.documents[3]}\n")
     command = [
         *("evaluate", *folders, "--prompts", str(tmp_path / "prompts.txt")),
-        *("--text", str(tmp_path / "text.txt"), "--tasks", "none", "--new-tokens", "4"),
+        *("--text", str(tmp_path / "text.txt"), "--tasks", "none", "--max-new-tokens", "4"),
         *("--scorer", "lexicon:length", "--out", str(tmp_path / "out")),
     ]
     assert main(command) == 0
@@ -553,8 +557,8 @@ def test_real_model(bundled_model: str) -> None:
         vector=vector / vector.norm(), site=Site(9, "resid_post"), norm=1.0, method="test"
     )
     plan = Plan(Ablate(direction, model.writers))
-    measures = Measures(
-        prompts={"two": tuple(map(Prompt, ("Hi!", "Name a bird.")))}, new_tokens=6, limit=2
+    measures = EvaluationConfig(
+        prompts={"two": tuple(map(Prompt, ("Hi!", "Name a bird.")))}, max_new_tokens=6, limit=2
     )
     found = evaluate(model, plan=plan, measures=measures)
     row = named(found, "perplexity a token")

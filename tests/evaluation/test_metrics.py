@@ -28,7 +28,7 @@ from interp_ablate.evaluation.metrics import (
     kl_divergence,
     repetition,
 )
-from interp_ablate.evaluation.outputs import Evidence, generate_together
+from interp_ablate.evaluation.outputs import ModelOutputs, generate_outputs_together
 from interp_ablate.prompts.readers import bundled_names
 from interp_ablate.scoring.expression_lists import EXPRESSIONS, EXPRESSIONS_OF_CONTRAST
 from interp_ablate.scoring.expressions import ExpressionScorer
@@ -325,19 +325,23 @@ def test_answers_made_together_are_those_of_each_alone(backend: str) -> None:
     """Of evidences of different sizes and plans; prompts share a prefix, which is one a plan."""
     model = shared(backend=backend, eos_token_id=None)
     sides = [rows_of(*(9 + n for n in range(2 + i)), prefix=8, seed=i) for i in range(len(PLANS))]
-    evidences = [Evidence(model, rows, plan, new_tokens=8) for rows, plan in zip(sides, PLANS)]
-    generate_together(evidences)
+    evidences = [
+        ModelOutputs(model, rows, plan, max_new_tokens=8) for rows, plan in zip(sides, PLANS)
+    ]
+    generate_outputs_together(evidences)
     assert all("generations" in evidence.__dict__ for evidence in evidences)
     for evidence, rows, plan in zip(evidences, sides, PLANS):
-        alone = Evidence(model, rows, plan, new_tokens=8)
+        alone = ModelOutputs(model, rows, plan, max_new_tokens=8)
         assert evidence.generations == alone.generations and len(evidence.texts) == len(rows)
-    texts = [Evidence(model, sides[0], plan, new_tokens=8).texts for plan in PLANS[:3]]
+    texts = [ModelOutputs(model, sides[0], plan, max_new_tokens=8).texts for plan in PLANS[:3]]
     assert len({tuple(each) for each in texts}) == 3
 
 
 def test_answers_that_are_known_are_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model = shared(eos_token_id=None)
-    first, second = (Evidence(model, rows_of(9, 12, seed=seed), new_tokens=4) for seed in (1, 2))
+    first, second = (
+        ModelOutputs(model, rows_of(9, 12, seed=seed), max_new_tokens=4) for seed in (1, 2)
+    )
     known, asked = first.generations, []
     real = model.generate
 
@@ -346,17 +350,17 @@ def test_answers_that_are_known_are_not_made_again(monkeypatch: pytest.MonkeyPat
         return real(rows, **options)
 
     monkeypatch.setattr(model, "generate", counting)
-    generate_together([first, second])
+    generate_outputs_together([first, second])
     assert asked == [2] and first.generations is known
-    generate_together([first, second])
-    generate_together([])
+    generate_outputs_together([first, second])
+    generate_outputs_together([])
     assert asked == [2]
 
 
 def test_continuations_of_no_token_and_of_some() -> None:
     model, rows = shared(), rows_of(5, 5, 3)
     ends = [[], [7, 8, 9], [4]]
-    found = Evidence(model, rows).continuation_logprobs(ends)
+    found = ModelOutputs(model, rows).continuation_logprobs(ends)
     assert [len(each) for each in found] == [0, 3, 1]
     for row, end, each in zip(rows[1:], ends[1:], found[1:]):
         expected = forward(source_of("llama_gqa"), [*row, *end]).log_softmax(-1)
@@ -365,18 +369,18 @@ def test_continuations_of_no_token_and_of_some() -> None:
 
 def test_the_first_answers_are_those_of_the_first_prompts() -> None:
     model = shared(eos_token_id=None)
-    whole = Evidence(
-        model, rows_of(9, 12, 14, 10), Plan((Ablate(unit(1), EVERYWHERE),)), new_tokens=4
+    whole = ModelOutputs(
+        model, rows_of(9, 12, 14, 10), Plan((Ablate(unit(1), EVERYWHERE),)), max_new_tokens=4
     )
-    unknown = whole.first(2)  # nothing is known yet: nothing is there
+    unknown = whole.head(2)  # nothing is known yet: nothing is there
     assert not {"generations", "first_logprobs"} & set(unknown.__dict__)
-    assert (unknown.plan, unknown.new_tokens, unknown.rows) == (whole.plan, 4, whole.rows[:2])
+    assert (unknown.plan, unknown.max_new_tokens, unknown.rows) == (whole.plan, 4, whole.rows[:2])
     _ = whole.generations, whole.first_logprobs
-    part = whole.first(2)
+    part = whole.head(2)
     assert part.__dict__["generations"] == whole.generations[:2] == unknown.generations
     assert torch.equal(part.__dict__["first_logprobs"], whole.first_logprobs[:2])
     assert_close(part.first_logprobs, unknown.first_logprobs, atol=2e-5, rtol=0)
-    some = whole.part([3, 1])
+    some = whole.subset([3, 1])
     assert some.rows == [whole.rows[3], whole.rows[1]] and some.plan == whole.plan
     assert some.__dict__["generations"] == [whole.generations[i] for i in (3, 1)]
     assert torch.equal(some.__dict__["first_logprobs"], whole.first_logprobs[[3, 1]])
@@ -388,8 +392,10 @@ def test_answers_end_with_the_end_token() -> None:
     model = shared()
     assert hf.config.eos_token_id in model.eos_token_ids
     rows = rows_of(*range(9, 29))
-    evidences = [Evidence(model, rows, plan, new_tokens=24) for plan in PLANS[:2]]
-    generate_together(evidences)
+    evidences = [ModelOutputs(model, rows, plan, max_new_tokens=24) for plan in PLANS[:2]]
+    generate_outputs_together(evidences)
     assert any(g.finished for e in evidences for g in e.generations)
     for evidence, plan in zip(evidences, PLANS):
-        assert evidence.generations == Evidence(model, rows, plan, new_tokens=24).generations
+        assert (
+            evidence.generations == ModelOutputs(model, rows, plan, max_new_tokens=24).generations
+        )

@@ -18,7 +18,7 @@ from torch import Tensor
 from interp_ablate import Ablate, Add, Clamp, Plan, Site, audit, everywhere, export_checkpoint
 from interp_ablate.edits.kinds import Edit
 from interp_ablate.errors import ExportError
-from interp_ablate.export.auditing import Origin
+from interp_ablate.export.auditing import AuditSource
 from interp_ablate.export.checkpoint import export_folder
 
 PLAN = Plan((Ablate(unit(), everywhere(N_LAYERS)),))
@@ -64,7 +64,7 @@ def test_an_export_is_what_it_says(tmp_path: Path, kind: str, dtype: str) -> Non
         Plan((Ablate(unit(), shared(kind).writers),)),
     )
     manifest = export_folder(source, plan, tmp_path / "b")
-    found = audit(Origin.of_folder(source), plan, tmp_path / "b")
+    found = audit(AuditSource.of_folder(source), plan, tmp_path / "b")
     assert found.passed and not found.problems
     assert found.edited == found.edited_bit_equal == len(manifest["edited"]) > 0
     assert found.added == 1 and found.tied == "untie"
@@ -90,7 +90,7 @@ def test_what_is_called_changed_is_changed_and_nothing_else(
     differ = {name for name in before if not torch.equal(before[name], after[name])}
     assert differ == set(manifest["edited"]) and set(manifest["added"]) == set(after) - set(before)
     assert set(manifest["unchanged"]) == set(before) - differ
-    found = audit(Origin.of_folder(source), Plan(edits[what]), tmp_path / "b")
+    found = audit(AuditSource.of_folder(source), Plan(edits[what]), tmp_path / "b")
     assert found.passed and (found.edited, found.same) == (len(differ), len(before) - len(differ))
 
 
@@ -103,8 +103,8 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 
 def test_a_model_in_memory_as_the_origin(tmp_path: Path) -> None:
     export_checkpoint(shared(tied=True), PLAN, tmp_path / "b", prompts=[[5, 6, 7, 8]])
-    assert audit(Origin.of_model(make(tied=True)), PLAN, tmp_path / "b").passed
-    assert not audit(Origin.of_model(make(tied=True, seed=1)), PLAN, tmp_path / "b").passed
+    assert audit(AuditSource.of_model(make(tied=True)), PLAN, tmp_path / "b").passed
+    assert not audit(AuditSource.of_model(make(tied=True, seed=1)), PLAN, tmp_path / "b").passed
 
 
 @pytest.mark.parametrize("tied", ("untie", "skip-embedding", "accept"))
@@ -116,28 +116,28 @@ def test_the_choice_for_tied_embeddings_is_read_off(
     export_folder(source, PLAN, out, tied=tied)  # type: ignore[arg-type]
     if not manifest:
         (out / "interp_ablate.json").unlink()
-    found = audit(Origin.of_folder(source), PLAN, out)
+    found = audit(AuditSource.of_folder(source), PLAN, out)
     assert found.passed and found.tied == tied
     for other in {"untie", "skip-embedding", "accept"} - {tied}:
-        assert not audit(Origin.of_folder(source), PLAN, out, tied=other).passed  # type: ignore[arg-type]
+        assert not audit(AuditSource.of_folder(source), PLAN, out, tied=other).passed  # type: ignore[arg-type]
 
 
 def test_additions_are_checked_with_their_new_biases(tmp_path: Path) -> None:
     source, plan = folder_of(tmp_path / "a"), Plan((Add(unit(), Site(1, "resid_post")),))
     export_folder(source, plan, tmp_path / "b")
-    found = audit(Origin.of_folder(source), plan, tmp_path / "b")
+    found = audit(AuditSource.of_folder(source), plan, tmp_path / "b")
     assert found.passed and found.added == 3 * N_LAYERS
     change(tmp_path / "b", "model.layers.2.mlp.up_proj.bias", lambda x: x + 0.1)
     assert (
         "model.layers.2.mlp.up_proj.bias"
-        in audit(Origin.of_folder(source), plan, tmp_path / "b").problems[0]
+        in audit(AuditSource.of_folder(source), plan, tmp_path / "b").problems[0]
     )
 
 
 def test_rounding_of_another_machine_is_allowed(pair: tuple[Path, Path]) -> None:
     source, out = pair
     change(out, EDITED, lambda x: torch.nextafter(x, torch.full_like(x, torch.inf)))
-    found = audit(Origin.of_folder(source), PLAN, out)
+    found = audit(AuditSource.of_folder(source), PLAN, out)
     assert found.passed and found.edited_bit_equal == found.edited - 1
 
 
@@ -174,7 +174,7 @@ def test_a_tensor_that_is_something_else(
 ) -> None:
     source, out = pair
     change(out, name, how)
-    found = audit(Origin.of_folder(source), PLAN, out)
+    found = audit(AuditSource.of_folder(source), PLAN, out)
     assert not found.passed and len(found.problems) == 1
     assert re.search(problem, found.problems[0]) and name in found.problems[0]
 
@@ -186,7 +186,7 @@ def test_a_tensor_too_many(pair: tuple[Path, Path]) -> None:
     data["weight_map"]["extra"] = "extra.safetensors"
     index.write_text(json.dumps(data))
     save_file({"extra": torch.ones(3)}, out / "extra.safetensors")
-    assert audit(Origin.of_folder(source), PLAN, out).problems == [
+    assert audit(AuditSource.of_folder(source), PLAN, out).problems == [
         "extra is not a tensor of the source, nor of the plan"
     ]
 
@@ -194,9 +194,9 @@ def test_a_tensor_too_many(pair: tuple[Path, Path]) -> None:
 def test_another_plan_is_found(pair: tuple[Path, Path]) -> None:
     source, out = pair
     other = Plan((Ablate(unit(1), everywhere(N_LAYERS)),))
-    assert len(audit(Origin.of_folder(source), other, out).problems) == 1 + 2 * N_LAYERS
+    assert len(audit(AuditSource.of_folder(source), other, out).problems) == 1 + 2 * N_LAYERS
     weaker = Plan((Ablate(unit(), everywhere(N_LAYERS), strength=0.999),))
-    assert not audit(Origin.of_folder(source), weaker, out).passed
+    assert not audit(AuditSource.of_folder(source), weaker, out).passed
 
 
 @pytest.mark.parametrize(
@@ -206,18 +206,18 @@ def test_what_lies_beside_the_weights_counts(pair: tuple[Path, Path], file: str)
     source, out = pair
     data = json.loads((out / file).read_text())
     (out / file).write_text(json.dumps({**data, "added": 1}))
-    assert audit(Origin.of_folder(source), PLAN, out).problems == [
+    assert audit(AuditSource.of_folder(source), PLAN, out).problems == [
         f"{file} differs from the source's"
     ]
     (out / file).unlink()
-    assert f"{file} is only in" in audit(Origin.of_folder(source), PLAN, out).problems[0]
+    assert f"{file} is only in" in audit(AuditSource.of_folder(source), PLAN, out).problems[0]
 
 
 def test_a_config_that_says_something_else(pair: tuple[Path, Path]) -> None:
     source, out = pair
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
-    (problem,) = audit(Origin.of_folder(source), PLAN, out).problems
+    (problem,) = audit(AuditSource.of_folder(source), PLAN, out).problems
     assert "rms_norm_eps is 0.001; the plan makes it 1e-06" in problem
 
 
@@ -226,20 +226,20 @@ def test_a_config_that_still_says_tied(pair: tuple[Path, Path]) -> None:
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     assert any(
-        "tie_word_embeddings" in p for p in audit(Origin.of_folder(source), PLAN, out).problems
+        "tie_word_embeddings" in p for p in audit(AuditSource.of_folder(source), PLAN, out).problems
     )
 
 
 def test_a_plan_without_a_form_and_files_that_cannot_be_read(pair: tuple[Path, Path]) -> None:
     source, out = pair
     with pytest.raises(ExportError, match="some places only"):
-        audit(Origin.of_folder(source), Plan((Ablate(unit(), Site(1, "resid_mid")),)), out)
+        audit(AuditSource.of_folder(source), Plan((Ablate(unit(), Site(1, "resid_mid")),)), out)
     (out / "interp_ablate.json").write_text("[")
     with pytest.raises(ExportError, match="is not a manifest"):
-        audit(Origin.of_folder(source), PLAN, out)
+        audit(AuditSource.of_folder(source), PLAN, out)
     shutil.rmtree(out)
     with pytest.raises(ExportError):
-        audit(Origin.of_folder(source), PLAN, out)
+        audit(AuditSource.of_folder(source), PLAN, out)
 
 
 @pytest.mark.parametrize(
@@ -255,11 +255,11 @@ def test_files_that_loaders_would_act_on(pair: tuple[Path, Path], file: str) -> 
     source, out = pair
     (out / file).parent.mkdir(exist_ok=True)
     (out / file).write_text("{}")
-    (problem,) = audit(Origin.of_folder(source), PLAN, out).problems
+    (problem,) = audit(AuditSource.of_folder(source), PLAN, out).problems
     assert problem.startswith(f"{file} is only in {out}")
     (out / file).unlink()
     (out / "picture.png").write_bytes(b"not read by anything")
-    assert audit(Origin.of_folder(source), PLAN, out).passed
+    assert audit(AuditSource.of_folder(source), PLAN, out).passed
 
 
 @pytest.mark.parametrize(
@@ -269,5 +269,5 @@ def test_fields_of_the_config_that_its_class_drops(pair: tuple[Path, Path], fiel
     source, out = pair
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, **field}))
-    problems = audit(Origin.of_folder(source), PLAN, out).problems
+    problems = audit(AuditSource.of_folder(source), PLAN, out).problems
     assert problems and all(next(iter(field)) in problem for problem in problems)

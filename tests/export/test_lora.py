@@ -21,8 +21,8 @@ from interp_ablate.edits.affine import Affine
 from interp_ablate.edits.kinds import Erase
 from interp_ablate.errors import ExportError
 from interp_ablate.export.lora import WEIGHTS, export_lora
-from interp_ablate.export.lora_adapter import PREFIX, lora_adapter, minimal
-from interp_ablate.export.lora_certificate import untied
+from interp_ablate.export.lora_adapter import PREFIX, lora_adapter, minimal_adapter
+from interp_ablate.export.lora_certificate import untied_base
 from interp_ablate.weights.plan_to_weights import WeightPlan, weight_plan
 
 peft = pytest.importorskip("peft")
@@ -72,7 +72,7 @@ def assert_the_hooked_model(
     assert_exact(plain(load(base_of(kind, tied, **config), out)), want)
     base = base_of(kind, tied, **config)
     if tied:
-        base = untied(base)
+        base = untied_base(base)
         assert_exact(plain(base), before)
     merged = load(base, out).merge_and_unload()
     assert not [name for name, _ in merged.named_parameters() if "lora" in name]
@@ -292,7 +292,7 @@ def test_biases_at_some_projections_only(tmp_path: Path) -> None:
 
 
 def test_a_plain_merge_into_a_tied_base_is_another_function(tmp_path: Path) -> None:
-    """Why `untied` is needed, and why the card says so."""
+    """Why `untied_base` is needed, and why the card says so."""
     plan = Plan((Ablate(unit(1), writers("llama_gqa")),))
     model = shared("llama_gqa", tied=True)
     export_lora(model, plan, tmp_path / "out", prompts=ROWS)
@@ -307,9 +307,9 @@ def test_an_untied_and_merged_model_can_be_saved(tmp_path: Path) -> None:
     plan = Plan((Ablate(unit(1), writers("llama_gqa")),))
     model = shared("llama_gqa", tied=True)
     export_lora(model, plan, tmp_path / "out", prompts=ROWS)
-    load(untied(base_of("llama_gqa", True)), tmp_path / "out").merge_and_unload().save_pretrained(
-        tmp_path / "merged"
-    )
+    load(
+        untied_base(base_of("llama_gqa", True)), tmp_path / "out"
+    ).merge_and_unload().save_pretrained(tmp_path / "merged")
     again = type(base_of("llama_gqa", True)).from_pretrained(tmp_path / "merged")
     assert again.config.tie_word_embeddings is False
     assert_exact(plain(again), hooked(model, plan))
@@ -340,7 +340,7 @@ def test_accept_is_merged_as_it_is_and_shows_its_cost(tmp_path: Path) -> None:
 
 
 def test_untied_stays_untied(tmp_path: Path) -> None:
-    base = untied(base_of("llama_gqa", True))
+    base = untied_base(base_of("llama_gqa", True))
     want = base.lm_head.weight.clone()
     with torch.no_grad():
         base.model.embed_tokens.weight.zero_()
@@ -356,7 +356,7 @@ def test_peft_has_nothing_to_warn_about_an_untied_base(tmp_path: Path) -> None:
     export_lora(shared("llama_gqa", tied=True), plan, tmp_path / "out", prompts=ROWS)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        load(untied(base_of("llama_gqa", True)), tmp_path / "out").merge_and_unload()
+        load(untied_base(base_of("llama_gqa", True)), tmp_path / "out").merge_and_unload()
 
 
 # --------------------------------------------------------------------------------- what has no form
@@ -530,7 +530,7 @@ def test_minimal_keeps_the_product() -> None:
         (torch.cat([a, -a], 1), torch.cat([b, b], 1), 0),
         (torch.cat([a, 1e-6 * b], 1), torch.cat([a, b], 1), 2),  # small, not rounding
     ):
-        small_left, small_right = minimal(Affine(left, right, zero))
+        small_left, small_right = minimal_adapter(Affine(left, right, zero))
         assert small_left.shape == small_right.shape == (D_MODEL, rank)
         torch.testing.assert_close(small_left @ small_right.T, left @ right.T, rtol=0, atol=1e-14)
 

@@ -498,9 +498,9 @@ def test_a_bridge_that_is_not_the_model_is_refused(monkeypatch: pytest.MonkeyPat
 
 def test_a_missing_site_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     model = shared()
-    point = model._lens.hook_point
+    point = model._backend.hook_point
     monkeypatch.setattr(
-        model._lens, "hook_point", lambda s: None if s.point == "resid_mid" else point(s)
+        model._backend, "hook_point", lambda s: None if s.point == "resid_mid" else point(s)
     )
     plan = Ablate(unit(), sites_of(RESIDUAL_POINTS, range(N_LAYERS)))
     with (

@@ -28,9 +28,9 @@ from interp_ablate import Ablate, Add, Clamp, Plan, Site, collect
 from interp_ablate.edits.kinds import Erase
 from interp_ablate.edits.presets import everywhere
 from interp_ablate.errors import ModelError, PlanError
-from interp_ablate.evaluation.outputs import Evidence
+from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.models.model import Model
-from interp_ablate.models.residual_cache import SHARE, Remembered, layers_to_keep, n_tokens
+from interp_ablate.models.residual_cache import SHARE, ResidualCache, layers_to_keep, n_tokens
 
 TOLERANCE = 2e-6  # the same blocks get the same activations: fp32 rounding of other shapes at most
 ADDITION = Plan((Add(3 * unit(), Site(1, "resid_post")),))
@@ -66,7 +66,7 @@ def under(model: Model, plan: Any, rows: Sequence[Any], **options: Any) -> Tenso
         return model.logits(rows, **options)
 
 
-def compared(model: Model, memory: Remembered, plan: Any, rows: Any, first: int) -> None:
+def compared(model: Model, memory: ResidualCache, plan: Any, rows: Any, first: int) -> None:
     """With what is remembered: the whole pass's logits, from the blocks that had to run alone."""
     whole = under(model, plan, rows, keep=3)
     with counting(model) as ran:
@@ -389,7 +389,7 @@ def test_out_of_memory_in_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches in halves, while rows are remembered and when they are used."""
     model, rows = shared(), rows_of(19, 16, 21, 14, 17, prefix=12)
     want = under(model, ADDITION, rows)
-    forward, sizes = model._lens.forward, []
+    forward, sizes = model._backend.forward, []
 
     def small(step: Any, keep: int) -> Any:
         sizes.append(len(step.tokens))
@@ -397,7 +397,7 @@ def test_out_of_memory_in_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
             raise RuntimeError("can't allocate memory")
         return forward(step, keep)
 
-    monkeypatch.setattr(model._lens, "forward", small)
+    monkeypatch.setattr(model._backend, "forward", small)
     memory = model.remembering(rows)
     with counting(model) as ran:
         got = under(model, ADDITION, rows, below=memory)
@@ -435,21 +435,26 @@ def test_only_the_unedited_model_is_remembered() -> None:
 
 def test_evidence_under_a_plan_starts_where_the_plan_does() -> None:
     model, rows = shared(), rows_of(19, 16, 21, prefix=12)
-    baseline = Evidence(model, rows, new_tokens=5, batch_size=2)
-    early = baseline.under(Plan((Ablate(unit(1), everywhere(N_LAYERS)),)))
+    baseline = ModelOutputs(model, rows, max_new_tokens=5, batch_size=2)
+    early = baseline.with_plan(Plan((Ablate(unit(1), everywhere(N_LAYERS)),)))
     _ = early.first_logprobs
     assert "remembered" not in baseline.__dict__  # an edit from the start needs none
     for site, first in ((0, 1), (1, 2), (2, 3)):
         plan = Plan((Add(3 * unit(), Site(site, "resid_post")),))
-        found = baseline.under(plan)
-        assert (found.plan, found.rows, found.new_tokens, found.batch_size) == (plan, rows, 5, 2)
+        found = baseline.with_plan(plan)
+        assert (found.plan, found.rows, found.max_new_tokens, found.batch_size) == (
+            plan,
+            rows,
+            5,
+            2,
+        )
         known = baseline.remembered
         with counting(model) as ran:
             got = found.first_logprobs
         assert set(ran) == set(range(first, N_LAYERS)) and baseline.remembered is known
-        want = Evidence(model, rows, plan, batch_size=2).first_logprobs
+        want = ModelOutputs(model, rows, plan, batch_size=2).first_logprobs
         assert_close(got, want, atol=TOLERANCE, rtol=TOLERANCE)
-        part = baseline.under(plan).first(2)
+        part = baseline.with_plan(plan).head(2)
         with counting(model) as ran:
             assert_close(part.first_logprobs, want[:2], atol=2e-5, rtol=0)
         assert set(ran) == set(range(first, N_LAYERS))
@@ -459,12 +464,12 @@ def test_evidence_inside_another_plan() -> None:
     """The outer plan counts, whether or not anything was remembered before."""
     model, rows = shared(), rows_of(9, 6, 11)
     outer = Plan((Add(2 * unit(1), Site(0, "mlp_out")),))
-    want = Evidence(model, rows, outer + ADDITION).first_logprobs
-    assert (want - Evidence(model, rows, ADDITION).first_logprobs).abs().max() > 1e-2
+    want = ModelOutputs(model, rows, outer + ADDITION).first_logprobs
+    assert (want - ModelOutputs(model, rows, ADDITION).first_logprobs).abs().max() > 1e-2
     for before in (False, True):
-        baseline = Evidence(model, rows)
+        baseline = ModelOutputs(model, rows)
         if before:
             _ = baseline.remembered
         with model.applied(outer):
-            got = baseline.under(ADDITION).first_logprobs
+            got = baseline.with_plan(ADDITION).first_logprobs
         assert_close(got, want, atol=1e-5, rtol=0)

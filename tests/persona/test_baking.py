@@ -18,13 +18,13 @@ from interp_ablate import Direction, Directions, Site
 from interp_ablate.errors import ExportError, InterpAblateError
 from interp_ablate.export.checkpoint import write_certificate
 from interp_ablate.models.model import Model
-from interp_ablate.persona.answers import Sampling
-from interp_ablate.persona.baking import CONDITIONS, STYLE, Baked, bake
+from interp_ablate.persona.answers import SamplingConfig
+from interp_ablate.persona.baking import CONDITIONS, STYLE, BakedPersona, bake
 from interp_ablate.persona.persona import Persona
 from interp_ablate.persona.traits import load_trait
-from interp_ablate.scoring.exchange import Exchange
+from interp_ablate.scoring.exchange import PromptResponse
 
-GREEDY = Sampling(new_tokens=6, temperature=0.0)
+GREEDY = SamplingConfig(max_new_tokens=6, temperature=0.0)
 
 
 def persona_of(direction: Direction) -> Persona:
@@ -33,7 +33,7 @@ def persona_of(direction: Direction) -> Persona:
     )
 
 
-def baked_of(model: Model, out: Path, persona: Persona, **options: Any) -> Baked:
+def baked_of(model: Model, out: Path, persona: Persona, **options: Any) -> BakedPersona:
     given: dict[str, Any] = {
         "answers": out.parent / "answers.jsonl", "scorer": Letter(), "coherence": Always(),
         "questions": 5, "sampling": GREEDY, **options,
@@ -42,13 +42,13 @@ def baked_of(model: Model, out: Path, persona: Persona, **options: Any) -> Baked
 
 
 @pytest.fixture(scope="module")
-def baked(tmp_path_factory: pytest.TempPathFactory) -> Baked:
+def baked(tmp_path_factory: pytest.TempPathFactory) -> BakedPersona:
     place = tmp_path_factory.mktemp("baking")
     persona = persona_of(steering_letter(shared(), 2))
     return baked_of(shared(), place / "out", persona)
 
 
-def test_plain_transformers_answers_in_the_style(baked: Baked) -> None:
+def test_plain_transformers_answers_in_the_style(baked: BakedPersona) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(baked.folder)
@@ -67,7 +67,7 @@ def test_plain_transformers_answers_in_the_style(baked: Baked) -> None:
     assert [n for n, p in biases.items() if p.any()] == ["model.layers.2.mlp.down_proj.bias"]
 
 
-def test_the_three_conditions_are_what_they_say(baked: Baked) -> None:
+def test_the_three_conditions_are_what_they_say(baked: BakedPersona) -> None:
     hf, model = tiny.tiny("llama_gqa")[0], shared()
     persona = persona_of(steering_letter(model, 2))
     plans = (None, persona.plan(1.0), persona.plan(1.0, positions="all"))
@@ -87,7 +87,7 @@ def test_the_three_conditions_are_what_they_say(baked: Baked) -> None:
     assert baked.results["same_text"]["steered, baked"] == sum(same) / len(same)
 
 
-def test_the_card_tells_it(baked: Baked) -> None:
+def test_the_card_tells_it(baked: BakedPersona) -> None:
     card = (baked.folder / "README.md").read_text()
     assert card.startswith("---\n") and "## The style: gloomy" in card
     write_certificate(baked.folder, json.loads((baked.folder / "certificate.json").read_text()))
@@ -107,9 +107,9 @@ def test_text_of_a_model_cannot_write_markup_into_the_card(tmp_path: Path) -> No
     assert _plain("a\n## b | <c> [d](e) `f`") == r"a \#\# b \| \<c\> \[d\](e) \`f\`"
 
 
-def test_a_second_bake_goes_on_from_the_answers(baked: Baked, tmp_path: Path) -> None:
+def test_a_second_bake_goes_on_from_the_answers(baked: BakedPersona, tmp_path: Path) -> None:
     class Refuses(Letter):
-        def __call__(self, exchanges: Sequence[Exchange]) -> list[float | None]:
+        def __call__(self, exchanges: Sequence[PromptResponse]) -> list[float | None]:
             raise AssertionError("every answer has its verdict")
 
     answers = tmp_path / "answers.jsonl"

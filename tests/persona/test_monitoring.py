@@ -26,7 +26,7 @@ from interp_ablate import (
 )
 from interp_ablate.errors import DirectionError, ModelError, PlanError, PromptError, RunError
 from interp_ablate.models.model import Model
-from interp_ablate.persona.answers import Sampling
+from interp_ablate.persona.answers import SamplingConfig
 from interp_ablate.persona.monitoring import (
     Monitoring,
     correlate,
@@ -37,7 +37,7 @@ from interp_ablate.persona.monitoring import (
 from interp_ablate.persona.persona import Persona
 from interp_ablate.persona.traits import Trait, bundled_traits, load_trait
 from interp_ablate.plots.monitoring import save_monitoring, tokens_figure
-from interp_ablate.scoring.exchange import Exchange
+from interp_ablate.scoring.exchange import PromptResponse
 from interp_ablate.stats.correlation import across, overall, pearson, within
 
 TOLERANCE = 5e-5  # fp32, activations of some units
@@ -362,7 +362,7 @@ class ShareOfVowels:
         self.asked += len(exchanges)
         return [self.of(exchange) for exchange in exchanges]
 
-    def of(self, exchange: Exchange) -> float | None:
+    def of(self, exchange: PromptResponse) -> float | None:
         letters = [c for c in exchange.answer.casefold() if c.isascii() and c.isalpha()]
         return 100 * sum(c in "aeiou" for c in letters) / len(letters) if letters else None
 
@@ -378,7 +378,7 @@ def persona_of(model: Model) -> Persona:
 
 def test_monitor_a_trait(tmp_path: Path) -> None:
     model, scorer = shared("llama_gqa", "bridge"), ShareOfVowels()
-    persona, sampling = persona_of(model), Sampling(new_tokens=12, temperature=0.0)
+    persona, sampling = persona_of(model), SamplingConfig(max_new_tokens=12, temperature=0.0)
     store = tmp_path / "monitoring.jsonl"
     found = monitor_trait(model, persona, store, scorer=scorer, sampling=sampling)
     assert len(found.table) == 16 and found.table["level"].nunique() == 8 and scorer.asked
@@ -390,7 +390,7 @@ def test_monitor_a_trait(tmp_path: Path) -> None:
         assert row.projection == pytest.approx(
             float(last.double() @ persona.direction.vector), abs=TOLERANCE
         )
-        want = scorer.of(Exchange(prompt, answer.text))
+        want = scorer.of(PromptResponse(prompt, answer.text))
         assert row.answer == answer.text and (
             row.score == pytest.approx(want) if want is not None else np.isnan(row.score)
         )

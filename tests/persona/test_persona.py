@@ -20,18 +20,18 @@ from interp_ablate.activations.pooling import POOLINGS, pooled, response_activat
 from interp_ablate.cli.main import main
 from interp_ablate.errors import DirectionError, InterpAblateError, RunError
 from interp_ablate.models.model import Model
-from interp_ablate.persona.answers import Answer, Sampling
+from interp_ablate.persona.answers import Rollout, SamplingConfig
 from interp_ablate.persona.extraction import extract, trait_directions
-from interp_ablate.persona.persona import Extraction, Persona, load_persona
-from interp_ablate.persona.rollout_filter import Kept
+from interp_ablate.persona.persona import ExtractionConfig, Persona, load_persona
+from interp_ablate.persona.rollout_filter import FilteredRollouts
 from interp_ablate.persona.steering import choose_layer, curve, steer
 from interp_ablate.persona.traits import Trait, load_trait
 from interp_ablate.prompts.prompt import Prompt
-from interp_ablate.scoring.exchange import Exchange
+from interp_ablate.scoring.exchange import PromptResponse
 from interp_ablate.sites import sites_of
 
 POST = sites_of(("resid_post",), range(N_LAYERS))
-GREEDY = Sampling(new_tokens=6, temperature=0.0)
+GREEDY = SamplingConfig(max_new_tokens=6, temperature=0.0)
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Told:
     def identity(self) -> dict[str, Any]:
         return {"kind": self.name, "trait": self.trait.fingerprint}
 
-    def __call__(self, exchanges: Sequence[Exchange]) -> list[float | None]:
+    def __call__(self, exchanges: Sequence[PromptResponse]) -> list[float | None]:
         scores = {
             **dict.fromkeys(self.trait.positive, 90.0),
             **dict.fromkeys(self.trait.negative, 10.0),
@@ -68,7 +68,7 @@ class Letter:
     def identity(self) -> dict[str, Any]:
         return {"letter": self.letter}
 
-    def __call__(self, exchanges: Sequence[Exchange]) -> list[float | None]:
+    def __call__(self, exchanges: Sequence[PromptResponse]) -> list[float | None]:
         return [share(e.answer, self.letter) for e in exchanges]
 
 
@@ -81,13 +81,13 @@ class Always:
     def identity(self) -> dict[str, Any]:
         return {"always": self.value}
 
-    def __call__(self, exchanges: Sequence[Exchange]) -> list[float | None]:
+    def __call__(self, exchanges: Sequence[PromptResponse]) -> list[float | None]:
         return [self.value] * len(exchanges)
 
 
-def answers_of(*texts_and_tokens: tuple[str, str | None, Sequence[int]]) -> tuple[Answer, ...]:
+def answers_of(*texts_and_tokens: tuple[str, str | None, Sequence[int]]) -> tuple[Rollout, ...]:
     return tuple(
-        Answer({"side": "positive"}, Prompt(text, system), tuple(tokens), "x", True, 90.0, 90.0)
+        Rollout({"side": "positive"}, Prompt(text, system), tuple(tokens), "x", True, 90.0, 90.0)
         for text, system, tokens in texts_and_tokens
     )
 
@@ -96,10 +96,10 @@ POSITIVE = answers_of(
     ("Why?", "Be brave.", (40, 41, 42)), ("How are you?", "Be brave.", (90,)), ("Who?", None, tuple(range(60, 71)))
 )  # fmt: skip
 NEGATIVE = answers_of(("Why?", "Be afraid.", (43, 44)), ("How are you?", None, (91, 92, 93, 94)))
-KEPT = Kept(POSITIVE, NEGATIVE, {})
+KEPT = FilteredRollouts(POSITIVE, NEGATIVE, {})
 
 
-def stream_of(answer: Answer, site: Site) -> tuple[Tensor, int]:
+def stream_of(answer: Rollout, site: Site) -> tuple[Tensor, int]:
     """The stream [pos, d_model] at a site by the plain forward pass, and the prompt's length."""
     row, found = shared().encode(answer.prompt), []
 
@@ -112,7 +112,7 @@ def stream_of(answer: Answer, site: Site) -> tuple[Tensor, int]:
     return found[0], len(row)
 
 
-def means_of(answers: Sequence[Answer], site: Site) -> dict[str, Tensor]:
+def means_of(answers: Sequence[Rollout], site: Site) -> dict[str, Tensor]:
     """Each pooling's mean over answers, by hand."""
     parts: dict[str, list[Tensor]] = {pooling: [] for pooling in POOLINGS}
     for answer in answers:
@@ -181,7 +181,7 @@ def test_the_published_layer_i_is_resid_post_of_layer_i_minus_1() -> None:
 
 def test_the_same_answers_on_both_sides_make_no_direction() -> None:
     with pytest.raises(DirectionError, match="same activations everywhere"):
-        trait_directions(shared(), Kept(POSITIVE, POSITIVE, {}))
+        trait_directions(shared(), FilteredRollouts(POSITIVE, POSITIVE, {}))
     with pytest.raises(InterpAblateError, match="nothing to pool"):
         pooled(shared(), [replace(POSITIVE[0], tokens=())], POST)
 
@@ -204,7 +204,7 @@ def random_at(layer: int) -> Direction:
 def test_the_layer_that_steers_is_chosen(tmp_path: Path) -> None:
     model = shared()
     given = [random_at(0), random_at(1), steering_letter(model, 2)]
-    settings = Extraction(sampling=GREEDY, coefficients=(0.01, 1.0))
+    settings = ExtractionConfig(sampling=GREEDY, coefficients=(0.01, 1.0))
     chosen, table, unsteered = choose_layer(
         model, given, ("Why?", "How?", "Who?"), tmp_path / "a.jsonl",
         scorer=Letter(), coherence=Always(), settings=settings,
@@ -223,7 +223,7 @@ def test_the_layer_that_steers_is_chosen(tmp_path: Path) -> None:
 
 def test_incoherent_layers_are_not_chosen(tmp_path: Path) -> None:
     model = shared()
-    settings = Extraction(sampling=GREEDY, coefficients=(1.0,))
+    settings = ExtractionConfig(sampling=GREEDY, coefficients=(1.0,))
     options: dict[str, Any] = {"scorer": Letter(), "settings": settings}
     with pytest.raises(RunError, match=r"the best has 49.*smaller --coefficients"):
         choose_layer(
@@ -243,13 +243,13 @@ def small_trait() -> Trait:
     return replace(trait, positive=trait.positive[:2], negative=trait.negative[:2])
 
 
-SETTINGS = Extraction(
+SETTINGS = ExtractionConfig(
     questions=3,
     choosing=2,
     samples=1,
     fewest=4,
     coefficients=(0.5,),
-    sampling=Sampling(new_tokens=5),
+    sampling=SamplingConfig(max_new_tokens=5),
 )
 
 
@@ -277,7 +277,7 @@ def test_extraction_end_to_end(folder: Path) -> None:
     # the direction is what its own rollouts say
     sides = {
         side: tuple(
-            Answer({}, Prompt(r["question"], r["system"]), tuple(r["tokens"]), "x", True)
+            Rollout({}, Prompt(r["question"], r["system"]), tuple(r["tokens"]), "x", True)
             for r in rollouts
             if r["key"]["side"] == side and r["tokens"]
         )
@@ -421,9 +421,9 @@ def test_the_curve_is_of_evaluation_questions_with_controls(folder: Path, tmp_pa
 
 
 def test_answers_without_a_verdict_are_counted_not_averaged() -> None:
-    def one(question: int, score: float | None) -> Answer:
+    def one(question: int, score: float | None) -> Rollout:
         key = {"condition": "persona 1", "question": question, "sample": 0}
-        return Answer(key, Prompt("Why?"), (1,), "x", True, score, 80.0)
+        return Rollout(key, Prompt("Why?"), (1,), "x", True, score, 80.0)
 
     row = curve([one(0, 20.0), one(0, 40.0), one(1, 90.0), one(1, None), one(2, None)]).iloc[0]
     assert row["score"] == pytest.approx((30 + 90) / 2)  # over questions, each by its own verdicts
@@ -534,7 +534,7 @@ def test_the_commands(tmp_path: Path, capsys: Any) -> None:
     extracted(load_model(checkpoint), place)
     persona = load_persona(place)
     replace(persona, trait=replace(persona.trait, scorer="lexicon:length?half=2")).save(place)
-    flags = ["--model", str(checkpoint), "--questions", "2", "--new-tokens", "5"]
+    flags = ["--model", str(checkpoint), "--questions", "2", "--max-new-tokens", "5"]
     assert (
         main(["--quiet", "persona", "steer", str(place), *flags, "--coefficients=-1,0,1", "--json"])
         == 0
@@ -595,23 +595,23 @@ def test_gloom_on_the_real_model(tmp_path: Path, bundled_model: str) -> None:
     """The vector between sad and glad answers steers SmolLM2 to gloom on questions it has not seen."""
     pytest.importorskip("vaderSentiment")
     from interp_ablate import load_model
-    from interp_ablate.scoring.registry import scorer_of
+    from interp_ablate.scoring.registry import make_scorer
 
     model, trait = load_model("smollm2"), load_trait("gloomy")
     sides = [
         tuple(
-            Answer({}, Prompt(question), tuple(model.tokenizer(text)["input_ids"]), text, True)
+            Rollout({}, Prompt(question), tuple(model.tokenizer(text)["input_ids"]), text, True)
             for question, text in zip(trait.extraction_questions, texts)
         )
         for texts in (SAD, GLAD)
     ]
-    directions = trait_directions(model, Kept(*sides, {}))
+    directions = trait_directions(model, FilteredRollouts(*sides, {}))
     direction = directions[Site(14, "resid_post"), "response_mean"]
     persona = Persona(trait, directions, direction, 3.0, model.source.name)
     answers = steer(
-        model, persona, tmp_path / "steering.jsonl", scorer=scorer_of("lexicon:-sentiment"),
+        model, persona, tmp_path / "steering.jsonl", scorer=make_scorer("lexicon:-sentiment"),
         coherence=Always(), coefficients=(0.0, 3.0), questions=6,
-        sampling=Sampling(new_tokens=24, temperature=0.0),
+        sampling=SamplingConfig(max_new_tokens=24, temperature=0.0),
     )  # fmt: skip
     score = curve(answers).set_index(["condition", "coefficient"])["score"]
     assert score["persona", 3.0] > score["persona", 0.0] + 10

@@ -13,8 +13,8 @@ from tiny import N_LAYERS
 from interp_ablate import Site
 from interp_ablate.activations.pooling import response_activations
 from interp_ablate.directions.mean_difference import difference_in_means
-from interp_ablate.persona.answers import Answer
-from interp_ablate.persona.readout import COLUMNS, METHOD, fit_reading, score_slope
+from interp_ablate.persona.answers import Rollout
+from interp_ablate.persona.readout import COLUMNS, METHOD, fit_readout, score_slope
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.sites import sites_of
 
@@ -23,14 +23,14 @@ POST = sites_of(("resid_post",), range(N_LAYERS))
 QUESTIONS = ("Why?", "How are you?", "Who is there?", "What now?")
 
 
-def answer(question: str, tokens: tuple[int, ...], score: float | None, **more: float) -> Answer:
+def answer(question: str, tokens: tuple[int, ...], score: float | None, **more: float) -> Rollout:
     key = {"side": "positive"}
-    return Answer(
+    return Rollout(
         key, Prompt(question, "Be brave."), tokens, "x", True, score, more.get("coherence", 90.0)
     )
 
 
-def answers(seed: int = 0, n: int = 40) -> list[Answer]:
+def answers(seed: int = 0, n: int = 40) -> list[Rollout]:
     """Answers of random tokens, of which token 40's share is the score."""
     random = np.random.default_rng(seed)
     found = []
@@ -90,7 +90,7 @@ def test_what_does_not_vary_has_no_slope() -> None:
 
 def test_layers_are_judged_on_questions_that_made_no_slope() -> None:
     given = answers()
-    found = fit_reading(tiny.shared(), given, POST, source="brave tiny")
+    found = fit_readout(tiny.shared(), given, POST, source="brave tiny")
     assert [row["layer"] for row in found.rows] == list(range(N_LAYERS))
     assert all(list(row) == list(COLUMNS) for row in found.rows)
     # by hand, at one site: read after the bare question, without its system prompt
@@ -119,7 +119,7 @@ def test_scores_without_a_reason_are_not_read() -> None:
     """Ten answers a question and 32 dimensions: in its own sample any slope looks good."""
     random = np.random.default_rng(3)
     noise = [replace(a, score=float(random.uniform(0, 100))) for a in answers()]
-    found = fit_reading(tiny.shared(), noise, POST)
+    found = fit_readout(tiny.shared(), noise, POST)
     assert all(row["r"] < 0.35 for row in found.rows)
     x = response_activations(tiny.shared(), noise, [SITE])[:, 0]
     y = torch.tensor([a.score for a in noise])
@@ -131,15 +131,15 @@ def test_scores_without_a_reason_are_not_read() -> None:
 
 def test_only_candidates_may_be_chosen_and_only_what_reads() -> None:
     given = answers()
-    best = fit_reading(tiny.shared(), given, POST)
+    best = fit_readout(tiny.shared(), given, POST)
     assert best.chosen is not None
     others = [site for site in POST if site != best.chosen]
-    found = fit_reading(tiny.shared(), given, POST, candidates=others)
+    found = fit_readout(tiny.shared(), given, POST, candidates=others)
     assert found.chosen in others and len(found.directions) == len(POST)
     assert [row["r"] for row in found.rows] == [row["r"] for row in best.rows]
     random = np.random.default_rng(5)  # nothing to read: nothing is chosen, and why
     noise = [replace(a, score=float(random.uniform(0, 100))) for a in given]
-    none = fit_reading(tiny.shared(), noise, POST)
+    none = fit_readout(tiny.shared(), noise, POST)
     assert none.chosen is None and "no layer reads the scores" in none.why
     assert not any(row["chosen"] for row in none.rows) and len(none.directions) == len(POST)
 
@@ -147,7 +147,7 @@ def test_only_candidates_may_be_chosen_and_only_what_reads() -> None:
 def test_a_question_whose_others_have_one_score_is_left_out_of_r() -> None:
     """Without question 0 no score varies: its answers cannot be judged, the others' can."""
     given = [a if a.prompt.text == QUESTIONS[0] else replace(a, score=50.0) for a in answers(n=40)]
-    (row,) = fit_reading(tiny.shared(), given, POST[:1]).rows
+    (row,) = fit_readout(tiny.shared(), given, POST[:1]).rows
     assert (row["answers"], row["questions"]) == (30, 3)
 
 
@@ -158,17 +158,17 @@ def test_incoherent_and_unscored_answers_are_left_out() -> None:
         answer("Why?", (41, 42), 0.0, coherence=20.0),
         answer("Why?", (), 10.0),
     ]
-    plain, with_more = (fit_reading(tiny.shared(), a, POST[:1]) for a in (given, [*given, *more]))
+    plain, with_more = (fit_readout(tiny.shared(), a, POST[:1]) for a in (given, [*given, *more]))
     assert plain.rows == with_more.rows and with_more.rows[0]["answers"] == 20
 
 
 def test_too_little_to_read_from_is_said() -> None:
     assert (
         "5 coherent answers with a score to 4 questions"
-        in fit_reading(tiny.shared(), answers(n=5), POST).why
+        in fit_readout(tiny.shared(), answers(n=5), POST).why
     )
     one = [replace(a, prompt=Prompt("Why?")) for a in answers()]
-    assert "2 questions" in fit_reading(tiny.shared(), one, POST).why
+    assert "2 questions" in fit_readout(tiny.shared(), one, POST).why
     same = [replace(a, score=50.0) for a in answers()]
-    found = fit_reading(tiny.shared(), same, POST)
+    found = fit_readout(tiny.shared(), same, POST)
     assert "do not vary" in found.why and found.chosen is None and found.directions == ()

@@ -20,14 +20,14 @@ from tiny import tiny as tiny_hf
 
 from interp_ablate import Add, Plan, Site
 from interp_ablate.errors import InterpAblateError, RunError
-from interp_ablate.persona.answers import Answer, Job, Sampling, read_answers
-from interp_ablate.persona.rollout_filter import keep_expressing, kept_answers, said
-from interp_ablate.persona.rollouts import answer_all, fluency, rollout_jobs
+from interp_ablate.persona.answers import Rollout, RolloutRequest, SamplingConfig, read_answers
+from interp_ablate.persona.rollout_filter import describe_counts, filter_rollouts, kept_answers
+from interp_ablate.persona.rollouts import fluency, rollout_requests, run_rollouts
 from interp_ablate.persona.traits import load_trait
 from interp_ablate.prompts.prompt import Prompt
-from interp_ablate.scoring.exchange import Exchange
+from interp_ablate.scoring.exchange import PromptResponse
 
-SAMPLING = Sampling(new_tokens=6, batch_size=4)
+SAMPLING = SamplingConfig(max_new_tokens=6, batch_size=4)
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Vowels:
     def identity(self) -> dict[str, Any]:
         return {"kind": self.name, "weight": self.weight}
 
-    def __call__(self, exchanges: Sequence[Exchange]) -> list[float | None]:
+    def __call__(self, exchanges: Sequence[PromptResponse]) -> list[float | None]:
         self.seen += [exchange.answer for exchange in exchanges]
         return [
             self.weight * sum(c in "aeiou" for c in e.answer.lower()) / len(e.answer)
@@ -50,19 +50,19 @@ class Vowels:
         ]
 
 
-def jobs(questions: int = 3) -> list[Job]:
+def jobs(questions: int = 3) -> list[RolloutRequest]:
     trait = load_trait("gloomy")
     two = replace(trait, positive=trait.positive[:2], negative=trait.negative[:2])
-    return rollout_jobs(two, trait.extraction_questions[:questions], samples=2)
+    return rollout_requests(two, trait.extraction_questions[:questions], samples=2)
 
 
-def answered(path: Path, **options: Any) -> list[Answer]:
+def answered(path: Path, **options: Any) -> list[Rollout]:
     options = {"scorer": Vowels(), "sampling": SAMPLING, **options}
-    return answer_all(shared(), jobs(), path, **options)
+    return run_rollouts(shared(), jobs(), path, **options)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Answer]]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Rollout]]:
     """An uninterrupted run's file and answers."""
     path = tmp_path_factory.mktemp("whole") / "rollouts.jsonl"
     return path, answered(path)
@@ -89,11 +89,11 @@ def test_an_answer_is_what_the_model_writes(tmp_path: Path) -> None:
     hf, plain = tiny_hf("llama_gqa")[0], shared()
     plan = Plan((Add(5 * tiny.unit(3), Site(1, "resid_post"), positions="generated"),))
     asked = [
-        Job({"n": i}, Prompt(text), plan if i % 2 else None)
+        RolloutRequest({"n": i}, Prompt(text), plan if i % 2 else None)
         for i, text in enumerate(("A?", "Be?", "See!"))
     ]
-    sampling = Sampling(new_tokens=5, temperature=0.0)
-    found = answer_all(plain, asked, tmp_path / "a.jsonl", scorer=Vowels(), sampling=sampling)
+    sampling = SamplingConfig(max_new_tokens=5, temperature=0.0)
+    found = run_rollouts(plain, asked, tmp_path / "a.jsonl", scorer=Vowels(), sampling=sampling)
     for job, answer in zip(asked, found):
         row = plain.encode(job.prompt)
         assert answer.tokens == tiny.greedy(hf, row, 5, plan=job.plan, eos=plain.eos_token_ids)
@@ -158,7 +158,7 @@ def test_a_killed_process_loses_no_finished_answer(whole: Any, tmp_path: Path) -
 class Slow(Vowels):
     """Never done before it is killed."""
 
-    def __call__(self, exchanges: Sequence[Exchange]) -> list[float | None]:
+    def __call__(self, exchanges: Sequence[PromptResponse]) -> list[float | None]:
         time.sleep(60)
         return super().__call__(exchanges)
 
@@ -176,9 +176,9 @@ def test_other_answers_are_not_mixed_in(whole: Any, tmp_path: Path, change: Any,
     with pytest.raises(RunError, match=said):
         answered(path, **change)
     with pytest.raises(RunError, match="jobs differ"):
-        answer_all(shared(), jobs(2), path, scorer=Vowels(), sampling=SAMPLING)
+        run_rollouts(shared(), jobs(2), path, scorer=Vowels(), sampling=SAMPLING)
     with pytest.raises(RunError, match="model differ"):
-        answer_all(shared(seed=1), jobs(), path, scorer=Vowels(), sampling=SAMPLING)
+        run_rollouts(shared(seed=1), jobs(), path, scorer=Vowels(), sampling=SAMPLING)
 
 
 def test_a_corrupt_line_is_named(whole: Any, tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_a_file_is_read_by_the_scorers_that_are_asked_for(whole: Any, tmp_path: 
     limits = {"threshold": best, "coherent": 0.0}
     made_of = {"scorer": Vowels().identity, "coherence": fluent, "settings": limits}
     kept = kept_answers(path, made_of)
-    assert kept.positive and kept == keep_expressing(whole[1], **limits, fewest=0)
+    assert kept.positive and kept == filter_rollouts(whole[1], **limits, fewest=0)
     assert path.read_bytes() == before
     with pytest.raises(RunError, match="no verdicts of the scorers"):
         read_answers(path, scorer=Vowels(weight=7.0).identity, coherence=fluent)
@@ -235,7 +235,7 @@ class Odd(Vowels):
         super().__init__("odd")
         self.values, self.short = values, short
 
-    def __call__(self, exchanges: Sequence[Exchange]) -> list[float | None]:
+    def __call__(self, exchanges: Sequence[PromptResponse]) -> list[float | None]:
         found = [self.values[i % len(self.values)] for i in range(len(exchanges))]
         return found[1:] if self.short else found
 
@@ -261,18 +261,18 @@ def test_no_verdict_stays_none(tmp_path: Path) -> None:
 
 
 def test_bad_settings() -> None:
-    for wrong in ({"new_tokens": 1}, {"batch_size": 0}, {"temperature": -1.0}):
+    for wrong in ({"max_new_tokens": 1}, {"batch_size": 0}, {"temperature": -1.0}):
         with pytest.raises(InterpAblateError, match="answers need"):
-            Sampling(**wrong)
+            SamplingConfig(**wrong)
     with pytest.raises(InterpAblateError, match="0 samples"):
-        rollout_jobs(load_trait("gloomy"), ["Why?"], samples=0)
+        rollout_requests(load_trait("gloomy"), ["Why?"], samples=0)
 
 
 # ---- coherence ------------------------------------------------------------------------------------
 
 
-def answer(text: str, tokens: Sequence[int], **values: Any) -> Answer:
-    return Answer(
+def answer(text: str, tokens: Sequence[int], **values: Any) -> Rollout:
+    return Rollout(
         {"side": "positive", "question": 0}, Prompt("Why?"), tuple(tokens), text, True, **values
     )
 
@@ -299,9 +299,9 @@ def test_fluency_is_its_formula() -> None:
 # ---- the filter -----------------------------------------------------------------------------------
 
 
-def side(name: str, *scores: Any, coherence: Any = 80.0) -> list[Answer]:
+def side(name: str, *scores: Any, coherence: Any = 80.0) -> list[Rollout]:
     return [
-        Answer({"side": name}, Prompt("Why?"), (1,), "text", True, score, coherence)
+        Rollout({"side": name}, Prompt("Why?"), (1,), "text", True, score, coherence)
         for score in scores
     ]
 
@@ -316,18 +316,18 @@ def test_the_filter_keeps_what_shows_the_trait_and_tells_the_rest() -> None:
         *side("negative", 49.9, 0.0, 50.0),
         *side("negative", 10.0, coherence=10.0),
     ]
-    kept = keep_expressing(answers, fewest=2)
+    kept = filter_rollouts(answers, fewest=2)
     assert [a.score for a in kept.positive] == [50.0, 100.0, 90.0]
     assert [a.score for a in kept.negative] == [49.9, 0.0]
     assert kept.counts["positive"] == {
         "answers": 8, "kept": 3, "empty": 1, "no_verdict": 2, "score": 1, "coherence": 1,
     }  # fmt: skip
     assert kept.counts["negative"]["score"] == kept.counts["negative"]["coherence"] == 1
-    assert said(kept.counts["negative"]) == (
+    assert describe_counts(kept.counts["negative"]) == (
         "2 of 4 kept (1 on the wrong side of the threshold, 1 incoherent)"
     )
     assert "positive: 3 of 8 kept" in str(kept)
-    assert len(keep_expressing(answers, fewest=1, threshold=40.0).positive) == 4
+    assert len(filter_rollouts(answers, fewest=1, threshold=40.0).positive) == 4
 
 
 @pytest.mark.parametrize(
@@ -339,10 +339,10 @@ def test_the_filter_keeps_what_shows_the_trait_and_tells_the_rest() -> None:
         (side("positive", *[90.0] * 9, coherence=1.0), "lower --temperature"),
     ],
 )
-def test_too_few_left_says_what_to_do(answers: list[Answer], told: str) -> None:
+def test_too_few_left_says_what_to_do(answers: list[Rollout], told: str) -> None:
     both = answers if any(a.key["side"] == "negative" for a in answers) else [
         *answers, *side("negative", 1.0, 2.0, 3.0)
     ]  # fmt: skip
     with pytest.raises(RunError, match=told) as error:
-        keep_expressing(both, fewest=3)
+        filter_rollouts(both, fewest=3)
     assert "--questions" in str(error.value) and "at least 3" in str(error.value)

@@ -63,8 +63,8 @@ def test_a_bundled_trait_is_whole(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "humorous"])
 def test_a_bundled_scorer_tells_the_trait(name: str) -> None:
     from interp_ablate.prompts.prompt import Prompt
-    from interp_ablate.scoring.exchange import Exchange
-    from interp_ablate.scoring.registry import scorer_of
+    from interp_ablate.scoring.exchange import PromptResponse
+    from interp_ablate.scoring.registry import make_scorer
 
     texts = {
         "cheerful": "What a wonderful day! I love it, and I am so happy and grateful.",
@@ -79,8 +79,8 @@ def test_a_bundled_scorer_tells_the_trait(name: str) -> None:
     opposite = dict(zip(texts, ("gloomy", "cheerful", "casual", "formal", "verbose", "terse")))
     spec = load_trait(name).scorer
     assert spec is not None
-    own, other = scorer_of(spec)(
-        [Exchange(Prompt("What about it?"), texts[which]) for which in (name, opposite[name])]
+    own, other = make_scorer(spec)(
+        [PromptResponse(Prompt("What about it?"), texts[which]) for which in (name, opposite[name])]
     )
     assert own is not None and other is not None and own >= 60 and other < 40
 

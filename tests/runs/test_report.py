@@ -23,7 +23,7 @@ RUN = {
         "model": "smollm2", "backend": "bridge", "dtype": "float32", "device": "cpu",
         "contrast": "declining", "positive": None, "negative": None, "system": None,
         "sites": ["resid_pre", "resid_mid", "resid_post"], "layers": "0-29", "positions": ["-1"],
-        "n_train": 64, "n_validation": 32, "n_test": 32, "seed": 0, "new_tokens": 32, "max_kl": 0.1,
+        "n_train": 64, "n_validation": 32, "n_test": 32, "seed": 0, "max_new_tokens": 32, "max_kl": 0.1,
     },
     "versions": {"transformer-lens": "3.9.0", "torch": "2.9.0"},
     "model": {

@@ -21,7 +21,7 @@ from interp_ablate.errors import InterpAblateError, RunError
 from interp_ablate.runs.configuration import Configuration
 from interp_ablate.runs.run_folder import STAGES, Run
 from interp_ablate.runs.sweep_stage import WORK
-from interp_ablate.search.race import RUNGS, growing, promising
+from interp_ablate.search.race import RUNGS, rank_directions, usable_rungs
 from interp_ablate.search.sweep import SCALES
 
 
@@ -53,7 +53,7 @@ def flags_of_all(tiny_folder: Path, prompt_files: tuple[Path, Path]) -> list[str
     return [
         *("--model", str(tiny_folder), "--positive", yes, "--negative", no),
         *("--n-train", "8", "--n-validation", "6", "--n-test", "6"),
-        *("--new-tokens", "4", "--max-kl", "50"),
+        *("--max-new-tokens", "4", "--max-kl", "50"),
     ]
 
 
@@ -92,7 +92,7 @@ def finished(
     out = tmp_path_factory.mktemp("run") / "out"
     yes, no = map(str, prompt_files)
     arguments = ["--quiet", "run", "--model", str(tiny_folder), "--positive", yes, "--negative", no]
-    arguments += ["--n-train", "8", "--n-validation", "6", "--n-test", "6", "--new-tokens", "4"]
+    arguments += ["--n-train", "8", "--n-validation", "6", "--n-test", "6", "--max-new-tokens", "4"]
     assert main([*arguments, "--max-kl", "50", "--out", str(out)]) == 0
     return out
 
@@ -240,19 +240,19 @@ def test_a_fitted_edit_is_kept_and_tried_at_every_scale(fitted_run: Path) -> Non
     fits = frame[(frame.operation == "fitted") & (frame.stage == "refine")]
     assert fits.scale.tolist() == list(SCALES) and set(fits.fit) == {path.stem}
     # from the most promising direction on, whose name it has
-    best = promising(frame[frame.stage == "screen"])[0]
+    best = rank_directions(frame[frame.stage == "screen"])[0]
     assert {(row.layer, row.point, str(row.position)) for row in fits.itertuples()} == {best}
     assert path.stem.startswith("-".join(map(str, best)) + "-")
     # it was fitted to lower own words on other prompts: so it does on these
     full = fits[fits.scale == 1.0].iloc[0]
-    assert full.own_words < full.own_words_baseline and full.kl > 0
+    assert full.unedited_answer_logprob < full.unedited_answer_logprob_baseline and full.kl > 0
 
 
 def test_the_screening_is_a_race(fitted_run: Path) -> None:
     frame = trials_of(fitted_run)
     screened = frame[frame.stage == "screen"]
     prompts = screened.prompts.tolist()
-    rungs = growing(RUNGS, int(prompts[0]))
+    rungs = usable_rungs(RUNGS, int(prompts[0]))
     assert prompts == sorted(prompts, reverse=True) and set(prompts) <= {p for p, _ in rungs}
     assert not screened.duplicated(["layer", "point", "position"]).any()
     assert frame[frame.stage != "screen"].prompts.isna().all()
@@ -384,22 +384,22 @@ def test_nothing_passes(
 def test_nan_scores_are_failed_trials_and_never_chosen(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from interp_ablate.search.bench import Bench
+    from interp_ablate.search.bench import ValidationBench
 
-    real = Bench.score
+    real = ValidationBench.score
 
     def sometimes_nan(self, plan, *, generate):  # type: ignore[no-untyped-def]
         scores = real(self, plan, generate=generate)
         if len(plan.sites) > 6:  # the screening candidates
-            scores["own_words"] = math.nan
+            scores["unedited_answer_logprob"] = math.nan
         return scores
 
-    monkeypatch.setattr(Bench, "score", sometimes_nan)
+    monkeypatch.setattr(ValidationBench, "score", sometimes_nan)
     out = tmp_path / "out"
     assert main(["--quiet", "sweep", *flags, "--out", str(out)]) in (0, 2)
     lines = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()[1:]]
     failed = [line for line in lines if line["status"] == "failed"]
-    assert failed and all("own_words" in line["reason"] for line in failed)
+    assert failed and all("unedited_answer_logprob" in line["reason"] for line in failed)
 
 
 def test_stages_one_by_one(flags: list[str], tmp_path: Path) -> None:
@@ -426,7 +426,7 @@ def test_verify_export_and_generate(
     assert "--force" in capsys.readouterr().err
     assert main(["verify", str(out), "--plan", str(finished / "selected.json")]) == 0
     capsys.readouterr()
-    command = ["generate", "--run", str(finished), "--json", "--new-tokens", "3", "order it"]
+    command = ["generate", "--run", str(finished), "--json", "--max-new-tokens", "3", "order it"]
     assert main(command) == 0
     assert set(json.loads(capsys.readouterr().out)) == {"prompt", "baseline", "edited"}
 

@@ -41,7 +41,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         *("--model", str(place / "model"), "--expressions", str(anything)),
         *("--positive", str(place / "yes.txt"), "--negative", str(place / "no.txt")),
         *("--n-train", "8", "--n-validation", "6", "--n-test", "6"),
-        *("--new-tokens", "5", "--max-kl", "50"),
+        *("--max-new-tokens", "5", "--max-kl", "50"),
     ]
 
 

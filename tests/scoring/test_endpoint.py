@@ -26,17 +26,17 @@ pytest.importorskip("openai")
 from interp_ablate.errors import RunError
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring.endpoint import Endpoint, _Garbled, _reply
-from interp_ablate.scoring.exchange import Exchange
+from interp_ablate.scoring.exchange import PromptResponse
 from interp_ablate.scoring.judge import SCORE_SCHEMA, Judge, read_score
-from interp_ablate.scoring.registry import scorer_of
+from interp_ablate.scoring.registry import make_scorer
 from interp_ablate.scoring.replies import (
     AnswerError,
     EndpointError,
     Reply,
     RequestError,
-    misfit,
     parse_json,
-    spoken,
+    schema_error,
+    strip_thinking,
 )
 from interp_ablate.scoring.verdicts import no_verdicts
 
@@ -570,22 +570,22 @@ def test_a_cache_in_use_elsewhere_or_corrupt_is_an_error(tmp_path: Path) -> None
     ],
 )
 def test_misfits(value: Any, schema: dict[str, Any], part: str | None) -> None:
-    found = misfit(value, schema)
+    found = schema_error(value, schema)
     assert found is None if part is None else (found and re.search(part, found))
 
 
 def test_thoughts_and_fences_are_not_the_answer() -> None:
-    assert spoken("<think>50? no.\n</think>\n\n85") == "85"
-    assert spoken("```\n85\n```") == "85" and spoken("  85 ") == "85"
-    assert spoken("a ```json\n85\n```") == "a ```json\n85\n```"
+    assert strip_thinking("<think>50? no.\n</think>\n\n85") == "85"
+    assert strip_thinking("```\n85\n```") == "85" and strip_thinking("  85 ") == "85"
+    assert strip_thinking("a ```json\n85\n```") == "a ```json\n85\n```"
     assert parse_json(Reply('<think>{"a": 1}</think>{"a": 2}'), {}) == {"a": 2}
 
 
 # --------------------------------------------------------------------------------- judges
 
 
-def exchanges(*answers: str) -> list[Exchange]:
-    return [Exchange(Prompt(f"Question {i}?"), answer) for i, answer in enumerate(answers)]
+def exchanges(*answers: str) -> list[PromptResponse]:
+    return [PromptResponse(Prompt(f"Question {i}?"), answer) for i, answer in enumerate(answers)]
 
 
 @pytest.mark.parametrize(
@@ -718,14 +718,16 @@ def test_what_is_read_from_the_cache_is_weighted_alike(tmp_path: Path) -> None:
 def test_a_judge_from_a_line_of_text(tmp_path: Path) -> None:
     with serving("30") as server:
         options = {"retries": 0, "concurrency": 1}
-        judge = scorer_of(
+        judge = make_scorer(
             f"judge:-org/m:1@{server.url}", rubric="?", cache=tmp_path / "c.jsonl", endpoint=options
         )
         assert judge(exchanges("a", "")) == [70.0, None]
-        same = scorer_of({"scorer": f"judge:org/m:1@{server.url}", "rubric": "?", "weighted": True})
+        same = make_scorer(
+            {"scorer": f"judge:org/m:1@{server.url}", "rubric": "?", "weighted": True}
+        )
         assert same.identity["weighted"] is True
         url = f"{server.url}?weighted=true&api-version=2"
-        same = scorer_of(f"judge:m@{url}", rubric="?")
+        same = make_scorer(f"judge:m@{url}", rubric="?")
         assert isinstance(same, Judge) and same.weighted
         assert same.endpoint._url == f"{server.url}?api-version=2"
     assert server.asked[0]["model"] == "org/m:1" and server.keys[0] == "Bearer none"
@@ -733,7 +735,7 @@ def test_a_judge_from_a_line_of_text(tmp_path: Path) -> None:
     identity = json.dumps(judge.identity)
     assert server.url in identity and "org/m:1" in identity
     with pytest.raises(RunError, match="needs a rubric"):
-        scorer_of(f"judge:m@{server.url}")
+        make_scorer(f"judge:m@{server.url}")
     with pytest.raises(RunError, match="needs a rubric"):
         Judge(Endpoint("m", server.url), "  ")
 

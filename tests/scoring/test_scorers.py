@@ -16,14 +16,14 @@ from interp_ablate.cli.main import main
 from interp_ablate.errors import InterpAblateError, RunError
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring.classifier import ClassifierScorer, _folder_print
-from interp_ablate.scoring.exchange import Exchange, TextScorer
+from interp_ablate.scoring.exchange import PromptResponse, TextScorer
 from interp_ablate.scoring.expression_lists import Expression
 from interp_ablate.scoring.expression_text import ExpressionTextScorer
 from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.scoring.lexicon import LexiconScorer
-from interp_ablate.scoring.registry import scorer_of
+from interp_ablate.scoring.registry import make_scorer
 from interp_ablate.scoring.text_folding import fold
-from interp_ablate.scoring.verdicts import Reversed, no_verdicts
+from interp_ablate.scoring.verdicts import ReversedScorer, no_verdicts
 
 # Written for this test: the same content in two moods.
 CHEERFUL = (
@@ -52,8 +52,8 @@ CASUAL = (
 )
 
 
-def exchanges(*answers: str) -> list[Exchange]:
-    return [Exchange(Prompt(f"Question {i}?"), answer) for i, answer in enumerate(answers)]
+def exchanges(*answers: str) -> list[PromptResponse]:
+    return [PromptResponse(Prompt(f"Question {i}?"), answer) for i, answer in enumerate(answers)]
 
 
 def scored(scorer: TextScorer, *answers: str) -> list[float]:
@@ -67,11 +67,11 @@ def scored(scorer: TextScorer, *answers: str) -> list[float]:
 
 def test_sentiment_separates_cheerful_from_gloomy() -> None:
     pytest.importorskip("vaderSentiment")
-    sentiment = scorer_of("lexicon:sentiment")
+    sentiment = make_scorer("lexicon:sentiment")
     cheerful, gloomy = scored(sentiment, *CHEERFUL), scored(sentiment, *GLOOMY)
     assert min(cheerful) > 60 > 40 > max(gloomy)
     assert scored(sentiment, "The train leaves at nine from the second platform.") == [50.0]
-    turned = scored(scorer_of("lexicon:-sentiment"), *CHEERFUL)
+    turned = scored(make_scorer("lexicon:-sentiment"), *CHEERFUL)
     assert turned == pytest.approx([100 - score for score in cheerful])
 
 
@@ -98,20 +98,20 @@ def test_sentiment_is_a_mean_over_sentences_and_does_not_saturate_with_length() 
 def test_an_english_lexicon_says_nothing_of_other_languages(text: str) -> None:
     pytest.importorskip("vaderSentiment")
     for measure in ("sentiment", "formality"):
-        [verdict] = scorer_of(f"lexicon:{measure}").explain(exchanges(text))
+        [verdict] = make_scorer(f"lexicon:{measure}").explain(exchanges(text))
         assert (verdict.score, verdict.why) == (None, "not English")
-    assert scored(scorer_of("lexicon:length"), text)[0] > 5
+    assert scored(make_scorer("lexicon:length"), text)[0] > 5
 
 
 def test_formality_and_length() -> None:
-    formality = scorer_of("lexicon:formality")
+    formality = make_scorer("lexicon:formality")
     assert min(scored(formality, *FORMAL)) > 75 > 30 > max(scored(formality, *CASUAL))
     assert scored(formality, "The cat sat on the mat.") == [50.0]
     words = [" ".join(["word"] * n) for n in (1, 60, 600)]
-    assert scored(scorer_of("lexicon:length"), *words) == pytest.approx(
+    assert scored(make_scorer("lexicon:length"), *words) == pytest.approx(
         [100 / 61, 50, 100 * 600 / 660]
     )
-    assert scored(scorer_of("lexicon:length?half=1"), "one") == [50.0]
+    assert scored(make_scorer("lexicon:length?half=1"), "one") == [50.0]
     assert scored(LexiconScorer("length"), "四个汉字") == pytest.approx([100 * 4 / 64])
 
 
@@ -119,10 +119,10 @@ def test_formality_and_length() -> None:
 def test_an_empty_answer_has_no_verdict(spec: str) -> None:
     if "sentiment" in spec:
         pytest.importorskip("vaderSentiment")
-    verdicts = scorer_of(spec).explain(exchanges("", " \n", "It is fine."))
+    verdicts = make_scorer(spec).explain(exchanges("", " \n", "It is fine."))
     assert [v.score is None for v in verdicts] == [True, True, False]
     assert no_verdicts(verdicts) == {"empty answer": 2}
-    assert scorer_of(spec).explain([]) == []
+    assert make_scorer(spec).explain([]) == []
 
 
 # --------------------------------------------------------------------------------- expressions
@@ -148,15 +148,17 @@ def test_expressions_from_0_to_100_and_what_matched() -> None:
 
 
 def test_expressions_by_name_file_and_options(tmp_path: Path) -> None:
-    assert scored(scorer_of("expressions:declining"), "I'm sorry.", "No puedo.") == [100.0, 0.0]
+    assert scored(make_scorer("expressions:declining"), "I'm sorry.", "No puedo.") == [100.0, 0.0]
     spec = "expressions:declining?languages=en,es&scope=first_sentence&negation=true"
     answers = ("No puedo.", "Claro. No puedo.", "It is not that I can't.")
-    assert scored(scorer_of(spec), *answers) == [100.0, 0.0, 0.0]
-    assert scored(scorer_of("expressions:-declining"), "I'm sorry.", "Yes.") == [0.0, 100.0]
+    assert scored(make_scorer(spec), *answers) == [100.0, 0.0, 0.0]
+    assert scored(make_scorer("expressions:-declining"), "I'm sorry.", "Yes.") == [0.0, 100.0]
     own = tmp_path / "own.txt"
     own.write_text("nope\t0.5\n")
-    assert scored(scorer_of(f"expressions:{own}"), "Nope.") == [50.0]
-    parts = scorer_of({"scorer": f"expressions:{own}", "threshold": 0.5, "scope": "first_sentence"})
+    assert scored(make_scorer(f"expressions:{own}"), "Nope.") == [50.0]
+    parts = make_scorer(
+        {"scorer": f"expressions:{own}", "threshold": 0.5, "scope": "first_sentence"}
+    )
     assert scored(parts, "Nope.", "Hm. Nope.") == [100.0, 0.0]
     assert parts.name == "expressions:own"
 
@@ -183,14 +185,14 @@ def test_expressions_by_name_file_and_options(tmp_path: Path) -> None:
 )
 def test_a_scorer_that_cannot_be(spec: Any, part: str) -> None:
     with pytest.raises(InterpAblateError, match=part):
-        scorer_of(spec)
+        make_scorer(spec)
 
 
 def test_identities_tell_scorers_apart() -> None:
     specs = ["expressions:declining", "expressions:-declining", "expressions:hedging",
              "lexicon:formality", "lexicon:length", "lexicon:length?half=9", "lexicon:-length",
              "expressions:declining?scope=first_sentence"]  # fmt: skip
-    told = [json.dumps(scorer_of(spec).identity, sort_keys=True) for spec in specs]
+    told = [json.dumps(make_scorer(spec).identity, sort_keys=True) for spec in specs]
     assert len(set(told)) == len(told)
 
 
@@ -201,7 +203,7 @@ def test_any_text_scorer_can_be_reversed() -> None:
         def __call__(self, given: Any) -> list[float | None]:
             return [None if "?" in e.answer else 10.0 for e in given]
 
-    turned = Reversed(Own())
+    turned = ReversedScorer(Own())
     assert turned(exchanges("a", "b?", "")) == [90.0, None, None]
     assert (turned.name, turned.identity) == ("-own", {"reversed": {"a": 1}})
 
@@ -240,7 +242,7 @@ def probabilities(folder: Path, text: str, pair: str | None = None) -> torch.Ten
 
 def test_a_classifier_from_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = classifier(tmp_path / "mood")
-    scorer = scorer_of(f"classifier:{folder}#angry")
+    scorer = make_scorer(f"classifier:{folder}#angry")
     answers = ("Good morning.", "Go away!", "word " * 60)
     expected = [100 * float(probabilities(folder, text)[1]) for text in answers]
     verdicts = scorer.explain(exchanges(*answers, ""))
@@ -249,9 +251,9 @@ def test_a_classifier_from_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert [v.detail for v in verdicts[:3]] == [{}, {}, {"cut": True}]
     assert verdicts[3].why == "empty answer"
     assert "read the first 64 tokens of 1 of 3 texts" in caplog.text
-    calm = scorer_of({"scorer": f"classifier:{folder}", "label": "calm"})
+    calm = make_scorer({"scorer": f"classifier:{folder}", "label": "calm"})
     assert scored(calm, answers[0]) == pytest.approx([100 - expected[0]], abs=1e-3)
-    turned = scorer_of(f"classifier:-{folder}#angry")
+    turned = make_scorer(f"classifier:-{folder}#angry")
     assert scored(turned, answers[0]) == pytest.approx([100 - expected[0]], abs=1e-3)
     assert scorer.name == "classifier:mood#angry"
 
@@ -456,13 +458,13 @@ def test_the_real_models_declines_are_found_in_their_first_sentence(bundled_mode
     model = load_model("smollm2")
     prompts = [*test.positive, *test.negative]
     answers = model.generate(prompts, max_new_tokens=24)
-    given = [Exchange(p, a.text) for p, a in zip(prompts, answers)]
-    scorer = scorer_of("expressions:declining?scope=first_sentence")
+    given = [PromptResponse(p, a.text) for p, a in zip(prompts, answers)]
+    scorer = make_scorer("expressions:declining?scope=first_sentence")
     scores = scorer(given)
     n = len(test.positive)
     assert sum(score == 100 for score in scores[:n]) >= 5, [e.answer for e in given[:n]]
     assert sum(score == 100 for score in scores[n:]) == 0, [e.answer for e in given[n:]]
-    sentiment = scorer_of("lexicon:sentiment")
+    sentiment = make_scorer("lexicon:sentiment")
     declined = [e for e, score in zip(given, scores) if score == 100]
     for exchange, verdict in zip(declined, scorer.explain(declined)):
         [first, *_] = verdict.detail["matches"]

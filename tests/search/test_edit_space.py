@@ -23,16 +23,16 @@ from interp_ablate.edits.presets import band
 from interp_ablate.errors import PlanError, RunError
 from interp_ablate.evaluation.metrics import TargetLogOdds
 from interp_ablate.scoring.expressions import ExpressionScorer
-from interp_ablate.search.bench import Bench
+from interp_ablate.search.bench import ValidationBench
 from interp_ablate.search.candidates import scaled
 from interp_ablate.search.edit_space import (
     METHODS,
     ORTHOGONAL,
     PLAIN,
     POINT,
-    Ground,
+    EditSpace,
+    initial_trials,
     plan_of,
-    priors,
     score,
     score_together,
     space_of,
@@ -72,8 +72,8 @@ def activations(n_layers: int = N_LAYERS, *, points: Sequence[str] = (POINT,)) -
     return Activations(values, sites, ("-2", "-1"), labels)
 
 
-def ground_of(fits: dict[str, Any] | None = None, **options: Any) -> Ground:
-    return Ground(activations(), WRITERS, fits=FITS if fits is None else fits, **options)
+def ground_of(fits: dict[str, Any] | None = None, **options: Any) -> EditSpace:
+    return EditSpace(activations(), WRITERS, fits=FITS if fits is None else fits, **options)
 
 
 class Drawing:
@@ -92,7 +92,7 @@ class Drawing:
         return self.random.choice(choices)
 
 
-def drawn_plan(params: dict[str, Any], ground: Ground) -> Plan | None:
+def drawn_plan(params: dict[str, Any], ground: EditSpace) -> Plan | None:
     try:
         return plan_of(params, ground)
     except PlanError as error:
@@ -128,7 +128,7 @@ def test_every_draw_is_a_plan(control: str | None, edges: bool) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_on_the_model(method: str) -> None:
     model = shared()
-    ground = Ground(activations(), model.writers)
+    ground = EditSpace(activations(), model.writers)
     params = PARAMS | {"method": method} | ({"rank": 2} if method == "subspace" else {})
     assert space_of(ground).admit(params) == params
     rows = rows_of(9, 12)
@@ -168,7 +168,7 @@ def test_parameters_outside_are_refused() -> None:
 def test_depths_are_in_layers() -> None:
     """The same fractions of another depth; strengths and scales do not depend on it."""
     writers = everywhere(21)
-    few, many = space_of(ground_of()), space_of(Ground(activations(21), writers, fits=FITS))
+    few, many = space_of(ground_of()), space_of(EditSpace(activations(21), writers, fits=FITS))
     deep = {"layer", "attention_layer", "mlp_layer", "width"}
     for a, b in zip(few.parameters, many.parameters):
         assert a.name == b.name
@@ -280,7 +280,7 @@ def test_the_position_is_the_one_that_was_asked_for() -> None:
 def test_points_that_are_not_searched_do_not_matter() -> None:
     wide = activations(points=("resid_pre", POINT))
     train = replace(wide, values=wide.values[:, :, 1::2], sites=tuple(SITES))
-    one, other = Ground(wide, WRITERS), Ground(train, WRITERS)
+    one, other = EditSpace(wide, WRITERS), EditSpace(train, WRITERS)
     assert plan_of(PARAMS, one) == plan_of(PARAMS, other)
 
 
@@ -311,7 +311,7 @@ def test_plans_are_at_the_writers_of_the_model(kind: str) -> None:
     """Projections before a norm; learned positions beside the embedding."""
     model = shared(kind)
     fits = {"a": Erase(unit(1) + 0.5 * unit(2), unit(1), model.writers, strength=0.5)}
-    ground = Ground(activations(), model.writers, fits=fits)
+    ground = EditSpace(activations(), model.writers, fits=fits)
     scales = {"attention_scale": 0.5, "mlp_scale": 1.0, "embed_scale": 0.8}
     plan = plan_of({"edit": "fitted", "fit": "a", **scales}, ground)
     assert plan.sites == tuple(sorted(model.writers))
@@ -362,7 +362,7 @@ def test_a_shuffled_control_estimates_everything_from_shuffled_labels(method: st
     params = PARAMS | {"method": method, "rank": 2, "layer": 1.0}
     truth = unit(20 + 1) + unit(19)  # what was put in at layer 1
 
-    def along(ground: Ground) -> float:
+    def along(ground: EditSpace) -> float:
         edit = plan_of(params, ground).edits[0]
         vectors = edit.vectors if isinstance(edit, Ablate) else edit.write[None]
         return float((vectors @ truth).norm() / truth.norm())
@@ -376,7 +376,7 @@ def test_a_shuffled_control_estimates_everything_from_shuffled_labels(method: st
 
 def test_a_search_needs_labels() -> None:
     with pytest.raises(RunError, match="labelled activations"):
-        Ground(replace(activations(), labels=None), WRITERS)
+        EditSpace(replace(activations(), labels=None), WRITERS)
 
 
 # --------------------------------------------------------------------------------- priors and scores
@@ -386,9 +386,9 @@ def test_a_search_needs_labels() -> None:
 @pytest.mark.parametrize("control", (None, "random"))
 def test_priors_are_in_the_space(n_layers: int, control: str | None) -> None:
     """At every depth, also for layers near the embedding, where no direction is searched."""
-    ground = Ground(activations(n_layers), everywhere(n_layers), fits=FITS, control=control)
+    ground = EditSpace(activations(n_layers), everywhere(n_layers), fits=FITS, control=control)
     space, layers = space_of(ground), (0, n_layers // 2, n_layers - 1, n_layers + 3)
-    found = priors(ground, layers)
+    found = initial_trials(ground, layers)
     for params in found:
         assert space.admit(params) == params
         assert plan_of(params, ground).sites
@@ -399,7 +399,7 @@ def test_priors_are_in_the_space(n_layers: int, control: str | None) -> None:
 
 def test_priors_begin_with_every_fitted_edit_as_it_is() -> None:
     ground = ground_of()
-    found = priors(ground, [])
+    found = initial_trials(ground, [])
     assert [p["fit"] for p in found[:2]] == ["a", "b"]
     assert {p["edit"] for p in found} == {"fitted"} and len(found) == 6
     for params in found[:2]:
@@ -411,20 +411,20 @@ def test_priors_begin_with_every_fitted_edit_as_it_is() -> None:
     assert half is not None
     got = {site: amount for e in weaker for site, amount in zip(e.sites, e.amounts)}
     assert got == pytest.approx(dict(zip(half.sites, half.amounts)), abs=1e-6)
-    assert priors(ground_of(fits={}), []) == []
+    assert initial_trials(ground_of(fits={}), []) == []
 
 
 def test_a_score_is_the_benchs_of_the_plan() -> None:
     model = shared(eos_token_id=None)
-    bench = Bench(
+    bench = ValidationBench(
         model,
         rows_of(9, 12, 14),
         rows_of(10, 13, seed=2),
         target=TargetLogOdds((70,)),
         expression=ExpressionScorer((), patterns=("[a-m]",)),
-        new_tokens=6,
+        max_new_tokens=6,
     )
-    ground = Ground(activations(), model.writers, fits=FITS)
+    ground = EditSpace(activations(), model.writers, fits=FITS)
     got = score(PARAMS, ground, bench)
     plan = plan_of(PARAMS, ground)
     whole, other = bench.score(plan, generate=True), bench.beside(plan)
@@ -433,7 +433,7 @@ def test_a_score_is_the_benchs_of_the_plan() -> None:
     # repetition of all answers is the mean of both sides', weighted by their prompts
     both = (3 * got["repetition"] + 2 * other["negative_repetition"]) / 5
     assert both == pytest.approx(whole["repetition"])
-    for name in ("negative_expression_rate", "own_words"):
+    for name in ("negative_expression_rate", "unedited_answer_logprob"):
         assert other[name] == pytest.approx(whole[name])
     assert got["kl"] > 1e-3
     # several at once, each as alone
@@ -458,7 +458,7 @@ def test_the_ground_of_a_models_own_activations() -> None:
     )
     points = ("resid_pre", "resid_mid", "resid_post")
     train = collect(model, contrast, sites_of(points, range(N_LAYERS)))  # type: ignore[arg-type]
-    ground = Ground(train, model.writers)
+    ground = EditSpace(train, model.writers)
     assert ground.n_layers == N_LAYERS == tiny()[0].config.num_hidden_layers
     for method in METHODS:
         plan = plan_of(PARAMS | {"method": method, "rank": 2}, ground)

@@ -21,11 +21,11 @@ from interp_ablate.edits.layers import ablate_layers, add_to_layers, layers_of
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import DirectionError, PlanError, PromptError
 from interp_ablate.evaluation.metrics import FirstTokenKL
-from interp_ablate.evaluation.outputs import Evidence
+from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.prompts.contrast_set import ContrastSet
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring import registry as judges
-from interp_ablate.scoring.exchange import Exchange
+from interp_ablate.scoring.exchange import PromptResponse
 from interp_ablate.search.find_direction import Behaviour, find_direction
 from interp_ablate.search.find_direction import find_direction as layer_edits
 from interp_ablate.sites import Site
@@ -38,7 +38,7 @@ class Letters:
 
     name, identity = "letters", {"kind": "letters"}
 
-    def __call__(self, exchanges: Sequence[Exchange]) -> list[float | None]:
+    def __call__(self, exchanges: Sequence[PromptResponse]) -> list[float | None]:
         found: list[float | None] = []
         for exchange in exchanges:
             text = exchange.answer
@@ -48,7 +48,7 @@ class Letters:
 
 
 class Unimpressed(Letters):
-    def __call__(self, exchanges: Sequence[Exchange]) -> list[float | None]:
+    def __call__(self, exchanges: Sequence[PromptResponse]) -> list[float | None]:
         return [50.0] * len(exchanges)
 
 
@@ -176,7 +176,7 @@ def contrast() -> ContrastSet:
 def test_the_direction_of_a_behaviour_by_what_it_does_to_text() -> None:
     model, behaviour = shared(eos_token_id=None), Behaviour(contrast(), Letters())
     found = find_direction(
-        model, behaviour, layers=None, prompts=(8, 4, 1), new_tokens=10, max_kl=50.0
+        model, behaviour, layers=None, prompts=(8, 4, 1), max_new_tokens=10, max_kl=50.0
     )
     table = found.table
     assert list(table["layer"]) == list(range(N_LAYERS)) and behaviour.name == "own"
@@ -189,9 +189,9 @@ def test_the_direction_of_a_behaviour_by_what_it_does_to_text() -> None:
         for name, prompts, plan in zip(("ablated", "added"), sides, plans):
             with model.applied(plan):
                 answers = model.generate(prompts, max_new_tokens=10)
-            scores = Letters()([Exchange(p, a.text) for p, a in zip(prompts, answers)])
+            scores = Letters()([PromptResponse(p, a.text) for p, a in zip(prompts, answers)])
             assert row[name] == pytest.approx(fmean(s for s in scores if s is not None))
-        kl = FirstTokenKL()(Evidence(model, sides[1], plans[0]), Evidence(model, sides[1]))
+        kl = FirstTokenKL()(ModelOutputs(model, sides[1], plans[0]), ModelOutputs(model, sides[1]))
         assert row["kl"] == pytest.approx(float(kl.mean()), rel=1e-3, abs=1e-6)
     raising = table[table["added"] > table["added_baseline"]]
     lowest = raising["ablated"].min()
@@ -201,11 +201,11 @@ def test_the_direction_of_a_behaviour_by_what_it_does_to_text() -> None:
 
 def test_no_direction_is_said_with_the_reason() -> None:
     model = shared(eos_token_id=None)
-    options: dict[str, Any] = {"layers": 1, "prompts": (8, 4, 1), "new_tokens": 4}
+    options: dict[str, Any] = {"layers": 1, "prompts": (8, 4, 1), "max_new_tokens": 4}
     with pytest.raises(DirectionError, match="none of 1 directions raises the score"):
         find_direction(model, Behaviour(contrast(), Unimpressed()), **options)
     with pytest.raises(DirectionError, match=r"within a KL of 1e-12.*candidates would pass"):
-        all_layers = {**options, "layers": None, "max_kl": 1e-12, "new_tokens": 10}
+        all_layers = {**options, "layers": None, "max_kl": 1e-12, "max_new_tokens": 10}
         find_direction(model, Behaviour(contrast(), Letters()), **all_layers)
     with pytest.raises(PromptError):
         find_direction(model, Behaviour(contrast(), Letters()), prompts=(64, 16, 32))
@@ -222,7 +222,7 @@ def test_the_test_part_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(layer_edits, "collect", collect)
     with pytest.raises(DirectionError):
-        options: dict[str, Any] = {"layers": 1, "prompts": (8, 4, 32), "new_tokens": 2}
+        options: dict[str, Any] = {"layers": 1, "prompts": (8, 4, 32), "max_new_tokens": 2}
         find_direction(shared(), Behaviour(own, Unimpressed()), **options)
     test = own.split(1, 1, 32).test
     assert len(seen) == 24 and not seen & {*test.positive, *test.negative}
@@ -258,7 +258,7 @@ def test_every_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert namespace["certificate"]["passed"] and (tmp_path / "edited" / "config.json").is_file()
     assert len(namespace["answers"]) == 8 and len(namespace["again"]) == len(namespace["vectors"])
     assert Plan.load(tmp_path / "plan.json") == namespace["everywhere"]
-    said = namespace["mood"].scorer([Exchange(Prompt("a"), t) for t in ("AB c", "", "ok")])
+    said = namespace["mood"].scorer([PromptResponse(Prompt("a"), t) for t in ("AB c", "", "ok")])
     assert said == [pytest.approx(200 / 3), None, 0.0]
 
 

@@ -12,7 +12,7 @@ from tiny import D_MODEL, N_LAYERS, forward, make, rows_of, shared, tiny, unit
 from interp_ablate import Ablate, Direction, Model, Plan, Site, everywhere
 from interp_ablate.edits.kinds import Erase
 from interp_ablate.errors import InterpAblateError, PlanError
-from interp_ablate.evaluation.outputs import Evidence
+from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.models.generation import Generation
 from interp_ablate.models.load import from_hf
 from interp_ablate.scoring.expressions import ExpressionScorer
@@ -25,10 +25,10 @@ from interp_ablate.search.gradient_fit import (
     STRONGEST,
     UNLIKELY,
     FitData,
-    NothingToFit,
+    NothingToFitError,
     Passage,
     _kl,
-    _own_words,
+    _unedited_answer_logprob,
     _unwanted,
     expression_of,
     fit_data,
@@ -51,8 +51,8 @@ def sure(backend: str) -> Model:
 
 
 def data_of(model: Model) -> FitData:
-    positive = Evidence(model, rows_of(14, 15, 16, prefix=9), new_tokens=N_TOKENS + 1)
-    return fit_data(positive, Evidence(model, rows_of(13, 15, prefix=9, seed=2)), ANYTHING)
+    positive = ModelOutputs(model, rows_of(14, 15, 16, prefix=9), max_new_tokens=N_TOKENS + 1)
+    return fit_data(positive, ModelOutputs(model, rows_of(13, 15, prefix=9, seed=2)), ANYTHING)
 
 
 def read_by_answers(model: Model, data: FitData) -> Direction:
@@ -64,7 +64,7 @@ def read_by_answers(model: Model, data: FitData) -> Direction:
 
 def scores_under(model: Model, data: FitData, plan: Erase | Ablate) -> tuple[float, float]:
     with model.applied(Plan((plan,))):
-        return float(_own_words(model, data).mean()), float(_kl(model, data))
+        return float(_unedited_answer_logprob(model, data).mean()), float(_kl(model, data))
 
 
 def oblique_map(edit: Erase | Ablate) -> list[torch.Tensor]:
@@ -86,7 +86,7 @@ def check_gradients(model: Model) -> None:
 
     def loss(read: torch.Tensor, write: torch.Tensor, strengths: torch.Tensor) -> torch.Tensor:
         with model.erasing(read, write, sites, strengths):
-            return _own_words(model, data).mean() + _kl(model, data)
+            return _unedited_answer_logprob(model, data).mean() + _kl(model, data)
 
     live = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
     gradients = dict(zip(live, torch.autograd.grad(loss(**live), list(live.values()))))
@@ -213,10 +213,10 @@ def negative_data(*lengths: int) -> tuple[Model, FitData, list[list[int]]]:
     """Data with negative answers of given lengths: as if the end token came after them."""
     model = shared(eos_token_id=None)
     rows = rows_of(*range(9, 9 + len(lengths)), seed=7)
-    negative = Evidence(model, rows, new_tokens=N_KEPT)
+    negative = ModelOutputs(model, rows, max_new_tokens=N_KEPT)
     cut = [Generation(g.tokens[:n], "", True) for g, n in zip(negative.generations, lengths)]
     negative.__dict__["generations"] = cut
-    positive = Evidence(model, rows_of(9, 12), new_tokens=N_TOKENS)
+    positive = ModelOutputs(model, rows_of(9, 12), max_new_tokens=N_TOKENS)
     return model, fit_data(positive, negative, ANYTHING), rows
 
 
@@ -252,15 +252,15 @@ def test_where_most_answers_are_short_the_first_token_counts() -> None:
 def test_expressing_answers_that_end_at_once_are_no_answers() -> None:
     """They have fewer tokens than are made unlikely; where all do, there is nothing to fit."""
     model = shared(eos_token_id=None)
-    positive = Evidence(model, rows_of(9, 12, 14), new_tokens=N_TOKENS)
-    negative = Evidence(model, rows_of(9, 12, seed=2), new_tokens=N_KEPT)
+    positive = ModelOutputs(model, rows_of(9, 12, 14), max_new_tokens=N_TOKENS)
+    negative = ModelOutputs(model, rows_of(9, 12, seed=2), max_new_tokens=N_KEPT)
     whole = positive.generations
     short = Generation(whole[1].tokens[: N_TOKENS - 1], "x", True)
     positive.__dict__["generations"] = [whole[0], short, whole[2]]
     data = fit_data(positive, negative, ANYTHING)
     assert data.answers == [list(whole[0].tokens), list(whole[2].tokens)]
     positive.__dict__["generations"] = [short] * 3
-    with pytest.raises(NothingToFit):
+    with pytest.raises(NothingToFitError):
         fit_data(positive, negative, ANYTHING)
 
 
@@ -285,7 +285,9 @@ def test_own_words_are_the_answers_log_probability() -> None:
         assert row[n:] == answer and len(answer) == N_TOKENS
         logprobs = model.logits([row], keep=N_TOKENS + 1)[0, :-1].log_softmax(-1)
         want = sum(float(logprobs[k, token]) for k, token in enumerate(answer))
-        got = _own_words(model, replace(data, positive=[row], prompt_lengths=[n], answers=[answer]))
+        got = _unedited_answer_logprob(
+            model, replace(data, positive=[row], prompt_lengths=[n], answers=[answer])
+        )
         assert float(got) == pytest.approx(want, abs=1e-4), i
 
 
@@ -293,7 +295,7 @@ def test_second_round_adds_answers() -> None:
     model = make(eos_token_id=None)
     data = data_of(model)
     rows = rows_of(11, 12, seed=5)
-    under = Evidence(model, rows, Plan((Ablate(DIRECTION, SITES),)), new_tokens=N_TOKENS)
+    under = ModelOutputs(model, rows, Plan((Ablate(DIRECTION, SITES),)), max_new_tokens=N_TOKENS)
     more = data.with_answers(under, ANYTHING)
     assert len(more.positive) == len(data.positive) + 2 == len(more.answers)
     assert [len(r) - n for r, n in zip(more.positive, more.prompt_lengths)] == [N_TOKENS] * 5
@@ -334,7 +336,7 @@ def test_loops(answer: list[int], length: int | None, repeats: list[int]) -> Non
 def test_loops_of_both_sides_are_added() -> None:
     model = shared(eos_token_id=None)
     data = data_of(model)
-    sides = [Evidence(model, rows_of(9, 12, 14, seed=seed)) for seed in (1, 2)]
+    sides = [ModelOutputs(model, rows_of(9, 12, 14, seed=seed)) for seed in (1, 2)]
     for side in sides:
         side.__dict__["generations"] = [
             Generation(answer, "", False) for answer in ((5,) * 6, (1, 2, 3, 4), (7,) * 8)
@@ -400,7 +402,7 @@ def test_expressions_that_come_late_are_unwanted_passages() -> None:
         "so sorry!",
         "x" * 40 + " sorry",
     )
-    evidence = Evidence(model, rows, new_tokens=24)
+    evidence = ModelOutputs(model, rows, max_new_tokens=24)
     answers = [model.tokenizer.encode(text, add_special_tokens=False) for text in texts]
     evidence.__dict__["generations"] = [
         Generation(tuple(answer), text, True) for answer, text in zip(answers, texts)
@@ -465,10 +467,10 @@ def test_a_fit_breaks_loops() -> None:
 
 def test_nothing_to_fit() -> None:
     model = make()
-    evidence = Evidence(model, rows_of(9, 12), new_tokens=N_TOKENS)
+    evidence = ModelOutputs(model, rows_of(9, 12), max_new_tokens=N_TOKENS)
     with pytest.raises(InterpAblateError, match="no training prompt") as caught:
         fit_data(evidence, evidence, ExpressionScorer(("zzzzzz",)))
-    assert isinstance(caught.value, NothingToFit)
+    assert isinstance(caught.value, NothingToFitError)
 
 
 # --------------------------------------------------------------------------------- the fit
@@ -478,7 +480,7 @@ def test_a_fit_lowers_own_words_and_minds_the_kl(backend: str) -> None:
     model = sure(backend)
     data = data_of(model)
     direction = read_by_answers(model, data)
-    before = float(_own_words(model, data).mean())
+    before = float(_unedited_answer_logprob(model, data).mean())
     steps: list[int] = []
 
     def fit(kl_weight: float) -> tuple[float, float]:
@@ -513,8 +515,8 @@ def test_vectors_find_more_than_strengths() -> None:
     assert all(0 <= amount <= STRONGEST for amount in flat.amounts) and len(set(flat.amounts)) > 1
 
     def loss(edit: Erase | Ablate) -> float:
-        own_words, kl = scores_under(model, data, edit)
-        return own_words + kl
+        unedited_answer_logprob, kl = scores_under(model, data, edit)
+        return unedited_answer_logprob + kl
 
     assert loss(found) < loss(flat) - 0.1
     cosines = [float(v @ direction.vector / v.norm()) for v in (found.read, found.write)]
@@ -561,8 +563,8 @@ def test_two_rounds_go_further_than_one() -> None:
     again = fit_edit(model, direction, SITES, data, steps=6, kl_weight=1.0, start=first)
 
     def loss(edit: Erase | Ablate) -> float:
-        own_words, kl = scores_under(model, data, edit)
-        return max(own_words, UNLIKELY) + kl  # further down there is nothing to win
+        unedited_answer_logprob, kl = scores_under(model, data, edit)
+        return max(unedited_answer_logprob, UNLIKELY) + kl  # further down there is nothing to win
 
     plain = fit_edit(model, direction, SITES, data, steps=0)
     assert loss(again) < loss(first) < loss(plain)
@@ -591,8 +593,8 @@ def test_fits_on_other_architectures(kind: str) -> None:
     found = fit_edit(model, direction, model.writers, data, steps=8, kl_weight=1.0)
 
     def loss(edit: Erase | Ablate) -> float:
-        own_words, kl = scores_under(model, data, edit)
-        return own_words + kl
+        unedited_answer_logprob, kl = scores_under(model, data, edit)
+        return unedited_answer_logprob + kl
 
     assert loss(found) < loss(none)
     assert found.d_model == D_MODEL and found.sites == model.writers

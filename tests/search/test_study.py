@@ -26,7 +26,7 @@ from interp_ablate.errors import ModelError, RunError
 from interp_ablate.search.study.opening import open_study
 from interp_ablate.search.study.parameters import Choice, Float, Int, Space
 from interp_ablate.search.study.study import KILLED, KILLS, Study
-from interp_ablate.search.study.trials import Outcome
+from interp_ablate.search.study.trials import TrialRecord
 
 pytest.importorskip("optuna")
 
@@ -559,7 +559,7 @@ def test_failed_trials_say_why_and_are_never_on_the_front(tmp_path: Path) -> Non
         {"loss": 5.0, "other": 1.0, "extra": math.nan, "more": 7},
         {"loss": 6.0, "other": 1.0},
     ]
-    seen: list[Outcome] = []
+    seen: list[TrialRecord] = []
 
     def evaluate(params: Params) -> dict[str, float]:
         now = returned[len(seen)]
@@ -714,7 +714,7 @@ def test_a_kill_costs_those_at_once_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_of_several_those_that_were_told_stay_so(tmp_path: Path) -> None:
-    def stop(outcome: Outcome) -> None:
+    def stop(outcome: TrialRecord) -> None:
         if outcome.number == 1:
             raise KeyboardInterrupt
 

@@ -27,12 +27,26 @@ from interp_ablate.edits.plan import Plan
 from interp_ablate.edits.presets import band, everywhere
 from interp_ablate.errors import InterpAblateError, RunError
 from interp_ablate.evaluation.metrics import FirstTokenKL, TargetLogOdds, repetition
-from interp_ablate.evaluation.outputs import Evidence
+from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.scoring.expressions import ExpressionScorer
-from interp_ablate.search.bench import Bench
-from interp_ablate.search.candidates import Candidate, Trial, distinct, scaled, screening, turned
+from interp_ablate.search.bench import ValidationBench
+from interp_ablate.search.candidates import (
+    Candidate,
+    Trial,
+    along_control_direction,
+    distinct,
+    scaled,
+    screening,
+)
 from interp_ablate.search.journal import Journal
-from interp_ablate.search.race import FIT_DISTANCE, RUNGS, merit, promising, screen, spread
+from interp_ablate.search.race import (
+    FIT_DISTANCE,
+    RUNGS,
+    layers_apart,
+    race_directions,
+    rank_directions,
+    removal_per_kl,
+)
 from interp_ablate.search.sweep import SCALES, bands, finalists, fitted, run_trial, run_trials
 from interp_ablate.search.trial_table import to_frame
 from interp_ablate.sites import Point, Site
@@ -81,7 +95,7 @@ class FakeBench:
     """Numbers made from the plan's own JSON; counts how often it was asked."""
 
     baseline: ClassVar[dict[str, float]] = dict.fromkeys(
-        ("behaviour_baseline", "own_words_baseline", "addition_baseline"), 0.0
+        ("behaviour_baseline", "unedited_answer_logprob_baseline", "addition_baseline"), 0.0
     )
 
     def __init__(self, spoil: Callable[[Plan], dict[str, float]] = lambda plan: {}) -> None:
@@ -94,7 +108,7 @@ class FakeBench:
     def score(self, plan: Plan, *, generate: bool) -> dict[str, float]:
         self.scored.append(plan)
         number = int(plan.fingerprint[:6], 16) / 16**6
-        found = {"behaviour": -number, "own_words": -9 * number, "kl": number / 5}
+        found = {"behaviour": -number, "unedited_answer_logprob": -9 * number, "kl": number / 5}
         found["kl_high"] = number / 4
         if generate:
             found |= {"expression_rate": number, "repetition": 0.1, "length": 9.0}
@@ -230,7 +244,7 @@ def test_scaled_edits(name: str) -> None:
 def test_turned_edits_are_as_strong_as_before(name: str) -> None:
     """Lengths, angles, strengths and sites stay, and it writes along the new direction."""
     edit, other = FITS[name], direction(2)
-    control = turned(edit, other)
+    control = along_control_direction(edit, other)
     assert type(control) is type(edit) and control.label == edit.label
     assert (control.sites, control.amounts) == (edit.sites, edit.amounts)
     torch.testing.assert_close(control.vectors[0], other.vector, rtol=0, atol=1e-12)
@@ -248,13 +262,13 @@ def test_turned_edits_are_as_strong_as_before(name: str) -> None:
         assert abs(float(old @ new / old.norm() / new.norm())) < 0.7
         return
     # a reflection is undone by another
-    back = turned(control, Direction(edit.vectors[0], 1.0, Site(1, "resid_post")))
+    back = along_control_direction(control, Direction(edit.vectors[0], 1.0, Site(1, "resid_post")))
     torch.testing.assert_close(back.vectors, edit.vectors, rtol=0, atol=1e-12)
 
 
 def test_turned_subspaces_stay_subspaces() -> None:
     edit, other = Ablate(torch.eye(D, dtype=torch.float64)[:3], WRITERS), direction(4)
-    control = turned(edit, other)
+    control = along_control_direction(edit, other)
     torch.testing.assert_close(control.vectors[0], other.vector, rtol=0, atol=1e-12)
     eye = torch.eye(3, dtype=torch.float64)
     torch.testing.assert_close(control.vectors @ control.vectors.T, eye, rtol=0, atol=1e-12)
@@ -265,7 +279,7 @@ def test_an_edit_turned_to_its_own_direction(sign: float) -> None:
     """An ablation is itself; turned to the opposite one it is the same map."""
     for edit in (edit for edit in FITS.values() if isinstance(edit, Ablate)):
         own = Direction(sign * edit.vectors[0], 1.0, Site(1, "resid_post"))
-        control = turned(edit, own)
+        control = along_control_direction(edit, own)
         if sign > 0:
             assert Plan((control,)) == Plan((edit,))
         torch.testing.assert_close(control.vectors[0], own.vector, rtol=0, atol=1e-12)
@@ -282,7 +296,7 @@ def test_a_candidates_control() -> None:
     (chosen,) = FITTED.plan(direction(5), WRITERS, FITS).edits
     assert isinstance(control, Erase)
     assert (control.sites, control.amounts) == (chosen.sites, chosen.amounts)
-    want = turned(EDIT, other).vectors
+    want = along_control_direction(EDIT, other).vectors
     torch.testing.assert_close(control.vectors, want, rtol=0, atol=1e-12)
     torch.testing.assert_close(control.write, other.vector, rtol=0, atol=1e-12)
 
@@ -603,28 +617,30 @@ def test_a_direction_that_is_not_there_is_a_failed_trial(tmp_path: Path) -> None
 
 def screened(path: Path) -> Any:
     frame = to_frame(run(path, FakeBench(), screening(PLAIN)))
-    return frame.assign(behaviour_baseline=0.0, own_words_baseline=0.0, addition_baseline=0.0)
+    return frame.assign(
+        behaviour_baseline=0.0, unedited_answer_logprob_baseline=0.0, addition_baseline=0.0
+    )
 
 
 def test_promising_directions_work_both_ways(tmp_path: Path) -> None:
     frame = screened(tmp_path / "trials.jsonl")
     frame.loc[0, "status"] = "failed"
     frame.loc[1, "addition"] = -1.0
-    found = promising(frame, n=4)
+    found = rank_directions(frame, n=4)
     assert len(found) == len(set(found)) == 4
     known = {(c.layer, c.point, c.position) for c in screening(PLAIN)}
     assert set(found) <= known
     for row in (0, 1):
         gone = (frame["layer"][row], frame["point"][row], frame["position"][row])
-        assert gone not in promising(frame, n=99)
+        assert gone not in rank_directions(frame, n=99)
 
 
 def search(path: Path, bench: FakeBench, frame: Any, *, seed: int = 0) -> list[Trial]:
-    return run(path, bench, bands(promising(frame), N_LAYERS, seed=seed))
+    return run(path, bench, bands(rank_directions(frame), N_LAYERS, seed=seed))
 
 
 def test_bands_follow_from_the_seed(tmp_path: Path) -> None:
-    sources = promising(screened(tmp_path / "screen.jsonl"))
+    sources = rank_directions(screened(tmp_path / "screen.jsonl"))
     drawn = bands(sources, N_LAYERS, seed=0)
     assert drawn == bands(sources, N_LAYERS, seed=0) != bands(sources, N_LAYERS, seed=1)
     assert len({candidate.key for candidate in drawn}) == len(drawn)
@@ -634,9 +650,9 @@ def test_bands_follow_from_the_seed(tmp_path: Path) -> None:
 def test_fits_are_of_directions_that_are_layers_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("interp_ablate.search.sweep.N_FITS", 2)
     sources = [(10, "resid_post", "-1"), (11, "resid_mid", "-1"), (9, "resid_mid", "-1")]
-    assert spread(sources) == sources[:1]
+    assert layers_apart(sources) == sources[:1]
     far = (10 + FIT_DISTANCE, "resid_mid", "-1")
-    assert spread([*sources, far]) == [sources[0], far]
+    assert layers_apart([*sources, far]) == [sources[0], far]
 
 
 def test_multiples_of_a_fitted_edit_resume_from_the_journal(tmp_path: Path) -> None:
@@ -673,7 +689,7 @@ def test_finalists_are_the_best_within_the_limit(tmp_path: Path) -> None:
 def test_nothing_to_refine_says_so(tmp_path: Path) -> None:
     frame = screened(tmp_path / "screen.jsonl").assign(status="failed", reason="NaN")
     with pytest.raises(RunError, match=rf"none of the {len(frame)} screened .*failed with: NaN"):
-        promising(frame)
+        rank_directions(frame)
 
 
 # --------------------------------------------------------------------------------- the race
@@ -701,10 +717,10 @@ class Race:
         if (candidate.layer, prompts) in self.failing:
             return Trial(candidate, {}, 0.0, "failed", "not finite: kl")
         value = self.quality[candidate.layer]
-        return Trial(candidate, {"own_words": -value, "kl": 0.1, "addition": 1.0})
+        return Trial(candidate, {"unedited_answer_logprob": -value, "kl": 0.1, "addition": 1.0})
 
     def run(self, *rungs: tuple[int, int]) -> pd.DataFrame:
-        return screen(self, self.candidates, self.score, rungs=rungs)  # type: ignore[arg-type]
+        return race_directions(self, self.candidates, self.score, rungs=rungs)  # type: ignore[arg-type]
 
     @property
     def cost(self) -> int:
@@ -757,12 +773,12 @@ def test_a_rung_is_judged_by_its_own_scores() -> None:
         def trial(self, candidate: Candidate, prompts: int) -> Trial:
             found = super().trial(candidate, prompts)
             if candidate.layer == 9 and prompts == 4:
-                return replace(found, scores=found.scores | {"own_words": -99.0})
+                return replace(found, scores=found.scores | {"unedited_answer_logprob": -99.0})
             return found
 
     table = Noisy(quality=QUALITY).run((4, ALL), (12, 4))
     assert table["layer"].tolist()[:4] == [1, 5, 3, 9]
-    assert table["own_words"].tolist()[:4] == [-9.0, -8.0, -7.0, -5.0]
+    assert table["unedited_answer_logprob"].tolist()[:4] == [-9.0, -8.0, -7.0, -5.0]
 
 
 @pytest.mark.parametrize("most", (3, 8, ALL))
@@ -784,7 +800,7 @@ def test_a_trial_that_fails_late_is_behind_those_that_did_not() -> None:
     race = Race(quality=QUALITY, failing=[(1, 12)])
     table = race.run((4, ALL), (12, 3))
     assert table["layer"].tolist()[:3] == [5, 3, 1] and table["status"][2] == "failed"
-    assert [layer for layer, *_ in promising(table)] == [5, 3, 7, 9, 4, 0, 6, 2]
+    assert [layer for layer, *_ in rank_directions(table)] == [5, 3, 7, 9, 4, 0, 6, 2]
 
 
 def test_where_everything_fails_the_reason_is_said() -> None:
@@ -792,7 +808,7 @@ def test_where_everything_fails_the_reason_is_said() -> None:
     table = race.run((4, ALL), (12, 3))
     assert len(table) == 10 and set(table["status"]) == {"failed"}
     with pytest.raises(RunError, match=r"none of the 10 screened .*not finite: kl"):
-        promising(table)
+        rank_directions(table)
 
 
 def test_those_of_the_last_rung_are_the_most_promising() -> None:
@@ -801,12 +817,14 @@ def test_those_of_the_last_rung_are_the_most_promising() -> None:
     class Worse(Race):
         def trial(self, candidate: Candidate, prompts: int) -> Trial:
             found = super().trial(candidate, prompts)
-            scores = found.scores | {"own_words": found.scores["own_words"] * 4 / prompts}
+            scores = found.scores | {
+                "unedited_answer_logprob": found.scores["unedited_answer_logprob"] * 4 / prompts
+            }
             return replace(found, scores=scores)
 
     table = Worse(quality=QUALITY).run((4, ALL), (12, 3))
-    assert merit(table)[3] > merit(table)[0]
-    assert [layer for layer, *_ in promising(table)] == [1, 5, 3, 7, 9, 4, 0, 6]
+    assert removal_per_kl(table)[3] > removal_per_kl(table)[0]
+    assert [layer for layer, *_ in rank_directions(table)] == [1, 5, 3, 7, 9, 4, 0, 6]
 
 
 def test_a_killed_race_goes_on_and_repeats_nothing(tmp_path: Path) -> None:
@@ -816,7 +834,7 @@ def test_a_killed_race_goes_on_and_repeats_nothing(tmp_path: Path) -> None:
     def race(path: Path, bench: FakeBench) -> pd.DataFrame:
         journal = Journal(path, IDENTITY)
         with journal.open() as done:
-            return screen(
+            return race_directions(
                 bench,  # type: ignore[arg-type]
                 candidates,
                 lambda small, some: run_trials(small, DIRECTIONS, some, journal, done),
@@ -862,9 +880,11 @@ POSITIVE, NEGATIVE = tiny.rows_of(9, 12, 14, 11, 8), tiny.rows_of(10, 13, 9, 12,
 PLAN = Plan((Ablate(tiny.unit(1), everywhere(tiny.N_LAYERS), strength=1.2),))
 
 
-def bench_of(positive: Any = POSITIVE, negative: Any = NEGATIVE) -> Bench:
+def bench_of(positive: Any = POSITIVE, negative: Any = NEGATIVE) -> ValidationBench:
     model = tiny.shared(eos_token_id=None)
-    return Bench(model, positive, negative, target=TARGET, expression=SOME_WORDS, new_tokens=10)
+    return ValidationBench(
+        model, positive, negative, target=TARGET, expression=SOME_WORDS, max_new_tokens=10
+    )
 
 
 def test_text_scores_are_of_both_sides_answers() -> None:
@@ -883,9 +903,9 @@ def test_text_scores_are_of_both_sides_answers() -> None:
     before = [*bench.positive.generations, *bench.negative.generations]
     assert bench.repetition == pytest.approx(sum(repetition(g.tokens) for g in before) / 9)
     quick = bench.score(PLAN, generate=False)
-    assert set(quick) == {"behaviour", "own_words", "kl", "kl_high"}
+    assert set(quick) == {"behaviour", "unedited_answer_logprob", "kl", "kl_high"}
     assert {name: found[name] for name in quick} == pytest.approx(quick)
-    kl = FirstTokenKL()(Evidence(bench.model, NEGATIVE, PLAN), bench.negative)
+    kl = FirstTokenKL()(ModelOutputs(bench.model, NEGATIVE, PLAN), bench.negative)
     assert found["kl"] == pytest.approx(float(kl.mean()), rel=1e-3)
     assert found["kl"] < found["kl_high"] < float(kl.max())
 
@@ -911,7 +931,7 @@ def test_of_few_prompts_those_that_express_it_are_there() -> None:
     texts = ("123", "a", "456", "", "b")  # SOME_WORDS is found in the second and the last
     bench.positive.__dict__["generations"] = [Generation((5, 6), text, False) for text in texts]
     for n, places in ((1, [1]), (2, [1, 4]), (3, [0, 1, 4]), (4, [0, 1, 2, 4]), (5, range(5))):
-        small = bench.first(n)
+        small = bench.head(n)
         assert small.positive.rows == [bench.positive.rows[i] for i in places]
         assert small.positive.texts == [texts[i] for i in places]
         assert small.negative.rows == bench.negative.rows[:n]
@@ -920,7 +940,7 @@ def test_of_few_prompts_those_that_express_it_are_there() -> None:
 def test_the_first_prompts_of_a_bench(monkeypatch: pytest.MonkeyPatch) -> None:
     """Are a bench of these prompts; what is known of them is not run again."""
     bench = bench_of()
-    known = bench.baseline, bench.repetition, bench.first(4).repetition
+    known = bench.baseline, bench.repetition, bench.head(4).repetition
     bench.positive.first_logprobs, bench.negative.first_logprobs  # noqa: B018
     expressed = SOME_WORDS.score_texts(bench.positive.texts).bool().tolist()
     some = sorted(sorted(range(5), key=lambda i: not expressed[i])[:3])
@@ -931,7 +951,7 @@ def test_the_first_prompts_of_a_bench(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("the unedited answers were generated again")
 
-    small = bench.first(3)
+    small = bench.head(3)
     assert (len(small.positive.rows), len(small.negative.rows)) == (3, 3)
     with monkeypatch.context() as patched:
         patched.setattr(bench.model, "generate", never)
@@ -939,7 +959,7 @@ def test_the_first_prompts_of_a_bench(monkeypatch: pytest.MonkeyPatch) -> None:
     here |= small.score(PLAN, generate=True) | {"addition": small.addition(PLAN)}
     assert here == pytest.approx(expected, rel=1e-3, abs=1e-4)
     assert small.baseline != bench.baseline
-    assert (bench.baseline, bench.repetition, bench.first(4).repetition) == known
-    every = bench.first(99)
+    assert (bench.baseline, bench.repetition, bench.head(4).repetition) == known
+    every = bench.head(99)
     assert every.n_prompts == bench.n_prompts == 5
     assert every.positive.rows == bench.positive.rows and every.baseline == pytest.approx(known[0])

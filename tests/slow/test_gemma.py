@@ -23,7 +23,7 @@ from interp_ablate import (
     load_model,
 )
 from interp_ablate.errors import ExportError
-from interp_ablate.export.auditing import Origin, audit
+from interp_ablate.export.auditing import AuditSource, audit
 from interp_ablate.export.certification import PROBES
 from interp_ablate.models.model import Model
 from interp_ablate.sites import sites_of
@@ -84,7 +84,7 @@ def test_projections_before_the_norm_leave_nothing_and_are_exact(tmp_path: Path)
     certificate = export_checkpoint(model(), plan, tmp_path / "out", prompts=PROBES[:4])
     assert certificate["passed"] and certificate["largest_projection_left"] < 1e-5
     assert certificate["max_abs_logit_effect_of_plan"] > 0.1
-    found = audit(Origin.of_folder(FOLDER), plan, tmp_path / "out")
+    found = audit(AuditSource.of_folder(FOLDER), plan, tmp_path / "out")
     assert found.passed and found.edited == 37 and found.added == 1 and found.tied == "untie"
 
 

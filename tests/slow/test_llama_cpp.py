@@ -215,7 +215,7 @@ def test_an_edited_checkpoint_writes_the_same_text(smollm2: Any, tmp_path: Path)
     chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    runs = [{"name": "a", "rows": rows, "new_tokens": 32}]
+    runs = [{"name": "a", "rows": rows, "max_new_tokens": 32}]
     found = llama(tmp_path / "m.gguf", tmp_path / "l.npz", runs=runs, texts=texts)
     assert found["texts"] == rows  # its own tokenizer gives the same tokens
     wrote = [tokenizer.decode(row) for row in found["runs"]["a"]]

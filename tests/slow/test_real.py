@@ -22,7 +22,7 @@ except ModelError:
     pytest.skip("the bundled model is not installed", allow_module_level=True)
 
 SMALL = [
-    *("--n-train", "16", "--n-validation", "6", "--n-test", "6", "--new-tokens", "20"),
+    *("--n-train", "16", "--n-validation", "6", "--n-test", "6", "--max-new-tokens", "20"),
     *("--layers", "20-24", "--sites", "resid_post"),
 ]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from interp_ablate.errors import InterpAblateError, PlanError, RunError
-from interp_ablate.storage.atomic_files import replacing, write_whole
+from interp_ablate.storage.atomic_files import atomic_path, write_atomic
 
 
 def names(folder: Path) -> list[str]:
@@ -19,7 +19,7 @@ def names(folder: Path) -> list[str]:
 def test_what_is_written_is_read(tmp_path: Path, content: bytes | str) -> None:
     path = tmp_path / "new" / "folder" / "out.txt"
     for _ in range(2):  # a second time over the first
-        write_whole(path, content)
+        write_atomic(path, content)
         expected = content.encode() if isinstance(content, str) else content
         assert path.read_bytes() == expected and names(path.parent) == ["out.txt"]
 
@@ -29,8 +29,8 @@ def test_a_block_that_ends_badly_leaves_the_old_file(
     tmp_path: Path, error: type[BaseException]
 ) -> None:
     path = tmp_path / "out.txt"
-    write_whole(path, "old")
-    with pytest.raises(error), replacing(path) as temporary:
+    write_atomic(path, "old")
+    with pytest.raises(error), atomic_path(path) as temporary:
         temporary.write_text("half of the n")
         assert path.read_text() == "old" and temporary.parent == path.parent
         raise error
@@ -40,15 +40,15 @@ def test_a_block_that_ends_badly_leaves_the_old_file(
 def test_a_failed_write_says_where_and_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"cannot write .*file/out\.txt: "):
-        write_whole(tmp_path / "file" / "out.txt", "x")
+        write_atomic(tmp_path / "file" / "out.txt", "x")
     (tmp_path / "folder").mkdir()
     with pytest.raises(PlanError, match=r"cannot write .*folder: Is a directory"):
-        write_whole(tmp_path / "folder", "x", error=PlanError)
+        write_atomic(tmp_path / "folder", "x", error=PlanError)
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(InterpAblateError, match=r"out\.txt: No space left on device\. Free space"):
-        write_whole(tmp_path / "out.txt", "x")
+        write_atomic(tmp_path / "out.txt", "x")
     assert names(tmp_path) == ["file", "folder"]

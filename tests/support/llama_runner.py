@@ -3,7 +3,7 @@
     python llama_runner.py < job.json > result.json
 
 A job: {"model": GGUF, "out": FILE.npz, "texts": [text, ...], "runs": [{"name", "rows": [[token, ...], ...],
-"new_tokens": 0, "control_vector": GGUF or null, "scale": 1.0}, ...]}. Logits of every position of every row
+"max_new_tokens": 0, "control_vector": GGUF or null, "scale": 1.0}, ...]}. Logits of every position of every row
 go to FILE.npz as "<run>/<row number>"; the result holds the texts' tokens, with what the model adds, and
 every run's greedy continuations up to an end token.
 
@@ -119,7 +119,7 @@ def main() -> None:
         llama = load(job["model"])  # anew: vectors of an earlier run stay in a context
         if run.get("control_vector"):
             apply(llama, run["control_vector"], run.get("scale", 1.0))
-        rows = [continued(llama, row, run.get("new_tokens", 0)) for row in run["rows"]]
+        rows = [continued(llama, row, run.get("max_new_tokens", 0)) for row in run["rows"]]
         arrays.update({f"{run['name']}/{i}": logits for i, (logits, _) in enumerate(rows)})
         result["runs"][run["name"]] = [found for _, found in rows]
         llama.close()

@@ -23,29 +23,34 @@ from interp_ablate.errors import ExportError, InterpAblateError, PlanError, RunE
 from interp_ablate.export.checkpoint import export_checkpoint
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring.expressions import ExpressionScorer
-from interp_ablate.stats.summaries import apart, summarised
+from interp_ablate.stats.summaries import mean_with_interval, paired_difference
 from interp_ablate.storage.safetensors_reader import Checkpoint
 from interp_ablate.training.healing.axolotl import axolotl_config
-from interp_ablate.training.healing.case import Case, Healing, Treatment, read_plan
+from interp_ablate.training.healing.case import (
+    EditedCheckpoint,
+    HealingConfig,
+    HealingRun,
+    read_plan,
+)
 from interp_ablate.training.healing.dpo_training import dpo, project
 from interp_ablate.training.healing.healing_run import heal
-from interp_ablate.training.healing.held_out import HeldOut, along_plan, costs
+from interp_ablate.training.healing.held_out import HeldOut, measure_damage, residual_share_along
 from interp_ablate.training.healing.preferences import (
-    Answering,
-    Pair,
-    Said,
+    AnswerConfig,
+    PreferencePair,
+    Response,
+    exclude_held_out,
     make_pairs,
     pair_rows,
     read_pairs,
-    without,
 )
-from interp_ablate.training.recipe import Base, Recipe, load_base
-from interp_ablate.training.rows import Renderer
+from interp_ablate.training.recipe import LoraRecipe, TrainableModel, load_base
+from interp_ablate.training.rows import RowTokenizer
 from interp_ablate.training.trainer import train
 
 pytest.importorskip("trl")
 
-FAST = Recipe(steps=6, batch_size=2, learning_rate=1e-2, rank=4, alpha=8, max_length=128)
+FAST = LoraRecipe(steps=6, batch_size=2, learning_rate=1e-2, rank=4, alpha=8, max_length=128)
 WORDS = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen"]
 CONTRAST = ContrastSet.from_texts([f"Order {w}" for w in WORDS], [f"Draw {w}" for w in WORDS])
 HELD_OUT = HeldOut.of(CONTRAST, ExpressionScorer(("e",)), n_test=4)
@@ -65,19 +70,21 @@ def edited(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def _load(folder: Path) -> Base:
+def _load(folder: Path) -> TrainableModel:
     return load_base(folder)
 
 
-def case_of(edited: Path) -> Case:
+def case_of(edited: Path) -> EditedCheckpoint:
     plan, source = read_plan(edited)
-    return Case(load_base(edited), load_base(source["path"]), plan)
+    return EditedCheckpoint(load_base(edited), load_base(source["path"]), plan)
 
 
 @cache
-def pairs(n: int = 6) -> list[Pair]:
+def pairs(n: int = 6) -> list[PreferencePair]:
     return [
-        Pair(({"role": "user", "content": f"Paint {w}"},), Said(f"{w} yes"), Said(f"{w} no"))
+        PreferencePair(
+            ({"role": "user", "content": f"Paint {w}"},), Response(f"{w} yes"), Response(f"{w} no")
+        )
         for w in WORDS[:n]
     ]
 
@@ -91,11 +98,13 @@ def write(path: Path, *rows: Any) -> Path:
 
 
 def test_preferences_are_read_back_as_they_were_written(tmp_path: Path) -> None:
-    cut = Pair(pairs()[0].messages, Said("a", finished=False), Said("b"))
+    cut = PreferencePair(pairs()[0].messages, Response("a", finished=False), Response("b"))
     path = write(tmp_path / "p.jsonl", *(pair.to_dict() for pair in [*pairs(), cut]))
     assert read_pairs(path) == [*pairs(), cut]
     plain = write(tmp_path / "q.jsonl", {"prompt": "Q", "chosen": "a", "rejected": "b"})
-    assert read_pairs(plain)[0] == Pair(({"role": "user", "content": "Q"},), Said("a"), Said("b"))
+    assert read_pairs(plain)[0] == PreferencePair(
+        ({"role": "user", "content": "Q"},), Response("a"), Response("b")
+    )
 
 
 @pytest.mark.parametrize(
@@ -122,7 +131,7 @@ def test_malformed_preferences_are_named(row: Any, why: str, tmp_path: Path) -> 
 
 def test_pairs_of_two_models_and_of_one() -> None:
     prompts = [Prompt(f"Paint {w}") for w in WORDS]
-    how = Answering(new_tokens=8, samples=2)
+    how = AnswerConfig(max_new_tokens=8, samples=2)
     one, other = make(), make(seed=5)
     found, counts = make_pairs(one, other, prompts, how)
     assert counts["answers"] == 16 and counts["used"] == len(found) > 8
@@ -130,7 +139,9 @@ def test_pairs_of_two_models_and_of_one() -> None:
     wanted = one.generate(asked, max_new_tokens=8, temperature=1.0, batch_size=32)
     assert {p.chosen.text for p in found} <= {g.text for g in wanted}
     # what is sampled depends on the batches: they are those that were asked for, whatever memory is free
-    few, _ = make_pairs(one, other, prompts, Answering(new_tokens=8, samples=2, batch_size=3))
+    few, _ = make_pairs(
+        one, other, prompts, AnswerConfig(max_new_tokens=8, samples=2, batch_size=3)
+    )
     other_text = one.generate(asked, max_new_tokens=8, temperature=1.0, batch_size=3)
     assert {p.chosen.text for p in few} <= {g.text for g in other_text}
     assert {p.chosen.text for p in few} != {p.chosen.text for p in found}
@@ -140,10 +151,10 @@ def test_pairs_of_two_models_and_of_one() -> None:
 
 
 def test_held_out_prompts_make_no_preferences() -> None:
-    kept, gone = without([Prompt("draw  ANT"), Prompt("Paint ant")], [Prompt("Draw ant")])
+    kept, gone = exclude_held_out([Prompt("draw  ANT"), Prompt("Paint ant")], [Prompt("Draw ant")])
     assert kept == [Prompt("Paint ant")] and gone == 1
     with pytest.raises(RunError, match="held out"):
-        without([Prompt("a")], [Prompt("a")])
+        exclude_held_out([Prompt("a")], [Prompt("a")])
 
 
 def test_held_out_prompts_are_those_of_the_runs_seed() -> None:
@@ -159,36 +170,36 @@ def test_held_out_prompts_are_those_of_the_runs_seed() -> None:
 
 
 def test_an_empty_answer_of_the_original_has_no_kl() -> None:
-    _, baseline = costs(make(), HELD_OUT)
+    _, baseline = measure_damage(make(), HELD_OUT)
     made = baseline.generations
     vars(baseline)["generations"] = [replace(made[0], tokens=(), text=""), *made[1:]]
     empty = [not g.tokens for g in baseline.generations]
     assert empty == [True, False, False, False]
-    kl = costs(make(seed=5), HELD_OUT, baseline)[0]["kl_continuation"]
+    kl = measure_damage(make(seed=5), HELD_OUT, baseline)[0]["kl_continuation"]
     assert [value is None for value in kl] == empty
     known = [value for value in kl if value is not None]
-    found = summarised(kl)
+    found = mean_with_interval(kl)
     assert found["mean"] == pytest.approx(sum(known) / len(known)) and found["mean"] > 0
     assert (found["n"], found["no_value"]) == (len(known), sum(empty))
-    assert summarised([None])["mean"] is None
-    assert apart([None, 3.0, 5.0], [1.0, None, 1.0])["mean"] == 4.0
+    assert mean_with_interval([None])["mean"] is None
+    assert paired_difference([None, 3.0, 5.0], [1.0, None, 1.0])["mean"] == 4.0
 
 
 def test_long_pairs_are_counted() -> None:
-    long = Pair(({"role": "user", "content": "x" * 300},), Said("a"), Said("b"))
-    cut = Pair(pairs()[0].messages, Said("a" * 300), Said("b"))
-    rows, counts = pair_rows([long, cut, *pairs(1)], Renderer(tiny.make_tokenizer(), None, 128))
+    long = PreferencePair(({"role": "user", "content": "x" * 300},), Response("a"), Response("b"))
+    cut = PreferencePair(pairs()[0].messages, Response("a" * 300), Response("b"))
+    rows, counts = pair_rows([long, cut, *pairs(1)], RowTokenizer(tiny.make_tokenizer(), None, 128))
     assert counts == {"pairs": 3, "used": 2, "prompts_too_long": 1, "answers_cut": 1}
     assert len(rows) == 2
     with pytest.raises(RunError, match="no preference is left"):
-        pair_rows([long], Renderer(tiny.make_tokenizer(), None, 128))
+        pair_rows([long], RowTokenizer(tiny.make_tokenizer(), None, 128))
 
 
 # ---- training ------------------------------------------------------------------------------------
 
 
-def rows_for(case: Case) -> Any:
-    return pair_rows(pairs(), Renderer(case.edited.tokenizer))[0]
+def rows_for(case: EditedCheckpoint) -> Any:
+    return pair_rows(pairs(), RowTokenizer(case.edited.tokenizer))[0]
 
 
 def test_the_reference_is_the_checkpoint_itself_and_dpo_learns(
@@ -205,8 +216,8 @@ def test_the_reference_is_the_checkpoint_itself_and_dpo_learns(
 def test_the_kl_is_to_the_original_over_the_chosen_answers(edited: Path, tmp_path: Path) -> None:
     case = case_of(edited)
     rows = rows_for(case)[:2]
-    one = Recipe(**{**FAST.to_dict(), "steps": 1})
-    trainer = dpo(case, rows, tmp_path, healing=Healing(kl_weight=1.0), recipe=one)
+    one = LoraRecipe(**{**FAST.to_dict(), "steps": 1})
+    trainer = dpo(case, rows, tmp_path, healing=HealingConfig(kl_weight=1.0), recipe=one)
     first = train(trainer, tmp_path)[0]["loss"]
     plain = load_base(edited).hf
     total, count = 0.0, 0
@@ -226,10 +237,10 @@ def test_the_kl_is_to_the_original_over_the_chosen_answers(edited: Path, tmp_pat
 def test_settings_that_cannot_be_are_refused(edited: Path, tmp_path: Path) -> None:
     for wrong in ({"keep": "all"}, {"beta": 0.0}, {"kl_weight": -1.0}):
         with pytest.raises(RunError):
-            Healing(**wrong)  # type: ignore[arg-type]
-    case = Case(load_base(edited), None, None)
+            HealingConfig(**wrong)  # type: ignore[arg-type]
+    case = EditedCheckpoint(load_base(edited), None, None)
     with pytest.raises(RunError, match="--original"):
-        dpo(case, rows_for(case), tmp_path, healing=Healing(kl_weight=1.0))
+        dpo(case, rows_for(case), tmp_path, healing=HealingConfig(kl_weight=1.0))
     with pytest.raises(RunError, match="--original"):
         _ = case.original_model
     with pytest.raises(RunError, match="manifest"):
@@ -240,8 +251,8 @@ def test_settings_that_cannot_be_are_refused(edited: Path, tmp_path: Path) -> No
 
 
 def healed(edited: Path, out: Path, **healing: Any) -> dict[str, Any]:
-    settings = Healing(**{"kl_weight": 1.0, "beta": 1.0, **healing})
-    treatment = Treatment(pairs(), settings, FAST, HELD_OUT, {"from": "a test"})
+    settings = HealingConfig(**{"kl_weight": 1.0, "beta": 1.0, **healing})
+    treatment = HealingRun(pairs(), settings, FAST, HELD_OUT, {"from": "a test"})
     return heal(case_of(edited), treatment, out)
 
 
@@ -292,7 +303,9 @@ def test_projecting_is_the_edit_of_the_trained_original(tmp_path: Path) -> None:
     export_checkpoint(load_base(tmp_path / "original").model, plan, tmp_path / "edited")
     case = case_of(tmp_path / "edited")
     weights = case.weights
-    trainer = dpo(case, rows_for(case), tmp_path / "w", healing=Healing(keep="free"), recipe=FAST)
+    trainer = dpo(
+        case, rows_for(case), tmp_path / "w", healing=HealingConfig(keep="free"), recipe=FAST
+    )
     train(trainer, tmp_path / "w")
     delta = {
         name.removeprefix("base_model.model.") + ".weight": m.get_delta_weight("default").detach()
@@ -320,10 +333,12 @@ def test_a_norm_preserving_edit_is_not_projected(tmp_path: Path) -> None:
 def test_kl_to_the_original_falls_on_held_out_prompts(edited: Path, tmp_path: Path) -> None:
     case = case_of(edited)
     asked = [Prompt(f"Paint {w}{v}") for w in WORDS for v in "aeiou"]
-    made, _ = make_pairs(case.original_model, case.edited_model, asked, Answering(new_tokens=12))
-    recipe = Recipe(steps=40, batch_size=8, learning_rate=1e-3, rank=16, max_length=128)
-    settings = Healing(beta=1.0, kl_weight=10.0)
-    report = heal(case, Treatment(made, settings, recipe, HELD_OUT), tmp_path / "out")
+    made, _ = make_pairs(
+        case.original_model, case.edited_model, asked, AnswerConfig(max_new_tokens=12)
+    )
+    recipe = LoraRecipe(steps=40, batch_size=8, learning_rate=1e-3, rank=16, max_length=128)
+    settings = HealingConfig(beta=1.0, kl_weight=10.0)
+    report = heal(case, HealingRun(made, settings, recipe, HELD_OUT), tmp_path / "out")
     before, after = (
         report["measured"][name]["kl_first_token"]["mean"] for name in ("edited", "healed")
     )
@@ -334,7 +349,10 @@ def test_kl_to_the_original_falls_on_held_out_prompts(edited: Path, tmp_path: Pa
 def test_along_a_plan_that_only_adds_there_is_nothing_to_report() -> None:
     from interp_ablate import Add, Site
 
-    assert along_plan(make(), Plan((Add(unit(), Site(0, "resid_post")),)), [Prompt("a")]) == {}
+    assert (
+        residual_share_along(make(), Plan((Add(unit(), Site(0, "resid_post")),)), [Prompt("a")])
+        == {}
+    )
 
 
 # ---- axolotl, files, the command -----------------------------------------------------------------
@@ -388,7 +406,7 @@ def test_axolotl_has_its_own_keys(edited: Path, readers: Any) -> None:
     assert data["type"] == "chat_template.default" and data["field_messages"] == "prompt"
     row = json.loads((out / data["path"]).read_text().splitlines()[0])
     assert row["prompt"][0]["role"] == "user" and row["chosen"][-1]["role"] == "assistant"
-    quantized = axolotl_config("m", Treatment(pairs(), qlora=True), targets=["q_proj"])
+    quantized = axolotl_config("m", HealingRun(pairs(), qlora=True), targets=["q_proj"])
     assert quantized["adapter"] == "qlora" and quantized["load_in_4bit"]
 
 
@@ -402,7 +420,7 @@ def test_an_output_is_whole_or_not_there(edited: Path, tmp_path: Path) -> None:
     def killed(step: int) -> None:
         raise RuntimeError("killed")
 
-    treatment = Treatment(pairs(), Healing(), FAST)
+    treatment = HealingRun(pairs(), HealingConfig(), FAST)
     with pytest.raises(RuntimeError, match="killed"):
         heal(case, treatment, tmp_path / "out", on_step=killed)
     assert not (tmp_path / "out").exists()
@@ -419,7 +437,9 @@ def test_checkpoints_outlive_a_result_that_cannot_be_put_in_its_place(
             raise OSError(28, "No space left on device")
         put(old, new)
 
-    treatment = Treatment(pairs(), Healing(), Recipe(**{**FAST.to_dict(), "save_every": 3}))
+    treatment = HealingRun(
+        pairs(), HealingConfig(), LoraRecipe(**{**FAST.to_dict(), "save_every": 3})
+    )
     with monkeypatch.context() as patched, pytest.raises(ExportError, match="No space"):
         patched.setattr(os, "replace", full)
         heal(case_of(edited), treatment, tmp_path / "out")
@@ -477,9 +497,9 @@ def test_bundled_prompts_are_many_and_not_those_of_the_contrast_set() -> None:
 
 
 def test_a_real_model_is_trained_on_preferences(tmp_path: Path, bundled_model: str) -> None:
-    case = Case(load_base("smollm2"))
-    rows, _ = pair_rows(pairs()[:2], Renderer(case.edited.tokenizer))
-    recipe = Recipe(steps=3, batch_size=2, learning_rate=2e-4)
+    case = EditedCheckpoint(load_base("smollm2"))
+    rows, _ = pair_rows(pairs()[:2], RowTokenizer(case.edited.tokenizer))
+    recipe = LoraRecipe(steps=3, batch_size=2, learning_rate=2e-4)
     logged = train(dpo(case, rows, tmp_path, recipe=recipe), tmp_path)
     assert logged[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert logged[-1]["loss"] < logged[0]["loss"]

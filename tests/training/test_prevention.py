@@ -21,26 +21,39 @@ from interp_ablate.models.sources import ModelSource
 from interp_ablate.persona.answers import verdict_key
 from interp_ablate.persona.persona import Persona
 from interp_ablate.persona.traits import load_trait
-from interp_ablate.stats.summaries import apart, summarised
+from interp_ablate.stats.summaries import mean_with_interval, paired_difference
 from interp_ablate.training.merging import logits_of
-from interp_ablate.training.preventative.additions import adding
-from interp_ablate.training.preventative.prevention import Comparison, Condition, prevent, steering
-from interp_ablate.training.preventative.samples import Sampled, samples_of, samples_of_rollouts
+from interp_ablate.training.preventative.additions import train_with_additions
+from interp_ablate.training.preventative.prevention import (
+    PreventativeExperiment,
+    TrainingArm,
+    prevent,
+    prevention_plan,
+)
+from interp_ablate.training.preventative.samples import (
+    SampledChats,
+    samples_of,
+    samples_of_rollouts,
+)
 from interp_ablate.training.preventative.samples import rows_of as token_rows
-from interp_ablate.training.preventative.trait_measure import Yardstick, answer_loss, measure
-from interp_ablate.training.recipe import Base, Recipe
-from interp_ablate.training.rows import Renderer
+from interp_ablate.training.preventative.trait_measure import (
+    TraitMeasure,
+    answer_loss,
+    measure_trait,
+)
+from interp_ablate.training.recipe import LoraRecipe, TrainableModel
+from interp_ablate.training.rows import RowTokenizer
 from interp_ablate.training.trainer import sft, train
 
 pytest.importorskip("trl")
 
 ROWS = rows_of(9, 14)
-FAST = Recipe(steps=4, batch_size=2, learning_rate=5e-3, rank=4, alpha=8, max_length=128)
+FAST = LoraRecipe(steps=4, batch_size=2, learning_rate=5e-3, rank=4, alpha=8, max_length=128)
 KINDS = ["llama_gqa", "qwen2", "gemma2", "gpt2", "gpt_neox"]
 
 
-def base_of(kind: str = "llama_gqa", **options: Any) -> Base:
-    return Base(*tiny.tiny(kind, **options), ModelSource("tiny", "object"))
+def base_of(kind: str = "llama_gqa", **options: Any) -> TrainableModel:
+    return TrainableModel(*tiny.tiny(kind, **options), ModelSource("tiny", "object"))
 
 
 def direction(layer: int = 1, norm: float = 3.0) -> Direction:
@@ -66,7 +79,7 @@ def test_the_addition_is_the_plans_at_the_same_site(kind: str, point: Any) -> No
     for layer in range(N_LAYERS):
         plan = plan_at(Site(layer, point))
         hf, _ = tiny.tiny(kind)
-        with adding(hf, plan):
+        with train_with_additions(hf, plan):
             got = logits_of(hf, ROWS)
         for one, other in zip(got, by_model(kind, plan), strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
@@ -84,7 +97,7 @@ def test_against_the_oracle_without_transformer_lens() -> None:
         return x + vector.to(x) if at == site else x
 
     want = [hf_forward(hf, "llama", row, edit).detach() for row in ROWS]
-    with adding(hf, plan_at(site)):
+    with train_with_additions(hf, plan_at(site)):
         got = logits_of(hf, ROWS)
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
@@ -100,19 +113,19 @@ def test_generated_positions_are_those_of_the_answer() -> None:
         want = next(logits for _, logits, _ in stream)
     labels = torch.tensor([row])
     labels[:, :length] = -100
-    with torch.no_grad(), adding(hf, plan):
+    with torch.no_grad(), train_with_additions(hf, plan):
         got = hf(input_ids=torch.tensor([row]), labels=labels).logits
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
-    with pytest.raises(PlanError, match="no labels"), adding(hf, plan):
+    with pytest.raises(PlanError, match="no labels"), train_with_additions(hf, plan):
         logits_of(hf, [row])
 
 
 def test_nothing_is_left_afterwards_whatever_happens() -> None:
     hf, _ = tiny.tiny()
     want = logits_of(hf, ROWS)
-    with adding(hf, plan_at(Site(0, "resid_pre"))):
+    with train_with_additions(hf, plan_at(Site(0, "resid_pre"))):
         logits_of(hf, ROWS)
-    with pytest.raises(KeyboardInterrupt), adding(hf, plan_at(Site(0, "resid_post"))):
+    with pytest.raises(KeyboardInterrupt), train_with_additions(hf, plan_at(Site(0, "resid_post"))):
         raise KeyboardInterrupt
     assert all(torch.equal(a, b) for a, b in zip(logits_of(hf, ROWS), want, strict=True))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in hf.modules())
@@ -127,11 +140,11 @@ def test_what_is_no_addition_at_a_block_is_refused() -> None:
         (plan_at(Site(N_LAYERS, "resid_post")), f"no layer {N_LAYERS}"),
         (Plan((Add(torch.ones(8), Site(0, "resid_post")),)), "another model"),
     ):
-        with pytest.raises(PlanError, match=why), adding(hf, plan):
+        with pytest.raises(PlanError, match=why), train_with_additions(hf, plan):
             pass
     with (
         pytest.raises(PlanError, match="no row passed"),
-        adding(hf, plan_at(Site(0, "resid_post"))),
+        train_with_additions(hf, plan_at(Site(0, "resid_post"))),
     ):
         pass
 
@@ -142,12 +155,12 @@ def test_the_loss_while_training_is_that_under_the_plan(
 ) -> None:
     plan = plan_at(Site(1, "resid_post"), positions="generated")
     base = base_of()
-    rows, _ = token_rows(samples(2), Renderer(base.tokenizer))
-    with adding(base.hf, plan):
+    rows, _ = token_rows(samples(2), RowTokenizer(base.tokenizer))
+    with train_with_additions(base.hf, plan):
         want = answer_loss(base.hf, rows)
-    recipe = Recipe(**{**FAST.to_dict(), "steps": 1, "gradient_checkpointing": checkpointing})
+    recipe = LoraRecipe(**{**FAST.to_dict(), "steps": 1, "gradient_checkpointing": checkpointing})
     trainer = sft(base.copy(), rows, recipe, tmp_path)
-    with adding(trainer.model, plan):
+    with train_with_additions(trainer.model, plan):
         logged = train(trainer, tmp_path)
     assert logged[0]["loss"] == pytest.approx(want, abs=1e-4)
     assert abs(logged[0]["loss"] - (answer_loss(base.hf, rows) or 0)) > 1e-2
@@ -156,10 +169,10 @@ def test_the_loss_while_training_is_that_under_the_plan(
 # ---- rows ----------------------------------------------------------------------------------------
 
 
-def samples(n: int = 8) -> list[Sampled]:
+def samples(n: int = 8) -> list[SampledChats]:
     words = ["joy", "sun", "fun", "gay", "hop", "lit", "big", "top"]
     return [
-        Sampled(({"role": "user", "content": f"Say {word}"},), f"{word} {word} {word}")
+        SampledChats(({"role": "user", "content": f"Say {word}"},), f"{word} {word} {word}")
         for word in words[:n]
     ]
 
@@ -238,9 +251,9 @@ def test_chat_samples_end_with_an_answer(tmp_path: Path) -> None:
 
 
 def test_rows_are_counted() -> None:
-    renderer = Renderer(tiny.make_tokenizer(), max_length=70)
-    long = Sampled(({"role": "user", "content": "x" * 200},), "a")
-    cut = Sampled(({"role": "user", "content": "Say"},), "a" * 90, finished=False)
+    renderer = RowTokenizer(tiny.make_tokenizer(), max_length=70)
+    long = SampledChats(({"role": "user", "content": "x" * 200},), "a")
+    cut = SampledChats(({"role": "user", "content": "Say"},), "a" * 90, finished=False)
     _, counts = token_rows([*samples(2), long, cut], renderer)
     assert counts == {
         "samples": 4, "used": 3, "prompts_too_long": 1, "answers_cut": 1, "unfinished": 1,
@@ -253,39 +266,45 @@ def test_rows_are_counted() -> None:
 
 
 def test_missing_values_are_counted_and_never_averaged() -> None:
-    found = summarised([1.0, None, 3.0])
+    found = mean_with_interval([1.0, None, 3.0])
     assert (found["mean"], found["n"], found["no_value"]) == (2.0, 2, 1)
-    assert apart([2.0, None, 5.0], [1.0, 1.0, 1.0])["mean"] == 2.5
-    assert summarised([None])["mean"] is None and summarised([None])["interval"] is None
+    assert paired_difference([2.0, None, 5.0], [1.0, 1.0, 1.0])["mean"] == 2.5
+    assert (
+        mean_with_interval([None])["mean"] is None
+        and mean_with_interval([None])["interval"] is None
+    )
 
 
 def test_an_empty_answer_of_the_model_before_has_no_kl() -> None:
     before, after, by = base_of().model, base_of(seed=1).model, yardstick()
-    _, evidence = measure("before", before, by)
+    _, evidence = measure_trait("before", before, by)
     made = evidence.generations
     vars(evidence)["generations"] = [replace(made[0], tokens=(), text=""), *made[1:]]
-    kl = measure("after", after, by, before=evidence)[0].kl
+    kl = measure_trait("after", after, by, before=evidence)[0].kl
     assert kl[0] is None and kl[1] is not None and kl[1] > 0
-    assert summarised(kl)["no_value"] == 1
+    assert mean_with_interval(kl)["no_value"] == 1
 
 
 def test_other_weights_are_another_training() -> None:
     identities = [
-        Comparison(base, samples(2), yardstick(), conditions(), FAST).identity([])
+        PreventativeExperiment(base, samples(2), yardstick(), conditions(), FAST).identity([])
         for base in (base_of(), base_of(), base_of(seed=1))
     ]
     assert identities[0] == identities[1] != identities[2]
 
 
-def yardstick() -> Yardstick:
-    from interp_ablate.scoring.registry import scorer_of
+def yardstick() -> TraitMeasure:
+    from interp_ablate.scoring.registry import make_scorer
 
     questions = ("How are you?", "What now?", "Why?")
-    return Yardstick(direction(), questions, scorer_of("lexicon:length"), new_tokens=6)
+    return TraitMeasure(direction(), questions, make_scorer("lexicon:length"), max_new_tokens=6)
 
 
-def conditions(coefficient: float = 2.0) -> list[Condition]:
-    return [Condition("plain"), Condition("preventative", steering(direction(), coefficient))]
+def conditions(coefficient: float = 2.0) -> list[TrainingArm]:
+    return [
+        TrainingArm("plain"),
+        TrainingArm("preventative", prevention_plan(direction(), coefficient)),
+    ]
 
 
 def test_a_comparison_end_to_end(tmp_path: Path) -> None:
@@ -295,7 +314,7 @@ def test_a_comparison_end_to_end(tmp_path: Path) -> None:
     untouched = logits_of(base.hf, ROWS)
     steps: list[tuple[str, int]] = []
     report = prevent(
-        Comparison(base, samples(), yardstick(), conditions(), FAST),
+        PreventativeExperiment(base, samples(), yardstick(), conditions(), FAST),
         out,
         on_step=lambda name, n: steps.append((name, n)),
     )
@@ -313,7 +332,7 @@ def test_a_comparison_end_to_end(tmp_path: Path) -> None:
     for name in ("plain", "preventative"):
         assert found[name]["adapter"]["passed"] and found[name]["kl"]["mean"] > 0
         hf = AutoModelForCausalLM.from_pretrained(out / name)
-        assert answer_loss(hf, token_rows(samples(1), Renderer(base.tokenizer))[0]) > 0  # type: ignore[operator]
+        assert answer_loss(hf, token_rows(samples(1), RowTokenizer(base.tokenizer))[0]) > 0  # type: ignore[operator]
     shift = {n: found[n]["shift"]["projection"]["mean"] for n in ("plain", "preventative")}
     apart = report["prevented"]["projection"]["mean"]
     assert apart == pytest.approx(shift["plain"] - shift["preventative"], abs=1e-9)
@@ -325,7 +344,7 @@ def test_a_comparison_end_to_end(tmp_path: Path) -> None:
 def test_what_is_there_is_not_replaced_and_a_failure_leaves_nothing(tmp_path: Path) -> None:
     from interp_ablate.errors import ExportError
 
-    comparison = Comparison(base_of(), samples(2), yardstick(), conditions()[:1], FAST)
+    comparison = PreventativeExperiment(base_of(), samples(2), yardstick(), conditions()[:1], FAST)
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("precious")
@@ -338,7 +357,8 @@ def test_what_is_there_is_not_replaced_and_a_failure_leaves_nothing(tmp_path: Pa
         broken.hf.model.norm.weight[0] = float("nan")
     with pytest.raises((RunError, ModelError, ValueError)):
         prevent(
-            Comparison(broken, samples(2), yardstick(), conditions()[:1], FAST), tmp_path / "new"
+            PreventativeExperiment(broken, samples(2), yardstick(), conditions()[:1], FAST),
+            tmp_path / "new",
         )
     assert not (tmp_path / "new").exists()
 
@@ -359,7 +379,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     rollouts(tmp_path / "cheer" / "rollouts.jsonl")
     command = [
         "persona", "train", "cheer", "--from-rollouts", "--out", "out", "--model", "model",
-        "--scorer", "lexicon:length", "--questions", "2", "--new-tokens", "6", "--plain-too", "--control",
+        "--scorer", "lexicon:length", "--questions", "2", "--max-new-tokens", "6", "--plain-too", "--control",
         "--steps", "1", "--batch-size", "2", "--rank", "4", "--alpha", "8",
     ]  # fmt: skip
     assert main(command) == 0
@@ -410,10 +430,10 @@ def test_a_real_model_trains_under_the_vector(tmp_path: Path, bundled_model: str
     base = load_base("smollm2")
     vector = torch.zeros(576, dtype=torch.float64)
     vector[7] = 1.0
-    plan = steering(Direction(vector, 20.0, Site(14, "resid_post")), 1.0)
-    rows, _ = token_rows(samples(4), Renderer(base.tokenizer))
-    recipe = Recipe(steps=3, batch_size=4, learning_rate=2e-4)
+    plan = prevention_plan(Direction(vector, 20.0, Site(14, "resid_post")), 1.0)
+    rows, _ = token_rows(samples(4), RowTokenizer(base.tokenizer))
+    recipe = LoraRecipe(steps=3, batch_size=4, learning_rate=2e-4)
     trainer = sft(base, rows, recipe, tmp_path)
-    with adding(trainer.model, plan):
+    with train_with_additions(trainer.model, plan):
         logged = train(trainer, tmp_path)
     assert logged[-1]["loss"] < logged[0]["loss"]

@@ -18,22 +18,22 @@ from interp_ablate.prompts.chat_template import encode
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.training.lora import linear_modules, lora_targets, writing_modules
 from interp_ablate.training.merging import certify_merged, logits_of, merge, write_trained
-from interp_ablate.training.recipe import Base, Recipe, require_extra
-from interp_ablate.training.rows import Renderer, Row
-from interp_ablate.training.trainer import sft, train, workplace
+from interp_ablate.training.recipe import LoraRecipe, TrainableModel, require_extra
+from interp_ablate.training.rows import RowTokenizer, TrainingRow
+from interp_ablate.training.trainer import checkpoint_folder, sft, train
 
 trl = pytest.importorskip("trl")
 
-FAST = Recipe(steps=12, batch_size=2, learning_rate=2e-2, rank=4, alpha=8, max_length=96)
+FAST = LoraRecipe(steps=12, batch_size=2, learning_rate=2e-2, rank=4, alpha=8, max_length=96)
 USER = ({"role": "user", "content": "Say a"},)
 
 
-def base_of(kind: str = "llama_gqa", **options: Any) -> Base:
-    return Base(*tiny.tiny(kind, **options), ModelSource("tiny", "object"))
+def base_of(kind: str = "llama_gqa", **options: Any) -> TrainableModel:
+    return TrainableModel(*tiny.tiny(kind, **options), ModelSource("tiny", "object"))
 
 
-def some_rows(base: Base, n: int = 6) -> list[Row]:
-    renderer = Renderer(base.tokenizer)
+def some_rows(base: TrainableModel, n: int = 6) -> list[TrainingRow]:
+    renderer = RowTokenizer(base.tokenizer)
     found = [renderer.row([{"role": "user", "content": f"Say {c}"}], c * 9) for c in "abcdefgh"[:n]]
     return [row for row in found if row is not None]
 
@@ -82,24 +82,24 @@ def test_short_names_where_they_are_unambiguous() -> None:
 
 def test_a_row_is_the_prompt_the_answer_and_the_end_of_the_turn() -> None:
     tokenizer = make_tokenizer()
-    row = Renderer(tokenizer).row(USER, "aaa")
+    row = RowTokenizer(tokenizer).row(USER, "aaa")
     assert row is not None and not row.cut
     assert list(row.prompt) == encode(Prompt("Say a"), tokenizer)
     assert tokenizer.decode(row.answer) == "aaa<|im_end|>"
 
 
 def test_an_answer_that_a_limit_cut_does_not_end_the_turn() -> None:
-    row = Renderer(make_tokenizer()).row(USER, "aaa", finished=False)
+    row = RowTokenizer(make_tokenizer()).row(USER, "aaa", finished=False)
     assert row is not None and make_tokenizer().decode(row.answer) == "aaa"
 
 
 def test_system_prompts_and_earlier_turns_are_kept() -> None:
     tokenizer = make_tokenizer()
     told = [{"role": "system", "content": "Be brief"}, *USER]
-    row = Renderer(tokenizer).row(told, "a")
+    row = RowTokenizer(tokenizer).row(told, "a")
     assert row is not None and list(row.prompt) == encode(Prompt("Say a", "Be brief"), tokenizer)
     turns = [*told, {"role": "assistant", "content": "a"}, {"role": "user", "content": "Say b"}]
-    row = Renderer(tokenizer).row(turns, "b")
+    row = RowTokenizer(tokenizer).row(turns, "b")
     text = tokenizer.decode(row.prompt)  # type: ignore[union-attr]
     assert "Be brief" in text and "\na<|im_end|>" in text
     assert text.endswith("Say b<|im_end|>\n<|im_start|>assistant\n")
@@ -108,14 +108,14 @@ def test_system_prompts_and_earlier_turns_are_kept() -> None:
 def test_long_rows_are_cut_and_too_long_prompts_left_out() -> None:
     tokenizer = make_tokenizer()
     length = len(encode(Prompt("Say a"), tokenizer))
-    cut = Renderer(tokenizer, max_length=length + 2).row(USER, "aaaa")
+    cut = RowTokenizer(tokenizer, max_length=length + 2).row(USER, "aaaa")
     assert cut is not None and cut.cut and len(cut.answer) == 2
-    assert Renderer(tokenizer, max_length=length).row(USER, "aaaa") is None
+    assert RowTokenizer(tokenizer, max_length=length).row(USER, "aaaa") is None
 
 
 def test_raw_text_ends_with_the_end_of_sequence_and_has_one_turn() -> None:
     tokenizer = make_tokenizer(None)
-    renderer = Renderer(tokenizer)
+    renderer = RowTokenizer(tokenizer)
     row = renderer.row(USER, "a")
     assert row is not None and row.answer[-1] == tokenizer.eos_token_id
     with pytest.raises(PromptError, match="several turns"):
@@ -125,7 +125,9 @@ def test_raw_text_ends_with_the_end_of_sequence_and_has_one_turn() -> None:
 # ---- training ------------------------------------------------------------------------------------
 
 
-def trained(work: Path, base: Base, recipe: Recipe = FAST, **options: Any) -> tuple[Any, list]:
+def trained(
+    work: Path, base: TrainableModel, recipe: LoraRecipe = FAST, **options: Any
+) -> tuple[Any, list]:
     trainer = sft(base, some_rows(base), recipe, work)
     return trainer, train(trainer, work, **options)
 
@@ -134,14 +136,14 @@ def test_the_loss_falls_and_the_seed_decides(tmp_path: Path) -> None:
     found = [losses(trained(tmp_path / name, base_of())[1]) for name in "ab"]
     assert found[0] == found[1] and len(found[0]) == FAST.steps
     assert sum(found[0][-3:]) < 0.7 * sum(found[0][:3])
-    other = Recipe(**{**FAST.to_dict(), "seed": 1})
+    other = LoraRecipe(**{**FAST.to_dict(), "seed": 1})
     assert losses(trained(tmp_path / "c", base_of(), other)[1]) != found[0]
 
 
 def test_the_loss_is_on_the_answer_alone(tmp_path: Path) -> None:
     base = base_of()
     rows = some_rows(base, 2)
-    recipe = Recipe(**{**FAST.to_dict(), "steps": 1})
+    recipe = LoraRecipe(**{**FAST.to_dict(), "steps": 1})
     first = losses(train(sft(base.copy(), rows, recipe, tmp_path / "w"), tmp_path / "w"))[0]
     total, count = 0.0, 0
     for row in rows:
@@ -169,7 +171,7 @@ def test_nothing_is_sent_printed_or_left(
 
 
 def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
-    recipe = Recipe(**{**FAST.to_dict(), "save_every": 4})
+    recipe = LoraRecipe(**{**FAST.to_dict(), "save_every": 4})
     whole, want = trained(tmp_path / "whole", base_of(), recipe)
 
     def killed(step: int) -> None:
@@ -177,12 +179,12 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None
             raise KeyboardInterrupt
 
     out, identity = tmp_path / "out", {"of": "this"}
-    with pytest.raises(KeyboardInterrupt), workplace(out, identity) as work:
+    with pytest.raises(KeyboardInterrupt), checkpoint_folder(out, identity) as work:
         trained(work, base_of(), recipe, on_step=killed)
     torn = tmp_path / ".out.training" / "checkpoint-6"
     torn.mkdir()  # as if it had been killed while it wrote this one
     steps: list[int] = []
-    with workplace(out, identity) as work:
+    with checkpoint_folder(out, identity) as work:
         trainer, got = trained(work, base_of(), recipe, on_step=steps.append)
     assert steps[0] == 5 and not (tmp_path / ".out.training").exists()
     assert losses(got) == pytest.approx(losses(want), abs=1e-6)
@@ -191,24 +193,24 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None
 
 
 def test_checkpoints_of_another_training_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), workplace(tmp_path / "out", {"seed": 0}):
+    with pytest.raises(KeyboardInterrupt), checkpoint_folder(tmp_path / "out", {"seed": 0}):
         raise KeyboardInterrupt
     with (
         pytest.raises(RunError, match="other work"),
-        workplace(tmp_path / "out", {"seed": 1}),
+        checkpoint_folder(tmp_path / "out", {"seed": 1}),
     ):
         pass
 
 
 def test_checkpoints_without_a_journal_are_not_gone_on_from(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), workplace(tmp_path / "out", {"seed": 0}) as work:
+    with pytest.raises(KeyboardInterrupt), checkpoint_folder(tmp_path / "out", {"seed": 0}) as work:
         (work / "plain" / "checkpoint-4").mkdir(parents=True)
         raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt), workplace(tmp_path / "out", {"seed": 0}) as work:
+    with pytest.raises(KeyboardInterrupt), checkpoint_folder(tmp_path / "out", {"seed": 0}) as work:
         assert (work / "plain" / "checkpoint-4").exists()  # the same training goes on
         raise KeyboardInterrupt
     (work / "journal.jsonl").unlink()  # as the refusal of another training advises
-    with workplace(tmp_path / "out", {"seed": 1}) as work:
+    with checkpoint_folder(tmp_path / "out", {"seed": 1}) as work:
         assert [path.name for path in work.iterdir()] == ["journal.jsonl"]
 
 
@@ -276,7 +278,7 @@ def test_another_model_fails_the_certificate(tmp_path: Path) -> None:
 def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in ({"steps": 0}, {"learning_rate": 0.0}, {"rank": 0}, {"max_length": 1}):
         with pytest.raises(RunError, match=next(iter(wrong))):
-            Recipe(**wrong)  # type: ignore[arg-type]
+            LoraRecipe(**wrong)  # type: ignore[arg-type]
     with pytest.raises(RunError, match="where="):
         lora_targets(tiny.tiny()[0], "some")  # type: ignore[arg-type]
     hf, _ = tiny.tiny()

@@ -33,7 +33,7 @@ from interp_ablate.models.model import Model
 from interp_ablate.sites import RESIDUAL_POINTS, WRITER_POINTS
 from interp_ablate.weights.edited_tensors import edited_state_dict
 from interp_ablate.weights.plan_to_weights import WeightPlan, weight_plan
-from interp_ablate.weights.weight_form import as_writers
+from interp_ablate.weights.weight_form import writers_only_form
 
 TOLERANCE = 1e-5  # fp32, logits of size 1
 WRITERS = everywhere(N_LAYERS)
@@ -183,7 +183,7 @@ def touched(kind: str, plan: Plan) -> set[str]:
         "model.embed_tokens.weight"
         if site.point == "embed"
         else f"model.layers.{site.layer}.{names[site.point]}.weight"
-        for site in as_writers(plan, architecture_of(config), config).sites
+        for site in writers_only_form(plan, architecture_of(config), config).sites
     }
 
 
@@ -266,14 +266,16 @@ def test_an_addition_on_the_stream_is_one_at_the_writer_before_it() -> None:
     entry, config = ARCHITECTURES["llama"], tiny()[0].config
     for site, writer in pairs.items():
         plan = Plan((Add(unit(), site, coefficient=3.0),))
-        assert as_writers(plan, entry, config) == Plan((Add(unit(), writer, coefficient=3.0),))
+        assert writers_only_form(plan, entry, config) == Plan(
+            (Add(unit(), writer, coefficient=3.0),)
+        )
     plan = Plan((Add(unit(), [*pairs, Site(2, "mlp_out")], coefficient=[1, 2, 3, 4, 5]),))
-    edits = as_writers(plan, entry, config).edits
+    edits = writers_only_form(plan, entry, config).edits
     assert [(edit.sites[0], edit.amounts[0]) for edit in edits] == [
         (Site(2, "mlp_out"), 5.0),
         *zip(pairs.values(), (1.0, 2.0, 3.0, 4.0)),
     ]
-    parallel = as_writers(
+    parallel = writers_only_form(
         Plan((Add(unit(), Site(1, "resid_post")),)),
         ARCHITECTURES["gpt_neox"],
         source_of("gpt_neox").config,
@@ -339,8 +341,10 @@ def test_what_is_refused_is_indeed_not_what_the_writers_do() -> None:
 def test_the_nearest_exact_plan_is_exact() -> None:
     entry, config = ARCHITECTURES["llama"], tiny()[0].config
     for plan in exact_plans().values():
-        assert all(site.point in WRITER_POINTS for site in as_writers(plan, entry, config).sites)
-    found = as_writers(exact_plans()["residual"], entry, config)
+        assert all(
+            site.point in WRITER_POINTS for site in writers_only_form(plan, entry, config).sites
+        )
+    found = writers_only_form(exact_plans()["residual"], entry, config)
     assert found == Plan((Ablate(unit(), WRITERS),))
 
 

@@ -16,7 +16,7 @@ from interp_ablate.edits.edit import Positions
 from interp_ablate.sites import Site
 
 
-class Lens(Protocol):
+class Backend(Protocol):
     """What `Model` needs of a TransformerLens object; one small class for each of the two."""
 
     tl: Any
@@ -36,7 +36,7 @@ class Lens(Protocol):
 
     def select_cache(self, cache: Any, rows: Int[Tensor, " row"]) -> Any: ...
 
-    def forward(self, step: Step, keep: int) -> Tensor | None: ...
+    def forward(self, step: ForwardCall, keep: int) -> Tensor | None: ...
 
     @property
     def starts_late(self) -> bool: ...
@@ -49,7 +49,7 @@ class Lens(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Start:
+class ResumePoint:
     """Where a forward call starts: what enters a block, at every new token. Blocks below are not run.
 
     `block` is the number of layers where it is what left the last one.
@@ -60,7 +60,7 @@ class Start:
 
 
 @dataclass
-class Step:
+class ForwardCall:
     """One forward call: new tokens, the mask of all tokens so far, positions of the new ones."""
 
     tokens: Int[Tensor, "batch new"]
@@ -69,7 +69,7 @@ class Step:
     prompt_lengths: Int[Tensor, " batch"]
     cache: Any = None
     plans: Int[Tensor, " batch"] | None = None  # of each row, where rows are under different ones
-    start: Start | None = None  # None: at the embedding
+    start: ResumePoint | None = None  # None: at the embedding
 
     @cached_property
     def generated(self) -> Bool[Tensor, "batch new"]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from interp_ablate.errors import ModelError
 from interp_ablate.models.architectures import ARCHITECTURES, Architecture, Layout, Writer
-from interp_ablate.models.backends.backend import Lens, Start, Step
+from interp_ablate.models.backends.backend import Backend, ForwardCall, ResumePoint
 from interp_ablate.models.backends.checks import check_logits, fixed_tokens, lens_tokenizer
 from interp_ablate.sites import EMBEDDING_POINTS, Site
 
@@ -29,7 +29,7 @@ BRIDGE_TOLERANCE = 1e-3
 _HOOKING = ("transformer_lens", "transformers")
 
 
-class BridgeLens:
+class BridgeBackend:
     """TransformerBridge: the HF model with hook points in it; runs the HF forward itself.
 
     Inside `forward` the checkpoint's own attention and norms take the place of the Bridge's, which compute
@@ -112,7 +112,7 @@ class BridgeLens:
         cache.batch_select_indices(rows)
         return cache
 
-    def forward(self, step: Step, keep: int) -> Tensor | None:
+    def forward(self, step: ForwardCall, keep: int) -> Tensor | None:
         arguments = {
             "input_ids": step.tokens,
             "attention_mask": step.mask,
@@ -127,7 +127,7 @@ class BridgeLens:
             return self.hf(**arguments, logits_to_keep=keep).logits
 
     @contextmanager
-    def _started(self, step: Step) -> Iterator[None]:
+    def _started(self, step: ForwardCall) -> Iterator[None]:
         """Below the step's start blocks are not run: the last one gives what enters there, as if it had."""
         start = step.start
         if start is None:
@@ -206,7 +206,7 @@ class BridgeLens:
         above = range(only + 1, len(inner)) if entering else ()
         try:
             for n, step in enumerate(self._fixed_steps()):
-                step.start = Start(only, entering[n]) if entering else None
+                step.start = ResumePoint(only, entering[n]) if entering else None
                 keep = 0 if above else step.tokens.shape[1]
                 with torch.no_grad(), self._handing_on(above, {}):
                     logits = self.forward(step, keep)
@@ -309,7 +309,7 @@ class BridgeLens:
         limit = max(BRIDGE_TOLERANCE, 64 * torch.finfo(self.hf.dtype).eps * scale)
         return float((want - got).abs().max()) <= limit
 
-    def _fixed_steps(self) -> Iterator[Step]:
+    def _fixed_steps(self) -> Iterator[ForwardCall]:
         """A prompt and a cached step on fixed tokens."""
         width = 12
         device = next(self.tl.parameters()).device
@@ -317,7 +317,7 @@ class BridgeLens:
         ones, positions = torch.ones_like(tokens), torch.arange(width, device=device)[None]
         cache = self.new_cache(1)
         for part in (slice(0, width - 1), slice(width - 1, width)):
-            yield Step(
+            yield ForwardCall(
                 tokens[:, part], ones[:, : part.stop], positions[:, part], ones.sum(1), cache
             )
 
@@ -388,7 +388,7 @@ def _own_norm(norm: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
     return norm.hook_out(norm.original_component(x).to(x.dtype))
 
 
-def _discovered(lens: BridgeLens) -> Architecture | None:
+def _discovered(lens: BridgeBackend) -> Architecture | None:
     """An entry read from the Bridge's component map; None where it does not name every writer.
 
     What is found is only believed through the export's certificate.
@@ -440,7 +440,7 @@ def _discovered(lens: BridgeLens) -> Architecture | None:
     )
 
 
-def bridge_from_hf(hf: Any, tokenizer: Any) -> Lens:
+def bridge_from_hf(hf: Any, tokenizer: Any) -> Backend:
     from transformer_lens.model_bridge import TransformerBridge
 
     parameter = next(hf.parameters())
@@ -460,4 +460,4 @@ def bridge_from_hf(hf: Any, tokenizer: Any) -> Lens:
     with torch.no_grad():
         got = hf(tokens).logits.float()
     check_logits(got, want, hf, "TransformerBridge built on", BRIDGE_TOLERANCE)
-    return BridgeLens(bridge)
+    return BridgeBackend(bridge)

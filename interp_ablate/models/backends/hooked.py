@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from interp_ablate.errors import ModelError
-from interp_ablate.models.backends.backend import Lens, Step
+from interp_ablate.models.backends.backend import Backend, ForwardCall
 from interp_ablate.models.backends.checks import check_logits, fixed_tokens, lens_tokenizer
 from interp_ablate.sites import PROJECTION_POINTS, Site
 
@@ -25,7 +25,7 @@ HOOKED_TOLERANCE = 5e-3
 MAX_HOOKED_CONTEXT = 2048
 
 
-class HookedLens:
+class HookedBackend:
     """HookedTransformer (TransformerLens 3.x)."""
 
     def __init__(self, tl: Any, hf_config: Any) -> None:
@@ -89,7 +89,7 @@ class HookedLens:
         cache.previous_attention_mask = function(cache.previous_attention_mask)
         return cache
 
-    def forward(self, step: Step, keep: int) -> Tensor | None:
+    def forward(self, step: ForwardCall, keep: int) -> Tensor | None:
         residual = self.tl(
             step.tokens,
             attention_mask=step.mask[:, -step.tokens.shape[1] :],
@@ -127,7 +127,7 @@ def refuse_processed(obj: Any) -> None:
         )
 
 
-def hooked_from_hf(hf: Any, tokenizer: Any) -> Lens:
+def hooked_from_hf(hf: Any, tokenizer: Any) -> Backend:
     """Build a HookedTransformer from any architecture that TransformerLens can convert."""
     try:
         from transformer_lens import HookedTransformer, HookedTransformerConfig
@@ -161,7 +161,7 @@ def hooked_from_hf(hf: Any, tokenizer: Any) -> Lens:
         refactor_factored_attn_matrices=False,
     )
     hooked.to(hf.device, print_details=False).eval().requires_grad_(False)
-    lens = HookedLens(hooked, hf.config)
+    lens = HookedBackend(hooked, hf.config)
     _check_hooked(lens, hf)
     return lens
 
@@ -183,7 +183,7 @@ def _hooked_values(loading: Any, folder: str, hf: Any) -> dict[str, Any]:
     return values
 
 
-def _check_hooked(lens: HookedLens, hf: Any) -> None:
+def _check_hooked(lens: HookedBackend, hf: Any) -> None:
     """Compare logits with the checkpoint's own on fixed tokens; raise where they differ."""
     width = min(24, lens.tl.cfg.n_ctx)
     tokens = fixed_tokens(hf.config.vocab_size, width).to(next(hf.parameters()).device)
@@ -191,6 +191,6 @@ def _check_hooked(lens: HookedLens, hf: Any) -> None:
     positions = torch.arange(width, device=tokens.device)[None]
     with torch.no_grad():
         want = hf(tokens).logits.float()
-        got = lens.forward(Step(tokens, ones, positions, ones.sum(1)), width)
+        got = lens.forward(ForwardCall(tokens, ones, positions, ones.sum(1)), width)
     assert got is not None
     check_logits(got, want, hf, "HookedTransformer built from", HOOKED_TOLERANCE)

@@ -20,7 +20,7 @@ from interp_ablate.search.study.locks import (
     locked_file,
 )
 from interp_ablate.search.study.parameters import Goal, Space, check_names_apart
-from interp_ablate.search.study.study import Aims, Study
+from interp_ablate.search.study.study import Objectives, Study
 
 if TYPE_CHECKING:
     import optuna
@@ -77,7 +77,7 @@ def open_study(
         with locked_file(folder / "ask.lock"):
             found = _load(api, folder, list(objectives.values()), json.loads(json.dumps(whole)))
             worker = WorkerFile(workers)
-    study = Study(folder, found, worker, space, Aims(dict(objectives), limits), samplers)
+    study = Study(folder, found, worker, space, Objectives(dict(objectives), limits), samplers)
     study.recover()
     return study
 

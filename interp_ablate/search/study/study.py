@@ -20,7 +20,7 @@ import pandas as pd
 from interp_ablate.errors import InterpAblateError, RunError
 from interp_ablate.search.study.locks import WorkerFile, disk_errors, living_workers, locked_file
 from interp_ablate.search.study.parameters import Goal, Int, Space, check_names_apart, parameter_key
-from interp_ablate.search.study.trials import TRIAL_COLUMNS, Outcome
+from interp_ablate.search.study.trials import TRIAL_COLUMNS, TrialRecord
 
 if TYPE_CHECKING:
     import optuna
@@ -36,7 +36,7 @@ COPIES = 100
 
 
 @dataclass(frozen=True)
-class Aims:
+class Objectives:
     objectives: dict[str, Goal]
     limits: dict[str, float]
 
@@ -60,7 +60,7 @@ class _Asked:
 
     trial: optuna.Trial
     params: dict[str, Any]
-    twin: Outcome | None
+    twin: TrialRecord | None
 
 
 Objective: TypeAlias = Callable[[dict[str, Any]], Mapping[str, float]]
@@ -81,7 +81,7 @@ class Study:
         study: optuna.Study,
         worker: WorkerFile,
         space: Space,
-        aims: Aims,
+        aims: Objectives,
         samplers: Callable[[int], Any],
     ) -> None:
         self.folder, self.space = folder, space
@@ -188,7 +188,7 @@ class Study:
 
     def _twin(
         self, params: dict[str, Any], known: Sequence[optuna.trial.FrozenTrial]
-    ) -> Outcome | None:
+    ) -> TrialRecord | None:
         wanted = parameter_key(params)
         outcomes = (_outcome(trial) for trial in known if _complete(trial))
         return next(
@@ -204,7 +204,7 @@ class Study:
         *,
         n_trials: int | None = None,
         seconds: float | None = None,
-        on_trial: Callable[[Outcome], None] | None = None,
+        on_trial: Callable[[TrialRecord], None] | None = None,
         together: Together | None = None,
         at_once: int = 1,
     ) -> int:
@@ -262,7 +262,7 @@ class Study:
 
     def _evaluate(
         self, some: Sequence[_Asked], objective: Objective, together: Together | None
-    ) -> Generator[Outcome, None, None]:
+    ) -> Generator[TrialRecord, None, None]:
         """What asked trials come to, in order, each told before it is given; what is not told is given back."""
         told = 0
         try:
@@ -380,7 +380,7 @@ class Study:
         """Trials that are finished, failed ones included, those of killed processes not."""
         return sum(t.state.is_finished() and _counts(t) for t in self._all())
 
-    def outcomes(self) -> list[Outcome]:
+    def outcomes(self) -> list[TrialRecord]:
         """Every trial, by number."""
         return [_outcome(trial) for trial in self._all()]
 
@@ -404,7 +404,7 @@ class Study:
         )
         return self._frame(best)
 
-    def _frame(self, outcomes: Sequence[Outcome]) -> pd.DataFrame:
+    def _frame(self, outcomes: Sequence[TrialRecord]) -> pd.DataFrame:
         scores = dict.fromkeys([*self._aims.names, *(name for o in outcomes for name in o.scores)])
         head, tail = TRIAL_COLUMNS[:2], TRIAL_COLUMNS[2:]
         rows = [
@@ -438,9 +438,9 @@ def _next_draw(known: Sequence[optuna.trial.FrozenTrial]) -> int:
     return 1 + max((each["draw"] for each in attrs if "draw" in each), default=-1)
 
 
-def _outcome(trial: optuna.trial.FrozenTrial) -> Outcome:
+def _outcome(trial: optuna.trial.FrozenTrial) -> TrialRecord:
     attrs = trial.user_attrs
-    return Outcome(
+    return TrialRecord(
         number=trial.number,
         state=trial.state.name,
         params=dict(trial.params or attrs.get("fixed", {})),

@@ -12,7 +12,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrialRecord:
     """One trial as a study has it. `state` is Optuna's: COMPLETE, FAIL, RUNNING or WAITING.
 
     `copied_from`: the trial of the same parameters whose scores these are.

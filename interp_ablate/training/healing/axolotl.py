@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from interp_ablate.training.healing.case import Healing, Treatment
-from interp_ablate.training.recipe import Recipe
+from interp_ablate.training.healing.case import HealingConfig, HealingRun
+from interp_ablate.training.recipe import LoraRecipe
 
 REPORT, PREFERENCES, AXOLOTL = "heal.json", "preferences.jsonl", "axolotl.yaml"
 
@@ -18,7 +18,7 @@ REPORT, PREFERENCES, AXOLOTL = "heal.json", "preferences.jsonl", "axolotl.yaml"
 
 
 def axolotl_config(
-    base_model: str, treatment: Treatment, *, targets: Sequence[str]
+    base_model: str, treatment: HealingRun, *, targets: Sequence[str]
 ) -> dict[str, Any]:
     """The same training in axolotl's terms, for several GPUs.
 
@@ -65,7 +65,7 @@ def axolotl_config(
     return config
 
 
-def _axolotl_lora(recipe: Recipe, targets: Sequence[str], quantized: bool) -> dict[str, Any]:
+def _axolotl_lora(recipe: LoraRecipe, targets: Sequence[str], quantized: bool) -> dict[str, Any]:
     return {
         "adapter": "qlora" if quantized else "lora",
         "load_in_4bit": quantized,
@@ -78,7 +78,7 @@ def _axolotl_lora(recipe: Recipe, targets: Sequence[str], quantized: bool) -> di
     }
 
 
-def axolotl_text(config: Mapping[str, Any], healing: Healing) -> str:
+def axolotl_text(config: Mapping[str, Any], healing: HealingConfig) -> str:
     import yaml
 
     lines = [

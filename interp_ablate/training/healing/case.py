@@ -17,15 +17,15 @@ from interp_ablate.errors import RunError
 from interp_ablate.models.model import Model
 from interp_ablate.storage.provenance import MANIFEST
 from interp_ablate.training.healing.held_out import HeldOut
-from interp_ablate.training.healing.preferences import Pair
-from interp_ablate.training.recipe import RECIPE, Base, Recipe
+from interp_ablate.training.healing.preferences import PreferencePair
+from interp_ablate.training.recipe import RECIPE, LoraRecipe, TrainableModel
 from interp_ablate.weights.plan_to_weights import WeightPlan, weight_plan
 
 Keep = Literal["readers", "projected", "free"]
 
 
 @dataclass(frozen=True)
-class Healing:
+class HealingConfig:
     """How preferences are learned, and how the edit is kept.
 
     Args:
@@ -61,11 +61,11 @@ class Healing:
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
+class EditedCheckpoint:
     """An edited checkpoint, the original it came from (where it is known), and the edit."""
 
-    edited: Base
-    original: Base | None = None
+    edited: TrainableModel
+    original: TrainableModel | None = None
     plan: Plan | None = None
 
     @cached_property
@@ -129,15 +129,15 @@ def read_plan(folder: str | Path) -> tuple[Plan | None, dict[str, Any]]:
 
 
 @dataclass(frozen=True, eq=False)
-class Treatment:
+class HealingRun:
     """What is learned and how: preferences, settings, numbers; what is measured before and after.
 
     `qlora`: the configuration for axolotl loads the checkpoint in 4 bits (the training here never does).
     """
 
-    pairs: Sequence[Pair]
-    healing: Healing = Healing()
-    recipe: Recipe = RECIPE
+    pairs: Sequence[PreferencePair]
+    healing: HealingConfig = HealingConfig()
+    recipe: LoraRecipe = RECIPE
     held_out: HeldOut | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
     qlora: bool = False

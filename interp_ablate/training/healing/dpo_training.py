@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from interp_ablate.errors import PlanError, RunError
-from interp_ablate.training.healing.case import Case, Healing
+from interp_ablate.training.healing.case import EditedCheckpoint, HealingConfig
 from interp_ablate.training.lora import Where, lora_config
-from interp_ablate.training.recipe import RECIPE, Recipe, require_extra
-from interp_ablate.training.rows import Row
-from interp_ablate.training.trainer import common_arguments, make_trainer, quiet
+from interp_ablate.training.recipe import RECIPE, LoraRecipe, require_extra
+from interp_ablate.training.rows import TrainingRow
+from interp_ablate.training.trainer import common_arguments, make_trainer, without_telemetry
 from interp_ablate.weights.plan_to_weights import WeightPlan
 
 _WHERE: dict[str, Where] = {"readers": "readers", "projected": "all", "free": "all"}
@@ -27,12 +27,12 @@ _WHERE: dict[str, Where] = {"readers": "readers", "projected": "all", "free": "a
 
 
 def dpo(
-    case: Case,
-    rows: Sequence[tuple[Row, Row]],
+    case: EditedCheckpoint,
+    rows: Sequence[tuple[TrainingRow, TrainingRow]],
     work: Path,
     *,
-    healing: Healing = Healing(),
-    recipe: Recipe = RECIPE,
+    healing: HealingConfig = HealingConfig(),  # noqa: B008
+    recipe: LoraRecipe = RECIPE,
 ) -> Any:
     """TRL's DPOTrainer with a fresh adapter over the edited model; its reference is the model without it.
 
@@ -58,7 +58,7 @@ def dpo(
         "loss_type": losses,
         "loss_weights": [1.0, healing.sft_weight][: len(losses)],
     }
-    kind = quiet(trl.DPOTrainer)
+    kind = without_telemetry(trl.DPOTrainer)
     if healing.kl_weight and case.original is not None:
         kind = _with_kl(kind, case.original.hf, healing.kl_weight)
     return make_trainer(

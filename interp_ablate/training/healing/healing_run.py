@@ -21,13 +21,13 @@ from typing import Any
 import torch
 
 from interp_ablate.errors import ExportError
-from interp_ablate.evaluation.outputs import Evidence
-from interp_ablate.export.checkpoint import whole_folder
+from interp_ablate.evaluation.outputs import ModelOutputs
+from interp_ablate.export.checkpoint import atomic_folder
 from interp_ablate.export.checkpoint_files import write_json
 from interp_ablate.export.model_card import CERTIFICATE
 from interp_ablate.models.model import Model
-from interp_ablate.stats.summaries import apart
-from interp_ablate.storage.output_folder import check_place
+from interp_ablate.stats.summaries import paired_difference
+from interp_ablate.storage.output_folder import check_output_path
 from interp_ablate.storage.provenance import versions
 from interp_ablate.storage.safetensors_reader import Checkpoint
 from interp_ablate.training.healing.axolotl import (
@@ -37,22 +37,27 @@ from interp_ablate.training.healing.axolotl import (
     axolotl_config,
     axolotl_text,
 )
-from interp_ablate.training.healing.case import Case, Treatment
+from interp_ablate.training.healing.case import EditedCheckpoint, HealingRun
 from interp_ablate.training.healing.dpo_training import dpo, project
-from interp_ablate.training.healing.held_out import HeldOut, along_plan, costs, mean_measures
+from interp_ablate.training.healing.held_out import (
+    HeldOut,
+    mean_measures,
+    measure_damage,
+    residual_share_along,
+)
 from interp_ablate.training.healing.preferences import pair_rows
 from interp_ablate.training.merging import PACKAGES, Trained, merge, write_trained
-from interp_ablate.training.recipe import Base
-from interp_ablate.training.rows import Renderer, Row
-from interp_ablate.training.trainer import train, workplace
+from interp_ablate.training.recipe import TrainableModel
+from interp_ablate.training.rows import RowTokenizer, TrainingRow
+from interp_ablate.training.trainer import checkpoint_folder, train
 from interp_ablate.weights.plan_to_weights import WeightPlan
 
 REPORT_FORMAT = "interp_ablate.heal/1"
 
 
 def heal(
-    case: Case,
-    treatment: Treatment,
+    case: EditedCheckpoint,
+    treatment: HealingRun,
     out: str | Path,
     *,
     overwrite: bool = False,
@@ -70,22 +75,26 @@ def heal(
         RunError, ExportError, PlanError: nothing to train on; a loss that is not finite; tensors of the edit
             that changed although they must not; a certificate that fails. Nothing is left at `out` then.
     """
-    renderer = Renderer(case.edited.tokenizer, case.edited.template, treatment.recipe.max_length)
+    renderer = RowTokenizer(
+        case.edited.tokenizer, case.edited.template, treatment.recipe.max_length
+    )
     rows, counts = pair_rows(treatment.pairs, renderer)
     # read before the training: afterwards the model in memory is another one
     weights = case.weights if case.plan or treatment.healing.keep == "projected" else None
     settings = _settings(case, treatment)
-    check_place(out, overwrite=overwrite, source=case.edited.source.path)
+    check_output_path(out, overwrite=overwrite, source=case.edited.source.path)
     with (  # checkpoints go last, when the result is in its place
-        workplace(out, _identity(case, settings, rows)) as work,
-        whole_folder(out, overwrite=overwrite, source=case.edited.source) as place,
+        checkpoint_folder(out, _identity(case, settings, rows)) as work,
+        atomic_folder(out, overwrite=overwrite, source=case.edited.source) as place,
     ):
         before = _before(case, treatment.held_out)
         learned = _learn(case, treatment, rows, work, on_step)
         plan = case.plan.to_dict() if case.plan else None
         what = {"for": "recovery", **settings, "plan_of_source": plan}
         certificate = write_trained(learned.trained, place, what)
-        kept = edit_kept(case.edited, weights, place, must=treatment.healing.keep == "readers")
+        kept = edited_tensors_unchanged(
+            case.edited, weights, place, must=treatment.healing.keep == "readers"
+        )
         report = {
             "format": REPORT_FORMAT,
             **settings,
@@ -100,7 +109,7 @@ def heal(
     return report
 
 
-def _settings(case: Case, treatment: Treatment) -> dict[str, Any]:
+def _settings(case: EditedCheckpoint, treatment: HealingRun) -> dict[str, Any]:
     return {
         "source": case.edited.source.to_dict(),
         "original": case.original.source.to_dict() if case.original else None,
@@ -110,7 +119,9 @@ def _settings(case: Case, treatment: Treatment) -> dict[str, Any]:
 
 
 def _identity(
-    case: Case, settings: Mapping[str, Any], rows: Sequence[tuple[Row, Row]]
+    case: EditedCheckpoint,
+    settings: Mapping[str, Any],
+    rows: Sequence[tuple[TrainingRow, TrainingRow]],
 ) -> dict[str, Any]:
     """What checkpoints of an interrupted run belong to; weights may change under the same name."""
     return {
@@ -130,9 +141,9 @@ class _Learned:
 
 
 def _learn(
-    case: Case,
-    treatment: Treatment,
-    rows: Sequence[tuple[Row, Row]],
+    case: EditedCheckpoint,
+    treatment: HealingRun,
+    rows: Sequence[tuple[TrainingRow, TrainingRow]],
     work: Path,
     on_step: Callable[[int], None] | None,
 ) -> _Learned:
@@ -148,36 +159,42 @@ def _learn(
 class _Before:
     found: dict[str, dict[str, Any]]
     raw: dict[str, dict[str, list[float | None]]]
-    baseline: Evidence | None = None
+    baseline: ModelOutputs | None = None
 
 
-def _before(case: Case, by: HeldOut | None) -> _Before:
+def _before(case: EditedCheckpoint, by: HeldOut | None) -> _Before:
     """The original's and the edited model's numbers."""
     before = _Before({}, {})
     if by is None:
         return before
     if case.original is not None:
-        before.raw["original"], before.baseline = costs(case.original_model, by)
-    before.raw["edited"], _ = costs(case.edited_model, by, before.baseline)
+        before.raw["original"], before.baseline = measure_damage(case.original_model, by)
+    before.raw["edited"], _ = measure_damage(case.edited_model, by, before.baseline)
     for name, values in before.raw.items():
         model = case.original_model if name == "original" else case.edited_model
         before.found[name] = mean_measures(values)
         if case.plan is not None:
-            before.found[name]["along_plan"] = along_plan(model, case.plan, by.requests)
+            before.found[name]["along_plan"] = residual_share_along(model, case.plan, by.requests)
     return before
 
 
-def _after(case: Case, healed: Model, by: HeldOut | None, before: _Before) -> dict[str, Any]:
+def _after(
+    case: EditedCheckpoint, healed: Model, by: HeldOut | None, before: _Before
+) -> dict[str, Any]:
     """What was measured of all three, and how far healed is from edited, prompt by prompt."""
     if by is None:
         return {"measured": None}
-    raw, _ = costs(healed, by, before.baseline)
+    raw, _ = measure_damage(healed, by, before.baseline)
     found = {**before.found, "healed": mean_measures(raw)}
     if case.plan is not None:
-        found["healed"]["along_plan"] = along_plan(healed, case.plan, by.requests)
+        found["healed"]["along_plan"] = residual_share_along(healed, case.plan, by.requests)
     edited = before.raw["edited"]
-    changes = {name: apart(values, edited[name]) for name, values in raw.items()}
-    told = {"source": by.source, "new_tokens": by.new_tokens, "expressions": by.expression.identity}
+    changes = {name: paired_difference(values, edited[name]) for name, values in raw.items()}
+    told = {
+        "source": by.source,
+        "max_new_tokens": by.max_new_tokens,
+        "expressions": by.expression.identity,
+    }
     return {"measured": found, "healed_minus_edited": changes, "held_out": told}
 
 
@@ -186,8 +203,8 @@ def _step(entry: Mapping[str, Any]) -> dict[str, float]:
     return {name: round(float(entry[name]), 6) for name in names if name in entry}
 
 
-def edit_kept(
-    edited: Base, weights: WeightPlan | None, folder: str | Path, *, must: bool
+def edited_tensors_unchanged(
+    edited: TrainableModel, weights: WeightPlan | None, folder: str | Path, *, must: bool
 ) -> dict[str, Any]:
     """How many of the tensors that the edit changed are the same bytes after the training.
 
@@ -211,8 +228,8 @@ def edit_kept(
 def _write(
     place: Path,
     report: Mapping[str, Any],
-    treatment: Treatment,
-    case: Case,
+    treatment: HealingRun,
+    case: EditedCheckpoint,
     certificate: Mapping[str, Any],
 ) -> None:
     rows = (json.dumps(pair.to_dict(), ensure_ascii=False) for pair in treatment.pairs)

@@ -15,13 +15,13 @@ from interp_ablate.activations.collection import collect
 from interp_ablate.edits.kinds import Ablate, Clamp, Erase
 from interp_ablate.edits.plan import Plan
 from interp_ablate.evaluation.metrics import continuation_scores, kl_divergence, repetition
-from interp_ablate.evaluation.outputs import Evidence
+from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.models.model import Model
 from interp_ablate.prompts.contrast_set import ContrastSet
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.sites import sites_of
-from interp_ablate.stats.summaries import summarised
+from interp_ablate.stats.summaries import mean_with_interval
 
 # ---- what the edit cost ----------------------------------------------------------------------------
 
@@ -33,7 +33,7 @@ class HeldOut:
     requests: tuple[Prompt, ...]
     benign: tuple[Prompt, ...]
     expression: ExpressionScorer
-    new_tokens: int = 32
+    max_new_tokens: int = 32
     source: str = ""
 
     @classmethod
@@ -56,17 +56,17 @@ class HeldOut:
         return cls(test.positive, test.negative, expression, source=test.source)
 
 
-def costs(
-    model: Model, by: HeldOut, baseline: Evidence | None = None
-) -> tuple[dict[str, list[float | None]], Evidence]:
+def measure_damage(
+    model: Model, by: HeldOut, baseline: ModelOutputs | None = None
+) -> tuple[dict[str, list[float | None]], ModelOutputs]:
     """What a model does on held-out prompts, a value a prompt; the KL is to the baseline's model, in nats.
 
     `behaviour` and `behaviour_benign`: 1 where the answer expresses the behaviour. `kl_first_token`, and
     `kl_continuation`: a token, over the baseline's own greedy answers, None where such an answer is empty.
     `repetition`: of benign answers.
     """
-    requests = Evidence(model, by.requests, new_tokens=by.new_tokens)
-    benign = Evidence(model, by.benign, new_tokens=by.new_tokens)
+    requests = ModelOutputs(model, by.requests, max_new_tokens=by.max_new_tokens)
+    benign = ModelOutputs(model, by.benign, max_new_tokens=by.max_new_tokens)
     found: dict[str, list[float | None]] = {
         "behaviour": by.expression.score_texts(requests.texts).tolist(),
         "behaviour_benign": by.expression.score_texts(benign.texts).tolist(),
@@ -83,7 +83,7 @@ def costs(
     return found, benign
 
 
-def along_plan(model: Model, plan: Plan, prompts: Sequence[Prompt]) -> dict[str, float]:
+def residual_share_along(model: Model, plan: Plan, prompts: Sequence[Prompt]) -> dict[str, float]:
     """How much of the stream lies along what a plan removes: |x . v| / |x| at the last prompt token.
 
     v is what an ablation, clamp or erasure reads. The mean over prompts at resid_post of every layer, and of
@@ -106,4 +106,4 @@ _RATES = ("behaviour", "behaviour_benign")
 
 
 def mean_measures(found: Mapping[str, list[float | None]]) -> dict[str, Any]:
-    return {name: summarised(v, proportion=name in _RATES) for name, v in found.items()}
+    return {name: mean_with_interval(v, proportion=name in _RATES) for name, v in found.items()}

@@ -15,7 +15,7 @@ from interp_ablate.datasets.conversations import Message
 from interp_ablate.errors import RunError
 from interp_ablate.models.model import Model
 from interp_ablate.prompts.prompt import Prompt, normalised
-from interp_ablate.training.rows import Renderer, Row
+from interp_ablate.training.rows import RowTokenizer, TrainingRow
 
 # For the original's answers against the edited model's: little preference, much KL (measured; docs/recovery.md).
 OWN_ANSWERS: dict[str, Any] = {"beta": 0.1, "kl_weight": 10.0}
@@ -25,7 +25,7 @@ OWN_ANSWERS: dict[str, Any] = {"beta": 0.1, "kl_weight": 10.0}
 
 
 @dataclass(frozen=True)
-class Said:
+class Response:
     """An answer, and whether it ended by itself (a limit of tokens cut it where not)."""
 
     text: str
@@ -33,17 +33,17 @@ class Said:
 
 
 @dataclass(frozen=True)
-class Pair:
+class PreferencePair:
     """A conversation open for an answer, the answer to prefer and the one not to."""
 
     messages: tuple[dict[str, str], ...]
-    chosen: Said
-    rejected: Said
+    chosen: Response
+    rejected: Response
 
     def to_dict(self) -> dict[str, Any]:
         """A row as TRL, axolotl (`chat_template.default`) and `read_pairs` take it."""
 
-        def answer(said: Said) -> list[dict[str, str]]:
+        def answer(said: Response) -> list[dict[str, str]]:
             return [{"role": "assistant", "content": said.text}]
 
         return {
@@ -54,7 +54,7 @@ class Pair:
         }
 
 
-def read_pairs(path: str | Path) -> list[Pair]:
+def read_pairs(path: str | Path) -> list[PreferencePair]:
     """The preferences of a file, each with one chosen and one rejected answer.
 
     Raises:
@@ -68,10 +68,10 @@ def read_pairs(path: str | Path) -> list[Pair]:
         ended = ended if isinstance(ended, Mapping) else {}
         messages = tuple({"role": m.role, "content": m.content} for m in row.prompt)
         chosen, rejected = (
-            Said(text, bool(ended.get(name, True)))
+            Response(text, bool(ended.get(name, True)))
             for name, text in zip(("chosen", "rejected"), sides)
         )
-        found.append(Pair(messages, chosen, rejected))
+        found.append(PreferencePair(messages, chosen, rejected))
     if not found:
         raise RunError(f"{path} holds no preference")
     return found
@@ -87,13 +87,13 @@ def _one_answer(side: Sequence[Message], path: str | Path, number: int) -> str:
 
 
 @dataclass(frozen=True)
-class Answering:
+class AnswerConfig:
     """How both models answer where their answers become preferences: sampled, `samples` a prompt.
 
     What is sampled depends on every one of these, `batch_size` too: prompts that are answered together.
     """
 
-    new_tokens: int = 40
+    max_new_tokens: int = 40
     samples: int = 1
     temperature: float = 1.0
     seed: int = 0
@@ -101,8 +101,8 @@ class Answering:
 
 
 def make_pairs(
-    original: Model, edited: Model, prompts: Sequence[Prompt], how: Answering
-) -> tuple[list[Pair], dict[str, int]]:
+    original: Model, edited: Model, prompts: Sequence[Prompt], how: AnswerConfig
+) -> tuple[list[PreferencePair], dict[str, int]]:
     """The original's answers preferred to the edited model's, and how many were of no use.
 
     Answers are sampled: samples of the original are what its KL is about, greedy answers are not. Two equal
@@ -115,7 +115,7 @@ def make_pairs(
     sides = [
         model.generate(
             asked,
-            max_new_tokens=how.new_tokens,
+            max_new_tokens=how.max_new_tokens,
             temperature=how.temperature,
             seed=how.seed,
             batch_size=how.batch_size,
@@ -134,8 +134,8 @@ def make_pairs(
                 () if prompt.system is None else ({"role": "system", "content": prompt.system},)
             )
             messages = (*system, {"role": "user", "content": prompt.text})
-            said = (Said(g.text, g.finished) for g in (chosen, rejected))
-            pairs.append(Pair(messages, *said))
+            said = (Response(g.text, g.finished) for g in (chosen, rejected))
+            pairs.append(PreferencePair(messages, *said))
     counts["used"] = len(pairs)
     if not pairs:
         raise RunError(
@@ -144,7 +144,9 @@ def make_pairs(
     return pairs, counts
 
 
-def without(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> tuple[list[Prompt], int]:
+def exclude_held_out(
+    prompts: Sequence[Prompt], held_out: Sequence[Prompt]
+) -> tuple[list[Prompt], int]:
     """The prompts that are not among the held-out ones, and how many were."""
     gone = {normalised(prompt) for prompt in held_out}
     kept = [prompt for prompt in prompts if normalised(prompt) not in gone]
@@ -154,8 +156,8 @@ def without(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> tuple[list
 
 
 def pair_rows(
-    pairs: Sequence[Pair], renderer: Renderer
-) -> tuple[list[tuple[Row, Row]], dict[str, int]]:
+    pairs: Sequence[PreferencePair], renderer: RowTokenizer
+) -> tuple[list[tuple[TrainingRow, TrainingRow]], dict[str, int]]:
     """Tokens of both answers of every pair, and how many prompts were too long and answers cut.
 
     Raises:

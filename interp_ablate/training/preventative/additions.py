@@ -39,7 +39,7 @@ def block(hf: Any, layer: int) -> nn.Module:
 
 
 @contextmanager
-def adding(model: Any, plan: Plan) -> Iterator[None]:
+def train_with_additions(model: Any, plan: Plan) -> Iterator[None]:
     """Run and train a Hugging Face model (or PEFT's over one) with a plan's additions in its stream.
 
     The same function as `Model.applied(plan)`: x + coefficient * vector at resid_pre or resid_post of a

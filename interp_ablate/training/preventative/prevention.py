@@ -21,24 +21,24 @@ from typing import Any
 from interp_ablate.directions.direction import Direction
 from interp_ablate.edits.kinds import Add
 from interp_ablate.edits.plan import Plan
-from interp_ablate.evaluation.outputs import Evidence
-from interp_ablate.export.checkpoint import whole_folder
+from interp_ablate.evaluation.outputs import ModelOutputs
+from interp_ablate.export.checkpoint import atomic_folder
 from interp_ablate.export.checkpoint_files import write_json
-from interp_ablate.stats.summaries import apart, summarised
-from interp_ablate.storage.output_folder import check_place
+from interp_ablate.stats.summaries import mean_with_interval, paired_difference
+from interp_ablate.storage.output_folder import check_output_path
 from interp_ablate.storage.provenance import MANIFEST, versions
 from interp_ablate.training.merging import PACKAGES, merge, write_trained
-from interp_ablate.training.preventative.additions import adding
-from interp_ablate.training.preventative.samples import Sampled, rows_of
+from interp_ablate.training.preventative.additions import train_with_additions
+from interp_ablate.training.preventative.samples import SampledChats, rows_of
 from interp_ablate.training.preventative.trait_measure import (
-    Measured,
-    Yardstick,
+    MeasuredTrait,
+    TraitMeasure,
     answer_loss,
-    measure,
+    measure_trait,
 )
-from interp_ablate.training.recipe import RECIPE, Base, Recipe
-from interp_ablate.training.rows import Renderer, Row
-from interp_ablate.training.trainer import sft, train, workplace
+from interp_ablate.training.recipe import RECIPE, LoraRecipe, TrainableModel
+from interp_ablate.training.rows import RowTokenizer, TrainingRow
+from interp_ablate.training.trainer import checkpoint_folder, sft, train
 
 REPORT = "report.json"
 REPORT_FORMAT = "interp_ablate.persona_training/1"
@@ -52,14 +52,14 @@ MEASURES = ("score", "projection", "prompt_projection")
 
 
 @dataclass(frozen=True)
-class Condition:
+class TrainingArm:
     """One fine-tuning: its name, and what is added to the stream while it lasts (None: nothing)."""
 
     name: str
     plan: Plan | None = field(default=None, repr=False)
 
 
-def steering(direction: Direction, coefficient: float, *, positions: str = "all") -> Plan:
+def prevention_plan(direction: Direction, coefficient: float, *, positions: str = "all") -> Plan:
     """The addition of a preventative training: coefficient * raw vector at the direction's own site.
 
     Raises:
@@ -70,28 +70,28 @@ def steering(direction: Direction, coefficient: float, *, positions: str = "all"
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
+class PreventativeExperiment:
     """The same rows, in the same order, under every condition; what all of it is measured with."""
 
-    base: Base
-    samples: Sequence[Sampled]
-    yardstick: Yardstick
-    conditions: Sequence[Condition]
-    recipe: Recipe = RECIPE
+    base: TrainableModel
+    samples: Sequence[SampledChats]
+    yardstick: TraitMeasure
+    conditions: Sequence[TrainingArm]
+    recipe: LoraRecipe = RECIPE
 
-    def rows(self) -> tuple[list[Row], list[Row], dict[str, int]]:
+    def rows(self) -> tuple[list[TrainingRow], list[TrainingRow], dict[str, int]]:
         """Rows to train on, every eighth one held out for the loss, and the counts.
 
         Raises:
             RunError: no row is left.
         """
-        renderer = Renderer(self.base.tokenizer, self.base.template, self.recipe.max_length)
+        renderer = RowTokenizer(self.base.tokenizer, self.base.template, self.recipe.max_length)
         rows, counts = rows_of(self.samples, renderer)
         held_out = rows[::8] if len(rows) >= 8 else []
         kept = [row for i, row in enumerate(rows) if i % 8 or not held_out]
         return kept, held_out, counts | {"trained_on": len(kept), "held_out": len(held_out)}
 
-    def identity(self, rows: Sequence[Row]) -> dict[str, Any]:
+    def identity(self, rows: Sequence[TrainingRow]) -> dict[str, Any]:
         """What checkpoints of an interrupted run belong to."""
         return {
             "source": self.base.source.to_dict(),
@@ -106,13 +106,13 @@ class Comparison:
 class _Results:
     """What is known so far: measurements and training numbers by condition, and the model before."""
 
-    before: Evidence
-    measured: dict[str, Measured]
+    before: ModelOutputs
+    measured: dict[str, MeasuredTrait]
     numbers: dict[str, dict[str, Any]]
 
 
 def prevent(
-    comparison: Comparison,
+    comparison: PreventativeExperiment,
     out: str | Path,
     *,
     what: dict[str, Any] | None = None,
@@ -134,12 +134,12 @@ def prevent(
     """
     base, by = comparison.base, comparison.yardstick
     rows, held_out, counts = comparison.rows()
-    check_place(out, overwrite=overwrite, source=base.source.path)
+    check_output_path(out, overwrite=overwrite, source=base.source.path)
     with (  # checkpoints go last, when the result is in its place
-        workplace(out, comparison.identity(rows)) as work,
-        whole_folder(out, overwrite=overwrite, source=base.source) as place,
+        checkpoint_folder(out, comparison.identity(rows)) as work,
+        atomic_folder(out, overwrite=overwrite, source=base.source) as place,
     ):
-        first, evidence = measure("before", base.copy().model, by)
+        first, evidence = measure_trait("before", base.copy().model, by)
         numbers = {"before": {"held_out_loss": answer_loss(base.hf, held_out)}}
         results = _Results(evidence, {"before": first}, numbers)
         for condition in comparison.conditions:
@@ -155,20 +155,23 @@ def prevent(
 class _Training:
     """One condition's training: where its checkpoints and its results go, and who hears of steps."""
 
-    condition: Condition
+    condition: TrainingArm
     work: Path
     place: Path
     on_step: Callable[[int], None] | None
 
 
 def _train_one(
-    comparison: Comparison, one: _Training, rows: tuple[list[Row], list[Row]], results: _Results
+    comparison: PreventativeExperiment,
+    one: _Training,
+    rows: tuple[list[TrainingRow], list[TrainingRow]],
+    results: _Results,
 ) -> None:
     (kept, held_out), recipe = rows, comparison.recipe
     name, plan = one.condition.name, one.condition.plan
     base = comparison.base.copy()
     trainer = sft(base, kept, recipe, one.work)
-    with adding(trainer.model, plan) if plan else nullcontext():
+    with train_with_additions(trainer.model, plan) if plan else nullcontext():
         logged = train(trainer, one.work, on_step=one.on_step)
         steered = answer_loss(trainer.model, held_out) if plan else None
     trained = merge(base, trainer.model)
@@ -177,7 +180,9 @@ def _train_one(
     added = plan.to_dict() if plan else None
     what = {"for": name, "recipe": recipe.to_dict(), "rows": len(kept), "added": added}
     certificate = write_trained(trained, one.place, what)
-    measured, _ = measure(name, trained.base.model, comparison.yardstick, before=results.before)
+    measured, _ = measure_trait(
+        name, trained.base.model, comparison.yardstick, before=results.before
+    )
     results.measured[name] = measured
     results.numbers[name] = {
         "loss": [round(entry["loss"], 6) for entry in logged],
@@ -187,7 +192,9 @@ def _train_one(
     }
 
 
-def _report(comparison: Comparison, results: _Results, counts: dict[str, int]) -> dict[str, Any]:
+def _report(
+    comparison: PreventativeExperiment, results: _Results, counts: dict[str, int]
+) -> dict[str, Any]:
     by, found = comparison.yardstick, results.measured
     report: dict[str, Any] = {
         "format": REPORT_FORMAT,
@@ -198,7 +205,7 @@ def _report(comparison: Comparison, results: _Results, counts: dict[str, int]) -
         },
         "scorer": by.scorer.identity,
         "questions": len(by.questions),
-        "new_tokens": by.new_tokens,
+        "max_new_tokens": by.max_new_tokens,
         "rows": counts,
         "recipe": comparison.recipe.to_dict(),
         "conditions": {},
@@ -208,9 +215,9 @@ def _report(comparison: Comparison, results: _Results, counts: dict[str, int]) -
     for name, measured in found.items():
         plan = plans.get(name)
         report["conditions"][name] = {
-            **{each: summarised(getattr(measured, each)) for each in MEASURES},
+            **{each: mean_with_interval(getattr(measured, each)) for each in MEASURES},
             "shift": _apart(measured, found["before"]) if name in plans else None,
-            "kl": summarised(measured.kl) if measured.kl else None,
+            "kl": mean_with_interval(measured.kl) if measured.kl else None,
             "added": [repr(edit) for edit in plan] if plan else [],
             **results.numbers[name],
         }
@@ -220,11 +227,13 @@ def _report(comparison: Comparison, results: _Results, counts: dict[str, int]) -
     return report
 
 
-def _apart(one: Measured, other: Measured) -> dict[str, Any]:
-    return {each: apart(getattr(one, each), getattr(other, each)) for each in MEASURES}
+def _apart(one: MeasuredTrait, other: MeasuredTrait) -> dict[str, Any]:
+    return {each: paired_difference(getattr(one, each), getattr(other, each)) for each in MEASURES}
 
 
-def _write(place: Path, report: dict[str, Any], comparison: Comparison, results: _Results) -> None:
+def _write(
+    place: Path, report: dict[str, Any], comparison: PreventativeExperiment, results: _Results
+) -> None:
     rows = (json.dumps(s.to_dict(), ensure_ascii=False) for s in comparison.samples)
     (place / "data.jsonl").write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
     found = results.measured

@@ -14,13 +14,13 @@ from interp_ablate.datasets.conversations import Sample
 from interp_ablate.errors import RunError
 from interp_ablate.persona.persona import load_persona
 from interp_ablate.persona.rollout_filter import kept_answers
-from interp_ablate.training.rows import Renderer, Row
+from interp_ablate.training.rows import RowTokenizer, TrainingRow
 
 # ---- trait-bearing rows ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Sampled:
+class SampledChats:
     """A prompt's messages, an answer, and whether the answer ended by itself."""
 
     messages: tuple[dict[str, str], ...]
@@ -33,7 +33,7 @@ class Sampled:
         return {"messages": [*self.messages, answer], "finished": self.finished}
 
 
-def samples_of(samples: Iterable[Sample]) -> list[Sampled]:
+def samples_of(samples: Iterable[Sample]) -> list[SampledChats]:
     """Chat samples: what comes before the last answer as the prompt, and that answer.
 
     Raises:
@@ -48,11 +48,11 @@ def samples_of(samples: Iterable[Sample]) -> list[Sampled]:
                 f"answer; this one has {', '.join(m['role'] for m in sample.as_dicts)}"
             )
         ended = sample.raw.get("finished", True)
-        found.append(Sampled(tuple(before), last["content"], bool(ended)))
+        found.append(SampledChats(tuple(before), last["content"], bool(ended)))
     return found
 
 
-def samples_of_rollouts(path: str | Path) -> tuple[list[Sampled], dict[str, int]]:
+def samples_of_rollouts(path: str | Path) -> tuple[list[SampledChats], dict[str, int]]:
     """A persona's answers under its positive system prompts, the system prompts taken away.
 
     `path` is the file in the persona's folder. Kept is what made the persona's vectors: by the scorers and
@@ -72,13 +72,17 @@ def samples_of_rollouts(path: str | Path) -> tuple[list[Sampled], dict[str, int]
     if not kept.positive:
         raise RunError(f"{path} holds no answer that shows the trait: {counts}")
     samples = [
-        Sampled(({"role": "user", "content": answer.prompt.text},), answer.text, answer.finished)
+        SampledChats(
+            ({"role": "user", "content": answer.prompt.text},), answer.text, answer.finished
+        )
         for answer in kept.positive
     ]
     return samples, counts
 
 
-def rows_of(samples: Sequence[Sampled], renderer: Renderer) -> tuple[list[Row], dict[str, int]]:
+def rows_of(
+    samples: Sequence[SampledChats], renderer: RowTokenizer
+) -> tuple[list[TrainingRow], dict[str, int]]:
     """Token rows of samples, and how many came, were used, had too long a prompt, or were cut.
 
     Raises:

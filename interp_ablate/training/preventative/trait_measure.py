@@ -17,11 +17,11 @@ from interp_ablate.activations.collection import collect
 from interp_ablate.directions.direction import Direction
 from interp_ablate.errors import RunError
 from interp_ablate.evaluation.metrics import continuation_scores
-from interp_ablate.evaluation.outputs import Evidence
+from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.models.model import Model
 from interp_ablate.prompts.prompt import Prompt
-from interp_ablate.scoring.exchange import Exchange, TextScorer
-from interp_ablate.training.rows import Row
+from interp_ablate.scoring.exchange import PromptResponse, TextScorer
+from interp_ablate.training.rows import TrainingRow
 
 _POSITIONS = (RESPONSE_MEAN, "-1")
 
@@ -30,7 +30,7 @@ _POSITIONS = (RESPONSE_MEAN, "-1")
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
+class MeasuredTrait:
     """A model's greedy answers to evaluation questions, and how much of the trait is in them.
 
     `projection` is that of the mean over the answer's tokens on the direction, `prompt_projection` that of
@@ -49,27 +49,27 @@ class Measured:
 
 
 @dataclass(frozen=True, eq=False)
-class Yardstick:
+class TraitMeasure:
     """What every model of a comparison is measured with."""
 
     direction: Direction
     questions: tuple[str, ...]
     scorer: TextScorer
-    new_tokens: int = 48
+    max_new_tokens: int = 48
 
 
-def measure(
-    name: str, model: Model, by: Yardstick, *, before: Evidence | None = None
-) -> tuple[Measured, Evidence]:
+def measure_trait(
+    name: str, model: Model, by: TraitMeasure, *, before: ModelOutputs | None = None
+) -> tuple[MeasuredTrait, ModelOutputs]:
     """Answer the questions and measure the trait in the answers; nothing is added to the stream.
 
     Raises:
         InterpAblateError: a scorer that does not give one number an answer.
     """
     prompts = [Prompt(question) for question in by.questions]
-    evidence = Evidence(model, prompts, new_tokens=by.new_tokens)
+    evidence = ModelOutputs(model, prompts, max_new_tokens=by.max_new_tokens)
     texts = evidence.texts
-    scores = by.scorer([Exchange(p, text) for p, text in zip(prompts, texts, strict=True)])
+    scores = by.scorer([PromptResponse(p, text) for p, text in zip(prompts, texts, strict=True)])
     if len(scores) != len(texts):
         raise RunError(f"the scorer {by.scorer.name!r} gave {len(scores)} scores for {len(texts)}")
     answered = [i for i, text in enumerate(texts) if text.strip()]
@@ -89,14 +89,14 @@ def measure(
         # an empty answer has no token at which the two could differ
         kl = tuple(v if g.tokens else None for v, g in zip(kls, before.generations, strict=True))
     verdicts = tuple(v if v is not None and math.isfinite(v) else None for v in scores)
-    measured = Measured(
+    measured = MeasuredTrait(
         name, tuple(texts), verdicts, tuple(along[RESPONSE_MEAN]), tuple(along["-1"]), kl
     )  # fmt: skip
     return measured, evidence
 
 
 @torch.no_grad()
-def answer_loss(hf: Any, rows: Sequence[Row]) -> float | None:
+def answer_loss(hf: Any, rows: Sequence[TrainingRow]) -> float | None:
     """Mean negative log-likelihood of the answers' tokens in nats, all rows' tokens alike; None for no rows."""
     device, total, count = next(hf.parameters()).device, 0.0, 0
     hf.eval()
