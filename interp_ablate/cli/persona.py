@@ -11,8 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from interp_ablate.cli import heal as cli_training
 from interp_ablate.cli import persona_monitor as cli_monitor
+from interp_ablate.cli import persona_train
 from interp_ablate.cli.options import REPLIES, flags_given, load, model_flags, trait_scorer
 from interp_ablate.cli.progress_bars import ProgressBars
 from interp_ablate.errors import InterpAblateError, RunError
@@ -37,7 +37,7 @@ def add_commands(commands: Any) -> None:
     _bake_flags(parts.add_parser("bake", help="the vector written into a checkpoint"))
     _new_flags(parts.add_parser("new", help="have a model behind a URL write a trait file"))
     cli_monitor.add_commands(parts)
-    cli_training.add_persona_commands(parts)
+    persona_train.add_persona_commands(parts)
 
 
 def _scoring_flags(parser: argparse.ArgumentParser) -> None:

@@ -996,7 +996,7 @@ def test_sixteen_bits_are_rounded_once(kind: str, name: str, dtype: torch.dtype)
         # numbers near zero are differences of large ones: their steps are smaller than fp32's
         large = want.abs() > 1e-3 * want.abs().max()
         assert apart[large].max() <= 1, tensor_name
-        torch.testing.assert_close(got.double(), want.double(), rtol=2**-8, atol=1e-6)
+        torch.testing.assert_close(got.double(), want.double(), rtol=2**-7, atol=1e-6)  # a step
         assert (apart > 0).float().mean() < 5e-3, tensor_name
         rounded = TensorEdit(done.edits[tensor_name].layout, done.edits[tensor_name].affine)
         if rounded.layout == "linear" and not done.edits[tensor_name].keeps_norm:

@@ -466,6 +466,6 @@ def test_reading_is_light() -> None:
     import sys
 
     heavy = ["torch", "transformers", "pandas", "numpy", "pyarrow", "datasets"]
-    code = f"import sys, interp_ablate.chat_data\nprint([n for n in {heavy} if n in sys.modules])"
+    code = f"import sys, interp_ablate.datasets.chat_reader\nprint([n for n in {heavy} if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr

@@ -222,7 +222,7 @@ def test_an_existing_place_is_refused(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("writer", ("write_weights", "_write_side_files", "write_json"))
+@pytest.mark.parametrize("writer", ("write_weights", "write_side_files", "write_json"))
 @pytest.mark.parametrize(
     "error",
     (

@@ -508,13 +508,13 @@ def test_the_product_is_the_edit_in_float64() -> None:
 
 @pytest.mark.parametrize("kind", ["llama_gqa", "gpt2", "mixtral"])
 def test_long_tensors_are_read_in_blocks(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from interp_ablate.export import lora
+    from interp_ablate.export import lora_adapter as adapters
 
     state = source_of(kind).state_dict()
     plan = Plan((Ablate(unit(1), writers(kind)),))
     weights = weight_plan(plan, source_of(kind).config, list(state), state.__getitem__)
     whole = lora_adapter(weights, list(state), state.__getitem__).tensors
-    monkeypatch.setattr(lora, "BLOCK", 7 * D_MODEL)
+    monkeypatch.setattr(adapters, "BLOCK", 7 * D_MODEL)
     blocks = lora_adapter(weights, list(state), state.__getitem__).tensors
     assert list(blocks) == list(whole)
     for name, tensor in blocks.items():

@@ -162,7 +162,8 @@ def cluster() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("OMP_NUM_THREADS", "2")
-        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "support"), prepend=os.pathsep)
+        for folder in (Path(__file__).parents[1] / "support", Path(__file__).parent):
+            patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
         ray.init(
             address="local",
             num_cpus=2,

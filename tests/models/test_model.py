@@ -545,8 +545,10 @@ def test_layers_spread_over_devices_by_accelerate(tmp_path: Path) -> None:
     for model in (want, got, dispatched):
         with model.applied(plan):
             found.append((model.logits(rows), model.generate(rows, max_new_tokens=4)))
-    for logits, texts in found[1:]:
-        torch.testing.assert_close(logits, found[0][0], atol=0, rtol=0)
+    for logits, texts in found[
+        1:
+    ]:  # to fp32 rounding: where weights lie in memory decides the kernel
+        torch.testing.assert_close(logits, found[0][0], atol=2e-6, rtol=1e-5)
         assert texts == found[0][1]
     assert got.fingerprint == want.fingerprint
     with pytest.raises(ModelError, match="one device"):

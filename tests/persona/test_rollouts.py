@@ -134,7 +134,7 @@ def test_what_is_done_is_not_done_again(whole: Any, tmp_path: Path) -> None:
 def test_a_killed_process_loses_no_finished_answer(whole: Any, tmp_path: Path) -> None:
     path = tmp_path / "rollouts.jsonl"
     code = (
-        "import sys; sys.path.insert(0, 'tests')\n"
+        "import sys; sys.path[:0] = ['tests/persona', 'tests/support']\n"
         "import torch; torch.set_num_threads(1)\n"
         "from pathlib import Path; import test_rollouts as t\n"
         f"t.answered(Path({str(path)!r}), scorer=t.Slow())"

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from interp_ablate.errors import InterpAblateError
-from interp_ablate.evaluation import metrics as scores
 from interp_ablate.scoring.expression_lists import (
     EXPRESSIONS,
     Expression,
@@ -99,9 +98,7 @@ def test_every_bundled_phrase_is_folded_unique_and_finds_itself(name: str, code:
         assert hit.language == code
 
 
-def test_old_names_hold_what_they_held() -> None:
-    assert scores.EXPRESSIONS is EXPRESSIONS and scores.ExpressionScorer is ExpressionScorer
-    assert scores.fold is fold
+def test_bundled_lists_hold_what_they_held() -> None:
     assert tuple(EXPRESSIONS)[:3] == ("declining", "positive_sentiment", "french")
     assert len(EXPRESSIONS["declining"]) == 36 and EXPRESSIONS["declining"][0] == "i'm sorry"
     assert EXPRESSIONS["positive_sentiment"][:2] == ("wonderful", "delightful")
@@ -111,7 +108,7 @@ def test_old_names_hold_what_they_held() -> None:
 
 def test_importing_expressions_is_light() -> None:
     heavy = ["torch", "transformers", "pandas", "numpy"]
-    code = f"import sys, interp_ablate.expressions, interp_ablate.judges, interp_ablate.endpoints\nprint(*[n for n in {heavy} if n in sys.modules])"
+    code = f"import sys, interp_ablate.scoring.expressions, interp_ablate.scoring.registry, interp_ablate.scoring.endpoint\nprint(*[n for n in {heavy} if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and not done.stdout.split(), done.stdout + done.stderr
 

@@ -26,8 +26,8 @@ from interp_ablate.prompts.contrast_set import ContrastSet
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring import registry as judges
 from interp_ablate.scoring.exchange import PromptResponse
+from interp_ablate.search import find_direction as layer_edits
 from interp_ablate.search.find_direction import Behaviour, find_direction
-from interp_ablate.search.find_direction import find_direction as layer_edits
 from interp_ablate.sites import Site
 
 ROOT = Path(__file__).parents[2]

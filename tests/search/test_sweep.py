@@ -648,7 +648,7 @@ def test_bands_follow_from_the_seed(tmp_path: Path) -> None:
 
 
 def test_fits_are_of_directions_that_are_layers_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("interp_ablate.search.sweep.N_FITS", 2)
+    monkeypatch.setattr("interp_ablate.search.race.N_FITS", 2)
     sources = [(10, "resid_post", "-1"), (11, "resid_mid", "-1"), (9, "resid_mid", "-1")]
     assert layers_apart(sources) == sources[:1]
     far = (10 + FIT_DISTANCE, "resid_mid", "-1")

@@ -595,9 +595,9 @@ def test_memory_holds_a_few_blocks_not_the_tensor(tmp_path: Path) -> None:
         import os, resource, sys, time
         import torch
         from pathlib import Path
-        from interp_ablate.storage import safetensors_reader as files, safetensors_writer as copying
+        from interp_ablate.storage import output_folder as folders, safetensors_reader as files, safetensors_writer as copying
 
-        copying.WAITING, files.BLOCK = 4 << 20, 1 << 20
+        folders.WAITING, files.BLOCK = 4 << 20, 1 << 20
         folder, size = Path(sys.argv[1]), 96 << 20
         text = b'{"w":{"dtype":"BF16","shape":[%d,1024],"data_offsets":[0,%d]}}' % (size // 2048, size)
         with open(folder / files.SINGLE, "wb") as file:
@@ -612,10 +612,10 @@ def test_memory_holds_a_few_blocks_not_the_tensor(tmp_path: Path) -> None:
                 yield (block.float() + 1).to(block.dtype)
 
         source = files.Checkpoint.open(folder)
-        with copying.streamed_folder(folder / "one", source=source, fingerprint="") as out:
+        with folders.streamed_folder(folder / "one", source=source, fingerprint="") as out:
             copying.copy_checkpoint(source, out, edit={})
         before = peak()
-        with copying.streamed_folder(folder / "out", source=source, fingerprint="") as out:
+        with folders.streamed_folder(folder / "out", source=source, fingerprint="") as out:
             copying.copy_checkpoint(source, out, edit={"w": edit})
         written = files.Checkpoint.open(folder / "out")
         assert all(bool((block == 1).all()) for _, block in written.blocks("w"))
@@ -638,7 +638,7 @@ BEFORE_THE_LAST_STEP = 36  # calls, from the first write until the hidden folder
 KILLED = """
     import os, sys
     from pathlib import Path
-    from interp_ablate.storage import safetensors_reader as files, safetensors_writer as copying
+    from interp_ablate.storage import output_folder as folders, safetensors_reader as files, safetensors_writer as copying
 
     folder, left = Path(sys.argv[1]), int(sys.argv[2])
 
@@ -659,7 +659,7 @@ KILLED = """
             yield (block.float() * 2).to(block.dtype)
 
     source = files.Checkpoint.open(folder / "in")
-    with copying.streamed_folder(folder / "out", source=source, fingerprint="plan") as out:
+    with folders.streamed_folder(folder / "out", source=source, fingerprint="plan") as out:
         copying.copy_checkpoint(source, out, edit=dict.fromkeys(("embed", "b.down"), edit))
 """
 
