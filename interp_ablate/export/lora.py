@@ -48,7 +48,7 @@ def export_lora(
 
     Args:
         tied: where the plan edits an embedding that is the unembedding too, the unmerged adapter leaves
-            the unembedding alone, and PEFT's merge edits both. "untie": merge into `untied(base)`.
+            the unembedding alone, and PEFT's merge edits both. "untie": merge into `untied_base(base)`.
             "skip-embedding": the embedding is left out, and merging needs no care (another plan).
             "accept": merge as it is; the certificate shows what that costs.
         dtype: of the stored factors.

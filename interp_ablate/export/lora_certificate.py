@@ -31,15 +31,15 @@ unembedding stays as it is. PEFT merges into both, which is another function: gi
 unembedding of its own first.
 
 ```
-from interp_ablate.export.lora import untied  # or the four lines that it is:
+from interp_ablate.export.lora_certificate import untied_base  # or the four lines that it is:
 
-def untied(base):
+def untied_base(base):
     head = base.get_output_embeddings()
     head.weight = torch.nn.Parameter(head.weight.detach().clone())
     base.config.tie_word_embeddings = False
     return base
 
-merged = PeftModel.from_pretrained(untied(base), 'THIS').merge_and_unload()
+merged = PeftModel.from_pretrained(untied_base(base), 'THIS').merge_and_unload()
 ```""",
     "accept": """The base model's unembedding is its embedding, which this adapter edits. Unmerged, the
 unembedding stays as it is; `merge_and_unload()` edits both, which is another function: how far it is

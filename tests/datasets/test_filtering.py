@@ -571,10 +571,10 @@ def test_files_larger_than_memory(tmp_path: Path) -> None:
         pytest.skip("peak memory is read from /proc")
     code = (
         "import re, sys\n"
-        "from interp_ablate.datasets.filter_recipe import Recipe\n"
+        "from interp_ablate.datasets.filter_recipe import FilterRecipe\n"
         "from interp_ablate.datasets.filtering import filter_file\n"
         "from interp_ablate.datasets.filter_rules import LengthRule\n"
-        "filter_file(sys.argv[1], sys.argv[2], Recipe((LengthRule(below=3),)))\n"
+        "filter_file(sys.argv[1], sys.argv[2], FilterRecipe((LengthRule(below=3),)))\n"
         "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
     )
     peaks = []
@@ -596,7 +596,7 @@ KILLED = """
 import os, sys, time
 from pathlib import Path
 from interp_ablate.datasets.filter_rules import ScoreRule
-from interp_ablate.datasets.filter_recipe import Recipe
+from interp_ablate.datasets.filter_recipe import FilterRecipe
 from interp_ablate.datasets.filtering import filter_file
 
 class Paid:
@@ -608,7 +608,7 @@ class Paid:
         time.sleep(float(sys.argv[4]))
         return [None if e.answer == "?" else float(e.answer) for e in exchanges]
 
-filter_file(sys.argv[1], sys.argv[2], Recipe((ScoreRule(above=50.0, scorer=Paid()),)))
+filter_file(sys.argv[1], sys.argv[2], FilterRecipe((ScoreRule(above=50.0, scorer=Paid()),)))
 """
 
 
