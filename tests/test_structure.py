@@ -23,7 +23,7 @@ TREES = {name: ast.parse(path.read_text(), str(path)) for name, path in FILES.it
 # needs no entry here; a new wing does.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("sites",),
+    ("sites", "settings"),
     ("stats", "jobs", "storage"),
     ("prompts",),
     ("scoring", "directions"),
@@ -158,7 +158,7 @@ def test_only_backends_know_transformer_lens() -> None:
 
 
 LIGHT = (
-    "sites prompts.contrast_set prompts.readers prompts.linting prompts.chat_template scoring.exchange "
+    "sites settings runs.configuration models.loading prompts.contrast_set prompts.readers prompts.linting prompts.chat_template scoring.exchange "
     "scoring.expressions scoring.refusals datasets.row_files datasets.chat_reader persona.traits"
 )
 

@@ -29,6 +29,7 @@ from interp_ablate.models.model import Model
 from interp_ablate.prompts.chat_template import suffix_length
 from interp_ablate.prompts.contrast_set import ContrastSet
 from interp_ablate.prompts.prompt import PromptLike
+from interp_ablate.settings import MAX_NEW_TOKENS
 from interp_ablate.sites import Site, sites_of
 from interp_ablate.storage.atomic_files import atomic_path
 
@@ -128,7 +129,7 @@ def _with_responses(
     responses: Sequence[str] | None,
 ) -> list[list[int]]:
     if responses is None:
-        ends = [list(g.tokens) for g in model.generate(prompts, max_new_tokens=32)]
+        ends = [list(g.tokens) for g in model.generate(prompts, max_new_tokens=MAX_NEW_TOKENS)]
     else:
         if len(responses) != len(rows):
             raise InterpAblateError(f"{len(responses)} responses for {len(rows)} prompts")

@@ -15,6 +15,7 @@ from interp_ablate.errors import InterpAblateError
 from interp_ablate.models.kv_cache import SPARE
 from interp_ablate.models.model import DECODED_ROWS, MIN_SHARED_PREFIX, STREAM_ROWS
 from interp_ablate.search.gradient_fit import STEP_ROWS
+from interp_ablate.settings import MAX_NEW_TOKENS
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Workload:
     fitted: int = STEP_ROWS
     tokens: int = 60
     prefix: int = 40
-    max_new_tokens: int = 32
+    max_new_tokens: int = MAX_NEW_TOKENS
     rows: int = STREAM_ROWS
     decoded_rows: int = DECODED_ROWS
     dtype_bytes: int = 2

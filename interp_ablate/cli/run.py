@@ -95,7 +95,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     if args.config:
         found.update(_read_toml(args.config))
     names = (
-        "model backend dtype device template contrast positive negative system expressions layers "
+        "model backend dtype device template trust_remote_code contrast positive negative system expressions layers "
         "n_train n_validation n_test seed max_new_tokens max_kl"
     )
     found.update({k: getattr(args, k) for k in names.split() if getattr(args, k) is not None})
@@ -124,7 +124,8 @@ def _open(args: argparse.Namespace) -> Any:
     given = _settings(args)
     saved = read_run(args.out)
     if args.command != "run" and saved is not None:
-        given = {**saved["configuration"], **given}
+        stored = {k: v for k, v in saved["configuration"].items() if k != "trust_remote_code"}
+        given = {**stored, **given}
     configuration = Configuration.from_dict(given)
     run = Run(args.out, configuration, work=_work, listener=ProgressBars(quiet=args.quiet))
     if "executor" in args:

@@ -18,6 +18,7 @@ from interp_ablate.prompts.contrast_set import ContrastSet
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.prompts.readers import LABEL_COLUMNS, bundled_names, read_side
 from interp_ablate.scoring.exchange import TextScorer
+from interp_ablate.settings import MAX_NEW_TOKENS
 
 # ---- prompts -------------------------------------------------------------------------------------
 
@@ -82,7 +83,7 @@ class EvaluationConfig:
     scorers: tuple[TextScorer, ...] = ()
     tasks: tuple[str, ...] = ()
     task_folders: tuple[str | Path, ...] = ()
-    max_new_tokens: int = 32
+    max_new_tokens: int = MAX_NEW_TOKENS
     context: int = 512
     stride: int = 256
     limit: int | None = None

@@ -20,6 +20,7 @@ from interp_ablate.models.generation import Generation
 from interp_ablate.models.model import Model
 from interp_ablate.models.residual_cache import ResidualCache
 from interp_ablate.prompts.prompt import PromptLike
+from interp_ablate.settings import MAX_NEW_TOKENS
 
 
 class ModelOutputs:
@@ -34,7 +35,7 @@ class ModelOutputs:
         prompts: Sequence[PromptLike],
         plan: Plan | None = None,
         *,
-        max_new_tokens: int = 32,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         batch_size: int | None = None,
     ) -> None:
         self.model, self.plan = model, plan

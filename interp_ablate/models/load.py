@@ -6,27 +6,28 @@ Knows: sources and backends. Does not know: what is done with it.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from interp_ablate.errors import ModelError
 from interp_ablate.models.backends.bridge import bridge_from_hf
 from interp_ablate.models.backends.hooked import hooked_from_hf
-from interp_ablate.models.model import BackendName, Model
+from interp_ablate.models.loading import DEFAULTS, BackendName
+from interp_ablate.models.model import Model
 from interp_ablate.models.sources import ModelSource, check_device, load_hf, resolve, torch_dtype
 
-BACKENDS: tuple[BackendName, ...] = ("bridge", "hooked")
+BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 
 
 def load_model(
     name_or_path: str | Path,
     *,
-    backend: BackendName = "bridge",
-    dtype: str | torch.dtype = "float32",
-    device: str = "cpu",
-    template: str | None = None,
-    trust_remote_code: bool = False,
+    backend: BackendName = DEFAULTS.backend,
+    dtype: str | torch.dtype = DEFAULTS.dtype,
+    device: str = DEFAULTS.device,
+    template: str | None = DEFAULTS.template,
+    trust_remote_code: bool = DEFAULTS.trust_remote_code,
 ) -> Model:
     """Load a decoder by hub name, local Hugging Face folder, GGUF file, or bundled alias (`smollm2`).
 
@@ -46,10 +47,26 @@ def load_model(
         raise ModelError(f"unknown backend {backend!r}: accepted are {', '.join(BACKENDS)}")
     if device == "auto" and backend == "hooked":
         raise ModelError("a HookedTransformer lives on one device: use backend='bridge' for 'auto'")
-    source = resolve(name_or_path)
-    place, kind = None if device == "auto" else check_device(device), torch_dtype(dtype)
-    hf, tokenizer = load_hf(source, dtype=kind, device=place, trust_remote_code=trust_remote_code)
+    hf, tokenizer, source = hf_from_name(
+        name_or_path, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    )
     return from_hf(hf, tokenizer, source=source, backend=backend, template=template)
+
+
+def hf_from_name(
+    name_or_path: str | Path, *, dtype: str | torch.dtype, device: str, trust_remote_code: bool
+) -> tuple[Any, Any, ModelSource]:
+    """The Hugging Face model and tokenizer behind a name (see `load_model`), and what it resolves to.
+
+    Raises:
+        ModelError: what cannot be found or loaded, with what to do.
+    """
+    source = resolve(name_or_path)
+    place = None if device == "auto" else check_device(device)
+    hf, tokenizer = load_hf(
+        source, dtype=torch_dtype(dtype), device=place, trust_remote_code=trust_remote_code
+    )
+    return hf, tokenizer, source
 
 
 def from_hf(
@@ -57,7 +74,7 @@ def from_hf(
     tokenizer: Any,
     *,
     source: ModelSource | None = None,
-    backend: BackendName = "bridge",
+    backend: BackendName = DEFAULTS.backend,
     template: str | None = None,
 ) -> Model:
     """A `Model` over a Hugging Face causal language model in memory.

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -35,11 +35,13 @@ from interp_ablate.models.backends.hooked import HookedBackend, refuse_processed
 from interp_ablate.models.batches import Batch, batches, common_prefix, in_parts
 from interp_ablate.models.forward import Capture
 from interp_ablate.models.generation import Choose, Generation, MonitoredToken
+from interp_ablate.models.loading import BackendName
 from interp_ablate.models.plan_hooks import SiteWriter
 from interp_ablate.models.residual_cache import ResidualCache, layers_to_keep, n_tokens
 from interp_ablate.models.sources import ModelSource, free_memory, weights_fingerprint
 from interp_ablate.prompts.chat_template import encode
 from interp_ablate.prompts.prompt import Prompt, PromptLike
+from interp_ablate.settings import MAX_NEW_TOKENS
 from interp_ablate.sites import (
     EMBEDDING_POINTS,
     POINTS,
@@ -53,7 +55,6 @@ from interp_ablate.sites import (
 logger = logging.getLogger(__name__)
 
 
-BackendName = Literal["bridge", "hooked"]
 # Sharing a prefix costs one more forward call; below this many tokens it is not worth it.
 MIN_SHARED_PREFIX = 8
 # More rows a batch bring nothing: forward passes are bound by arithmetic, and wide batches pad more;
@@ -818,7 +819,7 @@ class Model:
         self,
         prompts: Sequence[PromptLike],
         *,
-        max_new_tokens: int = 32,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         temperature: float = 0.0,
         seed: int = 0,
         batch_size: int | None = None,

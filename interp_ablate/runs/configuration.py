@@ -5,42 +5,50 @@ Knows: settings and their checks. Does not know: what a stage does with them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from interp_ablate.errors import RunError
+from interp_ablate.models.loading import LoadingOptions
+from interp_ablate.settings import MAX_NEW_TOKENS, setting, suggestion
 from interp_ablate.sites import POINTS, RESIDUAL_POINTS
 
 MAIN_METHOD = "difference_in_means"
+NO_MODEL = "no model: give --model (a bundled alias such as smollm2, a folder, a hub name)"
 
 
 @dataclass(frozen=True)
-class Configuration:
+class Configuration(LoadingOptions):
     """Everything that decides a run's results. Two runs of equal configurations give equal results.
+
+    `trust_remote_code` is a permission: it is no part of what a folder stores, and a folder never grants it.
 
     Raises:
         RunError: values that cannot be used together, or out of range.
     """
 
-    model: str
-    contrast: str | None = None
-    positive: str | None = None
-    negative: str | None = None
-    backend: str = "bridge"
-    dtype: str = "float32"
-    device: str = "cpu"
-    system: str | None = None
-    template: str | None = None
-    expressions: str | None = None
-    sites: tuple[str, ...] = RESIDUAL_POINTS
-    layers: str | None = None
-    positions: tuple[str, ...] = ("-1",)
-    n_train: int = 64
-    n_validation: int = 32
-    n_test: int = 32
-    seed: int = 0
-    max_new_tokens: int = 32
-    max_kl: float = 0.1
+    model: str = setting(None, "bundled alias (smollm2), HF folder, .gguf file or hub name")
+    contrast: str | None = setting(
+        None, "bundled name, JSONL/CSV/parquet file, folder, or hf:NAME of the two sets of prompts"
+    )
+    positive: str | None = setting(None, "file of prompts in which the concept is present")
+    negative: str | None = setting(None, "file of prompts in which it is absent")
+    system: str | None = setting(None, "system prompt for every prompt without its own")
+    expressions: str | None = setting(
+        None, "how the behaviour looks: a built-in list, or a file with a phrase a line"
+    )
+    sites: tuple[str, ...] = setting(RESIDUAL_POINTS, "comma-separated points of the stream")
+    layers: str | None = setting(None, "A-B, both included (default: all)")
+    positions: tuple[str, ...] = setting(
+        ("-1",), "comma-separated: -1, -2, ..., after_instruction (all of these), response_mean"
+    )
+    n_train: int = setting(64, "prompts a side that make the directions")
+    n_validation: int = setting(32, "prompts a side that choose the plan")
+    n_test: int = setting(32, "prompts a side that report it")
+    seed: int = setting(0, "of the split and of everything random")
+    max_new_tokens: int = setting(MAX_NEW_TOKENS, "tokens of an answer, at most")
+    max_kl: float = setting(0.1, "first-token KL budget in nats")
 
     def __post_init__(self) -> None:
         if (self.contrast is None) == (self.positive is None) or (self.positive is None) != (
@@ -65,10 +73,13 @@ class Configuration:
             raise RunError(f"--max-kl must be above 0 (nats); got {self.max_kl}")
 
     def to_dict(self) -> dict[str, Any]:
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        """What a run folder stores, as JSON."""
+        stored = asdict(self)
+        del stored["trust_remote_code"]
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in stored.items()}
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Configuration:
+    def from_dict(cls, data: Mapping[str, Any]) -> Configuration:
         """From flags, TOML or run.json; lists become tuples, unset values the defaults.
 
         Raises:
@@ -78,12 +89,11 @@ class Configuration:
         unknown = sorted(set(data) - names)
         if unknown:
             raise RunError(
-                f"unknown setting {unknown[0]!r}: accepted are {', '.join(sorted(names))}"
+                f"unknown setting {unknown[0]!r}{suggestion(unknown[0], names)}: accepted are "
+                f"{', '.join(sorted(names))}"
             )
         if not data.get("model"):
-            raise RunError(
-                "no model: give --model (a bundled alias such as smollm2, a folder, a hub name)"
-            )
+            raise RunError(NO_MODEL)
         try:
             values: dict[str, Any] = {
                 k: tuple(map(str, v)) if isinstance(v, list) else v for k, v in data.items()

@@ -151,13 +151,7 @@ class Run:
         self.split  # noqa: B018  (cheap, and fails before the model is loaded)
         c = self.configuration
         with self.step("load model", None):
-            model = load_model(
-                c.model,
-                backend=c.backend,  # type: ignore[arg-type]
-                dtype=c.dtype,
-                device=c.device,
-                template=c.template,
-            )
+            model = load_model(c.model, **c.loading)
         c.layer_range(model.n_layers)
         self._check_model(model)
         return model
@@ -172,6 +166,7 @@ class Run:
             "d_model": model.d_model,
             "dtype": str(model.dtype).removeprefix("torch."),
             "fingerprint": model.fingerprint,
+            "trusted_remote_code": self.configuration.trust_remote_code,
         }
         before = self.state.get("model", {}).get("fingerprint")
         if before not in (None, found["fingerprint"]):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import pandas as pd
 
@@ -85,18 +84,18 @@ def _executor(run: Run) -> Iterator[Executor[Candidate, Trial] | None]:
     if settings.pop("name", "local") == "local":
         yield None
         return
-    make = functools.partial(make_worker, run.configuration.to_dict(), str(run.out.resolve()))
+    make = functools.partial(make_worker, run.configuration, str(run.out.resolve()))
     with executor_of("ray", make, **settings) as executor:
         yield executor
 
 
-def make_worker(configuration: dict[str, Any], out: str) -> Callable[[Candidate], Trial]:
+def make_worker(configuration: Configuration, out: str) -> Callable[[Candidate], Trial]:
     """What scores candidates in a process of its own, with a model of its own.
 
     It reads the run's folder (directions, activations, fitted edits), which must be there for every
     worker, and writes nothing into it.
     """
-    run = Run(out, Configuration.from_dict(configuration), work=WORK.__getitem__)
+    run = Run(out, configuration, work=WORK.__getitem__)
     bench = bench_of(run)
 
     def work(candidate: Candidate) -> Trial:

@@ -24,6 +24,7 @@ from interp_ablate.evaluation.outputs import ModelOutputs, generate_outputs_toge
 from interp_ablate.models.model import Model
 from interp_ablate.prompts.prompt import PromptLike
 from interp_ablate.scoring.expressions import ExpressionScorer
+from interp_ablate.settings import MAX_NEW_TOKENS
 from interp_ablate.stats.intervals import bootstrap_interval
 
 KL_LEVEL = 0.8  # the KL limit is held against the upper end of this interval (90%, one-sided)
@@ -40,7 +41,7 @@ class ValidationBench:
         *,
         target: TargetLogOdds,
         expression: ExpressionScorer,
-        max_new_tokens: int = 32,
+        max_new_tokens: int = MAX_NEW_TOKENS,
     ) -> None:
         self.model, self.target, self.expression = model, target, expression
         self.positive = ModelOutputs(model, positive, max_new_tokens=max_new_tokens)

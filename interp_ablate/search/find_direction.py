@@ -29,6 +29,7 @@ from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring.exchange import PromptResponse, TextScorer
 from interp_ablate.search.bench import bounded_kl
 from interp_ablate.search.selection import Selection, least_behaviour_under_kl
+from interp_ablate.settings import MAX_NEW_TOKENS
 from interp_ablate.sites import Point, sites_of
 
 # ---- the direction of a behaviour ----------------------------------------------------------------
@@ -72,7 +73,7 @@ def find_direction(
     layers: Layers = "20%-80%",
     point: Point = "resid_post",
     prompts: tuple[int, int, int] = (64, 16, 32),
-    max_new_tokens: int = 32,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     max_kl: float = 1.0,
     seed: int = 0,
 ) -> Found:

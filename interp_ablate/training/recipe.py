@@ -15,16 +15,10 @@ from typing import Any
 import torch
 
 from interp_ablate.errors import RunError
-from interp_ablate.models.load import from_hf
+from interp_ablate.models.load import from_hf, hf_from_name
+from interp_ablate.models.loading import DEFAULTS as LOADING
 from interp_ablate.models.model import Model
-from interp_ablate.models.sources import (
-    ModelSource,
-    check_device,
-    load_hf,
-    resolve,
-    torch_dtype,
-    weights_fingerprint,
-)
+from interp_ablate.models.sources import ModelSource, weights_fingerprint
 
 INSTALL = "pip install 'interp-ablate[train]'"
 
@@ -113,10 +107,10 @@ class TrainableModel:
 def load_base(
     name: str | Path,
     *,
-    dtype: str | torch.dtype = "float32",
-    device: str = "cpu",
-    template: str | None = None,
-    trust_remote_code: bool = False,
+    dtype: str | torch.dtype = LOADING.dtype,
+    device: str = LOADING.device,
+    template: str | None = LOADING.template,
+    trust_remote_code: bool = LOADING.trust_remote_code,
 ) -> TrainableModel:
     """A model to train, on one device.
 
@@ -129,9 +123,8 @@ def load_base(
             "training runs on one device: give --device cpu or cuda. For several GPUs run the "
             "axolotl.yaml that `interp-ablate heal` writes"
         )
-    source, place = resolve(name), check_device(device)
-    hf, tokenizer = load_hf(
-        source, dtype=torch_dtype(dtype), device=place, trust_remote_code=trust_remote_code
+    hf, tokenizer, source = hf_from_name(
+        name, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
     return TrainableModel(hf, tokenizer, source, template)
 

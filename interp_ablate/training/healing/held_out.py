@@ -20,6 +20,7 @@ from interp_ablate.models.model import Model
 from interp_ablate.prompts.contrast_set import ContrastSet
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring.expressions import ExpressionScorer
+from interp_ablate.settings import MAX_NEW_TOKENS
 from interp_ablate.sites import sites_of
 from interp_ablate.stats.summaries import mean_with_interval
 
@@ -33,7 +34,7 @@ class HeldOut:
     requests: tuple[Prompt, ...]
     benign: tuple[Prompt, ...]
     expression: ExpressionScorer
-    max_new_tokens: int = 32
+    max_new_tokens: int = MAX_NEW_TOKENS
     source: str = ""
 
     @classmethod

@@ -1,0 +1,32 @@
+"""How a model is loaded: the options that `load_model`, every command and every run share.
+
+Knows: the options, their defaults and help. Does not know: how a model is loaded. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from interp_ablate.settings import setting
+
+BackendName = Literal["bridge", "hooked"]
+
+
+@dataclass(frozen=True)
+class LoadingOptions:
+    """How a model is loaded, beside its name."""
+
+    backend: BackendName = setting("bridge", "TransformerLens class", choices=get_args(BackendName))
+    dtype: str = setting("float32", "of the weights: float32, bfloat16, float16, float64")
+    device: str = setting("cpu", "cpu, cuda, mps, or auto (layers spread over all GPUs)")
+    template: str | None = setting(None, "Jinja chat template text, or 'none' for raw text")
+    trust_remote_code: bool = setting(False, "run Python code that a model folder brings")
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """The options alone, as keyword arguments of `load_model`."""
+        return {f.name: getattr(self, f.name) for f in fields(LoadingOptions)}
+
+
+DEFAULTS = LoadingOptions()

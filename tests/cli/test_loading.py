@@ -1,0 +1,54 @@
+"""The flags that say how a model is loaded reach the loader, from every command over a run folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from interp_ablate.cli.main import main
+from interp_ablate.errors import ModelError
+from interp_ablate.runs.configuration import Configuration
+from interp_ablate.runs.sweep_stage import make_worker
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The options of every model that is requests for; none is loaded."""
+    options: list[dict[str, Any]] = []
+
+    def load_model(name: str, **loading: Any) -> None:
+        options.append(loading)
+        raise ModelError(f"{name} is not loaded in this test")
+
+    monkeypatch.setattr("interp_ablate.models.load.load_model", load_model)
+    return options
+
+
+@pytest.mark.parametrize("command", ["run", "search", "collect", "directions", "sweep"])
+def test_trust_remote_code_reaches_the_loader(
+    command: str, requests: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    arguments = ["--model", "smollm2", "--contrast", "declining", "--out", str(out)]
+    assert main(["--quiet", command, *arguments, "--trust-remote-code"]) == 2
+    assert requests[-1]["trust_remote_code"] is True
+    # a folder never asks for it: neither this one, nor one that somebody else wrote
+    state = json.loads((out / "run.json").read_text())
+    assert "trust_remote_code" not in state["configuration"]
+    state["configuration"]["trust_remote_code"] = True
+    (out / "run.json").write_text(json.dumps(state))
+    assert main(["--quiet", "collect", "--out", str(out)]) == 2
+    assert requests[-1]["trust_remote_code"] is False
+
+
+def test_a_worker_loads_the_model_as_the_run_does(
+    requests: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    configuration = Configuration(model="smollm2", contrast="declining", trust_remote_code=True)
+    assert "trust_remote_code" not in configuration.to_dict()
+    with pytest.raises(ModelError):
+        make_worker(configuration, str(tmp_path / "run"))
+    assert requests[-1]["trust_remote_code"] is True
