@@ -42,6 +42,8 @@ class ModelOutputs:
         self.rows = model.encode_all(prompts)
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
         self._unedited: ModelOutputs | None = None  # whose passes are remembered
+        self._first_logprobs: Tensor | None = None
+        self._generations: list[Generation] | None = None
 
     def with_plan(self, plan: Plan | None) -> ModelOutputs:
         """The same prompts under a plan.
@@ -89,30 +91,44 @@ class ModelOutputs:
             batch_size=self.batch_size,
         )
         part._unedited = self._unedited
-        if "first_logprobs" in self.__dict__:
-            part.__dict__["first_logprobs"] = self.first_logprobs[list(index)]
-        if "generations" in self.__dict__:
-            part.__dict__["generations"] = [self.generations[i] for i in index]
+        if self._first_logprobs is not None:
+            part._first_logprobs = self._first_logprobs[list(index)]
+        if self._generations is not None:
+            part._generations = [self._generations[i] for i in index]
         return part
 
     def _under_plan(self) -> Any:
         return self.model.applied(self.plan) if self.plan is not None else nullcontext()
 
-    @cached_property
+    @property
     def first_logprobs(self) -> Float[Tensor, "prompt d_vocab"]:
         """Log-probabilities of the first token of the answer, float32."""
-        below = self._below()
-        with self._under_plan():
-            found = self.model.logits(self.rows, batch_size=self.batch_size, below=below)
-        return _finite(found[:, -1].float().log_softmax(-1), "first-token logits")
+        if self._first_logprobs is None:
+            below = self._below()
+            with self._under_plan():
+                logits = self.model.logits(self.rows, batch_size=self.batch_size, below=below)
+            logprobs = logits[:, -1].float().log_softmax(-1)
+            self._first_logprobs = _finite(logprobs, "first-token logits")
+        return self._first_logprobs
 
-    @cached_property
+    @property
     def generations(self) -> list[Generation]:
-        """Greedy answers of at most `max_new_tokens` tokens."""
-        with self._under_plan():
-            return self.model.generate(
-                self.rows, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size
-            )
+        """Greedy answers of at most `max_new_tokens` tokens; they may also be filled in from outside."""
+        if self._generations is None:
+            with self._under_plan():
+                self._generations = self.model.generate(
+                    self.rows, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size
+                )
+        return self._generations
+
+    @generations.setter
+    def generations(self, answers: list[Generation]) -> None:
+        self._generations = answers
+
+    @property
+    def has_generations(self) -> bool:
+        """Whether the answers are there already."""
+        return self._generations is not None
 
     @property
     def texts(self) -> list[str]:
@@ -155,7 +171,7 @@ def generate_outputs_together(evidences: Sequence[ModelOutputs]) -> None:
 
     Decoding is bound by memory: many rows cost little more than few.
     """
-    waiting = [evidence for evidence in evidences if "generations" not in evidence.__dict__]
+    waiting = [evidence for evidence in evidences if not evidence.has_generations]
     if len({(evidence.max_new_tokens, id(evidence.model)) for evidence in waiting}) > 1:
         raise InterpAblateError(
             "what is generated together has one model and one number of new tokens"
@@ -172,4 +188,4 @@ def generate_outputs_together(evidences: Sequence[ModelOutputs]) -> None:
             )
         )
     for evidence in waiting:
-        evidence.__dict__["generations"] = [next(found) for _ in evidence.rows]
+        evidence.generations = [next(found) for _ in evidence.rows]

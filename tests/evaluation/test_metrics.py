@@ -329,7 +329,7 @@ def test_answers_made_together_are_those_of_each_alone(backend: str) -> None:
         ModelOutputs(model, rows, plan, max_new_tokens=8) for rows, plan in zip(sides, PLANS)
     ]
     generate_outputs_together(evidences)
-    assert all("generations" in evidence.__dict__ for evidence in evidences)
+    assert all(evidence.has_generations for evidence in evidences)
     for evidence, rows, plan in zip(evidences, sides, PLANS):
         alone = ModelOutputs(model, rows, plan, max_new_tokens=8)
         assert evidence.generations == alone.generations and len(evidence.texts) == len(rows)
@@ -373,17 +373,17 @@ def test_the_first_answers_are_those_of_the_first_prompts() -> None:
         model, rows_of(9, 12, 14, 10), Plan((Ablate(unit(1), EVERYWHERE),)), max_new_tokens=4
     )
     unknown = whole.head(2)  # nothing is known yet: nothing is there
-    assert not {"generations", "first_logprobs"} & set(unknown.__dict__)
+    assert not unknown.has_generations and unknown._first_logprobs is None
     assert (unknown.plan, unknown.max_new_tokens, unknown.rows) == (whole.plan, 4, whole.rows[:2])
     _ = whole.generations, whole.first_logprobs
     part = whole.head(2)
-    assert part.__dict__["generations"] == whole.generations[:2] == unknown.generations
-    assert torch.equal(part.__dict__["first_logprobs"], whole.first_logprobs[:2])
+    assert part._generations == whole.generations[:2] == unknown.generations
+    assert torch.equal(part._first_logprobs, whole.first_logprobs[:2])
     assert_close(part.first_logprobs, unknown.first_logprobs, atol=2e-5, rtol=0)
     some = whole.subset([3, 1])
     assert some.rows == [whole.rows[3], whole.rows[1]] and some.plan == whole.plan
-    assert some.__dict__["generations"] == [whole.generations[i] for i in (3, 1)]
-    assert torch.equal(some.__dict__["first_logprobs"], whole.first_logprobs[[3, 1]])
+    assert some._generations == [whole.generations[i] for i in (3, 1)]
+    assert torch.equal(some._first_logprobs, whole.first_logprobs[[3, 1]])
 
 
 def test_answers_end_with_the_end_token() -> None:

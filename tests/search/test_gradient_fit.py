@@ -215,7 +215,7 @@ def negative_data(*lengths: int) -> tuple[Model, FitData, list[list[int]]]:
     rows = rows_of(*range(9, 9 + len(lengths)), seed=7)
     negative = ModelOutputs(model, rows, max_new_tokens=N_KEPT)
     cut = [Generation(g.tokens[:n], "", True) for g, n in zip(negative.generations, lengths)]
-    negative.__dict__["generations"] = cut
+    negative.generations = cut
     positive = ModelOutputs(model, rows_of(9, 12), max_new_tokens=N_TOKENS)
     return model, fit_data(positive, negative, ANYTHING), rows
 
@@ -256,10 +256,10 @@ def test_expressing_answers_that_end_at_once_are_no_answers() -> None:
     negative = ModelOutputs(model, rows_of(9, 12, seed=2), max_new_tokens=N_KEPT)
     whole = positive.generations
     short = Generation(whole[1].tokens[: N_TOKENS - 1], "x", True)
-    positive.__dict__["generations"] = [whole[0], short, whole[2]]
+    positive.generations = [whole[0], short, whole[2]]
     data = fit_data(positive, negative, ANYTHING)
     assert data.answers == [list(whole[0].tokens), list(whole[2].tokens)]
-    positive.__dict__["generations"] = [short] * 3
+    positive.generations = [short] * 3
     with pytest.raises(NothingToFitError):
         fit_data(positive, negative, ANYTHING)
 
@@ -338,7 +338,7 @@ def test_loops_of_both_sides_are_added() -> None:
     data = data_of(model)
     sides = [ModelOutputs(model, rows_of(9, 12, 14, seed=seed)) for seed in (1, 2)]
     for side in sides:
-        side.__dict__["generations"] = [
+        side.generations = [
             Generation(answer, "", False) for answer in ((5,) * 6, (1, 2, 3, 4), (7,) * 8)
         ]
     more = data.with_loops(sides)
@@ -404,7 +404,7 @@ def test_expressions_that_come_late_are_unwanted_passages() -> None:
     )
     evidence = ModelOutputs(model, rows, max_new_tokens=24)
     answers = [model.tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    evidence.__dict__["generations"] = [
+    evidence.generations = [
         Generation(tuple(answer), text, True) for answer, text in zip(answers, texts)
     ]
     found = [expression_of(evidence, i, word) for i in range(5)]

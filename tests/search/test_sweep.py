@@ -918,7 +918,7 @@ def test_repetition_counts_loops_on_either_side() -> None:
     for looping in ("positive", "negative"):
         for name in ("positive", "negative"):
             side = getattr(bench, name)
-            side.__dict__["generations"] = [loop if name == looping else plain] * len(side.rows)
+            side.generations = [loop if name == looping else plain] * len(side.rows)
         bench.__dict__.pop("repetition", None)
         share = {"positive": 5 / 9, "negative": 4 / 9}[looping]
         assert bench.repetition == pytest.approx(share * 7 / 8)
@@ -929,7 +929,7 @@ def test_of_few_prompts_those_that_express_it_are_there() -> None:
 
     bench = bench_of()
     texts = ("123", "a", "456", "", "b")  # SOME_WORDS is found in the second and the last
-    bench.positive.__dict__["generations"] = [Generation((5, 6), text, False) for text in texts]
+    bench.positive.generations = [Generation((5, 6), text, False) for text in texts]
     for n, places in ((1, [1]), (2, [1, 4]), (3, [0, 1, 4]), (4, [0, 1, 2, 4]), (5, range(5))):
         small = bench.head(n)
         assert small.positive.rows == [bench.positive.rows[i] for i in places]
