@@ -15,7 +15,8 @@ from interp_ablate.errors import RunError
 
 
 def _import(args: argparse.Namespace) -> int:
-    from interp_ablate.directions.foreign_files import read_directions, write_directions
+    from interp_ablate.directions.direction_set import write_directions
+    from interp_ablate.directions.foreign_files import read_directions
     from interp_ablate.sites import Site
 
     if Path(args.out).exists() and not args.force:

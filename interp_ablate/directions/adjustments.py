@@ -1,24 +1,21 @@
-"""Directions made from directions: winsorized, interpolated between layers.
+"""Adjustments around an estimate: activations winsorized before it, directions interpolated between layers after it.
 
-Knows: adjustments of data or layers. Does not know: hooks and plans.
+Knows: activations and directions. Does not know: hooks or plans.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from numbers import Real
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from interp_ablate.directions.direction import ZERO_TOLERANCE, Direction
 from interp_ablate.directions.direction_set import Directions
-from interp_ablate.directions.two_sets import check_values
 from interp_ablate.errors import DirectionError
 from interp_ablate.sites import Point, Site
-
-# ---- outliers, and layers between layers ---------------------------------------------------------
 
 
 def winsorized(
@@ -33,7 +30,16 @@ def winsorized(
     Raises:
         DirectionError: no float tensor with an axis d_model; NaN or infinity; a quantile not in (0, 1].
     """
-    check_values(values)
+    if values.ndim == 0 or 0 in values.shape or not values.is_floating_point():
+        raise DirectionError(
+            f"activations are a float tensor [..., d_model]; got {values.dtype} of shape "
+            f"{tuple(values.shape)}"
+        )
+    if not torch.isfinite(values).all():
+        raise DirectionError(
+            "activations hold NaN or infinity: check the model's dtype; float16 often overflows, "
+            "bfloat16 or float32 do not"
+        )
     if isinstance(quantile, bool) or not isinstance(quantile, Real) or not 0 < quantile <= 1:
         raise DirectionError(
             f"a quantile is more than 0 and at most 1 (1 clips nothing); got {quantile!r}"
@@ -45,40 +51,6 @@ def winsorized(
     upper = top[..., -2:-1] if top.shape[-1] > 1 else lower
     limit = (lower + (upper - lower) * (place - below)).to(values.dtype)
     return values.clamp(-limit, limit)
-
-
-@dataclass(frozen=True)
-class MassiveDimension:
-    """A dimension of the stream with its mean absolute activation, and how many medians that is."""
-
-    index: int
-    mean_abs: float
-    ratio: float
-
-
-def massive_dimensions(
-    values: Float[Tensor, "*batch d_model"], *, factor: float = 20.0
-) -> tuple[MassiveDimension, ...]:
-    """Dimensions whose mean |x| is at least `factor` times the median dimension's, largest first.
-
-    Such dimensions decide means, norms and cosines. `winsorized` clips them. Of single activations Sun et
-    al. 2024 (https://arxiv.org/abs/2402.17762) call massive what is 1000 times the median; a mean
-    over prompts is less.
-
-    Raises:
-        DirectionError: no float tensor with an axis d_model; NaN or infinity; a factor not above 1.
-    """
-    check_values(values)
-    if isinstance(factor, bool) or not isinstance(factor, Real) or not 1 < factor < math.inf:
-        raise DirectionError(f"a factor is a number above 1; got {factor!r}")
-    sizes = values.double().abs().reshape(-1, values.shape[-1]).mean(0)
-    middle = float(sizes.quantile(0.5))
-    found = [
-        MassiveDimension(index, size, size / middle if middle else math.inf)
-        for index, size in enumerate(sizes.tolist())
-        if size > 0 and size >= factor * middle
-    ]
-    return tuple(sorted(found, key=lambda item: (-item.mean_abs, item.index)))
 
 
 def interpolated(

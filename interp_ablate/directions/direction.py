@@ -1,39 +1,83 @@
-"""One direction: a unit vector with its norm, site, method and separation.
+"""One direction: a unit vector with its norm, site and method, and how well it separates two sets.
 
-Knows: the vector and its origin. Does not know: how it was estimated.
+Knows: the vector, where it came from, AUC and d'. Does not know: how it was estimated.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from interp_ablate.directions.class_separation import Separation
 from interp_ablate.errors import DirectionError
 from interp_ablate.sites import Site
+from interp_ablate.stats.roc import auc
 
 # A difference of means shorter than this fraction of the activations' own norm is rounding, not signal.
 ZERO_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Separation:
+    """How well projections on a direction tell the two sets apart."""
+
+    auc: float
+    """Probability that a positive prompt projects higher than a negative one; ties count half."""
+    d_prime: float
+    """Distance of the two means in units of the pooled standard deviation."""
+
+
+def separation(
+    projections: Float[Tensor, " prompt"], labels: Bool[Tensor, " prompt"]
+) -> Separation:
+    """AUC and d' of projections under the labels (True = positive).
+
+    Raises:
+        DirectionError: NaN or infinity, labels that are not one bool a projection, or only one set.
+    """
+    if labels.dtype != torch.bool or labels.shape != projections.shape or labels.ndim != 1:
+        raise DirectionError(
+            f"separation needs one bool a projection (True = positive); got {labels.dtype} of shape "
+            f"{tuple(labels.shape)} for projections of shape {tuple(projections.shape)}"
+        )
+    if not torch.isfinite(projections).all():
+        raise DirectionError(
+            "projections hold NaN or infinity: check the model's dtype; float16 often overflows, "
+            "bfloat16 or float32 do not"
+        )
+    positive, negative = projections[labels].double(), projections[~labels].double()
+    if not len(positive) or not len(negative):
+        raise DirectionError("separation needs prompts of both sets")
+    gap = float(positive.mean() - negative.mean())
+    degrees = max(len(positive) + len(negative) - 2, 1)
+    squares = sum(float((group - group.mean()).square().sum()) for group in (positive, negative))
+    spread = (squares / degrees) ** 0.5
+    infinite = math.copysign(math.inf, gap) if gap else 0.0
+    ranked = auc(projections.double().cpu().numpy(), labels.cpu().numpy())
+    return Separation(ranked, gap / spread if spread > 0 else infinite)
 
 
 @dataclass(frozen=True, eq=False)
 class Direction:
     """A unit vector of the residual stream with the site, position and method it came from.
 
-    `raw` (unit vector times `norm`) is the estimator's own result: the difference in means, whose
-    addition with coefficient 1 moves the negative mean onto the positive one.
+    Raises:
+        DirectionError: a vector of zeros, not finite, or with more than one axis.
     """
 
     vector: Float[Tensor, " d_model"]
+    """Scaled to unit length, float64 on the CPU."""
     norm: float
+    """Length of the estimator's own result; see `raw`."""
     site: Site
     position: str = "-1"
+    """Token position that was read: an index from the end, or a name such as "response"."""
     method: str = "difference_in_means"
     separation: Separation | None = None
     source: str = field(default="", kw_only=True)
@@ -55,7 +99,10 @@ class Direction:
 
     @property
     def raw(self) -> Float[Tensor, " d_model"]:
-        """The estimator's result before it was scaled to unit length."""
+        """The estimator's result before it was scaled to unit length.
+
+        For the difference in means, adding it with coefficient 1 moves the negative mean onto the positive one.
+        """
         return self.vector * self.norm
 
     @property
@@ -66,9 +113,17 @@ class Direction:
     @property
     def fingerprint(self) -> str:
         """sha256 of the vector, its norm and where it came from."""
-        digest = hashlib.sha256(self.vector.numpy().tobytes())
-        digest.update(json.dumps([self.norm, str(self.site), self.position, self.method]).encode())
-        return digest.hexdigest()
+        return fingerprint_of(
+            [self.vector], [self.norm, str(self.site), self.position, self.method]
+        )
+
+
+def fingerprint_of(tensors: Sequence[Tensor], about: Sequence[object]) -> str:
+    """sha256 of the tensors' bytes and of plain data about them."""
+    digest = hashlib.sha256(json.dumps(about).encode())
+    for tensor in tensors:
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def random_direction(like: Direction, *, seed: int) -> Direction:
@@ -78,9 +133,7 @@ def random_direction(like: Direction, *, seed: int) -> Direction:
     return Direction(vector, like.norm, like.site, like.position, "random", source=f"seed {seed}")
 
 
-def cosine_similarities(
-    directions: Sequence[Direction],
-) -> Float[Tensor, "site site"]:
+def cosine_similarities(directions: Sequence[Direction]) -> Float[Tensor, "site site"]:
     """Cosine of every pair of directions."""
     vectors = torch.stack([item.vector for item in directions])
     return vectors @ vectors.T

@@ -1,6 +1,6 @@
-"""A set of directions by site, method and position, and its file.
+"""A set of directions by site, method and position, and the files it is written to.
 
-Knows: lookup, saving, loading. Does not know: estimation.
+Knows: lookup, saving, loading. Does not know: how directions are estimated.
 """
 
 from __future__ import annotations
@@ -9,23 +9,23 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from interp_ablate.directions.class_separation import Separation
-from interp_ablate.directions.direction import Direction
+from interp_ablate.directions.direction import Direction, Separation
 from interp_ablate.errors import DirectionError
 from interp_ablate.sites import Site
 from interp_ablate.storage.atomic_files import write_atomic
 
-FORMAT = "interp_ablate.directions/1"
+FORMAT, PLAIN_FORMAT = "interp_ablate.directions/1", "interp_ablate.vectors/1"
+VectorDtype = Literal["float64", "float32"]
 
 
 class HasActivations(Protocol):
-    """What `estimate_directions` needs of `activations.Activations`."""
+    """The part of `activations.Activations` that an estimator reads."""
 
     @property
     def sites(self) -> tuple[Site, ...]: ...
@@ -49,7 +49,9 @@ class Directions:
 
     items: tuple[Direction, ...]
     left_out: dict[str, str] = field(default_factory=dict)
+    """`site[position]` -> why there is no direction."""
     source: str = ""
+    """What identifies the model and the prompts."""
 
     def __iter__(self) -> Iterator[Direction]:
         return iter(self.items)
@@ -71,12 +73,12 @@ class Directions:
         if reason is None and method is not None and method.endswith("_orthogonalized"):
             reason = self.left_out.get(f"{place} orthogonalized")
         alike = [item for item in self.items if method in (None, item.method)]
-        known = sorted({str(item.site) for item in alike})
+        sites = sorted({str(item.site) for item in alike})
         raise DirectionError(
             f"no direction at {site}"
             + (f", position {position}" if position else "")
             + (f", method {method}" if method else "")
-            + (f": {reason}" if reason else f"; there are {len(known)} sites, such as {known[:3]}")
+            + (f": {reason}" if reason else f"; there are {len(sites)} sites, such as {sites[:3]}")
         )
 
     def of(self, method: str) -> Directions:
@@ -160,20 +162,24 @@ def to_record(item: Direction) -> dict[str, Any]:
     }
 
 
+def separation_in(record: dict[str, Any]) -> Separation | None:
+    """The separation that `to_record` wrote, if it had one."""
+    return None if record["auc"] is None else Separation(record["auc"], record["d_prime"])
+
+
 def from_record(record: dict[str, Any], vector: Float[Tensor, " d_model"]) -> Direction:
     """The direction that `to_record` described, its stored unit vector bit for bit.
 
     Raises:
         DirectionError: a vector that is not a unit vector in float64.
     """
-    found = None if record["auc"] is None else Separation(record["auc"], record["d_prime"])
     direction = Direction(
         vector,
         record["norm"],
         Site.parse(record["site"]),
         record["position"],
         record["method"],
-        found,
+        separation_in(record),
         source=record["source"],
     )
     if vector.dtype != torch.float64 or not torch.allclose(
@@ -182,3 +188,59 @@ def from_record(record: dict[str, Any], vector: Float[Tensor, " d_model"]) -> Di
         raise DirectionError(f"the vector at {direction.site} is not a unit vector in float64")
     object.__setattr__(direction, "vector", vector)  # the stored unit vector, bit for bit
     return direction
+
+
+# ---- one tensor a direction ----------------------------------------------------------------------
+
+
+def write_directions(
+    directions: Iterable[Direction],
+    path: str | Path,
+    *,
+    dtype: VectorDtype = "float64",
+    raw: bool = False,
+) -> None:
+    """Plain safetensors: one unit vector [d_model] a direction, named by its site.
+
+    Where a site has several, its name is followed by the position, `blocks.3.hook_resid_pre[-1]`, and
+    where that is not enough the method comes first. The header's metadata hold norms, positions,
+    methods and sources. `read_directions` gives the same directions back: in float64 bit for bit.
+
+    Args:
+        raw: write unit vector times norm, for tools that add the tensor as it is.
+
+    Raises:
+        DirectionError: nothing to write, two directions of one name, a place that cannot be written.
+    """
+    from safetensors.torch import save
+
+    path, items = Path(path), list(directions)
+    if path.suffix != ".safetensors" or dtype not in get_args(VectorDtype) or not items:
+        raise DirectionError(
+            f"cannot write {len(items)} directions in {dtype} to {path}: at least one is needed, a name "
+            f"that ends in .safetensors, and a dtype of {', '.join(get_args(VectorDtype))}"
+        )
+    to = {"float64": torch.float64, "float32": torch.float32}[dtype]
+    names = _names_for(items, path)
+    tensors = {
+        name: (item.raw if raw else item.vector).to(to).clone() for name, item in zip(names, items)
+    }
+    records = {name: to_record(item) for name, item in zip(names, items)}
+    about = {"format": PLAIN_FORMAT, "raw": raw, "dtype": dtype, "directions": records}
+    metadata = {"format": "pt", "interp_ablate": json.dumps(about)}
+    write_atomic(path, save(tensors, metadata=metadata), error=DirectionError)
+
+
+def _names_for(items: list[Direction], path: Path) -> list[str]:
+    """The shortest names that differ: the site, the site and position, or the method as well."""
+    for names in (
+        [str(item.site) for item in items],
+        [f"{item.site}[{item.position}]" for item in items],
+        [item.name for item in items],
+    ):
+        if len(set(names)) == len(names):
+            return names
+    twice = sorted({name for name in names if names.count(name) > 1})
+    raise DirectionError(
+        f"two directions of {path} have one name: {twice[:3]}. Write them to files of their own"
+    )

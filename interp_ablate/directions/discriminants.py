@@ -1,6 +1,6 @@
 """Linear discriminant analysis and logistic regression.
 
-Knows: two discriminants. Does not know: hooks and plans.
+Knows: the two directions that tell the sets apart best. Does not know: hooks or plans, or what a model writes.
 """
 
 from __future__ import annotations
@@ -8,17 +8,18 @@ from __future__ import annotations
 import math
 from numbers import Real
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from interp_ablate.directions.direction import Direction
-from interp_ablate.directions.two_sets import (
+from interp_ablate.directions.mean_difference import (
     TIE_TOLERANCE,
+    as_float64,
     check_spread,
     checked_means,
     signed_direction,
-    standardized_sets,
 )
 from interp_ablate.errors import DirectionError
 from interp_ablate.sites import Site
@@ -52,7 +53,7 @@ def lda(
 
     means = checked_means(positive, negative, site, position)
     check_spread("lda", positive, negative, means)
-    features, labels, scale = standardized_sets(positive, negative)
+    features, labels, scale = _standardized(positive, negative)
     fitted = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto").fit(features, labels)
     return signed_direction(torch.from_numpy(fitted.coef_[0] / scale), means, "lda", source)
 
@@ -82,7 +83,7 @@ def logistic(
         raise DirectionError(f"C is a positive number, smaller for a stronger penalty; got {C!r}")
     means = checked_means(positive, negative, site, position)
     check_spread("logistic", positive, negative, means)
-    features, labels, scale = standardized_sets(positive, negative)
+    features, labels, scale = _standardized(positive, negative)
     # An L2 penalty keeps the coefficients in the span of the rows: fit in at most n coordinates.
     left, lengths, axes = torch.linalg.svd(torch.from_numpy(features), full_matrices=False)
     spanned = lengths > TIE_TOLERANCE * lengths[0]
@@ -95,5 +96,20 @@ def logistic(
             f"logistic at {site}[{position}] did not converge in {LOGISTIC_STEPS} steps with C={C:g}: "
             "give a smaller C (a stronger penalty)"
         )
-    found = torch.from_numpy(model.coef_[0]) @ axes / torch.from_numpy(scale)
-    return signed_direction(found, means, "logistic", source)
+    vector = torch.from_numpy(model.coef_[0]) @ axes / torch.from_numpy(scale)
+    return signed_direction(vector, means, "logistic", source)
+
+
+def _standardized(
+    positive: Float[Tensor, "prompt d_model"], negative: Float[Tensor, "prompt d_model"]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All prompts with mean 0 and variance 1 in every dimension, their labels, and each dimension's scale.
+
+    A direction of this space, divided by the scale, is a direction of the stream.
+    """
+    from sklearn.preprocessing import StandardScaler
+
+    rows = torch.cat([as_float64(positive), as_float64(negative)]).numpy()
+    scaler = StandardScaler()
+    features = scaler.fit_transform(rows)
+    return features, np.arange(len(rows)) < len(positive), scaler.scale_

@@ -1,40 +1,46 @@
-"""Estimators beside difference in means: PCA, rank-k subspaces, LDA, logistic regression, LEACE.
+"""The table of estimators: each by name, at every site, and side by side at one.
 
-Knows: which of them say what a model writes and which only tell two sets apart, signs, norms, outliers,
-directions between layers, and one table that compares them. Does not know: models, or any edit.
+An estimator is a function `(positive, negative, site, *, position, source) -> Direction | None` in a file of this
+folder and a line in `ESTIMATORS`. Another package registers one under the entry-point group
+`interp_ablate.estimators`.
+
+Knows: the names, and a table that compares them. Does not know: models, or any edit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from interp_ablate.directions.class_separation import separation
 from interp_ablate.directions.direction import Direction, orthogonalized
 from interp_ablate.directions.direction_set import Directions, HasActivations
 from interp_ablate.directions.discriminants import lda, logistic
 from interp_ablate.directions.leace_eraser import leace
-from interp_ablate.directions.mean_difference import difference_in_means
-from interp_ablate.directions.subspaces import pca
-from interp_ablate.directions.two_sets import (
-    NO_DIFFERENCE,
+from interp_ablate.directions.mean_difference import (
     as_float64,
     checked_means,
+    difference_in_means,
+    directions_at,
+    labels_of,
     signed_direction,
+    with_separation,
 )
+from interp_ablate.directions.subspaces import pca
 from interp_ablate.errors import DirectionError
 from interp_ablate.sites import Site
+from interp_ablate.storage.entry_points import entry_points_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
+GROUP = "interp_ablate.estimators"
+
 
 class Estimator(Protocol):
-    """What `ESTIMATORS` holds: two labelled sets at one site to a direction there."""
+    """Two labelled sets of activations at one site to a direction there; None where there is no difference."""
 
     def __call__(
         self,
@@ -55,7 +61,22 @@ ESTIMATORS: dict[str, Estimator] = {
 }
 
 
-# ---- over all sites, and side by side ------------------------------------------------------------
+def estimator_named(method: str) -> Estimator:
+    """The estimator of this name, of this package or of another one.
+
+    Raises:
+        DirectionError: no such name.
+        InterpAblateError: the package that registers it fails to load.
+    """
+    if method in ESTIMATORS:
+        return ESTIMATORS[method]
+    others = entry_points_of(GROUP)
+    if method not in others:
+        raise DirectionError(
+            f"unknown estimator {method!r}: accepted are {', '.join([*ESTIMATORS, *others])} (subspace and "
+            "leace give more than one direction: call them for one site)"
+        )
+    return others[method].load()
 
 
 def estimate_with(
@@ -66,7 +87,7 @@ def estimate_with(
     sites: Iterable[Site] | None = None,
     source: str = "",
 ) -> Directions:
-    """One estimator of `ESTIMATORS` at every site and position; where it finds nothing, the reason.
+    """One estimator at every site and position; where it finds no direction, the reason.
 
     Args:
         train: labelled activations (`collect` over a ContrastSet).
@@ -78,78 +99,32 @@ def estimate_with(
         DirectionError: an unknown method; activations without labels, with NaN or of another d_model; no
             site with a direction at all.
     """
-    if method not in ESTIMATORS:
-        raise DirectionError(
-            f"unknown estimator {method!r}: accepted are {', '.join(ESTIMATORS)} (subspace and leace "
-            "give more than one direction: call them for one site)"
-        )
-    labels = _labels_of(train)
-    held_labels = None if held_out is None else _labels_of(held_out)
-    found, left_out = [], {}
-    for site in _chosen(sites, train.sites):
-        for position in train.positions:
-            values, place = train.at(site, position), f"{site}[{position}]"
-            positive, negative = values[labels], values[~labels]
-            if difference_in_means(positive, negative, site) is None:  # NaN and bad shapes raise
-                left_out[place] = NO_DIFFERENCE
-                continue
-            try:
-                item = ESTIMATORS[method](
-                    positive, negative, site, position=position, source=source
-                )
-            except DirectionError as error:
-                left_out[place] = str(error)
-                continue
-            if item is not None and held_out is not None and held_labels is not None:
-                item = _measured(item, held_out.at(site, position), held_labels)
-            if item is not None:
-                found.append(item)
-    if not found:
-        first = next(iter(left_out.items()), ("no site was given", "give one or more"))
+    estimator = estimator_named(method)
+
+    def estimate(means: Direction, positive: Tensor, negative: Tensor) -> Direction | None:
+        return estimator(positive, negative, means.site, position=means.position, source=source)
+
+    chosen = _chosen(sites, train.sites)
+    directions = directions_at(chosen, train, held_out, {"": estimate}, source=source)
+    if not directions:
+        reasons = directions.left_out.items()
+        first = next(iter(reasons), ("no site was given", "give one or more"))
         raise DirectionError(f"no site has a direction of {method}; {first[0]}: {first[1]}")
-    return Directions(tuple(found), left_out, source)
+    return directions
 
 
-def _labels_of(activations: HasActivations) -> Bool[Tensor, " prompt"]:
-    if activations.labels is None:
-        raise DirectionError("directions need labels: collect a ContrastSet, not a list of prompts")
-    return activations.labels
-
-
-def _chosen(sites: Iterable[Site] | None, there: tuple[Site, ...]) -> tuple[Site, ...]:
+def _chosen(sites: Iterable[Site] | None, collected: tuple[Site, ...]) -> tuple[Site, ...]:
     """The sites asked for, in the order in which they were collected."""
     if sites is None:
-        return there
+        return collected
     wanted = set(sites)
-    unknown = sorted(str(site) for site in wanted - set(there))
+    unknown = sorted(str(site) for site in wanted - set(collected))
     if unknown:
         raise DirectionError(
-            f"no activations at {unknown[0]}: collected were {len(there)} sites"
-            + (f" from {there[0]} to {there[-1]}" if there else "")
+            f"no activations at {unknown[0]}: collected were {len(collected)} sites"
+            + (f" from {collected[0]} to {collected[-1]}" if collected else "")
         )
-    return tuple(site for site in there if site in wanted)
-
-
-def _measured(
-    item: Direction, values: Float[Tensor, "prompt d_model"], labels: Bool[Tensor, " prompt"]
-) -> Direction:
-    if values.shape[1] != len(item.vector):
-        raise DirectionError(
-            f"d_model differs at {item.site}: {len(item.vector)} in training, {values.shape[1]} held "
-            "out; collect both with the same model"
-        )
-    return replace(item, separation=separation(as_float64(values) @ item.vector, labels.cpu()))
-
-
-# What `comparison` lists: an estimator and its rows.
-COMPARED: dict[str, tuple[str, ...]] = {
-    "difference_in_means": ("difference_in_means",),
-    "difference_in_means_orthogonalized": ("difference_in_means_orthogonalized",),
-    "pca": ("pca",),
-    "lda": ("lda",),
-    "logistic": ("logistic",),
-    "leace": ("leace_write", "leace_read"),
-}
+    return tuple(site for site in collected if site in wanted)
 
 
 def comparison(
@@ -163,10 +138,11 @@ def comparison(
 
     Raises:
         DirectionError: activations without labels, with NaN or of another d_model; no difference in means.
+        InterpAblateError: a package that registers an estimator fails to load.
     """
     import pandas as pd
 
-    labels, held_labels = _labels_of(train), _labels_of(held_out)
+    labels, held_labels = labels_of(train), labels_of(held_out)
     place = str(position)
     values, held = train.at(site, place), held_out.at(site, place)
     means = checked_means(values[labels], values[~labels], site, place)
@@ -174,7 +150,7 @@ def comparison(
     for name, item, reason in _side_by_side(values[labels], values[~labels], means):
         row: dict[str, Any] = {"estimator": name, "left_out": reason}
         if item is not None:
-            measured = _measured(item, held, held_labels).separation
+            measured = with_separation(item, held, held_labels).separation
             assert measured is not None
             cosine = float(item.vector @ means.vector)
             norm = float(item.vector @ means.raw)
@@ -189,29 +165,25 @@ def _side_by_side(
     negative: Float[Tensor, "prompt d_model"],
     means: Direction,
 ) -> list[tuple[str, Direction | None, str]]:
-    """Every row's name and direction, or None and the reason."""
+    """The rows of the comparison: a name, and its direction or the reason why there is none."""
+    site, position = means.site, means.position
+    mean, *others = [*ESTIMATORS, *entry_points_of(GROUP)]
+    leace_rows = ("leace_write", "leace_read")
     rows: list[tuple[str, Direction | None, str]] = []
-    for method, names in COMPARED.items():
+    for method in (mean, f"{mean}_orthogonalized", *others, leace_rows):
+        names = (method,) if isinstance(method, str) else method
+        items: list[Direction | None]
         try:
-            made = _rows_of(method, positive, negative, means)
+            if method == f"{mean}_orthogonalized":
+                items = [orthogonalized(means, as_float64(negative).mean(0))]
+            elif isinstance(method, str):
+                items = [estimator_named(method)(positive, negative, site, position=position)]
+            else:
+                eraser = leace(positive, negative, site, position=position)
+                parts = zip(names, (eraser.write, eraser.read), strict=True)
+                items = [signed_direction(part, means, name, "") for name, part in parts]
         except DirectionError as error:
             rows.extend((name, None, str(error)) for name in names)
         else:
-            rows.extend((name, item, "") for name, item in zip(names, made, strict=True))
+            rows.extend((name, item, "") for name, item in zip(names, items, strict=True))
     return rows
-
-
-def _rows_of(
-    method: str,
-    positive: Float[Tensor, "prompt d_model"],
-    negative: Float[Tensor, "prompt d_model"],
-    means: Direction,
-) -> list[Direction | None]:
-    site, position = means.site, means.position
-    if method == "difference_in_means_orthogonalized":
-        return [orthogonalized(means, as_float64(negative).mean(0))]
-    if method == "leace":
-        eraser = leace(positive, negative, site, position=position)
-        parts = zip(COMPARED[method], (eraser.write, eraser.read), strict=True)
-        return [signed_direction(part, means, name, "") for name, part in parts]
-    return [ESTIMATORS[method](positive, negative, site, position=position)]

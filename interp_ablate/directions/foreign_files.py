@@ -1,8 +1,7 @@
-"""Vectors: directions in and out of the files of other tools.
+"""Directions out of the files of other tools: Arditi's, control vectors, plain tensors.
 
-Knows: Arditi's direction.pt and mean_diffs.pt, tensors in .pt, .npy and .safetensors, llama.cpp and repeng
-control vectors (GGUF), and plain safetensors out. Does not know: how a direction was estimated, what is
-done along it, or any file that has to be unpickled: those are refused.
+Knows: .pt, .npy, .safetensors and .gguf files, and how their names tell a site. Does not know: how a direction was
+estimated, or any file that has to be unpickled (those are refused).
 """
 
 from __future__ import annotations
@@ -11,32 +10,33 @@ import json
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from tokenize import TokenError
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp_ablate.directions.class_separation import Separation
-from interp_ablate.directions.direction import Direction
+from interp_ablate.directions.direction import Direction, Separation
 from interp_ablate.directions.direction_set import FORMAT as DIRECTIONS_FORMAT
-from interp_ablate.directions.direction_set import Directions, from_record, to_record
+from interp_ablate.directions.direction_set import (
+    PLAIN_FORMAT,
+    Directions,
+    from_record,
+    separation_in,
+)
 from interp_ablate.directions.gguf_vectors import read_gguf_vectors
 from interp_ablate.errors import DirectionError, InterpAblateError
 from interp_ablate.sites import POINTS, Point, Site
-from interp_ablate.storage.atomic_files import write_atomic
 
-FORMAT = "interp_ablate.vectors/1"
 UNKNOWN = "unknown"  # the position of a vector whose file does not tell it
 METADATA = "direction_metadata.json"
 ARDITI = "Arditi et al. 2024, https://arxiv.org/abs/2406.11717"
 PICKLES = (".pkl", ".pickle", ".joblib", ".bin")
-VectorDtype = Literal["float64", "float32"]
 
 _LAYER_NAME = re.compile(r"(?:.*[._])?(?:layers?|blocks?|h)[._](\d+)|(\d+)")
 _PLACE_NAME = re.compile(r"(?:(?P<method>[^@\[\]]+)@)?(?P<site>[^@\[\]]+)(?:\[(?P<position>.+)\])?")
@@ -48,8 +48,8 @@ _CONVERT = """Where you trust it, convert it once and read the result:
 
 
 @dataclass(frozen=True)
-class _Found:
-    """One tensor of a file, under its name there, with what the file itself says about it."""
+class _FileTensor:
+    """One tensor of a file, with what the file itself says about it."""
 
     name: str
     tensor: Tensor
@@ -58,7 +58,8 @@ class _Found:
     method: str = "imported"
     source: str = ""
     separation: Separation | None = None
-    record: dict[str, Any] | None = None  # what `write_directions` noted
+    record: dict[str, Any] | None = None
+    """The metadata that `write_directions` wrote."""
 
 
 def read_directions(
@@ -92,94 +93,30 @@ def read_directions(
         every = Directions.load(path)
     else:
         placed = _placed(list(_tensors_of(path)), path, site=site, point=point)
-        every = _directions(placed, path, position=position)
-    kept = tuple(
+        every = _directions(placed, path, position)
+    items = tuple(
         item for item in every if site in (None, item.site) and position in (None, item.position)
     )
-    if not kept:
-        there = [f"{item.site}[{item.position}]" for item in every]
+    if not items:
+        places = [f"{item.site}[{item.position}]" for item in every]
         raise DirectionError(
             f"{path} has no direction at {site or 'any site'}[{position or 'any position'}]: it has "
-            f"{', '.join(there[:6])}" + (" and more" if len(there) > 6 else "")
+            f"{', '.join(places[:6])}" + (" and more" if len(places) > 6 else "")
         )
-    wrong = {len(item.vector) for item in kept} - {d_model or len(kept[0].vector)}
+    width = d_model or len(items[0].vector)
+    wrong = {len(item.vector) for item in items} - {width}
     if wrong:
         raise DirectionError(
-            f"{path} holds vectors of length {sorted(wrong)}, and d_model is "
-            f"{d_model or len(kept[0].vector)}: it was made for another model"
+            f"{path} holds vectors of length {sorted(wrong)}, and d_model is {width}: it was made for "
+            "another model"
         )
-    return Directions(kept, every.left_out, every.source)
-
-
-def read_gguf_directions(path: str | Path) -> Directions:
-    """A llama.cpp or repeng control vector: `direction.N` is added to the output of block N.
-
-    Both tools count blocks from 0 and leave block 0 alone, so `direction.N` lives at
-    Site(N, "resid_post"), and its length is the strength it was made for.
-
-    Raises:
-        DirectionError: no control vector, a truncated file, or tensors that llama.cpp would not read.
-    """
-    return _directions(_from_gguf(Path(path)), Path(path))
-
-
-def write_directions(
-    directions: Iterable[Direction],
-    path: str | Path,
-    *,
-    dtype: VectorDtype = "float64",
-    raw: bool = False,
-) -> None:
-    """Plain safetensors: one unit vector [d_model] a direction, named by its site.
-
-    Where a site has several, its name is followed by the position, `blocks.3.hook_resid_pre[-1]`, and
-    where that is not enough the method comes first. The header's metadata hold norms, positions,
-    methods and sources. `read_directions` gives the same directions back: in float64 bit for bit.
-
-    Args:
-        raw: write unit vector times norm, for tools that add the tensor as it is.
-
-    Raises:
-        DirectionError: nothing to write, two directions of one name, a place that cannot be written.
-    """
-    from safetensors.torch import save
-
-    path, items = Path(path), list(directions)
-    if path.suffix != ".safetensors" or dtype not in get_args(VectorDtype) or not items:
-        raise DirectionError(
-            f"cannot write {len(items)} directions in {dtype} to {path}: at least one is needed, a name "
-            f"that ends in .safetensors, and a dtype of {', '.join(get_args(VectorDtype))}"
-        )
-    to = {"float64": torch.float64, "float32": torch.float32}[dtype]
-    names = _names_for(items, path)
-    tensors = {
-        name: (item.raw if raw else item.vector).to(to).clone() for name, item in zip(names, items)
-    }
-    records = {name: to_record(item) for name, item in zip(names, items)}
-    about = {"format": FORMAT, "raw": raw, "dtype": dtype, "directions": records}
-    metadata = {"format": "pt", "interp_ablate": json.dumps(about)}
-    write_atomic(path, save(tensors, metadata=metadata), error=DirectionError)
-
-
-def _names_for(items: list[Direction], path: Path) -> list[str]:
-    """The shortest way to name all: by site, by site and position, or with the method as well."""
-    for names in (
-        [str(item.site) for item in items],
-        [f"{item.site}[{item.position}]" for item in items],
-        [item.name for item in items],
-    ):
-        if len(set(names)) == len(names):
-            return names
-    twice = sorted({name for name in names if names.count(name) > 1})
-    raise DirectionError(
-        f"two directions of {path} have one name: {twice[:3]}. Write them to files of their own"
-    )
+    return Directions(items, every.left_out, every.source)
 
 
 # --------------------------------------------------------------------------------- one file's tensors
 
 
-def _tensors_of(path: Path) -> list[_Found]:
+def _tensors_of(path: Path) -> list[_FileTensor]:
     """Every tensor of a file, by its ending."""
     if path.suffix in PICKLES:
         raise DirectionError(f"{path} is a pickle, and is not read: {_convert(path)}")
@@ -195,7 +132,7 @@ def _convert(path: Path) -> str:
     return "unpickling runs whatever code the file holds. " + _CONVERT.format(file=path.name)
 
 
-# What torch raises for a file that is not whole: bytes in the wrong place are read as any instruction.
+# Errors of torch for a file that is not whole: bytes in the wrong place are read as any instruction.
 _RUINS = (
     *(UnpicklingError, OSError, RuntimeError, EOFError, ValueError, TypeError),
     *(KeyError, IndexError, AttributeError, AssertionError, struct.error),
@@ -208,7 +145,7 @@ def _is_a_pickle(path: Path) -> bool:
         return file.read(1) == b"\x80" or zipfile.is_zipfile(path)
 
 
-def _from_torch(path: Path) -> Iterator[_Found]:
+def _from_torch(path: Path) -> Iterator[_FileTensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except _RUINS as error:
@@ -219,7 +156,7 @@ def _from_torch(path: Path) -> Iterator[_Found]:
     if isinstance(loaded, Tensor) and loaded.ndim == 3 and path.name == "mean_diffs.pt":
         yield from _from_mean_differences(loaded, path)
     elif isinstance(loaded, Tensor):
-        yield _Found(path.name, loaded, **_arditi_place(path))
+        yield _FileTensor(path.name, loaded, **_arditi_place(path))
     elif (
         isinstance(loaded, dict) and loaded and all(isinstance(v, Tensor) for v in loaded.values())
     ):
@@ -235,7 +172,7 @@ def _from_torch(path: Path) -> Iterator[_Found]:
 
 def _from_mean_differences(
     table: Float[Tensor, "pos layer d_model"], path: Path
-) -> Iterator[_Found]:
+) -> Iterator[_FileTensor]:
     """Arditi's candidates: the last positions of the template, by the layer whose input was read."""
     count, n_layers, _ = table.shape
     for place in range(count):
@@ -243,18 +180,18 @@ def _from_mean_differences(
             position, site = str(place - count), Site(layer, "resid_pre")
             name = f"mean_diffs[{position}, {layer}]"
             vector = table[place, layer]
-            yield _Found(name, vector, site, position, "difference_in_means", ARDITI)
+            yield _FileTensor(name, vector, site, position, "difference_in_means", ARDITI)
 
 
 def _arditi_place(path: Path) -> dict[str, Any]:
-    """What direction_metadata.json says about the direction.pt beside it; nothing where there is none."""
+    """Site and position in the direction_metadata.json beside a direction.pt; empty where there is none."""
     beside = path.with_name(METADATA)
     if path.name != "direction.pt" or not beside.is_file():
         return {}
     try:
-        given = json.loads(beside.read_text())
+        metadata = json.loads(beside.read_text())
         # The paper reads a block's input: layer l is resid_pre(l).
-        site, position = Site(given["layer"], "resid_pre"), str(int(given["pos"]))
+        site, position = Site(metadata["layer"], "resid_pre"), str(int(metadata["pos"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DirectionError(
             f'cannot read {beside}: {error!r}. Expected are {{"pos": -2, "layer": 10}} or no such file'
@@ -262,7 +199,7 @@ def _arditi_place(path: Path) -> dict[str, Any]:
     return {"site": site, "position": position, "method": "difference_in_means", "source": ARDITI}
 
 
-def _from_numpy(path: Path) -> Iterator[_Found]:
+def _from_numpy(path: Path) -> Iterator[_FileTensor]:
     import numpy as np
 
     try:
@@ -278,10 +215,10 @@ def _from_numpy(path: Path) -> Iterator[_Found]:
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
         kind = getattr(array, "dtype", type(array).__name__)
         raise DirectionError(f"{path} holds {kind}: a direction needs an array of floats")
-    yield _Found(path.name, torch.from_numpy(array.astype(np.float64)))
+    yield _FileTensor(path.name, torch.from_numpy(array.astype(np.float64)))
 
 
-def _from_safetensors(path: Path) -> Iterator[_Found]:
+def _from_safetensors(path: Path) -> Iterator[_FileTensor]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -290,7 +227,7 @@ def _from_safetensors(path: Path) -> Iterator[_Found]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:
         raise DirectionError(f"cannot read {path}: {error}. Is the file whole?") from error
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
+    if not isinstance(about, dict) or about.get("format") != PLAIN_FORMAT:
         yield from (_named(name, tensor) for name, tensor in tensors.items())
         return
     try:
@@ -305,23 +242,29 @@ def _from_safetensors(path: Path) -> Iterator[_Found]:
         ) from error
 
 
-def _recorded(name: str, tensor: Tensor, record: dict[str, Any]) -> _Found:
+def _recorded(name: str, tensor: Tensor, record: dict[str, Any]) -> _FileTensor:
     site, position, method = Site.parse(record["site"]), record["position"], record["method"]
     if not (isinstance(record["norm"], float) and 0 < record["norm"] < float("inf")):
         raise TypeError(f"the norm of {name!r} is {record['norm']!r}")
-    known = None if record["auc"] is None else Separation(record["auc"], record["d_prime"])
-    return _Found(name, tensor, site, position, method, record["source"], known, record)
+    return _FileTensor(
+        name, tensor, site, position, method, record["source"], separation_in(record), record
+    )
 
 
-def _from_gguf(path: Path) -> Iterator[_Found]:
-    found = read_gguf_vectors(path)
-    source = path.name + (f", made for {found.model_hint}" if found.model_hint else "")
-    for block, vector in found.vectors.items():
+def _from_gguf(path: Path) -> Iterator[_FileTensor]:
+    """A control vector: `direction.N` is added to the output of block N, which is Site(N, "resid_post").
+
+    llama.cpp and repeng count blocks from 0 and leave block 0 alone. A vector's length is the strength it was
+    made for.
+    """
+    file = read_gguf_vectors(path)
+    source = path.name + (f", made for {file.model_hint}" if file.model_hint else "")
+    for block, vector in file.vectors.items():
         site = Site(block, "resid_post")
-        yield _Found(f"direction.{block}", vector, site, None, "control_vector", source)
+        yield _FileTensor(f"direction.{block}", vector, site, None, "control_vector", source)
 
 
-_READERS: dict[str, Callable[[Path], Iterator[_Found]]] = {
+_READERS: dict[str, Callable[[Path], Iterator[_FileTensor]]] = {
     ".pt": _from_torch,
     ".pth": _from_torch,
     ".npy": _from_numpy,
@@ -342,24 +285,24 @@ def _is_a_directions_file(path: Path) -> bool:
 # --------------------------------------------------------------------------------- where they live
 
 
-def _named(name: str, tensor: Tensor) -> _Found:
-    """A tensor with the site, position and method its name tells: `blocks.3.hook_resid_pre[-1]`."""
+def _named(name: str, tensor: Tensor) -> _FileTensor:
+    """A tensor with the site, position and method in its name, such as `blocks.3.hook_resid_pre[-1]`."""
     match = _PLACE_NAME.fullmatch(name)
     try:
         site = Site.parse(match["site"] if match else name)
     except InterpAblateError:
-        return _Found(name, tensor)
+        return _FileTensor(name, tensor)
     assert match is not None
-    return _Found(name, tensor, site, match["position"], match["method"] or "imported")
+    return _FileTensor(name, tensor, site, match["position"], match["method"] or "imported")
 
 
 def _placed(
-    found: list[_Found], path: Path, *, site: Site | None, point: Point | None
-) -> list[_Found]:
-    """Every tensor with its site: the file's own word, else its layer and a point, else `site`."""
+    tensors: list[_FileTensor], path: Path, *, site: Site | None, point: Point | None
+) -> list[_FileTensor]:
+    """Every tensor with its site: the one the file names, else its layer and a point, else `site`."""
     point = point or (site.point if site else None)
     placed = []
-    for item in found:
+    for item in tensors:
         layer = _LAYER_NAME.fullmatch(item.name) if item.site is None else None
         if layer is not None and point is None:
             raise DirectionError(
@@ -369,16 +312,16 @@ def _placed(
             )
         if layer is not None and point is not None:
             item = replace(item, site=Site(int(layer[1] or layer[2]), point))
-        elif item.site is None and len(found) == 1 and site is not None:
+        elif item.site is None and len(tensors) == 1 and site is not None:
             item = replace(item, site=site)
         placed.append(item)
-    lost = [item.name for item in placed if item.site is None]
-    if lost and len(found) > 1:
+    without = [item.name for item in placed if item.site is None]
+    if without and len(tensors) > 1:
         raise DirectionError(
-            f"{path} holds {len(found)} tensors, and the names {lost[:4]} are no sites: name them like "
+            f"{path} holds {len(tensors)} tensors, and the names {without[:4]} are no sites: name them like "
             "'blocks.3.hook_resid_pre', or keep one tensor a file and pass site=Site(layer, point)"
         )
-    if lost:
+    if without:
         raise DirectionError(
             f"{path} does not say where its vector lives: pass site=Site(layer, point), such as "
             "Site(10, 'resid_pre') for the input of block 10"
@@ -386,11 +329,10 @@ def _placed(
     return placed
 
 
-def _directions(found: Iterable[_Found], path: Path, *, position: str | None = None) -> Directions:
+def _directions(tensors: list[_FileTensor], path: Path, position: str | None) -> Directions:
     """The tensors as directions; those of zeros are left out, if there are others."""
-    kept, left_out, recorded = [], {}, False
-    for item in found:
-        recorded = item.record is not None
+    items, left_out = [], {}
+    for item in tensors:
         tensor, shape = item.tensor.detach(), tuple(item.tensor.shape)
         if not tensor.is_floating_point() or tensor.ndim != 1 or not len(tensor):
             raise DirectionError(
@@ -402,22 +344,22 @@ def _directions(found: Iterable[_Found], path: Path, *, position: str | None = N
                 f"{item.name!r} of {path} holds NaN or infinity: estimate it again in float32 or better"
             )
         if tensor.any():
-            kept.append(_direction(item, position))
+            items.append(_direction(item, position))
         else:
             left_out[f"{item.site}[{item.position or position or UNKNOWN}]"] = (
                 f"{item.name!r} of {path.name} is all zeros"
             )
-    if not kept:
+    if not items:
         raise DirectionError(
             f"{path} holds {'no vector' if not left_out else 'only zeros'}: nothing can be ablated or "
             "added along it"
         )
-    if not recorded:  # safetensors sorts by name, repeng writes the last block first
-        kept.sort(key=lambda item: item.site.order)
-    return Directions(tuple(kept), left_out, kept[0].source)
+    if not any(item.record for item in tensors):  # safetensors sorts by name, repeng the last first
+        items.sort(key=lambda item: item.site.order)
+    return Directions(tuple(items), left_out, items[0].source)
 
 
-def _direction(item: _Found, position: str | None) -> Direction:
+def _direction(item: _FileTensor, position: str | None) -> Direction:
     assert item.site is not None
     vector, about = item.tensor.double(), item.record
     if about is not None and item.tensor.dtype == torch.float64 and not about["raw"]:

@@ -1,7 +1,7 @@
-"""GGUF vectors: control vector files of llama.cpp and repeng, read without trusting what they say of themselves.
+"""Control vector files (GGUF) of llama.cpp and repeng, read without trusting the lengths in them.
 
-Knows: GGUF's header as far as such a file needs it, and what llama.cpp demands of one. Does not know:
-directions, plans, or how the vectors are used.
+Knows: GGUF's header, and the checks that llama.cpp makes. Does not know: directions, plans, or how the vectors
+are used.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _VERSIONS = (2, 3)
 
 @dataclass(frozen=True, eq=False)
 class GGUFVectors:
-    """What a control vector file holds: for block N >= 1, the vector that is added to its output.
-
-    `layer_count` is what the file says; generators write the number of vectors in it, readers ignore it.
-    """
+    """The content of a control vector file."""
 
     name: str
     model_hint: str
+    """Model type that the vectors are for; nobody enforces it."""
     layer_count: int
+    """The file's own number; generators write the number of vectors here, readers ignore it."""
     vectors: dict[int, Float[Tensor, " d_model"]] = field(repr=False)
+    """Block (from 1) -> the vector that is added to its output."""
 
 
 def read_gguf_vectors(path: str | Path) -> GGUFVectors:
@@ -65,7 +65,7 @@ def read_gguf_vectors(path: str | Path) -> GGUFVectors:
 
 
 class _Cursor:
-    """A place in a file that is read from start to end, and never beyond it."""
+    """A reader of one file that refuses to go beyond its end."""
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self.data, self.path, self.at = data, path, 0

@@ -1,6 +1,6 @@
 """LEACE: least-squares concept erasure (Belrose et al. 2023).
 
-Knows: the eraser and its fit. Does not know: hooks and plans.
+Knows: the eraser and its fit. Does not know: hooks or plans.
 """
 
 from __future__ import annotations
@@ -12,13 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp_ablate.directions.direction import ZERO_TOLERANCE
-from interp_ablate.directions.two_sets import (
-    as_float64,
-    check_spread,
-    checked_means,
-    fingerprint_of,
-)
+from interp_ablate.directions.direction import ZERO_TOLERANCE, fingerprint_of
+from interp_ablate.directions.mean_difference import as_float64, check_spread, checked_means
 from interp_ablate.errors import DirectionError
 from interp_ablate.sites import Site
 
@@ -30,16 +25,18 @@ LEACE_TOLERANCE = 1e-9
 class Eraser:
     """x -> x - write * (read . (x - centre)), where read . write = 1: an oblique projection, rank 1.
 
-    `write` (unit length) is what is taken out of the stream, `read` says how much of it is there, and
-    `centre` is the point that stays where it is. Applied twice it changes nothing more.
+    Applied twice it changes nothing more.
 
     Raises:
         DirectionError: parts of different shapes, not finite, or with read . write other than 1.
     """
 
     write: Float[Tensor, " d_model"]
+    """Unit vector that is taken out of the stream."""
     read: Float[Tensor, " d_model"]
+    """Vector whose dot product with x - centre says how much of `write` is taken out."""
     centre: Float[Tensor, " d_model"]
+    """The point that stays where it is."""
     site: Site
     position: str = "-1"
     method: str = "leace"

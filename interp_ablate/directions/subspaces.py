@@ -1,6 +1,6 @@
 """PCA of paired differences, and rank-k subspaces.
 
-Knows: principal components. Does not know: hooks and plans.
+Knows: principal axes of what the two sets differ by. Does not know: hooks or plans.
 """
 
 from __future__ import annotations
@@ -12,29 +12,27 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp_ablate.directions.direction import ZERO_TOLERANCE, Direction
-from interp_ablate.directions.two_sets import (
+from interp_ablate.directions.direction import ZERO_TOLERANCE, Direction, fingerprint_of
+from interp_ablate.directions.mean_difference import (
     TIE_TOLERANCE,
+    as_float64,
     checked_means,
-    fingerprint_of,
-    paired_differences,
     signed_direction,
 )
 from interp_ablate.errors import DirectionError
 from interp_ablate.sites import Site
 
-# ---- what an estimator gives when it is no single direction --------------------------------------
-
 
 @dataclass(frozen=True, eq=False)
 class Subspace:
-    """Orthonormal rows [k, d_model] that span what was found at one site; `Ablate(it.vectors, ...)`.
+    """Several directions of one site, for `Ablate(subspace.vectors, ...)`.
 
     Raises:
         DirectionError: rows that are not finite, not orthonormal, or more than d_model.
     """
 
     vectors: Float[Tensor, "k d_model"]
+    """Orthonormal rows, float64 on the CPU."""
     site: Site
     position: str = "-1"
     method: str = "subspace"
@@ -56,7 +54,7 @@ class Subspace:
 
     @property
     def rank(self) -> int:
-        """How many directions it spans."""
+        """Number of directions that it spans."""
         return len(self.vectors)
 
     @property
@@ -68,9 +66,6 @@ class Subspace:
     def fingerprint(self) -> str:
         """sha256 of the vectors and where they came from."""
         return fingerprint_of([self.vectors], [str(self.site), self.position, self.method])
-
-
-# ---- estimators ----------------------------------------------------------------------------------
 
 
 def pca(
@@ -96,7 +91,7 @@ def pca(
     """
     means = checked_means(positive, negative, site, position)
     _, lengths, axes = torch.linalg.svd(
-        paired_differences(positive, negative, means), full_matrices=False
+        _paired_differences(positive, negative, means), full_matrices=False
     )
     if len(lengths) > 1 and float(lengths[0] - lengths[1]) <= TIE_TOLERANCE * float(lengths[0]):
         raise DirectionError(
@@ -132,7 +127,7 @@ def subspace(
     means = checked_means(positive, negative, site, position)
     rows = means.vector[None]
     if wanted > 1:
-        differences = paired_differences(positive, negative, means)
+        differences = _paired_differences(positive, negative, means)
         rest = differences - (differences @ means.vector)[:, None] * means.vector
         _, lengths, axes = torch.linalg.svd(rest, full_matrices=False)
         axes = axes[lengths > ZERO_TOLERANCE * float(differences.norm())]
@@ -146,5 +141,22 @@ def subspace(
         largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
         rows = torch.cat([rows, axes * largest.sign()])
     basis, triangle = torch.linalg.qr(rows.T)  # orthogonal to the last bit, signs as they were
-    found = (basis * triangle.diagonal().sign()).T.contiguous()
-    return Subspace(found, site, position, source=source)
+    vectors = (basis * triangle.diagonal().sign()).T.contiguous()
+    return Subspace(vectors, site, position, source=source)
+
+
+def _paired_differences(
+    positive: Float[Tensor, "prompt d_model"],
+    negative: Float[Tensor, "prompt d_model"],
+    means: Direction,
+) -> Float[Tensor, "pair d_model"]:
+    pairs = min(len(positive), len(negative))
+    first = as_float64(positive[:pairs])
+    differences = first - as_float64(negative[:pairs])
+    if float(differences.norm()) <= ZERO_TOLERANCE * float(first.norm()):
+        raise DirectionError(
+            f"the first {pairs} positive and negative activations at {means.site}[{means.position}] "
+            "are the same pair by pair: there is nothing to find axes of. Give sets of equal size "
+            "whose i-th prompts differ, or use difference_in_means"
+        )
+    return differences

@@ -42,13 +42,7 @@ BEHAVIOUR_FILES = (
     "generation_config.json",
 )
 # What an export writes itself, or what no program reads.
-_MAY_DIFFER = (
-    "README.md",
-    "config.json",
-    MANIFEST,
-    CERTIFICATE,
-    ".gitattributes",
-)
+_MAY_DIFFER = ("README.md", "config.json", MANIFEST, CERTIFICATE, ".gitattributes")
 # Files that loaders act on where they find them: adapters, code, other weights, other templates.
 _ACTED_ON = (".json", ".jinja", ".model", ".py", ".safetensors", ".bin", ".pt", ".pth", ".txt")
 _NOT_COMPARED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")

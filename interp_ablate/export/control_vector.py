@@ -131,11 +131,9 @@ def _block_vectors(plan: Plan, n_layers: int) -> dict[int, Float[Tensor, " d_mod
 
 def _block_of(site: Site, n_layers: int) -> int:
     """The block to whose output an addition at a site amounts."""
-    block = {
-        "resid_post": site.layer,
-        "mlp_out": site.layer,
-        "resid_pre": site.layer - 1,
-    }.get(site.point)
+    block = {"resid_post": site.layer, "mlp_out": site.layer, "resid_pre": site.layer - 1}.get(
+        site.point
+    )
     if block is None:
         raise ExportError(
             f"a control vector cannot add at {site}: it adds to the output of a block, after the MLP. "

@@ -20,12 +20,7 @@ _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def _split(pattern: str) -> dict[str, Any]:
-    return {
-        "type": "Split",
-        "pattern": {"Regex": pattern},
-        "behavior": "Isolated",
-        "invert": False,
-    }
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
 def _byte_level(*, use_regex: bool) -> dict[str, Any]:
@@ -37,14 +32,8 @@ def _byte_level(*, use_regex: bool) -> dict[str, Any]:
 # SmolLM2, Llama 3 and Qwen 2.
 PRE_TOKENIZERS: dict[str, tuple[list[dict[str, Any]], bool]] = {
     "gpt-2": ([_byte_level(use_regex=True)], False),
-    "smollm": (
-        [{"type": "Digits", "individual_digits": True}, _byte_level(use_regex=True)],
-        False,
-    ),
-    "llama-bpe": (
-        [_split(_LETTERS + r"\p{N}{1,3}" + _REST), _byte_level(use_regex=False)],
-        True,
-    ),
+    "smollm": ([{"type": "Digits", "individual_digits": True}, _byte_level(use_regex=True)], False),
+    "llama-bpe": ([_split(_LETTERS + r"\p{N}{1,3}" + _REST), _byte_level(use_regex=False)], True),
     "qwen2": ([_split(_LETTERS + r"\p{N}" + _REST), _byte_level(use_regex=False)], False),
 }
 # Text that a SentencePiece model must not change: llama.cpp composes and collapses nothing.

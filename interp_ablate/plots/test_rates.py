@@ -65,9 +65,7 @@ def before_after(test: Mapping[str, Any], ax: Axes) -> Axes:
     return ax
 
 
-def rate_rows(
-    test: Mapping[str, Any],
-) -> list[tuple[str, float, list[float] | None, str]]:
+def rate_rows(test: Mapping[str, Any]) -> list[tuple[str, float, list[float] | None, str]]:
     """(name, rate, interval, colour) of each rate the report has; controls follow the ablation."""
     intervals = test.get("intervals") or {}
     found: list[tuple[str, float, list[float] | None, str]] = []

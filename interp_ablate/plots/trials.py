@@ -171,11 +171,7 @@ def search_front(
     ):
         for mask, face, more in (
             ((rows["edit"] == kind) & ~loops, colour, ""),
-            (
-                (rows["edit"] == kind) & loops,
-                "none",
-                ", positive prompts' answers repeat more",
-            ),
+            ((rows["edit"] == kind) & loops, "none", ", positive prompts' answers repeat more"),
         ):
             if mask.any():
                 ax.scatter(

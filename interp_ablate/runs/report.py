@@ -314,9 +314,7 @@ def _say(text: str, tone: str = "plain") -> dict[str, str]:
 
 
 def _tiles(
-    test: Mapping[str, Any],
-    certificate: Mapping[str, Any] | None,
-    configuration: Mapping[str, Any],
+    test: Mapping[str, Any], certificate: Mapping[str, Any] | None, configuration: Mapping[str, Any]
 ) -> list[dict[str, str]]:
     """The few numbers to read first."""
     found = []

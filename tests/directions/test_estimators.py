@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from interp_ablate.activations.activations import Activations
-from interp_ablate.directions.adjustments import interpolated, massive_dimensions, winsorized
-from interp_ablate.directions.class_separation import separation
-from interp_ablate.directions.direction import Direction, orthogonalized
+from interp_ablate.directions.adjustments import interpolated, winsorized
+from interp_ablate.directions.direction import Direction, orthogonalized, separation
 from interp_ablate.directions.direction_set import Directions
 from interp_ablate.directions.discriminants import lda, logistic
 from interp_ablate.directions.estimators import ESTIMATORS, comparison, estimate_with
@@ -26,7 +25,7 @@ from interp_ablate.directions.leace_eraser import Eraser, leace
 from interp_ablate.directions.mean_difference import difference_in_means, estimate_directions
 from interp_ablate.directions.subspaces import Subspace, pca, subspace
 from interp_ablate.edits.kinds import Ablate
-from interp_ablate.errors import DirectionError
+from interp_ablate.errors import DirectionError, InterpAblateError
 from interp_ablate.sites import Site
 
 D = 12
@@ -753,6 +752,35 @@ def test_the_comparison_lists_every_estimator() -> None:
     assert by_number.equals(default) and not by_number.equals(table)
 
 
+def test_an_estimator_of_another_package(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ten-line package: it is estimated with, listed in the comparison, and named where it fails."""
+    info = tmp_path / "outside-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[interp_ablate.estimators]\nmedians = outside_estimators:medians\n"
+    )
+    module = tmp_path / "outside_estimators.py"
+    module.write_text(
+        "from interp_ablate.directions import Direction\n"
+        "def medians(positive, negative, site, *, position='-1', source=''):\n"
+        "    gap = positive.double().median(0).values - negative.double().median(0).values\n"
+        "    return Direction(gap, float(gap.norm()), site, position, 'medians', source=source)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    train, held_out = activations(0), activations(1)
+    result = estimate_with("medians", train, held_out, source="s")
+    assert len(result) == 6 and {item.method for item in result} == {"medians"}
+    assert all(item.separation is not None for item in result)
+    table = comparison(train, held_out, SITES[1]).set_index("estimator")
+    assert table.auc["medians"] > 0.6 and table.left_out["medians"] == ""
+    with pytest.raises(DirectionError, match=r"'mean': accepted are .*logistic, medians"):
+        estimate_with("mean", train)
+    (info / "entry_points.txt").write_text("[interp_ablate.estimators]\nlost = outside_gone:it\n")
+    with pytest.raises(InterpAblateError, match="outside registers 'lost'"):
+        estimate_with("lost", train)
+
+
 def test_the_comparison_keeps_the_rows_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "concept_erasure", None)
     table = comparison(activations(0, 1, 8), activations(1), SITES[0]).set_index("estimator")
@@ -822,29 +850,7 @@ def test_winsorizing_lets_the_other_dimensions_decide() -> None:
     assert cosine(gap(*(winsorized(values) for values in noisy)), mean) > 0.8
 
 
-def test_massive_dimensions_are_named_with_how_massive_they_are() -> None:
-    values = torch.ones(4, 2, 9).double()
-    values[..., 3] = torch.tensor([50.0, -50.0]).double()
-    values[..., 7] = -200
-    values[..., 8] = 19.9
-    listed = massive_dimensions(values)
-    assert [(item.index, item.mean_abs, item.ratio) for item in listed] == [
-        (7, 200, 200),
-        (3, 50, 50),
-    ]
-    assert [item.index for item in massive_dimensions(values, factor=50)] == [7, 3]
-    assert [item.index for item in massive_dimensions(values * 1e-9, factor=51)] == [7]
-    assert [item.index for item in massive_dimensions(values, factor=19.9)] == [7, 3, 8]
-    assert massive_dimensions(values.to(torch.bfloat16))[0].index == 7
-    assert massive_dimensions(draw(0, 50, 30)) == ()
-    sparse = torch.zeros(2, 9).double()
-    sparse[0, 4] = 1
-    assert [(item.index, item.ratio) for item in massive_dimensions(sparse)] == [(4, math.inf)]
-    assert massive_dimensions(torch.zeros(2, 9)) == ()
-
-
-@pytest.mark.parametrize("report", [winsorized, massive_dimensions])
-def test_only_finite_floats_have_outliers(report: Callable[[Tensor], Any]) -> None:
+def test_only_finite_floats_have_outliers() -> None:
     for bad, part in (
         (torch.tensor(1.0), r"\[..., d_model\]"),
         (torch.ones(3, 0), r"\(3, 0\)"),
@@ -853,17 +859,14 @@ def test_only_finite_floats_have_outliers(report: Callable[[Tensor], Any]) -> No
         (torch.tensor([1.0, math.inf]), "NaN or infinity"),
     ):
         with pytest.raises(DirectionError, match=part):
-            report(bad)
+            winsorized(bad)
 
 
-def test_quantiles_and_factors_that_mean_nothing() -> None:
+def test_quantiles_that_mean_nothing() -> None:
     values = draw(0, 3, D)
     for bad in (0, -0.1, 1.01, math.nan, True, "0.9", 99.5):
         with pytest.raises(DirectionError, match="a quantile is more than 0 and at most 1"):
             winsorized(values, bad)  # type: ignore[arg-type]
-    for bad in (1, 0, -3, math.nan, math.inf, True, "20"):
-        with pytest.raises(DirectionError, match="a factor is a number above 1"):
-            massive_dimensions(values, factor=bad)  # type: ignore[arg-type]
 
 
 # --------------------------------------------------------------------------------- between layers

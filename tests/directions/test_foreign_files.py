@@ -15,14 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from interp_ablate.directions.class_separation import Separation
-from interp_ablate.directions.direction import Direction
-from interp_ablate.directions.direction_set import Directions
-from interp_ablate.directions.foreign_files import (
-    read_directions,
-    read_gguf_directions,
-    write_directions,
-)
+from interp_ablate.directions.direction import Direction, Separation
+from interp_ablate.directions.direction_set import Directions, write_directions
+from interp_ablate.directions.foreign_files import read_directions
 from interp_ablate.errors import DirectionError
 from interp_ablate.sites import Site
 
@@ -309,7 +304,7 @@ def write_control_vector(
 def test_control_vector(tmp_path: Path) -> None:
     # repeng: the last block first, block 0 not there
     path = write_control_vector(tmp_path / "v.gguf", {i: vector(i) for i in (11, 10, 2, 1)})
-    found = read_gguf_directions(path)
+    found = read_directions(path)
     want = {(f"blocks.{i}.hook_resid_post", "unknown"): vector(i) for i in (1, 2, 10, 11)}
     check(found, want)
     assert [d.site.layer for d in found] == [1, 2, 10, 11]

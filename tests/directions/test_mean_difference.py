@@ -16,12 +16,13 @@ from scipy.stats import mannwhitneyu
 from torch import Tensor
 from torch.testing import assert_close
 
-from interp_ablate.directions.class_separation import Separation, separation
 from interp_ablate.directions.direction import (
     Direction,
+    Separation,
     cosine_similarities,
     orthogonalized,
     random_direction,
+    separation,
 )
 from interp_ablate.directions.direction_set import Directions
 from interp_ablate.directions.mean_difference import difference_in_means, estimate_directions

@@ -13,8 +13,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from interp_ablate.directions.class_separation import Separation
-from interp_ablate.directions.direction import Direction
+from interp_ablate.directions.direction import Direction, Separation
 from interp_ablate.directions.direction_set import Directions
 from interp_ablate.errors import InterpAblateError, RunError
 from interp_ablate.plots import run_figures
