@@ -1,6 +1,6 @@
-"""What a model does on prompts: answers, first tokens, under plans.
+"""A model's outputs on prompts, under a plan or without one: first-token probabilities and answers.
 
-Knows: outputs kept and shared. Does not know: scores.
+Knows: how outputs are computed once and shared. Does not know: what they are scored by.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from interp_ablate.settings import MAX_NEW_TOKENS
 
 
 class ModelOutputs:
-    """What a model does on some prompts under a plan (None: unedited); computed when first read.
+    """The outputs of a model on some prompts under a plan (None: unedited), computed when first read.
 
-    `continuations` are token lists, one a prompt, for teacher-forced scores.
+    `generations` can also be filled from outside: from another batch, or from disk.
     """
 
     def __init__(
@@ -41,8 +41,14 @@ class ModelOutputs:
         self.model, self.plan = model, plan
         self.rows = model.encode_all(prompts)
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
+<<<<<<< Updated upstream
         self._unedited: ModelOutputs | None = None  # whose passes are remembered
         self._first_logprobs: Tensor | None = None
+=======
+        # outputs of the same prompts without the plan, whose passes are remembered
+        self._unedited: ModelOutputs | None = None
+        self._first_logprobs: Float[Tensor, "prompt d_vocab"] | None = None
+>>>>>>> Stashed changes
         self._generations: list[Generation] | None = None
 
     def with_plan(self, plan: Plan | None) -> ModelOutputs:
@@ -51,15 +57,14 @@ class ModelOutputs:
         Its first-token scores are run from the first block on that the plan's edits reach; what enters
         there is remembered of the unedited model, in one pass when it is first needed.
         """
-        found = ModelOutputs(
-            self.model,
-            self.rows,
-            plan,
-            max_new_tokens=self.max_new_tokens,
-            batch_size=self.batch_size,
+        outputs = self._of(self.rows, plan)
+        outputs._unedited = self
+        return outputs
+
+    def _of(self, rows: Sequence[list[int]], plan: Plan | None) -> ModelOutputs:
+        return ModelOutputs(
+            self.model, rows, plan, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size
         )
-        found._unedited = self
-        return found
 
     @cached_property
     def remembered(self) -> ResidualCache:
@@ -78,18 +83,12 @@ class ModelOutputs:
         return None if self.model.is_edited else self._unedited.remembered
 
     def head(self, n: int) -> ModelOutputs:
-        """The same for the first `n` prompts; what is known of them already is kept."""
+        """The outputs on the first `n` prompts; what is computed already is kept."""
         return self.subset(range(min(n, len(self.rows))))
 
     def subset(self, index: Sequence[int]) -> ModelOutputs:
-        """The same for some of the prompts, by their places; what is known of them already is kept."""
-        part = ModelOutputs(
-            self.model,
-            [self.rows[i] for i in index],
-            self.plan,
-            max_new_tokens=self.max_new_tokens,
-            batch_size=self.batch_size,
-        )
+        """The outputs on some of the prompts, by their indices; what is computed already is kept."""
+        part = self._of([self.rows[i] for i in index], self.plan)
         part._unedited = self._unedited
         if self._first_logprobs is not None:
             part._first_logprobs = self._first_logprobs[list(index)]
@@ -102,6 +101,7 @@ class ModelOutputs:
 
     @property
     def first_logprobs(self) -> Float[Tensor, "prompt d_vocab"]:
+<<<<<<< Updated upstream
         """Log-probabilities of the first token of the answer, float32."""
         if self._first_logprobs is None:
             below = self._below()
@@ -114,6 +114,24 @@ class ModelOutputs:
     @property
     def generations(self) -> list[Generation]:
         """Greedy answers of at most `max_new_tokens` tokens; they may also be filled in from outside."""
+=======
+        """Log-probabilities of the first token of the answer, float32.
+
+        Raises:
+            InterpAblateError: NaN or infinity among the logits.
+        """
+        if self._first_logprobs is None:
+            below = self._below()
+            with self._under_plan():
+                logits = self.model.logits(self.rows, batch_size=self.batch_size, below=below)
+            logprobs = logits[:, -1].float().log_softmax(-1)
+            self._first_logprobs = _finite(logprobs, "first-token logits")
+        return self._first_logprobs
+
+    @property
+    def generations(self) -> list[Generation]:
+        """Greedy answers of at most `max_new_tokens` tokens."""
+>>>>>>> Stashed changes
         if self._generations is None:
             with self._under_plan():
                 self._generations = self.model.generate(
@@ -127,7 +145,11 @@ class ModelOutputs:
 
     @property
     def has_generations(self) -> bool:
+<<<<<<< Updated upstream
         """Whether the answers are there already."""
+=======
+        """Whether the answers have been generated (or filled in) already."""
+>>>>>>> Stashed changes
         return self._generations is not None
 
     @property
@@ -137,14 +159,20 @@ class ModelOutputs:
     def continuation_logprobs(
         self, continuations: Sequence[Sequence[int]], *, batch_size: int = 8
     ) -> list[Float[Tensor, "pos d_vocab"]]:
-        """Log-probabilities at every token of given continuations (teacher-forced), a tensor a prompt."""
+        """Log-probabilities at every token of given continuations (teacher-forced), a tensor a prompt.
+
+        Args:
+            continuations: token ids, one sequence a prompt.
+
+        Raises:
+            InterpAblateError: NaN or infinity among the logits.
+        """
         # the last token is not fed: what follows it is not asked for
         rows = [row + list(end)[:-1] for row, end in zip(self.rows, continuations)]
-        found: list[Tensor] = [torch.empty(0)] * len(rows)
-        keep = max(1, *(len(end) for end in continuations))
+        logprobs: list[Tensor] = [torch.empty(0)] * len(rows)
         stream = self.model.stream(
             rows,
-            keep=keep,
+            keep=max(1, *(len(end) for end in continuations)),
             prompt_lengths=[len(row) for row in self.rows],
             batch_size=batch_size,
         )
@@ -152,10 +180,11 @@ class ModelOutputs:
             for batch, logits, _ in stream:
                 assert logits is not None
                 for i, row in zip(batch.index, logits):
-                    length = len(continuations[i])
-                    kept = row[len(row) - length :].float().log_softmax(-1)
-                    found[i] = _finite(kept, "continuation logits")
-        return found
+                    at_continuation = row[len(row) - len(continuations[i]) :]
+                    logprobs[i] = _finite(
+                        at_continuation.float().log_softmax(-1), "continuation logits"
+                    )
+        return logprobs
 
 
 def _finite(values: Tensor, what: str) -> Tensor:
@@ -166,26 +195,37 @@ def _finite(values: Tensor, what: str) -> Tensor:
     return values
 
 
-def generate_outputs_together(evidences: Sequence[ModelOutputs]) -> None:
-    """The answers of several evidences of one model in one batch, each under its own plan.
+def generate_outputs_together(outputs: Sequence[ModelOutputs]) -> None:
+    """Generate the answers of several outputs of one model in one batch, each under its own plan.
 
-    Decoding is bound by memory: many rows cost little more than few.
+    Decoding is bound by memory: many rows cost little more than few. Answers that are there stay.
+
+    Raises:
+        InterpAblateError: outputs of two models, or with different `max_new_tokens`.
     """
+<<<<<<< Updated upstream
     waiting = [evidence for evidence in evidences if not evidence.has_generations]
     if len({(evidence.max_new_tokens, id(evidence.model)) for evidence in waiting}) > 1:
+=======
+    waiting = [each for each in outputs if not each.has_generations]
+    if len({(each.max_new_tokens, id(each.model)) for each in waiting}) > 1:
+>>>>>>> Stashed changes
         raise InterpAblateError(
             "what is generated together has one model and one number of new tokens"
         )
     if not waiting:
         return
-    rows = [row for evidence in waiting for row in evidence.rows]
-    plans = [evidence.plan for evidence in waiting for _ in evidence.rows]
-    first = waiting[0]
-    with first.model.applied_each(plans):
-        found = iter(
-            first.model.generate(
-                rows, max_new_tokens=first.max_new_tokens, batch_size=first.batch_size
-            )
+    rows = [row for each in waiting for row in each.rows]
+    plans = [each.plan for each in waiting for _ in each.rows]
+    model, first = waiting[0].model, waiting[0]
+    with model.applied_each(plans):
+        answers = iter(
+            model.generate(rows, max_new_tokens=first.max_new_tokens, batch_size=first.batch_size)
         )
+<<<<<<< Updated upstream
     for evidence in waiting:
         evidence.generations = [next(found) for _ in evidence.rows]
+=======
+    for each in waiting:
+        each.generations = [next(answers) for _ in each.rows]
+>>>>>>> Stashed changes
