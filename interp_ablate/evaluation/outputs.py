@@ -41,14 +41,9 @@ class ModelOutputs:
         self.model, self.plan = model, plan
         self.rows = model.encode_all(prompts)
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
-<<<<<<< Updated upstream
-        self._unedited: ModelOutputs | None = None  # whose passes are remembered
-        self._first_logprobs: Tensor | None = None
-=======
         # outputs of the same prompts without the plan, whose passes are remembered
         self._unedited: ModelOutputs | None = None
         self._first_logprobs: Float[Tensor, "prompt d_vocab"] | None = None
->>>>>>> Stashed changes
         self._generations: list[Generation] | None = None
 
     def with_plan(self, plan: Plan | None) -> ModelOutputs:
@@ -101,20 +96,6 @@ class ModelOutputs:
 
     @property
     def first_logprobs(self) -> Float[Tensor, "prompt d_vocab"]:
-<<<<<<< Updated upstream
-        """Log-probabilities of the first token of the answer, float32."""
-        if self._first_logprobs is None:
-            below = self._below()
-            with self._under_plan():
-                logits = self.model.logits(self.rows, batch_size=self.batch_size, below=below)
-            logprobs = logits[:, -1].float().log_softmax(-1)
-            self._first_logprobs = _finite(logprobs, "first-token logits")
-        return self._first_logprobs
-
-    @property
-    def generations(self) -> list[Generation]:
-        """Greedy answers of at most `max_new_tokens` tokens; they may also be filled in from outside."""
-=======
         """Log-probabilities of the first token of the answer, float32.
 
         Raises:
@@ -131,7 +112,6 @@ class ModelOutputs:
     @property
     def generations(self) -> list[Generation]:
         """Greedy answers of at most `max_new_tokens` tokens."""
->>>>>>> Stashed changes
         if self._generations is None:
             with self._under_plan():
                 self._generations = self.model.generate(
@@ -145,11 +125,7 @@ class ModelOutputs:
 
     @property
     def has_generations(self) -> bool:
-<<<<<<< Updated upstream
-        """Whether the answers are there already."""
-=======
         """Whether the answers have been generated (or filled in) already."""
->>>>>>> Stashed changes
         return self._generations is not None
 
     @property
@@ -203,13 +179,8 @@ def generate_outputs_together(outputs: Sequence[ModelOutputs]) -> None:
     Raises:
         InterpAblateError: outputs of two models, or with different `max_new_tokens`.
     """
-<<<<<<< Updated upstream
-    waiting = [evidence for evidence in evidences if not evidence.has_generations]
-    if len({(evidence.max_new_tokens, id(evidence.model)) for evidence in waiting}) > 1:
-=======
     waiting = [each for each in outputs if not each.has_generations]
     if len({(each.max_new_tokens, id(each.model)) for each in waiting}) > 1:
->>>>>>> Stashed changes
         raise InterpAblateError(
             "what is generated together has one model and one number of new tokens"
         )
@@ -222,10 +193,5 @@ def generate_outputs_together(outputs: Sequence[ModelOutputs]) -> None:
         answers = iter(
             model.generate(rows, max_new_tokens=first.max_new_tokens, batch_size=first.batch_size)
         )
-<<<<<<< Updated upstream
-    for evidence in waiting:
-        evidence.generations = [next(found) for _ in evidence.rows]
-=======
     for each in waiting:
         each.generations = [next(answers) for _ in each.rows]
->>>>>>> Stashed changes
