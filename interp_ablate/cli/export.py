@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from interp_ablate.cli.options import from_run, load, model_flags
 from interp_ablate.cli.vectors import _import, _models
 from interp_ablate.cli.verify import _verify
 from interp_ablate.errors import RunError
+from interp_ablate.export.formats import FORMATS, ExportFormat, ExportRequest, format_named
 
-FORMATS = ("checkpoint", "lora", "gguf", "control-vector")
 TIED = ("untie", "skip-embedding", "accept")
 
 
@@ -81,7 +80,10 @@ def _export_flags(export: argparse.ArgumentParser) -> None:
         "--source", metavar="DIR", help="HF folder to edit as a stream of tensors, never loaded"
     )
     export.add_argument("--plan", help="plan JSON (or selected.json)")
-    export.add_argument("--format", choices=FORMATS, default="checkpoint")
+    export.add_argument(
+        "--format", default="checkpoint",
+        help=f"{', '.join(FORMATS)} (default checkpoint), or one that another package registers",
+    )  # fmt: skip
     export.add_argument(
         "--tied", choices=TIED, default="untie",
         help="an edited embedding that is the unembedding too: write the old values as lm_head "
@@ -100,13 +102,13 @@ def _export_flags(export: argparse.ArgumentParser) -> None:
 
 
 def _export(args: argparse.Namespace) -> int:
-    report, plan = None, None
+    chosen, report = format_named(args.format), None
     if args.run_folder:
         selected_path = from_run(args, args.run_folder)
         report = json.loads(selected_path.read_text())["test"]
-        args.out = args.out or _default_out(args)
+        args.out = args.out or str(Path(args.run_folder) / chosen.default_out)
         args.plan = args.plan or str(selected_path)
-    if not args.out or not (args.plan or args.format == "gguf"):
+    if not args.out or (chosen.needs_plan and not args.plan):
         raise RunError("give a run folder; or --plan, --out and one of --model and --source")
     if args.model and args.source:
         raise RunError("--model is loaded, --source is streamed: give one of them")
@@ -114,89 +116,34 @@ def _export(args: argparse.Namespace) -> int:
         raise RunError("no model: give --model (loaded and certified) or --source DIR (streamed)")
     if Path(args.out).exists() and not args.force:
         raise RunError(f"{args.out} exists: choose another --out, or pass --force to replace it")
-    if args.plan:
-        plan = _plan(args)
-    work = {
-        "checkpoint": _export_checkpoint,
-        "lora": _export_lora,
-        "gguf": _export_gguf,
-        "control-vector": _export_control_vector,
-    }
-    result = work[args.format](args, plan, report)
+    request = ExportRequest(
+        _plan(args.plan, chosen) if args.plan else None,
+        Path(args.out),
+        lambda: load(args, args.model or args.source),
+        source=Path(args.source) if args.source else None,
+        tied=args.tied,
+        report=report,
+        overwrite=args.force,
+        gguf_dtype=args.gguf_dtype,
+        model_hint=args.model_hint,
+    )
+    result = chosen.export(request)
     print(json.dumps({"out": str(args.out), "format": args.format, **result}))
     return 0
 
 
-def _default_out(args: argparse.Namespace) -> str:
-    names = {"checkpoint": "export", "lora": "lora", "gguf": "edited.gguf"}
-    return str(Path(args.run_folder) / names.get(args.format, "control_vector.gguf"))
-
-
-def _plan(args: argparse.Namespace) -> Any:
-    """The plan of --plan; for a control vector, a run's addition instead of its ablation."""
+def _plan(path: str, chosen: ExportFormat) -> Any:
+    """The plan of a file; for a format that adds, a run's addition in place of its ablation."""
     from interp_ablate.edits.plan import Plan
 
-    if args.format == "control-vector":
+    if chosen.adds:
         try:
-            data = json.loads(Path(args.plan).read_text())
+            data = json.loads(Path(path).read_text())
         except (OSError, ValueError) as error:
-            raise RunError(f"cannot read a plan from {args.plan}: {error}") from error
+            raise RunError(f"cannot read a plan from {path}: {error}") from error
         if isinstance(data, dict) and data.get("addition_plan"):
             return Plan.from_dict(data["addition_plan"])
-    return Plan.load(args.plan)
-
-
-def _export_checkpoint(args: argparse.Namespace, plan: Any, report: Any) -> dict[str, Any]:
-    from interp_ablate.export.checkpoint import export_checkpoint, export_folder
-
-    options = {"tied": args.tied, "report": report, "overwrite": args.force}
-    if args.source:
-        manifest = export_folder(args.source, plan, args.out, **options)
-        counts = {key: len(manifest[key]) for key in ("edited", "added", "unchanged")}
-        return {
-            **counts, "tied": manifest["tied"],
-            "compared": f"no logits: interp-ablate verify {args.source} {args.out}",
-        }  # fmt: skip
-    return export_checkpoint(load(args, args.model), plan, args.out, **options)
-
-
-def _export_lora(args: argparse.Namespace, plan: Any, report: Any) -> dict[str, Any]:
-    from interp_ablate.export.lora import export_lora
-
-    model = load(args, args.model or args.source)
-    return export_lora(model, plan, args.out, tied=args.tied, report=report, overwrite=args.force)
-
-
-def _export_gguf(args: argparse.Namespace, plan: Any, report: Any) -> dict[str, Any]:
-    from interp_ablate.export.gguf import export_gguf
-
-    if args.source and plan is None:
-        written = export_gguf(args.source, args.out, dtype=args.gguf_dtype, overwrite=args.force)
-        return {**written, "tensors": len(written["tensors"])}
-    if plan is None:
-        raise RunError("--format gguf of a --model needs --plan (a folder as it is: --source)")
-    Path(args.out).resolve().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=Path(args.out).resolve().parent) as place:
-        out, args.out = args.out, str(Path(place) / "checkpoint")
-        args.force, force = False, args.force
-        certificate = _export_checkpoint(args, plan, report)
-        edited, args.out, args.force = args.out, out, force
-        written = export_gguf(edited, out, dtype=args.gguf_dtype, overwrite=force)
-        return {"checkpoint": certificate, **written, "tensors": len(written["tensors"])}
-
-
-def _export_control_vector(args: argparse.Namespace, plan: Any, report: Any) -> dict[str, Any]:
-    from interp_ablate.export.control_vector import write_control_vector
-    from interp_ablate.models.sources import read_hf_config
-
-    config = read_hf_config(args.source) if args.source else load(args, args.model).hf_config
-    return write_control_vector(
-        plan,
-        args.out,
-        model_hint=args.model_hint or config.model_type,
-        n_layers=config.num_hidden_layers,
-        d_model=config.hidden_size,
-    )
+    return Plan.load(path)
 
 
 def _push(args: argparse.Namespace) -> int:

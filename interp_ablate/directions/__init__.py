@@ -1,6 +1,7 @@
 """Directions from two sets of activations, and their files.
 
-May import: errors, sites, stats, storage. To add an estimator: a file here and a line in `estimators.py`, or the entry point `interp_ablate.estimators`.
+May import: errors, sites, stats, storage. To add an estimator: a file here and a line in
+`ESTIMATORS` of `estimators.py`, or the entry point `interp_ablate.estimators`.
 """
 
 import lazy_loader

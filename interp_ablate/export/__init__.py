@@ -1,6 +1,8 @@
 """A plan as a checkpoint, a LoRA adapter, a GGUF file or a control vector, each with a certificate.
 
-May import: errors, sites, storage, prompts, directions, edits, models, evaluation, weights. To add a format: a file here and a line in `FORMATS` of `cli/export.py`.
+May import: errors, sites, storage, prompts, directions, edits, models, evaluation, weights.
+To add a format: a file here and a line in
+`FORMATS` of `formats.py`, or the entry point `interp_ablate.export_formats`.
 """
 
 import lazy_loader

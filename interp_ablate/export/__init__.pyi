@@ -7,6 +7,9 @@ from .checkpoint import export_folder as export_folder
 from .control_vector import ControlVector as ControlVector
 from .control_vector import read_control_vector as read_control_vector
 from .control_vector import write_control_vector as write_control_vector
+from .formats import FORMATS as FORMATS
+from .formats import ExportFormat as ExportFormat
+from .formats import ExportRequest as ExportRequest
 from .gguf import export_gguf as export_gguf
 from .hub import push_to_hub as push_to_hub
 from .lora import export_lora as export_lora
