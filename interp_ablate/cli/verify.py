@@ -21,7 +21,7 @@ def _verify(args: argparse.Namespace) -> int:
     from interp_ablate.edits.plan import Plan
     from interp_ablate.export.auditing import audit
     from interp_ablate.export.certification import certify, coarsest_dtype
-    from interp_ablate.export.checkpoint import write_certificate
+    from interp_ablate.export.model_card import write_certificate
     from interp_ablate.storage.safetensors_reader import Checkpoint
 
     plan = Plan.load(plan_path)

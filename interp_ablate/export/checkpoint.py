@@ -1,8 +1,7 @@
-"""Checkpoint: a plan written into a Hugging Face folder that plain transformers loads.
+"""A plan as a Hugging Face folder that plain transformers loads: from a model in memory, or folder to folder.
 
-Knows: where the source's tensors and side files are, streaming them or writing those in memory, what
-the config must say afterwards, whole-or-nothing writing. Does not know: which tensors a plan changes
-(`weights` does), bytes and shards (`tensor_files` does), or how good the plan is.
+Knows: where the source's tensors and side files are, and whole-or-nothing writing. Does not know: which tensors a
+plan changes (`weights` does), bytes and shards (`storage` does), or how good the plan is.
 """
 
 from __future__ import annotations
@@ -30,20 +29,17 @@ from interp_ablate.export.checkpoint_files import (
     embedding_names,
     float_dtype_of,
     write_config,
-    write_json,
     write_side_files,
     write_source_files,
     write_weights,
 )
-from interp_ablate.export.model_card import CERTIFICATE, model_card, source_front_matter
+from interp_ablate.export.model_card import export_manifest, write_documents
 from interp_ablate.models.architectures import is_tied
 from interp_ablate.models.backends.hooked_to_hf import CONVERTIBLE
 from interp_ablate.models.model import Model
 from interp_ablate.models.sources import ModelSource, read_hf_config
 from interp_ablate.prompts.prompt import PromptLike
-from interp_ablate.storage.atomic_files import write_atomic
 from interp_ablate.storage.output_folder import StreamedFolder, check_output_path, streamed_folder
-from interp_ablate.storage.provenance import MANIFEST, versions
 from interp_ablate.storage.safetensors_reader import INDEX, SINGLE, Checkpoint, TensorSource
 from interp_ablate.storage.safetensors_writer import NewTensor, TensorEditor, copy_checkpoint
 from interp_ablate.weights.edited_tensors import (
@@ -157,10 +153,11 @@ def export_checkpoint(
 
 @dataclass(frozen=True)
 class Written:
-    """What an export's weight files hold: names, and the dtype of the floating ones."""
+    """The content of an export's weight files."""
 
     names: tuple[str, ...]
     dtype: str
+    """Dtype of the floating tensors; the certificate's limits follow it."""
 
 
 def _memory_plan(model: Model, plan: Plan, state: dict[str, Tensor], tied: Tied) -> WeightPlan:
@@ -185,74 +182,18 @@ def _certified(
         unembed_map=weights.unembed_map,
     )  # fmt: skip
     require_passed(certificate, "export")
-    manifest = _manifest(model.source, weights, written, report)
-    manifest["backend"] = model.backend
-    _finish(folder, manifest, certificate)
+    manifest = _manifest(model.source, weights, written, report, backend=model.backend)
+    write_documents(folder, manifest, certificate)
     return certificate
 
 
 def _manifest(
-    source: ModelSource, weights: WeightPlan, written: Written, report: dict[str, Any] | None
+    source: ModelSource, weights: WeightPlan, written: Written, report: Any, **more: Any
 ) -> dict[str, Any]:
-    changed = weights.changed
-    return {
-        "format": "interp_ablate.export/2",
-        "kind": "checkpoint",
-        "source": source.to_dict(),
-        "source_card": source_front_matter(source.path) if source.kind == "folder" else {},
-        "dtype": written.dtype,
-        "tied": weights.tied,
-        "untied": weights.tied == "untie",
-        "config_changed": weights.config,
-        "edited": changed,
-        "added": [*weights.added],
-        "unchanged": sorted(set(written.names) - set(changed) - set(weights.added)),
-        "versions": versions(),
-        "plan": weights.plan.to_dict(),
-        "test": report,
-    }
-
-
-def _finish(folder: Path, manifest: dict[str, Any], certificate: dict[str, Any]) -> None:
-    write_json(folder / CERTIFICATE, certificate)
-    (folder / "README.md").write_text(model_card(manifest, certificate))
-    write_json(folder / MANIFEST, manifest)
-
-
-def write_certificate(folder: str | Path, certificate: dict[str, Any]) -> None:
-    """Put a certificate into an exported folder, and write its card again.
-
-    Raises:
-        ExportError: a folder without a manifest of this package.
-    """
-    folder = Path(folder)
-    manifest = _written(folder, MANIFEST)
-    write_atomic(folder / CERTIFICATE, json.dumps(certificate, indent=1), error=ExportError)
-    _write_card(folder, manifest, certificate)
-
-
-def add_to_card(folder: str | Path, section: str) -> None:
-    """Add a Markdown section to an exported folder's card; it stays when the card is written again.
-
-    Raises:
-        ExportError: a folder without a manifest of this package.
-    """
-    folder = Path(folder)
-    certificate = _written(folder, CERTIFICATE)
-    manifest = {**_written(folder, MANIFEST), "more_card": section}
-    write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1), error=ExportError)
-    _write_card(folder, manifest, certificate)
-
-
-def _written(folder: Path, name: str) -> dict[str, Any]:
-    try:
-        return json.loads((folder / name).read_text())
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{folder} has no manifest to write a card from: {error}") from error
-
-
-def _write_card(folder: Path, manifest: dict[str, Any], certificate: dict[str, Any]) -> None:
-    write_atomic(folder / "README.md", model_card(manifest, certificate), error=ExportError)
+    return export_manifest(
+        "checkpoint", source, weights, written.names, written.dtype, report,
+        untied=weights.tied == "untie", config_changed=weights.config, added=[*weights.added], **more,
+    )  # fmt: skip
 
 
 def _untied_or_not(model: Model) -> dict[str, Tensor]:
@@ -299,7 +240,7 @@ def export_folder(
         written = _write_streamed(checkpoint, weights, folder)
         write_source_files(checkpoint.folder, folder.path, weights.config)
         manifest = _manifest(origin, weights, written, report)
-        _finish(folder.path, manifest, {"compared": "no", "passed": None, "limits": {}})
+        write_documents(folder.path, manifest, {"compared": "no", "passed": None, "limits": {}})
     return manifest
 
 
@@ -326,7 +267,7 @@ def _streamed_plan(
 
 
 def _check_unchanged(model: Model, source: Checkpoint) -> None:
-    """The folder is what gets streamed: a model whose weights were changed since is not that folder."""
+    """Refuse a model in memory that is no longer what the folder, which gets streamed, holds."""
     if model.backend != "bridge" and model.hf_config.model_type not in CONVERTIBLE:
         return
     state = model.hf_state_dict()
@@ -352,7 +293,7 @@ def _write_streamed(source: Checkpoint, weights: WeightPlan, folder: StreamedFol
 
 
 def _edit(edit: TensorEdit) -> TensorEditor:
-    """How one tensor is changed while it streams: the blocks that `edited_tensor` would make."""
+    """The function that edits one tensor while it streams: the blocks that `edited_tensor` would make."""
 
     def change(source: TensorSource) -> Iterable[Tensor]:
         shape = source.info.shape

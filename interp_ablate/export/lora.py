@@ -1,13 +1,13 @@
-"""LoRA: a plan as a PEFT adapter that computes the hooked model, unmerged and merged, certified.
+"""A plan as a PEFT adapter that computes the hooked model, unmerged and merged, certified.
 
-Knows: exact low-rank factors of what a plan does to each tensor, how PEFT names and stores them, what
-PEFT cannot hold. Does not know: which tensors a plan changes (`weights` does), or how good the plan is.
+Knows: the folder that PEFT loads. Does not know: the factors (`lora_adapter` does), how they are compared
+(`lora_certificate` does), or how good the plan is.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,14 @@ from interp_ablate.export.checkpoint import atomic_folder
 from interp_ablate.export.checkpoint_files import write_json
 from interp_ablate.export.lora_adapter import Adapter, lora_adapter
 from interp_ablate.export.lora_certificate import certify_lora, import_peft, merge_instructions
-from interp_ablate.export.model_card import CERTIFICATE, model_card, source_front_matter
+from interp_ablate.export.model_card import export_manifest, write_documents
 from interp_ablate.models.model import Model
 from interp_ablate.models.sources import ModelSource
 from interp_ablate.prompts.prompt import PromptLike
-from interp_ablate.storage.provenance import MANIFEST, versions
-from interp_ablate.weights.plan_to_weights import Tied, WeightPlan, weight_plan
+from interp_ablate.weights.plan_to_weights import Tied, weight_plan
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-
-
-# ---- the folder -----------------------------------------------------------------------------------
 
 
 def export_lora(
@@ -63,56 +59,27 @@ def export_lora(
     peft = import_peft()
     state = model.hf_state_dict()
     entry = model.architecture
-    found = weight_plan(
+    weights = weight_plan(
         plan, model.hf_config, list(state), state.__getitem__, tied=tied, entry=entry
     )
-    adapter = lora_adapter(found, list(state), state.__getitem__, dtype=dtype)
+    adapter = lora_adapter(weights, list(state), state.__getitem__, dtype=dtype)
     with atomic_folder(out, overwrite=overwrite, source=model.source) as folder:
         _write(peft, adapter, folder, base=_base_name(model.source))
-        certificate = certify_lora(model, found, folder, prompts=prompts)
+        certificate = certify_lora(model, weights, folder, prompts=prompts)
         require_passed(certificate, "adapter")
-        manifest = _manifest(model, found, adapter, report)
+        manifest = export_manifest(
+            "lora", model.source, weights, state, str(dtype).removeprefix("torch."), report,
+            backend=model.backend, ranks=adapter.ranks, adapter=adapter.fields,
+            merging=merge_instructions(weights, adapter),
+        )  # fmt: skip
         manifest["versions"]["peft"] = peft.__version__
-        manifest["unchanged"] = sorted(set(state) - set(found.changed))
-        write_json(folder / CERTIFICATE, certificate)
-        (folder / "README.md").write_text(_card(manifest, certificate))
-        write_json(folder / MANIFEST, manifest)
+        write_documents(folder, manifest, certificate)
     return certificate
 
 
 def _base_name(source: ModelSource) -> str | None:
-    """What PEFT loads the base by; a folder's path is nobody else's."""
+    """The name by which PEFT loads the base; None for a folder, whose path is nobody else's."""
     return source.name if source.kind == "hub" else source.base_model
-
-
-def _manifest(
-    model: Model, plan: WeightPlan, adapter: Adapter, report: dict[str, Any] | None
-) -> dict[str, Any]:
-    source = model.source
-    dtype = next(iter(adapter.tensors.values())).dtype
-    return {
-        "format": "interp_ablate.export/2",
-        "kind": "lora",
-        "source": source.to_dict(),
-        "source_card": source_front_matter(source.path) if source.kind == "folder" else {},
-        "backend": model.backend,
-        "dtype": str(dtype).removeprefix("torch."),
-        "tied": plan.tied,
-        "edited": plan.changed,
-        "ranks": adapter.ranks,
-        "adapter": adapter.fields,
-        "merging": merge_instructions(plan, adapter),
-        "versions": versions(),
-        "plan": plan.plan.to_dict(),
-        "test": report,
-    }
-
-
-def _card(manifest: Mapping[str, Any], certificate: Mapping[str, Any]) -> str:
-    """The model card, and how to merge: what it says of a tied checkpoint does not hold here."""
-    tied = manifest["tied"] if manifest["tied"] == "skip-embedding" else None
-    card = model_card({**manifest, "tied": tied}, certificate)
-    return f"{card}\n## Merging\n\n{manifest['merging']}\n"
 
 
 def _write(peft: Any, adapter: Adapter, folder: Path, *, base: str | None) -> None:

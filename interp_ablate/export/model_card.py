@@ -1,22 +1,30 @@
-"""Card: the model card of an export: checkpoint, adapter or GGUF file.
+"""The documents of an export: model card (README.md), manifest (interp_ablate.json), certificate (certificate.json).
 
-Knows: what a reader must be told, what is inherited from the source's own card, and valid front matter.
-Does not know: how any of the numbers was measured.
+This file writes all three, and makes the card's text.
+
+Knows: what a reader must be told, and what is inherited from the source's own card. Does not know: how any of the
+numbers was measured.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from interp_ablate.errors import ExportError
+from interp_ablate.models.sources import ModelSource
 from interp_ablate.sites import Site
+from interp_ablate.storage.atomic_files import write_atomic
+from interp_ablate.storage.provenance import MANIFEST, versions
+from interp_ablate.weights.plan_to_weights import WeightPlan
 
 logger = logging.getLogger(__name__)
 
-CERTIFICATE = "certificate.json"
+CARD, CERTIFICATE = "README.md", "certificate.json"
 SAFETY_NOTICE = (
     "An edit of this kind can remove safety training along with the behaviour it was aimed at. "
     "Treat the result as a model without such training until you have shown otherwise."
@@ -63,33 +71,108 @@ _METRICS = {
 }
 
 
+def export_manifest(
+    kind: str, source: ModelSource, weights: WeightPlan, names: Collection[str], dtype: str,
+    report: dict[str, Any] | None, **more: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """The manifest of an export: everything that it takes to make it again.
+
+    Args:
+        kind: "checkpoint" or "lora".
+        names: of all tensors of the result.
+        report: the test-split numbers.
+        more: fields of this kind only.
+    """
+    changed = weights.changed
+    return {
+        "format": "interp_ablate.export/2",
+        "kind": kind,
+        "source": source.to_dict(),
+        "source_card": source_front_matter(source.path) if source.kind == "folder" else {},
+        "dtype": dtype,
+        "tied": weights.tied,
+        "edited": changed,
+        "unchanged": sorted(set(names) - set(changed) - set(weights.added)),
+        "versions": versions(),
+        "plan": weights.plan.to_dict(),
+        "test": report,
+        **more,
+    }
+
+
+def write_documents(
+    folder: Path, manifest: Mapping[str, Any], certificate: Mapping[str, Any]
+) -> None:
+    """Write certificate, card and manifest into a folder, the manifest last.
+
+    Raises:
+        ExportError: a place that cannot be written.
+    """
+    for name, text in (
+        (CERTIFICATE, json.dumps(certificate, indent=1)),
+        (CARD, model_card(manifest, certificate)),
+        (MANIFEST, json.dumps(manifest, indent=1)),
+    ):
+        write_atomic(folder / name, text, error=ExportError)
+
+
+def write_certificate(folder: str | Path, certificate: dict[str, Any]) -> None:
+    """Put a certificate into an exported folder, and write its card again.
+
+    Raises:
+        ExportError: a folder without a manifest of this package.
+    """
+    write_documents(Path(folder), _written(Path(folder), MANIFEST), certificate)
+
+
+def add_to_card(folder: str | Path, section: str) -> None:
+    """Add a Markdown section to an exported folder's card; it stays when the card is written again.
+
+    Raises:
+        ExportError: a folder without a manifest of this package.
+    """
+    folder = Path(folder)
+    manifest = {**_written(folder, MANIFEST), "more_card": section}
+    write_documents(folder, manifest, _written(folder, CERTIFICATE))
+
+
+def _written(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        return json.loads((folder / name).read_text())
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{folder} has no manifest to write a card from: {error}") from error
+
+
+# --------------------------------------------------------------------------------- the source's card
+
+
 def source_front_matter(folder: str | Path | None) -> dict[str, Any]:
-    """What the card of a source folder says that an export inherits; empty where there is no card.
+    """The fields of a source folder's card that an export inherits; empty where there is no card.
 
     Every scalar stays the text that is written there (`language: no` is Norwegian, not false). Front
     matter that is no YAML is ignored with a warning.
     """
     import yaml
 
-    path = Path(folder or ".") / "README.md"
+    path = Path(folder or ".") / CARD
     if folder is None or not path.is_file():
         return {}
     try:
         text = path.read_text(encoding="utf-8-sig")
         match = re.match(r"---[ \t]*\r?\n(.*?)^---[ \t]*$", text, re.DOTALL | re.MULTILINE)
-        found = yaml.load(match[1], Loader=yaml.BaseLoader) if match else {}  # texts only: safe
+        fields = yaml.load(match[1], Loader=yaml.BaseLoader) if match else {}  # texts only: safe
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         logger.warning(
             "the front matter of %s is ignored, and its licence with it: %s", path, error
         )
         return {}
-    if not isinstance(found, dict):
+    if not isinstance(fields, dict):
         return {}
-    return {key: found[key] for key in INHERITED if _is_text(found.get(key))}
+    return {key: fields[key] for key in INHERITED if _is_text(fields.get(key))}
 
 
 def _is_text(value: object) -> bool:
-    """A short text, or a short list of such."""
+    """True for a short text, or a short list of such."""
     several = isinstance(value, list) and 0 < len(value) <= 100
     texts = value if isinstance(value, list) and several else [value]
     return all(isinstance(text, str) and 0 < len(text) <= 500 for text in texts)
@@ -99,8 +182,8 @@ def model_card(manifest: Mapping[str, Any], certificate: Mapping[str, Any]) -> s
     """README.md of an export: what was edited, from what, what it did, what was not tested.
 
     Args:
-        manifest: `source`, `dtype`, `edited`, `unchanged`, `plan`; and where known `kind` ("checkpoint",
-            "lora" or "gguf"), `source_card`, `tied`, `added`, `test`, `versions`, `file` (of a GGUF), `more_card` (sections that others added).
+        manifest: as `export_manifest` makes it; `file` names a GGUF, `merging` says how to merge an adapter,
+            and `more_card` holds sections that others added.
     """
     source, front = manifest["source"], _front_matter(manifest)
     base = front.get("base_model")
@@ -121,13 +204,15 @@ def model_card(manifest: Mapping[str, Any], certificate: Mapping[str, Any]) -> s
             + ", ".join(f"{name} {number}" for name, number in manifest.get("versions", {}).items())
         ],
     }
-    known = f", base model {_code(base)}" if base and base != source["name"] else ""
+    base_model = f", base model {_code(base)}" if base and base != source["name"] else ""
     lines = [
         f"---\n{_yaml(front)}---\n",
         f"# {_line(source['name'])}, edited\n",
-        f"Made by `interp_ablate` from {_code(source['name'])} ({_line(source['kind'])}{known}), "
+        f"Made by `interp_ablate` from {_code(source['name'])} ({_line(source['kind'])}{base_model}), "
         f"weights in {_line(manifest['dtype'])}.\n",
     ]
+    if manifest.get("merging"):
+        sections["Merging"] = [manifest["merging"]]
     for title, content in sections.items():
         lines += [f"## {title}\n", *content, ""]
     if manifest.get("more_card"):
@@ -146,24 +231,24 @@ def _front_matter(manifest: Mapping[str, Any]) -> dict[str, Any]:
     base = source["name"] if source["kind"] == "hub" else source.get("base_model")
     base = base or card.get("base_model")
     names = [base] if isinstance(base, str) else list(base or ())
-    known = [name for name in names if _HUB_NAME.fullmatch(name)]
+    bases = [name for name in names if _HUB_NAME.fullmatch(name)]
     front: dict[str, Any] = {"license": source.get("license") or card.get("license")}
     if front["license"] == card.get("license"):
         front |= {key: card.get(key) for key in ("license_name", "license_link")}
     link = front.get("license_link")
     if link and not re.match(r"https?://", link) and kind != "checkpoint":  # LICENSE is not copied
         front["license_link"] = (
-            f"https://huggingface.co/{known[0]}/blob/main/{link}" if known else None
+            f"https://huggingface.co/{bases[0]}/blob/main/{link}" if bases else None
         )
     front["language"] = card.get("language")
-    front["base_model"] = known[0] if len(known) == 1 else known
-    front["base_model_relation"] = relation if known else None
+    front["base_model"] = bases[0] if len(bases) == 1 else bases
+    front["base_model_relation"] = relation if bases else None
     front["pipeline_tag"] = card.get("pipeline_tag", "text-generation")
     front["library_name"] = library
     inherited = card.get("tags", ())
     inherited = [inherited] if isinstance(inherited, str) else inherited
-    kept = [tag for tag in inherited if tag.lower() not in _FORMAT_TAGS]
-    front["tags"] = [*dict.fromkeys([*kept, *TAGS, *(["gguf"] if kind == "gguf" else [])])]
+    subjects = [tag for tag in inherited if tag.lower() not in _FORMAT_TAGS]
+    front["tags"] = [*dict.fromkeys([*subjects, *TAGS, *(["gguf"] if kind == "gguf" else [])])]
     return {key: value for key, value in front.items() if value}
 
 
@@ -178,12 +263,12 @@ def _yaml(front: Mapping[str, Any]) -> str:
 
 
 def _line(value: object) -> str:
-    """On one line, and no HTML."""
+    """The value on one line, without HTML."""
     return " ".join(str(value).split()).replace("<", "&lt;")
 
 
 def _code(value: object) -> str:
-    """As code, in a line or a cell of a table."""
+    """The value as code, in a line or a cell of a table."""
     text = " ".join(", ".join(value).split() if isinstance(value, list) else str(value).split())
     return "`" + text.replace("`", "'").replace("|", "\\|") + "`"
 
@@ -203,7 +288,9 @@ def _edits(manifest: Mapping[str, Any], certificate: Mapping[str, Any]) -> list[
     added = manifest.get("added", ())
     lines += ["", f"Added: {', '.join(_families(added))}."] if added else []
     tied = manifest.get("tied") or ("untie" if manifest.get("untied") else None)
-    lines += ["", _TIED[tied]] if tied else []
+    # An adapter leaves the unembedding alone until it is merged: "Merging" says what happens then.
+    says_tied = tied and (manifest.get("kind") != "lora" or tied == "skip-embedding")
+    lines += ["", _TIED[tied]] if says_tied else []
     cost = certificate.get("cost_of_accept")
     if cost:
         numbers = ", ".join(f"{name} {value:.3g}" for name, value in cost.items())
@@ -225,9 +312,9 @@ def _edit(edit: Mapping[str, Any]) -> str:
     return f"| {op} | {_code(edit['label'])} | {where} | {amount} | {edit['positions']} |"
 
 
-def _amount(given: float | Sequence[float]) -> str:
-    many = given if isinstance(given, Sequence) else [given]
-    low, high = min(many), max(many)
+def _amount(value: float | Sequence[float]) -> str:
+    values = value if isinstance(value, Sequence) else [value]
+    low, high = min(values), max(values)
     return f"{low:.3g}" + (f" to {high:.3g}" if high > low else "")
 
 
@@ -244,12 +331,12 @@ def _ranges(numbers: Iterable[int]) -> str:
 
 def _families(names: Sequence[str]) -> list[str]:
     """Tensors that differ in their numbers only as one: `layers.{0-3, 7}.weight` (5)."""
-    found: dict[str, list[list[int]]] = {}
+    by_pattern: dict[str, list[list[int]]] = {}
     for name in names:
         numbers = [int(number) for number in re.findall(r"(?<=\.)\d+(?=\.)", name)]
-        found.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "{}", name), []).append(numbers)
+        by_pattern.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "{}", name), []).append(numbers)
     families = []
-    for pattern, rows in sorted(found.items()):
+    for pattern, rows in sorted(by_pattern.items()):
         ranges = [
             f"{{{_ranges(column)}}}" if len(rows) > 1 else f"{column[0]}" for column in zip(*rows)
         ]
@@ -304,9 +391,9 @@ def _certificate(certificate: Mapping[str, Any], manifest: Mapping[str, Any]) ->
 
 def _commands(manifest: Mapping[str, Any], base: Any) -> list[str]:
     code = _KINDS[manifest.get("kind", "checkpoint")][2]
-    found = base[0] if isinstance(base, list) else base
+    first = base[0] if isinstance(base, list) else base
     file = re.sub(r"[^\w.-]", "_", str(manifest.get("file", "model.gguf")))
-    lines = [code.replace("BASE", found or "SOURCE").replace("FILE", file)]
+    lines = [code.replace("BASE", first or "SOURCE").replace("FILE", file)]
     if manifest.get("kind", "checkpoint") == "checkpoint":
         lines.append("interp-ablate verify SOURCE THIS --plan interp_ablate.json")
     return [

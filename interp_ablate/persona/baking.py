@@ -15,7 +15,8 @@ from typing import Any
 
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import InterpAblateError
-from interp_ablate.export.checkpoint import add_to_card, export_checkpoint
+from interp_ablate.export.checkpoint import export_checkpoint
+from interp_ablate.export.model_card import add_to_card
 from interp_ablate.jobs.progress import Progress
 from interp_ablate.models.model import Model
 from interp_ablate.persona.answers import Rollout, SamplingConfig

@@ -16,7 +16,7 @@ from tiny import make, shared
 
 from interp_ablate import Direction, Directions, Site
 from interp_ablate.errors import ExportError, InterpAblateError
-from interp_ablate.export.checkpoint import write_certificate
+from interp_ablate.export.model_card import write_certificate
 from interp_ablate.models.model import Model
 from interp_ablate.persona.answers import SamplingConfig
 from interp_ablate.persona.baking import CONDITIONS, STYLE, BakedPersona, bake
