@@ -1,7 +1,7 @@
-"""Audit: is a folder really another one under a plan and nothing else, tensor by tensor.
+"""The audit of a folder: is it really another one under a plan and nothing else, tensor by tensor.
 
-Knows: what every tensor of the result must be, and how to say which is not. Does not know: logits or
-hooks (`verify` does), or who wrote the folder: anyone may audit what they were sent.
+Knows: the value that every tensor, config field and file must have. Does not know: logits or hooks (`certification`
+does), or who wrote the folder: anyone may audit what they were sent.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ BEHAVIOUR_FILES = (
     "chat_template.json",
     "generation_config.json",
 )
-# What an export writes itself, or what no program reads.
+# Files that an export writes itself, or that no program reads.
 _MAY_DIFFER = ("README.md", "config.json", MANIFEST, CERTIFICATE, ".gitattributes")
 # Files that loaders act on where they find them: adapters, code, other weights, other templates.
 _ACTED_ON = (".json", ".jinja", ".model", ".py", ".safetensors", ".bin", ".pt", ".pth", ".txt")
@@ -50,13 +50,16 @@ _NOT_COMPARED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype"
 
 @dataclass(frozen=True)
 class AuditSource:
-    """What a folder is said to come from: tensors by name, how to read one, its config, its folder."""
+    """The model that a folder is said to come from."""
 
     names: Collection[str]
+    """Names of its tensors."""
     read: Callable[[str], Tensor]
+    """Reads a tensor by name."""
     hf_config: Any
     entry: Architecture
     folder: Path | None = None
+    """None for a model in memory, as is `checkpoint`."""
     checkpoint: Checkpoint | None = None
 
     @classmethod
@@ -88,12 +91,14 @@ class AuditSource:
 
 @dataclass
 class Audit:
-    """What was found: how many tensors are as they must be, and every one that is not."""
+    """The result of an audit: counts of tensors that are as they must be, and every problem."""
 
     tied: Tied | None
     weights: WeightPlan
     same: int = 0
+    """Untouched tensors with equal bytes."""
     edited: int = 0
+    """Edited tensors within rounding of the planned ones; `edited_bit_equal` of them exactly."""
     edited_bit_equal: int = 0
     added: int = 0
     problems: list[str] = field(default_factory=list)
@@ -109,9 +114,9 @@ class Audit:
 
 
 def audit(
-    origin: AuditSource, plan: Plan, folder: str | Path, *, tied: Tied | None = None
+    source: AuditSource, plan: Plan, folder: str | Path, *, tied: Tied | None = None
 ) -> Audit:
-    """Compare a folder with what the plan makes of the origin: tensors, config, tokenizer.
+    """Compare a folder with what the plan makes of the source: tensors, config, tokenizer.
 
     An edited tensor must be the planned one within one unit in the last place of its dtype; every other
     must be the same bytes; none may be missing or new.
@@ -120,97 +125,97 @@ def audit(
         tied: what the folder's maker chose for a tied embedding; default: read from the folder.
 
     Raises:
-        ExportError: a plan with no exact form for the origin, files that cannot be read.
+        ExportError: a plan with no exact form for the source, files that cannot be read.
     """
     result = Checkpoint.open(folder)
     config = read_hf_config(folder)
-    chosen = tied or _tied_choice(origin, result, config)
+    chosen = tied or _tied_choice(source, result, config)
     weights = weight_plan(
         plan,
-        origin.hf_config,
-        origin.names,
-        origin.read,
+        source.hf_config,
+        source.names,
+        source.read,
         tied=chosen,
-        entry=origin.entry,
-        describe=origin.checkpoint.describe if origin.checkpoint else None,
+        entry=source.entry,
+        describe=source.checkpoint.describe if source.checkpoint else None,
     )
-    found = Audit(weights.tied, weights)
-    expected = {*origin.names, *weights.added}
+    report = Audit(weights.tied, weights)
+    expected = {*source.names, *weights.added}
     # a tied model may hold its unembedding or leave it out
     if is_tied(config):
-        expected.discard(origin.entry.unembed)
+        expected.discard(source.entry.unembed)
     for name in sorted(expected | set(result.tensors)):
         if name not in result.tensors:
-            found.problems.append(f"{name} is missing")
-        elif name not in expected and not _is_tied_copy(name, origin, result, config):
-            found.problems.append(f"{name} is not a tensor of the source, nor of the plan")
+            report.problems.append(f"{name} is missing")
+        elif name not in expected and not _is_tied_copy(name, source, result, config):
+            report.problems.append(f"{name} is not a tensor of the source, nor of the plan")
         elif name in expected:
-            _check_tensor(found, name, origin, result)
-    found.problems += _config_problems(origin.hf_config, config, weights)
-    if origin.folder is not None:
-        found.problems += _json_problems(origin.folder, result.folder, known=_comparable(config))
+            _check_tensor(report, name, source, result)
+    report.problems += _config_problems(source.hf_config, config, weights)
+    if source.folder is not None:
+        report.problems += _json_problems(source.folder, result.folder, known=_comparable(config))
     else:
-        found.not_compared = ["tokenizer and generation config: the source is no folder"]
-    found.problems += _file_problems(origin.folder, result)
-    return found
+        report.not_compared = ["tokenizer and generation config: the source is no folder"]
+    report.problems += _file_problems(source.folder, result)
+    return report
 
 
-def _tied_choice(origin: AuditSource, result: Checkpoint, config: Any) -> Tied:
-    """What the folder's maker did with a tied embedding: its manifest says it, or the tensors do."""
+def _tied_choice(source: AuditSource, result: Checkpoint, config: Any) -> Tied:
+    """The maker's choice for a tied embedding, from the folder's manifest or else from its tensors."""
     manifest = result.folder / MANIFEST
     if manifest.is_file():
         try:
-            said = json.loads(manifest.read_text()).get("tied")
+            choice = json.loads(manifest.read_text()).get("tied")
         except (ValueError, AttributeError) as error:
             raise ExportError(f"{manifest} is not a manifest: {error}") from error
-        if said in get_args(Tied):
-            return said
+        if choice in get_args(Tied):
+            return choice
     if not is_tied(config):
         return "untie"
-    embed = origin.entry.present(origin.entry.embed, origin.names)
-    if embed in result.tensors and _same(origin, result, embed):
+    embed = source.entry.present(source.entry.embed, source.names)
+    if embed in result.tensors and _same(source, result, embed):
         return "skip-embedding"
     return "accept"
 
 
-def _is_tied_copy(name: str, origin: AuditSource, result: Checkpoint, config: Any) -> bool:
-    """An unembedding that a tied checkpoint stores beside the embedding, as the same values."""
-    entry = origin.entry
+def _is_tied_copy(name: str, source: AuditSource, result: Checkpoint, config: Any) -> bool:
+    """True for an unembedding that a tied checkpoint stores beside the embedding, with equal values."""
+    entry = source.entry
     embed = entry.present(entry.embed, result.tensors)
     if not is_tied(config) or name != entry.unembed or embed is None:
         return False
     return torch.equal(result.read(name), result.read(embed))
 
 
-def _check_tensor(found: Audit, name: str, origin: AuditSource, result: Checkpoint) -> None:
-    weights = found.weights
+def _check_tensor(report: Audit, name: str, source: AuditSource, result: Checkpoint) -> None:
+    weights = report.weights
     if name in weights.edits and weights.edits[name].changes:
-        _check_edited(found, name, edited_tensor(origin.read(name), weights.edits[name]), result)
+        _check_edited(report, name, edited_tensor(source.read(name), weights.edits[name]), result)
         return
     if name not in weights.added:
-        if _same(origin, result, name):
-            found.same += 1
+        if _same(source, result, name):
+            report.same += 1
         else:
-            found.problems.append(f"{name} differs, though the plan does not touch it")
+            report.problems.append(f"{name} differs, though the plan does not touch it")
         return
-    added, before = weights.added[name], len(found.problems)
-    like = origin.read(added.copy_of or added.beside)
+    added, before = weights.added[name], len(report.problems)
+    like = source.read(added.copy_of or added.beside)
     want = like if added.copy_of is not None else added.bias(like.shape[0], like.dtype)
-    _check_edited(found, name, want, result)
-    found.added += len(found.problems) == before
+    _check_edited(report, name, want, result)
+    report.added += len(report.problems) == before
 
 
-def _check_edited(found: Audit, name: str, want: Tensor, result: Checkpoint) -> None:
+def _check_edited(report: Audit, name: str, want: Tensor, result: Checkpoint) -> None:
     got = result.read(name)
     if got.shape != want.shape or got.dtype != want.dtype:
-        found.problems.append(
+        report.problems.append(
             f"{name} is {got.dtype} {tuple(got.shape)}; the plan makes it {want.dtype} {tuple(want.shape)}"
         )
         return
-    is_edit = name in found.weights.edits
+    is_edit = name in report.weights.edits
     if torch.equal(got, want):
-        found.edited += is_edit
-        found.edited_bit_equal += is_edit
+        report.edited += is_edit
+        report.edited_bit_equal += is_edit
         return
     apart = (got.double() - want.double()).abs()
     # one unit in the last place, and what another order of summing leaves where a value nearly cancels
@@ -219,27 +224,27 @@ def _check_edited(found: Audit, name: str, want: Tensor, result: Checkpoint) -> 
     unit += 64 * computed.eps * float(want.abs().max())
     outside = ~(apart <= unit)
     if bool(outside.any()):
-        found.problems.append(
+        report.problems.append(
             f"{name} is not what the plan makes of it: {int(outside.sum())} of {outside.numel()} values "
             f"differ, by up to {float(apart.max()):.3g}"
         )
         return
-    found.edited += is_edit
+    report.edited += is_edit
 
 
-def _same(origin: AuditSource, result: Checkpoint, name: str) -> bool:
-    """Equal bytes."""
-    if origin.checkpoint is None:
-        first, second = origin.read(name).detach().cpu().contiguous(), result.read(name)
+def _same(source: AuditSource, result: Checkpoint, name: str) -> bool:
+    """True where a tensor has the same bytes in both."""
+    if source.checkpoint is None:
+        first, second = source.read(name).detach().cpu().contiguous(), result.read(name)
         return (
             first.dtype == second.dtype
             and first.shape == second.shape
             and _bytes_equal(first, second)
         )
-    a, b = origin.checkpoint.tensors[name], result.tensors[name]
+    a, b = source.checkpoint.tensors[name], result.tensors[name]
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
-    pairs: Iterator[tuple[Any, Any]] = zip(origin.checkpoint.blocks(name), result.blocks(name))
+    pairs: Iterator[tuple[Any, Any]] = zip(source.checkpoint.blocks(name), result.blocks(name))
     return all(_bytes_equal(x, y) for (_, x), (_, y) in pairs)
 
 
@@ -279,7 +284,7 @@ def _file_problems(source: Path | None, result: Checkpoint) -> list[str]:
     """Files that are not the source's, and behaviour files that are missing.
 
     Without a source folder (a model in memory) its own side files cannot be compared; what a loader would
-    act on besides is still found.
+    act on besides is still report.
     """
     folder, problems = result.folder, []
     weights = {file.name for file in result.files} | {INDEX}

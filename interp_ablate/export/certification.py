@@ -1,7 +1,6 @@
-"""Verify: is an exported checkpoint the hooked model? Measured, against limits that follow the dtype.
+"""The certificate of a checkpoint: logits, KL and projections against the hooked model, with limits by dtype.
 
-Knows: how the two are compared (logits, KL, projections at every residual site) and the limits.
-Does not know: how the export was made.
+Knows: how the two are compared, and the limits. Does not know: how the export was made.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ LIMITS: dict[str, tuple[float, float, float]] = {
     "bfloat16": (1.0, 5e-2, 2e-2),
     "float16": (0.2, 5e-3, 5e-3),
 }
-# Used where nothing else is given: the comparison needs ordinary text, not a particular task.
+# The default prompts: the comparison needs ordinary text, not a particular task.
 PROBES = (
     "Hello, how are you today?",
     "Write two sentences about the sea.",
@@ -56,7 +55,7 @@ def plan_vectors(plan: Plan) -> Float[Tensor, "k d_model"]:
 
 
 def _read(vectors: Tensor) -> Any:
-    """Capture: projections on the vectors, and the norm, at every position: [batch, pos, k + 1]."""
+    """A capture of projections on the vectors, and of the norm, at every position: [batch, pos, k + 1]."""
 
     def read(x: Tensor, batch: Any) -> Tensor:
         wide = x.double()
@@ -87,13 +86,40 @@ def _observe(
 ) -> list[tuple[Tensor, dict[Site, Tensor]]]:
     """Logits and projections at every position of each row, a row at a time: no padding, no sharing."""
     capture = dict.fromkeys(sites, _read(vectors))
-    found = []
+    observed = []
     for row in rows:
         stream = model.stream([row], keep=len(row), capture=capture, batch_size=1)
         for _, logits, captured in stream:
             assert logits is not None
-            found.append((logits[0].float(), {s: x[0] for s, x in captured.items()}))
-    return found
+            observed.append((logits[0].float(), {s: x[0] for s, x in captured.items()}))
+    return observed
+
+
+def hooked_logits(model: Model, plan: Plan, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Logits [pos, d_vocab] of each row under a plan as hooks, float32."""
+    with model.applied(plan):
+        return [model.logits([row], keep=len(row))[0].float() for row in rows]
+
+
+@torch.no_grad()
+def plain_logits(hf: Any, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Logits [pos, d_vocab] of each row in plain transformers (or PEFT), float32."""
+    device = next(hf.parameters()).device
+    return [hf(input_ids=torch.tensor([row], device=device)).logits[0].float() for row in rows]
+
+
+def logit_distance(
+    some: Sequence[Tensor], others: Sequence[Tensor], prefix: str = ""
+) -> dict[str, float]:
+    """The largest difference of two sets of logits, and the largest KL at any position; NaN if there is one."""
+    gaps, kls = [], []
+    for one, other in zip(some, others, strict=True):
+        gaps.append((one - other).abs().max())
+        kls.append(kl_divergence(one.double().log_softmax(-1), other.double().log_softmax(-1)))
+    return {
+        f"{prefix}max_abs_logit_difference": _largest(*gaps),
+        f"{prefix}kl": _largest(*kls),
+    }
 
 
 def compare(
@@ -104,7 +130,7 @@ def compare(
     *,
     unembed_map: Affine | None = None,
 ) -> dict[str, Any]:
-    """Numbers that say how far `other` (unedited hooks) is from `model` under `plan`.
+    """The distance of `other` (without hooks) from `model` under `plan`, in numbers.
 
     Every position of every prompt counts. `residual_along_direction` is the largest difference of the
     two projections on the plan's vectors at any residual site, as a share of the stream's norm there.
@@ -116,28 +142,26 @@ def compare(
         want = _observe(model, rows, vectors, sites)
     got = _observe(other, rows, vectors, sites)
     plain = _observe(model, rows, vectors, sites)
-    difference = kl = apart = left = effect = 0.0
+    apart = left = 0.0
     worst = ""
-    for (want_logits, want_sites), (got_logits, got_sites), (plain_logits, _) in zip(
-        want, got, plain
-    ):
-        difference = _largest(difference, (want_logits - got_logits).abs())
-        effect = _largest(effect, (want_logits - plain_logits).abs())
-        pair = (want_logits.double().log_softmax(-1), got_logits.double().log_softmax(-1))
-        kl = _largest(kl, kl_divergence(*pair))
+    for (_, want_sites), (_, got_sites) in zip(want, got):
         for site, hooked in want_sites.items():
             norm = hooked[:, -1:].clamp(min=1e-30)
             gap = _largest((hooked - got_sites[site])[:, :-1].abs() / norm)
             left = _largest(left, got_sites[site][:, :-1].abs() / norm)
             worst = worst if gap < apart else str(site)
             apart = _largest(apart, gap)
+    hooked_logits, other_logits, plain_logits = (
+        [logits for logits, _ in observed] for observed in (want, got, plain)
+    )
     return {
-        "max_abs_logit_difference": difference,
-        "kl": kl,
+        **logit_distance(hooked_logits, other_logits),
         "residual_along_direction": apart,
         "worst_site": worst,
         "largest_projection_left": left,
-        "max_abs_logit_effect_of_plan": effect,
+        "max_abs_logit_effect_of_plan": _largest(
+            *((one - other).abs().max() for one, other in zip(hooked_logits, plain_logits))
+        ),
         "prompts": len(rows),
         "positions": sum(map(len, rows)),
     }
@@ -175,36 +199,32 @@ def certify(
         raise ExportError(f"transformers cannot load the export {folder}: {error}") from error
     rows = model.encode_all(prompts)
     reloaded.eval()
-    with torch.no_grad():
-        bare = [
-            reloaded(torch.tensor([row], device=model.device)).logits[0].float() for row in rows
-        ]
+    bare = plain_logits(reloaded, rows)
     other = from_hf(
         reloaded, model.tokenizer, source=ModelSource(str(folder), "folder", str(folder))
     )
     numbers = compare(model, plan, other, rows, unembed_map=unembed_map)
     # `compare` runs the export with hook points in it; this holds plain transformers to the same limit.
-    with model.applied(plan), model.unembedding_through(unembed_map):
-        for row, logits in zip(rows, bare):
-            want = model.logits([row], keep=len(row))[0].float()
-            gap = (want - logits).abs()
-            numbers["max_abs_logit_difference"] = _largest(numbers["max_abs_logit_difference"], gap)
+    with model.unembedding_through(unembed_map):
+        want = hooked_logits(model, plan, rows)
+    gaps = [(one - other).abs().max() for one, other in zip(want, bare)]
+    numbers["max_abs_logit_difference"] = _largest(numbers["max_abs_logit_difference"], *gaps)
     names = ("max_abs_logit_difference", "kl", "residual_along_direction")
     limits = dict(zip(names, LIMITS[dtype]))
     if unembed_map is not None:
-        numbers["cost_of_accept"] = _cost_of_accept(model, plan, rows, unembed_map)
+        numbers["cost_of_accept"] = logit_distance(hooked_logits(model, plan, rows), want)
     failed = [name for name in names if not numbers[name] <= limits[name]]
     return {**numbers, "limits": limits, "dtype": dtype, "failed": failed, "passed": not failed}
 
 
 def coarsest_dtype(checkpoint: Checkpoint, weights: WeightPlan) -> str:
-    """The dtype that decides the limits: the coarsest of what was edited, or that the config loads in."""
+    """The dtype that decides the limits: the coarsest of the edited tensors and of the config's own."""
     names = [name for name in weights.edits if name in checkpoint.tensors] or checkpoint.tensors
     dtypes = [checkpoint.describe(name)[0] for name in names]
     config = read_hf_config(checkpoint.folder)
     dtypes += [getattr(config, "dtype", None) or torch.float64]
-    known = [d for d in dtypes if str(d).removeprefix("torch.") in LIMITS]
-    return str(max(known, key=lambda d: torch.finfo(d).eps)).removeprefix("torch.")
+    limited = [d for d in dtypes if str(d).removeprefix("torch.") in LIMITS]
+    return str(max(limited, key=lambda d: torch.finfo(d).eps)).removeprefix("torch.")
 
 
 def require_passed(certificate: dict[str, Any], what: str) -> None:
@@ -219,18 +239,3 @@ def require_passed(certificate: dict[str, Any], what: str) -> None:
             for name in certificate["failed"]
         )
         raise ExportError(f"the {what} is not the hooked model: {beyond}. Nothing was left on disk")
-
-
-def _cost_of_accept(
-    model: Model, plan: Plan, rows: Sequence[Sequence[int]], unembed_map: Affine
-) -> dict[str, float]:
-    """How far the plan with a tied unembedding is from the plan itself."""
-    difference = kl = 0.0
-    with model.applied(plan):
-        for row in rows:
-            own = model.logits([row], keep=len(row))[0].double()
-            with model.unembedding_through(unembed_map):
-                tied = model.logits([row], keep=len(row))[0].double()
-            difference = _largest(difference, (own - tied).abs())
-            kl = _largest(kl, kl_divergence(own.log_softmax(-1), tied.log_softmax(-1)))
-    return {"max_abs_logit_difference": difference, "kl": kl}

@@ -1,6 +1,6 @@
 """Files of a Hugging Face checkpoint: config, weights, tokenizer.
 
-Knows: file names and contents. Does not know: plans.
+Knows: the names and contents of these files. Does not know: plans.
 """
 
 from __future__ import annotations
@@ -22,23 +22,21 @@ from interp_ablate.storage.safetensors_reader import INDEX
 from interp_ablate.weights.plan_to_weights import WeightPlan
 
 MAX_SHARD = "5GB"
-TEMPLATES = "additional_chat_templates"  # of a tokenizer with several
+TEMPLATES = "additional_chat_templates"  # folder of a tokenizer with several templates
 # Files of a source folder that are weights, or that are written anew.
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", ".onnx", ".h5")
 _WRITTEN = ("config.json", "README.md", MANIFEST, CERTIFICATE)
 
 
 def embedding_names(model: Model) -> tuple[str, str]:
-    entry = model.architecture
-    return entry.embed, entry.unembed
-
-
-# ---- what lies beside the weights ----------------------------------------------------------------
+    """Names of the embedding's and the unembedding's tensors."""
+    return model.architecture.embed, model.architecture.unembed
 
 
 def float_dtype_of(tensors: Iterable[Tensor]) -> str:
-    found = next(tensor.dtype for tensor in tensors if tensor.is_floating_point())
-    return str(found).removeprefix("torch.")
+    """Name of the first floating tensor's dtype, such as "bfloat16"."""
+    dtype = next(tensor.dtype for tensor in tensors if tensor.is_floating_point())
+    return str(dtype).removeprefix("torch.")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -47,14 +45,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_weights(state: dict[str, Tensor], folder: Path) -> None:
+    """Safetensors in shards of at most `MAX_SHARD`, with an index where there are several."""
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     if len({tensor.data_ptr() for tensor in plain.values() if tensor.numel()}) < len(plain):
-        plain = {
-            name: tensor.clone() for name, tensor in plain.items()
-        }  # an untied pair shares memory
+        # an untied pair shares memory
+        plain = {name: tensor.clone() for name, tensor in plain.items()}
     split = split_torch_state_dict_into_shards(
         plain, filename_pattern="model{suffix}.safetensors", max_shard_size=MAX_SHARD
     )
@@ -107,7 +105,7 @@ def write_source_files(source: Path, folder: Path, changes: dict[str, Any]) -> N
 
 
 def _copy_side_files(source: Path, folder: Path) -> None:
-    """What belongs to the model beside its weights; hidden files (.env, .cache) do not."""
+    """Copy the model's files beside its weights; hidden files (.env, .cache) are left out."""
     for file in source.iterdir():
         if file.name == TEMPLATES and file.is_dir():
             shutil.copytree(file, folder / TEMPLATES)

@@ -1,7 +1,6 @@
-"""Control vectors: additions to the residual stream as the GGUF file that llama.cpp and repeng read.
+"""Additions to the residual stream as the control vector (GGUF) that llama.cpp and repeng read.
 
-Knows: the file's keys and tensors, which block each is added after, and which plans it can hold.
-Does not know: llama.cpp itself, models or hooks; a test runs both on the same file.
+Knows: the file's keys and tensors, and which plans it can hold. Does not know: models or hooks.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from interp_ablate.storage.atomic_files import atomic_path
 
 @dataclass(frozen=True, eq=False)
 class ControlVector(GGUFVectors):
-    """What a control vector file holds, as plans: see `GGUFVectors` for the fields."""
+    """The content of a control vector file, which can be had as a plan."""
 
     def plan(self, coefficient: float = 1.0) -> Plan:
         """The same additions as a plan at resid_post; vectors that are zero add nothing and are left out.
@@ -119,18 +118,18 @@ def _block_vectors(plan: Plan, n_layers: int) -> dict[int, Float[Tensor, " d_mod
             block = _block_of(site, n_layers)
             sums[block] = sums.get(block, torch.zeros(plan.d_model, dtype=torch.float64))
             sums[block] = sums[block] + amount * edit.vectors[0]
-    found = {block: sums[block].float().contiguous() for block in sorted(sums)}
-    for block, vector in found.items():
+    vectors = {block: sums[block].float().contiguous() for block in sorted(sums)}
+    for block, vector in vectors.items():
         if not torch.isfinite(vector).all():
             raise ExportError(
                 f"the vector of block {block} does not fit in float32 (largest entry "
                 f"{float(sums[block].abs().max()):g}): lower the coefficient"
             )
-    return found
+    return vectors
 
 
 def _block_of(site: Site, n_layers: int) -> int:
-    """The block to whose output an addition at a site amounts."""
+    """The block to whose output an addition at a site adds."""
     block = {"resid_post": site.layer, "mlp_out": site.layer, "resid_pre": site.layer - 1}.get(
         site.point
     )
@@ -165,5 +164,5 @@ def read_control_vector(path: str | Path) -> ControlVector:
     Raises:
         DirectionError: what `read_gguf_vectors` refuses.
     """
-    found = read_gguf_vectors(path)
-    return ControlVector(found.name, found.model_hint, found.layer_count, found.vectors)
+    file = read_gguf_vectors(path)
+    return ControlVector(file.name, file.model_hint, file.layer_count, file.vectors)

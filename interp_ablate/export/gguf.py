@@ -1,7 +1,7 @@
-"""GGUF models: a Llama-style Hugging Face folder as one file that llama.cpp runs, tensor by tensor.
+"""A Llama-style Hugging Face folder as one GGUF file that llama.cpp runs, written tensor by tensor.
 
-Knows: how the two lay out weights, rotary scaling and the config's numbers, and which model types have
-the same form in both. Does not know: plans (the folder is edited already), or tokenizers' insides.
+Knows: how both lay out weights, rotary scaling and the config's numbers. Does not know: plans (the folder is edited
+already), or tokenizers' insides.
 """
 
 from __future__ import annotations
@@ -32,29 +32,28 @@ _DTYPES: dict[str, tuple[torch.dtype, int]] = {"f32": (torch.float32, 0), "f16":
 
 
 @dataclass(frozen=True)
-class _Form:
-    """llama.cpp's architecture for a model type, and what it reads.
-
-    `permuted`: it rotates neighbouring pairs of a head's entries, where transformers rotates halves.
-    `biases` and `head_norms` say which optional tensors it has a place for; `free_head_dim` whether
-    heads times head_dim may differ from d_model.
-    """
+class LlamaCppArchitecture:
+    """llama.cpp's architecture for a model type."""
 
     name: str
     permuted: bool
+    """True where it rotates neighbouring pairs of a head's entries (transformers rotates halves)."""
     biases: tuple[str, ...]
+    """Modules of a block that may have a bias."""
     head_norms: bool = False
+    """True where queries and keys have norms of their own."""
     free_head_dim: bool = True
+    """True where heads times head_dim may differ from d_model."""
 
 
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _ALL = (*_ATTENTION, "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-# model_type -> form; read from llama.cpp's src/models/{llama,qwen2,qwen3}.cpp. Mistral is its "llama".
-FORMS: dict[str, _Form] = {
-    "llama": _Form("llama", permuted=True, biases=_ALL),
-    "mistral": _Form("llama", permuted=True, biases=_ALL),
-    "qwen2": _Form("qwen2", permuted=False, biases=_ATTENTION, free_head_dim=False),
-    "qwen3": _Form("qwen3", permuted=False, biases=_ATTENTION, head_norms=True),
+# model_type -> architecture; read from llama.cpp's src/models/{llama,qwen2,qwen3}.cpp. Mistral is its "llama".
+ARCHITECTURES: dict[str, LlamaCppArchitecture] = {
+    "llama": LlamaCppArchitecture("llama", permuted=True, biases=_ALL),
+    "mistral": LlamaCppArchitecture("llama", permuted=True, biases=_ALL),
+    "qwen2": LlamaCppArchitecture("qwen2", permuted=False, biases=_ATTENTION, free_head_dim=False),
+    "qwen3": LlamaCppArchitecture("qwen3", permuted=False, biases=_ATTENTION, head_norms=True),
 }
 # module of a block -> GGUF name
 _BLOCK = {
@@ -75,10 +74,12 @@ ROPES = ("default", "linear", "llama3")
 
 @dataclass(frozen=True)
 class _Entry:
-    """One tensor of the file: its name there, and where the checkpoint holds it."""
+    """One tensor of the file."""
 
     target: str
+    """Its name in the GGUF file."""
     info: TensorInfo
+    """Where the checkpoint holds it."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -109,15 +110,15 @@ def export_gguf(
     if out.exists() and not overwrite:
         raise ExportError(f"{out} exists: choose another place, or pass overwrite (--force)")
     config = _read_config(folder)
-    form = FORMS[config.model_type]
-    entries = _entries(Checkpoint.open(folder), config, form)
+    arch = ARCHITECTURES[config.model_type]
+    entries = _entries(Checkpoint.open(folder), config, arch)
     try:
         with atomic_path(out) as temporary:
-            writer = gguf.GGUFWriter(temporary, form.name)
+            writer = gguf.GGUFWriter(temporary, arch.name)
             try:
                 _add_config(writer, folder, config, dtype)
                 tokenizer = add_tokenizer(writer, folder, config.vocab_size)
-                _write_tensors(writer, entries, config, form, _DTYPES[dtype][0])
+                _write_tensors(writer, entries, config, arch, _DTYPES[dtype][0])
             finally:
                 writer.close()
     except OSError as error:
@@ -126,7 +127,7 @@ def export_gguf(
             "another place"
         ) from error
     return {
-        "architecture": form.name,
+        "architecture": arch.name,
         "dtype": dtype,
         "tensors": {entry.target: entry.info.name for entry in entries},
         "tokenizer": tokenizer,
@@ -148,28 +149,28 @@ def _read_config(folder: Path) -> Any:
             f"cannot read {folder / 'config.json'} ({error}): expected a Hugging Face checkpoint folder"
         ) from error
     model_type = raw.get("model_type") if isinstance(raw, dict) else None
-    if model_type not in FORMS:
+    if model_type not in ARCHITECTURES:
         raise ExportError(
-            f"no GGUF form for model type {model_type!r}: there is one for {', '.join(FORMS)}. "
+            f"no GGUF form for model type {model_type!r}: there is one for {', '.join(ARCHITECTURES)}. "
             "llama.cpp's own convert_hf_to_gguf.py reads more, and reads an exported checkpoint too"
         )
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ExportError(f"transformers cannot read {folder / 'config.json'}: {error}") from error
-    _check_config(config, FORMS[model_type])
+    _check_config(config, ARCHITECTURES[model_type])
     return config
 
 
-def _check_config(config: Any, form: _Form) -> None:
+def _check_config(config: Any, arch: LlamaCppArchitecture) -> None:
     head_dim, heads = _head_dim(config), config.num_attention_heads
     if config.hidden_act != "silu":
         raise ExportError(
-            f"llama.cpp's {form.name} has a silu MLP; this config says {config.hidden_act!r}"
+            f"llama.cpp's {arch.name} has a silu MLP; this config says {config.hidden_act!r}"
         )
-    if not form.free_head_dim and head_dim * heads != config.hidden_size:
+    if not arch.free_head_dim and head_dim * heads != config.hidden_size:
         raise ExportError(
-            f"llama.cpp's {form.name} needs heads times head_dim = d_model; this config has "
+            f"llama.cpp's {arch.name} needs heads times head_dim = d_model; this config has "
             f"{heads} x {head_dim} and {config.hidden_size}"
         )
     rope = _rope(config)
@@ -223,7 +224,7 @@ def _add_config(writer: GGUFWriter, folder: Path, config: Any, dtype: DType) -> 
 
 
 def _rope_factors(config: Any) -> Float[Tensor, " head_dim/2"] | None:
-    """What llama.cpp divides each rotary frequency by, for Llama 3.1's scaling; else None.
+    """The divisor of each rotary frequency in llama.cpp, for Llama 3.1's scaling; else None.
 
     Frequencies of long wavelengths are divided by `factor`, of short ones by 1, with a linear blend of
     the frequency in between (Llama 3.1, as documented for transformers' `rope_type` "llama3").
@@ -235,48 +236,50 @@ def _rope_factors(config: Any) -> Float[Tensor, " head_dim/2"] | None:
     wavelength = 2 * math.pi * rope["rope_theta"] ** exponent
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     turns = rope["original_max_position_embeddings"] / wavelength
-    kept = ((turns - low) / (high - low)).clamp(0, 1)  # share of the unscaled frequency
-    return (1 / (kept + (1 - kept) / rope["factor"])).float()
+    unscaled = ((turns - low) / (high - low)).clamp(0, 1)  # share of the unscaled frequency
+    return (1 / (unscaled + (1 - unscaled) / rope["factor"])).float()
 
 
 # ------------------------------------------------------------------------------------- tensors
 
 
-def _entries(checkpoint: Checkpoint, config: Any, form: _Form) -> list[_Entry]:
-    """Every tensor of the file in order; each must be there, and nothing else."""
-    there = checkpoint.tensors
+def _entries(checkpoint: Checkpoint, config: Any, arch: LlamaCppArchitecture) -> list[_Entry]:
+    """Every tensor of the file in order; the checkpoint must hold each of them, and nothing else."""
+    tensors = checkpoint.tensors
     wanted = {"model.embed_tokens.weight": "token_embd.weight"}
     optional = set()
-    names = {**_BLOCK, **(_HEAD_NORMS if form.head_norms else {})}
+    names = {**_BLOCK, **(_HEAD_NORMS if arch.head_norms else {})}
     for layer in range(config.num_hidden_layers):
         for module, target in names.items():
             source = f"model.layers.{layer}.{module}"
             wanted[f"{source}.weight"] = f"blk.{layer}.{target}.weight"
-            if module in form.biases:
+            if module in arch.biases:
                 wanted[f"{source}.bias"] = f"blk.{layer}.{target}.bias"
                 optional.add(f"{source}.bias")
     wanted["model.norm.weight"] = "output_norm.weight"
-    ignored = {name for name in there if name.endswith(_NOT_WEIGHTS)}
+    ignored = {name for name in tensors if name.endswith(_NOT_WEIGHTS)}
     if config.tie_word_embeddings and _is_tied(checkpoint):
         ignored.add("lm_head.weight")  # llama.cpp takes the embedding in its place
     else:
         wanted["lm_head.weight"] = "output.weight"
-    missing = [name for name in wanted if name not in there and name not in optional]
-    extra = sorted(set(there) - set(wanted) - ignored)
+    missing = [name for name in wanted if name not in tensors and name not in optional]
+    extra = sorted(set(tensors) - set(wanted) - ignored)
     if missing or extra:
         raise ExportError(
-            f"the tensors in {checkpoint.folder} are not those of llama.cpp's {form.name}: "
+            f"the tensors in {checkpoint.folder} are not those of llama.cpp's {arch.name}: "
             + "; ".join(
                 f"{len(some)} {what} (such as {some[0]})"
                 for some, what in ((missing, "missing"), (extra, "without a place"))
                 if some
             )
         )
-    return [_Entry(target, there[source]) for source, target in wanted.items() if source in there]
+    return [
+        _Entry(target, tensors[source]) for source, target in wanted.items() if source in tensors
+    ]
 
 
 def _is_tied(checkpoint: Checkpoint) -> bool:
-    """Whether a config's tie holds: transformers 5 drops it where both are stored and differ."""
+    """True where a config's tie holds: transformers 5 drops it where both are stored and differ."""
     names = ("model.embed_tokens.weight", "lm_head.weight")
     if any(name not in checkpoint.tensors for name in names):
         return True
@@ -285,7 +288,11 @@ def _is_tied(checkpoint: Checkpoint) -> bool:
 
 
 def _write_tensors(
-    writer: GGUFWriter, entries: list[_Entry], config: Any, form: _Form, dtype: torch.dtype
+    writer: GGUFWriter,
+    entries: list[_Entry],
+    config: Any,
+    arch: LlamaCppArchitecture,
+    dtype: torch.dtype,
 ) -> None:
     factors = _rope_factors(config)
     for entry in entries:
@@ -299,14 +306,14 @@ def _write_tensors(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for tensor in _converted(entries, config, form, dtype):
+    for tensor in _converted(entries, config, arch, dtype):
         writer.write_tensor_data(tensor.numpy())
     if factors is not None:
         writer.write_tensor_data(factors.numpy())
 
 
 def _converted(
-    entries: list[_Entry], config: Any, form: _Form, dtype: torch.dtype
+    entries: list[_Entry], config: Any, arch: LlamaCppArchitecture, dtype: torch.dtype
 ) -> Iterator[Tensor]:
     """Each tensor as the file holds it."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
@@ -318,7 +325,7 @@ def _converted(
                 "from the model before it was quantized"
             )
         module = entry.info.name.split(".")[-2]
-        if form.permuted and module in heads:
+        if arch.permuted and module in heads:
             tensor = _pairs(tensor, heads[module])
         result = tensor.to(dtype if tensor.ndim > 1 else torch.float32).contiguous()
         if not torch.isfinite(result).all():

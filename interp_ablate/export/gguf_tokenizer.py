@@ -1,7 +1,7 @@
-"""GGUF tokenizers: a checkpoint's tokenizer files as the keys that llama.cpp tokenizes with.
+"""A checkpoint's tokenizer files as the GGUF keys that llama.cpp tokenizes with.
 
-Knows: byte-level BPE and SentencePiece, which pre-tokenizer llama.cpp has under which name, special
-tokens, the chat template. Does not know: weights, configs or how the rest of the file is written.
+Knows: byte-level BPE and SentencePiece, and llama.cpp's names of pre-tokenizers. Does not know: weights, configs, or
+how the rest of the file is written.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ PRE_TOKENIZERS: dict[str, tuple[list[dict[str, Any]], bool]] = {
     "qwen2": ([_split(_LETTERS + r"\p{N}" + _REST), _byte_level(use_regex=False)], False),
 }
 # Text that a SentencePiece model must not change: llama.cpp composes and collapses nothing.
-_KEPT = "\ufb01  \uff12 x"
+_PROBE = "\ufb01  \uff12 x"
 # Qwen 2 composes characters (NFC) before it splits; llama.cpp leaves them as they come.
 _NORMALIZERS: tuple[dict[str, Any] | None, ...] = (None, {"type": "NFC"})
-# What a pre-tokenizer step leaves out means this; trim_offsets changes no token.
+# Defaults of what a pre-tokenizer step leaves out; trim_offsets changes no token.
 _STEP_DEFAULTS: dict[str, dict[str, Any]] = {
     "ByteLevel": {"add_prefix_space": True, "use_regex": True},
     "Split": {"invert": False},
@@ -50,7 +50,7 @@ _STEP_DEFAULTS: dict[str, dict[str, Any]] = {
 def add_tokenizer(writer: GGUFWriter, folder: Path, n_vocab: int) -> dict[str, Any]:
     """Add everything about the tokenizer of a checkpoint folder; `n_vocab` rows are in its embedding.
 
-    Returns what was found: `model` ("gpt2" or "llama"), `pre`, `add_bos`, `n_tokens`.
+    Returns `model` ("gpt2" or "llama"), `pre`, `add_bos`, `n_tokens` and `special_ids`.
 
     Raises:
         ExportError: no tokenizer files, a kind llama.cpp's writers do not know, more tokens than
@@ -60,16 +60,16 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, n_vocab: int) -> dict[str, A
     fast = _read_json(folder / "tokenizer.json", default=None)
     byte_level = fast is not None and _is_byte_level(fast)
     if byte_level:
-        found = _add_byte_level(writer, fast, n_vocab)
+        summary = _add_byte_level(writer, fast, n_vocab)
     elif (folder / "tokenizer.model").is_file():
-        found = _add_sentencepiece(writer, folder, config, n_vocab)
+        summary = _add_sentencepiece(writer, folder, config, n_vocab)
     else:
         kind = "no tokenizer.json" if fast is None else f"a tokenizer.json of {_kind(fast)}"
         raise ExportError(
             f"{folder} has {kind} and no tokenizer.model: a GGUF file is written from a byte-level BPE "
             "tokenizer.json or a SentencePiece tokenizer.model. Put the base model's tokenizer files there"
         )
-    return {**found, **_add_special(writer, folder, n_vocab, byte_level=byte_level)}
+    return {**summary, **_add_special(writer, folder, n_vocab, byte_level=byte_level)}
 
 
 def _read_json(path: Path, *, default: Any) -> Any:
@@ -96,14 +96,14 @@ def pre_tokenizer_name(fast: dict[str, Any]) -> str:
     """llama.cpp's name for the pre-tokenizer of a byte-level BPE tokenizer.json.
 
     Raises:
-        ExportError: one that is not in PRE_TOKENIZERS, with what was found.
+        ExportError: one that is not in PRE_TOKENIZERS, with its steps.
     """
     pre = fast.get("pre_tokenizer") or {}
     steps = pre.get("pretokenizers", []) if pre.get("type") == "Sequence" else [pre]
     plain = [_plain_step(step) for step in steps]
     ignore_merges = bool(fast["model"].get("ignore_merges"))
-    found = [name for name, form in PRE_TOKENIZERS.items() if form == (plain, ignore_merges)]
-    if not found:
+    names = [name for name, form in PRE_TOKENIZERS.items() if form == (plain, ignore_merges)]
+    if not names:
         raise ExportError(
             "llama.cpp's name for this pre-tokenizer is not declared: "
             f"{json.dumps(plain, ensure_ascii=False)}, ignore_merges {ignore_merges}. Declared are "
@@ -114,7 +114,7 @@ def pre_tokenizer_name(fast: dict[str, Any]) -> str:
             f"tokenizer.json normalizes text ({json.dumps(fast['normalizer'])}), which llama.cpp does not "
             "do for byte-level BPE; accepted are none and NFC"
         )
-    return found[0]
+    return names[0]
 
 
 def _plain_step(step: dict[str, Any]) -> dict[str, Any]:
@@ -178,10 +178,10 @@ def _add_sentencepiece(
             f"cannot read {folder / 'tokenizer.model'}: {error}. It needs the sentencepiece package"
         ) from error
     pieces = vocab.sentencepiece_tokenizer
-    if pieces.Decode(pieces.Encode(_KEPT)) != _KEPT:
+    if pieces.Decode(pieces.Encode(_PROBE)) != _PROBE:
         raise ExportError(
-            f"{folder / 'tokenizer.model'} normalizes text ({_KEPT!r} comes back as "
-            f"{pieces.Decode(pieces.Encode(_KEPT))!r}), which llama.cpp does not do: no exact form"
+            f"{folder / 'tokenizer.model'} normalizes text ({_PROBE!r} comes back as "
+            f"{pieces.Decode(pieces.Encode(_PROBE))!r}), which llama.cpp does not do: no exact form"
         )
     entries: dict[int, tuple[str, int]] = {}
     scores = [-10000.0] * n_vocab  # of placeholders: never the best merge

@@ -1,7 +1,7 @@
-"""Hub: an exported folder uploaded to the Hugging Face Hub, in one commit.
+"""An exported folder uploaded to the Hugging Face Hub, in one commit.
 
-Knows: what makes a folder fit to publish (manifest, certificate, card, whole weights), which of its files
-go along, and what the hub's refusals mean. Does not know: how the export was made or measured.
+Knows: which folders are fit to publish, and what the hub's refusals mean. Does not know: how the export was made or
+measured.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from interp_ablate.errors import ExportError
-from interp_ablate.export.model_card import CERTIFICATE
+from interp_ablate.export.model_card import CARD, CERTIFICATE
 from interp_ablate.storage.provenance import MANIFEST
 
 logger = logging.getLogger(__name__)
 
 
-CARD = "README.md"
 INDEX = ".safetensors.index.json"
 WEIGHTS = (".safetensors", ".gguf")
-# What other programs leave beside their work; names that begin with a dot are never uploaded.
+# Temporary files of other programs; names that begin with a dot are never uploaded.
 _TEMPORARY = (".tmp", ".partial", ".old", ".lock", ".part", ".incomplete", "~")
 # Weights of an earlier export in the repository would be loaded beside the new ones.
 _REPLACED = (*WEIGHTS, INDEX)
@@ -65,8 +64,8 @@ def push_to_hub(
         url = api.create_repo(repo_id, private=private, exist_ok=True, repo_type="model")
         if revision not in (None, "main"):
             api.create_branch(url.repo_id, branch=revision, exist_ok=True)
-        there = api.list_repo_files(url.repo_id, revision=revision)
-        contents = _operations(folder, files, _checked(there, repo_id, force=force))
+        published = api.list_repo_files(url.repo_id, revision=revision)
+        contents = _operations(folder, files, _checked(published, repo_id, force=force))
         logger.info("uploading %d files of %s to %s", len(files), folder, url)
         api.create_commit(url.repo_id, contents, commit_message=message, revision=revision)
     return str(url) if revision in (None, "main") else f"{url}/tree/{revision}"
@@ -74,7 +73,7 @@ def push_to_hub(
 
 @contextmanager
 def _plain_errors(doing: str) -> Iterator[None]:
-    """What the client raises, as this package's error that says what to do."""
+    """Turn the client's errors into this package's, which say what to do."""
     from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     try:
@@ -98,7 +97,7 @@ _TOKEN_ADVICE = (
 
 
 def _advice(error: Exception) -> str:
-    """What the hub said, and what to do about it."""
+    """The hub's answer, and what to do about it."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     reason = str(error).strip() or type(error).__name__
@@ -109,8 +108,8 @@ def _advice(error: Exception) -> str:
     if not isinstance(error, HfHubHTTPError):
         return f"{reason}. Is the network there, and HF_ENDPOINT right?"
     status = error.response.status_code if error.response is not None else 0
-    said = error.server_message or reason
-    known = {
+    answer = error.server_message or reason
+    advice = {
         401: _TOKEN_ADVICE,
         403: "the token may not write there. Check the owner's name and the token's rights",
         404: "there is no such repository or branch, or the token may not see it",
@@ -118,8 +117,8 @@ def _advice(error: Exception) -> str:
         413: "a file is too large for the hub",
         429: "too many requests. Wait some minutes and run it again",
     }
-    later = "try again later: nothing was committed" if status >= 500 else "see what it said"
-    return f"{known.get(status, later)} (the hub answered {status}: {said})"
+    other = "try again later: nothing was committed" if status >= 500 else "see its answer"
+    return f"{advice.get(status, other)} (the hub answered {status}: {answer})"
 
 
 # --------------------------------------------------------------------------------- the folder
@@ -208,12 +207,12 @@ def _check_base_of_adapter(path: Path) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ExportError(f"cannot read {path}: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ExportError(f"{path} holds no JSON object")
-    return found
+    return content
 
 
 def _public_manifest(path: Path) -> bytes:
@@ -228,9 +227,9 @@ def _public_manifest(path: Path) -> bytes:
 # --------------------------------------------------------------------------------- the hub
 
 
-def _checked(there: list[str], repo_id: str, *, force: bool) -> list[str]:
+def _checked(published: list[str], repo_id: str, *, force: bool) -> list[str]:
     """The files of the repository, which is empty or holds an earlier export."""
-    others = [name for name in there if name != ".gitattributes"]
+    others = [name for name in published if name != ".gitattributes"]
     if others and MANIFEST not in others and not force:
         raise ExportError(
             f"{repo_id} holds something that interp_ablate did not export ({others[:3]}): choose another "
@@ -239,7 +238,7 @@ def _checked(there: list[str], repo_id: str, *, force: bool) -> list[str]:
     return others
 
 
-def _operations(folder: Path, names: list[str], there: list[str]) -> list[Any]:
+def _operations(folder: Path, names: list[str], published: list[str]) -> list[Any]:
     """One addition a file, and the deletion of earlier weights that are not written again."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -249,5 +248,5 @@ def _operations(folder: Path, names: list[str], there: list[str]) -> list[Any]:
         )
         for name in names
     ]
-    stale = [name for name in there if name.endswith(_REPLACED) and name not in names]
+    stale = [name for name in published if name.endswith(_REPLACED) and name not in names]
     return [*additions, *(CommitOperationDelete(name) for name in stale)]

@@ -1,6 +1,6 @@
-"""A plan as a minimal LoRA adapter.
+"""Exact low-rank factors of a plan, as the tensors and the config of a PEFT adapter.
 
-Knows: factors and targets. Does not know: files.
+Knows: how PEFT names and stores factors, and which plans it cannot hold. Does not know: files, or how good the plan is.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from interp_ablate.weights.edited_tensors import BLOCK
 from interp_ablate.weights.plan_to_weights import Read, TensorEdit, WeightPlan
 
 PREFIX = "base_model.model."
-# What becomes of biases: none moves, PEFT adds a bias of its own, or the base's are replaced.
+# Biases: none moves, PEFT adds a bias of its own, or the base's are replaced.
 Biases = Literal["none", "added", "replaced"]
 # A singular value of an edit's map below this share of its factors' size is rounding, not rank.
 NEGLIGIBLE = 1e-13
@@ -28,17 +28,14 @@ NEGLIGIBLE = 1e-13
 
 @dataclass(frozen=True)
 class Adapter:
-    """A PEFT adapter: tensors under its file's names, its LoraConfig's fields, the rank of each target.
-
-    `ranks` is that of each weight, under its own name; 0 where only the bias beside it changes.
-    """
+    """A PEFT adapter in memory."""
 
     tensors: dict[str, Tensor]
+    """Factors under the names of the adapter's file."""
     fields: dict[str, Any]
+    """Fields of PEFT's LoraConfig."""
     ranks: dict[str, int]
-
-
-# ---- factors --------------------------------------------------------------------------------------
+    """Rank of each edited weight, by the weight's name; 0 where only the bias beside it changes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,12 +48,15 @@ class _Bias:
 
 @dataclass(frozen=True, eq=False)
 class _Target:
-    """What the plan does to one weight: W + the product of `a` and `b`, and to the bias beside it."""
+    """The change of one weight, W + the product of `a` and `b`, and of the bias beside it."""
 
-    name: str  # the tensor's
+    name: str
+    """Name of the weight."""
     edit: TensorEdit
-    a: Float[Tensor, "... k in"]  # of fused experts [expert, k, in]
+    a: Float[Tensor, "... k in"]
+    """The factor that reads; of fused experts [expert, k, in]."""
     b: Float[Tensor, "d_model k"]
+    """The factor that writes to the stream."""
     bias: _Bias | None = None
 
     @property
@@ -80,7 +80,7 @@ class _Target:
 def minimal_adapter(
     affine: Affine,
 ) -> tuple[Float[Tensor, "d_model k"], Float[Tensor, "d_model k"]]:
-    """Left and right of a map with as many columns as their product has rank; float64."""
+    """The map's left and right factors with as many columns as their product has rank; float64."""
     left, right = affine.left, affine.right
     if not left.shape[1]:
         return left, right
@@ -124,7 +124,7 @@ def _factors(weight: Tensor, edit: TensorEdit) -> tuple[Tensor, Tensor]:
 
 def _targets(plan: WeightPlan, read: Read) -> list[_Target]:
     """Every weight that the plan changes, or whose bias it changes."""
-    found = []
+    targets = []
     for name, edit in plan.edits.items():
         if edit.layout == "bias":
             continue
@@ -136,11 +136,8 @@ def _targets(plan: WeightPlan, read: Read) -> list[_Target]:
             bias = _Bias(old, plan.edits[beside].affine(old))
         target = _Target(name, edit, a, b, bias)
         if target.rank or target.moves_bias:
-            found.append(target)
-    return found
-
-
-# ---- the adapter ----------------------------------------------------------------------------------
+            targets.append(target)
+    return targets
 
 
 def lora_adapter(
@@ -199,10 +196,10 @@ def lora_adapter(
 
 
 def _check_has_form(plan: WeightPlan) -> None:
-    kept = [name for name, edit in plan.edits.items() if edit.keeps_norm]
-    if kept:
+    rescaled = [name for name, edit in plan.edits.items() if edit.keeps_norm]
+    if rescaled:
         raise ExportError(
-            f"a norm-preserving ablation rescales every column of {kept[0]}: that is no change of low "
+            f"a norm-preserving ablation rescales every column of {rescaled[0]}: that is no change of low "
             "rank, and no adapter holds it. The nearest plan that one holds is the same without "
             "norm_preserving; a checkpoint holds this one"
         )

@@ -1,6 +1,6 @@
-"""Whether an adapter computes what the hooked model computed.
+"""The certificate of an adapter: loaded with PEFT, unmerged and merged, against the hooked model.
 
-Knows: PEFT and logits. Does not know: how it was made.
+Knows: PEFT, and what a user must know before merging. Does not know: how the adapter was made.
 """
 
 from __future__ import annotations
@@ -12,19 +12,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import ExportError
-from interp_ablate.evaluation.metrics import kl_divergence
-from interp_ablate.export.certification import LIMITS, PROBES
+from interp_ablate.export.certification import (
+    LIMITS,
+    PROBES,
+    hooked_logits,
+    logit_distance,
+    plain_logits,
+)
 from interp_ablate.export.lora_adapter import Adapter
 from interp_ablate.models.model import Model
 from interp_ablate.prompts.prompt import PromptLike
 from interp_ablate.weights.plan_to_weights import WeightPlan
 
-# What the card says of merging, by `WeightPlan.tied`.
+# The card's section on merging, by `WeightPlan.tied`.
 _MERGING = {
     "untie": """The base model's unembedding is its embedding, which this adapter edits. Unmerged, the
 unembedding stays as it is. PEFT merges into both, which is another function: give the base an
@@ -48,7 +52,7 @@ from the plan is said above.""",
 
 
 def merge_instructions(plan: WeightPlan, adapter: Adapter) -> str:
-    """What a user of the adapter must know before merging or disabling it, as Markdown."""
+    """Markdown for the card: the cautions before merging or disabling the adapter."""
     lines = [_MERGING.get(plan.tied or "", "`merge_and_unload()` computes what the adapter does.")]
     if adapter.fields["bias"] == "lora_only":
         lines.append(
@@ -66,9 +70,6 @@ def import_peft() -> Any:
             "a LoRA adapter is written and certified with PEFT, which is not installed: pip install peft"
         ) from error
     return peft
-
-
-# ---- the certificate ------------------------------------------------------------------------------
 
 
 def untied_base(hf_model: Any) -> Any:
@@ -100,27 +101,27 @@ def certify_lora(
     """
     peft = import_peft()
     rows = model.encode_all(prompts)
-    plain, want = _hooked(model, Plan(), rows), _hooked(model, plan.plan, rows)
-    meant = want  # by the merged model
+    plain, want = hooked_logits(model, Plan(), rows), hooked_logits(model, plan.plan, rows)
+    meant = want  # what the merged model shall compute
     if plan.unembed_map is not None:
         with model.unembedding_through(plan.unembed_map):
-            meant = _hooked(model, plan.plan, rows)
+            meant = hooked_logits(model, plan.plan, rows)
     base = _plain(model, own=plan.edits)
     with _loading(folder):
         adapted = peft.PeftModel.from_pretrained(base, folder)
-        unmerged = _logits(adapted, rows)
+        unmerged = plain_logits(adapted, rows)
         if plan.tied == "untie":
             adapted = peft.PeftModel.from_pretrained(untied_base(adapted.unload()), folder)
-        merged = _logits(adapted.merge_and_unload(), rows)
-    numbers = {**_apart(want, unmerged), **_apart(meant, merged, "merged_")}
+        merged = plain_logits(adapted.merge_and_unload(), rows)
+    numbers = {**logit_distance(want, unmerged), **logit_distance(meant, merged, "merged_")}
     dtype = str(model.dtype).removeprefix("torch.")
     limits = dict(zip(numbers, LIMITS[dtype][:2] * 2))
     failed = [name for name in limits if not numbers[name] <= limits[name]]
-    cost = {"cost_of_accept": _apart(want, meant)} if plan.unembed_map is not None else {}
+    cost = {"cost_of_accept": logit_distance(want, meant)} if plan.unembed_map is not None else {}
     return {
         **numbers,
         **cost,
-        "max_abs_logit_effect_of_plan": _apart(want, plain)["max_abs_logit_difference"],
+        "max_abs_logit_effect_of_plan": logit_distance(want, plain)["max_abs_logit_difference"],
         "prompts": len(rows),
         "positions": sum(map(len, rows)),
         "limits": limits,
@@ -128,12 +129,6 @@ def certify_lora(
         "failed": failed,
         "passed": not failed,
     }
-
-
-def _hooked(model: Model, plan: Plan, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Logits of each row under a plan as hooks, at every position."""
-    with model.applied(plan):
-        return [model.logits([row], keep=len(row))[0].float() for row in rows]
 
 
 @contextmanager
@@ -161,20 +156,3 @@ def _plain(model: Model, *, own: Collection[str]) -> Any:
     hf.load_state_dict({n: t.clone() if n in own else t for n, t in tensors.items()}, assign=True)
     hf.tie_weights()
     return hf.to(model.device).eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def _logits(hf: Any, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-    device = next(hf.parameters()).device
-    return [hf(input_ids=torch.tensor([row], device=device)).logits[0].float() for row in rows]
-
-
-def _apart(some: Sequence[Tensor], others: Sequence[Tensor], prefix: str = "") -> dict[str, float]:
-    """The largest difference of two sets of logits, and the largest KL; NaN if there is one."""
-    gaps, kls = [], []
-    for one, other in zip(some, others, strict=True):
-        gaps.append((one - other).abs().double().max())
-        pair = (one.double().log_softmax(-1), other.double().log_softmax(-1))
-        kls.append(kl_divergence(*pair).max())
-    gap, kl = float(torch.stack(gaps).max()), float(torch.stack(kls).max())
-    return {f"{prefix}max_abs_logit_difference": gap, f"{prefix}kl": kl}

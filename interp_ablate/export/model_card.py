@@ -289,8 +289,8 @@ def _edits(manifest: Mapping[str, Any], certificate: Mapping[str, Any]) -> list[
     lines += ["", f"Added: {', '.join(_families(added))}."] if added else []
     tied = manifest.get("tied") or ("untie" if manifest.get("untied") else None)
     # An adapter leaves the unembedding alone until it is merged: "Merging" says what happens then.
-    says_tied = tied and (manifest.get("kind") != "lora" or tied == "skip-embedding")
-    lines += ["", _TIED[tied]] if says_tied else []
+    if tied and (manifest.get("kind") != "lora" or tied == "skip-embedding"):
+        lines += ["", _TIED[tied]]
     cost = certificate.get("cost_of_accept")
     if cost:
         numbers = ", ".join(f"{name} {value:.3g}" for name, value in cost.items())
