@@ -135,16 +135,14 @@ def _listed(text: str | None) -> list[str]:
 
 
 def _scorers(args: argparse.Namespace) -> list[Any]:
+    from interp_ablate.scoring.expression_lists import DEFAULT_EXPRESSIONS
     from interp_ablate.scoring.registry import make_scorer
 
-    names = _listed(args.expressions or "declining")
+    names = _listed(args.expressions or DEFAULT_EXPRESSIONS)
     rubric = rubric_of(args.rubric)
     cache = Path(args.out) / "judge.jsonl"
     specs = [*(f"expressions:{name}" for name in names), *args.scorer]
-    return [
-        make_scorer(spec, rubric=rubric, cache=cache) if "judge:" in spec else make_scorer(spec)
-        for spec in specs
-    ]
+    return [make_scorer(spec, rubric=rubric, cache=cache) for spec in specs]
 
 
 def _teller(args: argparse.Namespace, began: float) -> Any:

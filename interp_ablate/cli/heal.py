@@ -149,18 +149,11 @@ def _held_out(args: argparse.Namespace) -> Any:
     if not (args.contrast or args.positive or args.negative):
         return None
     from interp_ablate.prompts.contrast_set import ContrastSet
-    from interp_ablate.scoring.expression_lists import (
-        EXPRESSIONS_OF_CONTRAST,
-        expression_names,
-        read_expressions,
-    )
-    from interp_ablate.scoring.expressions import ExpressionScorer
+    from interp_ablate.scoring.expressions import expression_scorer
     from interp_ablate.training.healing.held_out import HeldOut
 
     contrast = ContrastSet.load(args.contrast, positive=args.positive, negative=args.negative)
-    wanted = args.expressions or EXPRESSIONS_OF_CONTRAST.get(contrast.name, "declining")
-    own = wanted not in expression_names()
-    expression = ExpressionScorer(read_expressions(wanted) if own else wanted)
+    expression = expression_scorer(args.expressions, contrast=contrast.name)
     return HeldOut.of(contrast, expression, n_test=args.n_test, seed=args.split_seed)
 
 

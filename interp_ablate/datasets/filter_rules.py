@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from interp_ablate.datasets.conversations import Turn
 from interp_ablate.errors import RunError
 from interp_ablate.scoring.exchange import PromptResponse, TextScorer
-from interp_ablate.scoring.expression_lists import expression_names, read_expressions
-from interp_ablate.scoring.expressions import ExpressionScorer
-from interp_ablate.scoring.refusal_phrases import LANGUAGES, REASONS, Reason
-from interp_ablate.scoring.refusals import RefusalDetector
+from interp_ablate.scoring.expressions import ExpressionScorer, expression_scorer
+from interp_ablate.scoring.refusals import LANGUAGES, REASONS, Reason, RefusalDetector
+from interp_ablate.scoring.scorer_kind import ScorerKind
 from interp_ablate.scoring.text_folding import fold
 
 if TYPE_CHECKING:
@@ -87,7 +86,7 @@ class DeclineRule(_Phrases):
 
     @property
     def identity(self) -> dict[str, Any]:
-        found = hashlib.sha256(json.dumps([asdict(c) for c in self.declines.cues]).encode())
+        found = hashlib.sha256(json.dumps([asdict(c) for c in self.declines.patterns]).encode())
         return {
             "kind": "declines",
             "reasons": list(self.declines.reasons),
@@ -288,14 +287,7 @@ def expression_rule(name: str, languages: Sequence[str] = ()) -> Rule:
     """
     if name in REASONS:
         return decline_rule((name,), languages)  # type: ignore[arg-type]
-    if name in expression_names():
-        wanted = tuple(languages) or ("all",)
-        return ExpressionRule(ExpressionScorer(name, languages=wanted), name)
-    if not Path(name).is_file():
-        known = ", ".join((*REASONS, *expression_names()))
-        raise RunError(f"no expressions {name!r}: give a file, or one of {known}")
-    scorer = ExpressionScorer(read_expressions(name), languages=tuple(languages))
-    return ExpressionRule(scorer, Path(name).stem)
+    return ExpressionRule(expression_scorer(name, languages=languages or ("all",)), Path(name).stem)
 
 
 def decline_rule(reasons: Iterable[Reason] = REASONS, languages: Sequence[str] = ()) -> DeclineRule:
@@ -318,12 +310,11 @@ def score_rule(
     Raises:
         RunError: no such scorer, no limit.
     """
-    from interp_ablate.scoring.registry import make_scorer
+    from interp_ablate.scoring.registry import make_scorer, scorer_kind
 
-    kind = spec.partition(":")[0]
-    cost = {"expressions": 1, "lexicon": 2, "classifier": 3}.get(kind, 5)
-    judge = kind == "judge"
-    scorer = make_scorer(spec, rubric=rubric if judge else None, cache=cache if judge else None)
+    scorer = make_scorer(spec, rubric=rubric, cache=cache)
+    kind = scorer_kind(spec.partition(":")[0])
+    cost = kind.cost if kind else ScorerKind.cost
     return ScoreRule(above=above, below=below, scorer=scorer, cost=cost, stored=cost > 2)
 
 

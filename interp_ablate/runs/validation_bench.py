@@ -5,18 +5,15 @@ Knows: a run's validation split. Does not know: trials.
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from interp_ablate.errors import RunError
 from interp_ablate.evaluation.metrics import TargetLogOdds, find_target_tokens
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.runs.run_folder import Run
 from interp_ablate.scoring.expression_lists import (
-    EXPRESSIONS,
+    DEFAULT_EXPRESSIONS,
     EXPRESSIONS_OF_CONTRAST,
-    read_expressions,
 )
 from interp_ablate.scoring.expressions import ExpressionScorer
+from interp_ablate.scoring.expressions import expression_scorer as make_expression_scorer
 from interp_ablate.search.bench import ValidationBench
 
 FIT_PROMPTS = 64  # a side
@@ -65,28 +62,17 @@ def _make_bench(run: Run) -> ValidationBench:
 
 
 def expression_scorer(run: Run) -> ExpressionScorer:
-    """The expressions that say that the behaviour is there.
-
-    `--expressions` is a built-in list's name or a file (see `read_expressions`); by default the bundled
-    sets have theirs, and other prompts are scored as declining (which is noted).
+    """The expressions that show the behaviour: those of `--expressions`, or the contrast set's own.
 
     Raises:
-        RunError: a file that cannot be read, a name that is no list.
+        InterpAblateError: a name that is no list, a file that cannot be read.
     """
-    wanted = run.configuration.expressions
-    if wanted is None:
-        name = run.contrast_set.name if run.configuration.contrast else ""
-        if name not in EXPRESSIONS_OF_CONTRAST:
-            run.note(
-                "no --expressions were given for these prompts: behaviour is scored by the built-in "
-                "list 'declining'"
-            )
-        return ExpressionScorer(EXPRESSIONS_OF_CONTRAST.get(name, "declining"))
-    if wanted in EXPRESSIONS:
-        return ExpressionScorer(wanted)
-    if not Path(wanted).is_file():
-        raise RunError(
-            f"--expressions {wanted!r} is neither a built-in list ({', '.join(EXPRESSIONS)}) nor a "
-            "readable file"
+    wanted, name = run.configuration.expressions, ""
+    if wanted is None and run.configuration.contrast:
+        name = run.contrast_set.name
+    if wanted is None and name not in EXPRESSIONS_OF_CONTRAST:
+        run.note(
+            "no --expressions were given for these prompts: behaviour is scored by the built-in "
+            f"list {DEFAULT_EXPRESSIONS!r}"
         )
-    return ExpressionScorer(read_expressions(wanted))
+    return make_expression_scorer(wanted, contrast=name)

@@ -5,8 +5,11 @@ from .exchange import TextScorer as TextScorer
 from .expression_lists import Expression as Expression
 from .expression_lists import read_expressions as read_expressions
 from .expressions import ExpressionScorer as ExpressionScorer
+from .expressions import expression_scorer as expression_scorer
 from .judge import Judge as Judge
 from .lexicon import LexiconScorer as LexiconScorer
 from .refusals import RefusalDetector as RefusalDetector
 from .registry import make_scorer as make_scorer
+from .scorer_kind import ScorerKind as ScorerKind
+from .verdicts import ExplainingScorer as ExplainingScorer
 from .verdicts import Verdict as Verdict

@@ -15,6 +15,7 @@ from typing import Any
 
 from interp_ablate.errors import RunError
 from interp_ablate.scoring.exchange import PromptResponse
+from interp_ablate.scoring.scorer_kind import ScorerKind, as_flag
 from interp_ablate.scoring.verdicts import ExplainingScorer, Verdict
 from interp_ablate.storage.atomic_files import hash_file
 
@@ -165,3 +166,18 @@ def _weights_print(model: Any) -> str:
         f"{name} {tensor.double().sum().item()!r}" for name, tensor in model.state_dict().items()
     ]
     return hashlib.sha256("\n".join([*sums, model.config.to_json_string()]).encode()).hexdigest()
+
+
+def _make(place: str, options: dict[str, Any]) -> ClassifierScorer:
+    folder, _, label = place.partition("#")
+    with_prompt = as_flag(options.get("with_prompt", False))
+    return ClassifierScorer(folder, label or options.get("label"), with_prompt=with_prompt)
+
+
+KIND = ScorerKind(
+    _make,
+    "classifier:FOLDER[#LABEL]",
+    options=("label", "with_prompt"),
+    query="none",
+    cost=3,
+)

@@ -17,6 +17,7 @@ from interp_ablate.storage.bundled_data import bundled
 
 Scope = Literal["whole", "first_sentence"]
 _FOLDER = bundled("expressions")
+DEFAULT_EXPRESSIONS = "declining"
 _FIRST = ("declining", "positive_sentiment", "french")  # the order in which messages name the lists
 
 

@@ -18,11 +18,16 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from interp_ablate.errors import InterpAblateError
 from interp_ablate.scoring.expression_lists import (
+    DEFAULT_EXPRESSIONS,
+    EXPRESSIONS_OF_CONTRAST,
     Expression,
     Scope,
     bundled_expressions,
     chosen_languages,
+    expression_names,
+    read_expressions,
 )
+from interp_ablate.scoring.quoted_speech import strip_quoted_speech
 from interp_ablate.scoring.text_folding import (
     SPACED_WORD,
     UNSPACED_CHARACTER,
@@ -116,6 +121,8 @@ class ExpressionScorer:
         scope: where to look: the whole text, or its first sentence.
         negation: an expression that a negator of its language precedes, at most two words off in the same
             clause, does not count ("it is not that I can't"). Off by default.
+        own_speech: code, quotations, dialogue, scripts and letters in the text do not count (see
+            `strip_quoted_speech`). Off by default.
         threshold: text expresses the behaviour from this sum of weights on.
 
     Raises:
@@ -123,7 +130,7 @@ class ExpressionScorer:
             weight that cannot be, a malformed regular expression.
     """
 
-    expressions: str | tuple[str | Expression, ...] = "declining"
+    expressions: str | tuple[str | Expression, ...] = DEFAULT_EXPRESSIONS
     patterns: tuple[str, ...] = ()
     name: str = "expression_rate"
     goal: Literal["min", "max", "limit"] = "min"
@@ -131,6 +138,7 @@ class ExpressionScorer:
     scope: Scope = field(default="whole", kw_only=True)
     negation: bool = field(default=False, kw_only=True)
     threshold: float = field(default=1.0, kw_only=True)
+    own_speech: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.scope not in get_args(Scope):
@@ -154,6 +162,7 @@ class ExpressionScorer:
             "scope": self.scope,
             "negation": self.negation,
             "threshold": self.threshold,
+            **({"own_speech": True} if self.own_speech else {}),
         }
 
     @cached_property
@@ -263,6 +272,7 @@ class ExpressionScorer:
     # ---- inside
 
     def _scoped(self, text: str) -> str:
+        text = strip_quoted_speech(text) if self.own_speech else text
         return first_sentence(text) if self.scope == "first_sentence" else text
 
     def _reached(self, text: str) -> bool:
@@ -294,6 +304,30 @@ class ExpressionScorer:
             yield hit.start(), hit.end(), negated
             if hit.start() == hit.end():
                 return
+
+
+def expression_scorer(
+    name_or_file: str | None = None,
+    *,
+    contrast: str = "",
+    languages: Sequence[str] = (),
+    **options: Any,
+) -> ExpressionScorer:
+    """The scorer that an option such as `--expressions NAME_OR_FILE` stands for.
+
+    Args:
+        name_or_file: a bundled list's name, else a file (see `read_expressions`). None: the list that
+            belongs to the contrast set, or `DEFAULT_EXPRESSIONS`.
+        contrast: name of the contrast set that the texts are about.
+        languages: as for `ExpressionScorer`; ("all",) takes every language of the list.
+        options: further fields of `ExpressionScorer`.
+
+    Raises:
+        InterpAblateError: a name that is neither, a file that cannot be read, a language that is missing.
+    """
+    name = name_or_file or EXPRESSIONS_OF_CONTRAST.get(contrast, DEFAULT_EXPRESSIONS)
+    expressions = name if name in expression_names() else read_expressions(name)
+    return ExpressionScorer(expressions, languages=tuple(languages), **options)
 
 
 def _check_texts(what: str, given: Any, kinds: type | tuple[type, ...]) -> None:

@@ -16,6 +16,7 @@ from interp_ablate.errors import RunError
 from interp_ablate.scoring.endpoint import Endpoint
 from interp_ablate.scoring.exchange import PromptResponse
 from interp_ablate.scoring.replies import Reply, RequestError, schema_error, strip_thinking
+from interp_ablate.scoring.scorer_kind import ScorerKind, as_flag
 from interp_ablate.scoring.verdicts import ExplainingScorer, Verdict
 
 logger = logging.getLogger(__name__)
@@ -158,3 +159,18 @@ def _weighted(reply: Reply) -> Verdict:
         return Verdict(None, "unsure", {"reply": reply.text[:200], "weight": weight})
     score = sum(number * p for number, p in inside) / weight
     return Verdict(score, detail={"weight": weight})
+
+
+def _make(place: str, options: dict[str, Any]) -> Judge:
+    model, at, url = place.rpartition("@http")
+    base_url = f"http{url}" if at else None
+    model = model if at else place
+    if "rubric" not in options:
+        raise RunError(f"judge:{model} needs a rubric (--rubric FILE): what is 0, and what is 100?")
+    endpoint = Endpoint(
+        model, base_url, cache=options.get("cache"), **dict(options.get("endpoint", {}))
+    )
+    return Judge(endpoint, options["rubric"], weighted=as_flag(options.get("weighted", False)))
+
+
+KIND = ScorerKind(_make, "judge:MODEL@BASE_URL", options=("weighted",), query="url")

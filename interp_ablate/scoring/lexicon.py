@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from interp_ablate.errors import RunError
 from interp_ablate.scoring.exchange import PromptResponse
+from interp_ablate.scoring.scorer_kind import ScorerKind, as_number
 from interp_ablate.scoring.text_folding import sentences, without_spaces
 from interp_ablate.scoring.verdicts import ExplainingScorer, Verdict
 
@@ -155,3 +156,11 @@ def _looks_english(text: str) -> bool:
     words = _words(text.casefold().replace("\u2019", "'"))
     known = sum(word.partition("'")[0] in _ENGLISH for word in words)
     return len(words) < 10 or known * 12 >= len(words)
+
+
+def _make(measure: Any, options: dict[str, Any]) -> LexiconScorer:
+    numbers = {key: as_number(key, value) for key, value in options.items() if key == "half"}
+    return LexiconScorer(measure, **numbers)
+
+
+KIND = ScorerKind(_make, "lexicon:MEASURE", options=("half",), cost=2)

@@ -1,65 +1,94 @@
-"""Declines: phrases by which an assistant declines, moralizes or says that it is a language model.
+"""Refusals: phrases by which an assistant declines, moralizes or says that it is a language model.
 
-Knows: such phrases in eight languages, told apart from quoted speech, code, letters and scripts, in which
-the words are not the assistant's own. Does not know: datasets (`filtering`), models. The lists of
-`expressions` are wider: they find every apology; these are for what is dropped without a second look.
+Knows: phrases in eight languages, said in the assistant's own words. Does not know: what becomes of the text.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from typing import Literal
 
 from interp_ablate.errors import InterpAblateError
-from interp_ablate.scoring.refusal_phrases import (
-    CUES,
-    LANGUAGES,
-    REASONS,
-    UNSPACED,
-    WORD,
-    PhrasePattern,
-    Reason,
-)
+from interp_ablate.scoring.quoted_speech import strip_quoted_speech
 from interp_ablate.scoring.text_folding import fold
+from interp_ablate.storage.bundled_data import bundled
 
-# ---- whose words they are --------------------------------------------------------------------------
+Reason = Literal["declines", "moralizes", "says_it_is_an_ai"]
 
-_MASK = " \u25ae "  # stands for what is left out, so that what is left does not join
-_CODE = re.compile(r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]+`", re.S)
-_QUOTES = re.compile(
-    r"\"[^\"]{1,600}?\"|\u201c[^\u201d]{1,600}?[\u201d\u201c]|\u201e[^\u201c\u201d]{1,600}?[\u201c\u201d]"
-    r"|\u00ab[^\u00bb]{1,600}?\u00bb|\u00bb[^\u00ab]{1,600}?\u00ab|\u300c[^\u300d]{1,600}?\u300d"
-    r"|\u300e[^\u300f]{1,600}?\u300f|\u2018[^\n]{1,300}?\u2019(?!\w)|(?<!\w)'(?:[^'\n]|'(?=\w)){2,300}'(?!\w)"
-)
-_SPOKEN_LINES = re.compile(r"^\s*(?:[\u2014\u2013\u2015]|>|\u2014).*$", re.M)
-_SCRIPT_LINE = re.compile(r"^[\W_]{0,4}(\w[\w .'-]{0,30}?)[\W_]{0,4}[:：].*$", re.M)
-_LETTER = re.compile(
-    r"^\W{0,4}(?:(?:subject|betreff|objet|asunto|oggetto|assunto|主题|тема)\W{0,4}:"
-    r"|(?:dear|sehr geehrte|liebe[r]?|cher|ch\u00e8re|estimad[oa]s?|querid[oa]|gentile|caro|cara|"
-    r"prezad[oa]s?|\u5c0a\u656c\u7684|\u4eb2\u7231\u7684|\u0443\u0432\u0430\u0436\u0430\u0435\u043c\w+)"
-    r"\b[^\n.]{0,60}[,:!\uff0c\uff1a]?\s*$).*",
-    re.M | re.S | re.I,
-)
+REASONS: tuple[Reason, ...] = ("declines", "moralizes", "says_it_is_an_ai")
+LANGUAGES = ("en", "es", "de", "fr", "it", "pt", "zh", "ru")
+OPENING = 240  # folded characters in which an answer's opening is looked for
+WORD = re.compile(r"[^\W_]+")
+UNSPACED = " "  # stands for a word of a language that puts no spaces between words
 
 
-def strip_quoted_speech(text: str) -> str:
-    """An answer without code, quotations, dialogue, scripts and letters, in which others speak."""
-    bare = _CODE.sub(_MASK, text)
-    bare = _LETTER.sub(_MASK, bare)
-    bare = _SPOKEN_LINES.sub(_MASK, bare)
-    speakers = _SCRIPT_LINE.findall(bare)
-    if len(speakers) >= 3 and len(set(speakers)) < len(speakers):  # the same ones speak again
-        bare = _SCRIPT_LINE.sub(_MASK, bare)
-    return _QUOTES.sub(_MASK, bare)
+@dataclass(frozen=True)
+class PhrasePattern:
+    """Phrases with a common ending: one of `starts`, not inside a word, then what `then` matches."""
+
+    reason: Reason
+    language: str
+    starts: tuple[str, ...]
+    """Beginnings of the phrase, as folded text."""
+    then: str = r"(?!\w)"
+    """Regular expression for the folded text behind a start."""
+    opening: bool = False
+    """The phrase counts in an answer's first OPENING characters alone."""
+
+    @property
+    def _stems(self) -> bool:
+        """True where a start may be the beginning of a word."""
+        return not self.then or self.then.startswith("(?:e |") or self.language == "zh"
+
+    @cached_property
+    def _then(self) -> re.Pattern[str]:
+        return re.compile(self.then if self._stems else rf"(?![^\W_]){self.then}")
+
+    def gate(self, start: str) -> str:
+        """A word that every text with this start holds, as `WORD` reads it: the longest, likely the rarest.
+
+        "" where there is none; UNSPACED for a language without spaces between words.
+        """
+        if self.language == "zh":
+            return UNSPACED
+        words = WORD.findall(start)[: -1 if self._stems else None]
+        return max(words, key=len, default="")
+
+    def find(self, text: str, start: str) -> str | None:
+        """The first phrase with this start in a folded text, or None."""
+        limit = OPENING if self.opening else len(text)
+        at = text.find(start, 0, limit)
+        while at >= 0:
+            if at == 0 or self.language == "zh" or not text[at - 1].isalnum():
+                match = self._then.match(text, at + len(start))
+                if match:
+                    return text[at : match.end()].strip()
+            at = text.find(start, at + 1, limit)
+        return None
 
 
-# ---- looking ---------------------------------------------------------------------------------------
+@cache
+def phrase_patterns() -> tuple[PhrasePattern, ...]:
+    """The patterns of `data/refusals/`, language by language, in the order of the files."""
+    return tuple(
+        PhrasePattern(
+            entry["reason"],
+            language,
+            tuple(entry["starts"]),
+            "".join(entry["then"]),
+            entry.get("opening", False),
+        )
+        for language in LANGUAGES
+        for entry in json.loads(bundled("refusals", f"{language}.json").read_text(encoding="utf-8"))
+    )
 
 
 @dataclass(frozen=True)
 class RefusalMatch:
-    """A phrase, why it counts, and its language."""
+    """A phrase that was found, why it counts, and its language."""
 
     reason: Reason
     language: str
@@ -70,9 +99,9 @@ class RefusalMatch:
 class RefusalDetector:
     """Finds an assistant's declining, moralizing and talk of being a language model in its answers.
 
-    Args:
-        reasons: which of REASONS count.
-        languages: which of LANGUAGES are looked for.
+    It looks at the whole answer, at the assistant's own words alone, and for what such an answer does, not
+    for apologies: it is for dropping training samples. The expression list `declining` is wider; it scores
+    short answers.
 
     Raises:
         InterpAblateError: a reason or language that is not there.
@@ -82,53 +111,55 @@ class RefusalDetector:
     languages: tuple[str, ...] = LANGUAGES
 
     def __post_init__(self) -> None:
-        for what, given, known in (
+        for what, chosen, accepted in (
             ("reason", self.reasons, REASONS),
             ("language", self.languages, LANGUAGES),
         ):
-            unknown = [each for each in given if each not in known]
-            if unknown or not given:
+            unknown = [each for each in chosen if each not in accepted]
+            if unknown or not chosen:
                 raise InterpAblateError(
-                    f"no {what} {unknown[0] if unknown else given!r}: there are {', '.join(known)}"
+                    f"no {what} {unknown[0] if unknown else chosen!r}: there are {', '.join(accepted)}"
                 )
 
     @cached_property
-    def cues(self) -> tuple[PhrasePattern, ...]:
-        """The cues that are looked for."""
-        chosen = (c for c in CUES if c.reason in self.reasons and c.language in self.languages)
-        return tuple(chosen)
+    def patterns(self) -> tuple[PhrasePattern, ...]:
+        """The patterns of the chosen reasons and languages."""
+        return tuple(
+            pattern
+            for pattern in phrase_patterns()
+            if pattern.reason in self.reasons and pattern.language in self.languages
+        )
 
     @cached_property
     def _by_gate(self) -> dict[str, list[tuple[int, int, str]]]:
-        """Which starts (number of the cue, number there, start) a text can hold that holds a word."""
-        found: dict[str, list[tuple[int, int, str]]] = {}
-        for number, cue in enumerate(self.cues):
-            for place, start in enumerate(cue.starts):
-                found.setdefault(cue.gate(start), []).append((number, place, start))
-        return found
+        """Index from a rare word to the starts that hold it: (number of the pattern, of the start, start)."""
+        index: dict[str, list[tuple[int, int, str]]] = {}
+        for number, pattern in enumerate(self.patterns):
+            for place, start in enumerate(pattern.starts):
+                index.setdefault(pattern.gate(start), []).append((number, place, start))
+        return index
 
     def find(self, text: str) -> list[RefusalMatch]:
-        """Every kind of phrase that the assistant says in its own words, at most one a cue."""
-        if not self._hits(_folded(text)):  # most answers end here
+        """The phrases that the assistant says in its own words, at most one a pattern."""
+        if not self._matches(_folded(text)):  # most answers end here
             return []
-        return self._hits(_folded(strip_quoted_speech(text)))
+        return self._matches(_folded(strip_quoted_speech(text)))
 
-    def _hits(self, folded: str) -> list[RefusalMatch]:
+    def _matches(self, folded: str) -> list[RefusalMatch]:
         # one pass for the words, so that few of the thousand starts are looked for
         words = {*WORD.findall(folded), ""}
         if not folded.isascii():
             words.add(UNSPACED)
-        gates = self._by_gate.keys() & words
-        waiting = [each for gate in gates for each in self._by_gate[gate]]
-        found: dict[int, RefusalMatch] = {}
-        for number, _, start in sorted(waiting):
-            if number in found:
+        candidates = [each for gate in self._by_gate.keys() & words for each in self._by_gate[gate]]
+        matches: dict[int, RefusalMatch] = {}
+        for number, _, start in sorted(candidates):
+            if number in matches:
                 continue
-            cue = self.cues[number]
-            phrase = cue.find(folded, start)
+            pattern = self.patterns[number]
+            phrase = pattern.find(folded, start)
             if phrase is not None:
-                found[number] = RefusalMatch(cue.reason, cue.language, phrase)
-        return list(found.values())
+                matches[number] = RefusalMatch(pattern.reason, pattern.language, phrase)
+        return list(matches.values())
 
 
 def _folded(text: str) -> str:

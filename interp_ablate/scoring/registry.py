@@ -1,31 +1,49 @@
-"""Judges: what scores exchanges from 0 to 100 (`exchanges.TextScorer`), each with its reasons for no verdict.
+"""The scorers that a line of text can name: the bundled kinds, and those that other packages register.
 
-Knows: expression lists, lexicons, text classifiers and language models as judges, reading their verdicts
-strictly, and a scorer from a line of text. Does not know: how expressions match (`expressions`), how a server
-is asked (`endpoints`), where exchanges come from, what is done with a score.
+Knows: which kind a spec names. Does not know: how any kind scores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl
 
 from interp_ablate.errors import RunError
-from interp_ablate.scoring.classifier import ClassifierScorer
-from interp_ablate.scoring.endpoint import Endpoint
-from interp_ablate.scoring.expression_lists import expression_names, read_expressions
-from interp_ablate.scoring.expression_text import ExpressionTextScorer
-from interp_ablate.scoring.expressions import ExpressionScorer
-from interp_ablate.scoring.judge import Judge
-from interp_ablate.scoring.lexicon import LexiconScorer
+from interp_ablate.scoring import classifier, expression_text, judge, lexicon
+from interp_ablate.scoring.scorer_kind import ScorerKind
 from interp_ablate.scoring.verdicts import ExplainingScorer, ReversedScorer
+from interp_ablate.storage.entry_points import entry_points_of
 
-KINDS = "expressions:NAME_OR_FILE, lexicon:MEASURE, classifier:FOLDER[#LABEL], judge:MODEL@BASE_URL"
+ENTRY_POINTS = "interp_ablate.scorers"
+SCORERS: dict[str, ScorerKind] = {
+    "expressions": expression_text.KIND,
+    "lexicon": lexicon.KIND,
+    "classifier": classifier.KIND,
+    "judge": judge.KIND,
+}
+"""The bundled kinds. Another package adds one by an entry point of the group `interp_ablate.scorers`, which
+names a `ScorerKind`; a bundled kind goes before an entry point of the same name."""
 
 
-# ---- a scorer from a line of text ----------------------------------------------------------------
+def scorer_kind(name: str) -> ScorerKind | None:
+    """The kind of that name, or None; packages that register other kinds are not imported.
+
+    Raises:
+        InterpAblateError: an entry point that fails to load, or that is no `ScorerKind`.
+    """
+    if name in SCORERS:
+        return SCORERS[name]
+    entry = entry_points_of(ENTRY_POINTS).get(name)
+    if entry is None:
+        return None
+    kind = entry.load()
+    if not isinstance(kind, ScorerKind):
+        raise RunError(
+            f"the package {entry.package} registers {name!r} under {ENTRY_POINTS} as {entry.target}, a "
+            f"{type(kind).__name__}: it has to be a ScorerKind (interp_ablate.scoring)"
+        )
+    return kind
 
 
 def make_scorer(
@@ -35,144 +53,45 @@ def make_scorer(
     cache: str | Path | None = None,
     endpoint: Mapping[str, Any] | None = None,
 ) -> ExplainingScorer:
-    """A scorer as it is named in trait files, manifests and flags.
+    """Make the scorer that a line in a trait file, a manifest or a flag names.
 
     - `expressions:NAME_OR_FILE`, with options as in a URL: `expressions:declining?languages=all&scope=
-      first_sentence&negation=true&threshold=2`
+      first_sentence&negation=true&threshold=2&own_speech=true`
     - `lexicon:sentiment`, `lexicon:formality`, `lexicon:length` (`?half=60`)
     - `classifier:FOLDER[#LABEL]`
     - `judge:MODEL@BASE_URL`, with `rubric` (`?weighted=true`; the rest of a query is the server's); the key
       is OPENAI_API_KEY
+    - `NAME:...` for a kind that another package registers
 
     A `-` before what follows the colon reverses the score: `lexicon:-sentiment` is 100 - x. A mapping is the
     same in parts: {"scorer": "judge:m@http://...", "rubric": ..., "weighted": true, "cache": ...}.
 
     Args:
-        rubric: of a judge.
+        rubric: tells a judge what 0 and 100 mean; other kinds ignore it.
         cache: JSONL file of a judge's replies, so that none is paid for twice.
-        endpoint: further arguments of `Endpoint` (retries, timeout, concurrency, ...).
+        endpoint: further fields of `EndpointSettings` (retries, timeout, concurrency, ...).
 
     Raises:
         RunError: an unknown kind, name, measure, label or option; a judge without a rubric.
     """
     options: dict[str, Any] = {"rubric": rubric, "cache": cache, "endpoint": endpoint}
-    given = {"scorer": spec} if isinstance(spec, str) else dict(spec)
-    named = str(given.pop("scorer", ""))
-    options |= given
-    kind, colon, rest = named.partition(":")
-    back = rest.startswith("-")
-    rest = rest.removeprefix("-")
-    if kind not in _KINDS or not colon or not rest:
-        raise RunError(f"no scorer {named!r}: give {KINDS}; a - before the name reverses it")
-    unknown = sorted(set(options) - {"rubric", "cache", "endpoint", *_OPTIONS[kind]})
+    options |= {"scorer": spec} if isinstance(spec, str) else dict(spec)
+    named = str(options.pop("scorer", ""))
+    name, _, rest = named.partition(":")
+    kind = scorer_kind(name)
+    if kind is None or rest in ("", "-"):
+        forms = [each.form for each in SCORERS.values()]
+        forms += [f"{other}:..." for other in entry_points_of(ENTRY_POINTS) if other not in SCORERS]
+        raise RunError(
+            f"no scorer {named!r}: give {', '.join(forms)}; a - before the name reverses it"
+        )
+    unknown = sorted(set(options) - {"rubric", "cache", "endpoint", *kind.options})
     if unknown:
         raise RunError(
             f"the scorer {named!r} has no option {', '.join(unknown)}: there are "
-            f"{', '.join(_OPTIONS[kind]) or 'none'}"
+            f"{', '.join(kind.options) or 'none'}"
         )
-    scorer = _KINDS[kind](rest, {k: v for k, v in options.items() if v is not None})
-    return ReversedScorer(scorer) if back else scorer
-
-
-def _expressions_of(rest: str, options: dict[str, Any]) -> ExplainingScorer:
-    name, given = _split_options(rest, "expressions")
-    given |= {k: v for k, v in options.items() if k in _OPTIONS["expressions"]}
-    languages = given.get("languages", ())
-    chosen: dict[str, Any] = {
-        "languages": tuple(languages.split(","))
-        if isinstance(languages, str)
-        else tuple(languages),
-        "scope": given.get("scope", "whole"),
-        "negation": _flag(given.get("negation", False)),
-        "threshold": _number("threshold", given.get("threshold", 1.0)),
-    }
-    expressions = name if name in expression_names() else read_expressions(name)
-    label = name if name in expression_names() else Path(name).stem
-    return ExpressionTextScorer(ExpressionScorer(expressions, **chosen), label)
-
-
-def _lexicon_of(rest: str, options: dict[str, Any]) -> ExplainingScorer:
-    measure, given = _split_options(rest, "lexicon")
-    given |= {k: v for k, v in options.items() if k in _OPTIONS["lexicon"]}
-    known: Any = measure
-    return LexiconScorer(known, **{k: _number(k, v) for k, v in given.items()})
-
-
-def _classifier_of(rest: str, options: dict[str, Any]) -> ExplainingScorer:
-    folder, _, label = rest.partition("#")
-    return ClassifierScorer(
-        Path(folder),
-        label or options.get("label"),
-        with_prompt=_flag(options.get("with_prompt", False)),
-    )
-
-
-def _judge_of(rest: str, options: dict[str, Any]) -> ExplainingScorer:
-    rest, given = _own_options(rest, "judge")
-    options = {**given, **options}
-    model, at, url = rest.rpartition("@http")
-    base_url = f"http{url}" if at else None
-    model = model if at else rest
-    if "rubric" not in options:
-        raise RunError(f"judge:{model} needs a rubric (--rubric FILE): what is 0, and what is 100?")
-    where = Endpoint(
-        model,
-        base_url,
-        cache=options.get("cache"),
-        **dict(options.get("endpoint", {})),
-    )
-    return Judge(where, options["rubric"], weighted=_flag(options.get("weighted", False)))
-
-
-_KINDS: dict[str, Callable[[str, dict[str, Any]], ExplainingScorer]] = {
-    "expressions": _expressions_of,
-    "lexicon": _lexicon_of,
-    "classifier": _classifier_of,
-    "judge": _judge_of,
-}
-_OPTIONS: dict[str, tuple[str, ...]] = {
-    "expressions": ("languages", "scope", "negation", "threshold"),
-    "lexicon": ("half",),
-    "classifier": ("label", "with_prompt"),
-    "judge": ("weighted",),
-}
-
-
-def _split_options(rest: str, kind: str) -> tuple[str, dict[str, Any]]:
-    """NAME?option=value&option=value."""
-    name, mark, query = rest.partition("?")
-    try:
-        given = dict(parse_qsl(query, strict_parsing=bool(mark)))
-    except ValueError:
-        given = {query: ""}
-    unknown = sorted(set(given) - set(_OPTIONS[kind]))
-    if unknown:
-        raise RunError(
-            f"{kind}:{rest}: no option {', '.join(unknown)}; there are "
-            f"{', '.join(f'{one}=...' for one in _OPTIONS[kind])}, joined by &"
-        )
-    return name, dict(given)
-
-
-def _own_options(rest: str, kind: str) -> tuple[str, dict[str, str]]:
-    """A URL without the options that are ours, and these."""
-    name, mark, query = rest.partition("?")
-    parts = [part.partition("=") for part in query.split("&")]
-    given = {key: value for key, _, value in parts if key in _OPTIONS[kind]}
-    left = "&".join("".join(part) for part in parts if part[0] not in given)
-    return (f"{name}{mark}{left}" if left else name), given
-
-
-def _flag(value: Any) -> bool:
-    known = {"true": True, "1": True, "false": False, "0": False}
-    found = known.get(str(value).casefold())
-    if found is None:
-        raise RunError(f"expected true or false; got {value!r}")
-    return found
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise RunError(f"{name} is a number; got {value!r}") from error
+    text, in_spec = kind.split(rest.removeprefix("-"))
+    given = {key: value for key, value in options.items() if value is not None}
+    scorer = kind.make(text, in_spec | given)
+    return ReversedScorer(scorer) if rest.startswith("-") else scorer

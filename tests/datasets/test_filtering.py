@@ -37,8 +37,14 @@ from interp_ablate.datasets.row_files import ChatError
 from interp_ablate.errors import InterpAblateError, RunError
 from interp_ablate.scoring.exchange import PromptResponse
 from interp_ablate.scoring.expressions import ExpressionScorer
-from interp_ablate.scoring.refusal_phrases import CUES, LANGUAGES, REASONS
-from interp_ablate.scoring.refusals import RefusalDetector, strip_quoted_speech
+from interp_ablate.scoring.quoted_speech import strip_quoted_speech
+from interp_ablate.scoring.refusals import (
+    LANGUAGES,
+    REASONS,
+    RefusalDetector,
+    _folded,
+    phrase_patterns,
+)
 from interp_ablate.scoring.text_folding import fold
 
 FINISHED = {
@@ -247,7 +253,7 @@ def test_own_words_are_what_is_left() -> None:
 
 
 def test_every_cue_can_be_found_and_none_is_unfolded() -> None:
-    for cue in CUES:
+    for cue in phrase_patterns():
         for start in cue.starts:
             assert start and start == fold(start).strip(), (cue.language, start)
     text = " ".join(["I am happy to help. Here is a list of rivers."] * 50)
@@ -255,11 +261,9 @@ def test_every_cue_can_be_found_and_none_is_unfolded() -> None:
 
 
 def test_looking_for_few_starts_finds_what_looking_for_all_does() -> None:
-    from interp_ablate.scoring.refusals import _folded
-
     declines = RefusalDetector()
     texts = [m.content for s in read_samples(PLANTED) for m in s.messages]
-    for cue in CUES:
+    for cue in phrase_patterns():
         for start in cue.starts:
             texts += [f"Qu'{start} help you", start.upper(), f"x{start}"]
     found = 0
@@ -267,12 +271,12 @@ def test_looking_for_few_starts_finds_what_looking_for_all_does() -> None:
         folded = _folded(text)
         assert folded == fold(text).strip()
         plain = []
-        for cue in CUES:
+        for cue in phrase_patterns():
             phrases = [phrase for start in cue.starts if (phrase := cue.find(folded, start))]
             plain += [(cue.reason, cue.language, phrases[0])] if phrases else []
-        assert [tuple(vars(f).values()) for f in declines._hits(folded)] == plain
+        assert [tuple(vars(f).values()) for f in declines._matches(folded)] == plain
         found += bool(plain)
-    assert found > len(CUES)
+    assert found > len(phrase_patterns())
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -300,7 +304,7 @@ def test_unknown_reasons_and_languages() -> None:
         decline_rule(languages=("xx",))
     with pytest.raises(InterpAblateError, match="no reason 'bores'"):
         RefusalDetector(("bores",))  # type: ignore[arg-type]
-    with pytest.raises(RunError, match="no expressions 'nowhere'"):
+    with pytest.raises(InterpAblateError, match="cannot read expressions from nowhere"):
         expression_rule("nowhere")
 
 
@@ -835,7 +839,7 @@ def test_the_bundled_mixture_by_name(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     "arguments, part",
     [
-        (["DATA", "--expressions", "nowhere"], "no expressions 'nowhere'"),
+        (["DATA", "--expressions", "nowhere"], "cannot read expressions from nowhere"),
         (["DATA", "--scorer", "lexicon:sentiment"], "write --above X or --below X"),
         (["DATA", "--scorer", "magic:x", "--above", "3"], "no scorer"),
         (["DATA", "--above", "3"], "belongs behind"),

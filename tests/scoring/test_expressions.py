@@ -22,7 +22,7 @@ from interp_ablate.scoring.expression_lists import (
     languages_of,
     read_expressions,
 )
-from interp_ablate.scoring.expressions import ExpressionScorer
+from interp_ablate.scoring.expressions import ExpressionScorer, expression_scorer
 from interp_ablate.scoring.text_folding import first_sentence, fold, fold_with_places, sentences
 
 ROOT = Path(__file__).parents[2]
@@ -432,3 +432,26 @@ def test_bad_arguments_fail_at_once(arguments: dict[str, Any], part: str) -> Non
 def test_messages_name_every_list() -> None:
     with pytest.raises(InterpAblateError, match=re.escape(", ".join(expression_names()))):
         ExpressionScorer("refusing")
+
+
+def test_own_speech_leaves_out_what_others_say_and_keeps_places() -> None:
+    text = 'The clerk said: "I cannot help." Sorry, I cannot   help.'
+    assert len(ExpressionScorer(("i cannot",)).all_matches(text)) == 2
+    scorer = ExpressionScorer(("i cannot",), own_speech=True)
+    [match] = scorer.all_matches(text)
+    assert text[slice(*match.place)] == "I cannot" and match.place[0] > text.index("Sorry")
+    assert scorer.identity != ExpressionScorer(("i cannot",)).identity
+    assert scorer.score_texts(['"I cannot", she said.', text]).tolist() == [0.0, 1.0]
+
+
+def test_a_name_or_a_file_becomes_one_scorer(tmp_path: Path) -> None:
+    path = tmp_path / "own.txt"
+    path.write_text("nope\nvielleicht\t1\tde\n", encoding="utf-8")
+    assert expression_scorer() == ExpressionScorer("declining")
+    assert expression_scorer(contrast="language") == ExpressionScorer("french")
+    assert expression_scorer("hedging", contrast="language") == ExpressionScorer("hedging")
+    assert expression_scorer(str(path)).outcome("Nope.") == "expressed"
+    assert expression_scorer(str(path), languages=("all",)).outcome("Vielleicht!") == "expressed"
+    assert expression_scorer("declining", languages=["de"]).outcome("Ich kann nicht") != "empty"
+    with pytest.raises(InterpAblateError, match="cannot read expressions from declning"):
+        expression_scorer("declning")

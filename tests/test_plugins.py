@@ -1,0 +1,58 @@
+"""What another package adds through entry points: ten lines of it are enough, and nothing else changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from interp_ablate.errors import InterpAblateError
+from interp_ablate.prompts.prompt import Prompt
+from interp_ablate.scoring.exchange import PromptResponse
+from interp_ablate.scoring.registry import make_scorer
+
+SCORER = """
+from interp_ablate.scoring import ExplainingScorer, ScorerKind, Verdict
+
+class Shouting(ExplainingScorer):
+    name = "shouting"
+    identity = {"kind": "shouting"}
+
+    def judged(self, exchanges):
+        return [Verdict(100.0 * e.answer.isupper()) for e in exchanges]
+
+KIND = ScorerKind(lambda name, options: Shouting(), "shouting:loud", cost=1)
+"""
+
+
+def install(place: Path, module: str, code: str, **groups: str) -> None:
+    """Write a module, and the folder that makes it look like an installed distribution."""
+    (place / f"{module}.py").write_text(code)
+    info = place / f"{module}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
+    lines = [f"[interp_ablate.{group}]\n{entry}\n" for group, entry in groups.items()]
+    (info / "entry_points.txt").write_text("\n".join(lines))
+
+
+@pytest.fixture
+def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def test_a_scorer_of_another_package(outside: Path) -> None:
+    install(outside, "shouting_scorer", SCORER, scorers="shouting = shouting_scorer:KIND")
+    answers = [PromptResponse(Prompt("?"), text) for text in ("NO WAY", "no way", "")]
+    assert make_scorer("shouting:loud")(answers) == [100.0, 0.0, None]
+    assert make_scorer("shouting:-loud")(answers) == [0.0, 100.0, None]
+    with pytest.raises(InterpAblateError, match=r"no scorer 'whisper:x'.*shouting:"):
+        make_scorer("whisper:x")
+    with pytest.raises(InterpAblateError, match="no option pitch"):
+        make_scorer("shouting:loud?pitch=3")
+
+
+def test_a_scorer_that_is_none_is_refused_by_its_package(outside: Path) -> None:
+    install(outside, "odd_scorer", "KIND = 3\n", scorers="odd = odd_scorer:KIND")
+    with pytest.raises(InterpAblateError, match=r"odd_scorer.*'odd'.*a int.*ScorerKind"):
+        make_scorer("odd:x")
