@@ -1,15 +1,13 @@
-"""Scores: what a plan did to behaviour and to everything else, one number a prompt.
+"""Metrics of a model's outputs, one number a prompt: target log-odds, KL divergences, repetition, length.
 
-Knows: evidence (logits and text under a plan, computed once and shared by scorers), target log-odds, KL
-divergences, perplexity, repetition, length; hands on the expressions. Does not know: which plan is better, how
-expressions match (`expressions`).
+Knows: what each metric computes from outputs and a baseline's. Does not know: which plan is better, or how
+expressions match.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -19,29 +17,53 @@ from interp_ablate.errors import InterpAblateError
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.scoring.expressions import ExpressionScorer
 
-Goal = Literal["min", "max", "limit"]
+# A metric takes outputs and a baseline's outputs on the same prompts; None is a prompt without a value.
+Metric = Callable[[ModelOutputs, ModelOutputs], Float[Tensor, " prompt"] | Sequence[float | None]]
+_NO_METRICS: Mapping[str, Metric] = {}
 
 
-class Scorer(Protocol):
-    """A score: subclass nothing, just have these. Returns one number a prompt; their mean is the score.
+def answer_metrics(
+    outputs: ModelOutputs,
+    baseline: ModelOutputs | None = None,
+    scorers: Mapping[str, Metric] = _NO_METRICS,
+) -> dict[str, list[float | None]]:
+    """Measure a model's answers to prompts: a list of values for every metric, one a prompt.
 
-    `goal` says whether a smaller or larger number is better, or whether it is only held under a limit.
+    `repetition` is the share of repeated 3-grams, `length` the number of tokens, `empty` 1 for an answer
+    without a word. With a baseline come `kl_first_token` and `kl_continuation` (`divergences`). Each of
+    `scorers` adds its values under its name.
     """
+    answers = outputs.generations
+    values: dict[str, list[float | None]] = {
+        "repetition": [repetition(answer.tokens) for answer in answers],
+        "length": [float(len(answer.tokens)) for answer in answers],
+        "empty": [float(not answer.text.strip()) for answer in answers],
+    }
+    for name, scorer in scorers.items():
+        scores = scorer(outputs, outputs if baseline is None else baseline)
+        values[name] = scores.tolist() if isinstance(scores, Tensor) else list(scores)
+    return values if baseline is None else values | divergences(outputs, baseline)
 
-    @property
-    def name(self) -> str: ...
 
-    @property
-    def goal(self) -> Goal: ...
+def divergences(outputs: ModelOutputs, baseline: ModelOutputs) -> dict[str, list[float | None]]:
+    """KL divergences from the baseline in nats, one a prompt: at the first token, and along answers.
 
-    def __call__(
-        self, evidence: ModelOutputs, baseline: ModelOutputs
-    ) -> Float[Tensor, " prompt"]: ...
+    `kl_continuation` is the mean over the tokens of the baseline's own answer; it is None where that
+    answer is empty, because there is no token at which the two could differ.
+    """
+    first = kl_divergence(baseline.first_logprobs, outputs.first_logprobs)
+    along = continuation_scores(outputs, baseline)["kl_continuation"].tolist()
+    return {
+        "kl_first_token": first.tolist(),
+        "kl_continuation": [
+            kl if answer.tokens else None for kl, answer in zip(along, baseline.generations)
+        ],
+    }
 
 
 @dataclass(frozen=True)
 class TargetLogOdds:
-    """log p - log(1 - p) of the first token being one of the target tokens, a prompt.
+    """log p - log(1 - p) of the first token of the answer being one of the target tokens.
 
     Source: the refusal metric of Arditi et al. 2024, https://arxiv.org/abs/2406.11717.
 
@@ -50,8 +72,6 @@ class TargetLogOdds:
     """
 
     tokens: tuple[int, ...]
-    name: str = "behaviour"
-    goal: Goal = "min"
 
     def __post_init__(self) -> None:
         if min(self.tokens, default=-1) < 0:
@@ -61,7 +81,7 @@ class TargetLogOdds:
             )
 
     def of_logprobs(self, logprobs: Float[Tensor, "prompt d_vocab"]) -> Float[Tensor, " prompt"]:
-        """From first-token log-probabilities, without cancellation near p = 0 and p = 1."""
+        """Log-odds from first-token log-probabilities, without cancellation near p = 0 and p = 1."""
         if max(self.tokens) >= logprobs.shape[-1]:
             raise InterpAblateError(
                 f"target token {max(self.tokens)} is beyond the vocabulary of {logprobs.shape[-1]}: "
@@ -74,8 +94,8 @@ class TargetLogOdds:
         outside = wide[:, ~chosen].logsumexp(-1)
         return inside - outside
 
-    def __call__(self, evidence: ModelOutputs, baseline: ModelOutputs) -> Float[Tensor, " prompt"]:
-        return self.of_logprobs(evidence.first_logprobs)
+    def __call__(self, outputs: ModelOutputs, baseline: ModelOutputs) -> Float[Tensor, " prompt"]:
+        return self.of_logprobs(outputs.first_logprobs)
 
 
 @dataclass(frozen=True)
@@ -88,18 +108,16 @@ class UneditedAnswerLogProb:
 
     expression: ExpressionScorer
     tokens: int = 4
-    name: str = "unedited_answer_logprob"
-    goal: Goal = "min"
 
     def _answers(self, baseline: ModelOutputs) -> list[list[int]]:
         # an answer that ended at once stands for itself with any token: it is not among the expressing
         return [list(g.tokens)[: self.tokens] or [0] for g in baseline.generations]
 
     def logprobs(
-        self, evidence: ModelOutputs, baseline: ModelOutputs
+        self, outputs: ModelOutputs, baseline: ModelOutputs
     ) -> list[Float[Tensor, "pos d_vocab"]]:
         """Log-probabilities at the first tokens of every unedited answer; row 0 is the first token's."""
-        return evidence.continuation_logprobs(self._answers(baseline), batch_size=32)
+        return outputs.continuation_logprobs(self._answers(baseline), batch_size=32)
 
     def of_logprobs(
         self, logprobs: Sequence[Float[Tensor, "pos d_vocab"]], baseline: ModelOutputs
@@ -110,8 +128,8 @@ class UneditedAnswerLogProb:
         chosen = [i for i, yes in enumerate(expressed) if yes] or range(len(answers))
         return torch.stack([chosen_logprobs(logprobs[i], answers[i]).sum() for i in chosen])
 
-    def __call__(self, evidence: ModelOutputs, baseline: ModelOutputs) -> Float[Tensor, " prompt"]:
-        return self.of_logprobs(self.logprobs(evidence, baseline), baseline)
+    def __call__(self, outputs: ModelOutputs, baseline: ModelOutputs) -> Float[Tensor, " prompt"]:
+        return self.of_logprobs(self.logprobs(outputs, baseline), baseline)
 
 
 def chosen_logprobs(
@@ -129,7 +147,7 @@ def find_target_tokens(
     at_most: int = 8,
     share: float = 0.25,
 ) -> list[tuple[int, float, float]]:
-    """The tokens whose mean first-token probability differs most between the two sets.
+    """Find the tokens whose mean first-token probability differs most between two sets of prompts.
 
     Keeps tokens that are likelier after positive prompts by at least `share` of the largest gap.
     Returns (token, mean p after positive, mean p after negative), the largest gap first.
@@ -144,8 +162,7 @@ def find_target_tokens(
             "no token is likelier by 0.01 as the first of the answer after positive prompts: give the "
             "target tokens (--target-tokens), or choose by expressions on generated text"
         )
-    kept = gaps >= share * gaps[0]
-    return [(int(t), float(p[t]), float(q[t])) for t in tokens[kept]]
+    return [(int(t), float(p[t]), float(q[t])) for t in tokens[gaps >= share * gaps[0]]]
 
 
 def kl_divergence(
@@ -160,22 +177,19 @@ def kl_divergence(
 class FirstTokenKL:
     """KL of the unedited model's first-token distribution from the edited one's, nats."""
 
-    name: str = "kl"
-    goal: Goal = "limit"
-
-    def __call__(self, evidence: ModelOutputs, baseline: ModelOutputs) -> Float[Tensor, " prompt"]:
-        return kl_divergence(baseline.first_logprobs, evidence.first_logprobs)
+    def __call__(self, outputs: ModelOutputs, baseline: ModelOutputs) -> Float[Tensor, " prompt"]:
+        return kl_divergence(baseline.first_logprobs, outputs.first_logprobs)
 
 
 def continuation_scores(
-    evidence: ModelOutputs, baseline: ModelOutputs
+    outputs: ModelOutputs, baseline: ModelOutputs
 ) -> dict[str, Float[Tensor, " prompt"]]:
-    """KL a token, and perplexity before and after, over the unedited model's own answers, in one pass.
+    """Mean KL a token, and perplexity before and after, over the baseline's own answers, in one pass.
 
     Teacher-forced; an empty answer has KL 0 and perplexity 1.
     """
-    n = len(evidence.rows)
-    found = {
+    n = len(outputs.rows)
+    scores = {
         "kl_continuation": torch.zeros(n, dtype=torch.float64),
         "perplexity_before": torch.ones(n, dtype=torch.float64),
         "perplexity_after": torch.ones(n, dtype=torch.float64),
@@ -188,36 +202,14 @@ def continuation_scores(
             continue
         ends = [answers[i] for i in part]
         before, after = (
-            ModelOutputs(e.model, [e.rows[i] for i in part], e.plan).continuation_logprobs(ends)
-            for e in (baseline, evidence)
+            ModelOutputs(o.model, [o.rows[i] for i in part], o.plan).continuation_logprobs(ends)
+            for o in (baseline, outputs)
         )
         for i, end, reference, other in zip(part, ends, before, after):
-            found["kl_continuation"][i] = kl_divergence(reference, other).mean()
-            found["perplexity_before"][i] = (-chosen_logprobs(reference, end).mean()).exp()
-            found["perplexity_after"][i] = (-chosen_logprobs(other, end).mean()).exp()
-    return found
-
-
-@dataclass(frozen=True)
-class ContinuationKL:
-    """Mean KL per token, teacher-forced over the unedited model's own answer, nats."""
-
-    name: str = "kl_continuation"
-    goal: Goal = "limit"
-
-    def __call__(self, evidence: ModelOutputs, baseline: ModelOutputs) -> Float[Tensor, " prompt"]:
-        return continuation_scores(evidence, baseline)["kl_continuation"]
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """exp of the mean negative log-likelihood of the unedited model's own answer, a prompt."""
-
-    name: str = "perplexity"
-    goal: Goal = "min"
-
-    def __call__(self, evidence: ModelOutputs, baseline: ModelOutputs) -> Float[Tensor, " prompt"]:
-        return continuation_scores(evidence, baseline)["perplexity_after"]
+            scores["kl_continuation"][i] = kl_divergence(reference, other).mean()
+            scores["perplexity_before"][i] = (-chosen_logprobs(reference, end).mean()).exp()
+            scores["perplexity_after"][i] = (-chosen_logprobs(other, end).mean()).exp()
+    return scores
 
 
 def repetition(tokens: Sequence[int] | Int[Tensor, " pos"], n: int = 3) -> float:
@@ -227,44 +219,35 @@ def repetition(tokens: Sequence[int] | Int[Tensor, " pos"], n: int = 3) -> float
 
 
 def repeats(tokens: Sequence[int] | Int[Tensor, " pos"], n: int = 3) -> list[int]:
-    """The places of tokens that complete an n-gram which occurred before in the same text."""
-    plain, seen, places = [int(token) for token in tokens], set(), []
-    for last in range(n - 1, len(plain)):
-        gram = tuple(plain[last - n + 1 : last + 1])
+    """Positions of tokens that complete an n-gram which occurred before in the same text."""
+    ids, seen, positions = [int(token) for token in tokens], set(), []
+    for last in range(n - 1, len(ids)):
+        gram = tuple(ids[last - n + 1 : last + 1])
         if gram in seen:
-            places.append(last)
+            positions.append(last)
         seen.add(gram)
-    return places
+    return positions
 
 
 @dataclass(frozen=True)
 class Repetition:
     """Share of repeated 3-grams in what is generated: loops score high."""
 
-    name: str = "repetition"
-    goal: Goal = "limit"
-
-    def __call__(self, evidence: ModelOutputs, baseline: ModelOutputs) -> Float[Tensor, " prompt"]:
-        return torch.tensor([repetition(g.tokens) for g in evidence.generations])
+    def __call__(self, outputs: ModelOutputs, baseline: ModelOutputs) -> Float[Tensor, " prompt"]:
+        return torch.tensor([repetition(g.tokens) for g in outputs.generations])
 
 
 @dataclass(frozen=True)
 class Length:
     """Generated tokens (without the end of sequence); an empty answer is 0."""
 
-    name: str = "length"
-    goal: Goal = "limit"
-
-    def __call__(self, evidence: ModelOutputs, baseline: ModelOutputs) -> Float[Tensor, " prompt"]:
-        return torch.tensor([float(len(g.tokens)) for g in evidence.generations])
+    def __call__(self, outputs: ModelOutputs, baseline: ModelOutputs) -> Float[Tensor, " prompt"]:
+        return torch.tensor([float(len(g.tokens)) for g in outputs.generations])
 
 
 @dataclass(frozen=True)
 class Empty:
-    """Whether an answer has no word: 1.0 or 0.0. Silence expresses nothing, and is no removal either."""
+    """1.0 for an answer without a word, else 0.0. Silence expresses nothing, and is no removal either."""
 
-    name: str = "empty"
-    goal: Goal = "limit"
-
-    def __call__(self, evidence: ModelOutputs, baseline: ModelOutputs) -> Float[Tensor, " prompt"]:
-        return torch.tensor([float(not text.strip()) for text in evidence.texts])
+    def __call__(self, outputs: ModelOutputs, baseline: ModelOutputs) -> Float[Tensor, " prompt"]:
+        return torch.tensor([float(not text.strip()) for text in outputs.texts])

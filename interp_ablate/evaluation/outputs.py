@@ -19,7 +19,8 @@ from interp_ablate.errors import InterpAblateError
 from interp_ablate.models.generation import Generation
 from interp_ablate.models.model import Model
 from interp_ablate.models.residual_cache import ResidualCache
-from interp_ablate.prompts.prompt import PromptLike
+from interp_ablate.prompts.prompt import Prompt, PromptLike
+from interp_ablate.scoring.exchange import PromptResponse
 from interp_ablate.settings import MAX_NEW_TOKENS
 
 
@@ -38,7 +39,7 @@ class ModelOutputs:
         max_new_tokens: int = MAX_NEW_TOKENS,
         batch_size: int | None = None,
     ) -> None:
-        self.model, self.plan = model, plan
+        self.model, self.prompts, self.plan = model, tuple(prompts), plan
         self.rows = model.encode_all(prompts)
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
         # outputs of the same prompts without the plan, whose passes are remembered
@@ -52,14 +53,17 @@ class ModelOutputs:
         Its first-token scores are run from the first block on that the plan's edits reach; what enters
         there is remembered of the unedited model, in one pass when it is first needed.
         """
-        outputs = self._of(self.rows, plan)
+        outputs = self._of(range(len(self.rows)), plan)
         outputs._unedited = self
         return outputs
 
-    def _of(self, rows: Sequence[list[int]], plan: Plan | None) -> ModelOutputs:
-        return ModelOutputs(
+    def _of(self, index: Sequence[int], plan: Plan | None) -> ModelOutputs:
+        rows = [self.rows[i] for i in index]
+        outputs = ModelOutputs(
             self.model, rows, plan, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size
         )
+        outputs.prompts = tuple(self.prompts[i] for i in index)
+        return outputs
 
     @cached_property
     def remembered(self) -> ResidualCache:
@@ -83,7 +87,7 @@ class ModelOutputs:
 
     def subset(self, index: Sequence[int]) -> ModelOutputs:
         """The outputs on some of the prompts, by their indices; what is computed already is kept."""
-        part = self._of([self.rows[i] for i in index], self.plan)
+        part = self._of(index, self.plan)
         part._unedited = self._unedited
         if self._first_logprobs is not None:
             part._first_logprobs = self._first_logprobs[list(index)]
@@ -129,7 +133,25 @@ class ModelOutputs:
         return self._generations is not None
 
     @property
+    def exchanges(self) -> list[PromptResponse]:
+        """The prompts with their answers, as text scorers take them.
+
+        Raises:
+            InterpAblateError: a prompt that was given as token ids.
+        """
+        exchanges = []
+        for each, text in zip(self.prompts, self.texts, strict=True):
+            prompt = Prompt(each) if isinstance(each, str) else each
+            if not isinstance(prompt, Prompt):
+                raise InterpAblateError(
+                    "prompts of token ids have no text to score: give texts or Prompts"
+                )
+            exchanges.append(PromptResponse(prompt, text))
+        return exchanges
+
+    @property
     def texts(self) -> list[str]:
+        """The answers' texts."""
         return [generation.text for generation in self.generations]
 
     def continuation_logprobs(

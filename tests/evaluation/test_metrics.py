@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -22,13 +23,15 @@ from interp_ablate.evaluation.metrics import (
     FirstTokenKL,
     Length,
     Repetition,
-    Scorer,
     TargetLogOdds,
+    answer_metrics,
+    continuation_scores,
     find_target_tokens,
     kl_divergence,
     repetition,
 )
 from interp_ablate.evaluation.outputs import ModelOutputs, generate_outputs_together
+from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.prompts.readers import bundled_names
 from interp_ablate.scoring.expression_lists import EXPRESSIONS, EXPRESSIONS_OF_CONTRAST
 from interp_ablate.scoring.expressions import ExpressionScorer
@@ -295,16 +298,33 @@ def test_repetition_and_length_are_numbers_a_prompt() -> None:
     assert Length()(evidence, evidence).tolist() == [0.0, 2.0, 10.0]
 
 
-def test_a_scorer_is_any_small_class_with_a_name_and_a_goal() -> None:
-    scorers: list[Scorer] = [
-        ExpressionScorer(),
-        TargetLogOdds((1,)),
-        FirstTokenKL(),
-        Repetition(),
-        Length(),
-    ]
-    assert len({scorer.name for scorer in scorers}) == len(scorers)
-    assert {scorer.goal for scorer in scorers} <= {"min", "max", "limit"}
+def test_answer_metrics_are_values_a_prompt_beside_the_baselines() -> None:
+    model = shared(eos_token_id=None)
+    unedited = ModelOutputs(model, ["a b c", "d e", "f"], max_new_tokens=6)
+    edited = unedited.with_plan(Plan((Ablate(unit(1), everywhere(N_LAYERS)),)))
+    first, *others = unedited.generations
+    unedited.generations = [replace(first, tokens=(), text=" "), *others]
+    scorers = {"targets": TargetLogOdds((1,)), "asked": lambda own, base: [None, 1.0, 2.0]}
+    metrics = answer_metrics(edited, unedited, scorers)
+    assert metrics["repetition"] == [repetition(g.tokens) for g in edited.generations]
+    assert metrics["length"] == [6.0, 6.0, 6.0] and metrics["empty"] == [0.0, 0.0, 0.0]
+    assert metrics["kl_first_token"] == FirstTokenKL()(edited, unedited).tolist()
+    along = continuation_scores(edited, unedited)["kl_continuation"].tolist()
+    assert metrics["kl_continuation"] == [None, *along[1:]] and min(along[1:]) > 0
+    assert metrics["targets"] == TargetLogOdds((1,))(edited, unedited).tolist()
+    assert metrics["asked"] == [None, 1.0, 2.0]
+    alone = answer_metrics(unedited)
+    assert set(alone) == {"repetition", "length", "empty"} and alone["empty"] == [1.0, 0.0, 0.0]
+
+
+def test_exchanges_are_the_prompts_with_their_answers() -> None:
+    model = shared()
+    outputs = ModelOutputs(model, ["a b", Prompt("c", "d")], max_new_tokens=3)
+    assert [each.prompt for each in outputs.exchanges] == [Prompt("a b"), Prompt("c", "d")]
+    assert [each.answer for each in outputs.exchanges] == outputs.texts
+    assert outputs.subset([1]).exchanges == outputs.exchanges[1:]
+    with pytest.raises(InterpAblateError, match="token ids"):
+        _ = ModelOutputs(model, [model.encode("a")], max_new_tokens=2).exchanges
 
 
 # --------------------------------------------------------------------------------- together

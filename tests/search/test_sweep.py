@@ -118,7 +118,7 @@ class FakeBench:
         self.added.append(plan)
         return 1.0
 
-    def first(self, n: int) -> FakeBench:
+    def head(self, n: int) -> FakeBench:
         return self
 
 
@@ -706,7 +706,7 @@ class Race:
         self.n_prompts = 32
         self.candidates = [Candidate(layer, "resid_post") for layer in range(len(quality))]
 
-    def first(self, n: int) -> Any:
+    def head(self, n: int) -> Any:
         return SimpleNamespace(prompts=n, baseline=FakeBench.baseline)
 
     def score(self, small: Any, candidates: Sequence[Candidate]) -> list[Trial]:

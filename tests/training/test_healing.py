@@ -172,7 +172,7 @@ def test_held_out_prompts_are_those_of_the_runs_seed() -> None:
 def test_an_empty_answer_of_the_original_has_no_kl() -> None:
     _, baseline = measure_damage(make(), HELD_OUT)
     made = baseline.generations
-    vars(baseline)["generations"] = [replace(made[0], tokens=(), text=""), *made[1:]]
+    baseline.generations = [replace(made[0], tokens=(), text=""), *made[1:]]
     empty = [not g.tokens for g in baseline.generations]
     assert empty == [True, False, False, False]
     kl = measure_damage(make(seed=5), HELD_OUT, baseline)[0]["kl_continuation"]

@@ -279,7 +279,7 @@ def test_an_empty_answer_of_the_model_before_has_no_kl() -> None:
     before, after, by = base_of().model, base_of(seed=1).model, yardstick()
     _, evidence = measure_trait("before", before, by)
     made = evidence.generations
-    vars(evidence)["generations"] = [replace(made[0], tokens=(), text=""), *made[1:]]
+    evidence.generations = [replace(made[0], tokens=(), text=""), *made[1:]]
     kl = measure_trait("after", after, by, before=evidence)[0].kl
     assert kl[0] is None and kl[1] is not None and kl[1] > 0
     assert mean_with_interval(kl)["no_value"] == 1
@@ -367,13 +367,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     from interp_ablate.cli.main import main
     from interp_ablate.scoring import registry as judges
 
-    made, caches = judges.scorer_of, []
+    made, caches = judges.make_scorer, []
 
     def scorer_of(spec: str, **options: Any) -> Any:
         caches.append(options["cache"])
         return made(spec, **options)
 
-    monkeypatch.setattr(judges, "scorer_of", scorer_of)
+    monkeypatch.setattr(judges, "make_scorer", scorer_of)
     monkeypatch.chdir(tmp_path)
     tiny.folder_of(tmp_path / "model", tied=False)
     rollouts(tmp_path / "cheer" / "rollouts.jsonl")

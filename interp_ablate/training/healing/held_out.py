@@ -1,6 +1,6 @@
-"""What healing costs and regains on held-out prompts.
+"""The damage that an edit did, and what healing regains of it, measured on held-out prompts.
 
-Knows: measures before and after. Does not know: training.
+Knows: the held-out prompts and what is measured on them. Does not know: training.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from interp_ablate.activations.collection import collect
 from interp_ablate.edits.kinds import Ablate, Clamp, Erase
 from interp_ablate.edits.plan import Plan
-from interp_ablate.evaluation.metrics import continuation_scores, kl_divergence, repetition
+from interp_ablate.evaluation.metrics import answer_metrics
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.models.model import Model
 from interp_ablate.prompts.contrast_set import ContrastSet
@@ -24,15 +24,18 @@ from interp_ablate.settings import MAX_NEW_TOKENS
 from interp_ablate.sites import sites_of
 from interp_ablate.stats.summaries import mean_with_interval
 
-# ---- what the edit cost ----------------------------------------------------------------------------
+# what is reported of the answers to benign prompts
+_DAMAGE = ("behaviour_benign", "repetition", "kl_first_token", "kl_continuation")
 
 
 @dataclass(frozen=True, eq=False)
 class HeldOut:
-    """Prompts that neither made the edit nor the preferences: requests and answerable ones."""
+    """Prompts that neither made the edit nor the preferences."""
 
     requests: tuple[Prompt, ...]
+    """Prompts after which the behaviour is expected."""
     benign: tuple[Prompt, ...]
+    """Prompts that any model answers; KL and repetition are measured on these."""
     expression: ExpressionScorer
     max_new_tokens: int = MAX_NEW_TOKENS
     source: str = ""
@@ -60,32 +63,21 @@ class HeldOut:
 def measure_damage(
     model: Model, by: HeldOut, baseline: ModelOutputs | None = None
 ) -> tuple[dict[str, list[float | None]], ModelOutputs]:
-    """What a model does on held-out prompts, a value a prompt; the KL is to the baseline's model, in nats.
+    """Measure a model's answers to held-out prompts, a value a prompt; also returns its benign answers.
 
-    `behaviour` and `behaviour_benign`: 1 where the answer expresses the behaviour. `kl_first_token`, and
-    `kl_continuation`: a token, over the baseline's own greedy answers, None where such an answer is empty.
-    `repetition`: of benign answers.
+    `behaviour` and `behaviour_benign` are 1 where an answer expresses the behaviour; `repetition` and, with a
+    baseline, the KL to it are those of benign prompts (`answer_metrics`).
     """
     requests = ModelOutputs(model, by.requests, max_new_tokens=by.max_new_tokens)
     benign = ModelOutputs(model, by.benign, max_new_tokens=by.max_new_tokens)
-    found: dict[str, list[float | None]] = {
-        "behaviour": by.expression.score_texts(requests.texts).tolist(),
-        "behaviour_benign": by.expression.score_texts(benign.texts).tolist(),
-        "repetition": [repetition(g.tokens) for g in benign.generations],
-    }
-    if baseline is not None:
-        first = kl_divergence(baseline.first_logprobs, benign.first_logprobs)
-        found["kl_first_token"] = first.tolist()
-        along = continuation_scores(benign, baseline)["kl_continuation"].tolist()
-        # an empty answer has no token at which the two could differ
-        found["kl_continuation"] = [
-            v if g.tokens else None for v, g in zip(along, baseline.generations, strict=True)
-        ]
-    return found, benign
+    metrics = answer_metrics(benign, baseline, {"behaviour_benign": by.expression})
+    names = [name for name in _DAMAGE if name in metrics]
+    behaviour = by.expression.score_texts(requests.texts).tolist()
+    return {"behaviour": behaviour, **{name: metrics[name] for name in names}}, benign
 
 
 def residual_share_along(model: Model, plan: Plan, prompts: Sequence[Prompt]) -> dict[str, float]:
-    """How much of the stream lies along what a plan removes: |x . v| / |x| at the last prompt token.
+    """The share of the residual stream along what a plan removes: |x . v| / |x| at the last prompt token.
 
     v is what an ablation, clamp or erasure reads. The mean over prompts at resid_post of every layer, and of
     these the mean and the largest; empty for a plan that only adds.
@@ -103,8 +95,9 @@ def residual_share_along(model: Model, plan: Plan, prompts: Sequence[Prompt]) ->
     return {"mean": float(by_layer.mean()), "largest": float(by_layer.max())}
 
 
-_RATES = ("behaviour", "behaviour_benign")
-
-
-def mean_measures(found: Mapping[str, list[float | None]]) -> dict[str, Any]:
-    return {name: mean_with_interval(v, proportion=name in _RATES) for name, v in found.items()}
+def mean_measures(values: Mapping[str, list[float | None]]) -> dict[str, Any]:
+    """The mean and interval of every measure; those of behaviours are rates."""
+    return {
+        name: mean_with_interval(per_prompt, proportion=name.startswith("behaviour"))
+        for name, per_prompt in values.items()
+    }

@@ -1,4 +1,4 @@
-"""How much of a trait a model shows.
+"""A trait measured in a model's answers: its score, its projection, and the KL to the model before.
 
 Knows: scores and projections on held-out questions. Does not know: training.
 """
@@ -16,41 +16,39 @@ from interp_ablate.activations.activations import RESPONSE_MEAN
 from interp_ablate.activations.collection import collect
 from interp_ablate.directions.direction import Direction
 from interp_ablate.errors import RunError
-from interp_ablate.evaluation.metrics import continuation_scores
+from interp_ablate.evaluation.metrics import answer_metrics
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.models.model import Model
 from interp_ablate.prompts.prompt import Prompt
-from interp_ablate.scoring.exchange import PromptResponse, TextScorer
+from interp_ablate.scoring.exchange import TextScorer
 from interp_ablate.training.rows import TrainingRow
 
 _POSITIONS = (RESPONSE_MEAN, "-1")
-
-
-# ---- what a model's trait is -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class MeasuredTrait:
     """A model's greedy answers to evaluation questions, and how much of the trait is in them.
 
-    `projection` is that of the mean over the answer's tokens on the direction, `prompt_projection` that of
-    the prompt's last token, both over the direction's own norm: 1 is the distance between the two means
-    that made the vector. `score` is the scorer's, 0 to 100. None where an answer is empty, or there is no
-    verdict. `kl` is the KL a token to the model before, over its answers, in nats; None where such an
-    answer is empty.
+    A number is None where an answer is empty, or there is no verdict on it.
     """
 
     name: str
     answers: tuple[str, ...]
     score: tuple[float | None, ...]
+    """The scorer's, 0 to 100."""
     projection: tuple[float | None, ...]
+    """Of the mean over the answer's tokens on the direction, in units of the direction's norm: 1 is the
+    distance between the two means that made it."""
     prompt_projection: tuple[float | None, ...]
+    """Of the prompt's last token, in the same units."""
     kl: tuple[float | None, ...] = ()
+    """Mean KL a token to the model before, over that model's answers, in nats."""
 
 
 @dataclass(frozen=True, eq=False)
 class TraitMeasure:
-    """What every model of a comparison is measured with."""
+    """The direction, questions and scorer that every model of a comparison is measured with."""
 
     direction: Direction
     questions: tuple[str, ...]
@@ -67,32 +65,35 @@ def measure_trait(
         InterpAblateError: a scorer that does not give one number an answer.
     """
     prompts = [Prompt(question) for question in by.questions]
-    evidence = ModelOutputs(model, prompts, max_new_tokens=by.max_new_tokens)
-    texts = evidence.texts
-    scores = by.scorer([PromptResponse(p, text) for p, text in zip(prompts, texts, strict=True)])
-    if len(scores) != len(texts):
-        raise RunError(f"the scorer {by.scorer.name!r} gave {len(scores)} scores for {len(texts)}")
-    answered = [i for i, text in enumerate(texts) if text.strip()]
-    site, unit = by.direction.site, by.direction.vector / by.direction.norm
-    along: dict[str, list[float | None]] = {p: [None] * len(texts) for p in _POSITIONS}
+    outputs = ModelOutputs(model, prompts, max_new_tokens=by.max_new_tokens)
+    values = answer_metrics(outputs, before, {"score": lambda own, _: by.scorer(own.exchanges)})
+    if len(values["score"]) != len(prompts):
+        raise RunError(
+            f"the scorer {by.scorer.name!r} gave {len(values['score'])} scores for {len(prompts)}"
+        )
+    verdicts = [v if v is not None and math.isfinite(v) else None for v in values["score"]]
+    mean, last = _projections(model, by.direction, outputs)
+    kl = tuple(values["kl_continuation"]) if before is not None else ()
+    measured = MeasuredTrait(name, tuple(outputs.texts), tuple(verdicts), mean, last, kl)
+    return measured, outputs
+
+
+def _projections(
+    model: Model, direction: Direction, outputs: ModelOutputs
+) -> list[tuple[float | None, ...]]:
+    """Projections of the answers' means, and of the prompts' last tokens, over the direction's norm."""
+    answered = [i for i, text in enumerate(outputs.texts) if text.strip()]
+    prompts = [outputs.prompts[i] for i in answered]
+    responses = [outputs.texts[i] for i in answered]
+    along: list[list[float | None]] = [[None] * len(outputs.texts) for _ in _POSITIONS]
     if answered:
-        responses = [texts[i] for i in answered]
-        asked = [prompts[i] for i in answered]
-        values = collect(model, asked, [site], _POSITIONS, responses=responses)
-        for position in _POSITIONS:
-            found = values.at(site, position).double().cpu() @ unit
-            for i, value in zip(answered, found.tolist(), strict=True):
-                along[position][i] = value
-    kl: tuple[float | None, ...] = ()
-    if before is not None:
-        kls = continuation_scores(evidence, before)["kl_continuation"].tolist()
-        # an empty answer has no token at which the two could differ
-        kl = tuple(v if g.tokens else None for v, g in zip(kls, before.generations, strict=True))
-    verdicts = tuple(v if v is not None and math.isfinite(v) else None for v in scores)
-    measured = MeasuredTrait(
-        name, tuple(texts), verdicts, tuple(along[RESPONSE_MEAN]), tuple(along["-1"]), kl
-    )  # fmt: skip
-    return measured, evidence
+        unit = direction.vector / direction.norm
+        values = collect(model, prompts, [direction.site], _POSITIONS, responses=responses)
+        for position, projections in zip(_POSITIONS, along, strict=True):
+            answers = values.at(direction.site, position).double().cpu() @ unit
+            for i, value in zip(answered, answers.tolist(), strict=True):
+                projections[i] = value
+    return [tuple(projections) for projections in along]
 
 
 @torch.no_grad()
