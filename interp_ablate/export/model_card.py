@@ -18,7 +18,7 @@ from typing import Any
 from interp_ablate.errors import ExportError
 from interp_ablate.models.sources import ModelSource
 from interp_ablate.sites import Site
-from interp_ablate.storage.atomic_files import write_atomic
+from interp_ablate.storage.atomic_files import atomic_path
 from interp_ablate.storage.provenance import MANIFEST, versions
 from interp_ablate.weights.plan_to_weights import WeightPlan
 
@@ -106,41 +106,45 @@ def write_documents(
     """Write certificate, card and manifest into a folder, the manifest last.
 
     Raises:
-        ExportError: a place that cannot be written.
+        OSError: a place that cannot be written.
     """
     for name, text in (
         (CERTIFICATE, json.dumps(certificate, indent=1)),
         (CARD, model_card(manifest, certificate)),
         (MANIFEST, json.dumps(manifest, indent=1)),
     ):
-        write_atomic(folder / name, text, error=ExportError)
+        with atomic_path(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def write_certificate(folder: str | Path, certificate: dict[str, Any]) -> None:
     """Put a certificate into an exported folder, and write its card again.
 
     Raises:
-        ExportError: a folder without a manifest of this package.
+        ExportError: a folder without a manifest of this package, or one that cannot be written.
     """
-    write_documents(Path(folder), _written(Path(folder), MANIFEST), certificate)
+    _write_again(Path(folder), certificate=certificate)
 
 
 def add_to_card(folder: str | Path, section: str) -> None:
     """Add a Markdown section to an exported folder's card; it stays when the card is written again.
 
     Raises:
-        ExportError: a folder without a manifest of this package.
+        ExportError: a folder without a manifest of this package, or one that cannot be written.
     """
-    folder = Path(folder)
-    manifest = {**_written(folder, MANIFEST), "more_card": section}
-    write_documents(folder, manifest, _written(folder, CERTIFICATE))
+    _write_again(Path(folder), more_card=section)
 
 
-def _written(folder: Path, name: str) -> dict[str, Any]:
+def _write_again(folder: Path, certificate: dict[str, Any] | None = None, **changes: Any) -> None:
     try:
-        return json.loads((folder / name).read_text())
+        manifest = {**json.loads((folder / MANIFEST).read_text()), **changes}
+        certificate = certificate or json.loads((folder / CERTIFICATE).read_text())
     except (OSError, ValueError) as error:
         raise ExportError(f"{folder} has no manifest to write a card from: {error}") from error
+    try:
+        write_documents(folder, manifest, certificate or {})
+    except OSError as error:
+        raise ExportError(f"cannot write into {folder}: {error.strerror or error}") from error
 
 
 # --------------------------------------------------------------------------------- the source's card

@@ -222,7 +222,7 @@ def test_an_existing_place_is_refused(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("writer", ("write_weights", "write_side_files", "write_json"))
+@pytest.mark.parametrize("writer", ("write_weights", "write_side_files", "write_documents"))
 @pytest.mark.parametrize(
     "error",
     (
@@ -235,7 +235,7 @@ def test_a_full_disk_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str, error: Exception
 ) -> None:
     def full(*args: Any, **options: Any) -> None:
-        folder = args[0].parent if writer == "write_json" else args[-1]
+        folder = args[0] if writer == "write_documents" else args[-1]
         (folder / "half").touch()
         raise error
 
