@@ -37,9 +37,9 @@ def add_commands(commands: Any) -> None:
     heal.add_argument("--out", required=True)
     heal.add_argument("--original", help="model before the edit (default: what the manifest names)")
     heal.add_argument(
-        "--keep",
-        choices=("readers", "projected", "free"),
-        help="how the edit is kept: train what reads the stream only (readers, default), or all layers "
+        "--preserve-edit",
+        choices=("freeze-writers", "reproject", "none"),
+        help="how the edit is kept: train what reads the stream only (freeze-writers, default), or all layers "
         "and put what they write through the edit, or nothing",
     )
     heal.add_argument("--beta", type=float, help="DPO's (default 0.1)")
@@ -112,10 +112,9 @@ def _heal(args: argparse.Namespace) -> int:
 
 def _healing(args: argparse.Namespace) -> Any:
     """The settings that were given; for answers of the two models, those under which the original is best."""
-    from interp_ablate.training.healing.case import HealingConfig
-    from interp_ablate.training.healing.preferences import OWN_ANSWERS
+    from interp_ablate.training.healing.settings import OWN_ANSWERS, HealingConfig
 
-    given = flags_given(args, "keep", "beta", "sft_weight", "kl_weight")
+    given = flags_given(args, "preserve_edit", "beta", "sft_weight", "kl_weight")
     return HealingConfig(**{**(OWN_ANSWERS if args.make_preferences else {}), **given})
 
 
@@ -169,11 +168,8 @@ def _asked(args: argparse.Namespace) -> list[Any]:
 def _pairs(
     args: argparse.Namespace, case: Any, held_out: Any, asked: list[Any]
 ) -> tuple[list[Any], dict[str, Any]]:
-    from interp_ablate.training.healing.preferences import (
-        AnswerConfig,
-        exclude_held_out,
-        make_pairs,
-    )
+    from interp_ablate.training.healing.preferences import exclude_held_out, make_pairs
+    from interp_ablate.training.healing.settings import AnswerConfig
 
     if args.preferences:
         return asked, {"from": args.preferences}

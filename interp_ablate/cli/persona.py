@@ -61,17 +61,17 @@ def _extract_flags(extract: argparse.ArgumentParser) -> None:
     extract.add_argument("--out", required=True, help="persona folder")
     _scoring_flags(extract)
     for name, text in (
-        ("questions", "that make the vector, under every pair of system prompts"),
-        ("choosing", "other questions that choose the layer"),
+        ("extraction-questions", "that make the vector, under every pair of system prompts"),
+        ("selection-questions", "other questions that choose the layer"),
         ("samples", "answers to each question and system prompt (default 3)"),
         ("seed", "of the sampling"),
-        ("fewest", "answers that must be left on a side"),
+        ("min-answers", "answers that must be left on a side"),
     ):
         extract.add_argument(f"--{name}", type=int, help=text)
     for name, text in (
         ("temperature", "of the rollouts (default 0.7)"),
         ("threshold", "trait score that divides the sides (default 50)"),
-        ("coherent", "coherence below which an answer does not count (default 50)"),
+        ("min-coherence", "coherence below which an answer does not count (default 50)"),
     ):
         extract.add_argument(f"--{name}", type=float, help=text)
     extract.add_argument(
@@ -184,16 +184,22 @@ def _extract(args: argparse.Namespace) -> int:
 
     trait, out = load_trait(args.trait), Path(args.out)
     scorer, coherence = scorers(args, trait, out)
-    from interp_ablate.persona.answers import SamplingConfig
     from interp_ablate.persona.extraction import extract
-    from interp_ablate.persona.persona import ExtractionConfig
+    from interp_ablate.persona.settings import ExtractionConfig, SamplingConfig
     from interp_ablate.plots.persona import save_figures
 
     sampling = SamplingConfig(
         **flags_given(args, "max_new_tokens", "temperature", "seed", "batch_size")
     )
     given = flags_given(
-        args, "questions", "choosing", "samples", "threshold", "coherent", "fewest", "pooling"
+        args,
+        "extraction_questions",
+        "selection_questions",
+        "samples",
+        "threshold",
+        "min_coherence",
+        "min_answers",
+        "pooling",
     )
     if args.layers:
         given["layers"] = _layers(args.layers)
@@ -264,7 +270,7 @@ def _opened(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
 
 def _steer(args: argparse.Namespace) -> int:
     persona, scorer, coherence, model = _opened(args)
-    from interp_ablate.persona.answers import SamplingConfig
+    from interp_ablate.persona.settings import SamplingConfig
     from interp_ablate.persona.steering import COEFFICIENTS, curve, steer
     from interp_ablate.plots.persona import save_figures
     from interp_ablate.storage.atomic_files import write_atomic
@@ -307,8 +313,8 @@ def _steer(args: argparse.Namespace) -> int:
 
 def _bake(args: argparse.Namespace) -> int:
     persona, scorer, coherence, model = _opened(args)
-    from interp_ablate.persona.answers import SamplingConfig
     from interp_ablate.persona.baking import bake
+    from interp_ablate.persona.settings import SamplingConfig
 
     amount = persona.coefficient if args.coefficient is None else args.coefficient
     answers = Path(args.folder) / "bakes" / f"{amount:g}.jsonl"

@@ -52,9 +52,9 @@ def _monitor_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _monitor(args: argparse.Namespace) -> int:
-    from interp_ablate.persona.answers import SamplingConfig
     from interp_ablate.persona.monitoring import monitor_trait, read_graded
     from interp_ablate.persona.persona import load_persona
+    from interp_ablate.persona.settings import SamplingConfig
     from interp_ablate.plots.monitoring import save_monitoring
 
     persona = load_persona(args.folder)

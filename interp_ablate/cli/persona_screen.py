@@ -145,7 +145,7 @@ def _what(args: argparse.Namespace) -> tuple[Any, str | None, Any, Any]:
     """The data, the field of its labels, the threshold, and what is measured."""
     from interp_ablate.datasets.planted import planted_file
     from interp_ablate.datasets.screening import Threshold
-    from interp_ablate.datasets.screening_measure import ScreeningSettings
+    from interp_ablate.datasets.screening_settings import ScreeningSettings
 
     data, field = args.data, args.labels
     if data.startswith(PLANTED):

@@ -58,7 +58,7 @@ def _recipe(args: argparse.Namespace) -> Any:
 
 
 def _base(args: argparse.Namespace, name: str) -> Any:
-    from interp_ablate.training.recipe import load_base
+    from interp_ablate.training.trainable_model import load_base
 
     return load_base(
         name,
@@ -71,7 +71,7 @@ def _base(args: argparse.Namespace, name: str) -> Any:
 
 def _prepare(args: argparse.Namespace) -> None:
     """Fail before anything is loaded; keep the trainers below off the network."""
-    from interp_ablate.training.recipe import require_extra
+    from interp_ablate.training.trainable_model import require_extra
 
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if Path(args.out).exists() and not args.force:

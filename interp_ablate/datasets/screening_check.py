@@ -18,7 +18,8 @@ from jaxtyping import Float
 
 from interp_ablate.activations.projections import response_means
 from interp_ablate.datasets.chat_reader import read_samples
-from interp_ablate.datasets.screening_measure import MEASURES, last_exchange
+from interp_ablate.datasets.screening_measure import last_exchange
+from interp_ablate.datasets.screening_settings import MEASURES
 from interp_ablate.directions.direction import Direction, random_direction
 from interp_ablate.errors import RunError
 from interp_ablate.models.model import Model

@@ -19,6 +19,7 @@ from interp_ablate.activations.projections import project_responses
 from interp_ablate.datasets.chat_reader import read_samples
 from interp_ablate.datasets.conversations import Sample
 from interp_ablate.datasets.row_files import ChatFile
+from interp_ablate.datasets.screening_settings import ScreeningSettings
 from interp_ablate.directions.direction import Direction
 from interp_ablate.errors import RunError
 from interp_ablate.models.model import Model
@@ -31,53 +32,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "interp_ablate.screening/1"
 COLUMNS = ("number", "projection", "own", "difference")
-MEASURES = ("projection", "difference", "adjusted")
 FEWEST_FITTED = 10  # samples with a value, for a slope
-
-
-@dataclass(frozen=True)
-class ScreeningSettings:
-    """What is measured of a sample.
-
-    Args:
-        own: also answer each prompt with the model itself (greedily, `max_new_tokens` at most) and take the
-            difference; without it a sample's projection alone counts.
-        response_tokens: of a sample's answer, the first so many; all that fit the context by default.
-        rows: samples that are in memory, and on disk, at a time.
-        batch_size: rows of a forward pass; by default as many as fit.
-    """
-
-    own: bool = True
-    max_new_tokens: int = 64
-    response_tokens: int | None = None
-    rows: int = 64
-    batch_size: int | None = None
-
-    def __post_init__(self) -> None:
-        sizes = {"max_new_tokens": self.max_new_tokens, "rows": self.rows}
-        if self.response_tokens is not None:
-            sizes["response_tokens"] = self.response_tokens
-        wrong = [f"{name}={value}" for name, value in sizes.items() if value < 1]
-        if wrong:
-            raise RunError(f"{', '.join(wrong)}: accepted are whole numbers from 1")
-
-    @property
-    def measure(self) -> str:
-        """The column that samples are ranked and flagged by, unless another is asked for."""
-        return "adjusted" if self.own else "projection"
-
-    def check_measure(self, name: str) -> None:
-        """That samples can be ranked by a column.
-
-        Raises:
-            RunError: an unknown one, or one that needs the model's own answers.
-        """
-        accepted = MEASURES if self.own else MEASURES[:1]
-        if name not in accepted:
-            raise RunError(
-                f"cannot rank by {name!r}: accepted are {', '.join(accepted)}"
-                + ("" if self.own else " (the others need the model's own answers)")
-            )
 
 
 DEFAULTS = ScreeningSettings()

@@ -7,43 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from interp_ablate.edits.plan import Plan
-from interp_ablate.errors import InterpAblateError, PromptError, RunError
+from interp_ablate.errors import PromptError, RunError
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring.exchange import PromptResponse
 
 FORMAT = "interp_ablate.rollouts/1"
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How answers are written; what is sampled depends on every one of these.
-
-    At temperature 0 answers are greedy and the seed means nothing; the published rollouts have temperature 1,
-    at which a small model rambles. `batch_size` counts answers that are written together, all with the
-    same system prompt.
-
-    Raises:
-        InterpAblateError: no tokens, no rows, a negative temperature.
-    """
-
-    max_new_tokens: int = 48
-    temperature: float = 0.7
-    seed: int = 0
-    batch_size: int = 64
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 2 or self.batch_size < 1 or not 0 <= self.temperature < math.inf:
-            raise InterpAblateError(
-                "answers need at least 2 new tokens, a batch of at least 1 and a temperature from 0; got "
-                f"{self.max_new_tokens}, {self.batch_size} and {self.temperature}"
-            )
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,11 @@ from interp_ablate.errors import DirectionError, InterpAblateError
 from interp_ablate.jobs.progress import NoProgress, Progress
 from interp_ablate.models.model import Model
 from interp_ablate.persona.answers import Rollout
-from interp_ablate.persona.persona import DEFAULTS, ExtractionConfig, Persona, load_persona
+from interp_ablate.persona.persona import Persona, load_persona
 from interp_ablate.persona.readout import TraitReadout, fit_readout
 from interp_ablate.persona.rollout_filter import FilteredRollouts, filter_rollouts
 from interp_ablate.persona.rollouts import BROKEN, FLUENT, rollout_requests, run_rollouts
+from interp_ablate.persona.settings import DEFAULTS, ExtractionConfig
 from interp_ablate.persona.steering import choose_layer
 from interp_ablate.persona.traits import Trait, split_questions
 from interp_ablate.scoring.exchange import TextScorer
@@ -73,7 +74,10 @@ def extract(
             listener.note(f"{out}: the persona is there already")
             return done
     parts = split_questions(
-        trait, making=settings.questions, choosing=settings.choosing, reporting=1
+        trait,
+        making=settings.extraction_questions,
+        choosing=settings.selection_questions,
+        reporting=1,
     )
     options: dict[str, Any] = {"scorer": scorer, "coherence": coherence, "listener": listener}
     answers, kept = _rollouts(model, trait, parts.making, out, settings, options)
@@ -84,8 +88,8 @@ def extract(
         answers,
         sites_of(("resid_post",), range(model.n_layers)),
         candidates=sites_of(("resid_post",), candidates),
-        coherent=settings.coherent,
-        fewest=2 * settings.fewest,
+        coherent=settings.min_coherence,
+        fewest=2 * settings.min_answers,
         source=source,
         listener=listener,
     )
@@ -136,8 +140,8 @@ def _rollouts(
     kept = filter_rollouts(
         answers,
         threshold=settings.threshold,
-        coherent=settings.coherent,
-        fewest=settings.fewest,
+        coherent=settings.min_coherence,
+        fewest=settings.min_answers,
     )
     options["listener"].note(str(kept))
     return answers, kept
@@ -148,7 +152,7 @@ def _note_weak(chosen: dict[str, Any], unsteered: dict[str, Any], listener: Prog
     if before is not None and chosen["score"] <= before:
         listener.note(
             f"steering nowhere raises the trait's score above the unsteered {before:.0f}: the vector may "
-            "carry little; try more --questions, --samples or larger --coefficients"
+            "carry little; try more --extraction-questions, --samples or larger --coefficients"
         )
 
 

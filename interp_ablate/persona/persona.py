@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from interp_ablate.activations.pooling import POSITIONS, Pooling
+from interp_ablate.activations.pooling import POSITIONS
 from interp_ablate.directions.direction import Direction
 from interp_ablate.directions.direction_set import Directions
 from interp_ablate.edits.edit import Positions
@@ -21,10 +21,8 @@ from interp_ablate.edits.kinds import Add
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import DirectionError, RunError
 from interp_ablate.models.model import Model
-from interp_ablate.persona.answers import SamplingConfig
 from interp_ablate.persona.readout import COLUMNS as READ_COLUMNS
 from interp_ablate.persona.readout import METHOD as READING
-from interp_ablate.persona.rollout_filter import COHERENT, FEWEST, THRESHOLD
 from interp_ablate.persona.traits import Trait, load_trait
 from interp_ablate.sites import Site
 from interp_ablate.storage.atomic_files import write_atomic
@@ -196,27 +194,3 @@ def addition_plan(
 
 
 # ---- extraction -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ExtractionConfig:
-    """How a persona is extracted.
-
-    `questions` make the vectors, under every pair of system prompts, `samples` answers each; `choosing`
-    others, without a system prompt, choose the layer among `layers` (first, last; None: 20 to 90% of the
-    depth, at most ten of them) and one of `coefficients`. Evaluation questions are left alone.
-    """
-
-    questions: int = 10
-    choosing: int = 6
-    samples: int = 3
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    layers: tuple[int, int] | None = None
-    coefficients: tuple[float, ...] = (1.0, 2.0)
-    pooling: Pooling = "response_mean"
-    threshold: float = THRESHOLD
-    coherent: float = COHERENT
-    fewest: int = FEWEST
-
-
-DEFAULTS = ExtractionConfig()

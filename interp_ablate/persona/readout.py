@@ -25,7 +25,7 @@ from interp_ablate.directions.direction import ZERO_TOLERANCE, Direction
 from interp_ablate.jobs.progress import NoProgress, Progress
 from interp_ablate.models.model import Model
 from interp_ablate.persona.answers import Rollout
-from interp_ablate.persona.rollout_filter import COHERENT, FEWEST
+from interp_ablate.persona.settings import COHERENT, FEWEST
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.sites import Site
 from interp_ablate.stats.correlation import overall

@@ -12,9 +12,7 @@ from typing import Any
 
 from interp_ablate.errors import RunError
 from interp_ablate.persona.answers import Rollout, read_answers
-
-THRESHOLD, COHERENT = 50.0, 50.0  # of the trait's score and of coherence, as published
-FEWEST = 8  # answers a side below which a difference of means says little
+from interp_ablate.persona.settings import COHERENT, FEWEST, THRESHOLD
 
 
 def kept_answers(path: str | Path, made_of: Mapping[str, Any] | None) -> FilteredRollouts:
@@ -26,13 +24,15 @@ def kept_answers(path: str | Path, made_of: Mapping[str, Any] | None) -> Filtere
     try:
         told = dict(made_of or {})
         by = {name: told[name] for name in ("scorer", "coherence")}
-        limits = {name: told["settings"][name] for name in ("threshold", "coherent")}
+        threshold, coherent = told["settings"]["threshold"], told["settings"]["min_coherence"]
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(
             f"the persona of {path} does not say how its rollouts were judged and filtered ({error!r} is "
             "missing): extract it again"
         ) from error
-    return filter_rollouts(read_answers(path, **by), **limits, fewest=0)
+    return filter_rollouts(
+        read_answers(path, **by), threshold=threshold, coherent=coherent, fewest=0
+    )
 
 
 # ---- the filter -----------------------------------------------------------------------------------
@@ -129,5 +129,5 @@ def _too_few(side: str, counts: dict[str, int], fewest: int, threshold: float) -
     }[most]
     return (
         f"too few answers under the {side} system prompts: {describe_counts(counts)}; at least {fewest} are needed. "
-        f"Give more --questions or --samples; {advice}"
+        f"Give more --extraction-questions or --samples; {advice}"
     )

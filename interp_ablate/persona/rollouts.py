@@ -27,11 +27,11 @@ from interp_ablate.persona.answers import (
     FORMAT,
     Rollout,
     RolloutRequest,
-    SamplingConfig,
     take_line,
     verdict_key,
     with_verdicts,
 )
+from interp_ablate.persona.settings import SamplingConfig
 from interp_ablate.persona.traits import Trait
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring.exchange import TextScorer

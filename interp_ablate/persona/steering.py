@@ -17,9 +17,10 @@ from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import InterpAblateError, RunError
 from interp_ablate.jobs.progress import Progress
 from interp_ablate.models.model import Model
-from interp_ablate.persona.answers import Rollout, RolloutRequest, SamplingConfig
-from interp_ablate.persona.persona import DEFAULTS, ExtractionConfig, Persona, addition_plan
+from interp_ablate.persona.answers import Rollout, RolloutRequest
+from interp_ablate.persona.persona import Persona, addition_plan
 from interp_ablate.persona.rollouts import run_rollouts
+from interp_ablate.persona.settings import DEFAULTS, ExtractionConfig, SamplingConfig
 from interp_ablate.persona.traits import split_questions
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring.exchange import TextScorer
@@ -85,7 +86,7 @@ def choose_layer(
         for row in table
         if row["score"] is not None
         and 2 * row["no_verdict"] <= row["answers"]
-        and (row["coherence"] or 0.0) >= settings.coherent
+        and (row["coherence"] or 0.0) >= settings.min_coherence
     ]
     if not usable:
         raise RunError(_nothing_usable(table, settings))
@@ -102,7 +103,7 @@ def _nothing_usable(table: Sequence[Mapping[str, Any]], settings: ExtractionConf
     best = max(row["coherence"] or 0.0 for row in table)
     return (
         "no layer gives coherent answers of which most have a verdict (coherence of at least "
-        f"{settings.coherent:g}; the best has {best:.0f}) with coefficients "
+        f"{settings.min_coherence:g}; the best has {best:.0f}) with coefficients "
         f"{', '.join(f'{c:g}' for c in settings.coefficients)}: give smaller --coefficients, or other "
         "--layers"
     )

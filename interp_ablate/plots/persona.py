@@ -223,7 +223,7 @@ def _save_layers(folder: Path, persona: Mapping[str, Any]) -> list[Path]:
         figure.add_subplot(),
         trait=str(persona.get("trait", "trait")),
         unsteered=(persona.get("unsteered") or {}).get("score"),
-        coherent=float(settings.get("coherent", 50.0)),
+        coherent=float(settings.get("min_coherence", 50.0)),
     )
     return [save_figure(figure, folder / "figures" / "layers.png")]
 

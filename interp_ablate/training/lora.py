@@ -11,7 +11,8 @@ from torch import nn
 
 from interp_ablate.errors import ExportError, RunError
 from interp_ablate.models.architectures import architecture_of
-from interp_ablate.training.recipe import LoraRecipe, require_extra
+from interp_ablate.training.recipe import LoraRecipe
+from interp_ablate.training.trainable_model import require_extra
 
 Where = Literal["all", "readers"]
 

@@ -25,7 +25,7 @@ from interp_ablate.export.model_card import CERTIFICATE
 from interp_ablate.prompts.chat_template import encode
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.storage.provenance import MANIFEST, versions
-from interp_ablate.training.recipe import TrainableModel
+from interp_ablate.training.trainable_model import TrainableModel
 
 ADAPTER = "adapter"  # the folder of a training's adapter, in its output
 PACKAGES = ("trl", "peft", "datasets", "accelerate")

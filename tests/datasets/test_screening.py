@@ -24,13 +24,13 @@ from interp_ablate.datasets.row_files import ChatError
 from interp_ablate.datasets.screening import Threshold, screen_file
 from interp_ablate.datasets.screening_check import bag_of_words, check, rollout_texts, words_in
 from interp_ablate.datasets.screening_measure import (
-    ScreeningSettings,
     baseline_adjusted,
     baseline_slope,
     measure,
     model_answers,
     summarise_file,
 )
+from interp_ablate.datasets.screening_settings import ScreeningSettings
 from interp_ablate.directions.direction import random_direction
 from interp_ablate.errors import DirectionError, RunError
 from interp_ablate.persona.answers import Rollout, verdict_key
@@ -421,7 +421,7 @@ def test_texts_of_rollouts(tmp_path: Path) -> None:
     path = tmp_path / "rollouts.jsonl"
     assert rollout_texts(path) == ([], [])
     by = {"scorer": {"kind": "s"}, "coherence": {"kind": "c"}}
-    made_of = {**by, "settings": {"threshold": 50.0, "coherent": 50.0}}
+    made_of = {**by, "settings": {"threshold": 50.0, "min_coherence": 50.0}}
     persona = Persona(load_trait("terse"), Directions((DIRECTION,)), DIRECTION, 1.0, "model")
     replace(persona, details={"made_of": made_of}).save(tmp_path)
     texts = {"yes": "positive", "weak": "positive", "no": "negative", "mad": "negative"}

@@ -18,9 +18,9 @@ from interp_ablate import Direction, Directions, Site
 from interp_ablate.errors import ExportError, InterpAblateError
 from interp_ablate.export.model_card import write_certificate
 from interp_ablate.models.model import Model
-from interp_ablate.persona.answers import SamplingConfig
 from interp_ablate.persona.baking import CONDITIONS, STYLE, BakedPersona, bake
 from interp_ablate.persona.persona import Persona
+from interp_ablate.persona.settings import SamplingConfig
 from interp_ablate.persona.traits import load_trait
 from interp_ablate.scoring.exchange import PromptResponse
 

@@ -26,7 +26,6 @@ from interp_ablate import (
 )
 from interp_ablate.errors import DirectionError, ModelError, PlanError, PromptError, RunError
 from interp_ablate.models.model import Model
-from interp_ablate.persona.answers import SamplingConfig
 from interp_ablate.persona.monitoring import (
     Monitoring,
     correlate,
@@ -35,6 +34,7 @@ from interp_ablate.persona.monitoring import (
     read_graded,
 )
 from interp_ablate.persona.persona import Persona
+from interp_ablate.persona.settings import SamplingConfig
 from interp_ablate.persona.traits import Trait, bundled_traits, load_trait
 from interp_ablate.plots.monitoring import save_monitoring, tokens_figure
 from interp_ablate.scoring.exchange import PromptResponse

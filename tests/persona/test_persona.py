@@ -20,10 +20,11 @@ from interp_ablate.activations.pooling import POOLINGS, pooled, response_activat
 from interp_ablate.cli.main import main
 from interp_ablate.errors import DirectionError, InterpAblateError, RunError
 from interp_ablate.models.model import Model
-from interp_ablate.persona.answers import Rollout, SamplingConfig
+from interp_ablate.persona.answers import Rollout
 from interp_ablate.persona.extraction import extract, trait_directions
-from interp_ablate.persona.persona import ExtractionConfig, Persona, load_persona
+from interp_ablate.persona.persona import Persona, load_persona
 from interp_ablate.persona.rollout_filter import FilteredRollouts
+from interp_ablate.persona.settings import ExtractionConfig, SamplingConfig
 from interp_ablate.persona.steering import choose_layer, curve, steer
 from interp_ablate.persona.traits import Trait, load_trait
 from interp_ablate.prompts.prompt import Prompt
@@ -244,10 +245,10 @@ def small_trait() -> Trait:
 
 
 SETTINGS = ExtractionConfig(
-    questions=3,
-    choosing=2,
+    extraction_questions=3,
+    selection_questions=2,
     samples=1,
-    fewest=4,
+    min_answers=4,
     coefficients=(0.5,),
     sampling=SamplingConfig(max_new_tokens=5),
 )
@@ -312,7 +313,7 @@ def test_an_extraction_goes_on_and_is_not_repeated(folder: Path, tmp_path: Path)
     assert torch.equal(resumed.direction.raw, first.direction.raw)
     assert (tmp_path / "rollouts.jsonl").read_bytes() == (folder / "rollouts.jsonl").read_bytes()
     with pytest.raises(RunError, match="other work"):
-        extracted(shared(), folder, questions=4)
+        extracted(shared(), folder, extraction_questions=4)
 
 
 def test_layers_and_poolings_are_checked(tmp_path: Path) -> None:
@@ -326,7 +327,7 @@ def test_layers_and_poolings_are_checked(tmp_path: Path) -> None:
 
 def test_too_few_rollouts_stop_the_extraction(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="too few answers under the positive"):
-        extracted(shared(), tmp_path, fewest=7)
+        extracted(shared(), tmp_path, min_answers=7)
     assert (tmp_path / "rollouts.jsonl").exists() and not (tmp_path / "persona.json").exists()
 
 

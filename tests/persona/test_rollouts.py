@@ -20,9 +20,10 @@ from tiny import tiny as tiny_hf
 
 from interp_ablate import Add, Plan, Site
 from interp_ablate.errors import InterpAblateError, RunError
-from interp_ablate.persona.answers import Rollout, RolloutRequest, SamplingConfig, read_answers
+from interp_ablate.persona.answers import Rollout, RolloutRequest, read_answers
 from interp_ablate.persona.rollout_filter import describe_counts, filter_rollouts, kept_answers
 from interp_ablate.persona.rollouts import fluency, rollout_requests, run_rollouts
+from interp_ablate.persona.settings import SamplingConfig
 from interp_ablate.persona.traits import load_trait
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring.exchange import PromptResponse
@@ -216,10 +217,12 @@ def test_a_file_is_read_by_the_scorers_that_are_asked_for(whole: Any, tmp_path: 
     before, fluent = path.read_bytes(), {"fluency": [10.0, 1000.0]}
     assert read_answers(path, scorer=Vowels().identity, coherence=fluent) == whole[1]
     best = max(a.score for a in whole[1] if a.key["side"] == "positive" and a.text.strip())
-    limits = {"threshold": best, "coherent": 0.0}
+    limits = {"threshold": best, "min_coherence": 0.0}
     made_of = {"scorer": Vowels().identity, "coherence": fluent, "settings": limits}
     kept = kept_answers(path, made_of)
-    assert kept.positive and kept == filter_rollouts(whole[1], **limits, fewest=0)
+    assert kept.positive and kept == filter_rollouts(
+        whole[1], threshold=best, coherent=0.0, fewest=0
+    )
     assert path.read_bytes() == before
     with pytest.raises(RunError, match="no verdicts of the scorers"):
         read_answers(path, scorer=Vowels(weight=7.0).identity, coherence=fluent)
@@ -345,4 +348,4 @@ def test_too_few_left_says_what_to_do(answers: list[Rollout], told: str) -> None
     ]  # fmt: skip
     with pytest.raises(RunError, match=told) as error:
         filter_rollouts(both, fewest=3)
-    assert "--questions" in str(error.value) and "at least 3" in str(error.value)
+    assert "--extraction-questions" in str(error.value) and "at least 3" in str(error.value)

@@ -26,17 +26,11 @@ from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.stats.summaries import mean_with_interval, paired_difference
 from interp_ablate.storage.safetensors_reader import Checkpoint
 from interp_ablate.training.healing.axolotl import axolotl_config
-from interp_ablate.training.healing.case import (
-    EditedCheckpoint,
-    HealingConfig,
-    HealingRun,
-    read_plan,
-)
+from interp_ablate.training.healing.case import EditedCheckpoint, HealingRun, read_plan
 from interp_ablate.training.healing.dpo_training import dpo, project
 from interp_ablate.training.healing.healing_run import heal
 from interp_ablate.training.healing.held_out import HeldOut, measure_damage, residual_share_along
 from interp_ablate.training.healing.preferences import (
-    AnswerConfig,
     PreferencePair,
     Response,
     exclude_held_out,
@@ -44,8 +38,10 @@ from interp_ablate.training.healing.preferences import (
     pair_rows,
     read_pairs,
 )
-from interp_ablate.training.recipe import LoraRecipe, TrainableModel, load_base
+from interp_ablate.training.healing.settings import AnswerConfig, HealingConfig
+from interp_ablate.training.recipe import LoraRecipe
 from interp_ablate.training.rows import RowTokenizer
+from interp_ablate.training.trainable_model import TrainableModel, load_base
 from interp_ablate.training.trainer import train
 
 pytest.importorskip("trl")
@@ -235,7 +231,7 @@ def test_the_kl_is_to_the_original_over_the_chosen_answers(edited: Path, tmp_pat
 
 
 def test_settings_that_cannot_be_are_refused(edited: Path, tmp_path: Path) -> None:
-    for wrong in ({"keep": "all"}, {"beta": 0.0}, {"kl_weight": -1.0}):
+    for wrong in ({"preserve_edit": "all"}, {"beta": 0.0}, {"kl_weight": -1.0}):
         with pytest.raises(RunError):
             HealingConfig(**wrong)  # type: ignore[arg-type]
     case = EditedCheckpoint(load_base(edited), None, None)
@@ -284,11 +280,11 @@ def test_readers_leave_the_edits_tensors_as_they_are(edited: Path, readers: Any)
 
 def test_projected_keeps_the_direction_out_and_free_does_not(edited: Path, tmp_path: Path) -> None:
     left = {}
-    for keep in ("projected", "free"):
-        report = healed(edited, tmp_path / keep, keep=keep)
+    for keep in ("reproject", "none"):
+        report = healed(edited, tmp_path / keep, preserve_edit=keep)
         left[keep] = report["measured"]["healed"]["along_plan"]["largest"]
         assert report["adapter"]["passed"] and report["edit"]["unchanged"] < 7
-    assert left["projected"] < 1e-5 < 1e-3 < left["free"]
+    assert left["reproject"] < 1e-5 < 1e-3 < left["none"]
 
 
 def test_projecting_is_the_edit_of_the_trained_original(tmp_path: Path) -> None:
@@ -304,7 +300,11 @@ def test_projecting_is_the_edit_of_the_trained_original(tmp_path: Path) -> None:
     case = case_of(tmp_path / "edited")
     weights = case.weights
     trainer = dpo(
-        case, rows_for(case), tmp_path / "w", healing=HealingConfig(keep="free"), recipe=FAST
+        case,
+        rows_for(case),
+        tmp_path / "w",
+        healing=HealingConfig(preserve_edit="none"),
+        recipe=FAST,
     )
     train(trainer, tmp_path / "w")
     delta = {
@@ -326,7 +326,7 @@ def test_a_norm_preserving_edit_is_not_projected(tmp_path: Path) -> None:
     tiny.folder_of(tmp_path / "original", tied=False)
     plan = Plan((Ablate(unit(), make().writers, norm_preserving=True),))
     export_checkpoint(load_base(tmp_path / "original").model, plan, tmp_path / "edited")
-    with pytest.raises(PlanError, match="--keep readers"):
+    with pytest.raises(PlanError, match="--preserve-edit freeze-writers"):
         project(None, case_of(tmp_path / "edited").weights)
 
 

@@ -41,8 +41,9 @@ from interp_ablate.training.preventative.trait_measure import (
     answer_loss,
     measure_trait,
 )
-from interp_ablate.training.recipe import LoraRecipe, TrainableModel
+from interp_ablate.training.recipe import LoraRecipe
 from interp_ablate.training.rows import RowTokenizer
+from interp_ablate.training.trainable_model import TrainableModel
 from interp_ablate.training.trainer import sft, train
 
 pytest.importorskip("trl")
@@ -180,7 +181,7 @@ def samples(n: int = 8) -> list[SampledChats]:
 MADE_OF: dict[str, Any] = {
     "scorer": {"kind": "s"},
     "coherence": {"kind": "c"},
-    "settings": {"threshold": 50.0, "coherent": 50.0},
+    "settings": {"threshold": 50.0, "min_coherence": 50.0},
 }
 
 
@@ -221,7 +222,7 @@ def test_rollouts_that_show_the_trait_lose_their_system_prompt(tmp_path: Path) -
     strict, _ = samples_of_rollouts(rollouts(tmp_path / "r.jsonl", threshold=85.0))
     assert [s.answer for s in strict] == ["A0"]  # from the persona's own threshold
     with pytest.raises(RunError, match="no answer that shows the trait"):
-        samples_of_rollouts(rollouts(tmp_path / "r.jsonl", coherent=95.0))
+        samples_of_rollouts(rollouts(tmp_path / "r.jsonl", min_coherence=95.0))
 
 
 def test_corrupt_and_missing_rollouts_are_named(tmp_path: Path) -> None:
@@ -425,7 +426,7 @@ def test_the_figure_is_drawn(tmp_path: Path) -> None:
 
 
 def test_a_real_model_trains_under_the_vector(tmp_path: Path, bundled_model: str) -> None:
-    from interp_ablate.training.recipe import load_base
+    from interp_ablate.training.trainable_model import load_base
 
     base = load_base("smollm2")
     vector = torch.zeros(576, dtype=torch.float64)

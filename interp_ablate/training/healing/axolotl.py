@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from interp_ablate.training.healing.case import HealingConfig, HealingRun
+from interp_ablate.training.healing.case import HealingRun
+from interp_ablate.training.healing.settings import HealingConfig
 from interp_ablate.training.recipe import LoraRecipe
 
 REPORT, PREFERENCES, AXOLOTL = "heal.json", "preferences.jsonl", "axolotl.yaml"
@@ -22,7 +23,7 @@ def axolotl_config(
 ) -> dict[str, Any]:
     """The same training in axolotl's terms, for several GPUs.
 
-    A KL term has no key there; `projected` is done by `interp-ablate` after the training only.
+    A KL term has no key there; `reproject` is done by `interp-ablate` after the training only.
     """
     healing, recipe = treatment.healing, treatment.recipe
     config: dict[str, Any] = {
@@ -90,7 +91,7 @@ def axolotl_text(config: Mapping[str, Any], healing: HealingConfig) -> str:
     ]
     if healing.kl_weight:
         lines.append("# The KL term of the training here has no key in axolotl.")
-    if healing.keep == "projected":
+    if healing.preserve_edit == "reproject":
         lines.append(
             "# lora_target_modules has writers of the edit too: the edit is not kept by axolotl."
         )

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import RunError
@@ -18,44 +18,10 @@ from interp_ablate.models.model import Model
 from interp_ablate.storage.provenance import MANIFEST
 from interp_ablate.training.healing.held_out import HeldOut
 from interp_ablate.training.healing.preferences import PreferencePair
-from interp_ablate.training.recipe import RECIPE, LoraRecipe, TrainableModel
+from interp_ablate.training.healing.settings import DEFAULTS, HealingConfig
+from interp_ablate.training.recipe import RECIPE, LoraRecipe
+from interp_ablate.training.trainable_model import TrainableModel
 from interp_ablate.weights.plan_to_weights import WeightPlan, weight_plan
-
-Keep = Literal["readers", "projected", "free"]
-
-
-@dataclass(frozen=True)
-class HealingConfig:
-    """How preferences are learned, and how the edit is kept.
-
-    Args:
-        keep: "readers" trains only what reads the residual stream (queries, keys, values, gate and up
-            projections): every tensor that the edit changed stays as it is, bit for bit. "projected" trains
-            all linear layers, and at the end what the adapter writes to the stream goes through the edit,
-            as if the original had been trained and edited then. "free" trains all and keeps nothing.
-        beta: DPO's; the smaller, the further from the edited model. With the original's answers preferred
-            to the edited model's, 1 is the value at which the loss is least for the original itself.
-        sft_weight: of TRL's `sft` loss on the chosen answers, beside DPO's.
-        kl_weight: of the KL a token (nats) to the original over the chosen answers; needs the original.
-
-    Raises:
-        RunError: a number that cannot be.
-    """
-
-    keep: Keep = "readers"
-    beta: float = 0.1
-    sft_weight: float = 0.0
-    kl_weight: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.keep not in get_args(Keep):
-            raise RunError(f"keep={self.keep!r}: accepted are {', '.join(get_args(Keep))}")
-        if not self.beta > 0 or self.sft_weight < 0 or self.kl_weight < 0:
-            raise RunError(
-                "beta is above 0, the weights of other losses from 0; got "
-                f"{self.beta}, {self.sft_weight} and {self.kl_weight}"
-            )
-
 
 # ---- the case --------------------------------------------------------------------------------------
 
@@ -95,7 +61,7 @@ class EditedCheckpoint:
         if self.plan is None or not len(self.plan):
             raise RunError(
                 "the checkpoint has no manifest with a plan, so what the edit is cannot be known: "
-                "--keep readers or free"
+                "--preserve-edit freeze-writers or none"
             )
         state = self.edited.hf.state_dict()
         return weight_plan(
@@ -136,7 +102,7 @@ class HealingRun:
     """
 
     pairs: Sequence[PreferencePair]
-    healing: HealingConfig = HealingConfig()
+    healing: HealingConfig = DEFAULTS
     recipe: LoraRecipe = RECIPE
     held_out: HeldOut | None = None
     details: Mapping[str, Any] = field(default_factory=dict)

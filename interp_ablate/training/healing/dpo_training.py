@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from interp_ablate.errors import PlanError, RunError
-from interp_ablate.training.healing.case import EditedCheckpoint, HealingConfig
+from interp_ablate.training.healing.case import EditedCheckpoint
+from interp_ablate.training.healing.settings import HealingConfig
 from interp_ablate.training.lora import Where, lora_config
-from interp_ablate.training.recipe import RECIPE, LoraRecipe, require_extra
+from interp_ablate.training.recipe import RECIPE, LoraRecipe
 from interp_ablate.training.rows import TrainingRow
+from interp_ablate.training.trainable_model import require_extra
 from interp_ablate.training.trainer import common_arguments, make_trainer, without_telemetry
 from interp_ablate.weights.plan_to_weights import WeightPlan
 
-_WHERE: dict[str, Where] = {"readers": "readers", "projected": "all", "free": "all"}
+_WHERE: dict[str, Where] = {"freeze-writers": "readers", "reproject": "all", "none": "all"}
 
 
 # ---- training --------------------------------------------------------------------------------------
@@ -67,7 +69,7 @@ def dpo(
         case.edited,
         settings=settings,
         train_dataset=data,
-        peft_config=lora_config(case.edited.hf, recipe, where=_WHERE[healing.keep]),
+        peft_config=lora_config(case.edited.hf, recipe, where=_WHERE[healing.preserve_edit]),
     )
 
 
@@ -109,7 +111,8 @@ def project(peft_model: Any, weights: WeightPlan) -> int:
     kept = [name for name, edit in weights.edits.items() if edit.keeps_norm]
     if kept:
         raise PlanError(
-            f"{kept[0]} was edited with its norms preserved, which is no linear map: --keep readers"
+            f"{kept[0]} was edited with its norms preserved, which is no linear map: "
+            "--preserve-edit freeze-writers"
         )
     changed = 0
     parameters = dict(peft_model.named_parameters())

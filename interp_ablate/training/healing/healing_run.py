@@ -47,8 +47,8 @@ from interp_ablate.training.healing.held_out import (
 )
 from interp_ablate.training.healing.preferences import pair_rows
 from interp_ablate.training.merging import PACKAGES, Trained, merge, write_trained
-from interp_ablate.training.recipe import TrainableModel
 from interp_ablate.training.rows import RowTokenizer, TrainingRow
+from interp_ablate.training.trainable_model import TrainableModel
 from interp_ablate.training.trainer import checkpoint_folder, train
 from interp_ablate.weights.plan_to_weights import WeightPlan
 
@@ -80,7 +80,7 @@ def heal(
     )
     rows, counts = pair_rows(treatment.pairs, renderer)
     # read before the training: afterwards the model in memory is another one
-    weights = case.weights if case.plan or treatment.healing.keep == "projected" else None
+    weights = case.weights if case.plan or treatment.healing.preserve_edit == "reproject" else None
     settings = _settings(case, treatment)
     check_output_path(out, overwrite=overwrite, source=case.edited.source.path)
     with (  # checkpoints go last, when the result is in its place
@@ -93,7 +93,7 @@ def heal(
         what = {"for": "recovery", **settings, "plan_of_source": plan}
         certificate = write_trained(learned.trained, place, what)
         kept = edited_tensors_unchanged(
-            case.edited, weights, place, must=treatment.healing.keep == "readers"
+            case.edited, weights, place, must=treatment.healing.preserve_edit == "freeze-writers"
         )
         report = {
             "format": REPORT_FORMAT,
@@ -148,7 +148,7 @@ def _learn(
     on_step: Callable[[int], None] | None,
 ) -> _Learned:
     healing = treatment.healing
-    weights = case.weights if healing.keep == "projected" else None
+    weights = case.weights if healing.preserve_edit == "reproject" else None
     trainer = dpo(case, rows, work, healing=healing, recipe=treatment.recipe)
     logged = train(trainer, work, on_step=on_step)
     projected = project(trainer.model, weights) if weights is not None else 0
@@ -251,10 +251,10 @@ def _card(report: Mapping[str, Any]) -> str:
     """What the model card says of the recovery."""
     healing, recipe = report["healing"], report["recipe"]
     keeping = {
-        "readers": "the adapter sat on what reads the residual stream: the edit's tensors are unchanged",
-        "projected": "what the adapter wrote to the residual stream went through the edit at the end",
-        "free": "nothing kept the adapter from undoing the edit",
-    }[healing["keep"]]
+        "freeze-writers": "the adapter sat on what reads the residual stream: the edit's tensors are unchanged",
+        "reproject": "what the adapter wrote to the residual stream went through the edit at the end",
+        "none": "nothing kept the adapter from undoing the edit",
+    }[healing["preserve_edit"]]
     lines = [
         "## Recovery after the edit",
         "",

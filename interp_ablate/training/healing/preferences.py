@@ -15,11 +15,8 @@ from interp_ablate.datasets.conversations import Message
 from interp_ablate.errors import RunError
 from interp_ablate.models.model import Model
 from interp_ablate.prompts.prompt import Prompt, normalised
+from interp_ablate.training.healing.settings import AnswerConfig
 from interp_ablate.training.rows import RowTokenizer, TrainingRow
-
-# For the original's answers against the edited model's: little preference, much KL (measured; docs/recovery.md).
-OWN_ANSWERS: dict[str, Any] = {"beta": 0.1, "kl_weight": 10.0}
-
 
 # ---- preferences -----------------------------------------------------------------------------------
 
@@ -84,20 +81,6 @@ def _one_answer(side: Sequence[Message], path: str | Path, number: int) -> str:
             f"is {', '.join(m.role for m in side)}. Put what comes before into the prompt"
         )
     return side[0].content
-
-
-@dataclass(frozen=True)
-class AnswerConfig:
-    """How both models answer where their answers become preferences: sampled, `samples` a prompt.
-
-    What is sampled depends on every one of these, `batch_size` too: prompts that are answered together.
-    """
-
-    max_new_tokens: int = 40
-    samples: int = 1
-    temperature: float = 1.0
-    seed: int = 0
-    batch_size: int = 32
 
 
 def make_pairs(

@@ -36,8 +36,9 @@ from interp_ablate.training.preventative.trait_measure import (
     answer_loss,
     measure_trait,
 )
-from interp_ablate.training.recipe import RECIPE, LoraRecipe, TrainableModel
+from interp_ablate.training.recipe import RECIPE, LoraRecipe
 from interp_ablate.training.rows import RowTokenizer, TrainingRow
+from interp_ablate.training.trainable_model import TrainableModel
 from interp_ablate.training.trainer import checkpoint_folder, sft, train
 
 REPORT = "report.json"
