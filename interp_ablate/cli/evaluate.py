@@ -88,7 +88,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     after = before if args.after in (None, args.before) else load(args, args.after)
     began = time.perf_counter()
     found = evaluate(
-        before, after, plan=plan, measures=measures, out=args.out, tell=_teller(args, began)
+        before, after, plan=plan, measures=measures, out=args.out, on_part=_teller(args, began)
     )
     from interp_ablate.plots.evaluation import save_evaluation
 

@@ -367,22 +367,22 @@ def test_resume_measures_nothing_twice(tmp_path: Path) -> None:
 
     with pytest.raises(Interrupted):
         dying = replace(SMALL, scorers=(Dying(),))
-        evaluate(model, plan=plan, measures=dying, out=tmp_path, tell=told.append)
+        evaluate(model, plan=plan, measures=dying, out=tmp_path, on_part=told.append)
     scorer = Vowels()
     whole = replace(SMALL, scorers=(scorer,))
     again: list[str] = []
-    found = evaluate(model, plan=plan, measures=whole, out=tmp_path, tell=again.append)
+    found = evaluate(model, plan=plan, measures=whole, out=tmp_path, on_part=again.append)
     assert not set(told[:-1]) & set(again) and told[-1] in again  # the part that died is done again
     assert scorer.asked == len(PROMPTS["short"])  # the first model's answers were scored already
     third: list[str] = []
-    same = evaluate(model, plan=plan, measures=whole, out=tmp_path, tell=third.append)
+    same = evaluate(model, plan=plan, measures=whole, out=tmp_path, on_part=third.append)
     assert third == [] and same == found
     assert found.rows == evaluate(model, plan=plan, measures=whole).rows
     # one more scorer: only that is asked
     more = Vowels()
     more.name, more.identity = "more", {"kind": "more"}  # type: ignore[misc]
     both = replace(whole, scorers=(scorer, more))
-    evaluate(model, plan=plan, measures=both, out=tmp_path, tell=third.append)
+    evaluate(model, plan=plan, measures=both, out=tmp_path, on_part=third.append)
     assert len(third) == 2 and all("more" in part for part in third)
 
 
