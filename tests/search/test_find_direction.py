@@ -1,20 +1,16 @@
-"""Edits of chosen layers, the direction of a behaviour, and the snippets of docs/coming_from.md."""
+"""Edits of chosen layers, and the direction of a behaviour."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from importlib import import_module
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pytest
 import torch
-from tiny import N_LAYERS, editing, forward, make, rows_of, shared, source_of, unit
+from tiny import N_LAYERS, editing, forward, rows_of, shared, source_of, unit
 from torch.testing import assert_close
 
-import interp_ablate
 from interp_ablate.directions.direction import Direction
 from interp_ablate.edits.kinds import Ablate, Add
 from interp_ablate.edits.layers import ablate_layers, add_to_layers, layers_of
@@ -24,13 +20,10 @@ from interp_ablate.evaluation.metrics import FirstTokenKL
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.prompts.contrast_set import ContrastSet
 from interp_ablate.prompts.prompt import Prompt
-from interp_ablate.scoring import registry as judges
 from interp_ablate.scoring.exchange import PromptResponse
 from interp_ablate.search import find_direction as layer_edits
 from interp_ablate.search.find_direction import Behaviour, find_direction
 from interp_ablate.sites import Site
-
-ROOT = Path(__file__).parents[2]
 
 
 class Letters:
@@ -226,71 +219,3 @@ def test_the_test_part_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         find_direction(shared(), Behaviour(own, Unimpressed()), **options)
     test = own.split(1, 1, 32).test
     assert len(seen) == 24 and not seen & {*test.positive, *test.negative}
-
-
-# --------------------------------------------------------------------------------- the docs
-
-
-def snippets() -> list[str]:
-    text = (ROOT / "docs" / "coming_from.md").read_text()
-    return re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
-
-
-def test_every_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a tiny model, whose gibberish no list of expressions finds: letters stand for the expressions."""
-    model = make(eos_token_id=None)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(interp_ablate, "load_model", lambda name: model)
-    real = judges.scorer_of
-    specs: list[str] = []
-
-    def scorer_of(spec: str) -> Any:
-        specs.append(real(spec).name)  # the line itself is one that works
-        return Letters()
-
-    monkeypatch.setattr(judges, "scorer_of", scorer_of)
-    namespace: dict[str, Any] = {}
-    blocks = snippets()
-    assert len(blocks) == 6
-    for number, block in enumerate(blocks):
-        exec(compile(block, f"docs/coming_from.md, snippet {number + 1}", "exec"), namespace)
-    assert specs == ["expressions:declining"]
-    assert namespace["certificate"]["passed"] and (tmp_path / "edited" / "config.json").is_file()
-    assert len(namespace["answers"]) == 8 and len(namespace["again"]) == len(namespace["vectors"])
-    assert Plan.load(tmp_path / "plan.json") == namespace["everywhere"]
-    said = namespace["mood"].scorer([PromptResponse(Prompt("a"), t) for t in ("AB c", "", "ok")])
-    assert said == [pytest.approx(200 / 3), None, 0.0]
-
-
-def test_the_docs_name_what_there_is() -> None:
-    """Every name of ours in the right-hand column of a table exists."""
-    text = (ROOT / "docs" / "coming_from.md").read_text()
-    modules = [
-        "layer_edits",
-        "sites",
-        "expressions",
-        "judges",
-        "directions",
-        "edits",
-        "export.control_vector",
-    ]
-    places = [interp_ablate, *(import_module(f"interp_ablate.{name}") for name in modules)]
-    ours = {
-        name
-        for line in text.splitlines()
-        if line.startswith("| ") and line.count("|") >= 3
-        for name in re.findall(r"\b([a-zA-Z_]{4,})\(", line.rsplit(" | ", 1)[1])
-    } - {
-        "applied",
-        "generate",
-        "encode",
-        "split",
-        "load",
-        "report",
-        "score_texts",
-        "__call__",
-        "range",
-    }
-    assert len(ours) > 15
-    for name in ours:
-        assert any(name in dir(place) for place in places), name

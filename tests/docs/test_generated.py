@@ -1,0 +1,32 @@
+"""The parts of the pages that are made from the code are what the code makes, and every wing has its pages."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "docs"))
+import generated  # noqa: E402
+
+
+@pytest.mark.parametrize("page", generated.PARTS)
+def test_pages_show_what_the_code_is(page: str) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    assert generated.with_parts(page) == text, f"docs/{page} is out of date: run `make pages`"
+
+
+def test_every_wing_has_its_storey_and_its_reference_page() -> None:
+    wings = {path.parent.name for path in generated.PACKAGE.glob("*/__init__.py")}
+    assert set(generated.wings()) == wings, "STOREYS in docs/generated.py"
+    config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    missing = [wing for wing in wings if f"api/{wing}.md" not in config]
+    assert not missing, f"mkdocs.yml has no reference page of {missing}"
+
+
+def test_a_page_without_the_comments_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(generated.PARTS, "glossary.md", {"files": generated.files})
+    with pytest.raises(ValueError, match=r"docs/glossary.md lacks the comments"):
+        generated.with_parts("glossary.md")

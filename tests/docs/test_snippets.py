@@ -1,0 +1,72 @@
+"""The code in the documentation runs: docs/coming_from.md on a tiny model, the README's on the real one."""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import make
+
+import interp_ablate
+from interp_ablate.edits.plan import Plan
+from interp_ablate.prompts.prompt import Prompt
+from interp_ablate.scoring.exchange import PromptResponse
+
+ROOT = Path(__file__).parents[2]
+
+
+def snippets(page: str) -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def test_every_snippet_of_coming_from_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(eos_token_id=None)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(interp_ablate, "load_model", lambda name: model)
+    namespace: dict[str, Any] = {}
+    blocks = snippets("docs/coming_from.md")
+    assert len(blocks) == 7
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"docs/coming_from.md, snippet {number + 1}", "exec"), namespace)
+    assert namespace["certificate"]["passed"] and (tmp_path / "edited" / "config.json").is_file()
+    assert len(namespace["answers"]) == 8 and len(namespace["again"]) == len(namespace["vectors"])
+    assert Plan.load(tmp_path / "plan.json") == namespace["everywhere"]
+    scores = namespace["Shouting"]()([PromptResponse(Prompt("a"), t) for t in ("AB c", "", "ok")])
+    assert scores == [pytest.approx(200 / 3), None, 0.0]
+
+
+def test_the_tables_of_coming_from_name_what_there_is() -> None:
+    """Every name of ours in the right-hand column of a table exists."""
+    text = (ROOT / "docs" / "coming_from.md").read_text(encoding="utf-8")
+    modules = [
+        "edits", "sites", "scoring", "scoring.registry", "scoring.expressions", "directions",
+        "export", "export.hub", "edits.layers",
+    ]  # fmt: skip
+    places = [interp_ablate, *(import_module(f"interp_ablate.{name}") for name in modules)]
+    ours = {
+        name
+        for line in text.splitlines()
+        if line.startswith("| ") and line.count("|") >= 3
+        for name in re.findall(r"\b([a-zA-Z_]{4,})\(", line.rsplit(" | ", 1)[1])
+    } - {
+        "applied", "applied_each", "generate", "encode", "split", "load", "report", "score_texts",
+        "__call__", "range",
+    }  # fmt: skip
+    assert len(ours) > 15
+    for name in ours:
+        assert any(name in dir(place) for place in places), name
+
+
+@pytest.mark.slow
+def test_the_readme_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = snippets("README.md")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = text.split("<!-- snippet:start -->")[1].split("```")[3].strip().splitlines()
+    exec(compile(block, "README.md", "exec"), {})
+    printed = capsys.readouterr().out.strip().splitlines()
+    assert [line.strip() for line in printed] == [line.strip() for line in shown]
+    assert "I'm sorry" in printed[0] and "sorry" not in printed[1]
