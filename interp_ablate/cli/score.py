@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import math
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from interp_ablate.cli.options import rubric_of
@@ -25,7 +24,6 @@ from interp_ablate.errors import InterpAblateError, RunError
 
 CHUNK = 256  # rows that are scored together, and in memory
 GROUPS = ("condition", "label")  # of a run's generations.jsonl
-BOOTSTRAPPED = 20_000  # values up to which an interval is a bootstrap's, beyond it the normal one
 
 
 def add_commands(commands: Any) -> None:
@@ -267,12 +265,9 @@ def _line(scorer: str, group: str, tally: _Tally) -> dict[str, Any]:
 
 
 def _interval(scores: Sequence[float]) -> tuple[float | None, float | None]:
-    """95%, of the mean; none of fewer than two scores."""
+    """The mean's 95% interval; none for fewer than two scores."""
     if len(scores) < 2:
         return None, None
-    if len(scores) > BOOTSTRAPPED:
-        half = 1.96 * stdev(scores) / math.sqrt(len(scores))
-        return fmean(scores) - half, fmean(scores) + half
     from interp_ablate.stats.intervals import bootstrap_interval
 
     low, high = bootstrap_interval([score / 100 for score in scores], proportion=True)

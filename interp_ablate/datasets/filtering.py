@@ -36,7 +36,7 @@ from interp_ablate.datasets.filter_recipe import (
 from interp_ablate.datasets.filter_rules import Rule, RuleValue
 from interp_ablate.datasets.row_files import ChatError, ChatFile, Malformed
 from interp_ablate.errors import RunError
-from interp_ablate.stats.rates import rate
+from interp_ablate.stats.intervals import rate
 from interp_ablate.storage.atomic_files import atomic_path, write_atomic
 from interp_ablate.storage.bundled_data import bundled
 from interp_ablate.storage.jsonl_log import JsonlLog

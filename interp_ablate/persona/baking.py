@@ -26,7 +26,7 @@ from interp_ablate.persona.settings import SamplingConfig
 from interp_ablate.persona.steering import GREEDY, steering_requests, summary
 from interp_ablate.persona.traits import split_questions
 from interp_ablate.scoring.exchange import TextScorer
-from interp_ablate.stats.intervals import bootstrap_interval
+from interp_ablate.stats.intervals import paired_difference
 from interp_ablate.storage.atomic_files import write_atomic
 from interp_ablate.storage.output_folder import check_output_path
 from interp_ablate.weights.plan_to_weights import weight_plan
@@ -145,15 +145,9 @@ def _results(
 
 def _difference(some: Sequence[Rollout], others: Sequence[Rollout]) -> dict[str, Any]:
     """Mean difference of trait scores, question by question; those without both verdicts are counted."""
-    pairs = [
-        a.score - b.score
-        for a, b in zip(some, others, strict=True)
-        if a.score is not None and b.score is not None
-    ]
-    if not pairs:
-        return {"mean": None, "low": None, "high": None, "questions": 0}
-    low, high = bootstrap_interval(pairs)
-    return {"mean": sum(pairs) / len(pairs), "low": low, "high": high, "questions": len(pairs)}
+    change = paired_difference([a.score for a in some], [b.score for b in others])
+    low, high = change["interval"] or (None, None)
+    return {"mean": change["mean"], "low": low, "high": high, "questions": change["n"]}
 
 
 def _share_same(some: Sequence[Rollout], others: Sequence[Rollout]) -> float:

@@ -24,7 +24,7 @@ from interp_ablate.persona.settings import DEFAULTS, ExtractionConfig, SamplingC
 from interp_ablate.persona.traits import split_questions
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring.exchange import TextScorer
-from interp_ablate.stats.intervals import bootstrap_interval
+from interp_ablate.stats.intervals import mean_estimate
 
 GREEDY = SamplingConfig(temperature=0.0)
 COEFFICIENTS = (-1.0, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5)
@@ -145,8 +145,8 @@ def _mean(
     means = [sum(values) / len(values) for values in by_question.values()]
     if not means:
         return dict.fromkeys((name, f"{name}_low", f"{name}_high"))
-    low, high = bootstrap_interval(means)
-    return {name: sum(means) / len(means), f"{name}_low": low, f"{name}_high": high}
+    estimate = mean_estimate(means, fewest=1)
+    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
 
 
 def steer(

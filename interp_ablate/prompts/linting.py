@@ -77,18 +77,20 @@ def lint(contrast: ContrastSet) -> LintReport:
     pairs stay in one fold). Prompts with different system prompts are not duplicates; lengths and
     bags of words include the system prompt.
     """
+    from interp_ablate.stats.roc import auc
+
     prompts = contrast.positive + contrast.negative
     words = [_words(f"{prompt.system or ''}\n{prompt.text}") for prompt in prompts]
     labels = [True] * len(contrast.positive) + [False] * len(contrast.negative)
     near = _near_pairs(prompts)
-    auc = _bag_of_words_auc(words, labels, _groups(contrast, near))
+    words_auc = _bag_of_words_auc(words, labels, _groups(contrast, near))
     telling = _telling_words(words, labels)
     n_words = [float(len(w)) for w in words]
-    length_auc, difference = _auc(n_words, labels), _standardised_difference(n_words, labels)
+    length_auc, difference = auc(n_words, labels), _standardised_difference(n_words, labels)
     findings = [
         *_duplicate_findings(contrast, near),
         *_length_findings(contrast, length_auc, difference),
-        *_word_findings(auc, telling),
+        *_word_findings(words_auc, telling),
         *_size_findings(contrast),
     ]
     findings.sort(key=lambda finding: ("error", "warning", "info").index(finding.severity))
@@ -96,7 +98,9 @@ def lint(contrast: ContrastSet) -> LintReport:
         "positive": _lengths(contrast.positive, words[: len(contrast.positive)]),
         "negative": _lengths(contrast.negative, words[len(contrast.positive) :]),
     }
-    return LintReport(contrast.name, tuple(findings), auc, length_auc, difference, lengths, telling)
+    return LintReport(
+        contrast.name, tuple(findings), words_auc, length_auc, difference, lengths, telling
+    )
 
 
 def _words(text: str) -> list[str]:
@@ -156,6 +160,8 @@ def _bag_of_words_auc(
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedGroupKFold
 
+    from interp_ablate.stats.roc import auc
+
     y = np.array(labels)
     if min(y.sum(), (~y).sum()) < 5 or len(set(groups)) < 5 or not any(words):
         return math.nan
@@ -171,7 +177,7 @@ def _bag_of_words_auc(
         features = vectorizer.fit_transform(seen)
         model = LogisticRegression(max_iter=1000).fit(features, y[train])
         scores[test] = model.decision_function(vectorizer.transform([words[i] for i in test]))
-    return _auc(scores.tolist(), labels)
+    return auc(scores, labels)
 
 
 def _telling_words(
@@ -192,12 +198,6 @@ def _telling_words(
         "positive": tuple(str(word) for weight, word in ranked[::-1][:n] if weight >= least),
         "negative": tuple(str(word) for weight, word in ranked[:n] if weight <= -least),
     }
-
-
-def _auc(scores: Sequence[float], labels: Sequence[bool]) -> float:
-    from sklearn.metrics import roc_auc_score
-
-    return float(roc_auc_score(labels, scores))
 
 
 def _standardised_difference(values: Sequence[float], labels: Sequence[bool]) -> float:

@@ -1,7 +1,6 @@
 """Pearson's r with its interval: over independent points, over points in groups, within and across groups.
 
-Knows: Fisher's z, a bootstrap over groups, points that have no correlation and why. Does not know: what was
-measured.
+Knows: Fisher's z and a bootstrap over groups. Does not know: what was measured.
 """
 
 from __future__ import annotations
@@ -18,17 +17,18 @@ from interp_ablate.errors import RunError
 
 @dataclass(frozen=True)
 class Correlation:
-    """Pearson's r of n points with its interval; None where there is none, and `why` there is none.
-
-    `interval` says how it was made.
-    """
+    """Pearson's r with its 95% interval."""
 
     r: float | None
+    """None where one of the two does not vary, or there are too few points."""
     low: float | None
     high: float | None
     n: int
+    """Number of points."""
     interval: str
+    """The method that made the interval."""
     why: str = ""
+    """The reason why there is no r, or no interval."""
 
     def __str__(self) -> str:
         if self.r is None:
@@ -69,7 +69,7 @@ def pearson(
 
 
 def _r(a: np.ndarray, b: np.ndarray) -> float | None:
-    """None where one of the two does not vary (beyond rounding), or there are fewer than two points."""
+    """Pearson's r; None for fewer than two points, or where one of the two does not vary beyond rounding."""
     if len(a) < 2 or _why_not(a, b):
         return None
     a, b = a - a.mean(), b - b.mean()
@@ -95,17 +95,20 @@ def overall(
     seed: int = 0,
     kind: str = "system prompt",
 ) -> Correlation:
-    """Pearson's r over all points, its interval a percentile bootstrap over the groups.
+    """Pearson's r over all points, with a percentile bootstrap over the groups as its interval.
 
-    Points of one group (`kind` says of what: a system prompt, a question) are not independent: whole groups
-    are drawn. Resamples in which a side does not vary are left out.
+    Points of one group are not independent, so whole groups are drawn. Resamples in which a side does not
+    vary are left out.
+
+    Args:
+        kind: what a group is, for the description of the interval.
     """
-    found = pearson(x, y)
+    points = pearson(x, y)
     names = np.unique(groups)
     method = f"bootstrap over {len(names)} {kind}s"
-    if found.r is None or len(names) < 2:
-        why = found.why or f"one {kind}"
-        return replace(found, low=None, high=None, interval=method, why=why)
+    if points.r is None or len(names) < 2:
+        why = points.why or f"one {kind}"
+        return replace(points, low=None, high=None, interval=method, why=why)
     members = [np.flatnonzero(groups == name) for name in names]
     random, drawn = np.random.default_rng(seed), []
     for _ in range(resamples):
@@ -114,11 +117,11 @@ def overall(
         if r is not None:
             drawn.append(r)
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return Correlation(found.r, float(low), float(high), found.n, method)
+    return Correlation(points.r, float(low), float(high), points.n, method)
 
 
 def within(x: np.ndarray, y: np.ndarray, groups: np.ndarray) -> Correlation:
-    """r of what is left after each group's own mean is subtracted: do questions differ as foretold?"""
+    """Pearson's r after each group's own mean is subtracted: do points of one group differ as foretold?"""
     names = np.unique(groups)
     a, b = x.astype(float).copy(), y.astype(float).copy()
     for name in names:
@@ -129,7 +132,7 @@ def within(x: np.ndarray, y: np.ndarray, groups: np.ndarray) -> Correlation:
 
 
 def across(x: np.ndarray, y: np.ndarray, groups: np.ndarray) -> Correlation:
-    """r of the groups' means: do system prompts differ as foretold?"""
+    """Pearson's r of the groups' means: do the groups differ as foretold?"""
     names = np.unique(groups)
     means = [[values[groups == name].mean() for name in names] for values in (x, y)]
     return pearson(*means)

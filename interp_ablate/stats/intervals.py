@@ -1,44 +1,81 @@
-"""Means and differences with bootstrap intervals.
+"""Means, shares and paired differences, each with a 95% interval.
 
-Knows: resampling. Does not know: what the numbers are.
+Knows: the bootstrap, and exact bounds where it says nothing. Does not know: what the numbers are.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
 from interp_ablate.errors import RunError
 
-FEWEST = 5  # an interval from fewer units would say nothing
+FEWEST = 5  # an evaluation gives no interval for fewer units
 RESAMPLES = 2000
-
-
-# ---- estimates -----------------------------------------------------------------------------------
+BOOTSTRAPPED = 20_000  # values up to which an interval is a bootstrap's; beyond it, the normal one
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and its 95% interval; the interval is None where there are too few units for one."""
+    """A number and its 95% interval."""
 
     value: float
     low: float | None = None
+    """Lower end; None where there are too few units for an interval."""
     high: float | None = None
+    """Upper end; None where there are too few units for an interval."""
 
     def to_list(self) -> list[float | None]:
         return [self.value, self.low, self.high]
 
 
-def mean_estimate(values: Sequence[float] | np.ndarray, *, proportion: bool = False) -> Estimate:
-    """A mean over units with its bootstrap interval (`selection.bootstrap_interval`)."""
+def bootstrap_interval(
+    values: Sequence[float] | np.ndarray,
+    *,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    proportion: bool = False,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean; the normal interval for more than BOOTSTRAPPED values.
+
+    Args:
+        proportion: the values are 0 or 1 and their mean is a rate. Where all are equal (0 of n declined)
+            the bootstrap says nothing, and the exact Clopper-Pearson bound takes its place.
+
+    Raises:
+        RunError: no values, or NaN among them.
+    """
+    array = np.asarray(values, dtype=float)
+    if array.size == 0 or not np.isfinite(array).all():
+        raise RunError("an interval needs at least one finite value a prompt")
+    edge = (1 - level) / 2
+    if proportion and array.min() == array.max() and array[0] in (0.0, 1.0):
+        bound = edge ** (1 / array.size)
+        return (bound, 1.0) if array[0] == 1.0 else (0.0, 1 - bound)
+    if array.size > BOOTSTRAPPED:
+        mean, spread = float(array.mean()), float(array.std(ddof=1))
+        half = NormalDist().inv_cdf(1 - edge) * spread / math.sqrt(array.size)
+        return mean - half, mean + half
+    draws = np.random.default_rng(seed).integers(0, array.size, (resamples, array.size))
+    low, high = np.quantile(array[draws].mean(axis=1), [edge, 1 - edge])
+    return float(low), float(high)
+
+
+def mean_estimate(
+    values: Sequence[float] | np.ndarray, *, proportion: bool = False, fewest: int = FEWEST
+) -> Estimate:
+    """The mean with its `bootstrap_interval`; without an interval for fewer values than `fewest`."""
     array = np.asarray(values, float)
     value = float(array.mean())
-    if array.size < FEWEST:
+    if array.size < fewest:
         return Estimate(value)
-    low, high = bootstrap_interval(array, resamples=RESAMPLES, proportion=proportion)
-    return Estimate(value, low, high)
+    return Estimate(value, *bootstrap_interval(array, proportion=proportion))
 
 
 def difference_estimate(
@@ -46,8 +83,8 @@ def difference_estimate(
 ) -> Estimate:
     """The mean of after - before over pairs, with a paired bootstrap interval.
 
-    Of a rate where every pair changed alike (no pair of n changed, say) the bootstrap says nothing; the
-    exact bound on the share of pairs that change takes its place, on both sides of 0 for no change.
+    The bootstrap says nothing of a rate where every pair changed alike (none of n changed, say). The
+    exact bound on the share of pairs that change then takes its place, on both sides of 0 for no change.
     """
     change = np.asarray(after, float) - np.asarray(before, float)
     if not proportion or change.size < FEWEST or change.min() < change.max():
@@ -59,30 +96,32 @@ def difference_estimate(
     return Estimate(float(change[0]), *ends)
 
 
-def bootstrap_interval(
-    values: Sequence[float] | np.ndarray,
-    *,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-    proportion: bool = False,
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean over prompts.
+def mean_with_interval(
+    values: Sequence[float | None], *, proportion: bool = False
+) -> dict[str, Any]:
+    """Mean and interval of the values that are there, how many these are, and how many are None."""
+    numbers = [value for value in values if value is not None]
+    summary: dict[str, Any] = {"mean": None, "interval": None, "n": len(numbers)}
+    if numbers:
+        estimate = mean_estimate(numbers, proportion=proportion, fewest=1)
+        summary |= {"mean": estimate.value, "interval": [estimate.low, estimate.high]}
+    return {**summary, "no_value": len(values) - len(numbers)}
 
-    Args:
-        proportion: the values are 0 or 1 a prompt and their mean is a rate. Where all are equal (0 of n
-            declined) the bootstrap says nothing, and the exact Clopper-Pearson bound takes its place.
 
-    Raises:
-        RunError: no values, or NaN among them.
-    """
-    array = np.asarray(values, dtype=float)
-    if array.size == 0 or not np.isfinite(array).all():
-        raise RunError("an interval needs at least one finite value a prompt")
-    if proportion and array.min() == array.max() and array[0] in (0.0, 1.0):
-        edge = (1 - level) / 2
-        bound = edge ** (1 / array.size)
-        return (bound, 1.0) if array[0] == 1.0 else (0.0, 1 - bound)
-    draws = np.random.default_rng(seed).integers(0, array.size, (resamples, array.size))
-    low, high = np.quantile(array[draws].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+def paired_difference(
+    some: Sequence[float | None], others: Sequence[float | None]
+) -> dict[str, Any]:
+    """`mean_with_interval` of `some` minus `others`, over the pairs in which both have a value."""
+    pairs = zip(some, others, strict=True)
+    return mean_with_interval([None if a is None or b is None else a - b for a, b in pairs])
+
+
+def rate(part: int, whole: int) -> dict[str, Any]:
+    """A share of a count with its 95% interval (Wilson 1927); None where the count is 0."""
+    if not whole:
+        return {"value": None, "low": None, "high": None, "of": 0}
+    from scipy.stats import binomtest
+
+    interval = binomtest(part, whole).proportion_ci(method="wilson")
+    low, high = float(interval.low), float(interval.high)
+    return {"value": part / whole, "low": low, "high": high, "of": whole}

@@ -40,7 +40,7 @@ def auc_interval(
     Raises:
         RunError: as `auc`.
     """
-    of = _weighted_auc(scores, labels)
+    weighted_auc = _weighted_auc(scores, labels)
     whole, positive = auc(scores, labels), np.asarray(labels, bool)
     names: Sequence[Any] = range(len(positive)) if groups is None else groups
     number: dict[Any, int] = {}
@@ -52,7 +52,7 @@ def auc_interval(
     random, drawn = np.random.default_rng(seed), []
     for _ in range(resamples):
         times = np.bincount(random.integers(0, len(number), len(number)), minlength=len(number))
-        drawn.append(float(of(times[group][None])[0]))
+        drawn.append(float(weighted_auc(times[group][None])[0]))
     low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -60,7 +60,7 @@ def auc_interval(
 def _weighted_auc(
     scores: Sequence[float] | np.ndarray, labels: Sequence[bool] | np.ndarray
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """The AUC as a function of how often each sample counts [resample, sample]; NaN for one kind alone."""
+    """The AUC as a function of each sample's weight [resample, sample]; NaN where one kind has no weight."""
     values, positive = np.asarray(scores, float), np.asarray(labels, bool)
     n, m = int(positive.sum()), int((~positive).sum())
     if not n or not m or not np.isfinite(values).all():
@@ -68,10 +68,10 @@ def _weighted_auc(
             f"an AUC needs finite scores of samples of both kinds; got {n} with the label and {m} without"
         )
     order = np.argsort(values, kind="stable")
-    starts = np.flatnonzero(np.diff(values[order], prepend=-np.inf))  # of each run of equal scores
+    starts = np.flatnonzero(np.diff(values[order], prepend=-np.inf))  # the first of equal scores
     sign = positive[order]
 
-    def of(times: np.ndarray) -> np.ndarray:
+    def weighted_auc(times: np.ndarray) -> np.ndarray:
         weights = times[:, order].astype(float)
         above = np.add.reduceat(weights * sign, starts, axis=1)
         below = np.add.reduceat(weights * ~sign, starts, axis=1)
@@ -79,4 +79,4 @@ def _weighted_auc(
         pairs = above.sum(1) * below.sum(1)
         return np.divide(won, pairs, out=np.full_like(won, np.nan), where=pairs > 0)
 
-    return of
+    return weighted_auc

@@ -23,7 +23,7 @@ from interp_ablate.errors import ExportError, InterpAblateError, PlanError, RunE
 from interp_ablate.export.checkpoint import export_checkpoint
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring.expressions import ExpressionScorer
-from interp_ablate.stats.summaries import mean_with_interval, paired_difference
+from interp_ablate.stats.intervals import mean_with_interval, paired_difference
 from interp_ablate.storage.safetensors_reader import Checkpoint
 from interp_ablate.training.healing.axolotl import axolotl_config
 from interp_ablate.training.healing.case import EditedCheckpoint, HealingRun, read_plan

@@ -21,7 +21,7 @@ from interp_ablate.models.sources import ModelSource
 from interp_ablate.persona.answers import verdict_key
 from interp_ablate.persona.persona import Persona
 from interp_ablate.persona.traits import load_trait
-from interp_ablate.stats.summaries import mean_with_interval, paired_difference
+from interp_ablate.stats.intervals import mean_with_interval, paired_difference
 from interp_ablate.training.merging import logits_of
 from interp_ablate.training.preventative.additions import train_with_additions
 from interp_ablate.training.preventative.prevention import (

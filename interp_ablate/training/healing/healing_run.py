@@ -26,7 +26,7 @@ from interp_ablate.export.checkpoint import atomic_folder
 from interp_ablate.export.checkpoint_files import write_json
 from interp_ablate.export.model_card import CERTIFICATE
 from interp_ablate.models.model import Model
-from interp_ablate.stats.summaries import paired_difference
+from interp_ablate.stats.intervals import paired_difference
 from interp_ablate.storage.output_folder import check_output_path
 from interp_ablate.storage.provenance import versions
 from interp_ablate.storage.safetensors_reader import Checkpoint

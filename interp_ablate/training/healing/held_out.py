@@ -22,7 +22,7 @@ from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.settings import MAX_NEW_TOKENS
 from interp_ablate.sites import sites_of
-from interp_ablate.stats.summaries import mean_with_interval
+from interp_ablate.stats.intervals import mean_with_interval
 
 # what is reported of the answers to benign prompts
 _DAMAGE = ("behaviour_benign", "repetition", "kl_first_token", "kl_continuation")

@@ -24,7 +24,7 @@ from interp_ablate.edits.plan import Plan
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.export.checkpoint import atomic_folder
 from interp_ablate.export.checkpoint_files import write_json
-from interp_ablate.stats.summaries import mean_with_interval, paired_difference
+from interp_ablate.stats.intervals import mean_with_interval, paired_difference
 from interp_ablate.storage.output_folder import check_output_path
 from interp_ablate.storage.provenance import MANIFEST, versions
 from interp_ablate.training.merging import PACKAGES, merge, write_trained
