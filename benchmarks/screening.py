@@ -357,7 +357,7 @@ def effects(model: Any, target: Target, units: Any, along: Any, strength: float)
         capture=dict.fromkeys(model.writers, held),
         batch_size=GRADIENT_ROWS,
     )
-    with model.erasing(along, along, model.writers, strengths):
+    with model.plans.fitting_erasure(along, along, model.writers, strengths):
         for batch, logits, captured in stream:
             real = [place for place, i in enumerate(batch.index) if i]
             if not real:

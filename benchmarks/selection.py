@@ -5,7 +5,7 @@ addition at the direction's site, KL that of negative prompts' first token under
 Arditi et al. 2024 chooses. The baseline is TransformerLens' own `run_with_hooks` on the Bridge over padded
 batches: nothing shared, the logits of all positions as it returns them. Ours scores every distinct
 direction once (resid_pre of a layer is resid_post of the layer before) with `ModelOutputs`, and runs an addition
-from its own layer on: what enters there is remembered of one unedited pass, whose seconds (with the check
+from its own layer on: what enters there is cached in one unedited pass, whose seconds (with the check
 that blocks can be run so) are added to every estimate of ours.
 
 The layers are taken three at a time, the baseline and ours in turn. The baseline scores one layer of
@@ -113,7 +113,7 @@ class FullPasses:
 class Shared:
     """Ours: the distinct directions, each scored once.
 
-    `once`: seconds of what is remembered for all of them.
+    `once`: seconds of the residual cache for all of them.
     """
 
     def __init__(self, task: Task) -> None:
@@ -123,7 +123,7 @@ class Shared:
         self.reference = ModelOutputs(task.model, task.negative)
         self.reference.first_logprobs  # noqa: B018  (computed here, as the baseline's is)
         start = time.perf_counter()
-        self.reference.remembered  # noqa: B018
+        self.reference.residual_cache  # noqa: B018
         self.once = time.perf_counter() - start
 
     def score(self, item: Any) -> dict[str, float]:

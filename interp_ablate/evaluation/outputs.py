@@ -42,7 +42,7 @@ class ModelOutputs:
         self.model, self.prompts, self.plan = model, tuple(prompts), plan
         self.rows = model.encode_all(prompts)
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
-        # outputs of the same prompts without the plan, whose passes are remembered
+        # outputs of the same prompts without the plan, whose residual cache serves here
         self._unedited: ModelOutputs | None = None
         self._first_logprobs: Float[Tensor, "prompt d_vocab"] | None = None
         self._generations: list[Generation] | None = None
@@ -50,8 +50,8 @@ class ModelOutputs:
     def with_plan(self, plan: Plan | None) -> ModelOutputs:
         """The same prompts under a plan.
 
-        Its first-token scores are run from the first block on that the plan's edits reach; what enters
-        there is remembered of the unedited model, in one pass when it is first needed.
+        Its first-token scores run from the first block on that the plan's edits reach; the stream that
+        enters there is cached in one pass of the unedited model, when it is first needed.
         """
         outputs = self._of(range(len(self.rows)), plan)
         outputs._unedited = self
@@ -66,20 +66,22 @@ class ModelOutputs:
         return outputs
 
     @cached_property
-    def remembered(self) -> ResidualCache:
-        """What left the unedited model's blocks on these prompts (`Model.remembering`), whatever the plan.
+    def residual_cache(self) -> ResidualCache:
+        """The unedited model's residual stream on these prompts (`Model.cache_residuals`), whatever the plan.
 
         Raises:
             PlanError: a plan is applied to the model now.
         """
-        return self.model.remembering(self.rows)
+        return self.model.cache_residuals(self.rows)
 
-    def _below(self) -> ResidualCache | None:
-        """What the blocks below the plan gave without it, where that is worth knowing."""
-        if self._unedited is None or self.plan is None or not self.model.first_block(self.plan):
+    def _usable_cache(self) -> ResidualCache | None:
+        """The unedited outputs' residual cache, if passes under this plan can start late."""
+        if self._unedited is None or self.plan is None:
             return None
-        # other plans are outside of this one: what they leave of the model is not what is remembered
-        return None if self.model.is_edited else self._unedited.remembered
+        # an outer plan edits the model: its residual stream is not the unedited one
+        if not self.model.site_map.first_block(self.plan.sites) or self.model.plans.is_edited:
+            return None
+        return self._unedited.residual_cache
 
     def head(self, n: int) -> ModelOutputs:
         """The outputs on the first `n` prompts; what is computed already is kept."""
@@ -106,9 +108,11 @@ class ModelOutputs:
             InterpAblateError: NaN or infinity among the logits.
         """
         if self._first_logprobs is None:
-            below = self._below()
+            cache = self._usable_cache()
             with self._under_plan():
-                logits = self.model.logits(self.rows, batch_size=self.batch_size, below=below)
+                logits = self.model.logits(
+                    self.rows, batch_size=self.batch_size, residual_cache=cache
+                )
             logprobs = logits[:, -1].float().log_softmax(-1)
             self._first_logprobs = _finite(logprobs, "first-token logits")
         return self._first_logprobs

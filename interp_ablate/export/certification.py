@@ -138,7 +138,7 @@ def compare(
     """
     rows = model.encode_all(prompts)
     vectors, sites = plan_vectors(plan), _observed_sites(plan, model)
-    with model.applied(plan), model.unembedding_through(unembed_map):
+    with model.applied(plan), model.plans.unembedding_through(unembed_map):
         want = _observe(model, rows, vectors, sites)
     got = _observe(other, rows, vectors, sites)
     plain = _observe(model, rows, vectors, sites)
@@ -205,7 +205,7 @@ def certify(
     )
     numbers = compare(model, plan, other, rows, unembed_map=unembed_map)
     # `compare` runs the export with hook points in it; this holds plain transformers to the same limit.
-    with model.unembedding_through(unembed_map):
+    with model.plans.unembedding_through(unembed_map):
         want = hooked_logits(model, plan, rows)
     gaps = [(one - other).abs().max() for one, other in zip(want, bare)]
     numbers["max_abs_logit_difference"] = _largest(numbers["max_abs_logit_difference"], *gaps)

@@ -104,7 +104,7 @@ def certify_lora(
     plain, want = hooked_logits(model, Plan(), rows), hooked_logits(model, plan.plan, rows)
     meant = want  # what the merged model shall compute
     if plan.unembed_map is not None:
-        with model.unembedding_through(plan.unembed_map):
+        with model.plans.unembedding_through(plan.unembed_map):
             meant = hooked_logits(model, plan.plan, rows)
     base = _plain(model, own=plan.edits)
     with _loading(folder):

@@ -1,6 +1,10 @@
-"""Load a model, run it, hook it. `backends/` alone knows TransformerLens.
+"""Load a model, run it, hook it; `backends/` alone knows TransformerLens.
 
-May import: errors, sites, prompts, directions, edits. To add an architecture: an entry in `architectures.py`; a backend: a file in `backends/`.
+`load.py` makes a `Model` (`model.py`), whose parts are `site_map.py` (which sites it has), `applied_plans.py` (plans as
+hooks), `forward.py` (passes in batches), `generation.py` (answers) and `residual_cache.py` (passes that start late).
+
+May import: errors, sites, settings, storage, prompts, directions, edits. To add an architecture: an entry in `architectures.py`, or
+an entry point `interp_ablate.architectures` of your package; a backend: a file in `backends/`.
 """
 
 import lazy_loader

@@ -1,43 +1,314 @@
-"""Plans at work on a model: which hooks are in place.
+"""Plans as hooks on a running model: installed, checked against each other, removed.
 
-Knows: hooks' handles and counts. Does not know: tokens.
+Knows: hook points, what each plan does at each of them. Does not know: tokens, batches or prompts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from interp_ablate.edits.affine import Affine, rescale_rows
 from interp_ablate.edits.kinds import Edit
 from interp_ablate.edits.plan import Plan
+from interp_ablate.errors import PlanError
+from interp_ablate.models.backends.backend import Backend, ForwardCall
 from interp_ablate.models.plan_hooks import SiteWriter
-from interp_ablate.sites import Site
+from interp_ablate.models.site_map import SiteMap
+from interp_ablate.sites import EMBEDDING_POINTS, PROJECTION_POINTS, Site
 
 
-@dataclass
-class AppliedPlans:
-    """Plans at work: the hooks' handles and how often each of their sites was written.
-
-    `of_row` says which of several plans each row is under; None where one plan is for all rows.
-    """
+@dataclass(eq=False)
+class InstalledPlans:
+    """One plan for all rows, or one plan a row, and its hooks in the model."""
 
     plans: tuple[Plan, ...]
-    of_row: tuple[int, ...] | None = None
+    plan_of_row: tuple[int, ...] | None = None
+    """For each row the index of its plan; None where one plan is for all rows."""
     writers: dict[Site, SiteWriter] = field(default_factory=dict)
-    fired: dict[Site, int] = field(default_factory=dict)
+    n_writes: dict[Site, int] = field(default_factory=dict)
+    """The number of times that each site was written."""
     handles: list[Any] = field(default_factory=list)
-    middle_handles: list[Any] = field(default_factory=list)  # those of resid_mid
+    resid_mid_handles: list[Any] = field(default_factory=list)
 
     @property
     def sites(self) -> tuple[Site, ...]:
+        """Every site that one of the plans writes, in forward order."""
         return tuple(sorted({site for plan in self.plans for site in plan.sites}))
 
-    def remove(self, *, middle_only: bool = False) -> None:
-        handles = self.middle_handles if middle_only else self.handles + self.middle_handles
-        for handle in handles:
+    def remove(self, *, resid_mid_only: bool = False) -> None:
+        """Take the hooks out of the model."""
+        for handle in self.resid_mid_handles + ([] if resid_mid_only else self.handles):
             handle.remove()
-        self.middle_handles = []
+        self.resid_mid_handles = []
 
 
-def as_plan(plan: Plan | Edit) -> Plan:
-    return plan if isinstance(plan, Plan) else Plan((plan,))
+def as_plan(plan: Plan | Edit | None) -> Plan:
+    """A plan as it is, an edit as a plan of one, None as the plan that edits nothing."""
+    return plan if isinstance(plan, Plan) else Plan((plan,) if plan is not None else ())
+
+
+class AppliedPlans:
+    """The plans that are applied to one model, outermost first."""
+
+    def __init__(self, backend: Backend, site_map: SiteMap) -> None:
+        self._backend, self._site_map = backend, site_map
+        self.installed: list[InstalledPlans] = []
+        self.current_call: ForwardCall | None = None
+        """The forward call that runs now; whoever runs one sets it. It says which rows and positions are which."""
+        self.with_gradients = False
+
+    # ---- which plans are applied ---------------------------------------------------------------
+
+    @property
+    def is_edited(self) -> bool:
+        """True while a plan is applied or an erasure is fitted."""
+        return bool(self.installed) or self.with_gradients
+
+    @property
+    def active_plan(self) -> Plan:
+        """See `Model.active_plan`."""
+        if any(installed.plan_of_row is not None for installed in self.installed):
+            raise PlanError("every row has a plan of its own here: there is no one active plan")
+        return Plan(tuple(edit for installed in self.installed for edit in installed.plans[0]))
+
+    @property
+    def sites(self) -> set[Site]:
+        """Every site that an applied plan writes."""
+        return {site for installed in self.installed for site in installed.sites}
+
+    def plan_of_rows(self, n_rows: int) -> list[int] | None:
+        """For each row the index of its plan; None where one plan (or none) is for all.
+
+        Raises:
+            PlanError: another number of rows than `applied_each` was given plans.
+        """
+        each = next((p.plan_of_row for p in self.installed if p.plan_of_row is not None), None)
+        if each is None:
+            return None
+        if len(each) != n_rows:
+            raise PlanError(
+                f"{n_rows} prompts inside applied_each with {len(each)} plans: it takes one plan "
+                "(or None) a prompt, in the prompts' order"
+            )
+        return list(each)
+
+    # ---- applying them -------------------------------------------------------------------------
+
+    @contextmanager
+    def applied(self, plan: Plan | Edit) -> Iterator[None]:
+        """See `Model.applied`."""
+        with self._installed(InstalledPlans((as_plan(plan),))):
+            yield
+
+    @contextmanager
+    def applied_each(self, plans: Sequence[Plan | Edit | None]) -> Iterator[None]:
+        """See `Model.applied_each`."""
+        if any(installed.plan_of_row is not None for installed in self.installed):
+            raise PlanError(
+                "applied_each inside applied_each: give every row its whole plan in one"
+            )
+        if not plans:
+            raise PlanError("applied_each needs a plan (or None) for every row that will be run")
+        different = {id(plan): as_plan(plan) for plan in plans}
+        number = {key: i for i, key in enumerate(different)}
+        norm_preserving = [e for plan in different.values() for e in plan if e.norm_preserving]
+        if norm_preserving:
+            raise PlanError(
+                f"{norm_preserving[0]!r} is norm-preserving: run its plan with `applied`, alone"
+            )
+        plan_of_row = tuple(number[id(plan)] for plan in plans)
+        with self._installed(InstalledPlans(tuple(different.values()), plan_of_row)):
+            yield
+
+    @contextmanager
+    def _installed(self, new: InstalledPlans) -> Iterator[None]:
+        try:
+            self._install(new)
+            self.installed.append(new)
+            yield
+        finally:
+            new.remove()
+            if new in self.installed:
+                self.installed.remove(new)
+        silent = [str(site) for site, count in new.n_writes.items() if not count]
+        if silent:
+            raise PlanError(
+                f"{len(silent)} of {len(new.n_writes)} sites of the plan were never written, such as "
+                f"{silent[:3]}: nothing ran inside the block, or nothing at the positions it names"
+            )
+
+    def _install(self, new: InstalledPlans) -> None:
+        d_model = self._backend.tl.cfg.d_model
+        for plan in new.plans:
+            if len(plan) and plan.d_model != d_model:
+                raise PlanError(
+                    f"the plan's directions have d_model {plan.d_model}, the model {d_model}: "
+                    "it was made for another model"
+                )
+        for site in new.sites:
+            self._site_map.hook_point(site)  # every name is checked before any hook is placed
+            gain = self._backend.post_norm_gain(site)
+            maps = [plan.maps_at(site, gain) for plan in new.plans]
+            for plan in new.plans:
+                self._check_nested(site, plan)
+            rescaled = new.plans[0].norm_preserving_at(site)
+            if rescaled is not None and site.point not in EMBEDDING_POINTS:
+                self._install_norm_preserving(site, rescaled.map_at(site, gain), new)
+            norm_kept = rescaled is not None and site.point in EMBEDDING_POINTS
+            new.writers[site] = SiteWriter(site, maps, d_model, norm_kept=norm_kept)
+        new.n_writes.update(dict.fromkeys(new.sites, 0))
+        for site in new.sites:
+            if site.point != "resid_mid":
+                new.handles.append(self._hook(site, self._writing_hook(site, new)))
+        # An outer plan's resid_mid comes after what an inner plan writes at resid_pre and attn_out.
+        for installed in (*self.installed, new):
+            installed.remove(resid_mid_only=True)
+            for site in installed.sites:
+                if site.point == "resid_mid":
+                    self._install_resid_mid(site, installed)
+
+    def _hook(self, site: Site, hook: Callable[..., Any]) -> Any:
+        return self._site_map.hook_point(site).register_forward_hook(hook)
+
+    def _writing_hook(self, site: Site, plans: InstalledPlans) -> Callable[..., Tensor]:
+        def write(module: nn.Module, args: Any, x: Tensor) -> Tensor:
+            return self._edited(x, site, plans)
+
+        return write
+
+    def _edited(self, x: Tensor, site: Site, plans: InstalledPlans) -> Tensor:
+        edited, wrote = plans.writers[site](x, self.current_call)
+        plans.n_writes[site] += wrote
+        return edited
+
+    def _check_nested(self, site: Site, plan: Plan) -> None:
+        """Refuse what one plan would refuse, and two names of one hook in the wrong order."""
+        for installed in self.installed:
+            for outer in installed.plans:
+                (outer + plan).norm_preserving_at(site)
+        if site.point not in PROJECTION_POINTS or self._backend.post_norm_gain(site) is not None:
+            return
+        out, hook_point = site.output, self._site_map.hook_point
+        if out in self.sites and hook_point(out) is hook_point(site):
+            raise PlanError(
+                f"{site} and {out} are one place here, and an outer plan writes the second: use one "
+                "name for both"
+            )
+
+    def _install_norm_preserving(self, site: Site, affine: Affine, plans: InstalledPlans) -> None:
+        """Scale the projection's input: the same as giving its weight's projected columns their norms back."""
+        if (
+            site.point.endswith("_out")
+            and self._backend.post_norm_gain(site.projection) is not None
+        ):
+            raise PlanError(
+                f"a norm-preserving ablation at {site}, after a norm: it is an edit of weights, which are "
+                f"before the norm: use {site.projection.point}"
+            )
+        projection = self._backend.projection(site)
+        if projection is None:
+            raise PlanError(
+                f"this model ({self._backend.name}) has no single projection at {site} (fused experts): "
+                "a norm-preserving ablation runs there in an exported checkpoint only"
+            )
+        input_point, weight = projection
+        eps = torch.finfo(weight.dtype).eps
+        scale = rescale_rows(weight.double().T, affine, eps=eps)[1].to(weight)
+
+        def rescale(module: nn.Module, args: Any, x: Tensor) -> Tensor:
+            return x * scale.view(x.shape[-2:] if x.ndim == 4 else x.shape[-1:])
+
+        plans.handles.append(input_point.register_forward_hook(rescale))
+
+    def _install_resid_mid(self, site: Site, plans: InstalledPlans) -> None:
+        """Write resid_mid through attn_out, which reaches the MLP and the skip path on both backends.
+
+        (On the Bridge, hook_resid_mid is the MLP branch's input only.) Under such a plan, attn_out holds
+        the change of resid_mid too.
+        """
+        resid_pre: list[Tensor] = []
+
+        def hold(module: nn.Module, args: Any, x: Tensor) -> None:
+            resid_pre[:] = [x]
+
+        def write(module: nn.Module, args: Any, attn_out: Tensor) -> Tensor:
+            resid_mid = resid_pre.pop() + attn_out
+            return attn_out + (self._edited(resid_mid, site, plans) - resid_mid)
+
+        before, attention = Site(site.layer, "resid_pre"), Site(site.layer, "attn_out")
+        plans.resid_mid_handles.append(self._hook(before, hold))
+        plans.resid_mid_handles.append(self._hook(attention, write))
+
+    # ---- hooks that are no plan ----------------------------------------------------------------
+
+    @contextmanager
+    def unembedding_through(self, affine: Affine | None) -> Iterator[None]:
+        """The unembedding reads the final normed stream through a map; nothing changes for None.
+
+        This is what a tied embedding that is edited in place does to the logits.
+        """
+        if affine is None:
+            yield
+            return
+        inside = affine.to(next(self._backend.tl.parameters()))
+
+        def read(module: nn.Module, args: Any, x: Tensor) -> Tensor:
+            return inside(x)
+
+        handle = self._backend.unembed_input.register_forward_hook(read)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def fitting_erasure(
+        self,
+        read: Float[Tensor, " d_model"],
+        write: Float[Tensor, " d_model"],
+        sites: Sequence[Site],
+        strengths: Float[Tensor, " site"],
+    ) -> Iterator[None]:
+        """Apply x -> x - strength * write * (read . x) with live tensors, for fitting.
+
+        Gradients flow from what is computed inside to `read`, `write` and `strengths`, which are taken as
+        they are, not scaled. Afterwards a plan with the values found (`Erase`, or `Ablate` where read and
+        write are one) is applied, saved and exported. Before the norm of post-norm blocks the edit is the
+        ablation of `read` through the norm's gain, as it is for plans.
+
+        Raises:
+            PlanError: resid_mid among the sites (it is no hook of its own on the Bridge).
+        """
+        if any(site.point == "resid_mid" for site in sites):
+            raise PlanError("strengths are fitted at writer sites, resid_pre or resid_post")
+
+        def writer(i: int) -> Callable[..., Tensor]:
+            gain = self._backend.post_norm_gain(sites[i])
+
+            def edit(module: nn.Module, args: Any, x: Tensor) -> Tensor:
+                strength, along, reading = strengths[i], write, read
+                if gain is not None:
+                    before_norm = read * gain.to(read)
+                    along = reading = before_norm / before_norm.norm()
+                    strength = strength * (read @ write)
+                return x - strength.to(x) * (x @ reading.to(x))[..., None] * along.to(x)
+
+            return edit
+
+        handles: list[Any] = []
+        self.with_gradients = True
+        try:
+            for i, site in enumerate(sites):
+                handles.append(self._hook(site, writer(i)))
+            yield
+        finally:
+            self.with_gradients = False
+            for handle in handles:
+                handle.remove()

@@ -68,7 +68,7 @@ class Architecture:
     mlp_biases: Biases | None = None
     biased: bool = False
     tied: bool = False
-    found: bool = field(default=False, compare=False)  # not declared: read from a component map
+    discovered: bool = field(default=False, compare=False)
 
     def is_parallel(self, hf_config: Any) -> bool:
         """Whether attention and MLP read the same input, so that there is no resid_mid."""

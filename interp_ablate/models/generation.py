@@ -1,37 +1,194 @@
-"""Answers token by token: what a generation is.
+"""Answers token by token: decoding with a KV cache, and watching directions while a model answers.
 
-Knows: texts and tokens. Does not know: hooks.
+Knows: choosing tokens, rows that end, text that a token adds. Does not know: prompts, or what a plan does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from interp_ablate.directions.direction import Direction
+from interp_ablate.errors import ModelError, PlanError
+from interp_ablate.models.applied_plans import InstalledPlans
+from interp_ablate.models.backends.backend import ForwardCall
+from interp_ablate.models.batches import Batch, batches, in_parts
+from interp_ablate.models.forward import DECODED_ROWS, ForwardPasses, SharedPrefix
+from interp_ablate.sites import Site
 
 Choose = Callable[[Float[Tensor, "batch d_vocab"]], Int[Tensor, " batch"]]
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What a model wrote after one prompt: tokens without the end-of-sequence token, and text.
-
-    `finished` is True where it ended by itself, False where the limit of new tokens cut it.
-    """
+    """The answer of a model to one prompt."""
 
     tokens: tuple[int, ...]
+    """The answer's tokens, without the end-of-sequence token."""
     text: str
     finished: bool
+    """True where the answer ended by itself, False where the limit of new tokens cut it."""
 
 
 @dataclass(frozen=True)
 class MonitoredToken:
-    """One generated token and the text it adds: "" until a character of several tokens is whole."""
+    """One generated token and the text it adds."""
 
     id: int
     text: str
+    """The added text: "" until a character of several tokens is whole."""
 
     def __str__(self) -> str:
         return self.text
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Settings of one decoding.
+
+    Raises:
+        ModelError: fewer than one new token, a negative temperature.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    """0 decodes greedily; above, tokens are sampled."""
+    seed: int
+    stop_tokens: frozenset[int]
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.temperature < 0:
+            raise ModelError(
+                f"max_new_tokens must be at least 1 and temperature at least 0; "
+                f"got {self.max_new_tokens} and {self.temperature}"
+            )
+
+    def chooser(self, device: torch.device) -> Choose:
+        """A function that chooses a token for each row of logits."""
+        generator = torch.Generator(device).manual_seed(self.seed)
+
+        def choose(logits: Float[Tensor, "batch d_vocab"]) -> Int[Tensor, " batch"]:
+            if self.temperature == 0:
+                return logits.argmax(-1)
+            chances = (logits.float() / self.temperature).softmax(-1)
+            return torch.multinomial(chances, 1, generator=generator)[:, 0]
+
+        return choose
+
+
+def generate_tokens(
+    passes: ForwardPasses,
+    rows: Sequence[Sequence[int]],
+    decoding: Decoding,
+    *,
+    batch_size: int | None = None,
+) -> list[tuple[list[int], bool]]:
+    """For every row the tokens that follow it, and True if they ended with a stop token (left out)."""
+    choose = decoding.chooser(passes.device)
+    lengths, plan_of_row = [len(row) for row in rows], passes.plans.plan_of_rows(len(rows))
+    n_shared = passes.shared_length(rows, lengths, keep=1, max_new_tokens=decoding.max_new_tokens)
+    prefix = passes.share(rows[0][:n_shared], min(lengths), plan_of_row)
+
+    def run(batch: Batch) -> dict[int, tuple[list[int], bool]]:
+        call = passes.call_of(batch, prefix, plan_of_row, decoding=True)
+        return _decode(passes, call, batch.index, decoding, choose)
+
+    width = max(lengths) + decoding.max_new_tokens
+    size = batch_size or passes.rows_that_fit(width, 1, 0, DECODED_ROWS)
+    answers: dict[int, tuple[list[int], bool]] = {}
+    for part in in_parts(batches(rows, size=size, prefix=n_shared, device=passes.device), run):
+        answers.update(part)
+    return [answers[i] for i in range(len(rows))]
+
+
+def _decode(
+    passes: ForwardPasses,
+    call: ForwardCall,
+    index: tuple[int, ...],
+    decoding: Decoding,
+    choose: Choose,
+) -> dict[int, tuple[list[int], bool]]:
+    """Decode one batch; rows that ended leave it."""
+    answers: dict[int, tuple[list[int], bool]] = {i: ([], False) for i in index}
+    active = list(index)
+    for n in range(decoding.max_new_tokens):
+        logits = passes.run(call, 1)
+        assert logits is not None
+        tokens = choose(logits[:, -1])
+        going = []
+        for place, (i, token) in enumerate(zip(active, tokens.tolist())):
+            if token in decoding.stop_tokens:
+                answers[i] = (answers[i][0], True)
+            else:
+                answers[i][0].append(token)
+                going.append(place)
+        if not going or n + 1 == decoding.max_new_tokens:
+            break
+        if len(going) < len(active):
+            rows = torch.tensor(going, device=passes.device)
+            call = call.of_rows(rows, passes.backend.select_cache(call.cache, rows))
+            tokens, active = tokens[rows], [active[place] for place in going]
+        call = call.followed_by(tokens)
+    return answers
+
+
+def monitored_tokens(
+    passes: ForwardPasses,
+    row: Sequence[int],
+    directions: Sequence[Direction],
+    decoding: Decoding,
+    decode: Callable[[Sequence[int]], str],
+    installed: tuple[InstalledPlans, ...],
+) -> Iterator[tuple[MonitoredToken, tuple[float, ...]]]:
+    """Generate token by token; with each, the projections of the stream on directions at their sites.
+
+    Args:
+        decode: gives the text of tokens.
+        installed: the plans that must be applied whenever a token is computed.
+
+    Raises:
+        PlanError: other plans are applied.
+        ModelError: NaN or infinity in the activations.
+    """
+
+    def last(x: Float[Tensor, "batch pos d_model"], batch: Batch) -> Float[Tensor, " d_model"]:
+        return x[0, -1].detach().cpu().double()
+
+    def next_token(call: ForwardCall, sites: Sequence[Site]) -> tuple[int, dict[Site, Tensor]]:
+        if installed != tuple(passes.plans.installed):
+            raise PlanError(
+                "the plans applied now are not those under which monitor was called: iterate "
+                "inside the same `with model.applied(...)` block"
+            )
+        with passes.capturing(dict.fromkeys(sites, last), batch) as captured:
+            logits = passes.run(call, 1)
+        assert logits is not None
+        return int(choose(logits[:, -1])), captured
+
+    choose = decoding.chooser(passes.device)
+    (batch,) = batches([row], size=1, device=passes.device)
+    call = passes.call_of(batch, SharedPrefix(), passes.plans.plan_of_rows(1), decoding=True)
+    token, _ = next_token(call, ())
+    tokens: list[int] = []
+    shown = ""
+    while token not in decoding.stop_tokens and len(tokens) < decoding.max_new_tokens:
+        tokens.append(token)
+        call = call.followed_by(call.tokens.new_tensor([token]))
+        token, captured = next_token(call, [direction.site for direction in directions])
+        values = tuple(float(captured[each.site] @ each.vector) for each in directions)
+        if not all(map(math.isfinite, values)):
+            raise ModelError(
+                f"NaN or infinity in the activations at token {len(tokens)}: float16 overflows on "
+                "many models; use --dtype bfloat16 or float32"
+            )
+        ended = token in decoding.stop_tokens or len(tokens) == decoding.max_new_tokens
+        text = decode(tokens)
+        whole = ended or not text.endswith("\N{REPLACEMENT CHARACTER}")
+        added = text[len(shown) :] if whole else ""
+        shown += added
+        yield MonitoredToken(tokens[-1], added), values

@@ -1,23 +1,20 @@
 """From a name or a folder to a Model.
 
-Knows: sources and backends. Does not know: what is done with it.
+Knows: sources and backends. Does not know: what the model is wanted for.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
 from interp_ablate.errors import ModelError
-from interp_ablate.models.backends.bridge import bridge_from_hf
-from interp_ablate.models.backends.hooked import hooked_from_hf
+from interp_ablate.models.backends.registry import BACKENDS
 from interp_ablate.models.loading import DEFAULTS, BackendName
 from interp_ablate.models.model import Model
 from interp_ablate.models.sources import ModelSource, check_device, load_hf, resolve, torch_dtype
-
-BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 
 
 def load_model(
@@ -31,17 +28,17 @@ def load_model(
 ) -> Model:
     """Load a decoder by hub name, local Hugging Face folder, GGUF file, or bundled alias (`smollm2`).
 
-    Weights are loaded raw: nothing folded, centred or refactored.
+    Weights are loaded raw: nothing is folded, centred or refactored.
 
     Args:
-        backend: "bridge" (TransformerBridge, the default: HF's own forward pass) or "hooked" (a
+        backend: "bridge" (TransformerBridge, the default: Hugging Face's own forward pass) or "hooked" (a
             HookedTransformer built from the checkpoint and checked against its logits).
         device: "cpu", "cuda", "mps", or "auto" to spread the layers over all GPUs (bridge only).
         template: a Jinja chat template to use instead of the tokenizer's; "none" for raw text.
         trust_remote_code: run Python code that the model's folder or repository brings; off unless asked.
 
     Raises:
-        ModelError: what cannot be found, loaded or reproduced, with what to do.
+        ModelError: the model cannot be found, loaded or reproduced; the message says what to do.
     """
     if backend not in BACKENDS:
         raise ModelError(f"unknown backend {backend!r}: accepted are {', '.join(BACKENDS)}")
@@ -59,7 +56,7 @@ def hf_from_name(
     """The Hugging Face model and tokenizer behind a name (see `load_model`), and what it resolves to.
 
     Raises:
-        ModelError: what cannot be found or loaded, with what to do.
+        ModelError: the model cannot be found or loaded; the message says what to do.
     """
     source = resolve(name_or_path)
     place = None if device == "auto" else check_device(device)
@@ -79,18 +76,10 @@ def from_hf(
 ) -> Model:
     """A `Model` over a Hugging Face causal language model in memory.
 
-    With the Bridge, the HF model is used in place (its modules get hook points); hooked copies it.
+    With the Bridge, the Hugging Face model is used in place (its modules get hook points); hooked copies it.
     """
-    source = source or ModelSource(type(hf).__name__, "object")
     hf.eval().requires_grad_(False)
-    make = bridge_from_hf if backend == "bridge" else hooked_from_hf
-    lens = make(hf, tokenizer)
-    lens.tl.requires_grad_(False)  # the Bridge splits joint weights into parameters of its own
-    return Model(
-        lens,
-        tokenizer,
-        source,
-        hf_config=hf.config,
-        generation_config=getattr(hf, "generation_config", None),
-        template=template,
-    )
+    built = BACKENDS[backend].from_hf(hf, tokenizer)
+    built.tl.requires_grad_(False)  # the Bridge splits joint weights into parameters of its own
+    source = source or ModelSource(type(hf).__name__, "object")
+    return Model(built, tokenizer, source, template=template)

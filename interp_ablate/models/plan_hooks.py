@@ -1,37 +1,24 @@
-"""Hooks: what plans do to one site's activations inside a forward call, for one plan or one plan a row.
+"""The edit of one site's activations inside a forward call, under one plan or one plan a row.
 
-Knows: maps stacked over plans, positions of a step, dtypes and devices met on the way. Does not know:
-models, hook points, or how rows are batched.
+Knows: maps stacked over plans, positions, dtypes and devices. Does not know: models, hook points, or how rows are batched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from interp_ablate.edits.affine import Affine, rescale_rows
 from interp_ablate.edits.edit import Positions
 from interp_ablate.errors import PlanError
+from interp_ablate.models.backends.backend import ForwardCall
 from interp_ablate.sites import Site
 
 Maps = Sequence[tuple[Positions, Affine]]
-
-
-class Step(Protocol):
-    """What a writer needs to know of the forward call it runs in."""
-
-    plans: Int[Tensor, " batch"] | None
-
-    @property
-    def generated(self) -> Bool[Tensor, "batch new"]: ...
-
-    @property
-    def coverage(self) -> dict[Positions, tuple[bool, bool]]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,17 +80,17 @@ class _Slot:
             self._ready[key] = _Slot(self.kind, self.left.to(like), self.right.to(like), shift)
         return self._ready[key]
 
-    def at(self, x: Tensor, step: Step | None) -> _Slot:
+    def at(self, x: Tensor, call: ForwardCall | None) -> _Slot:
         """The maps for these activations: in their dtype, one a row where plans differ by row."""
         ready = self.to(x)
         if len(ready.left) == 1:
             return ready
-        if step is None or step.plans is None:
+        if call is None or call.plans is None:
             raise PlanError(
                 "there is a plan for every row, and only this Model's own methods know which row is "
                 "whose: use model.generate, model.logits or collect instead of calling model.tl"
             )
-        return ready._of_rows(step.plans)
+        return ready._of_rows(call.plans)
 
     def _of_rows(self, plans: Int[Tensor, " batch"]) -> _Slot:
         """One map a row; kept until other rows come (decoding asks again and again for the same)."""
@@ -147,7 +134,7 @@ class _NormKept:
     affine: Affine
     kind: Positions = "all"
 
-    def at(self, x: Tensor, step: Step | None) -> _NormKept:
+    def at(self, x: Tensor, call: ForwardCall | None) -> _NormKept:
         return self
 
     def __call__(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
@@ -157,7 +144,7 @@ class _NormKept:
 
 
 class SiteWriter:
-    """Writes one site: `writer(x, step)` returns the edited activations and whether any were edited.
+    """Writes one site: `writer(x, call)` returns the edited activations and whether any were edited.
 
     Args:
         maps: for each plan its maps at this site in order (`Plan.maps_at`); none for a plan that does
@@ -177,26 +164,26 @@ class SiteWriter:
             for slot in _in_order(maps)
         ]
 
-    def __call__(self, x: Tensor, step: Step | None) -> tuple[Tensor, bool]:
+    def __call__(self, x: Tensor, call: ForwardCall | None) -> tuple[Tensor, bool]:
         fired = False
         for slot in self.slots:
-            some, mask = self._where(slot.kind, step)
+            some, mask = self._where(slot.kind, call)
             if some:
-                fired, edited = True, slot.at(x, step)(x)
+                fired, edited = True, slot.at(x, call)(x)
                 x = edited if mask is None else torch.where(mask[..., None], edited, x)
         return x, fired
 
     @staticmethod
-    def _where(kind: Positions, step: Step | None) -> tuple[bool, Tensor | None]:
-        """Whether a kind of positions occurs in this step, and their mask where others do too."""
+    def _where(kind: Positions, call: ForwardCall | None) -> tuple[bool, Tensor | None]:
+        """Whether a kind of positions occurs in this call, and their mask where others do too."""
         if kind == "all":
             return True, None
-        if step is None:
+        if call is None:
             raise PlanError(
                 f"the plan edits {kind!r} positions, which only this Model's own methods can tell: "
                 "use model.generate, model.logits or collect instead of calling model.tl"
             )
-        some, every = step.coverage[kind]
+        some, every = call.position_coverage[kind]
         if not some or every:
             return some, None
-        return True, step.generated if kind == "generated" else ~step.generated
+        return True, call.generated if kind == "generated" else ~call.generated

@@ -19,7 +19,7 @@ from interp_ablate.directions.direction import Direction
 from interp_ablate.edits.kinds import Ablate, Erase
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import RunError
-from interp_ablate.models.model import DECODED_ROWS
+from interp_ablate.models.forward import DECODED_ROWS
 from interp_ablate.runs.configuration import MAIN_METHOD
 from interp_ablate.runs.final_test import random_controls, report_on_test
 from interp_ablate.runs.fits import fit_of, fits_of

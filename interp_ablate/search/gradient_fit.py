@@ -226,7 +226,7 @@ def fit_edit(
     optimizer = torch.optim.Adam(groups, lr=STRENGTH_RATE, betas=(0.8, 0.95))
     read.requires_grad_(vectors)
     write.requires_grad_(vectors)
-    with model.erasing(read, write, sites, strengths):
+    with model.plans.fitting_erasure(read, write, sites, strengths):
         for step in range(steps):
             fall = 0.15 + 0.85 * 0.5 * (1 + math.cos(math.pi * step / steps))
             for group in optimizer.param_groups:

@@ -199,7 +199,7 @@ class Step:
             return x
 
         read, write, strengths = self.leaves
-        erasing = self.model.erasing(read, write, self.model.writers, strengths)
+        erasing = self.model.plans.fitting_erasure(read, write, self.model.writers, strengths)
         with erasing, saved_tensors_hooks(keep, lambda x: x):
             self.loss(side)
         return sum(x.untyped_storage().nbytes() for x in kept.values())
@@ -208,7 +208,7 @@ class Step:
         """Forward and back, a side at a time."""
         read, write, strengths = self.leaves
         for side in ("own", "kl"):
-            with self.model.erasing(read, write, self.model.writers, strengths):
+            with self.model.plans.fitting_erasure(read, write, self.model.writers, strengths):
                 self.loss(side).backward()
 
     def flops(self) -> int:

@@ -362,7 +362,7 @@ def test_the_writers_of_a_model_are_those_of_its_modules(kind: str, backend: str
     model, parts = shared(kind, backend), PARTS[kind]
     assert list(model.writers) == parts.writers
     entry = model.architecture
-    assert entry is ARCHITECTURES[source_of(kind).config.model_type] and not entry.found
+    assert entry is ARCHITECTURES[source_of(kind).config.model_type] and not entry.discovered
     assert list(entry.writer_sites(N_LAYERS)) == parts.writers
     assert entry.is_parallel(source_of(kind).config) == parts.parallel
     assert entry.post_norm == bool(parts.attn_norm)
@@ -894,7 +894,7 @@ def test_additions_without_a_bias_are_refused(kind: str) -> None:
 def test_what_the_component_map_says_is_exact(kind: str, tied: bool, name: str) -> None:
     model, source, plan = shared(kind, tied=tied), source_of(kind, tied), plan_of(kind, name)
     entry = model.architecture
-    assert entry.found and list(model.writers) == PARTS[kind].writers
+    assert entry.discovered and list(model.writers) == PARTS[kind].writers
     want = wanted(kind, tied, name)
     assert moved(want, plain(kind, tied)) > 1e-2
     close(hooked_logits(model, plan), want)

@@ -34,8 +34,9 @@ from interp_ablate import Ablate, Add, Plan, Site, everywhere, load_model
 from interp_ablate.errors import ModelError, PlanError
 from interp_ablate.models.architectures import ARCHITECTURES
 from interp_ablate.models.batches import Batch, common_prefix, pad_left
+from interp_ablate.models.forward import MIN_SHARED_PREFIX
 from interp_ablate.models.load import from_hf
-from interp_ablate.models.model import MIN_SHARED_PREFIX, Model
+from interp_ablate.models.model import Model
 from interp_ablate.models.plan_hooks import SiteWriter
 from interp_ablate.sites import PROJECTION_POINTS, RESIDUAL_POINTS, sites_of
 

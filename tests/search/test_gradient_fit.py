@@ -85,7 +85,7 @@ def check_gradients(model: Model) -> None:
     }
 
     def loss(read: torch.Tensor, write: torch.Tensor, strengths: torch.Tensor) -> torch.Tensor:
-        with model.erasing(read, write, sites, strengths):
+        with model.plans.fitting_erasure(read, write, sites, strengths):
             return _unedited_answer_logprob(model, data).mean() + _kl(model, data)
 
     live = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
@@ -119,7 +119,9 @@ def test_one_block_serves_many_gradients(kind: str) -> None:
     model = shared(kind, eos_token_id=None)
     data = data_of(model)
     read, write = (vector.float().requires_grad_() for vector in (READ, WRITE))
-    with model.erasing(read, write, model.writers, torch.full((len(model.writers),), 0.3)):
+    with model.plans.fitting_erasure(
+        read, write, model.writers, torch.full((len(model.writers),), 0.3)
+    ):
         both = [torch.autograd.grad(_kl(model, data), (read, write)) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*both))
 
@@ -131,7 +133,7 @@ def live_logits(
     model: Model, rows: list[list[int]], read: torch.Tensor, write: torch.Tensor, strengths: object
 ) -> torch.Tensor:
     given = torch.tensor(strengths)
-    with model.erasing(read.float(), write.float(), model.writers, given):
+    with model.plans.fitting_erasure(read.float(), write.float(), model.writers, given):
         return model.logits(rows).detach()
 
 
@@ -189,11 +191,11 @@ def test_live_tensors_by_their_formula() -> None:
 def test_gradients_end_with_the_block(backend: str) -> None:
     model, rows = shared(backend=backend), rows_of(9, 12)
     strengths, plain = torch.ones(len(SITES), requires_grad=True), model.logits(rows)
-    with model.erasing(unit(1).float(), unit(1).float(), SITES, strengths):
+    with model.plans.fitting_erasure(unit(1).float(), unit(1).float(), SITES, strengths):
         assert model.logits(rows).requires_grad
     with (
         pytest.raises(KeyError),
-        model.erasing(unit(1).float(), unit(1).float(), SITES, strengths),
+        model.plans.fitting_erasure(unit(1).float(), unit(1).float(), SITES, strengths),
     ):
         raise KeyError
     after = model.logits(rows)
@@ -202,7 +204,10 @@ def test_gradients_end_with_the_block(backend: str) -> None:
 
 def test_no_such_site() -> None:
     vector, middle = DIRECTION.vector.float(), [Site(1, "resid_mid")]
-    with pytest.raises(PlanError), make().erasing(vector, vector, middle, torch.ones(1)):
+    with (
+        pytest.raises(PlanError),
+        make().plans.fitting_erasure(vector, vector, middle, torch.ones(1)),
+    ):
         pass
 
 

@@ -1,6 +1,6 @@
-"""What a backend must offer: sites, hooks, caches, logits.
+"""The operations that a backend offers: sites, hooks, caches, forward calls.
 
-Knows: the protocol. Does not know: any TransformerLens class.
+Knows: the protocol of a backend and the data of one forward call. Does not know: any TransformerLens class.
 """
 
 from __future__ import annotations
@@ -9,24 +9,33 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from interp_ablate.edits.edit import Positions
+from interp_ablate.models.architectures import Architecture
+from interp_ablate.models.loading import BackendName
 from interp_ablate.sites import Site
 
 
 class Backend(Protocol):
-    """What `Model` needs of a TransformerLens object; one small class for each of the two."""
+    """The operations that `Model` needs of a TransformerLens object; each backend is one class."""
 
+    name: BackendName
     tl: Any
+    hf_config: Any
+    generation_config: Any
+
+    @property
+    def architecture(self) -> Architecture: ...
 
     def hook_point(self, site: Site) -> nn.Module | None: ...
 
     @property
     def unembed_input(self) -> nn.Module: ...
 
-    def gain(self, site: Site) -> Float[Tensor, " d_model"] | None: ...
+    def post_norm_gain(self, site: Site) -> Float[Tensor, " d_model"] | None: ...
 
     def projection(self, site: Site) -> tuple[nn.Module, Float[Tensor, "d_model in"]] | None: ...
 
@@ -36,10 +45,10 @@ class Backend(Protocol):
 
     def select_cache(self, cache: Any, rows: Int[Tensor, " row"]) -> Any: ...
 
-    def forward(self, step: ForwardCall, keep: int) -> Tensor | None: ...
+    def forward(self, call: ForwardCall, keep: int) -> Tensor | None: ...
 
     @property
-    def starts_late(self) -> bool: ...
+    def can_resume(self) -> bool: ...
 
     def first_block(self, site: Site) -> int: ...
 
@@ -50,35 +59,59 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class ResumePoint:
-    """Where a forward call starts: what enters a block, at every new token. Blocks below are not run.
-
-    `block` is the number of layers where it is what left the last one.
-    """
+    """The block at which a forward call starts; the blocks below it are not run."""
 
     block: int
+    """The first block that runs; the number of layers if none does."""
     entering: Float[Tensor, "batch new d_model"]
+    """The residual stream that enters the block, at every new token."""
 
 
 @dataclass
 class ForwardCall:
-    """One forward call: new tokens, the mask of all tokens so far, positions of the new ones."""
+    """One call of a model's forward pass, for a batch of rows."""
 
     tokens: Int[Tensor, "batch new"]
+    """The new tokens, those that the cache does not hold yet."""
     mask: Int[Tensor, "batch pos"]
+    """1 for real tokens and 0 for padding, over cached and new tokens."""
     positions: Int[Tensor, "batch new"]
+    """The position of each new token in its own row, counted from 0."""
     prompt_lengths: Int[Tensor, " batch"]
     cache: Any = None
-    plans: Int[Tensor, " batch"] | None = None  # of each row, where rows are under different ones
-    start: ResumePoint | None = None  # None: at the embedding
+    """The backend's KV cache."""
+    plans: Int[Tensor, " batch"] | None = None
+    """The index of each row's plan, where rows are under different plans."""
+    resume: ResumePoint | None = None
+    """Where the call starts; None for the embedding."""
+
+    def of_rows(self, rows: Int[Tensor, " row"], cache: Any) -> ForwardCall:
+        """The same call for some of its rows, with the cache of these rows."""
+        return ForwardCall(
+            self.tokens[rows],
+            self.mask[rows],
+            self.positions[rows],
+            self.prompt_lengths[rows],
+            cache,
+            None if self.plans is None else self.plans[rows],
+        )
+
+    def followed_by(self, tokens: Int[Tensor, " batch"]) -> ForwardCall:
+        """The next decoding call: one more token in each row."""
+        mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
+        positions = self.positions[:, -1:] + 1
+        return ForwardCall(
+            tokens[:, None], mask, positions, self.prompt_lengths, self.cache, self.plans
+        )
 
     @cached_property
     def generated(self) -> Bool[Tensor, "batch new"]:
-        """Which of the new tokens come after the prompt, counted from the start of the sequence."""
+        """True for the new tokens that come after the prompt, counted from the start of the row."""
         return self.positions >= self.prompt_lengths[:, None]
 
     @cached_property
-    def coverage(self) -> dict[Positions, tuple[bool, bool]]:
-        """For each kind of positions: (does it hold any real new token, does it hold all of them)."""
+    def position_coverage(self) -> dict[Positions, tuple[bool, bool]]:
+        """For each kind of positions, two answers: are any real new tokens of this kind, are all of them."""
         real = self.mask[:, -self.tokens.shape[1] :].bool()
         late = self.generated & real
         any_late, all_late = bool(late.any()), bool((self.generated | ~real).all())

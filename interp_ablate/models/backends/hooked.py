@@ -1,6 +1,6 @@
-"""HookedTransformer as a backend.
+"""HookedTransformer (TransformerLens 3.x) as a backend.
 
-Knows: TransformerLens 3.9. Does not know: plans.
+Knows: HookedTransformer, its hook names, its KV cache. Does not know: prompts, plans or batches.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from interp_ablate.errors import ModelError
-from interp_ablate.models.backends.backend import Backend, ForwardCall
-from interp_ablate.models.backends.checks import check_logits, fixed_tokens, lens_tokenizer
+from interp_ablate.models.architectures import Architecture, architecture_of
+from interp_ablate.models.backends.backend import ForwardCall
+from interp_ablate.models.backends.checks import check_logits, fixed_tokens, tokenizer_copy
+from interp_ablate.models.loading import BackendName
 from interp_ablate.sites import PROJECTION_POINTS, Site
 
 # A HookedTransformer built from a checkpoint must reproduce its logits to this, in fp32; else it is refused.
@@ -26,11 +28,54 @@ MAX_HOOKED_CONTEXT = 2048
 
 
 class HookedBackend:
-    """HookedTransformer (TransformerLens 3.x)."""
+    """HookedTransformer: TransformerLens' own forward pass, with the checkpoint's weights."""
 
-    def __init__(self, tl: Any, hf_config: Any) -> None:
+    name: BackendName = "hooked"
+    can_resume = False  # every pass is a whole one
+
+    def __init__(self, tl: Any, hf_config: Any = None, generation_config: Any = None) -> None:
         self.tl = tl
-        self.hf_config = hf_config
+        self.hf_config, self.generation_config = hf_config, generation_config
+
+    @classmethod
+    def from_hf(cls, hf: Any, tokenizer: Any) -> HookedBackend:
+        """A HookedTransformer with the weights of any architecture that TransformerLens can convert.
+
+        Raises:
+            ModelError: TransformerLens has no HookedTransformer, cannot convert the model, or the logits
+                are not the model's.
+        """
+        backend = cls(
+            _hooked_from_hf(hf, tokenizer), hf.config, getattr(hf, "generation_config", None)
+        )
+        backend._check_against(hf)
+        return backend
+
+    def _check_against(self, hf: Any) -> None:
+        """Compare logits with the checkpoint's own on fixed tokens; raise where they differ."""
+        width = min(24, self.tl.cfg.n_ctx)
+        tokens = fixed_tokens(hf.config.vocab_size, width).to(next(hf.parameters()).device)
+        ones = torch.ones_like(tokens)
+        positions = torch.arange(width, device=tokens.device)[None]
+        with torch.no_grad():
+            want = hf(tokens).logits.float()
+            got = self.forward(ForwardCall(tokens, ones, positions, ones.sum(1)), width)
+        assert got is not None
+        check_logits(got, want, hf, "HookedTransformer built from", HOOKED_TOLERANCE)
+
+    @property
+    def architecture(self) -> Architecture:
+        """The declared entry of the checkpoint's config.
+
+        Raises:
+            ExportError: there is no entry.
+            ModelError: the object was wrapped without the config.
+        """
+        if self.hf_config is None:
+            raise ModelError(
+                "the model was wrapped without its Hugging Face config: Model.wrap(..., hf_config=...)"
+            )
+        return architecture_of(self.hf_config)
 
     def hook_point(self, site: Site) -> nn.Module | None:
         if site.point in PROJECTION_POINTS and site.layer < self.tl.cfg.n_layers:
@@ -43,7 +88,7 @@ class HookedBackend:
     def unembed_input(self) -> nn.Module:
         return self.tl.ln_final  # `forward` unembeds what it returns
 
-    def gain(self, site: Site) -> Float[Tensor, " d_model"] | None:
+    def post_norm_gain(self, site: Site) -> Float[Tensor, " d_model"] | None:
         names: dict[str, str] = {"attn_proj": "ln1_post", "mlp_proj": "ln2_post"}
         if site.point not in names or not self.tl.cfg.use_normalization_before_and_after:
             return None
@@ -69,8 +114,6 @@ class HookedBackend:
     def select_cache(self, cache: Any, rows: Int[Tensor, " row"]) -> Any:
         return self._each(cache, lambda x: x[rows])
 
-    starts_late = False  # always the whole pass
-
     def first_block(self, site: Site) -> int:
         return 0
 
@@ -89,11 +132,11 @@ class HookedBackend:
         cache.previous_attention_mask = function(cache.previous_attention_mask)
         return cache
 
-    def forward(self, step: ForwardCall, keep: int) -> Tensor | None:
+    def forward(self, call: ForwardCall, keep: int) -> Tensor | None:
         residual = self.tl(
-            step.tokens,
-            attention_mask=step.mask[:, -step.tokens.shape[1] :],
-            past_kv_cache=step.cache,
+            call.tokens,
+            attention_mask=call.mask[:, -call.tokens.shape[1] :],
+            past_kv_cache=call.cache,
             stop_at_layer=self.tl.cfg.n_layers,
         )
         if keep == 0:
@@ -113,22 +156,8 @@ class HookedBackend:
         return hooked_to_hf(self.tl.state_dict(), self.hf_config)
 
 
-def refuse_processed(obj: Any) -> None:
-    """Raise for weights that TransformerLens folded or centred."""
-    norm = str(getattr(obj.cfg, "normalization_type", ""))
-    folded = type(obj).__name__ == "HookedTransformer" and norm.endswith("Pre")
-    if folded or getattr(obj, "_weights_processed", False):
-        raise ModelError(
-            f"this {type(obj).__name__} has processed weights (normalization {norm!r}): LayerNorm is "
-            "folded into the weights and writing weights may be centred, so directions and exports "
-            "would not be those of the checkpoint. Load it raw: "
-            "HookedTransformer.from_pretrained_no_processing(...), or a Bridge without "
-            "enable_compatibility_mode()"
-        )
-
-
-def hooked_from_hf(hf: Any, tokenizer: Any) -> Backend:
-    """Build a HookedTransformer from any architecture that TransformerLens can convert."""
+def _hooked_from_hf(hf: Any, tokenizer: Any) -> Any:
+    """A HookedTransformer with raw weights, by TransformerLens' own conversion."""
     try:
         from transformer_lens import HookedTransformer, HookedTransformerConfig
         from transformer_lens import loading_from_pretrained as loading
@@ -151,7 +180,7 @@ def hooked_from_hf(hf: Any, tokenizer: Any) -> Backend:
                 f"TransformerLens cannot build a HookedTransformer from {type(hf).__name__} "
                 f"({error}): use backend='bridge'"
             ) from error
-    hooked = HookedTransformer(cfg, tokenizer=lens_tokenizer(tokenizer))
+    hooked = HookedTransformer(cfg, tokenizer=tokenizer_copy(tokenizer))
     hooked.load_and_process_state_dict(
         state,
         fold_ln=False,
@@ -160,14 +189,11 @@ def hooked_from_hf(hf: Any, tokenizer: Any) -> Backend:
         fold_value_biases=False,
         refactor_factored_attn_matrices=False,
     )
-    hooked.to(hf.device, print_details=False).eval().requires_grad_(False)
-    lens = HookedBackend(hooked, hf.config)
-    _check_hooked(lens, hf)
-    return lens
+    return hooked.to(hf.device, print_details=False).eval().requires_grad_(False)
 
 
 def _hooked_values(loading: Any, folder: str, hf: Any) -> dict[str, Any]:
-    """HookedTransformerConfig's fields for a checkpoint, by TransformerLens' own reading of its config."""
+    """The fields of a HookedTransformerConfig, by TransformerLens' own reading of the checkpoint's config."""
     values = loading.convert_hf_model_config(folder)
     head = getattr(hf.config, "head_dim", None)
     if head:  # TransformerLens assumes hidden_size / heads
@@ -181,16 +207,3 @@ def _hooked_values(loading: Any, folder: str, hf: Any) -> dict[str, Any]:
         n_ctx=min(values["n_ctx"], MAX_HOOKED_CONTEXT),
     )
     return values
-
-
-def _check_hooked(lens: HookedBackend, hf: Any) -> None:
-    """Compare logits with the checkpoint's own on fixed tokens; raise where they differ."""
-    width = min(24, lens.tl.cfg.n_ctx)
-    tokens = fixed_tokens(hf.config.vocab_size, width).to(next(hf.parameters()).device)
-    ones = torch.ones_like(tokens)
-    positions = torch.arange(width, device=tokens.device)[None]
-    with torch.no_grad():
-        want = hf(tokens).logits.float()
-        got = lens.forward(ForwardCall(tokens, ones, positions, ones.sum(1)), width)
-    assert got is not None
-    check_logits(got, want, hf, "HookedTransformer built from", HOOKED_TOLERANCE)

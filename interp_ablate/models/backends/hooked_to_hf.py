@@ -1,7 +1,8 @@
-"""Convert: HookedTransformer state dicts to Hugging Face Llama-style state dicts, bit for bit.
+"""HookedTransformer state dicts as Hugging Face Llama-style state dicts, bit for bit.
 
-Knows: how the two lay out the same weights for Llama, Mistral, Qwen 2 and Qwen 3 (GQA, biases, tied or
-not). Does not know: plans or files; the other way round is TransformerLens' own converter.
+The other way round is TransformerLens' own converter.
+
+Knows: both layouts of Llama, Mistral, Qwen 2 and Qwen 3. Does not know: plans or files.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def hooked_to_hf(state: Mapping[str, Tensor], hf_config: Any) -> dict[str, Tenso
             "model with HookedTransformer.from_pretrained_no_processing(...) and edit that"
         )
     expected = _expected_shapes(hf_config)
-    found: dict[str, Tensor] = {}
+    converted: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if _NOT_WEIGHTS.fullmatch(name):
             continue
@@ -120,23 +121,23 @@ def hooked_to_hf(state: Mapping[str, Tensor], hf_config: Any) -> dict[str, Tenso
             )
         target, layout = entry
         if target in expected:
-            found[target] = layout(tensor.detach())
+            converted[target] = layout(tensor.detach())
         elif bool(tensor.any()):
             raise ExportError(
                 f"{name} is not zero, but this checkpoint has no {target}: the edit has no exact "
                 f"weight form in {hf_config.model_type}, or hf_config is another model's"
             )
     wrong = [
-        f"{name} {tuple(found[name].shape) if name in found else 'missing'} (wanted {shape})"
+        f"{name} {tuple(converted[name].shape) if name in converted else 'missing'} (wanted {shape})"
         for name, shape in expected.items()
-        if name not in found or tuple(found[name].shape) != shape
+        if name not in converted or tuple(converted[name].shape) != shape
     ]
     if wrong:
         raise ExportError(
             f"the state dict is not of this architecture: {'; '.join(wrong[:3])}"
             + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
         )
-    return {name: found[name].contiguous() for name in expected}
+    return {name: converted[name].contiguous() for name in expected}
 
 
 def _expected_shapes(hf_config: Any) -> dict[str, tuple[int, ...]]:
