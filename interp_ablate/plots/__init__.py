@@ -1,6 +1,8 @@
 """Figures: data and axes in, axes out.
 
-May import: errors, storage, search, persona. To add a plot: a function `(data, ax) -> ax` in a file here and a line in `run_figures.py`.
+May import: errors, storage, search, persona. To add a plot: a function
+`(data, ax) -> ax` in a file here; for a run folder's figure also a line in `RUN_FIGURES` of `run_figures.py`, or the
+entry point `interp_ablate.plots`.
 """
 
 import lazy_loader

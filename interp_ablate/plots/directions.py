@@ -1,6 +1,6 @@
-"""Projections, separation and cosines by layer.
+"""Plots of directions by layer: projections, separation, cosines.
 
-Knows: three plots. Does not know: runs.
+Knows: how they are drawn. Does not know: run folders, or how anything was measured.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from interp_ablate.plots.style import (
     NEGATIVE,
     POINT_STYLE,
     POSITIVE,
-    SIDES,
     add_colour_bar,
     add_legend,
     colour_patch,
@@ -30,7 +29,6 @@ from interp_ablate.plots.style import (
     require_columns,
     require_rows,
     set_layer_axis,
-    standardised_projections,
 )
 
 if TYPE_CHECKING:
@@ -41,9 +39,7 @@ if TYPE_CHECKING:
 Measure = Literal["d_prime", "auc"]
 
 PROJECTION_COLUMNS = ("layer", "point", "split", "label", "prompt", "projection")
-
-
-# Data functions ------------------------------------------------------------------------------
+SIDES = ("negative", "positive")
 
 
 def projections(frame: pd.DataFrame, ax: Axes) -> Axes:
@@ -97,9 +93,9 @@ def projections(frame: pd.DataFrame, ax: Axes) -> Axes:
 def separation_by_layer(
     directions: Iterable[Direction], ax: Axes, *, measure: Measure = "d_prime"
 ) -> Axes:
-    """How well each site's direction tells held-out prompts apart, by layer, one line a site kind.
+    """Separation of held-out prompts by each site's direction, by layer, one line a site kind.
 
-    Several positions are told apart by the line's dashes. Directions without a separation, or with
+    Several positions differ by the line's dashes. Directions without a separation, or with
     an infinite one, leave a gap.
 
     Raises:
@@ -188,12 +184,27 @@ def cosine_similarity(directions: Iterable[Direction], ax: Axes) -> Axes:
         f"{len(items)} sites in forward order; within a layer: {order}",
         "layer",
         "layer",
-        grid=False,
+        grid="",
     )
-    bar = add_colour_bar(image, ax, fraction=0.046, pad=0.03)
-    bar.set_label("cosine", fontsize=9)
-    bar.ax.tick_params(labelsize=8)
+    add_colour_bar(image, ax, "cosine", fraction=0.046, pad=0.03)
     return ax
+
+
+def standardised_projections(rows: pd.DataFrame) -> list[np.ndarray]:
+    """Negative and positive values, centred between the means, over the spread within labels."""
+    groups = [rows["projection"][rows["label"] == name].to_numpy(float) for name in SIDES]
+    filled = [group for group in groups if len(group)]
+    if not filled:
+        raise RunError(
+            f"unknown labels {sorted(map(str, rows['label'].unique()))[:4]} in the projections: "
+            f"accepted are {' and '.join(SIDES)}"
+        )
+    centre = float(np.mean([group.mean() for group in filled]))
+    squares = sum(float(((group - group.mean()) ** 2).sum()) for group in filled)
+    spread = np.sqrt(squares / max(sum(map(len, filled)) - len(filled), 1))
+    # Constant within each label: one unit apart is all that can be said.
+    scale = spread or max(abs(group.mean() - centre) for group in filled) or 1.0
+    return [(group - centre) / scale for group in groups]
 
 
 def _half_violin(ax: Axes, x: float, values: np.ndarray, colour: str, width: float) -> None:
@@ -212,7 +223,7 @@ def _half_violin(ax: Axes, x: float, values: np.ndarray, colour: str, width: flo
 
 
 def _limit_outliers(ax: Axes, values: np.ndarray) -> int:
-    """Keep a few far values from flattening the rest; the number of those beyond the frame."""
+    """Keep a few far values from flattening the rest; returns how many are beyond the frame."""
     bulk = 2.5 * float(np.percentile(np.abs(values), 98))
     if bulk <= 0 or np.abs(values).max() <= bulk:
         return 0

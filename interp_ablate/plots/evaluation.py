@@ -1,19 +1,21 @@
-"""Plots of an evaluation: what was before and what is after, each a function `(frame, ax) -> ax`.
+"""Plots of what was before and what is after an edit: an evaluation's table, and a run's test report.
 
-Knows: how the rows of evaluation.csv are drawn: shares side by side, relative changes, divergences, each
-with its interval. Does not know: any model, how a number was measured, what else an evaluation's folder has.
+Knows: shares side by side, relative changes, divergences and rates, each with its interval. Does not know: any model,
+or how a number was measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from interp_ablate.errors import RunError
 from interp_ablate.plots.style import (
+    CONTROL,
     INK,
     NEGATIVE,
     POSITIVE,
@@ -21,6 +23,8 @@ from interp_ablate.plots.style import (
     finish_axes,
     new_figure,
     save_figure,
+    set_row_axis,
+    whisker,
 )
 from interp_ablate.storage.tables import read_table
 
@@ -31,75 +35,67 @@ COLUMNS = ("measure", "on", "unit", "n", "before", "after", "difference")
 _ENDS = ("", "_low", "_high")
 NUMBERS = ("n", *(f"{c}{end}" for c in ("before", "after", "difference") for end in _ENDS))
 _RELATIVE = ("perplexity", "bits", "tokens", "score", "metric")
-# More lines than these are no picture: a group of tasks has hundreds.
-_MOST = 24
+_MOST = 24  # rows of a panel: a group of tasks has hundreds
 
 
-def shares(frame: pd.DataFrame, ax: Axes) -> Axes:
+def evaluation_shares(frame: pd.DataFrame, ax: Axes) -> Axes:
     """Rates and accuracies before and after, from 0 to 1; filled marks where the difference excludes 0."""
-    rows = _kind(frame, ("share",))
+    rows = _rows_with_units(frame, ("share",))
     for place, row in enumerate(rows.to_dict("records")):
-        sure = _excludes_zero(row)
+        low, high = row["difference_low"], row["difference_high"]
+        differs = pd.notna(low) and (low > 0 or high < 0)
         for key, colour, up in (("before", NEGATIVE, -0.13), ("after", POSITIVE, 0.13)):
-            _whisker(ax, [row[f"{key}{end}"] for end in _ENDS], place + up, colour, filled=sure)
+            interval = [row[f"{key}_low"], row[f"{key}_high"]]
+            whisker(ax, place + up, row[key], interval, colour, hollow=not differs)
     for key, colour in (("before", NEGATIVE), ("after", POSITIVE)):
         ax.plot([], [], "o", color=colour, label=key)
-    _names(ax, rows)
+    set_row_axis(ax, _names(rows))
     ax.set_xlim(-0.03, 1.03)
     caption = "filled where the 95% interval of the difference excludes 0"
-    finish_axes(
-        ax, "Shares before and after", caption, "share of prompts, of 3-grams or of items", ""
-    )
+    xlabel = "share of prompts, of 3-grams or of items"
+    finish_axes(ax, "Shares before and after", caption, xlabel, "", grid="x")
     add_legend(ax, loc="best")
     return ax
 
 
-def changes(frame: pd.DataFrame, ax: Axes) -> Axes:
+def evaluation_changes(frame: pd.DataFrame, ax: Axes) -> Axes:
     """after / before - 1 in percent of everything with a scale of its own."""
-    rows = _kind(frame, _RELATIVE)
+    rows = _rows_with_units(frame, _RELATIVE)
     rows = rows[(rows["before"].abs() > 0) & rows["difference"].notna()]
     for place, row in enumerate(rows.to_dict("records")):
-        scale = 100 / abs(row["before"])
-        values = [row[f"difference{end}"] * scale for end in _ENDS]
-        _whisker(ax, values, place, POSITIVE, filled=_excludes_zero(row))
+        value, low, high = (100 * row[f"difference{end}"] / abs(row["before"]) for end in _ENDS)
         text = f"{row['before']:.3g} → {row['after']:.3g}"
-        right = max(value for value in values if pd.notna(value))
-        ax.annotate(
-            text, (right, place), (8, 0), textcoords="offset points", va="center",
-            fontsize=8.5, color=INK, annotation_clip=False,
-        )  # fmt: skip
+        differs = pd.notna(low) and (low > 0 or high < 0)
+        whisker(ax, place, value, [low, high], POSITIVE, text=text, hollow=not differs)
     ax.axvline(0, color=INK, linewidth=0.9, linestyle=":")
-    _names(ax, rows)
+    set_row_axis(ax, _names(rows))
     low, high = ax.get_xlim()
     ax.set_xlim(low, high + 0.22 * (high - low))  # room for the numbers
-    caption = "intervals of the paired differences, over the value before"
-    finish_axes(
-        ax, "Change of what has a scale of its own", caption, "after / before - 1, percent", ""
+    caption, xlabel = (
+        "intervals of the paired differences, over the value before",
+        "after / before - 1, percent",
     )
+    finish_axes(ax, "Change of what has a scale of its own", caption, xlabel, "", grid="x")
     return ax
 
 
-def divergences(frame: pd.DataFrame, ax: Axes) -> Axes:
+def evaluation_divergences(frame: pd.DataFrame, ax: Axes) -> Axes:
     """KL of the second model from the first, in nats."""
-    rows = _kind(frame, ("nats",))
+    rows = _rows_with_units(frame, ("nats",))
     for place, row in enumerate(rows.to_dict("records")):
-        values = [row[f"after{end}"] for end in _ENDS]
-        _whisker(ax, values, place, POSITIVE, filled=True)
-        right = max(value for value in values if pd.notna(value))
-        ax.annotate(
-            f"{row['after']:.3f}", (right, place), (8, 0), textcoords="offset points",
-            va="center", fontsize=9, color=INK, annotation_clip=False,
-        )  # fmt: skip
-    _names(ax, rows)
+        interval = [row["after_low"], row["after_high"]]
+        whisker(ax, place, row["after"], interval, POSITIVE, text=f"{row['after']:.3f}")
+    set_row_axis(ax, _names(rows))
     ax.set_xlim(left=min(0.0, ax.get_xlim()[0]), right=ax.get_xlim()[1] * 1.08)
-    finish_axes(ax, "Divergence", "0: the two answer alike", "KL to the first model, nats", "")
+    caption, xlabel = "0: the two answer alike", "KL to the first model, nats"
+    finish_axes(ax, "Divergence", caption, xlabel, "", grid="x")
     return ax
 
 
 _PANELS: tuple[tuple[Callable[[pd.DataFrame, Axes], Axes], tuple[str, ...], str], ...] = (
-    (shares, ("share",), "before"),
-    (changes, _RELATIVE, "difference"),
-    (divergences, ("nats",), "after"),
+    (evaluation_shares, ("share",), "before"),
+    (evaluation_changes, _RELATIVE, "difference"),
+    (evaluation_divergences, ("nats",), "after"),
 )
 
 
@@ -115,38 +111,92 @@ def save_evaluation(folder: str | Path) -> Path:
             f"{path} is not there: run `interp-ablate evaluate A B --out {folder}` first"
         )
     frame = read_table(path, COLUMNS, numbers=NUMBERS)
-    found = [(draw, len(_kind(frame[frame[key].notna()], units))) for draw, units, key in _PANELS]
-    found = [(draw, count) for draw, count in found if count]
-    if not found:
+    counts = {
+        draw: len(_rows_with_units(frame[frame[key].notna()], units))
+        for draw, units, key in _PANELS
+    }
+    panels = [draw for draw, count in counts.items() if count]
+    if not panels:
         raise RunError(f"{path} has no row with numbers to draw")
-    heights = [0.9 + 0.34 * count for _, count in found]
+    heights = [0.9 + 0.34 * counts[draw] for draw in panels]
     figure = new_figure(height=0.3 + sum(heights))
-    grid = figure.add_gridspec(len(found), 1, height_ratios=heights)
-    for place, (draw, _) in enumerate(found):
+    grid = figure.add_gridspec(len(panels), 1, height_ratios=heights)
+    for place, draw in enumerate(panels):
         draw(frame, figure.add_subplot(grid[place]))
     return save_figure(figure, Path(folder) / "figures" / "evaluation.png")
 
 
-def _kind(frame: pd.DataFrame, units: tuple[str, ...]) -> pd.DataFrame:
+def _rows_with_units(frame: pd.DataFrame, units: tuple[str, ...]) -> pd.DataFrame:
     """The first rows of some units that have a number after."""
     return frame[frame["unit"].isin(units) & frame["after"].notna()].head(_MOST)
 
 
-def _excludes_zero(row: dict) -> bool:
-    low, high = row["difference_low"], row["difference_high"]
-    return bool(pd.notna(low) and (low > 0 or high < 0))
+def _names(rows: pd.DataFrame) -> list[str]:
+    return [f"{row['on']}: {row['measure']}" for row in rows.to_dict("records")]
 
 
-def _whisker(ax: Axes, values: list[float], place: float, colour: str, *, filled: bool) -> None:
-    value, low, high = values
-    if pd.notna(low) and pd.notna(high):
-        ax.plot([low, high], [place, place], color=colour, linewidth=2.2, alpha=0.55)
-    face = colour if filled else "white"
-    ax.plot(value, place, "o", color=colour, markersize=6.5, markerfacecolor=face)
+# ---- the test split of a run -------------------------------------------------------------------------
 
 
-def _names(ax: Axes, rows: pd.DataFrame) -> None:
-    ax.set_yticks(range(len(rows)))
-    ax.set_yticklabels([f"{row['on']}: {row['measure']}" for row in rows.to_dict("records")])
-    ax.set_ylim(len(rows) - 0.4, -0.6)
-    ax.grid(visible=False, axis="y")
+_RATES: tuple[tuple[str, str, str], ...] = (
+    ("behaviour_before", "positive prompts, unedited", POSITIVE),
+    ("behaviour_after", "positive prompts, ablated", POSITIVE),
+    ("negative_before", "negative prompts, unedited", NEGATIVE),
+    ("negative_after", "negative prompts, ablated", NEGATIVE),
+    ("addition_after", "negative prompts, added", NEGATIVE),
+)
+
+
+def before_after(test: Mapping[str, Any], ax: Axes) -> Axes:
+    """Expression rates of the test report before and after, beside its controls, with intervals.
+
+    Raises:
+        RunError: `test` holds none of the rates, or a rate or interval is not a number.
+    """
+    rows = rate_rows(test)
+    if not rows:
+        raise RunError(
+            "the test report holds no rate to draw: expected some of "
+            f"{', '.join(key for key, _, _ in _RATES)}; came {sorted(test)[:8]}"
+        )
+    for place, (_, value, interval, colour) in enumerate(rows):
+        whisker(ax, place, value, interval, colour, text=f"{value:.2f}")
+    set_row_axis(ax, [name for name, *_ in rows])
+    ax.set_xlim(-0.03, 1.09)
+    ax.set_xticks(np.linspace(0, 1, 6))
+    drawn = any(interval for _, _, interval, _ in rows)
+    caption = "test split; " + ("whiskers: bootstrap intervals" if drawn else "no intervals given")
+    title, xlabel = "How often answers express the behaviour", "share of generated answers"
+    finish_axes(ax, title, caption, xlabel, "", grid="x")
+    return ax
+
+
+def rate_rows(test: Mapping[str, Any]) -> list[tuple[str, float, list[float] | None, str]]:
+    """Name, rate, interval and colour of each rate in the report; controls follow the ablation.
+
+    Raises:
+        RunError: a rate or interval that is not a number.
+    """
+    intervals = test.get("intervals") or {}
+    rates: list[tuple[str, float, list[float] | None, str]] = []
+    try:
+        for key, name, colour in _RATES:
+            if test.get(key) is not None and np.isfinite(float(test[key])):
+                rates.append((name, float(test[key]), _interval(intervals.get(key)), colour))
+            if key == "behaviour_after":
+                rates += [
+                    (f"control: {control.get('name', '?')}, ablated",
+                     float(control["behaviour_after"]), _interval(control.get("interval")), CONTROL)
+                    for control in test.get("controls") or []
+                    if control.get("behaviour_after") is not None
+                ]  # fmt: skip
+    except (TypeError, ValueError, AttributeError) as error:
+        raise RunError(f"the test report holds something that is not a rate: {error}") from error
+    return rates
+
+
+def _interval(ends: Any) -> list[float] | None:
+    if ends is None or any(end is None for end in ends):
+        return None
+    low, high = (float(end) for end in ends)
+    return [low, high]

@@ -1,7 +1,6 @@
-"""Plots, monitoring and screening: projections against scores, tokens by projection, a data set's histogram.
+"""Plots of monitoring: projections against scores, and a text with each token coloured by its projection.
 
-Knows: how a monitoring table, a generated text and a screened file are drawn at a README's size.
-Does not know: any model, or how a number was measured.
+Knows: how a monitoring table and a generated text are drawn. Does not know: any model, or how a number was measured.
 """
 
 from __future__ import annotations
@@ -11,7 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.font_manager import findfont, get_font
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 
 from interp_ablate.errors import RunError
 from interp_ablate.plots.style import (
@@ -36,13 +39,13 @@ if TYPE_CHECKING:
 
 MonitoredAnswer = tuple["MonitoredToken", float]
 _WIDTH_IN_CHARACTERS, _CHARACTER = 92, 0.602  # of a monospaced line; its width in units of its size
-_SAID = (0.48, 0.2)  # what the numbers in a corner take of the axes: width, height
+_NUMBERS = (0.48, 0.2)  # share of the axes that the numbers in a corner take: width, height
 _AXES_POINTS = 545  # width of the only axes of a figure
 # From the one label's colour through grey to the other's.
 GRADES = LinearSegmentedColormap.from_list("grades", (NEGATIVE, "#E4E4E4", POSITIVE))
 
 
-def monitoring_scatter(found: Monitoring, ax: Axes) -> Axes:
+def monitoring_scatter(monitoring: Monitoring, ax: Axes) -> Axes:
     """Answers' scores against the projections of their prompts' last tokens, coloured by system prompt.
 
     Large points are the system prompts' means; the line is the least-squares fit over all answers. Answers
@@ -51,11 +54,11 @@ def monitoring_scatter(found: Monitoring, ax: Axes) -> Axes:
     Raises:
         RunError: no answer has a score.
     """
-    require_columns(found.table, ("level", "projection", "score"), "answers")
-    rows = found.table[found.table["score"].notna()]
+    require_columns(monitoring.table, ("level", "projection", "score"), "answers")
+    rows = monitoring.table[monitoring.table["score"].notna()]
     require_rows(rows, "answers with a score")
     x, y = rows["projection"].to_numpy(float), rows["score"].to_numpy(float)
-    levels = sorted(found.table["level"].unique())
+    levels = sorted(monitoring.table["level"].unique())
     colours = {level: GRADES(i / max(1, len(levels) - 1)) for i, level in enumerate(levels)}
     ax.scatter(
         x, y, s=16, c=[colours[level] for level in rows["level"]], edgecolors=INK, linewidths=0.3,
@@ -67,45 +70,49 @@ def monitoring_scatter(found: Monitoring, ax: Axes) -> Axes:
             *means, marker="o", markersize=11, color=colours[level], markeredgecolor=INK,
             markeredgewidth=1.2, zorder=4,
         )  # fmt: skip
-    if found.overall.r is not None:
+    if monitoring.overall.r is not None:
         ends = np.array([x.min(), x.max()])
         ax.plot(ends, np.polyval(np.polyfit(x, y, 1), ends), color=INK, linewidth=1.2, zorder=3)
-    missing = f"; {found.no_verdict} without a score left out" if found.no_verdict else ""
-    trait = found.details.get("trait", "trait")
+    missing = f"; {monitoring.no_verdict} without a score left out" if monitoring.no_verdict else ""
+    trait = monitoring.details.get("trait", "trait")
     finish_axes(
         ax,
         f"Before the first word: projection on '{trait}' against the answer's score",
         f"{len(rows)} answers under {len(levels)} system prompts (large: their means){missing}",
-        f"projection of the last prompt token at {found.details.get('site', 'the site')}",
+        f"projection of the last prompt token at {monitoring.details.get('site', 'the site')}",
         "score of the answer (0 to 100)",
     )
-    _say(ax, "\n".join(_lines(found)), x, y)
-    handles = [_dot(colours[levels[i]], name) for i, name in ((0, "against"), (-1, "towards"))]
+    _add_numbers(ax, "\n".join(_lines(monitoring)), x, y)
+    look: dict[str, Any] = {"marker": "o", "linestyle": "", "markeredgecolor": INK, "markersize": 7}
+    handles = [
+        Line2D([], [], color=colours[levels[i]], label=name, **look)
+        for i, name in ((0, "against"), (-1, "towards"))
+    ]
     add_legend(ax, handles, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderpad=0.1)
     return ax
 
 
-def _lines(found: Monitoring) -> list[str]:
+def _lines(monitoring: Monitoring) -> list[str]:
     lines = [
-        f"{name:<8} {_short(getattr(found, name))}, random {_number(found.control.get(name))}"
+        f"{name:<8} {_short(getattr(monitoring, name))}, random {_number(monitoring.control.get(name))}"
         for name in ("overall", "within", "across")
     ]
     return [*lines, "(random: 95% of random directions have |r| below)"]
 
 
-def _short(found: Correlation) -> str:
-    if found.r is None:
+def _short(correlation: Correlation) -> str:
+    if correlation.r is None:
         return "r undefined"
-    if found.low is None or found.high is None:
-        return f"r = {found.r:.2f}"
-    return f"r = {found.r:.2f} [{found.low:.2f}, {found.high:.2f}]"
+    if correlation.low is None or correlation.high is None:
+        return f"r = {correlation.r:.2f}"
+    return f"r = {correlation.r:.2f} [{correlation.low:.2f}, {correlation.high:.2f}]"
 
 
 def _number(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.2f}"
 
 
-def _say(ax: Axes, text: str, x: np.ndarray, y: np.ndarray) -> None:
+def _add_numbers(ax: Axes, text: str, x: np.ndarray, y: np.ndarray) -> None:
     """A few lines of numbers in the corner with the fewest points."""
     ax.get_xlim(), ax.get_ylim()  # limits are settled when they are asked for, transData is not
     at = ax.transAxes.inverted().transform(ax.transData.transform(np.column_stack([x, y])))
@@ -113,8 +120,8 @@ def _say(ax: Axes, text: str, x: np.ndarray, y: np.ndarray) -> None:
 
     def hidden(corner: tuple[bool, bool]) -> int:
         left, top = corner
-        across = at[:, 0] < _SAID[0] if left else at[:, 0] > 1 - _SAID[0]
-        along = at[:, 1] > 1 - _SAID[1] if top else at[:, 1] < _SAID[1]
+        across = at[:, 0] < _NUMBERS[0] if left else at[:, 0] > 1 - _NUMBERS[0]
+        along = at[:, 1] > 1 - _NUMBERS[1] if top else at[:, 1] < _NUMBERS[1]
         return int((across & along).sum())
 
     left, top = min(corners, key=hidden)
@@ -124,24 +131,6 @@ def _say(ax: Axes, text: str, x: np.ndarray, y: np.ndarray) -> None:
         va="top" if top else "bottom", ha="left" if left else "right", fontsize=8, color=INK,
         family="monospace", bbox=box, zorder=6, multialignment="left",
     )  # fmt: skip
-
-
-def _dot(colour: Any, name: str) -> Any:
-    from matplotlib.lines import Line2D
-
-    return Line2D(
-        [],
-        [],
-        marker="o",
-        linestyle="",
-        color=colour,
-        markeredgecolor=INK,
-        markersize=7,
-        label=name,
-    )
-
-
-# ---- tokens -------------------------------------------------------------------------------------------
 
 
 def token_strip(readings: Sequence[MonitoredAnswer], ax: Axes, *, title: str, limit: float) -> Axes:
@@ -155,8 +144,6 @@ def token_strip(readings: Sequence[MonitoredAnswer], ax: Axes, *, title: str, li
     """
     if not readings or not limit > 0:
         raise RunError(f"a strip needs tokens and a limit above 0; got {len(readings)} and {limit}")
-    from matplotlib.patches import Rectangle
-
     scale, size = Normalize(-limit, limit), _AXES_POINTS / _WIDTH_IN_CHARACTERS / _CHARACTER
     line = column = 0
     for piece, projection in readings:
@@ -175,18 +162,16 @@ def token_strip(readings: Sequence[MonitoredAnswer], ax: Axes, *, title: str, li
     ax.set_ylim(-line - 0.6, 0.6)
     values = np.array([projection for _, projection in readings])
     caption = f"{len(values)} tokens, mean projection {values.mean():+.2f}"
-    finish_axes(ax, title, caption, "", "", grid=False)
+    finish_axes(ax, title, caption, "", "", grid="")
     ax.set_axis_off()
     return ax
 
 
 def _drawable(text: str) -> str:
     """The text with a box for every character that the monospaced font lacks."""
-    from matplotlib.font_manager import findfont, get_font
-
-    known = get_font(findfont("monospace")).get_charmap()
+    charmap = get_font(findfont("monospace")).get_charmap()
     return "".join(
-        c if c.isprintable() and ord(c) in known else "\u25a1" for c in text.replace("\t", " ")
+        c if c.isprintable() and ord(c) in charmap else "\u25a1" for c in text.replace("\t", " ")
     )
 
 
@@ -210,26 +195,21 @@ def tokens_figure(answers: Mapping[str, Sequence[MonitoredAnswer]], path: str | 
     axes = figure.subplots(len(shown), 1, squeeze=False, height_ratios=[n + 1 for n in lines])[:, 0]
     for ax, (name, readings) in zip(axes, shown.items()):
         token_strip(readings, ax, title=name, limit=limit)
-    from matplotlib.cm import ScalarMappable
-
     mappable = ScalarMappable(Normalize(-limit, limit), GRADES)
     bar = figure.colorbar(
         mappable, ax=list(axes), orientation="horizontal", aspect=60, pad=0.02, fraction=0.05
     )
     bar.set_label("projection of the token on the direction", fontsize=9)
     bar.ax.tick_params(labelsize=8)
-    return save_figure(figure, Path(path))
+    return save_figure(figure, path)
 
 
-# ---- files --------------------------------------------------------------------------------------------
-
-
-def save_monitoring(found: Monitoring, path: str | Path) -> Path:
+def save_monitoring(monitoring: Monitoring, path: str | Path) -> Path:
     """The scatter plot as PNG.
 
     Raises:
         RunError: see `monitoring_scatter`; a place that cannot be written.
     """
     figure = new_figure(height=5.0)
-    monitoring_scatter(found, figure.add_subplot())
-    return save_figure(figure, Path(path))
+    monitoring_scatter(monitoring, figure.add_subplot())
+    return save_figure(figure, path)

@@ -1,12 +1,11 @@
-"""Plots of personas: how each layer steers and reads, and trait and coherence against the coefficient.
+"""Plots of personas: steering and reading by layer, and trait and coherence against the coefficient.
 
-Knows: how the tables of a persona folder are drawn, in the look of `plots`. Does not know: models, or how a
-number was measured.
+Knows: how the tables of a persona folder are drawn. Does not know: models, or how a number was measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -30,6 +29,7 @@ from interp_ablate.storage.tables import read_json, read_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Value = Literal["score", "coherence"]
 _LAYER_COLUMNS = ("layer", "coefficient", "score", "score_low", "score_high", "coherence", "chosen")
@@ -45,19 +45,19 @@ _VALUES: dict[Value, tuple[str, str, str]] = {
 }
 
 
-def layers(
+def steering_by_layer(
     frame: pd.DataFrame,
     ax: Axes,
     *,
     trait: str = "trait",
     unsteered: float | None = None,
-    coherent: float = 50.0,
+    min_coherence: float = 50.0,
 ) -> Axes:
     """Trait score of steered answers by layer, one line a coefficient; hollow: incoherent; star: chosen.
 
     Args:
         unsteered: score of the unedited model's answers to the same questions: the dashed line.
-        coherent: coherence below which a layer could not be chosen.
+        min_coherence: coherence below which a layer could not be chosen.
 
     Raises:
         RunError: a missing column, or no row with a score.
@@ -68,7 +68,7 @@ def layers(
     for place, (coefficient, some) in enumerate(rows.groupby("coefficient")):
         line = some.sort_values("layer")
         _layer_line(
-            ax, line, _COLOURS[place % len(_COLOURS)], f"coefficient {coefficient:g}", coherent
+            ax, line, _COLOURS[place % len(_COLOURS)], f"coefficient {coefficient:g}", min_coherence
         )
     _star(ax, rows, "score")
     if unsteered is not None:
@@ -78,7 +78,7 @@ def layers(
     finish_axes(
         ax,
         f"Steering towards {trait!r} by layer",
-        f"questions that made no vector; bands: 95% intervals; hollow: coherence below {coherent:g}",
+        f"questions that made no vector; bands: 95% intervals; hollow: coherence below {min_coherence:g}",
         "layer (resid_post)",
         "trait score of the answers\n(0 to 100)",
     )
@@ -96,13 +96,15 @@ def _star(ax: Axes, rows: pd.DataFrame, value: str) -> None:
         )  # fmt: skip
 
 
-def _layer_line(ax: Axes, line: pd.DataFrame, colour: str, label: str, coherent: float) -> None:
+def _layer_line(
+    ax: Axes, line: pd.DataFrame, colour: str, label: str, min_coherence: float
+) -> None:
     """One coefficient's scores with their band; hollow where the answers are incoherent."""
     ax.fill_between(
         line["layer"], line["score_low"], line["score_high"], color=colour, alpha=0.13, linewidth=0
     )
     ax.plot(line["layer"], line["score"], color=colour, linewidth=1.5, label=label)
-    fluent = line["coherence"] >= coherent
+    fluent = line["coherence"] >= min_coherence
     for mask, face in ((fluent, colour), (~fluent, "white")):
         ax.plot(
             line["layer"][mask], line["score"][mask], "o", markersize=5, markerfacecolor=face,
@@ -110,8 +112,8 @@ def _layer_line(ax: Axes, line: pd.DataFrame, colour: str, label: str, coherent:
         )  # fmt: skip
 
 
-def reading(frame: pd.DataFrame, ax: Axes, *, trait: str = "trait") -> Axes:
-    """How well each layer's direction for reading foretells scores of answers to unseen questions; star: chosen.
+def readout_by_layer(frame: pd.DataFrame, ax: Axes, *, trait: str = "trait") -> Axes:
+    """Correlation of each layer's readout with the scores of answers to unseen questions; star: chosen.
 
     Raises:
         RunError: a missing column, or no row with a correlation.
@@ -139,7 +141,7 @@ def reading(frame: pd.DataFrame, ax: Axes, *, trait: str = "trait") -> Axes:
     return ax
 
 
-def curve(
+def steering_curve(
     frame: pd.DataFrame, ax: Axes, *, value: Value = "score", chosen: float | None = None
 ) -> Axes:
     """Trait score (or coherence) against the coefficient, with random directions of the same norm in grey.
@@ -204,55 +206,47 @@ def save_figures(folder: str | Path) -> list[Path]:
         raise RunError(
             f"{folder} holds no persona.json: make one with `interp-ablate persona extract`"
         )
-    return [
-        *_save_layers(folder, persona),
-        *_save_reading(folder, persona),
-        *_save_curve(folder, persona),
-    ]
+    trait, written = str(persona.get("trait", "trait")), []
+    for name, columns, draw in (
+        ("layers", _LAYER_COLUMNS, _draw_layers),
+        ("reading", _READING_COLUMNS, _draw_reading),
+        ("curve", _CURVE_COLUMNS, _draw_curve),
+    ):
+        has_reading = (persona.get("reading") or {}).get("layers")
+        if (folder / f"{name}.csv").exists() and (name != "reading" or has_reading):
+            numbers = [column for column in columns if column not in ("condition", "chosen")]
+            frame = read_table(folder / f"{name}.csv", columns, numbers=numbers)
+            figure = new_figure(height=3.9)
+            draw(frame, figure, persona, trait)
+            written.append(save_figure(figure, folder / "figures" / f"{name}.png"))
+    return written
 
 
-def _save_layers(folder: Path, persona: Mapping[str, Any]) -> list[Path]:
-    numbers = _numbers_of(_LAYER_COLUMNS)
-    if not (folder / "layers.csv").exists():
-        return []
-    frame = read_table(folder / "layers.csv", _LAYER_COLUMNS, numbers=numbers)
-    figure = new_figure(height=3.9)
+def _draw_layers(
+    frame: pd.DataFrame, figure: Figure, persona: Mapping[str, Any], trait: str
+) -> None:
     settings = (persona.get("made_of") or {}).get("settings") or {}
-    layers(
-        frame,
-        figure.add_subplot(),
-        trait=str(persona.get("trait", "trait")),
-        unsteered=(persona.get("unsteered") or {}).get("score"),
-        coherent=float(settings.get("min_coherence", 50.0)),
+    unsteered = (persona.get("unsteered") or {}).get("score")
+    min_coherence = float(settings.get("min_coherence", 50.0))
+    steering_by_layer(
+        frame, figure.add_subplot(), trait=trait, unsteered=unsteered, min_coherence=min_coherence
     )
-    return [save_figure(figure, folder / "figures" / "layers.png")]
 
 
-def _save_reading(folder: Path, persona: Mapping[str, Any]) -> list[Path]:
-    if not (persona.get("reading") or {}).get("layers") or not (folder / "reading.csv").exists():
-        return []
-    numbers = _numbers_of(_READING_COLUMNS)
-    frame = read_table(folder / "reading.csv", _READING_COLUMNS, numbers=numbers)
-    figure = new_figure(height=3.9)
-    reading(frame, figure.add_subplot(), trait=str(persona.get("trait", "trait")))
-    return [save_figure(figure, folder / "figures" / "reading.png")]
+def _draw_reading(
+    frame: pd.DataFrame, figure: Figure, persona: Mapping[str, Any], trait: str
+) -> None:
+    readout_by_layer(frame, figure.add_subplot(), trait=trait)
 
 
-def _save_curve(folder: Path, persona: Mapping[str, Any]) -> list[Path]:
-    if not (folder / "curve.csv").exists():
-        return []
-    frame = read_table(folder / "curve.csv", _CURVE_COLUMNS, numbers=_numbers_of(_CURVE_COLUMNS))
-    figure = new_figure(height=3.9)
+def _draw_curve(
+    frame: pd.DataFrame, figure: Figure, persona: Mapping[str, Any], trait: str
+) -> None:
     axes = [figure.add_subplot(1, 2, place + 1) for place in range(2)]
     values: tuple[Value, ...] = get_args(Value)
     for ax, value in zip(axes, values):
-        curve(frame, ax, value=value, chosen=persona.get("coefficient"))
-    axes[0].set_title(f"{str(persona.get('trait')).capitalize()}: {axes[0].get_title(loc='left').lower()}",
+        steering_curve(frame, ax, value=value, chosen=persona.get("coefficient"))
+    axes[0].set_title(f"{trait.capitalize()}: {axes[0].get_title(loc='left').lower()}",
                       loc="left", fontsize=10.5, fontweight="bold", color=INK, pad=19)  # fmt: skip
     handles = axes[0].get_legend_handles_labels()[0]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8.5, frameon=False)
-    return [save_figure(figure, folder / "figures" / "curve.png")]
-
-
-def _numbers_of(columns: Sequence[str]) -> tuple[str, ...]:
-    return tuple(name for name in columns if name not in ("condition", "chosen"))

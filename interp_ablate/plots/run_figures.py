@@ -1,9 +1,9 @@
-"""Plots: a run's pictures, each a function `(data, ax) -> ax`, and `save_figures` for a folder.
+"""The table of a run folder's figures: from its files to PNG.
 
-Knows: how projections, separation, cosines, trials and a test report are drawn so that they read at
-a README's size, and how the files of a run folder are read (`read_table`, `read_json`, ...).
-Does not know: any model, how a number was measured, or what the HTML report says about a picture.
-It keeps away from pyplot: no window, no global state, no open figures; any backend may be in use.
+A figure is a function `(folder) -> {file name: figure}` and a line in `RUN_FIGURES`; it draws with the functions
+`(data, ax) -> ax` of this folder. Another package registers one under the entry-point group `interp_ablate.plots`.
+
+Knows: which files of a run folder a figure needs. Does not know: how anything is drawn or was measured.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -25,6 +25,7 @@ from interp_ablate.plots.directions import (
     projections,
     separation_by_layer,
 )
+from interp_ablate.plots.evaluation import before_after, rate_rows
 from interp_ablate.plots.style import (
     finished_trials,
     new_figure,
@@ -33,9 +34,9 @@ from interp_ablate.plots.style import (
     save_figure,
     set_layer_axis,
 )
-from interp_ablate.plots.test_rates import before_after, rate_rows
 from interp_ablate.plots.trials import Value, pareto, search_front, sweep_heatmap
 from interp_ablate.search.trial_table import read_trials
+from interp_ablate.storage.entry_points import entry_points_of
 from interp_ablate.storage.tables import read_json, read_table
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-# The run folder ------------------------------------------------------------------------------
+GROUP = "interp_ablate.plots"
 
 
 def save_figures(folder: str | Path) -> list[Path]:
@@ -56,21 +57,21 @@ def save_figures(folder: str | Path) -> list[Path]:
     Raises:
         RunError: the folder is not there, cannot be written, or holds a corrupt file.
         DirectionError: corrupt directions.
+        InterpAblateError: the package that registers a figure fails to load.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise RunError(
             f"no run folder at {folder}: make one with `interp-ablate run --out {folder}`"
         )
+    others = {name: entry.load() for name, entry in entry_points_of(GROUP).items()}
     written = []
-    for draw in _FIGURES:
+    for name, draw in {**others, **RUN_FIGURES}.items():
         figures = draw(folder)
         if not figures:
-            logger.info(
-                "skipped %s: no data yet in %s", draw.__name__.removeprefix("_draw_"), folder
-            )
-        for name, figure in figures.items():
-            written.append(save_figure(figure, folder / "figures" / name))
+            logger.info("skipped %s: no data yet in %s", name, folder)
+        for file, figure in figures.items():
+            written.append(save_figure(figure, folder / "figures" / file))
     return written
 
 
@@ -84,8 +85,7 @@ def _draw_projections(folder: Path) -> dict[str, Figure]:
     if "position" not in frame:
         frame = frame.assign(position="-1")
     figures = {}
-    positions = sorted(frame["position"].unique(), key=position_key)
-    for place, position in enumerate(positions):
+    for place, position in enumerate(sorted(frame["position"].unique(), key=position_key)):
         rows = frame[frame["position"] == position]
         points = sorted(rows["point"].unique(), key=point_order)
         figure = new_figure(height=0.3 + 2.75 * len(points))
@@ -104,9 +104,9 @@ def _directions(folder: Path) -> list[Direction]:
     path = folder / "directions.safetensors"
     if not path.exists():
         return []
-    found = Directions.load(path)
+    directions = Directions.load(path)
     # the plain estimates; beside each stands its variant orthogonalized to the negative mean
-    return list(found.of("difference_in_means") or found)
+    return list(directions.of("difference_in_means") or directions)
 
 
 def _draw_separation(folder: Path) -> dict[str, Figure]:
@@ -144,12 +144,17 @@ def _draw_pareto(folder: Path) -> dict[str, Figure]:
     trials = _trials(folder)
     if trials is None or not finished_trials(trials, ("behaviour", "kl")).any():
         return {}
-    selected = read_json(folder / "selected.json") or {}
-    configuration = (read_json(folder / "run.json") or {}).get("configuration") or {}
+    selected, max_kl = _choice(folder)
     chosen = selected.get("trial") if selected.get("plan") else None
     figure = new_figure(height=5.4)
-    pareto(trials, figure.add_subplot(), selected=chosen, max_kl=configuration.get("max_kl"))
+    pareto(trials, figure.add_subplot(), selected=chosen, max_kl=max_kl)
     return {"pareto.png": figure}
+
+
+def _choice(folder: Path) -> tuple[dict[str, Any], float | None]:
+    """selected.json, and the limit of the KL under which was chosen."""
+    run = read_json(folder / "run.json") or {}
+    return read_json(folder / "selected.json") or {}, (run.get("configuration") or {}).get("max_kl")
 
 
 def _draw_search(folder: Path) -> dict[str, Figure]:
@@ -163,15 +168,15 @@ def _draw_search(folder: Path) -> dict[str, Figure]:
     trials = trials[trials["state"] == "COMPLETE"]
     if trials.empty:
         return {}
-    selected = read_json(folder / "selected.json") or {}
-    run = read_json(folder / "run.json") or {}
+    selected, max_kl = _choice(folder)
+    repetition = selected.get("validation_baseline", {}).get("repetition")
     figure = new_figure(height=5.4)
     search_front(
         trials,
         figure.add_subplot(),
-        repetition=selected.get("validation_baseline", {}).get("repetition"),
+        repetition=repetition,
         selected=selected.get("trial"),
-        max_kl=run.get("configuration", {}).get("max_kl"),
+        max_kl=max_kl,
     )
     return {"search.png": figure}
 
@@ -185,16 +190,18 @@ def _draw_before_after(folder: Path) -> dict[str, Figure]:
     return {"before_after.png": figure}
 
 
-_FIGURES: tuple[Callable[[Path], dict[str, Figure]], ...] = (
-    _draw_projections,
-    _draw_separation,
-    _draw_cosine,
-    _draw_sweep,
-    _draw_pareto,
-    _draw_search,
-    _draw_before_after,
-)
-
-
 def _trials(folder: Path) -> pd.DataFrame | None:
     return read_trials(folder / "trials.csv") if (folder / "trials.csv").exists() else None
+
+
+Drawer = Callable[[Path], dict[str, Figure]]
+# Name -> the function that reads a run folder and draws, by file name; empty where there is no data yet.
+RUN_FIGURES: dict[str, Drawer] = {
+    "projections": _draw_projections,
+    "separation": _draw_separation,
+    "cosine": _draw_cosine,
+    "sweep": _draw_sweep,
+    "pareto": _draw_pareto,
+    "search": _draw_search,
+    "before_after": _draw_before_after,
+}

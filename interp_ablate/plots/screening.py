@@ -1,6 +1,6 @@
-"""Histograms of screened samples.
+"""Plot of a screened data set: a histogram of its samples by projection, with the threshold.
 
-Knows: one plot. Does not know: how they were scored.
+Knows: how the histogram is drawn. Does not know: how samples were scored.
 """
 
 from __future__ import annotations
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-# ---- screening ----------------------------------------------------------------------------------------
-
-
 def screening_histogram(
     values: Sequence[float] | np.ndarray,
     ax: Axes,
@@ -43,22 +40,26 @@ def screening_histogram(
 ) -> Axes:
     """Samples by projection (or difference), with the threshold; those above it are flagged.
 
-    `labels`, where they are known, colour the bars instead; `reference` is a clean set, drawn as a line scaled
-    to the same area. Samples without a value are left out and counted.
+    Samples without a value are left out and counted.
+
+    Args:
+        labels: where they are known, they colour the bars instead.
+        reference: values of a clean set, drawn as a line scaled to the same area.
 
     Raises:
         RunError: no sample has a value.
     """
     array = np.asarray(values, float)
-    there = np.isfinite(array)
-    if not there.any():
+    finite = np.isfinite(array)
+    if not finite.any():
         raise RunError("there are no samples with a value to draw")
-    array = array[there]
-    bins = np.histogram_bin_edges(np.append(array, threshold), bins=_bins(len(array))).tolist()
+    array = array[finite]
+    count = int(np.clip(np.sqrt(len(array)) * 2, 12, 80))
+    bins = np.histogram_bin_edges(np.append(array, threshold), bins=count).tolist()
     if labels is None:
         orange, names = array > threshold, ("kept", "flagged")
     else:
-        orange, names = np.asarray(labels, bool)[there], ("not planted", "planted")
+        orange, names = np.asarray(labels, bool)[finite], ("not planted", "planted")
     for part, colour, name in zip((array[~orange], array[orange]), (NEGATIVE, POSITIVE), names):
         ax.hist(
             part, bins=bins, color=colour, alpha=0.65, label=f"{name} ({len(part)})",
@@ -67,7 +68,7 @@ def screening_histogram(
     if reference is not None:
         _outline(ax, np.asarray(reference, float), bins, len(array))
     ax.axvline(threshold, color=INK, linewidth=1.2, linestyle=(0, (4, 3)), label="threshold")
-    lost, above = int((~there).sum()), int((array > threshold).sum())
+    lost, above = int((~finite).sum()), int((array > threshold).sum())
     finish_axes(
         ax,
         f"Training samples by {by if by != 'adjusted' else 'adjusted projection'}"
@@ -98,10 +99,6 @@ def _outline(ax: Axes, values: np.ndarray, bins: list[float], n: int) -> None:
     )  # fmt: skip
 
 
-def _bins(n: int) -> int:
-    return int(np.clip(np.sqrt(n) * 2, 12, 80))
-
-
 def save_screening(
     table: pd.DataFrame,
     path: str | Path,
@@ -127,4 +124,4 @@ def save_screening(
         labels=labels,
         reference=None if reference is None else reference[by].to_numpy(float),
     )
-    return save_figure(figure, Path(path))
+    return save_figure(figure, path)

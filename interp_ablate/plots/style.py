@@ -1,6 +1,8 @@
-"""What all figures share: colours, axes, legends, captions, files.
+"""The look that all figures share: colours, axes, legends, captions, files.
 
-Knows: the look. Does not know: the data.
+It keeps away from pyplot: no window, no global state, no open figures; any backend may be in use.
+
+Knows: how a figure looks, and that it is written whole. Does not know: the data.
 """
 
 from __future__ import annotations
@@ -9,14 +11,13 @@ import logging
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from interp_ablate.errors import RunError
-from interp_ablate.sites import POINTS, Point
 from interp_ablate.storage.atomic_files import atomic_path
 
 if TYPE_CHECKING:
@@ -39,59 +40,40 @@ LINE_STYLES = ("-", "--", ":", "-.")
 _DPI, _WIDTH = 150, 7.8
 
 
-# Drawing helpers -----------------------------------------------------------------------------
-
-SIDES = ("negative", "positive")
-
-
-def standardised_projections(rows: pd.DataFrame) -> list[np.ndarray]:
-    """Negative and positive values, centred between the means, over the spread within labels."""
-    groups = [rows["projection"][rows["label"] == name].to_numpy(float) for name in SIDES]
-    filled = [group for group in groups if len(group)]
-    if not filled:
-        raise RunError(
-            f"unknown labels {sorted(map(str, rows['label'].unique()))[:4]} in the projections: "
-            f"accepted are {' and '.join(SIDES)}"
-        )
-    centre = float(np.mean([group.mean() for group in filled]))
-    squares = sum(float(((group - group.mean()) ** 2).sum()) for group in filled)
-    spread = np.sqrt(squares / max(sum(map(len, filled)) - len(filled), 1))
-    # Constant within each label: one unit apart is all that can be said.
-    scale = spread or max(abs(group.mean() - centre) for group in filled) or 1.0
-    return [(group - centre) / scale for group in groups]
-
-
-def add_colour_bar(image: Any, ax: Axes, **options: Any) -> Any:
-    return ax.get_figure().colorbar(image, ax=ax, **options)  # type: ignore[union-attr]
+def add_colour_bar(image: Any, ax: Axes, label: str, **options: Any) -> Any:
+    """The scale of an image's colours."""
+    bar = ax.get_figure().colorbar(image, ax=ax, **options)  # type: ignore[union-attr]
+    bar.set_label(label, fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    return bar
 
 
 def finished_trials(trials: pd.DataFrame, columns: Sequence[str]) -> pd.Series:
-    """Finished trials in which every given score is a finite number."""
+    """True for each finished trial in which every one of these scores is a finite number."""
     numbers = trials[list(columns)].apply(pd.to_numeric, errors="coerce")
     return (trials["status"] == "ok") & np.isfinite(numbers).all(axis=1)
 
 
 def point_order(point: str) -> int:
-    order: tuple[Point, ...] = (
-        "embed",
-        "resid_pre",
-        "attn_out",
-        "resid_mid",
-        "mlp_out",
-        "resid_post",
-    )
+    """Place of a point in a forward pass.
+
+    Raises:
+        RunError: an unknown point.
+    """
+    order = ("embed", "resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
     if point not in order:
-        raise RunError(f"unknown point {point!r}: accepted are {', '.join(POINTS)}")
-    return order.index(point)  # type: ignore[arg-type]
+        raise RunError(f"unknown point {point!r}: accepted are {', '.join(order)}")
+    return order.index(point)
 
 
 def position_key(position: str) -> tuple[int, str]:
-    """The last position first, then backwards; named positions after the numbered ones."""
+    """Sorting key: the last position first, then backwards; named positions after the numbered ones."""
     text = str(position)
     return (-int(text), "") if re.fullmatch(r"-?\d+", text) else (10**9, text)
 
 
 def require_columns(frame: pd.DataFrame, columns: Sequence[str], what: str) -> None:
+    """Raise a RunError that names the columns that a table lacks."""
     missing = [column for column in columns if column not in frame.columns]
     if missing:
         raise RunError(
@@ -101,32 +83,65 @@ def require_columns(frame: pd.DataFrame, columns: Sequence[str], what: str) -> N
 
 
 def require_rows(frame: pd.DataFrame, what: str) -> None:
+    """Raise a RunError for a table without rows."""
     if not len(frame):
         raise RunError(f"there are no {what} to draw")
 
 
 def set_layer_axis(ax: Axes, layers: Iterable[int]) -> None:
     """Whole layer numbers, at most sixteen of them, with room at the ends."""
-    found = sorted({int(layer) for layer in layers})
-    ax.set_xticks(found[:: max(1, -(-len(found) // 16))])
-    ax.set_xlim(found[0] - 0.7, found[-1] + 0.7)
+    numbers = sorted({int(layer) for layer in layers})
+    ax.set_xticks(numbers[:: max(1, -(-len(numbers) // 16))])
+    ax.set_xlim(numbers[0] - 0.7, numbers[-1] + 0.7)
+
+
+def set_row_axis(ax: Axes, names: Sequence[str]) -> None:
+    """One named row a value, from the top."""
+    ax.set_yticks(range(len(names)))
+    ax.set_yticklabels(names)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+
+
+def whisker(
+    ax: Axes, row: float, value: float, interval: Sequence[float] | None, colour: str, *,
+    text: str = "", hollow: bool = False,
+) -> None:  # fmt: skip
+    """A dot with its interval (low, high) in a row, and the number to the right of both."""
+    ends = [end for end in interval or () if np.isfinite(end)]
+    if len(ends) == 2:
+        ax.plot(ends, [row, row], color=colour, linewidth=2.2, alpha=0.55)
+    face: dict[str, Any] = {"markerfacecolor": "white"} if hollow else {"markeredgecolor": "white"}
+    ax.plot(value, row, "o", color=colour, markersize=8, **face)
+    if text:
+        ax.annotate(
+            text, (max(value, *ends) if ends else value, row), (8, 0), textcoords="offset points",
+            va="center", fontsize=9, color=INK, fontweight="bold", annotation_clip=False,
+        )  # fmt: skip
 
 
 def colour_patch(colour: str, name: str) -> Any:
+    """A legend's entry for an area."""
     from matplotlib.patches import Patch
 
     return Patch(facecolor=colour, alpha=0.7, label=name)
 
 
 def add_legend(ax: Axes, handles: list[Any] | None = None, **options: Any) -> None:
+    """A legend of the labelled artists, or of these handles."""
     shown = handles if handles is not None else ax.get_legend_handles_labels()[0]
     ax.legend(handles=shown, fontsize=8.5, framealpha=0.85, edgecolor="none", **options)
 
 
 def finish_axes(
-    ax: Axes, title: str, caption: str, xlabel: str, ylabel: str, *, grid: bool = True
+    ax: Axes,
+    title: str,
+    caption: str,
+    xlabel: str,
+    ylabel: str,
+    *,
+    grid: Literal["both", "x", ""] = "both",
 ) -> None:
-    """The look that all figures share: what is seen on top, n below it in grey, labelled axes."""
+    """Title on top, a caption (with n) below it in grey, labelled axes, no frame on two sides."""
     ax.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=INK, pad=19)
     ax.annotate(
         caption, (0, 1), (0, 6), xycoords="axes fraction", textcoords="offset points",
@@ -138,17 +153,24 @@ def finish_axes(
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
     if grid:
-        ax.grid(visible=True, color="#E8E8E8", linewidth=0.7)
+        ax.grid(visible=True, axis=grid, color="#E8E8E8", linewidth=0.7)
         ax.set_axisbelow(True)
 
 
-def new_figure(*, height: float) -> Figure:
-    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained", facecolor="white")
+def new_figure(*, height: float, width: float = _WIDTH) -> Figure:
+    """An empty figure; sizes in inches."""
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained", facecolor="white")
     figure.get_layout_engine().set(h_pad=0.08, w_pad=0.08)  # type: ignore[union-attr, call-arg]
     return figure
 
 
-def save_figure(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write a figure as PNG, whole or not at all.
+
+    Raises:
+        RunError: a place that cannot be written.
+    """
+    path = Path(path)
     try:
         with atomic_path(path) as temporary:
             figure.savefig(temporary, format="png")

@@ -1,7 +1,7 @@
-"""Plots of training: a trait before and after fine-tuning, and what an edit cost before and after recovery.
+"""Plots of training: a trait before and after fine-tuning, and an edit's cost before and after recovery.
 
-Knows: how the reports of `preventing` and `healing` are drawn, in the look of `plots`. Does not know: models,
-or how a number was measured.
+Knows: how the reports of `training/preventative` and `training/healing` are drawn. Does not know: models, or how a
+number was measured.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 from interp_ablate.errors import RunError
 from interp_ablate.plots.style import (
     CONTROL,
-    INK,
     NEGATIVE,
     POSITIVE,
     finish_axes,
     new_figure,
     save_figure,
+    set_row_axis,
+    whisker,
 )
 
 if TYPE_CHECKING:
@@ -44,34 +45,27 @@ _COSTS = {
     "kl_first_token": ("KL to the original, first token", "nats"),
     "kl_continuation": ("KL to the original, a token", "nats, over its own answers"),
 }
-WhiskerRow = tuple[str, Mapping[str, Any], str]
 
 
-def whiskers(rows: Sequence[WhiskerRow], ax: Axes, *, digits: int = 2) -> Axes:
+def _whiskers(
+    rows: Sequence[tuple[str, Mapping[str, Any], str]], ax: Axes, *, digits: int = 2
+) -> None:
     """A dot and its interval a row, from the top: (label, {"mean", "interval"}, colour).
 
     Raises:
         RunError: no row has a mean.
     """
-    known = [(label, value, colour) for label, value, colour in rows if value["mean"] is not None]
-    if not known:
+    rows = [row for row in rows if row[1]["mean"] is not None]
+    if not rows:
         raise RunError("there is no mean to draw: every value is missing")
-    for place, (_, value, colour) in enumerate(known):
-        low, high = value["interval"]
-        ax.plot([low, high], [place, place], color=colour, linewidth=2.2, alpha=0.55)
-        ax.plot(value["mean"], place, "o", color=colour, markersize=8, markeredgecolor="white")
-        ax.annotate(
-            f"{value['mean']:.{digits}f}", (high, place), (7, 0), textcoords="offset points",
-            va="center", fontsize=9, color=INK, fontweight="bold", annotation_clip=False,
-        )  # fmt: skip
-    ax.set_yticks(range(len(known)))
-    ax.set_yticklabels([label for label, *_ in known])
-    ax.set_ylim(len(known) - 0.5, -0.6)
+    for place, (_, value, colour) in enumerate(rows):
+        text = f"{value['mean']:.{digits}f}"
+        whisker(ax, place, value["mean"], value["interval"], colour, text=text)
+    set_row_axis(ax, [label for label, *_ in rows])
     ax.margins(x=0.22)
-    return ax
 
 
-def trait(report: Mapping[str, Any], ax: Axes, *, measure: str = "score") -> Axes:
+def trait_after_training(report: Mapping[str, Any], ax: Axes, *, measure: str = "score") -> Axes:
     """One measure of the trait before, after plain and after preventative fine-tuning, with intervals.
 
     Raises:
@@ -79,21 +73,20 @@ def trait(report: Mapping[str, Any], ax: Axes, *, measure: str = "score") -> Axe
     """
     if measure not in _TRAIT:
         raise RunError(f"unknown measure {measure!r}: accepted are {', '.join(_TRAIT)}")
-    found = report["conditions"]
+    conditions = report["conditions"]
     rows = [
-        (label, found[name][measure], colour)
+        (label, conditions[name][measure], colour)
         for name, (label, colour) in _CONDITIONS.items()
-        if name in found
+        if name in conditions
     ]
-    whiskers(rows, ax, digits=0 if measure == "score" else 2)
+    _whiskers(rows, ax, digits=0 if measure == "score" else 2)
     title, xlabel = _TRAIT[measure]
     n = max(value["n"] for _, value, _ in rows)
-    finish_axes(ax, title, f"{n} held-out questions, 95% intervals", xlabel, "")
-    ax.grid(visible=False, axis="y")
+    finish_axes(ax, title, f"{n} held-out questions, 95% intervals", xlabel, "", grid="x")
     return ax
 
 
-def cost(report: Mapping[str, Any], ax: Axes, *, measure: str = "kl_continuation") -> Axes:
+def recovery_cost(report: Mapping[str, Any], ax: Axes, *, measure: str = "kl_continuation") -> Axes:
     """One number of the original, the edited and the healed model, with intervals.
 
     Raises:
@@ -110,14 +103,13 @@ def cost(report: Mapping[str, Any], ax: Axes, *, measure: str = "kl_continuation
     ]
     if not rows:
         raise RunError(f"the report has no {measure}: heal with --original")
-    whiskers(rows, ax, digits=2 if measure == "behaviour" else 3)
+    _whiskers(rows, ax, digits=2 if measure == "behaviour" else 3)
     title, xlabel = _COSTS[measure]
-    finish_axes(ax, title, f"{rows[0][1]['n']} prompts, 95% intervals", xlabel, "")
+    finish_axes(ax, title, f"{rows[0][1]['n']} prompts, 95% intervals", xlabel, "", grid="x")
     if measure == "behaviour":
         ax.set_xlim(-0.05, 1.12)
     else:
         ax.set_xlim(left=0)
-    ax.grid(visible=False, axis="y")
     return ax
 
 
@@ -127,17 +119,16 @@ def save_trait(report: Mapping[str, Any], path: str | Path) -> Path:
     Raises:
         RunError: nothing to draw, or a place that cannot be written.
     """
-    figure = new_figure(height=2.9)
-    figure.set_size_inches(10.4, 2.9)
+    figure = new_figure(height=2.9, width=10.4)
     axes = figure.subplots(1, 2)
     for ax, measure in zip(axes, ("score", "projection"), strict=True):
-        trait(report, ax, measure=measure)
+        trait_after_training(report, ax, measure=measure)
     axes[1].set_yticklabels([])
-    return save_figure(figure, Path(path))
+    return save_figure(figure, path)
 
 
 def save_costs(report: Mapping[str, Any], path: str | Path) -> Path:
-    """Behaviour and the two KLs side by side, as PNG; None of a report is drawn that it does not have.
+    """Behaviour and the two KLs side by side, as PNG; a measure that the report lacks is left out.
 
     Raises:
         RunError: nothing to draw, or a place that cannot be written.
@@ -146,8 +137,7 @@ def save_costs(report: Mapping[str, Any], path: str | Path) -> Path:
     names = [name for name in _COSTS if any(name in values for values in measured.values())]
     if not names:
         raise RunError("the report holds no measurements: heal with --contrast")
-    figure = new_figure(height=2.5)
-    figure.set_size_inches(3.6 * len(names), 2.5)
+    figure = new_figure(height=2.5, width=3.6 * len(names))
     for ax, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        cost(report, ax, measure=name)
-    return save_figure(figure, Path(path))
+        recovery_cost(report, ax, measure=name)
+    return save_figure(figure, path)

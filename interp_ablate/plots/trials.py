@@ -1,6 +1,6 @@
-"""Sweeps, Pareto fronts and searches.
+"""Plots of trials: a sweep by layer, and behaviour against damage with the Pareto front.
 
-Knows: three plots. Does not know: runs.
+Knows: how tables of trials are drawn. Does not know: run folders, or how trials were scored.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from interp_ablate.plots.style import (
     require_columns,
     require_rows,
 )
+from interp_ablate.search.selection import pareto_front
 from interp_ablate.search.trial_table import TRIAL_COLUMNS
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ _HEAT: dict[Value, tuple[str, str, str]] = {
     ),
 }
 _SMALLEST_KL = 1e-8
+_KL_LABEL = "KL to the unedited model, first token, negative prompts (nats, log scale)"
 
 
 def sweep_heatmap(trials: pd.DataFrame, ax: Axes, *, value: Value) -> Axes:
@@ -85,7 +87,7 @@ def sweep_heatmap(trials: pd.DataFrame, ax: Axes, *, value: Value) -> Axes:
     names = [p if not positions[1:] else f"{p}\n{where}" for p, where in columns]
     ax.set_xticklabels(names, rotation=90 if len(columns) > 3 else 30, ha="center")
     done = int(np.isfinite(grid).sum())
-    finish_axes(ax, title, f"{done} of {grid.size} sites; light = better", "", "layer", grid=False)
+    finish_axes(ax, title, f"{done} of {grid.size} sites; light = better", "", "layer", grid="")
     return ax
 
 
@@ -98,48 +100,51 @@ def pareto(
 ) -> Axes:
     """Behaviour against KL of every finished trial, with the front that no trial beats on both.
 
-    `selected` is the chosen trial's row; `max_kl` draws the limit. Failed trials and those without
-    both numbers are left out and counted in the caption.
+    Failed trials and those without both numbers are left out and counted in the caption.
+
+    Args:
+        selected: the chosen trial's row.
+        max_kl: the KL limit to draw, in nats.
 
     Raises:
-        RunError: a missing column, or no finished trial.
+        RunError: a missing column, no finished trial, or a chosen trial without numbers.
     """
     require_columns(trials, TRIAL_COLUMNS, "trials")
     rows = trials[finished_trials(trials, ("behaviour", "kl"))]
     require_rows(rows, "finished trials with both a behaviour and a KL")
-    damage = rows["kl"].clip(lower=_SMALLEST_KL)
-    screened = (rows["stage"] == "screen").to_numpy()
+    rows = rows.assign(kl=rows["kl"].clip(lower=_SMALLEST_KL))
+    screened = rows["stage"] == "screen"
     for mask, colour, marker, name in (
         (screened, "#9A9A9A", "o", "screen: full strength, one site's direction"),
         (~screened, "#56B4E9", "s", "refine: strengths per layer"),
     ):
-        if mask.any():
-            ax.scatter(
-                damage[mask], rows["behaviour"][mask], s=18, c=colour, marker=marker,
-                alpha=0.75, linewidths=0, label=f"{name} ({int(mask.sum())})",
-            )  # fmt: skip
-    if "expression_rate" in rows and (read := rows["expression_rate"].notna().to_numpy()).any():
-        ax.scatter(
-            damage[read], rows["behaviour"][read], s=42, facecolors="none", edgecolors=INK,
-            linewidths=0.9, label=f"finalist: its answers were generated ({int(read.sum())})",
+        _points(
+            ax,
+            rows[mask],
+            "behaviour",
+            name,
+            s=18,
+            c=colour,
+            marker=marker,
+            alpha=0.75,
+            linewidths=0,
+        )
+    if "expression_rate" in rows:
+        _points(
+            ax, rows[rows["expression_rate"].notna()], "behaviour",
+            "finalist: its answers were generated", s=42, facecolors="none", edgecolors=INK,
+            linewidths=0.9,
         )  # fmt: skip
-    front = _front(damage.to_numpy(float), rows["behaviour"].to_numpy(float))
-    ax.plot(*front, color="#009E73", linewidth=1.6, drawstyle="steps-post", label="Pareto front")
-    ax.set_xscale("log")
-    _mark_choice(ax, selected, max_kl)
-    # Plain numbers, also between decades: the KLs of one sweep often span only one or two.
-    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    ax.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+    _front_and_limits(ax, rows, "behaviour", selected, max_kl)
     left_out = len(trials) - len(rows)
     finish_axes(
         ax,
         "Behaviour against damage, validation split",
         f"{len(rows)} of {len(trials)} trials"
         + (f"; {left_out} failed or NaN" if left_out else ""),
-        "KL to the unedited model, first token, negative prompts (nats, log scale)",
+        _KL_LABEL,
         "target log-odds, positive prompts\n(lower = behaviour removed)",
     )
-    add_legend(ax, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
     return ax
 
 
@@ -155,58 +160,80 @@ def search_front(
 
     Args:
         repetition: the unedited model's; plans that repeat themselves more are drawn hollow.
-        selected: the chosen trial's row; `max_kl` draws the limit.
+        selected: the chosen trial's row.
+        max_kl: the KL limit to draw, in nats.
 
     Raises:
-        RunError: a missing column, or no finished trial.
+        RunError: a missing column, no finished trial, or a chosen trial without numbers.
     """
     require_columns(trials, ("edit", "expression_rate", "kl", "repetition"), "the search's trials")
     rows = trials[trials[["expression_rate", "kl"]].notna().all(axis=1)]
     require_rows(rows, "finished trials")
-    damage, rate = rows["kl"].clip(lower=_SMALLEST_KL), rows["expression_rate"]
+    rows = rows.assign(kl=rows["kl"].clip(lower=_SMALLEST_KL))
     loops = rows["repetition"] > (math.inf if repetition is None else repetition)
     for kind, colour, marker, name in (
         ("band", "#56B4E9", "s", "kernels of strengths"),
         ("fitted", "#E69F00", "D", "around a fitted edit"),
     ):
         for mask, face, more in (
-            ((rows["edit"] == kind) & ~loops, colour, ""),
-            ((rows["edit"] == kind) & loops, "none", ", positive prompts' answers repeat more"),
+            (~loops, colour, ""),
+            (loops, "none", ", positive prompts' answers repeat more"),
         ):
-            if mask.any():
-                ax.scatter(
-                    damage[mask], rate[mask], s=26, marker=marker, facecolors=face,
-                    edgecolors=colour, linewidths=1.1, label=f"{name}{more} ({int(mask.sum())})",
-                )  # fmt: skip
-    front = _front(damage.to_numpy(float), rate.to_numpy(float))
-    ax.plot(
-        *front,
-        color="#009E73",
-        linewidth=1.6,
-        marker=".",
-        drawstyle="steps-post",
-        label="Pareto front",
-    )  # a front of one plan is a dot
-    ax.set_xscale("log")
+            _points(
+                ax, rows[(rows["edit"] == kind) & mask], "expression_rate", name + more, s=26,
+                marker=marker, facecolors=face, edgecolors=colour, linewidths=1.1,
+            )  # fmt: skip
+    _front_and_limits(ax, rows, "expression_rate", selected, max_kl)
     ax.set_ylim(bottom=-0.03)
-    if selected is not None:
-        ax.scatter(
-            max(selected["kl"], _SMALLEST_KL), selected["expression_rate"], s=130, marker="*",
-            color="#D55E00", zorder=5, label="chosen",
-        )  # fmt: skip
-    if max_kl is not None:
-        ax.axvline(max_kl, color=INK, linewidth=0.9, linestyle=":", label=f"KL limit {max_kl:g}")
-    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    ax.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
     finish_axes(
         ax,
         "Plans of the search, validation split",
         f"{len(rows)} of {len(trials)} trials scored",
-        "KL to the unedited model, first token, negative prompts (nats, log scale)",
+        _KL_LABEL,
         "share of positive prompts whose answer\nshows the behaviour",
     )
-    add_legend(ax, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
     return ax
+
+
+def _points(ax: Axes, rows: pd.DataFrame, score: str, name: str, **look: Any) -> None:
+    """A score against KL of some trials, counted in the legend; nothing where there are none."""
+    if len(rows):
+        ax.scatter(rows["kl"], rows[score], label=f"{name} ({len(rows)})", **look)
+
+
+def _front_and_limits(
+    ax: Axes,
+    rows: pd.DataFrame,
+    score: str,
+    selected: Mapping[str, Any] | None,
+    max_kl: float | None,
+) -> None:
+    """The Pareto front, the chosen trial, the KL limit, and a logarithmic KL axis."""
+    front = pareto_front(rows, objectives=("kl", score))
+    ax.plot(
+        front["kl"], front[score], color="#009E73", linewidth=1.6, marker=".",
+        drawstyle="steps-post", label="Pareto front",
+    )  # fmt: skip
+    ax.set_xscale("log")
+    if max_kl is not None and max_kl > 0:
+        ax.axvline(max_kl, color=POSITIVE, linewidth=1.2, linestyle=(0, (4, 3)),
+                   label=f"limit: KL {max_kl:g}")  # fmt: skip
+        right = max(ax.get_xlim()[1], max_kl * 1.3)
+        ax.axvspan(max_kl, right, color=POSITIVE, alpha=0.06, linewidth=0)
+        ax.set_xlim(right=right)
+    if selected and selected.get(score) is not None and selected.get("kl") is not None:
+        try:
+            x, y = max(float(selected["kl"]), _SMALLEST_KL), float(selected[score])
+        except (TypeError, ValueError) as error:
+            raise RunError(f"the selected trial's scores are not numbers: {error}") from error
+        ax.plot(
+            x, y, "*", markersize=17, color=POSITIVE, markeredgecolor="white", linestyle="none",
+            label=f"chosen: trial {selected.get('trial', '?')}", zorder=5,
+        )  # fmt: skip
+    # Plain numbers, also between decades: the KLs of one sweep often span only one or two.
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+    add_legend(ax, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
 
 
 def _heat_cells(ax: Axes, grid: np.ndarray, value: Value, label: str, colours: str) -> None:
@@ -220,9 +247,7 @@ def _heat_cells(ax: Axes, grid: np.ndarray, value: Value, label: str, colours: s
         np.ma.masked_invalid(grid), cmap=colours, aspect="auto", origin="lower",
         interpolation="nearest", **scale,
     )  # fmt: skip
-    bar = add_colour_bar(image, ax, location="bottom", fraction=0.05, pad=0.02)
-    bar.set_label(label, fontsize=8)
-    bar.ax.tick_params(labelsize=8)
+    bar = add_colour_bar(image, ax, label, location="bottom", fraction=0.05, pad=0.02)
     if value == "kl":
         low, high = image.get_clim()
         assert low is not None and high is not None  # set by the norm above
@@ -238,37 +263,3 @@ def _heat_cells(ax: Axes, grid: np.ndarray, value: Value, label: str, colours: s
         row, column = np.unravel_index(best, grid.shape)
         for colour, size in (("black", 9), ("white", 7)):
             ax.plot(column, row, "o", markersize=size, markerfacecolor="none", color=colour)
-
-
-def _front(damage: np.ndarray, behaviour: np.ndarray) -> tuple[list[float], list[float]]:
-    """The points that no other beats on both numbers, by rising damage."""
-    xs: list[float] = []
-    ys: list[float] = []
-    for index in np.lexsort((behaviour, damage)):
-        if not ys or behaviour[index] < ys[-1]:
-            xs.append(float(damage[index]))
-            ys.append(float(behaviour[index]))
-    return xs, ys
-
-
-def _mark_choice(ax: Axes, selected: Mapping[str, Any] | None, max_kl: float | None) -> None:
-    if max_kl is not None and max_kl > 0:
-        ax.axvline(
-            max_kl,
-            color=POSITIVE,
-            linewidth=1.2,
-            linestyle=(0, (4, 3)),
-            label=f"limit: KL {max_kl:g}",
-        )
-        right = max(ax.get_xlim()[1], max_kl * 1.3)
-        ax.axvspan(max_kl, right, color=POSITIVE, alpha=0.06, linewidth=0)
-        ax.set_xlim(right=right)
-    if selected and selected.get("behaviour") is not None and selected.get("kl") is not None:
-        try:
-            x, y = max(float(selected["kl"]), _SMALLEST_KL), float(selected["behaviour"])
-        except (TypeError, ValueError) as error:
-            raise RunError(f"the selected trial's scores are not numbers: {error}") from error
-        ax.plot(
-            x, y, "*", markersize=17, color=POSITIVE, markeredgecolor="white", linestyle="none",
-            label=f"chosen: trial {selected.get('trial', '?')}", zorder=5,
-        )  # fmt: skip

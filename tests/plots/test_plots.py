@@ -22,11 +22,11 @@ from interp_ablate.plots.directions import (
     cosine_similarity,
     projections,
     separation_by_layer,
+    standardised_projections,
 )
+from interp_ablate.plots.evaluation import before_after
 from interp_ablate.plots.run_figures import save_figures
-from interp_ablate.plots.style import standardised_projections
-from interp_ablate.plots.test_rates import before_after
-from interp_ablate.plots.trials import pareto, sweep_heatmap
+from interp_ablate.plots.trials import pareto, search_front, sweep_heatmap
 from interp_ablate.search.trial_table import TRIAL_COLUMNS
 from interp_ablate.sites import Point, Site
 from interp_ablate.storage.tables import read_lines
@@ -507,6 +507,49 @@ def test_what_has_no_data_is_skipped(tmp_path, missing, figures):
     run = make_run(tmp_path / "run", 1)
     (run / missing).unlink()
     assert {path.name for path in save_figures(run)} == ALL_FIGURES - figures
+
+
+def test_a_plot_of_another_package(tmp_path, monkeypatch):
+    info = tmp_path / "outside-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[interp_ablate.plots]\nnorms = outside_plots:norms\n")
+    (tmp_path / "outside_plots.py").write_text(
+        "from interp_ablate.directions import Directions\n"
+        "from interp_ablate.plots import new_figure\n"
+        "def norms(folder):\n"
+        "    if not (folder / 'directions.safetensors').exists():\n"
+        "        return {}\n"
+        "    figure = new_figure(height=3.0)\n"
+        "    items = Directions.load(folder / 'directions.safetensors')\n"
+        "    figure.add_subplot().plot([item.norm for item in items])\n"
+        "    return {'norms.png': figure}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    run = make_run(tmp_path / "run", 1)
+    assert {path.name for path in save_figures(run)} == ALL_FIGURES | {"norms.png"}
+    (run / "directions.safetensors").unlink()
+    names = {path.name for path in save_figures(run)}
+    assert names == ALL_FIGURES - {"separation.png", "cosine_similarity.png"}
+
+
+def test_search_front_marks_loops_the_limit_and_the_choice(ax):
+    trials = pd.DataFrame(
+        {
+            "edit": ["band", "band", "fitted", "band"],
+            "expression_rate": [0.5, 0.1, 0.2, np.nan],
+            "kl": [0.01, 0.2, 0.05, 0.1],
+            "repetition": [0.0, 0.3, 0.0, 0.0],
+        }
+    )
+    chosen = {"trial": 2, "kl": 0.05, "expression_rate": 0.2}
+    search_front(trials, ax, repetition=0.1, selected=chosen, max_kl=0.1)
+    said = everything_said(ax)
+    assert "3 of 4 trials scored" in said and "limit: KL 0.1" in said
+    assert "kernels of strengths, positive prompts' answers repeat more (1)" in said
+    front = lines_of(ax, "Pareto front")
+    assert list(front.get_xdata()) == [0.01, 0.05, 0.2]
+    assert list(lines_of(ax, "chosen: trial 2").get_ydata()) == [0.2]
 
 
 def test_nothing_to_draw_yet(tmp_path):
