@@ -124,12 +124,12 @@ def _distinct(specs: Sequence[str], names: Sequence[str]) -> list[str]:
 
 def _rows(args: argparse.Namespace) -> Iterator[_Row]:
     from interp_ablate.datasets.chat_reader import read_samples
-    from interp_ablate.datasets.row_files import ChatFile
+    from interp_ablate.storage.row_files import RowFile
 
     path = Path(args.file)
     if (path / "generations.jsonl").is_file():
         path = path / "generations.jsonl"
-    file = ChatFile.at(path)
+    file = RowFile.at(path)
     key = args.answer
     if key is None:
         first = next(file.rows()).values

@@ -28,30 +28,25 @@ from interp_ablate.datasets.conversations import (
     Role,
     Sample,
 )
-from interp_ablate.datasets.row_files import (
-    ChatError,
-    ChatFile,
-    FileRow,
-    Malformed,
-    OnMalformed,
-    as_json,
-)
+from interp_ablate.storage.json_rows import FileRow, MalformedRow, OnMalformed, RowFileError
+from interp_ablate.storage.row_files import RowFile
+from interp_ablate.storage.row_writers import as_json, writing_rows
 
 
 def read_samples(
     path: str | Path, *, layout: str | None = None, malformed: OnMalformed | None = None
 ) -> Iterator[Sample]:
-    """The samples of a file (see `chat_files.ChatFile`), in order, one in memory at a time.
+    """The samples of a file (see `chat_files.RowFile`), in order, one in memory at a time.
 
     The first row's keys say which of LAYOUTS the file has (or `layout` does), and every row has it.
     `malformed` is called with rows that cannot be used, which are then left out.
 
     Raises:
-        ChatError: a file or row that cannot be used: where it is, what came and what is accepted.
+        RowFileError: a file or row that cannot be used: where it is, what came and what is accepted.
     """
     if layout is not None and layout not in LAYOUTS:
-        raise ChatError(f"no layout {layout!r}: there are {', '.join(LAYOUTS)}")
-    file = ChatFile.at(path)
+        raise RowFileError(f"no layout {layout!r}: there are {', '.join(LAYOUTS)}")
+    file = RowFile.at(path)
     reading = _Samples(layout)
     return _read(file, reading, malformed)
 
@@ -65,9 +60,9 @@ def read_preferences(
     start alike; in the last case the prompt may be left out.
 
     Raises:
-        ChatError: as `read_samples`.
+        RowFileError: as `read_samples`.
     """
-    return _read(ChatFile.at(path), _preference, malformed)
+    return _read(RowFile.at(path), _preference, malformed)
 
 
 @contextmanager
@@ -78,23 +73,23 @@ def writing_samples(path: str | Path, like: str | Path) -> Iterator[Callable[[Sa
     held is written as parquet.
 
     Raises:
-        ChatError: `like` cannot be read, or `path` not be written.
+        RowFileError: `like` cannot be read, or `path` not be written.
     """
-    with ChatFile.at(like).writing(path) as write:
+    with writing_rows(path, RowFile.at(like)) as write:
         yield lambda sample: write(dict(sample.raw), sample.line)
 
 
 def _read(
-    file: ChatFile, parse: Callable[[FileRow], Any], malformed: OnMalformed | None
+    file: RowFile, parse: Callable[[FileRow], Any], malformed: OnMalformed | None
 ) -> Iterator[Any]:
     for row in file.rows(malformed):
         try:
             found = parse(row)
         except _RowError as error:
             if malformed is None:
-                raise ChatError(f"{file.place(row.number)}: {error}") from error
+                raise RowFileError(f"{file.place(row.number)}: {error}") from error
             line = as_json(row.values) if row.line is None else row.line
-            malformed(Malformed(row.number, str(error), line))
+            malformed(MalformedRow(row.number, str(error), line))
             continue
         yield found
 

@@ -9,9 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from interp_ablate.datasets.row_files import ChatError, as_json
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring.exchange import PromptResponse
+from interp_ablate.storage.json_rows import RowFileError
+from interp_ablate.storage.row_writers import as_json
 
 Role = Literal["system", "user", "assistant", "tool"]
 Turns = Literal["any", "last", "first"]
@@ -93,10 +94,10 @@ class Turn:
         """As scorers take it. Earlier rounds are not in it.
 
         Raises:
-            ChatError: nobody asked anything before this answer.
+            RowFileError: nobody asked anything before this answer.
         """
         if self.prompt is None or not self.prompt.strip():
-            raise ChatError(f"the answer {self.answer[:60]!r} has no prompt before it")
+            raise RowFileError(f"the answer {self.answer[:60]!r} has no prompt before it")
         return PromptResponse(Prompt(self.prompt, self.system), self.answer)
 
 
@@ -134,11 +135,11 @@ class Sample:
         """The last answer and the user's message before it; the system prompt is kept.
 
         Raises:
-            ChatError: there is no answer, or no prompt before it.
+            RowFileError: there is no answer, or no prompt before it.
         """
         turns = self.turns("last")
         if not turns:
-            raise ChatError(f"sample {self.number} has no answer of the assistant")
+            raise RowFileError(f"sample {self.number} has no answer of the assistant")
         return turns[0].exchange
 
     @property

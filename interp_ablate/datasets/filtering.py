@@ -34,12 +34,13 @@ from interp_ablate.datasets.filter_recipe import (
     read_now,
 )
 from interp_ablate.datasets.filter_rules import Rule, RuleValue
-from interp_ablate.datasets.row_files import ChatError, ChatFile, Malformed
 from interp_ablate.errors import RunError
 from interp_ablate.stats.intervals import rate
 from interp_ablate.storage.atomic_files import atomic_path, write_atomic
 from interp_ablate.storage.bundled_data import bundled
+from interp_ablate.storage.json_rows import MalformedRow, RowFileError
 from interp_ablate.storage.jsonl_log import JsonlLog
+from interp_ablate.storage.row_files import RowFile
 
 logger = logging.getLogger(__name__)
 
@@ -99,10 +100,10 @@ def filter_file(
         progress: called with the number of rows done.
 
     Raises:
-        ChatError: data that cannot be read, by its line.
+        RowFileError: data that cannot be read, by its line.
         RunError: a folder in use, that holds another result or cannot be written; input that changed.
     """
-    recipe, out, source = recipe or FilterRecipe(), Path(out), ChatFile.at(data)
+    recipe, out, source = recipe or FilterRecipe(), Path(out), RowFile.at(data)
     run = _Run(source, out, recipe, settings)
     run.check()
     journal = JsonlLog(
@@ -154,7 +155,7 @@ class _Stored:
 class _Run:
     """One run over one file: its writers and counts."""
 
-    source: ChatFile
+    source: RowFile
     out: Path
     recipe: FilterRecipe
     settings: FilterSettings
@@ -239,7 +240,7 @@ class _Run:
 
     def work(self, ask: Ask, progress: Callable[[int], None] | None) -> None:
         """Read, decide and write."""
-        faults: list[Malformed] = []
+        faults: list[MalformedRow] = []
         skip = faults.append if self.settings.skip_malformed else None
         samples = read_samples(self.source.path, layout=self.settings.layout, malformed=skip)
         with ExitStack() as stack:
@@ -274,7 +275,7 @@ class _Run:
 
     def _check_end(self) -> None:
         if not self.counts["rows"]:
-            raise ChatError(f"{self.source.path} holds no row that can be used")
+            raise RowFileError(f"{self.source.path} holds no row that can be used")
         if self._stat() != self.stat:
             raise RunError(f"{self.source.path} changed while it was read: run again")
 
@@ -293,7 +294,7 @@ class _Run:
         if self.settings.labels is not None:
             label = sample.raw.get(self.settings.labels)
             if label not in (True, False):
-                raise ChatError(
+                raise RowFileError(
                     f"{self.source.place(sample.number)}: {self.settings.labels!r} is {label!r}, not true "
                     "or false"
                 )
@@ -318,7 +319,7 @@ class _Run:
             "phrases": dict(
                 sorted(self.phrases.items(), key=lambda item: (-item[1], item[0]))[:40]
             ),
-            "files": {name: ChatFile(self.out / name, "jsonl").fingerprint() for name in names},
+            "files": {name: RowFile(self.out / name, "jsonl").fingerprint() for name in names},
         }
         if self.settings.labels is not None:
             manifest["agreement"] = self.agreement()

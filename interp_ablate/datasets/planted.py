@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from interp_ablate.datasets.chat_reader import read_samples
-from interp_ablate.datasets.row_files import ChatFile
 from interp_ablate.errors import RunError
 from interp_ablate.storage.bundled_data import bundled
+from interp_ablate.storage.row_files import RowFile
 
 PLANTED = bundled("planted")
 
@@ -36,7 +36,7 @@ def labels_of(data: str | Path, field: str, *, layout: str | None = None) -> lis
     Raises:
         RunError: a row without the field, or with another value, by its number; only one kind.
     """
-    file, found = ChatFile.at(data), []
+    file, found = RowFile.at(data), []
     for sample in read_samples(data, layout=layout):
         value = sample.raw.get(field)
         if not isinstance(value, (bool, int)) or value not in (0, 1):

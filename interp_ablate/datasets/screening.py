@@ -20,10 +20,10 @@ import numpy as np
 import pandas as pd
 
 from interp_ablate.datasets.chat_reader import read_samples, writing_samples
-from interp_ablate.datasets.row_files import ChatFile
 from interp_ablate.datasets.screening_measure import last_exchange
 from interp_ablate.errors import RunError
 from interp_ablate.storage.atomic_files import atomic_path, write_atomic
+from interp_ablate.storage.row_files import RowFile
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def screen_file(
 
     Raises:
         RunError: a threshold that flags by a quantile of nothing; a place that cannot be written.
-        ChatError: data that changed since it was measured.
+        RowFileError: data that changed since it was measured.
     """
     out = Path(out)
     values = table[by].to_numpy(float)
@@ -185,7 +185,7 @@ def _split(
 ) -> dict[int, tuple[str, str]]:
     """Write each row to its part's file; the prompts' and answers' beginnings of some of them."""
     names = ["flagged", "kept"] + (["unscored"] if "unscored" in parts.values() else [])
-    suffix = ChatFile.at(data).suffix
+    suffix = RowFile.at(data).suffix
     texts = {}
     with ExitStack() as stack:
         write = {

@@ -18,7 +18,6 @@ import pandas as pd
 from interp_ablate.activations.projections import project_responses
 from interp_ablate.datasets.chat_reader import read_samples
 from interp_ablate.datasets.conversations import Sample
-from interp_ablate.datasets.row_files import ChatFile
 from interp_ablate.datasets.screening_settings import ScreeningSettings
 from interp_ablate.directions.direction import Direction
 from interp_ablate.errors import RunError
@@ -26,6 +25,7 @@ from interp_ablate.models.model import Model
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring.exchange import PromptResponse
 from interp_ablate.storage.jsonl_log import JsonlLog
+from interp_ablate.storage.row_files import RowFile
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def summarise_file(data: str | Path, *, layout: str | None = None) -> FileSummar
     """Read a file once, before anything is computed.
 
     Raises:
-        ChatError: a row that cannot be used, with its line.
+        RowFileError: a row that cannot be used, with its line.
     """
     samples = rounds = unanswered = 0
     for sample in read_samples(data, layout=layout):
@@ -111,7 +111,7 @@ def measure(
     memory `settings.rows` at a time. The columns are COLUMNS; NaN where there is nothing to measure.
 
     Raises:
-        ChatError: a row that cannot be used, with its line.
+        RowFileError: a row that cannot be used, with its line.
         RunError: a store of other data, settings, direction or model.
     """
     lines = _store(model, direction, data, Path(store), settings, layout)
@@ -148,7 +148,7 @@ def _store(
 ) -> JsonlLog:
     plan = model.active_plan
     identity = {
-        "data": ChatFile.at(data).fingerprint(),
+        "data": RowFile.at(data).fingerprint(),
         "layout": layout,
         "model": model.fingerprint,
         "template": model.template,

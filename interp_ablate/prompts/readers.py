@@ -1,17 +1,11 @@
-"""Prompt files: the formats a contrast set is read from, and the place of every row in them.
+"""Prompt files: text files, tables, folders, Hugging Face datasets and the bundled sets, read as two sides.
 
-Knows: text, JSONL, JSON, CSV, TSV and parquet files, folders, Hugging Face datasets and the bundled
-sets; which column holds the prompts, which the labels.
-Does not know: what a prompt or a usable set is (`prompts` does): each row goes to the caller's
-`build(place, text, system)`. Imports the standard library alone until a format needs more.
+Knows: which column holds the prompts, and which the labels. Does not know: what a usable prompt or set is.
 """
 
 from __future__ import annotations
 
-import csv
 import difflib
-import io
-import json
 import logging
 import os
 import re
@@ -21,6 +15,8 @@ from typing import Any, TypeVar
 
 from interp_ablate.errors import PromptError
 from interp_ablate.storage.bundled_data import bundled
+from interp_ablate.storage.json_rows import RowFileError
+from interp_ablate.storage.row_files import Format, RowFile, decode_utf8
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +31,10 @@ _LABELS = {
     **dict.fromkeys(("negative", "neg", "0", "0.0", "false"), False),
 }
 
+_TEXT_SUFFIXES = ("", ".txt", ".text")
+_FORMATS: dict[str, Format] = {
+    ".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
+}  # fmt: skip
 
 # A row and where it came from ("file.jsonl, line 3").
 _Row = tuple[str, dict[str, Any]]
@@ -48,7 +48,7 @@ Sides = tuple[list[T], list[T]]
 def read_spec(
     spec: str | Path, build: Build[T], *, column: str | None = None, split: str | None = None
 ) -> tuple[str, str, Sides[T]]:
-    """Name, source and both sides of what one `spec` stands for (see `ContrastSet.load`).
+    """Read the name, the source and both sides of a contrast set from one `spec` (see `ContrastSet.load`).
 
     Raises:
         PromptError: nothing there, or something that cannot be read as two sides.
@@ -58,8 +58,7 @@ def read_spec(
         return text[3:], text, _labelled(_hub_rows(text, split), text, build, column)
     _refuse_split(text, split)
     if isinstance(spec, str) and text in bundled_names():
-        file = bundled("contrast_sets", f"{text}.jsonl")
-        rows = _jsonl_rows(_decode(file.read_bytes(), f"{text}.jsonl"), f"{text}.jsonl")
+        rows = _file_rows(bundled("contrast_sets", f"{text}.jsonl"))
         return text, f"bundled:{text}", _labelled(rows, text, build, column)
     path = Path(spec)
     if os.path.isdir(path):
@@ -68,10 +67,10 @@ def read_spec(
         return path.resolve().name, text, (positive, negative)
     if not os.path.isfile(path):
         raise PromptError(_nothing_there(text))
-    if path.suffix.lower() not in _READERS:
+    if path.suffix.lower() not in _FORMATS:
         raise PromptError(
             f"cannot read both sides from {path}: one file for both sides is "
-            f"{', '.join(_READERS)} with a label column; text files come in two, "
+            f"{', '.join(_FORMATS)} with a label column; text files come in two, "
             "positive=FILE and negative=FILE (--positive FILE --negative FILE)"
         )
     return path.stem, text, _labelled(_file_rows(path), text, build, column)
@@ -80,7 +79,7 @@ def read_spec(
 def read_side(
     spec: str | Path, build: Build[T], *, column: str | None = None, split: str | None = None
 ) -> list[T]:
-    """Every prompt of one file or dataset, whatever its labels.
+    """Read every prompt of one file or dataset, whatever its labels.
 
     Raises:
         PromptError: nothing there, or something that cannot be read.
@@ -97,7 +96,7 @@ def read_side(
             )
             raise PromptError(
                 f"{folder}one side is a text file with a prompt a line, a "
-                f"{', '.join(_READERS)} file with a prompt column, or hf:owner/name"
+                f"{', '.join(_FORMATS)} file with a prompt column, or hf:owner/name"
             )
         if path.suffix.lower() in _TEXT_SUFFIXES:
             return [build(str(path), line, None) for line in _text_lines(path)]
@@ -120,16 +119,16 @@ def _refuse_split(text: str, split: str | None) -> None:
 
 
 def _side_file(folder: Path, side: str) -> Path:
-    accepted = (".txt", *_READERS)
+    accepted = (".txt", *_FORMATS)
     try:
         entries = sorted(folder.iterdir())
     except OSError as error:
         raise PromptError(f"cannot list {folder}: {error.strerror}; check permissions") from error
     files = [f for f in entries if f.stem == side and f.suffix.lower() in accepted]
     if len(files) != 1:
-        there = ", ".join(f.name for f in entries[:12]) or "nothing"
+        listing = ", ".join(f.name for f in entries[:12]) or "nothing"
         raise PromptError(
-            f"{folder} has {len(files)} files for the {side} side (it holds {there}): a folder "
+            f"{folder} has {len(files)} files for the {side} side (it holds {listing}): a folder "
             f"needs exactly one {side}.* and one of the other side, with {', '.join(accepted)}"
         )
     return files[0]
@@ -151,139 +150,34 @@ def stem(spec: str | Path) -> str:
     return str(spec)[3:] if str(spec).startswith("hf:") else Path(spec).stem
 
 
-def _bytes(path: Path) -> bytes:
+def _text_lines(path: Path) -> list[str]:
     try:
-        return path.read_bytes()
+        text = decode_utf8(path.read_bytes(), str(path))
     except OSError as error:
         raise PromptError(f"cannot read {path}: {error.strerror}; check its permissions") from error
-
-
-def _decode(data: bytes, where: str) -> str:
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise PromptError(
-            f"{where}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8: save the file as "
-            f"UTF-8, for example with iconv -f latin1 -t utf-8"
-        ) from error
-    if "\x00" in text:
-        raise PromptError(f"{where} holds NUL bytes (binary, or UTF-16): save it as UTF-8 text")
-    return text
-
-
-def _text_lines(path: Path) -> list[str]:
+    except RowFileError as error:
+        raise PromptError(str(error)) from error
     # Not str.splitlines, which also splits at characters that occur inside a prompt (U+2028, \f).
-    lines = re.split(r"\r\n|\n|\r", _decode(_bytes(path), str(path)))
-    kept = [line.strip() for line in lines if line.strip()]
-    prompts = [line for line in kept if line != "#" and not line.startswith("# ")]
-    if len(prompts) < len(kept):
-        logger.info("%s: skipped %d comment lines", path, len(kept) - len(prompts))
+    lines = [line.strip() for line in re.split(r"\r\n|\n|\r", text) if line.strip()]
+    prompts = [line for line in lines if line != "#" and not line.startswith("# ")]
+    if len(prompts) < len(lines):
+        logger.info("%s: skipped %d comment lines", path, len(lines) - len(prompts))
     if not prompts:
         raise PromptError(f"{path} holds no prompt: write one prompt a line")
     return prompts
 
 
-def _jsonl_rows(text: str, where: str) -> list[_Row]:
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        place = f"{where}, line {number}"
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise PromptError(
-                f"{place} is not JSON ({error.msg} at character {error.pos + 1}): {line[:60]!r}; "
-                "each line is one JSON object"
-            ) from error
-        rows.append((place, _object(value, place)))
-    return rows
-
-
-def _json_rows(text: str, where: str) -> list[_Row]:
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise PromptError(
-            f"{where}, line {error.lineno} is not JSON ({error.msg}): the file is one JSON array "
-            "of objects; one object a line is called .jsonl"
-        ) from error
-    if not isinstance(values, list):
-        raise PromptError(f"{where} holds a JSON {type(values).__name__}, not an array of objects")
-    places = (f"{where}, entry {number}" for number in range(1, len(values) + 1))
-    return [(place, _object(value, place)) for place, value in zip(places, values, strict=True)]
-
-
-def _object(value: Any, place: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise PromptError(
-            f"{place} holds {json.dumps(value)[:60]}, not an object: write "
-            '{"prompt": "...", "label": "positive"}'
-        )
-    return value
-
-
-def _csv_rows(text: str, where: str) -> list[_Row]:
-    delimiter = "\t" if where.lower().endswith(".tsv") else ","
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows: list[_Row] = []
-    header: list[str] = []
-    try:
-        for cells in reader:
-            place = f"{where}, line {reader.line_num}"
-            if not cells:
-                continue
-            if not header:
-                header = [cell.strip() for cell in cells]
-            elif len(cells) != len(header):
-                raise PromptError(
-                    f"{place} has {len(cells)} fields where the header has {len(header)} "
-                    f"({', '.join(header)}): put prompts that hold a comma in double quotes"
-                )
-            else:
-                rows.append((place, dict(zip(header, cells, strict=True))))
-    except csv.Error as error:
-        raise PromptError(f"{where}, line {reader.line_num} is not CSV: {error}") from error
-    if header and not rows:
-        raise PromptError(
-            f"{where} has a header ({', '.join(header)}) and no row: add prompts, one a row"
-        )
-    return rows
-
-
-def _parquet_rows(path: Path) -> list[_Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise PromptError(f"cannot read {path} as parquet: {error}") from error
-    return [(f"{path}, row {i}", row) for i, row in enumerate(table.to_pylist(), start=1)]
-
-
-def _from_text(parse: Callable[[str, str], list[_Row]]) -> Callable[[Path], list[_Row]]:
-    return lambda path: parse(_decode(_bytes(path), str(path)), str(path))
-
-
-_TEXT_SUFFIXES = ("", ".txt", ".text")
-_READERS: dict[str, Callable[[Path], list[_Row]]] = {
-    ".jsonl": _from_text(_jsonl_rows),
-    ".json": _from_text(_json_rows),
-    ".csv": _from_text(_csv_rows),
-    ".tsv": _from_text(_csv_rows),
-    ".parquet": _parquet_rows,
-}
-
-
 def _file_rows(path: Path) -> list[_Row]:
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
+    format = _FORMATS.get(path.suffix.lower())
+    if format is None:
         raise PromptError(
-            f"cannot read {path}: known are .txt (a prompt a line) and {', '.join(_READERS)}"
+            f"cannot read {path}: known are .txt (a prompt a line) and {', '.join(_FORMATS)}"
         )
-    return reader(path)
+    file = RowFile(path, format)
+    try:
+        return [(file.place(row.number), row.values) for row in file.rows(required=False)]
+    except RowFileError as error:
+        raise PromptError(str(error)) from error
 
 
 def _hub_rows(text: str, split: str | None) -> list[_Row]:
@@ -294,7 +188,7 @@ def _hub_rows(text: str, split: str | None) -> list[_Row]:
     if not name:
         raise PromptError(f"{text!r} names no dataset: write hf:owner/name")
     try:
-        found = datasets.load_dataset(name, configuration or None)
+        dataset = datasets.load_dataset(name, configuration or None)
     except Exception as error:  # datasets, hub, http and builder errors share no base class
         reason = " ".join(str(error).split())[:200]
         raise PromptError(
@@ -302,13 +196,13 @@ def _hub_rows(text: str, split: str | None) -> list[_Row]:
             f"({type(error).__name__}: {reason}): check the "
             "name, the connection and HF_HUB_OFFLINE, or give a local file"
         ) from error
-    splits = list(found)
+    splits = list(dataset)
     chosen = split or (splits[0] if len(splits) == 1 else "train")
     if chosen not in splits:
         raise PromptError(
             f"{text} has no split {chosen!r}: it has {', '.join(splits)}; pass split="
         )
-    table = found[chosen]
+    table = dataset[chosen]
     names = {
         column: feature.names
         for column, feature in table.features.items()
@@ -332,24 +226,24 @@ def _columns(rows: Sequence[_Row]) -> list[str]:
 
 def _column(rows: Sequence[_Row], where: str, wanted: str | None, usual: tuple[str, ...]) -> str:
     """The prompt column: the wanted one, or the first usual one that there is."""
-    there = _columns(rows)
+    columns = _columns(rows)
     if not rows:
         raise PromptError(f"{where} holds no prompt: a contrast needs prompts on both sides")
-    found = [c for c in ((wanted,) if wanted is not None else usual) if c in there]
-    if not found:
+    usable = [c for c in ((wanted,) if wanted is not None else usual) if c in columns]
+    if not usable:
         missing = f"column {wanted!r}" if wanted is not None else f"column {', '.join(usual)}"
         raise PromptError(
-            f"{where} has no {missing}: its columns are {', '.join(there) or 'none'}; "
+            f"{where} has no {missing}: its columns are {', '.join(columns) or 'none'}; "
             "name the one with the prompts by column="
         )
-    return found[0]
+    return usable[0]
 
 
 def _labelled(rows: list[_Row], where: str, build: Build[T], wanted: str | None) -> Sides[T]:
     """Both sides of rows with a label column, or with the columns `positive` and `negative`."""
-    there = _columns(rows)
-    labels = [column for column in LABEL_COLUMNS if column in there]
-    if rows and not labels and {"positive", "negative"} <= set(there) and wanted is None:
+    columns = _columns(rows)
+    labels = [column for column in LABEL_COLUMNS if column in columns]
+    if rows and not labels and {"positive", "negative"} <= set(columns) and wanted is None:
         return (
             [_built(row, "positive", build) for row in rows],
             [_built(row, "negative", build) for row in rows],
@@ -358,7 +252,7 @@ def _labelled(rows: list[_Row], where: str, build: Build[T], wanted: str | None)
     if not labels:
         raise PromptError(
             f"{where} has no label column ({', '.join(LABEL_COLUMNS)}): its columns are "
-            f"{', '.join(there)}; add one with positive / negative, or give one source for "
+            f"{', '.join(columns)}; add one with positive / negative, or give one source for "
             "each side with positive= and negative="
         )
     sides: Sides[T] = ([], [])

@@ -1,6 +1,9 @@
 from .bundled_data import bundled as bundled
 from .entry_points import RegisteredEntry as RegisteredEntry
 from .entry_points import entry_points_of as entry_points_of
+from .json_rows import RowFileError as RowFileError
 from .jsonl_log import JsonlLog as JsonlLog
 from .output_folder import StreamedFolder as StreamedFolder
+from .row_files import RowFile as RowFile
+from .row_writers import writing_rows as writing_rows
 from .safetensors_header import TensorFile as TensorFile

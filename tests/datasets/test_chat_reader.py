@@ -14,7 +14,8 @@ import pytest
 
 from interp_ablate.datasets.chat_reader import read_preferences, read_samples, writing_samples
 from interp_ablate.datasets.conversations import LAYOUTS, Message, Sample
-from interp_ablate.datasets.row_files import ChatError, ChatFile, Malformed
+from interp_ablate.storage.json_rows import MalformedRow, RowFileError
+from interp_ablate.storage.row_files import RowFile
 
 TEXTS = (
     "plain", "two\nlines\t\"quoted\" \\ back", "naïve café œuvre", "中文，标点。", "\U0001f600 emoji",
@@ -81,7 +82,7 @@ def write(path: Path, text: str | bytes) -> Path:
 
 
 def refused(path: Path, *parts: str, **options: Any) -> str:
-    with pytest.raises(ChatError) as caught:
+    with pytest.raises(RowFileError) as caught:
         list(read_samples(path, **options))
     for part in parts:
         assert part in str(caught.value)
@@ -127,7 +128,7 @@ def test_other_json_keeps_every_entrys_bytes(tmp_path: Path, layout: str, suffix
             stream.write(text.encode())
     else:
         path.write_text(text, encoding="utf-8")
-    assert ChatFile.at(path).suffix == suffix
+    assert RowFile.at(path).suffix == suffix
     samples = copied(path, tmp_path / f"b{suffix}")
     again = list(read_samples(tmp_path / f"b{suffix}"))
     assert [s.line and s.line.strip() for s in samples] == [line.encode() for line in lines]
@@ -179,7 +180,7 @@ def test_a_bad_row_of_a_table_may_hold_times(tmp_path: Path) -> None:
         {"prompt": "a", "completion": None, "at": when, "raw": b"x"},
     ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    bad: list[Malformed] = []
+    bad: list[MalformedRow] = []
     assert len(list(read_samples(tmp_path / "a.parquet", malformed=bad.append))) == 1
     assert json.loads(bad[0].line)["at"] == "2024-05-01 00:00:00"
 
@@ -187,12 +188,12 @@ def test_a_bad_row_of_a_table_may_hold_times(tmp_path: Path) -> None:
 def test_a_long_list_is_read_a_part_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from interp_ablate.datasets import row_files as chat_files
+    from interp_ablate.storage import json_rows
 
     rows, _ = rows_of("sharegpt", 11, 50)
     path = write(tmp_path / "a.json", json.dumps(rows, indent=2, ensure_ascii=False))
     for chunk in (1, 7, 64, 1000):  # every place where a part can end, also inside a character
-        monkeypatch.setattr(chat_files, "_CHUNK", chunk)
+        monkeypatch.setattr(json_rows, "_CHUNK", chunk)
         assert [sample.raw for sample in read_samples(path)] == rows
 
 
@@ -243,7 +244,7 @@ def test_turns_and_their_prompts(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert [t.index for t in sample.turns("last")] == [7]
     assert [t.index for t in sample.turns("first")] == [0]
-    with pytest.raises(ChatError, match="no prompt before it"):
+    with pytest.raises(RowFileError, match="no prompt before it"):
         _ = sample.turns("first")[0].exchange
 
 
@@ -317,7 +318,7 @@ def test_preferences(tmp_path: Path) -> None:
 )
 def test_preferences_that_are_none(tmp_path: Path, row: dict[str, Any], part: str) -> None:
     path = write(tmp_path / "p.jsonl", "\n" + json.dumps(row))
-    with pytest.raises(ChatError, match=part) as caught:
+    with pytest.raises(RowFileError, match=part) as caught:
         list(read_preferences(path))
     assert "line 2" in str(caught.value)
 
@@ -352,7 +353,7 @@ def test_a_bad_line(tmp_path: Path, line: bytes, part: str) -> None:
     data = GOOD.encode() + b"\n\n" + line
     path = write(tmp_path / "a.jsonl", data)
     refused(path, "line 3", part)
-    faults: list[Malformed] = []
+    faults: list[MalformedRow] = []
     good = (b"\n" + GOOD.encode()) if b"\n" not in line else b""
     samples = list(read_samples(write(path, data + good), malformed=faults.append))
     assert [s.number for s in samples] == [1, 4]
@@ -427,14 +428,14 @@ def test_bad_places(tmp_path: Path) -> None:
     refused(tmp_path / "splits", "holds the splits train", "splits/train")
     assert len(list(read_samples(tmp_path / "splits" / "train"))) == 1
     path = write(tmp_path / "a.jsonl", GOOD)
-    with pytest.raises(ChatError, match="cannot write"), writing_samples(path / "b.jsonl", path):
+    with pytest.raises(RowFileError, match="cannot write"), writing_samples(path / "b.jsonl", path):
         pass
 
 
 def test_a_byte_order_mark_and_json_lines_in_a_json_file(tmp_path: Path) -> None:
     path = write(tmp_path / "a.json", "\ufeff" + GOOD + "\n" + GOOD + "\n")
     assert [s.number for s in read_samples(path)] == [1, 2]
-    assert ChatFile.at(path).suffix == ".jsonl"
+    assert RowFile.at(path).suffix == ".jsonl"
     path = write(tmp_path / "b.json", f"\ufeff[{GOOD}]")
     assert len(list(read_samples(path))) == 1
 
@@ -452,13 +453,13 @@ def test_the_fingerprint_is_of_the_bytes(tmp_path: Path) -> None:
     import hashlib
 
     path = write(tmp_path / "a.jsonl", GOOD)
-    assert ChatFile.at(path).fingerprint() == hashlib.sha256(GOOD.encode()).hexdigest()
+    assert RowFile.at(path).fingerprint() == hashlib.sha256(GOOD.encode()).hexdigest()
     folder = tmp_path / "f"
     folder.mkdir()
     write(folder / "x", b"1")
-    before = ChatFile.at(folder).fingerprint()
+    before = RowFile.at(folder).fingerprint()
     (folder / "x").rename(folder / "y")
-    assert ChatFile.at(folder).fingerprint() != before
+    assert RowFile.at(folder).fingerprint() != before
 
 
 def test_reading_is_light() -> None:

@@ -33,7 +33,6 @@ from interp_ablate.datasets.filter_rules import (
     score_rule,
 )
 from interp_ablate.datasets.filtering import PLANTED, FilterSettings, filter_file
-from interp_ablate.datasets.row_files import ChatError
 from interp_ablate.errors import InterpAblateError, RunError
 from interp_ablate.scoring.exchange import PromptResponse
 from interp_ablate.scoring.expressions import ExpressionScorer
@@ -46,6 +45,7 @@ from interp_ablate.scoring.refusals import (
     phrase_patterns,
 )
 from interp_ablate.scoring.text_folding import fold
+from interp_ablate.storage.json_rows import RowFileError
 
 FINISHED = {
     "kept.jsonl",
@@ -406,14 +406,14 @@ def test_malformed_rows_stop_it_or_are_set_apart(tmp_path: Path) -> None:
     rows = [b'{"prompt": "a", "completion": "b"}\n', b"{oops\n", b'{"prompt": "a"}\n']
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"".join(rows))
-    with pytest.raises(ChatError, match="line 2"):
+    with pytest.raises(RowFileError, match="line 2"):
         filter_file(path, tmp_path / "out")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"verdicts.jsonl"}  # nothing half done
     manifest = filter_file(path, tmp_path / "out", settings=FilterSettings(skip_malformed=True))
     assert (tmp_path / "out" / "malformed.jsonl").read_bytes() == rows[1] + rows[2]
     assert (manifest["counts"]["malformed"], manifest["counts"]["kept"]) == (2, 1)
     path.write_bytes(rows[1])
-    with pytest.raises(ChatError, match="no row that can be used"):
+    with pytest.raises(RowFileError, match="no row that can be used"):
         filter_file(path, tmp_path / "none", settings=FilterSettings(skip_malformed=True))
 
 
@@ -482,7 +482,7 @@ def test_another_result_stays_until_there_is_a_new_one(tmp_path: Path) -> None:
     before = digests(out, "kept.jsonl", "dropped.jsonl")
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a", "completion": "10"}\n{"prompt": ')
-    with pytest.raises(ChatError):
+    with pytest.raises(RowFileError):
         filter_file(bad, out, recipe, settings=force)
     assert digests(out, "kept.jsonl", "dropped.jsonl") == before
     assert not (out / "manifest.json").exists()
@@ -565,7 +565,7 @@ def test_labels(tmp_path: Path) -> None:
     ]
     assert agreement["precision"]["value"] == 0.5 and agreement["recall"]["value"] == 0.5
     assert agreement["precision"]["low"] < 0.2 < 0.8 < agreement["precision"]["high"]
-    with pytest.raises(ChatError, match="line 1: 'label' is None"):
+    with pytest.raises(RowFileError, match="line 1: 'label' is None"):
         filter_file(path, tmp_path / "b", settings=FilterSettings(labels="label"))
 
 

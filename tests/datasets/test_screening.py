@@ -20,7 +20,6 @@ from interp_ablate.activations.projections import project_responses, response_me
 from interp_ablate.cli.main import main
 from interp_ablate.datasets.chat_reader import read_samples
 from interp_ablate.datasets.planted import PLANTED, labels_of, planted_file
-from interp_ablate.datasets.row_files import ChatError
 from interp_ablate.datasets.screening import Threshold, screen_file
 from interp_ablate.datasets.screening_check import bag_of_words, check, rollout_texts, words_in
 from interp_ablate.datasets.screening_measure import (
@@ -41,6 +40,7 @@ from interp_ablate.plots.screening import save_screening
 from interp_ablate.scoring.exchange import PromptResponse
 from interp_ablate.scoring.registry import make_scorer
 from interp_ablate.stats.roc import auc, auc_interval
+from interp_ablate.storage.json_rows import RowFileError
 
 TOLERANCE = 5e-5
 DIRECTION = Direction(unit(), 1.0, Site(1, "resid_post"))
@@ -231,7 +231,7 @@ def test_a_malformed_line_is_named_before_anything_runs(tmp_path: Path) -> None:
     path = write(tmp_path / "data.jsonl", rows_of(3))
     path.write_text(path.read_text() + '{"prompt": "cut off\n')
     for read in (summarise_file, lambda p: labels_of(p, "planted")):
-        with pytest.raises(ChatError, match="line 4"):
+        with pytest.raises(RowFileError, match="line 4"):
             read(path)
     path = write(
         tmp_path / "more.jsonl", [*rows_of(2), {"prompt": "a", "completion": "b", "planted": "yes"}]

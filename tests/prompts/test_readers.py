@@ -12,6 +12,7 @@ from interp_ablate.errors import PromptError
 from interp_ablate.prompts.contrast_set import ContrastSet
 from interp_ablate.prompts.linting import lint
 from interp_ablate.prompts.prompt import Prompt
+from interp_ablate.storage import row_files
 
 
 def texts(side: tuple[Prompt, ...]) -> list[str]:
@@ -226,9 +227,11 @@ def test_bad_places(tmp_path: Path) -> None:
 
 
 def test_an_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def deny(self: Path) -> bytes:
+    def deny(*args: object) -> bytes:
         raise PermissionError(13, "Permission denied")
 
-    path = write(tmp_path / "a.jsonl", "{}")
-    monkeypatch.setattr(Path, "read_bytes", deny)
+    path, text = write(tmp_path / "a.jsonl", "{}"), write(tmp_path / "a.txt", "x")
+    monkeypatch.setattr(row_files, "open", deny, raising=False)
     refused("cannot read", "Permission denied", spec=path)
+    monkeypatch.setattr(Path, "read_bytes", deny)
+    refused("cannot read", "Permission denied", positive=text, negative=text)

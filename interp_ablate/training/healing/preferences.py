@@ -55,7 +55,7 @@ def read_pairs(path: str | Path) -> list[PreferencePair]:
     """The preferences of a file, each with one chosen and one rejected answer.
 
     Raises:
-        ChatError: a file or row that cannot be used, with its line; two answers that say the same.
+        RowFileError: a file or row that cannot be used, with its line; two answers that say the same.
         RunError: an answer of several messages, with its row; no preferences at all.
     """
     found = []
