@@ -1,31 +1,32 @@
-"""The HTML report of a run: one self-contained page that says what was found, in plain words.
+"""The HTML report of a run: one self-contained page with its result in plain words, tables and figures.
 
-Knows: the files of a run folder, how to word their numbers, which split each number is from, and
-what to say where a file is missing. The page's layout is `data/report.html.j2`; every text of a
-model or a prompt passes through its autoescaping, and the page loads and runs nothing.
-Does not know: any model, how a number was measured, or how a figure is drawn (see `plots`).
+The page's layout is `data/templates/report.html.j2`; every text of a model or a prompt passes through its
+autoescaping, and the page loads and runs nothing.
+
+Knows: the files of a run folder, and which split each number is from. Does not know: any model, how a number was
+measured, or how a figure is drawn.
 """
 
 from __future__ import annotations
 
 import base64
 import logging
-import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import pandas as pd
 
 from interp_ablate.errors import RunError
+from interp_ablate.runs.report_claims import headline, is_number, tiles
 from interp_ablate.runs.report_wording import (
     duration,
     number,
+    objects,
     part_of,
     plain,
     rate,
     span_text,
-    with_interval,
 )
 from interp_ablate.search.trial_table import read_trials
 from interp_ablate.storage.atomic_files import write_atomic
@@ -164,16 +165,16 @@ def _context(folder: Path) -> dict[str, Any]:
     directions = read_json(folder / "directions.json") or {}
     configuration = part_of(run, "configuration")
     test, limits = part_of(selected, "test"), part_of(selected, "limits")
-    found = {**directions, **part_of(run, "directions")}
+    estimated = {**directions, **part_of(run, "directions")}
     return {
         "title": _title(run, configuration),
         "model": part_of(run, "model"),
         "contrast": part_of(run, "contrast"),
         "behaviour": _behaviour(run, configuration),
-        "headline": _headline(_behaviour(run, configuration), configuration, selected, certificate),
-        "tiles": _tiles(test, certificate, configuration),
+        "headline": headline(_behaviour(run, configuration), configuration, selected, certificate),
+        "tiles": tiles(test, certificate, configuration),
         "results": _results(test),
-        "controls": _dictionaries(test.get("controls")),
+        "controls": objects(test.get("controls")),
         "plans": _plans(selected),
         "trial": part_of(selected, "trial"),
         "rule": (selected or {}).get("rule"),
@@ -183,9 +184,9 @@ def _context(folder: Path) -> dict[str, Any]:
         "figures": _figures(folder),
         "trials": _trials(folder, selected, configuration),
         "estimators": _estimators(folder),
-        "target_tokens": _dictionaries(run.get("target_tokens")),
-        "n_directions": found.get("count", len(found.get("directions") or [])),
-        "left_out": part_of(found, "left_out"),
+        "target_tokens": objects(run.get("target_tokens")),
+        "n_directions": estimated.get("count", len(estimated.get("directions") or [])),
+        "left_out": part_of(estimated, "left_out"),
         "certificate": certificate,
         "generations": _generations(folder),
         "configuration": configuration,
@@ -208,137 +209,6 @@ def _behaviour(run: Mapping[str, Any], configuration: Mapping[str, Any]) -> str:
     return str(name) if name else "the behaviour"
 
 
-def _headline(
-    behaviour: str,
-    configuration: Mapping[str, Any],
-    selected: Mapping[str, Any] | None,
-    certificate: Mapping[str, Any] | None,
-) -> list[dict[str, str]]:
-    """The result in sentences, each with a tone: plain, good, warn or bad."""
-    if selected is None:
-        return [_say("No plan has been chosen yet: the sweep has not finished.", "warn")]
-    if not selected.get("plan"):
-        return [
-            _say("No candidate passed the limits, so there is no plan and nothing to export. "
-                 "What removed how many, and what to relax, stands below.", "bad")
-        ]  # fmt: skip
-    test = part_of(selected, "test")
-    if not test:
-        return [
-            _say("A plan is chosen, but its report on the test split is not there yet.", "warn"),
-            *_about_export(certificate),
-        ]
-    found = []
-    if "behaviour_before" in test and "behaviour_after" in test:
-        found.append(
-            _say(f"Of the answers to positive test prompts, "
-                 f"{with_interval(test, 'behaviour_before', as_rate=True)} express “{behaviour}” "
-                 f"before the edit and {with_interval(test, 'behaviour_after', as_rate=True)} "
-                 "after the ablation.")
-        )  # fmt: skip
-    found += _about_damage(test, configuration)
-    if test.get("addition_after") is not None:
-        found.append(
-            _say(f"Adding the direction makes "
-                 f"{with_interval(test, 'addition_after', as_rate=True)} of the answers to "
-                 f"negative prompts express it, against {rate(test.get('negative_before'))} "
-                 "unedited.")
-        )  # fmt: skip
-    return found + _about_controls(test) + _about_export(certificate)
-
-
-def _about_damage(
-    test: Mapping[str, Any], configuration: Mapping[str, Any]
-) -> list[dict[str, str]]:
-    kl, limit = test.get("kl_first_token"), configuration.get("max_kl")
-    if kl is None:
-        return []
-    text = f"On negative prompts the first token's distribution moved by a KL of {number(kl)} nats"
-    interval = span_text(test, "kl_first_token", as_rate=False)
-    text += f" [{interval}]" if interval else ""
-    if test.get("kl_continuation") is not None:
-        text += f", and by {number(test['kl_continuation'])} a token over the whole continuation"
-    over = _is_number(kl) and _is_number(limit) and float(kl) > float(limit)
-    if limit is not None:
-        text += f"; the limit in the choice was {number(limit)}"
-        text += ", which the test split exceeds" if over else ""
-    return [_say(text + ".", "warn" if over else "plain")]
-
-
-def _about_controls(test: Mapping[str, Any]) -> list[dict[str, str]]:
-    controls = _dictionaries(test.get("controls"))
-    rates = [float(c["behaviour_after"]) for c in controls if _is_number(c.get("behaviour_after"))]
-    if not rates:
-        return [
-            _say(
-                "There are no controls: without them this is not evidence for a direction.", "warn"
-            )
-        ]
-    low, high = rate(min(rates)), rate(max(rates))
-    between = low if low == high else f"{low} to {high}"
-    text = (
-        f"Ablating control directions in the same way leaves the behaviour in {between} of the "
-        f"answers to positive prompts ({len(rates)} control{'s' if rates[1:] else ''})"
-    )
-    after = test.get("behaviour_after")
-    if _is_number(after) and min(rates) <= float(after):
-        return [
-            _say(
-                f"{text}: a control does as much as the direction, which speaks against it.", "bad"
-            )
-        ]
-    return [_say(f"{text}.")]
-
-
-def _about_export(certificate: Mapping[str, Any] | None) -> list[dict[str, str]]:
-    if certificate is None:
-        return [_say("Nothing has been exported yet.", "plain")]
-    numbers = (
-        f"largest logit difference to the hooked model "
-        f"{number(certificate.get('max_abs_logit_difference'))}, "
-        f"KL {number(certificate.get('kl'))}, "
-        f"residual along the direction {number(certificate.get('residual_along_direction'))}"
-    )
-    if certificate.get("passed") is True:
-        return [_say(f"The exported checkpoint passed its certificate: {numbers}.", "good")]
-    return [
-        _say(f"The exported checkpoint FAILED its certificate, do not use it: {numbers}.", "bad")
-    ]
-
-
-def _say(text: str, tone: str = "plain") -> dict[str, str]:
-    return {"text": text, "tone": tone}
-
-
-# Parts of the page ---------------------------------------------------------------------------
-
-
-def _tiles(
-    test: Mapping[str, Any], certificate: Mapping[str, Any] | None, configuration: Mapping[str, Any]
-) -> list[dict[str, str]]:
-    """The few numbers to read first."""
-    found = []
-    if "behaviour_before" in test and "behaviour_after" in test:
-        value = f"{rate(test['behaviour_before'])} → {rate(test['behaviour_after'])}"
-        found.append({"name": "expressed, ablated", "value": value, "note": "positive, test split"})
-    if test.get("addition_after") is not None:
-        value = f"{rate(test.get('negative_before'))} → {rate(test['addition_after'])}"
-        found.append({"name": "expressed, added", "value": value, "note": "negative, test split"})
-    if test.get("kl_first_token") is not None:
-        limit = configuration.get("max_kl")
-        note = "nats, negative, test split" + (
-            f"; limit {number(limit)}" if limit is not None else ""
-        )
-        found.append({"name": "KL", "value": number(test["kl_first_token"]), "note": note})
-    if found or certificate is not None:
-        passed = certificate is not None and certificate.get("passed") is True
-        value = "none yet" if certificate is None else "passed" if passed else "FAILED"
-        tone = "" if certificate is None else "good" if passed else "bad"
-        note = "export against hooked model"
-        found.append({"name": "certificate", "value": value, "note": note, "tone": tone})
-    return found
-
-
 def _results(test: Mapping[str, Any]) -> list[dict[str, str]]:
     return [
         {
@@ -354,9 +224,9 @@ def _results(test: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def _plans(selected: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """The edits of the ablation and of the addition plan, without their vectors."""
-    found = []
+    plans = []
     for key, name in (("plan", "Ablation"), ("addition_plan", "Addition")):
-        edits = _dictionaries(part_of(selected, key).get("edits"))
+        edits = objects(part_of(selected, key).get("edits"))
         rows = [
             {
                 "op": edit.get("op", "?"),
@@ -368,19 +238,19 @@ def _plans(selected: Mapping[str, Any] | None) -> list[dict[str, Any]]:
             for edit in edits
         ]
         if rows:
-            found.append({"name": name, "edits": rows})
-    return found
+            plans.append({"name": name, "edits": rows})
+    return plans
 
 
 def _amount(edit: Mapping[str, Any]) -> str:
-    found = []
+    amounts: list[str] = []
     for key in ("strength", "coefficient", "value"):
         amount = edit.get(key)
         if isinstance(amount, (list, tuple)) and amount:
-            found.append(f"{key} {number(min(amount))} to {number(max(amount))}, one a site")
-        elif amount is not None and not (found and amount == 0):
-            found.append(f"{key} {number(amount)}")
-    return "; ".join(found) or "–"
+            amounts.append(f"{key} {number(min(amount))} to {number(max(amount))}, one a site")
+        elif amount is not None and not (amounts and amount == 0):
+            amounts.append(f"{key} {number(amount)}")
+    return "; ".join(amounts) or "–"
 
 
 def _places(sites: list[Any]) -> str:
@@ -390,14 +260,14 @@ def _places(sites: list[Any]) -> str:
 
 
 def _advice(selected: Mapping[str, Any] | None) -> str:
-    """What to relax: said beside the limits, or on top of the file."""
+    """The advice on what to relax, from beside the limits or the top of the file."""
     return str(part_of(selected, "limits").get("relax") or (selected or {}).get("relax") or "")
 
 
 def _figures(folder: Path) -> list[dict[str, str]]:
-    """Every PNG of the run as a data URI: the known ones first, in the page's order."""
+    """Every PNG of the run as a data URI: the ones with a caption first, in the page's order."""
     order = list(_FIGURES)
-    found = []
+    figures = []
     for path in sorted((folder / "figures").glob("*.png")):
         if path.name.startswith("."):
             continue
@@ -409,7 +279,7 @@ def _figures(folder: Path) -> list[dict[str, str]]:
                 f"{path} is not a PNG: delete it and run `interp-ablate plot {folder}` again"
             )
         place = order.index(stem) if stem in order else len(order)
-        found.append(
+        figures.append(
             {
                 "order": f"{place:03d} {path.name}",
                 "heading": heading + (f", position {position}" if position else ""),
@@ -417,7 +287,7 @@ def _figures(folder: Path) -> list[dict[str, str]]:
                 "uri": "data:image/png;base64," + base64.b64encode(content).decode("ascii"),
             }
         )
-    return sorted(found, key=lambda figure: figure["order"])
+    return sorted(figures, key=lambda figure: figure["order"])
 
 
 def _trials(
@@ -432,7 +302,7 @@ def _trials(
     )
     finished = frame[frame["status"] == "ok"]
     limit = configuration.get("max_kl")
-    within = finished["kl"] <= float(limit) if _is_number(limit) else finished["kl"].notna()
+    within = finished["kl"] <= float(limit) if is_number(limit) else finished["kl"].notna()
     ranked = finished.assign(_outside=~within).sort_values(["_outside", "behaviour"])
     is_chosen = ranked["trial"].astype(str) == chosen
     top = pd.concat([ranked[is_chosen], ranked[~is_chosen]]).head(TOP_TRIALS)
@@ -513,18 +383,10 @@ def _generations(folder: Path) -> list[dict[str, Any]] | None:
 
 def _stages(run: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [
-        (str(name), found.get("seconds") if isinstance(found, Mapping) else found)
-        for name, found in part_of(run, "stages").items()
+        (str(name), stage.get("seconds") if isinstance(stage, Mapping) else stage)
+        for name, stage in part_of(run, "stages").items()
     ]
 
 
 def _missing(folder: Path) -> list[tuple[str, str]]:
     return [(name, stage) for name, stage in _STAGE_OF.items() if not any(folder.glob(name))]
-
-
-def _dictionaries(found: Any) -> list[dict[str, Any]]:
-    return [dict(item) for item in found or [] if isinstance(item, Mapping)]
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

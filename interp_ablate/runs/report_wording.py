@@ -1,6 +1,6 @@
 """Numbers as the report words them.
 
-Knows: rounding and units. Does not know: the report's parts.
+Knows: rounding, units, and how a part of a JSON file is read. Does not know: the report's parts.
 """
 
 from __future__ import annotations
@@ -9,33 +9,31 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-# Wording -------------------------------------------------------------------------------------
-
 
 def number(value: Any) -> str:
     """Three significant digits; a dash where there is no number."""
     if value is None or isinstance(value, bool):
         return "–" if value is None else ("yes" if value else "no")
     try:
-        found = float(value)
+        x = float(value)
     except (TypeError, ValueError):
         return str(value)
-    if math.isnan(found):
+    if math.isnan(x):
         return "–"
-    if found.is_integer() and abs(found) < 1e9:
-        return f"{int(found)}"
-    return f"{found:.3g}" if abs(found) < 1000 else f"{found:.0f}"
+    if x.is_integer() and abs(x) < 1e9:
+        return f"{int(x)}"
+    return f"{x:.3g}" if abs(x) < 1000 else f"{x:.0f}"
 
 
 def rate(value: Any) -> str:
     """A share as a percentage, with one decimal below 10% so that 1 of 64 does not read as 2%."""
     try:
-        found = 100 * float(value)
+        percent = 100 * float(value)
     except (TypeError, ValueError):
         return number(value)
-    if not math.isfinite(found):
+    if not math.isfinite(percent):
         return "–"
-    text = f"{found:.1f}" if 0 < found < 10 else f"{found:.0f}"
+    text = f"{percent:.1f}" if 0 < percent < 10 else f"{percent:.0f}"
     return f"{text.removesuffix('.0')}%"
 
 
@@ -58,20 +56,27 @@ def plain(value: Any) -> str:
 
 
 def with_interval(test: Mapping[str, Any], key: str, *, as_rate: bool) -> str:
+    """The number under `key` and its interval, if it has one."""
     show = rate if as_rate else number
     interval = span_text(test, key, as_rate=as_rate)
     return show(test.get(key)) + (f" [{interval}]" if interval else "")
 
 
 def span_text(test: Mapping[str, Any], key: str, *, as_rate: bool) -> str:
-    found = part_of(test, "intervals").get(key)
-    if not isinstance(found, (list, tuple)) or len(found) != 2:
+    """The interval of the number under `key`, empty where there is none."""
+    ends = part_of(test, "intervals").get(key)
+    if not isinstance(ends, (list, tuple)) or len(ends) != 2:
         return ""
     show = rate if as_rate else number
-    return f"{show(found[0])} to {show(found[1])}"
+    return f"{show(ends[0])} to {show(ends[1])}"
 
 
 def part_of(whole: Mapping[str, Any] | None, key: str) -> dict[str, Any]:
     """The object under `key`, empty where there is none."""
-    found = (whole or {}).get(key)
-    return dict(found) if isinstance(found, Mapping) else {}
+    part = (whole or {}).get(key)
+    return dict(part) if isinstance(part, Mapping) else {}
+
+
+def objects(values: Any) -> list[dict[str, Any]]:
+    """The objects of a JSON list, empty where there is none."""
+    return [dict(value) for value in values or [] if isinstance(value, Mapping)]

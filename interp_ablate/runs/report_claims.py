@@ -1,0 +1,146 @@
+"""The report's claims: the result in sentences and in a few numbers.
+
+Knows: which numbers of a test report say what, and when a result speaks against itself. Does not know: the files of a
+run, or how a page is laid out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, TypeGuard
+
+from interp_ablate.runs.report_wording import (
+    number,
+    objects,
+    part_of,
+    rate,
+    span_text,
+    with_interval,
+)
+
+
+def headline(
+    behaviour: str,
+    configuration: Mapping[str, Any],
+    selected: Mapping[str, Any] | None,
+    certificate: Mapping[str, Any] | None,
+) -> list[dict[str, str]]:
+    """The result in sentences, each with a tone: plain, good, warn or bad."""
+    if selected is None:
+        return [_claim("No plan has been chosen yet: the sweep has not finished.", "warn")]
+    if not selected.get("plan"):
+        text = (
+            "No candidate passed the limits, so there is no plan and nothing to export. "
+            "What removed how many, and what to relax, stands below."
+        )
+        return [_claim(text, "bad")]
+    test = part_of(selected, "test")
+    if not test:
+        text = "A plan is chosen, but its report on the test split is not there yet."
+        return [_claim(text, "warn"), _export(certificate)]
+    claims = []
+    if "behaviour_before" in test and "behaviour_after" in test:
+        before, after = (
+            with_interval(test, f"behaviour_{when}", as_rate=True) for when in ("before", "after")
+        )
+        claims.append(
+            _claim(
+                f"Of the answers to positive test prompts, {before} express “{behaviour}” before the "
+                f"edit and {after} after the ablation."
+            )
+        )
+    if test.get("kl_first_token") is not None:
+        claims.append(_damage(test, configuration.get("max_kl")))
+    if test.get("addition_after") is not None:
+        added = with_interval(test, "addition_after", as_rate=True)
+        claims.append(
+            _claim(
+                f"Adding the direction makes {added} of the answers to negative prompts express it, "
+                f"against {rate(test.get('negative_before'))} unedited."
+            )
+        )
+    return [*claims, _controls(test), _export(certificate)]
+
+
+def _damage(test: Mapping[str, Any], limit: Any) -> dict[str, str]:
+    kl, interval = test["kl_first_token"], span_text(test, "kl_first_token", as_rate=False)
+    text = f"On negative prompts the first token's distribution moved by a KL of {number(kl)} nats"
+    text += f" [{interval}]" if interval else ""
+    if test.get("kl_continuation") is not None:
+        text += f", and by {number(test['kl_continuation'])} a token over the whole continuation"
+    over = is_number(kl) and is_number(limit) and float(kl) > float(limit)
+    if limit is not None:
+        text += f"; the limit in the choice was {number(limit)}"
+        text += ", which the test split exceeds" if over else ""
+    return _claim(text + ".", "warn" if over else "plain")
+
+
+def _controls(test: Mapping[str, Any]) -> dict[str, str]:
+    controls = objects(test.get("controls"))
+    rates = [float(c["behaviour_after"]) for c in controls if is_number(c.get("behaviour_after"))]
+    if not rates:
+        text = "There are no controls: without them this is not evidence for a direction."
+        return _claim(text, "warn")
+    low, high = rate(min(rates)), rate(max(rates))
+    between = low if low == high else f"{low} to {high}"
+    text = (
+        f"Ablating control directions in the same way leaves the behaviour in {between} of the "
+        f"answers to positive prompts ({len(rates)} control{'s' if rates[1:] else ''})"
+    )
+    after = test.get("behaviour_after")
+    if is_number(after) and min(rates) <= float(after):
+        text += ": a control does as much as the direction, which speaks against it."
+        return _claim(text, "bad")
+    return _claim(f"{text}.")
+
+
+def _export(certificate: Mapping[str, Any] | None) -> dict[str, str]:
+    if certificate is None:
+        return _claim("Nothing has been exported yet.")
+    numbers = (
+        f"largest logit difference to the hooked model "
+        f"{number(certificate.get('max_abs_logit_difference'))}, "
+        f"KL {number(certificate.get('kl'))}, "
+        f"residual along the direction {number(certificate.get('residual_along_direction'))}"
+    )
+    if certificate.get("passed") is True:
+        return _claim(f"The exported checkpoint passed its certificate: {numbers}.", "good")
+    return _claim(
+        f"The exported checkpoint FAILED its certificate, do not use it: {numbers}.", "bad"
+    )
+
+
+def _claim(text: str, tone: str = "plain") -> dict[str, str]:
+    return {"text": text, "tone": tone}
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """True for a finite number that is no bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def tiles(
+    test: Mapping[str, Any], certificate: Mapping[str, Any] | None, configuration: Mapping[str, Any]
+) -> list[dict[str, str]]:
+    """The few numbers to read first, each with a name and a note."""
+    shown = []
+    if "behaviour_before" in test and "behaviour_after" in test:
+        value = f"{rate(test['behaviour_before'])} → {rate(test['behaviour_after'])}"
+        shown.append({"name": "expressed, ablated", "value": value, "note": "positive, test split"})
+    if test.get("addition_after") is not None:
+        value = f"{rate(test.get('negative_before'))} → {rate(test['addition_after'])}"
+        shown.append({"name": "expressed, added", "value": value, "note": "negative, test split"})
+    if test.get("kl_first_token") is not None:
+        limit = configuration.get("max_kl")
+        note = "nats, negative, test split" + (
+            f"; limit {number(limit)}" if limit is not None else ""
+        )
+        shown.append({"name": "KL", "value": number(test["kl_first_token"]), "note": note})
+    if shown or certificate is not None:
+        passed = certificate is not None and certificate.get("passed") is True
+        value = "none yet" if certificate is None else "passed" if passed else "FAILED"
+        tone = "" if certificate is None else "good" if passed else "bad"
+        note = "export against hooked model"
+        shown.append({"name": "certificate", "value": value, "note": note, "tone": tone})
+    return shown
