@@ -24,9 +24,9 @@ OTHERS = {"--no-deps", "--index-url", "--strict", "--new-tokens", "--keep"}
 def help_of(*command: str) -> str:
     """The help of a command; nothing where there is no such command."""
     text = io.StringIO()
-    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(io.StringIO()):
-        with pytest.raises(SystemExit):
-            main([*command, "--help"])
+    quiet = contextlib.redirect_stderr(io.StringIO())
+    with contextlib.redirect_stdout(text), quiet, pytest.raises(SystemExit):
+        main([*command, "--help"])
     return text.getvalue()
 
 

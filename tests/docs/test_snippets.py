@@ -70,3 +70,16 @@ def test_the_readme_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> N
     printed = capsys.readouterr().out.strip().splitlines()
     assert [line.strip() for line in printed] == [line.strip() for line in shown]
     assert "I'm sorry" in printed[0] and "sorry" not in printed[1]
+
+
+def test_the_error_messages_on_the_page_are_the_codes() -> None:
+    page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8").split("## Common ones")[1]
+    source = " ".join(
+        " ".join(re.sub(r'"\s*\n\s*f?"', "", path.read_text(encoding="utf-8")).split())
+        for path in (ROOT / "interp_ablate").rglob("*.py")
+    )
+    phrases = re.findall(r"^\| `([^`]+)` \|", page, flags=re.M)
+    assert len(phrases) >= 8
+    for phrase in phrases:
+        for part in phrase.split(" ... "):
+            assert part in source, f"no error says {phrase!r}"
