@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from interp_ablate.directions.estimators import estimator_named
 from interp_ablate.errors import InterpAblateError
+from interp_ablate.plots.run_figures import save_figures
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring.exchange import PromptResponse
 from interp_ablate.scoring.registry import make_scorer
+from interp_ablate.sites import Site
 
 SCORER = """
 from interp_ablate.scoring import ExplainingScorer, ScorerKind, Verdict
@@ -22,6 +26,26 @@ class Shouting(ExplainingScorer):
         return [Verdict(100.0 * e.answer.isupper()) for e in exchanges]
 
 KIND = ScorerKind(lambda name, options: Shouting(), "shouting:loud", cost=1)
+"""
+
+ESTIMATOR = """
+from dataclasses import replace
+from interp_ablate.directions import difference_in_means
+
+def first_pair(positive, negative, site, *, position="-1", source=""):
+    direction = difference_in_means(
+        positive[:1], negative[:1], site, position=position, source=source
+    )
+    return None if direction is None else replace(direction, method="first_pair")
+"""
+
+PLOT = """
+from interp_ablate.plots import new_figure
+
+def names(folder):
+    figure = new_figure(height=2.0)
+    figure.suptitle(folder.name)
+    return {"names.png": figure}
 """
 
 
@@ -56,3 +80,19 @@ def test_a_scorer_that_is_none_is_refused_by_its_package(outside: Path) -> None:
     install(outside, "odd_scorer", "KIND = 3\n", scorers="odd = odd_scorer:KIND")
     with pytest.raises(InterpAblateError, match=r"odd_scorer.*'odd'.*a int.*ScorerKind"):
         make_scorer("odd:x")
+
+
+def test_an_estimator_of_another_package(outside: Path) -> None:
+    entry = "first_pair = pair_estimator:first_pair"
+    install(outside, "pair_estimator", ESTIMATOR, estimators=entry)
+    positive, negative = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
+    direction = estimator_named("first_pair")(positive, negative, Site(2, "resid_post"))
+    gap = (positive[0] - negative[0]).double()
+    assert direction is not None and direction.method == "first_pair"
+    torch.testing.assert_close(direction.vector.double(), gap / gap.norm())
+
+
+def test_a_plot_of_another_package(outside: Path) -> None:
+    install(outside, "name_plot", PLOT, plots="names = name_plot:names")
+    (outside / "run").mkdir()
+    assert save_figures(outside / "run") == [outside / "run" / "figures" / "names.png"]

@@ -15,7 +15,7 @@ from interp_ablate.scoring.scorer_kind import ScorerKind
 from interp_ablate.scoring.verdicts import ExplainingScorer, ReversedScorer
 from interp_ablate.storage.entry_points import entry_points_of
 
-ENTRY_POINTS = "interp_ablate.scorers"
+GROUP = "interp_ablate.scorers"
 SCORERS: dict[str, ScorerKind] = {
     "expressions": expression_text.KIND,
     "lexicon": lexicon.KIND,
@@ -34,13 +34,13 @@ def scorer_kind(name: str) -> ScorerKind | None:
     """
     if name in SCORERS:
         return SCORERS[name]
-    entry = entry_points_of(ENTRY_POINTS).get(name)
+    entry = entry_points_of(GROUP).get(name)
     if entry is None:
         return None
     kind = entry.load()
     if not isinstance(kind, ScorerKind):
         raise RunError(
-            f"the package {entry.package} registers {name!r} under {ENTRY_POINTS} as {entry.target}, a "
+            f"the package {entry.package} registers {name!r} under {GROUP} as {entry.target}, a "
             f"{type(kind).__name__}: it has to be a ScorerKind (interp_ablate.scoring)"
         )
     return kind
@@ -81,7 +81,7 @@ def make_scorer(
     kind = scorer_kind(name)
     if kind is None or rest in ("", "-"):
         forms = [each.form for each in SCORERS.values()]
-        forms += [f"{other}:..." for other in entry_points_of(ENTRY_POINTS) if other not in SCORERS]
+        forms += [f"{other}:..." for other in entry_points_of(GROUP) if other not in SCORERS]
         raise RunError(
             f"no scorer {named!r}: give {', '.join(forms)}; a - before the name reverses it"
         )
