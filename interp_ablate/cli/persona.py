@@ -351,7 +351,7 @@ def _new(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from interp_ablate.persona.trait_writer import generate_trait
-    from interp_ablate.scoring.endpoint import Endpoint
+    from interp_ablate.scoring.endpoint import Endpoint, EndpointSettings
 
     out = Path(args.out)
     if out.exists() and not args.force:
@@ -359,7 +359,11 @@ def _new(args: argparse.Namespace) -> int:
     if out.suffix.lower() != ".json":
         raise RunError(f"--out {out}: a trait file ends in .json")
     # forty questions and ten system prompts are some thousand tokens
-    endpoint = Endpoint(args.judge_model, args.endpoint, max_tokens=8192, timeout=300.0)
+    endpoint = Endpoint(
+        args.judge_model,
+        args.endpoint,
+        settings=EndpointSettings(max_tokens=8192, timeout=300.0),
+    )
     try:
         trait = generate_trait(endpoint, args.name, args.description)
     except InterpAblateError as error:

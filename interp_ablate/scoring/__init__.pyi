@@ -1,5 +1,6 @@
 from .classifier import ClassifierScorer as ClassifierScorer
 from .endpoint import Endpoint as Endpoint
+from .endpoint import EndpointSettings as EndpointSettings
 from .exchange import PromptResponse as PromptResponse
 from .exchange import TextScorer as TextScorer
 from .expression_lists import Expression as Expression

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from interp_ablate.errors import RunError
-from interp_ablate.scoring.endpoint import Endpoint
+from interp_ablate.scoring.endpoint import Endpoint, EndpointSettings
 from interp_ablate.scoring.exchange import PromptResponse
 from interp_ablate.scoring.replies import Reply, RequestError, schema_error, strip_thinking
 from interp_ablate.scoring.scorer_kind import ScorerKind, as_flag
@@ -167,9 +167,8 @@ def _make(place: str, options: dict[str, Any]) -> Judge:
     model = model if at else place
     if "rubric" not in options:
         raise RunError(f"judge:{model} needs a rubric (--rubric FILE): what is 0, and what is 100?")
-    endpoint = Endpoint(
-        model, base_url, cache=options.get("cache"), **dict(options.get("endpoint", {}))
-    )
+    settings = EndpointSettings(**dict(options.get("endpoint", {})))
+    endpoint = Endpoint(model, base_url, cache=options.get("cache"), settings=settings)
     return Judge(endpoint, options["rubric"], weighted=as_flag(options.get("weighted", False)))
 
 

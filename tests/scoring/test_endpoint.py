@@ -25,7 +25,8 @@ pytest.importorskip("openai")
 
 from interp_ablate.errors import RunError
 from interp_ablate.prompts.prompt import Prompt
-from interp_ablate.scoring.endpoint import Endpoint, _Garbled, _reply
+from interp_ablate.scoring.chat_client import Garbled, read_reply
+from interp_ablate.scoring.endpoint import Endpoint, EndpointSettings
 from interp_ablate.scoring.exchange import PromptResponse
 from interp_ablate.scoring.judge import SCORE_SCHEMA, Judge, read_score
 from interp_ablate.scoring.registry import make_scorer
@@ -140,8 +141,9 @@ def serving(say: Callable[[dict[str, Any], int], Any] | Any) -> Iterator[Server]
 
 
 def endpoint(server: Server, **options: Any) -> Endpoint:
-    fast: dict[str, Any] = {"api_key": KEY, "retries": 2, "backoff": 0.01, "timeout": 10.0}
-    return Endpoint("m", server.url, **{**fast, **options})
+    cache, key = options.pop("cache", None), options.pop("api_key", KEY)
+    fast: dict[str, Any] = {"retries": 2, "backoff": 0.01, "timeout": 10.0, **options}
+    return Endpoint("m", server.url, api_key=key, cache=cache, settings=EndpointSettings(**fast))
 
 
 def user(text: str) -> list[dict[str, str]]:
@@ -339,7 +341,9 @@ def test_no_server() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    asked = Endpoint("m", f"http://127.0.0.1:{port}/v1", retries=1, backoff=0.01)
+    asked = Endpoint(
+        "m", f"http://127.0.0.1:{port}/v1", settings=EndpointSettings(retries=1, backoff=0.01)
+    )
     with pytest.raises(EndpointError, match=r"no connection.*Is the server up") as raised:
         asked.ask(user("?"))
     assert f"127.0.0.1:{port}" in str(raised.value) and "in 2 tries" in str(raised.value)
@@ -435,7 +439,7 @@ def test_a_key_is_never_written_or_told(
     echo = Fault(500, {"error": {"message": f"key {KEY} crashed me"}})
     with serving(lambda body, number: echo if number < 3 else "ok") as server:
         url = server.url.replace("//", "//me:secretive@") + "?token=hushhush"
-        asked = Endpoint("m", url, cache=cache, retries=1, backoff=0.01)
+        asked = Endpoint("m", url, cache=cache, settings=EndpointSettings(retries=1, backoff=0.01))
         with pytest.raises(EndpointError) as raised:
             asked.ask(user("a"))
         asked.ask(user("b"))
@@ -487,8 +491,9 @@ def test_a_server_that_dies_stops_the_batch_and_the_rest_is_asked_later(tmp_path
 
 KILLED = """
 import sys
-from interp_ablate.scoring.endpoint import Endpoint
-asked = Endpoint("m", sys.argv[1], cache=sys.argv[2], concurrency=2)
+from interp_ablate.scoring.endpoint import Endpoint, EndpointSettings
+settings = EndpointSettings(concurrency=2)
+asked = Endpoint("m", sys.argv[1], cache=sys.argv[2], settings=settings)
 asked.ask_all([[{"role": "user", "content": str(i)}] for i in range(12)])
 """
 
@@ -729,7 +734,7 @@ def test_a_judge_from_a_line_of_text(tmp_path: Path) -> None:
         url = f"{server.url}?weighted=true&api-version=2"
         same = make_scorer(f"judge:m@{url}", rubric="?")
         assert isinstance(same, Judge) and same.weighted
-        assert same.endpoint._url == f"{server.url}?api-version=2"
+        assert same.endpoint._client.url == f"{server.url}?api-version=2"
     assert server.asked[0]["model"] == "org/m:1" and server.keys[0] == "Bearer none"
     assert judge.name == "-judge:org/m:1"
     identity = json.dumps(judge.identity)
@@ -749,21 +754,21 @@ def test_json_too_deep_to_read_is_no_answer() -> None:
     assert read_score(Reply(deep)).why == "prose"
     with pytest.raises(AnswerError, match="expected a JSON object"):
         parse_json(Reply(deep), COLOUR)
-    with pytest.raises(_Garbled, match="RecursionError"):
-        _reply(deep.encode())
+    with pytest.raises(Garbled, match="RecursionError"):
+        read_reply(deep.encode())
 
 
 def test_the_command_goes_on_where_a_judge_went_away(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from interp_ablate.cli.main import main
-    from interp_ablate.scoring import endpoint as endpoints
+    from interp_ablate.scoring import chat_client
 
     source, out, rubric = (tmp_path / name for name in ("rows.jsonl", "out.jsonl", "rubric.txt"))
     rows = [{"prompt": f"p {i}", "response": f"answer {i}" if i else ""} for i in range(8)]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     rubric.write_text("How long is it? 0 is short, 100 is long.")
-    monkeypatch.setattr(endpoints.random, "uniform", lambda low, high: 0.001)  # no long waits
+    monkeypatch.setattr(chat_client.random, "uniform", lambda low, high: 0.001)  # no long waits
     alive = {"until": 3}
 
     def say(body: dict[str, Any], number: int) -> Any:
