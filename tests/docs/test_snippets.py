@@ -61,6 +61,23 @@ def test_the_tables_of_coming_from_name_what_there_is() -> None:
         assert any(name in dir(place) for place in places), name
 
 
+def test_the_gallery_draws_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tests" / "plots")
+    import_module("test_plots").make_run(tmp_path / "runs" / "declining")
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    of_a_run = [block for block in blocks if "run" in block and "runs/" not in block]
+    assert len(of_a_run) >= 6 and "plt.subplots()" in blocks[0]
+    for block in of_a_run:
+        namespace: dict[str, Any] = {}
+        exec(compile(blocks[0], "docs/gallery.md, the shared lines", "exec"), namespace)
+        exec(compile(block, "docs/gallery.md", "exec"), namespace)
+        ax = namespace["ax"]
+        assert ax.has_data() or ax.images, block
+        namespace["plt"].close("all")
+
+
 @pytest.mark.slow
 def test_the_readme_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
     (block,) = snippets("README.md")
