@@ -84,3 +84,14 @@ def test_every_figure_is_shown() -> None:
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     unused = [path.name for path in (DOCS / "figures").glob("*.png") if path.name not in text]
     assert not unused, f"no page shows {unused}"
+
+
+def test_files_named_in_the_architecture_exist() -> None:
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8").split("## Every file")[0]
+    named = [name for name in re.findall(r"`([\w/]+(?:\.pyi?|/))`", text) if name != "docs/"]
+    missing = [
+        name
+        for name in named
+        if not any((top / name).exists() for top in (ROOT, ROOT / "interp_ablate"))
+    ]
+    assert len(named) > 20 and not missing, f"docs/architecture.md names {missing}"
