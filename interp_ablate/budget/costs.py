@@ -1,6 +1,6 @@
 """FLOPs and bytes of forward calls, gradients and KV caches.
 
-Knows: arithmetic over sizes. Does not know: which stage makes which calls.
+Knows: the formulas, the work and the machine. Does not know: which stage makes which calls.
 """
 
 from __future__ import annotations
@@ -20,31 +20,30 @@ from interp_ablate.settings import MAX_NEW_TOKENS
 
 @dataclass(frozen=True)
 class Workload:
-    """How much is asked of the model. All prompts count as equally long: padding is not counted.
-
-    Args:
-        prompts: a side, whose activations are collected.
-        scored: prompts a side that a trial scores.
-        fitted: rows of each kind that a gradient step of a fit reads.
-        tokens: of a prompt, `prefix` included.
-        prefix: tokens in front that all prompts share (a chat template's).
-        max_new_tokens: of an answer.
-        rows: in a batch of forward passes; `decoded_rows` in one that is decoded.
-        dtype_bytes: of a number: 4 for float32, 2 for bfloat16.
+    """The work that is asked of the model. All prompts count as equally long: padding is not counted.
 
     Raises:
         InterpAblateError: numbers out of range.
     """
 
     prompts: int = 64
+    """Prompts a side whose activations are collected."""
     scored: int = 32
+    """Prompts a side that a trial scores."""
     fitted: int = STEP_ROWS
+    """Rows of each kind that a gradient step of a fit reads."""
     tokens: int = 60
+    """Tokens of a prompt, `prefix` included."""
     prefix: int = 40
+    """Tokens in front that all prompts share (a chat template's)."""
     max_new_tokens: int = MAX_NEW_TOKENS
+    """Tokens of an answer."""
     rows: int = STREAM_ROWS
+    """Rows in a batch of forward passes."""
     decoded_rows: int = DECODED_ROWS
+    """Rows in a batch that is decoded."""
     dtype_bytes: int = 2
+    """Bytes of a number: 4 for float32, 2 for bfloat16."""
 
     def __post_init__(self) -> None:
         low = [f.name for f in fields(self) if f.name != "prefix" and getattr(self, f.name) < 1]
@@ -55,7 +54,7 @@ class Workload:
             )
 
     def shared(self, rows: int) -> int:
-        """Tokens in front that are run once for `rows` prompts: none for one prompt, or for very few."""
+        """Number of tokens in front that are run once for `rows` prompts; 0 for one prompt, or for few tokens."""
         return self.prefix if rows > 1 and self.prefix >= MIN_SHARED_PREFIX else 0
 
 
@@ -64,45 +63,41 @@ class Machine:
     """Rates that a machine reaches, not those on its data sheet, and the memory it has.
 
     The defaults are two GPUs like NVIDIA's H100 SXM: 40% of 989 TFLOP/s in bf16 and 60% of 3.35 TB/s.
-    Layers spread over devices (`--device auto`) run one after the other: memory adds up, rates do not.
-
-    Args:
-        flops: of matrix products in the model's dtype, a second, of one device.
-        bandwidth: bytes a second, of one device's memory.
-        memory: bytes, of one device.
-        disk: bytes a second, of checkpoints read and written.
 
     Raises:
         InterpAblateError: numbers that are not above 0.
     """
 
     flops: float = 4e14
+    """Operations a second of matrix products in the model's dtype, of one device."""
     bandwidth: float = 2e12
+    """Bytes a second of one device's memory."""
     memory: float = 80e9
+    """Bytes of one device."""
     devices: int = 2
+    """Layers spread over devices run one after the other: memory adds up, rates do not."""
     disk: float = 1e9
+    """Bytes a second of checkpoints read and written."""
 
     def __post_init__(self) -> None:
         if not all(getattr(self, f.name) > 0 for f in fields(self)):
             raise InterpAblateError(f"every number of a machine is above 0; got {self}")
 
     def seconds(self, calls: Sequence[Call]) -> float:
-        """Of forward calls one after the other, each bound by arithmetic or by memory."""
+        """Seconds of forward calls one after the other, each bound by arithmetic or by memory."""
         return sum(max(call.flops / self.flops, call.reads / self.bandwidth) for call in calls)
 
 
 class Call(NamedTuple):
-    """One forward call: floating point operations, and bytes of weights and of KV cache it reads."""
+    """The cost of one forward call."""
 
     flops: int
     reads: int
-
-
-# ---- formulas ------------------------------------------------------------------------------------
+    """Bytes of weights and of KV cache that it reads."""
 
 
 def forward_flops(sizes: Dimensions, *, rows: int, new: int, past: int = 0, logits: int = 0) -> int:
-    """Of a forward call over `rows` x `new` tokens after `past` cached ones, `logits` positions a row.
+    """FLOPs of one forward call: `rows` x `new` tokens, each after `past` cached ones; `logits` positions a row.
 
     A multiplication and an addition are two. Attention scores are counted for every pair of a new token
     and a token so far, as masked kernels compute them, not for half of them.
@@ -116,67 +111,52 @@ def forward_flops(sizes: Dimensions, *, rows: int, new: int, past: int = 0, logi
 def gradient_flops(
     sizes: Dimensions, *, rows: int, new: int, past: int = 0, logits: int = 0, prefix: bool = False
 ) -> int:
-    """Of a forward call and the way back to the activations, in which weights get no gradient.
+    """FLOPs of a forward call and of the way back to the activations, in which weights get no gradient.
 
     Back, a product with a weight costs what it cost before (not twice that, as in training), attention
     scores cost twice. `prefix`: only keys and values go on from here, so that the last layer's other
     products have no way back.
     """
     forward = forward_flops(sizes, rows=rows, new=new, past=past, logits=logits)
-    tokens = rows * new
-    scores = 4 * tokens * (past + new) * sizes.queries
-    back = forward + sizes.n_layers * scores
-    if prefix:
-        others = sizes.block_matrices - 2 * sizes.d_model * sizes.keys
-        back -= 2 * tokens * others + 2 * scores
-    return forward + back
+    scores = 4 * rows * new * (past + new) * sizes.queries
+    others = sizes.block_matrices - 2 * sizes.d_model * sizes.keys
+    without = 2 * rows * new * others + 2 * scores if prefix else 0
+    return 2 * forward + sizes.n_layers * scores - without
 
 
 def kv_bytes(sizes: Dimensions, dtype_bytes: int) -> int:
-    """Of the KV cache, a token of a row. Sliding windows count as if they were the whole sequence."""
+    """Bytes of KV cache per token and row. Sliding windows count as if they were the whole sequence."""
     return 2 * sizes.n_layers * sizes.keys * dtype_bytes
 
 
 def kv_places(*, tokens: int, max_new_tokens: int, prefix: int = 0) -> int:
     """Tokens that a row's KV cache has room for after decoding, its spare places included.
 
-    Nothing is spared in a cache that decoding never adds to.
+    A cache behind a shared prefix is made with spare places; another one gets them when decoding adds to it.
     """
-    if prefix:
-        return (
-            tokens
-            + SPARE
-            + (SPARE + 1) * math.ceil(max(0, max_new_tokens - 1 - SPARE) / (SPARE + 1))
-        )
-    return tokens + (SPARE + 1) * math.ceil((max_new_tokens - 1) / (SPARE + 1))
+    made_with = SPARE if prefix else 0
+    grown = math.ceil(max(0, max_new_tokens - 1 - made_with) / (SPARE + 1))
+    return tokens + made_with + (SPARE + 1) * grown
 
 
 def saved_bytes(
     sizes: Dimensions, *, rows: int, new: int, past: int = 0, dtype_bytes: int = 4
 ) -> int:
-    """What a gradient step keeps of the blocks of one forward call, an erasure at every writer.
+    """Bytes that a gradient step keeps of the blocks of one forward call, with an erasure at every writer.
 
-    A token and block: what the norms read, what the erasures read, queries and attention's output, the
-    MLP's inner tensors; and the keys and values of all tokens so far, repeated to every query head.
+    Of each token and block: inputs of the norms and of the erasures, queries and attention's output, the MLP's
+    inner tensors; and the keys and values of all tokens so far, repeated to every query head.
     """
-    form, d_model = sizes.form, sizes.d_model
-    norm = max(4, dtype_bytes) if form.wide_norm else dtype_bytes
-    head_norms = 0 if form.head_norm == "none" else sizes.queries + sizes.keys
-    token = norm * (form.norms * d_model + head_norms)
-    token += dtype_bytes * (2 * d_model + 2 * sizes.queries + form.saved_mlp * sizes.d_mlp)
+    traits, d_model = sizes.traits, sizes.d_model
+    norm = max(4, dtype_bytes) if traits.wide_norm else dtype_bytes
+    head_norms = 0 if traits.head_norm == "none" else sizes.queries + sizes.keys
+    token = norm * (traits.norms * d_model + head_norms)
+    token += dtype_bytes * (2 * d_model + 2 * sizes.queries + traits.saved_mlp * sizes.d_mlp)
     seen = 2 * sizes.queries * dtype_bytes * (past + new)
     ends = d_model * new * (norm + dtype_bytes)  # the embedding's erasure, the final norm
     return rows * (sizes.n_layers * (token * new + seen) + ends)
 
 
 def activation_bytes(sizes: Dimensions, *, rows: int, new: int, dtype_bytes: int) -> int:
-    """Activations alive at once in a forward call: those of one block, by the rule that sizes batches."""
+    """Bytes of activations alive at once in a forward call: one block's, by the rule that sizes batches."""
     return rows * new * (6 * sizes.d_model + 3 * sizes.d_mlp) * dtype_bytes
-
-
-# ---- stages --------------------------------------------------------------------------------------
-
-
-def batch_sizes(total: int, rows: int) -> list[int]:
-    """Rows of each batch."""
-    return [min(rows, total - start) for start in range(0, total, rows)]

@@ -1,6 +1,6 @@
-"""The shape of a model, read from its config.
+"""The sizes of a model, read from its config.
 
-Knows: layer counts, widths and bytes of a dtype. Does not know: what a stage does with them.
+Knows: layers, widths, parameters, and what a config does not say. Does not know: what a stage does with them.
 """
 
 from __future__ import annotations
@@ -17,30 +17,34 @@ DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class ConfigTraits:
-    """What a model type's config does not say in numbers.
+    """The traits of a model type that its config does not say in numbers.
 
-    `positions` and `mlp_width` name fields of the config. A bias is there always, never, or where the named field of the config is true. `norms` are those of a
-    block over d_model; `head_norm` says whether queries and keys are normed a head, as a whole, or not.
-    `wide_norm`: the norm computes, and keeps for the gradient, a float32 copy of what it reads.
-    `saved_mlp` counts the tensors of d_mlp numbers that a gradient keeps for each token of a block.
+    A bias is always there, never, or where the named field of the config is true.
     """
 
     gated: bool = True
+    """True for an MLP of three matrices."""
     norms: int = 2
+    """Norms of a block over d_model."""
     norm_bias: bool = False
     head_norm: Literal["none", "head", "whole"] = "none"
+    """Norms of queries and keys: none, one a head, or one over all heads."""
     wide_norm: bool = True
+    """True where a norm keeps a float32 copy of its input for the gradient."""
     qkv_bias: bool | str = False
     out_bias: bool | str = False
     mlp_bias: bool | str = False
     positions: str | None = None
+    """Field of the config with the number of learned positions."""
     mlp_width: str = "intermediate_size"
+    """Field of the config with the width of the MLP."""
     saved_mlp: int = 3
+    """Tensors of d_mlp numbers that a gradient keeps for each token of a block."""
 
 
 _BIASED = ConfigTraits(qkv_bias="attention_bias", out_bias="attention_bias")
-# model_type of the Hugging Face config -> form; a missing one raises.
-FORMS: dict[str, ConfigTraits] = {
+# model_type of the Hugging Face config -> its traits; a missing one raises.
+TRAITS: dict[str, ConfigTraits] = {
     "llama": ConfigTraits(qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias"),
     "smollm3": ConfigTraits(qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias"),
     "mistral": ConfigTraits(),
@@ -66,7 +70,7 @@ FORMS: dict[str, ConfigTraits] = {
 
 @dataclass(frozen=True)
 class Dimensions:
-    """The numbers of a decoder that everything else follows from; `biases` are those of one block."""
+    """The numbers of a decoder that everything else follows from."""
 
     n_layers: int
     d_model: int
@@ -78,7 +82,8 @@ class Dimensions:
     tied: bool
     n_positions: int = 0
     biases: int = 0
-    form: ConfigTraits = ConfigTraits()
+    """Bias parameters of one block."""
+    traits: ConfigTraits = ConfigTraits()
 
     @property
     def queries(self) -> int:
@@ -92,7 +97,7 @@ class Dimensions:
     @property
     def block_matrices(self) -> int:
         """Weights of a block that multiply each token: attention's four and the MLP's two or three."""
-        mlp = (3 if self.form.gated else 2) * self.d_mlp
+        mlp = (3 if self.traits.gated else 2) * self.d_mlp
         return self.d_model * (2 * self.queries + 2 * self.keys + mlp)
 
     @property
@@ -102,24 +107,24 @@ class Dimensions:
     @property
     def parameters(self) -> int:
         """Every parameter, counted once: a tied unembedding is the embedding."""
-        norm = self.d_model * (2 if self.form.norm_bias else 1)
-        block = self.block_matrices + self.biases + self.form.norms * norm + self._head_norms
+        norm = self.d_model * (2 if self.traits.norm_bias else 1)
+        block = self.block_matrices + self.biases + self.traits.norms * norm + self._head_norms
         embeddings = (1 if self.tied else 2) * self.unembedding + self.n_positions * self.d_model
         return self.n_layers * block + norm + embeddings
 
     @property
     def _head_norms(self) -> int:
         widths = {"none": 0, "head": 2 * self.d_head, "whole": self.queries + self.keys}
-        return widths[self.form.head_norm]
+        return widths[self.traits.head_norm]
 
     @property
     def parameters_a_step(self) -> int:
-        """Parameters that a forward call with logits reads: of an embedding of its own only some rows."""
+        """Parameters that a forward call with logits reads; of an untied embedding it reads only some rows."""
         return self.parameters - (0 if self.tied else self.unembedding)
 
     @property
     def n_residual_sites(self) -> int:
-        """What `collect` reads by default: resid_pre, resid_mid and resid_post of every layer."""
+        """Number of sites that `collect` reads by default: resid_pre, resid_mid and resid_post of every layer."""
         return 3 * self.n_layers
 
 
@@ -127,24 +132,24 @@ def dimensions_of(hf_config: Any) -> Dimensions:
     """Read from a Hugging Face config.
 
     Raises:
-        InterpAblateError: a model type whose form is not declared (mixtures of experts among them).
+        InterpAblateError: a model type without an entry in `TRAITS` (mixtures of experts among them).
     """
-    form = FORMS.get(hf_config.model_type)
-    if form is None:
+    traits = TRAITS.get(hf_config.model_type)
+    if traits is None:
         raise InterpAblateError(
             f"no arithmetic for model type {hf_config.model_type!r}: there is for "
-            f"{', '.join(FORMS)}. For a decoder of the same shape, make Dimensions(...) by hand"
+            f"{', '.join(TRAITS)}. For a decoder of the same shape, make Dimensions(...) by hand"
         )
     d_model, heads = hf_config.hidden_size, hf_config.num_attention_heads
     kv_heads = getattr(hf_config, "num_key_value_heads", None) or heads
     d_head = getattr(hf_config, "head_dim", None) or d_model // heads
-    d_mlp = getattr(hf_config, form.mlp_width) or 4 * d_model
+    d_mlp = getattr(hf_config, traits.mlp_width) or 4 * d_model
 
-    def there(bias: bool | str) -> bool:
+    def has(bias: bool | str) -> bool:
         return bias if isinstance(bias, bool) else bool(getattr(hf_config, bias))
 
-    biases = there(form.qkv_bias) * (heads + 2 * kv_heads) * d_head + there(form.out_bias) * d_model
-    biases += there(form.mlp_bias) * ((2 if form.gated else 1) * d_mlp + d_model)
+    biases = has(traits.qkv_bias) * (heads + 2 * kv_heads) * d_head + has(traits.out_bias) * d_model
+    biases += has(traits.mlp_bias) * ((2 if traits.gated else 1) * d_mlp + d_model)
     return Dimensions(
         n_layers=hf_config.num_hidden_layers,
         d_model=d_model,
@@ -154,9 +159,9 @@ def dimensions_of(hf_config: Any) -> Dimensions:
         d_mlp=d_mlp,
         d_vocab=hf_config.vocab_size,
         tied=bool(hf_config.tie_word_embeddings),
-        n_positions=getattr(hf_config, form.positions) if form.positions else 0,
+        n_positions=getattr(hf_config, traits.positions) if traits.positions else 0,
         biases=biases,
-        form=form,
+        traits=traits,
     )
 
 

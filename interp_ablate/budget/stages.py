@@ -1,8 +1,8 @@
-"""Budget: what a model needs at each stage, memory and time, by arithmetic from its config.
+"""The budget of a run: memory and time of each stage, by arithmetic from a model's config.
 
-Knows: sizes of decoders, how many operations and bytes each stage takes, two rates of a machine. Does not
-know: weights, devices, or what a stage measures. Nothing is loaded and nothing is run; `tests/test_budget.py`
-holds each formula against what torch counts on small models.
+Nothing is loaded and nothing is run; `tests/budget` holds each formula against what torch counts on small models.
+
+Knows: which calls each stage makes, and what it holds. Does not know: weights, or what a stage measures.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from interp_ablate.budget.costs import (
     Machine,
     Workload,
     activation_bytes,
-    batch_sizes,
     forward_flops,
     gradient_flops,
     kv_bytes,
@@ -33,37 +32,55 @@ if TYPE_CHECKING:
 
 
 class Stage(NamedTuple):
-    """A row of the table. `memory` is on the devices beside the weights, `host` in the machine's RAM;
-    bytes. `seconds` has no Python, kernel launches, tokenizing or scoring of texts in it.
-    """
+    """A row of the table; memory in bytes."""
 
     stage: str
     memory: int
+    """On the devices, beside the weights."""
     host: int
+    """In the machine's RAM."""
     calls: Sequence[Call]
     note: str
     seconds: float | None = None
+    """Default: those of the calls, without Python, kernel launches, tokenizing or scoring of texts."""
 
 
-def _pass(
-    sizes: Dimensions, work: Workload, prompts: int, *, more: int = 0, logits: int = 0
-) -> list[Call]:
-    """The calls of `prompts` rows with `more` tokens behind each: the prefix once, then the batches."""
+def _calls(
+    sizes: Dimensions, work: Workload, prompts: int, batch: int, steps: Sequence[tuple[int, int]], logits: int
+) -> list[Call]:  # fmt: skip
+    """The shared prefix once, then for each batch every step: (cached tokens, new tokens) of a row."""
     prefix, each = work.shared(prompts), kv_bytes(sizes, work.dtype_bytes)
-    without = sizes.n_layers * sizes.block_matrices * work.dtype_bytes
-    reads = without + (sizes.unembedding * work.dtype_bytes if logits else 0)
-    calls = [Call(forward_flops(sizes, rows=1, new=prefix), without)] if prefix else []
-    new = work.tokens - prefix + more
-    for rows in batch_sizes(prompts, work.rows):
-        flops = forward_flops(sizes, rows=rows, new=new, past=prefix, logits=logits)
-        calls.append(Call(flops, reads + rows * prefix * each))
+    body = sizes.n_layers * sizes.block_matrices * work.dtype_bytes
+    reads = sizes.parameters_a_step * work.dtype_bytes if logits else body
+    calls = [Call(forward_flops(sizes, rows=1, new=prefix), body)] if prefix else []
+    for start in range(0, prompts, batch):
+        rows = min(batch, prompts - start)
+        for past, new in steps:
+            flops = forward_flops(sizes, rows=rows, new=new, past=past, logits=logits)
+            calls.append(Call(flops, reads + rows * past * each))
     return calls
 
 
-def _passing(
+def forward_calls(
+    sizes: Dimensions, work: Workload, prompts: int, *, more: int = 0, logits: int = 0
+) -> list[Call]:
+    """The calls that read `prompts` prompts, each with `more` tokens behind it."""
+    prefix = work.shared(prompts)
+    return _calls(sizes, work, prompts, work.rows, [(prefix, work.tokens - prefix + more)], logits)
+
+
+def decode_calls(sizes: Dimensions, work: Workload, prompts: int) -> list[Call]:
+    """The calls that answer `prompts` prompts, none ending early: prefix, prompts, a token at a time."""
+    prefix = work.shared(prompts)
+    steps = [(work.tokens + step, 1) for step in range(work.max_new_tokens - 1)]
+    first = (prefix, work.tokens - prefix)
+    return _calls(sizes, work, prompts, work.decoded_rows, [first, *steps], 1)
+
+
+def forward_bytes(
     sizes: Dimensions, work: Workload, prompts: int, *, more: int = 0, logits: int = 0
 ) -> int:
-    """Bytes that such calls hold at once: a batch's KV cache, its live activations, its logits."""
+    """Bytes that `forward_calls` hold at once: a batch's KV cache, its live activations, its logits."""
     prefix, rows = work.shared(prompts), min(prompts, work.rows)
     new = work.tokens - prefix + more
     places = rows * (prefix + new + SPARE) + prefix if prefix else 0
@@ -87,34 +104,19 @@ def collect_stage(sizes: Dimensions, work: Workload) -> Stage:
     rows = min(prompts, work.rows)
     held = 2 * rows * row * work.dtype_bytes  # as captured, and as one tensor
     host = prompts * row * work.dtype_bytes + (2 * rows + 4) * row * 8  # values; moments in float64
-    calls = _pass(sizes, work, prompts)
+    calls = forward_calls(sizes, work, prompts)
     note = (
         f"{prompts} prompts, {sizes.n_residual_sites} sites, {work.shared(prompts)} tokens run once"
     )
-    return Stage("collect", _passing(sizes, work, prompts) + held, host, calls, note)
-
-
-def decode_calls(sizes: Dimensions, work: Workload, prompts: int) -> list[Call]:
-    """The calls that answer `prompts` prompts, none ending early: prefix, prompts, a token at a time."""
-    prefix, each = work.shared(prompts), kv_bytes(sizes, work.dtype_bytes)
-    weights = sizes.parameters_a_step * work.dtype_bytes
-    body = sizes.n_layers * sizes.block_matrices * work.dtype_bytes
-    calls = [Call(forward_flops(sizes, rows=1, new=prefix), body)] if prefix else []
-    for rows in batch_sizes(prompts, work.decoded_rows):
-        for step in range(work.max_new_tokens):
-            past = prefix if step == 0 else work.tokens + step - 1
-            new = work.tokens - prefix if step == 0 else 1
-            flops = forward_flops(sizes, rows=rows, new=new, past=past, logits=1)
-            calls.append(Call(flops, weights + rows * past * each))
-    return calls
+    return Stage("collect", forward_bytes(sizes, work, prompts) + held, host, calls, note)
 
 
 def trial_stage(sizes: Dimensions, work: Workload) -> Stage:
-    """Teacher-forced own words of one side, first tokens of the other, answers to both."""
+    """The unedited answers of one side teacher-forced, first tokens of the other, answers to both."""
     prompts = 2 * work.scored
     prefix, rows = work.shared(prompts), min(prompts, work.decoded_rows)
-    first = _pass(sizes, work, work.scored, more=N_TOKENS, logits=N_TOKENS + 1)
-    second = _pass(sizes, work, work.scored, logits=1)
+    first = forward_calls(sizes, work, work.scored, more=N_TOKENS, logits=N_TOKENS + 1)
+    second = forward_calls(sizes, work, work.scored, logits=1)
     answers = decode_calls(sizes, work, prompts)
     places = kv_places(tokens=work.tokens, max_new_tokens=work.max_new_tokens, prefix=prefix)
     cache = (rows * places + prefix) * kv_bytes(sizes, work.dtype_bytes)
@@ -122,7 +124,7 @@ def trial_stage(sizes: Dimensions, work: Workload) -> Stage:
         sizes, rows=rows, new=work.tokens - prefix, dtype_bytes=work.dtype_bytes
     )
     live += rows * sizes.d_vocab * (work.dtype_bytes + 8)
-    passing = _passing(sizes, work, work.scored, more=N_TOKENS, logits=N_TOKENS + 1)
+    passing = forward_bytes(sizes, work, work.scored, more=N_TOKENS, logits=N_TOKENS + 1)
     note = (
         f"{prompts} answers of {work.max_new_tokens} tokens; a step reads "
         f"{sizes.parameters_a_step * work.dtype_bytes / 1e9:.1f} GB of weights, KV cache {cache / 1e9:.2f} GB"
@@ -130,46 +132,31 @@ def trial_stage(sizes: Dimensions, work: Workload) -> Stage:
     return Stage("trial", max(cache + live, passing), 0, (*first, *second, *answers), note)
 
 
-class _Side(NamedTuple):
-    """Rows that a gradient step reads: tokens behind each prompt, logits, bytes kept a logit."""
-
-    rows: int
-    more: int
-    logits: int
-    kept: int
-
-
-def _sides(work: Workload, passages: bool) -> list[_Side]:
-    own = _Side(work.fitted, N_TOKENS, N_TOKENS + 1, 4)  # log-probabilities in float32
-    kept = _Side(work.fitted, N_KEPT - 1, N_KEPT, 12)  # and the reference's chances in float64
-    unwanted = _Side(max(work.fitted // 2, 1), PASSAGE_TOKENS - 1, PASSAGE_TOKENS, 4)
-    return [own, kept, *([unwanted] if passages else [])]
-
-
 def fit_stage(sizes: Dimensions, work: Workload, *, passages: bool = False) -> Stage:
     """A gradient step: each side forward and back by itself, all of its rows in one graph."""
-    calls, held = [], []
-    weights = sizes.parameters_a_step * work.dtype_bytes
-    for side in _sides(work, passages):
-        prefix = work.shared(side.rows)
-        new = work.tokens - prefix + side.more
-        flops = gradient_flops(sizes, rows=side.rows, new=new, past=prefix, logits=side.logits)
-        size = side.rows * side.logits * sizes.d_vocab * side.kept
-        size += saved_bytes(
-            sizes, rows=side.rows, new=new, past=prefix, dtype_bytes=work.dtype_bytes
-        )
+    unwanted, size = max(work.fitted // 2, 1), work.dtype_bytes
+    weights = sizes.parameters_a_step * size
+    sides = [  # rows, tokens behind each prompt, logits, bytes kept a logit
+        (work.fitted, N_TOKENS, N_TOKENS + 1, 4),  # log-probabilities in float32
+        (work.fitted, N_KEPT - 1, N_KEPT, 12),  # and the reference's chances in float64
+        *([(unwanted, PASSAGE_TOKENS - 1, PASSAGE_TOKENS, 4)] if passages else []),
+    ]
+    calls, memory = [], []
+    for rows, more, logits, kept_bytes in sides:
+        prefix = work.shared(rows)
+        new = work.tokens - prefix + more
+        flops = gradient_flops(sizes, rows=rows, new=new, past=prefix, logits=logits)
+        held = rows * logits * sizes.d_vocab * kept_bytes
+        held += saved_bytes(sizes, rows=rows, new=new, past=prefix, dtype_bytes=size)
+        held += activation_bytes(sizes, rows=rows, new=new, dtype_bytes=size)
         if prefix:
             flops += gradient_flops(sizes, rows=1, new=prefix, prefix=True)
-            size += saved_bytes(sizes, rows=1, new=prefix, dtype_bytes=work.dtype_bytes)
+            held += saved_bytes(sizes, rows=1, new=prefix, dtype_bytes=size)
         calls.append(Call(flops, (4 if prefix else 2) * weights))
-        held.append(
-            size + activation_bytes(sizes, rows=side.rows, new=new, dtype_bytes=work.dtype_bytes)
-        )
-    what = f"{work.fitted} + {work.fitted} rows" + (
-        f" + {max(work.fitted // 2, 1)} passages" if passages else ""
-    )
+        memory.append(held)
     name = "gradient step" + (", with passages" if passages else "")
-    return Stage(name, max(held), 0, calls, what)
+    note = f"{work.fitted} + {work.fitted} rows" + (f" + {unwanted} passages" if passages else "")
+    return Stage(name, max(memory), 0, calls, note)
 
 
 def export_stage(sizes: Dimensions, work: Workload, machine: Machine) -> Stage:
@@ -184,13 +171,13 @@ def export_stage(sizes: Dimensions, work: Workload, machine: Machine) -> Stage:
 def budget(
     hf_config: Any, workload: Workload | None = None, machine: Machine | None = None
 ) -> pd.DataFrame:
-    """A row a stage: memory on the devices, RAM, operations, bytes read, seconds, and whether it fits.
+    """The table, a row a stage.
+
+    Columns: stage; memory (on the devices, weights included) and host, in bytes; flops; reads (bytes of weights and
+    KV cache); seconds; fits (True where the devices' memory holds it); note.
 
     Args:
         hf_config: a Hugging Face config (`read_hf_config`), or `Dimensions`.
-
-    Columns: stage; memory, weights included, and host, both in bytes; flops; reads, the bytes of weights
-    and KV cache that are read; seconds; fits, whether the devices' memory holds it; note.
 
     Raises:
         InterpAblateError: a model type without arithmetic.

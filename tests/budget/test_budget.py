@@ -27,14 +27,14 @@ from interp_ablate.budget.costs import (
     kv_places,
     saved_bytes,
 )
-from interp_ablate.budget.sizes import DTYPE_BYTES, FORMS, Dimensions, config_at, dimensions_of
+from interp_ablate.budget.sizes import DTYPE_BYTES, TRAITS, Dimensions, config_at, dimensions_of
 from interp_ablate.budget.stages import (
-    _pass,
     as_text,
     budget,
     collect_stage,
     decode_calls,
     fit_stage,
+    forward_calls,
     trial_stage,
 )
 from interp_ablate.errors import InterpAblateError, ModelError
@@ -55,7 +55,7 @@ from interp_ablate.search.gradient_fit import (
 )
 
 # Kinds of tests/tiny.py that have arithmetic, in every form.
-KINDS = [kind for kind in PARTS if (PARTS[kind].model_type or kind).split("_gqa")[0] in FORMS]
+KINDS = [kind for kind in PARTS if (PARTS[kind].model_type or kind).split("_gqa")[0] in TRAITS]
 FEW = ("llama_gqa", "gpt2", "qwen2", "gemma")
 PREFIX, TOKENS = 9, 14
 
@@ -91,7 +91,7 @@ def test_parameters(kind: str, tied: bool) -> None:
 
 
 def test_every_form_is_tested() -> None:
-    assert {PARTS[kind].model_type or kind.removesuffix("_gqa") for kind in KINDS} == set(FORMS)
+    assert {PARTS[kind].model_type or kind.removesuffix("_gqa") for kind in KINDS} == set(TRAITS)
 
 
 def test_sizes_of_a_published_model() -> None:
@@ -121,7 +121,7 @@ def test_operations_of_collect(kind: str) -> None:
     rows = rows_of(*[TOKENS] * 6, prefix=PREFIX)
     with counted() as total:
         collect(model, rows, batch_size=4)
-    calls = _pass(dimensions_of(model.hf_config), work, 6)
+    calls = forward_calls(dimensions_of(model.hf_config), work, 6)
     assert len(calls) == 3  # the prefix, four rows, two rows
     near(total(), sum(call.flops for call in calls), 0.003)
 
