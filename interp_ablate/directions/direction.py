@@ -21,6 +21,8 @@ from interp_ablate.stats.roc import auc
 
 # A difference of means shorter than this fraction of the activations' own norm is rounding, not signal.
 ZERO_TOLERANCE = 1e-6
+PerPrompt = Float[Tensor, "prompt d_model"]
+"""Activations of one site and position, a row a prompt."""
 
 
 @dataclass(frozen=True)

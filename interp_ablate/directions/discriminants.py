@@ -10,10 +10,8 @@ from numbers import Real
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from interp_ablate.directions.direction import Direction
+from interp_ablate.directions.direction import Direction, PerPrompt
 from interp_ablate.directions.mean_difference import (
     TIE_TOLERANCE,
     as_float64,
@@ -29,12 +27,7 @@ LOGISTIC_TOLERANCE, LOGISTIC_STEPS = 1e-8, 1000
 
 
 def lda(
-    positive: Float[Tensor, "prompt d_model"],
-    negative: Float[Tensor, "prompt d_model"],
-    site: Site,
-    *,
-    position: str = "-1",
-    source: str = "",
+    positive: PerPrompt, negative: PerPrompt, site: Site, *, position: str = "-1", source: str = ""
 ) -> Direction:
     """Fisher's discriminant: the mean difference through the inverse covariance within the sets.
 
@@ -59,8 +52,8 @@ def lda(
 
 
 def logistic(
-    positive: Float[Tensor, "prompt d_model"],
-    negative: Float[Tensor, "prompt d_model"],
+    positive: PerPrompt,
+    negative: PerPrompt,
     site: Site,
     *,
     position: str = "-1",
@@ -101,7 +94,7 @@ def logistic(
 
 
 def _standardized(
-    positive: Float[Tensor, "prompt d_model"], negative: Float[Tensor, "prompt d_model"]
+    positive: PerPrompt, negative: PerPrompt
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """All prompts with mean 0 and variance 1 in every dimension, their labels, and each dimension's scale.
 

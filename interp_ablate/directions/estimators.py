@@ -12,10 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from jaxtyping import Float
 from torch import Tensor
 
-from interp_ablate.directions.direction import Direction, orthogonalized
+from interp_ablate.directions.direction import Direction, PerPrompt, orthogonalized
 from interp_ablate.directions.direction_set import Directions, HasActivations
 from interp_ablate.directions.discriminants import lda, logistic
 from interp_ablate.directions.leace_eraser import leace
@@ -44,8 +43,8 @@ class Estimator(Protocol):
 
     def __call__(
         self,
-        positive: Float[Tensor, "prompt d_model"],
-        negative: Float[Tensor, "prompt d_model"],
+        positive: PerPrompt,
+        negative: PerPrompt,
         site: Site,
         *,
         position: str = ...,
@@ -161,9 +160,7 @@ def comparison(
 
 
 def _side_by_side(
-    positive: Float[Tensor, "prompt d_model"],
-    negative: Float[Tensor, "prompt d_model"],
-    means: Direction,
+    positive: PerPrompt, negative: PerPrompt, means: Direction
 ) -> list[tuple[str, Direction | None, str]]:
     """The rows of the comparison: a name, and its direction or the reason why there is none."""
     site, position = means.site, means.position

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp_ablate.directions.direction import ZERO_TOLERANCE, fingerprint_of
+from interp_ablate.directions.direction import ZERO_TOLERANCE, PerPrompt, fingerprint_of
 from interp_ablate.directions.mean_difference import as_float64, check_spread, checked_means
 from interp_ablate.errors import DirectionError
 from interp_ablate.sites import Site
@@ -81,8 +81,8 @@ class Eraser:
 
 
 def leace(
-    positive: Float[Tensor, "prompt d_model"],
-    negative: Float[Tensor, "prompt d_model"],
+    positive: PerPrompt,
+    negative: PerPrompt,
     site: Site,
     *,
     position: str = "-1",

@@ -16,6 +16,7 @@ from torch import Tensor
 from interp_ablate.directions.direction import (
     ZERO_TOLERANCE,
     Direction,
+    PerPrompt,
     orthogonalized,
     separation,
 )
@@ -31,8 +32,8 @@ NO_DIFFERENCE = (
 
 
 def difference_in_means(
-    positive: Float[Tensor, "prompt d_model"],
-    negative: Float[Tensor, "prompt d_model"],
+    positive: PerPrompt,
+    negative: PerPrompt,
     site: Site,
     *,
     position: str = "-1",
@@ -145,7 +146,7 @@ def labels_of(activations: HasActivations) -> Bool[Tensor, " prompt"]:
 
 
 def with_separation(
-    item: Direction, values: Float[Tensor, "prompt d_model"], labels: Bool[Tensor, " prompt"]
+    item: Direction, values: PerPrompt, labels: Bool[Tensor, " prompt"]
 ) -> Direction:
     """The direction with how well it separates these activations.
 
@@ -163,14 +164,12 @@ def with_separation(
 # ---- what the other estimators share -------------------------------------------------------------
 
 
-def as_float64(values: Float[Tensor, "prompt d_model"]) -> Float[Tensor, "prompt d_model"]:
+def as_float64(values: PerPrompt) -> PerPrompt:
     """Activations in float64 on the CPU, where every estimate is computed."""
     return values.detach().to("cpu", torch.float64)
 
 
-def _check_two_sets(
-    positive: Float[Tensor, "prompt d_model"], negative: Float[Tensor, "prompt d_model"], site: Site
-) -> None:
+def _check_two_sets(positive: PerPrompt, negative: PerPrompt, site: Site) -> None:
     for label, values in (("positive", positive), ("negative", negative)):
         if values.ndim != 2 or not len(values):
             raise DirectionError(
@@ -189,12 +188,7 @@ def _check_two_sets(
         )
 
 
-def checked_means(
-    positive: Float[Tensor, "prompt d_model"],
-    negative: Float[Tensor, "prompt d_model"],
-    site: Site,
-    position: str,
-) -> Direction:
+def checked_means(positive: PerPrompt, negative: PerPrompt, site: Site, position: str) -> Direction:
     """The difference in means, which gives every estimator its checks, its sign and its norm.
 
     Raises:
@@ -227,12 +221,7 @@ def signed_direction(
     return Direction(unit, abs(along), means.site, means.position, method, source=source)
 
 
-def check_spread(
-    method: str,
-    positive: Float[Tensor, "prompt d_model"],
-    negative: Float[Tensor, "prompt d_model"],
-    means: Direction,
-) -> None:
+def check_spread(method: str, positive: PerPrompt, negative: PerPrompt, means: Direction) -> None:
     """Check that a covariance can be estimated: two prompts a side, and prompts that differ.
 
     Raises:

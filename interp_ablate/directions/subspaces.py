@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp_ablate.directions.direction import ZERO_TOLERANCE, Direction, fingerprint_of
+from interp_ablate.directions.direction import ZERO_TOLERANCE, Direction, PerPrompt, fingerprint_of
 from interp_ablate.directions.mean_difference import (
     TIE_TOLERANCE,
     as_float64,
@@ -69,12 +69,7 @@ class Subspace:
 
 
 def pca(
-    positive: Float[Tensor, "prompt d_model"],
-    negative: Float[Tensor, "prompt d_model"],
-    site: Site,
-    *,
-    position: str = "-1",
-    source: str = "",
+    positive: PerPrompt, negative: PerPrompt, site: Site, *, position: str = "-1", source: str = ""
 ) -> Direction:
     """First principal axis of the paired differences, uncentred, with positives on its higher side.
 
@@ -102,8 +97,8 @@ def pca(
 
 
 def subspace(
-    positive: Float[Tensor, "prompt d_model"],
-    negative: Float[Tensor, "prompt d_model"],
+    positive: PerPrompt,
+    negative: PerPrompt,
     site: Site,
     *,
     rank: int,
@@ -146,9 +141,7 @@ def subspace(
 
 
 def _paired_differences(
-    positive: Float[Tensor, "prompt d_model"],
-    negative: Float[Tensor, "prompt d_model"],
-    means: Direction,
+    positive: PerPrompt, negative: PerPrompt, means: Direction
 ) -> Float[Tensor, "pair d_model"]:
     pairs = min(len(positive), len(negative))
     first = as_float64(positive[:pairs])

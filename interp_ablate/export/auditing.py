@@ -27,20 +27,10 @@ from interp_ablate.weights.plan_to_weights import Tied, WeightPlan, weight_plan
 
 # Files beside the weights that change what a model does, and have to be there if they are in the source.
 BEHAVIOUR_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
+    "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
 # Files that an export writes itself, or that no program reads.
 _MAY_DIFFER = ("README.md", "config.json", MANIFEST, CERTIFICATE, ".gitattributes")
 # Files that loaders act on where they find them: adapters, code, other weights, other templates.

@@ -116,10 +116,7 @@ def logit_distance(
     for one, other in zip(some, others, strict=True):
         gaps.append((one - other).abs().max())
         kls.append(kl_divergence(one.double().log_softmax(-1), other.double().log_softmax(-1)))
-    return {
-        f"{prefix}max_abs_logit_difference": _largest(*gaps),
-        f"{prefix}kl": _largest(*kls),
-    }
+    return {f"{prefix}max_abs_logit_difference": _largest(*gaps), f"{prefix}kl": _largest(*kls)}
 
 
 def compare(

@@ -31,15 +31,9 @@ SAFETY_NOTICE = (
 )
 # What an export takes over from its source's card, where it is a text or a list of texts.
 INHERITED = (
-    "license",
-    "license_name",
-    "license_link",
-    "language",
-    "base_model",
-    "tags",
-    "library_name",
+    "license", "license_name", "license_link", "language", "base_model", "tags", "library_name",
     "pipeline_tag",
-)
+)  # fmt: skip
 TAGS = ("interp-ablate", "activation-steering")
 _FORMAT_TAGS = {"gguf", "mlx", "onnx", "openvino", "lora", "peft", "adapter", "llama-cpp"}
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
