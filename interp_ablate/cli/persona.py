@@ -226,7 +226,7 @@ def _print_persona(persona: Any, out: Path, figures: list[Path], *, as_json: boo
     if as_json:
         keys = ("layer", "site", "norm", "coefficient", "score", "coherence")
         told = {"trait": persona.name, "out": str(out), **{key: chosen[key] for key in keys}}
-        told["reading"] = _read_row(persona)
+        told["readout"] = _readout_row(persona)
         print(json.dumps({**told, "unsteered": unsteered["score"], "counts": counts}))
         return
     for side in ("positive", "negative"):
@@ -237,18 +237,18 @@ def _print_persona(persona: Any, out: Path, figures: list[Path], *, as_json: boo
     print(
         f"{'':<18} on the {unsteered['questions']} questions that chose it: `persona steer` reports"
     )
-    read = _read_row(persona)
+    read = _readout_row(persona)
     if read is not None:
         print(
-            f"{'reading':<18} {read['site']}, r = {read['r']:.2f} [{read['r_low']:.2f}, {read['r_high']:.2f}] "
+            f"{'readout':<18} {read['site']}, r = {read['r']:.2f} [{read['r_low']:.2f}, {read['r_high']:.2f}] "
             "with the score on unseen questions (the highest of the layers)"
         )
     print(f"{'folder':<18} {out} ({', '.join(path.name for path in figures)})")
 
 
-def _read_row(persona: Any) -> dict[str, Any] | None:
-    """The layer that reads best, as `reading.csv` has it; None where there is none."""
-    rows = (persona.details.get("reading") or {}).get("layers", [])
+def _readout_row(persona: Any) -> dict[str, Any] | None:
+    """The layer that reads best, as `readout.csv` has it; None where there is none."""
+    rows = (persona.details.get("readout") or {}).get("layers", [])
     return next((row for row in rows if row["chosen"]), None)
 
 
@@ -270,8 +270,8 @@ def _opened(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
 
 def _steer(args: argparse.Namespace) -> int:
     persona, scorer, coherence, model = _opened(args)
-    from interp_ablate.persona.settings import SamplingConfig
-    from interp_ablate.persona.steering import COEFFICIENTS, curve, steer
+    from interp_ablate.persona.settings import COEFFICIENTS, SamplingConfig, SteeringConfig
+    from interp_ablate.persona.steering import curve, steer
     from interp_ablate.plots.persona import save_figures
     from interp_ablate.storage.atomic_files import write_atomic
 
@@ -285,13 +285,15 @@ def _steer(args: argparse.Namespace) -> int:
         path,
         scorer=scorer,
         coherence=coherence,
-        coefficients=_numbers(args.coefficients, "--coefficients")
-        if args.coefficients
-        else COEFFICIENTS,
-        questions=args.questions,
-        controls=args.controls,
-        sampling=SamplingConfig(
-            temperature=0.0, **flags_given(args, "max_new_tokens", "batch_size")
+        settings=SteeringConfig(
+            coefficients=_numbers(args.coefficients, "--coefficients")
+            if args.coefficients
+            else COEFFICIENTS,
+            questions=args.questions,
+            controls=args.controls,
+            sampling=SamplingConfig(
+                temperature=0.0, **flags_given(args, "max_new_tokens", "batch_size")
+            ),
         ),
         listener=ProgressBars(quiet=args.quiet),
     )
@@ -314,7 +316,7 @@ def _steer(args: argparse.Namespace) -> int:
 def _bake(args: argparse.Namespace) -> int:
     persona, scorer, coherence, model = _opened(args)
     from interp_ablate.persona.baking import bake
-    from interp_ablate.persona.settings import SamplingConfig
+    from interp_ablate.persona.settings import BakingConfig, SamplingConfig
 
     amount = persona.coefficient if args.coefficient is None else args.coefficient
     answers = Path(args.folder) / "bakes" / f"{amount:g}.jsonl"
@@ -327,12 +329,14 @@ def _bake(args: argparse.Namespace) -> int:
         answers=answers,
         scorer=scorer,
         coherence=coherence,
-        coefficient=amount,
-        questions=args.questions,
-        sampling=SamplingConfig(
-            temperature=0.0, **flags_given(args, "max_new_tokens", "batch_size")
+        settings=BakingConfig(
+            coefficient=amount,
+            questions=args.questions,
+            sampling=SamplingConfig(
+                temperature=0.0, **flags_given(args, "max_new_tokens", "batch_size")
+            ),
+            overwrite=args.force,
         ),
-        overwrite=args.force,
         listener=ProgressBars(quiet=args.quiet),
     )
     if args.json:

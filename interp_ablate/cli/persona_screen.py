@@ -48,9 +48,9 @@ def _screen_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--direction",
-        choices=("reading", "steering"),
-        default="reading",
-        help="reading (default): along which the trait shows in text, of the layer that reads best; steering: "
+        choices=("readout", "steering"),
+        default="readout",
+        help="readout (default): along which the trait shows in text, of the layer that reads best; steering: "
         "the one that `persona steer` adds, as published",
     )
     parser.add_argument("--layer", type=int, help="that direction of another layer")
@@ -109,14 +109,9 @@ def _asked_direction(persona: Any, kind: str, layer: int | None) -> Any:
     """The persona's direction for reading, or the one that steers; of another layer, if one is given."""
     from interp_ablate.sites import Site
 
-    chosen = persona.reading if kind == "reading" else persona.direction
-    if kind == "reading" and chosen is persona.direction:
-        told = persona.details.get("reading")
-        why = (
-            told["why_not"]
-            if told
-            else ("it is of an earlier version; `persona extract` with the same settings adds one")
-        )
+    chosen = persona.readout_direction if kind == "readout" else persona.direction
+    if kind == "readout" and chosen is persona.direction:
+        why = (persona.details.get("readout") or {}).get("why_not")
         print(
             f"note: read along the steering direction, for there is none for reading text: {why}",
             file=sys.stderr,
@@ -206,7 +201,7 @@ def _check(
 
     data, table, labels = screened
     baselines: dict[str, Any] = {}
-    for name, other in (("reading", persona.reading), ("steering", persona.direction)):
+    for name, other in (("readout", persona.readout_direction), ("steering", persona.direction)):
         if other.method != direction.method:
             baselines[f"projection, {name} direction, layer {other.site.layer}"] = partial(
                 project_responses, model, direction=other, response_tokens=args.response_tokens

@@ -60,7 +60,7 @@ def _train(args: argparse.Namespace) -> int:
     if bool(args.data) == args.from_rollouts:
         raise RunError("give DATA, or --from-rollouts for the persona's own answers: one of them")
     _prepare(args)
-    from interp_ablate.directions.direction import random_direction
+    from interp_ablate.directions.direction import random_directions
     from interp_ablate.persona.persona import load_persona
     from interp_ablate.plots.training import save_trait
     from interp_ablate.training.preventative.prevention import (
@@ -82,7 +82,7 @@ def _train(args: argparse.Namespace) -> int:
     conditions = [TrainingArm(PLAIN)] if args.plain_too else []
     conditions.append(TrainingArm(PREVENTATIVE, plan))
     if args.control:
-        one = random_direction(persona.direction, seed=args.seed or 0)
+        (one,) = random_directions(persona.direction, 1, seed=args.seed or 0)
         added = prevention_plan(one, coefficient, positions=args.positions)
         conditions.append(TrainingArm(RANDOM, added))
     yardstick = TraitMeasure(

@@ -330,7 +330,7 @@ def direction_at(place: str) -> Direction:
     if Path(place).is_dir():
         from interp_ablate.persona.persona import load_persona
 
-        return load_persona(place).reading
+        return load_persona(place).readout_direction
     path, _, site = place.partition("#")
     found = Directions.load(path)
     if site:

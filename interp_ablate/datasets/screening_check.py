@@ -20,7 +20,7 @@ from interp_ablate.activations.projections import response_means
 from interp_ablate.datasets.chat_reader import read_samples
 from interp_ablate.datasets.screening_measure import last_exchange
 from interp_ablate.datasets.screening_settings import MEASURES
-from interp_ablate.directions.direction import Direction, random_direction
+from interp_ablate.directions.direction import Direction, random_directions
 from interp_ablate.errors import RunError
 from interp_ablate.models.model import Model
 from interp_ablate.persona.persona import load_persona
@@ -123,7 +123,7 @@ def check(
         scores[name] = np.full(len(given), np.nan)
         scores[name][there] = values
     random = np.full((len(given), RANDOM_DIRECTIONS), np.nan)
-    controls = [random_direction(direction, seed=seed) for seed in range(RANDOM_DIRECTIONS)]
+    controls = random_directions(direction, RANDOM_DIRECTIONS)
     random[there] = response_means(
         model, exchanges, controls, response_tokens=response_tokens
     ).numpy()

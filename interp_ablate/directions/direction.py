@@ -135,6 +135,11 @@ def random_direction(like: Direction, *, seed: int) -> Direction:
     return Direction(vector, like.norm, like.site, like.position, "random", source=f"seed {seed}")
 
 
+def random_directions(like: Direction, count: int, *, seed: int = 0) -> list[Direction]:
+    """Random directions as controls (`random_direction`), the same ones for one seed."""
+    return [random_direction(like, seed=1000 * seed + i) for i in range(count)]
+
+
 def cosine_similarities(directions: Sequence[Direction]) -> Float[Tensor, "site site"]:
     """Cosine of every pair of directions."""
     vectors = torch.stack([item.vector for item in directions])

@@ -1,6 +1,6 @@
-"""Answers of rollouts and their file.
+"""Rollouts and their requests, and the file that holds them.
 
-Knows: answers, verdicts, lines. Does not know: how they were made.
+Knows: answers, verdicts and their lines. Does not know: how answers are made.
 """
 
 from __future__ import annotations
@@ -22,27 +22,28 @@ FORMAT = "interp_ablate.rollouts/1"
 
 @dataclass(frozen=True)
 class RolloutRequest:
-    """One answer to be had: what it is for (plain data), the prompt, and the plan it is written under."""
+    """One answer to be written."""
 
     key: dict[str, Any]
+    """What the answer is for, as plain data: its condition or side, the question's number, ..."""
     prompt: Prompt
     plan: Plan | None = None
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """What came of a job: its tokens (without the end token), its text, and its scores from 0 to 100.
-
-    A score is None where there is no verdict; an empty answer has none, and coherence 0.
-    """
+    """The answer to a request."""
 
     key: dict[str, Any]
     prompt: Prompt
     tokens: tuple[int, ...]
+    """Without the end token."""
     text: str
     finished: bool
     score: float | None = None
+    """0 to 100; None where there is no verdict, as for every empty answer."""
     coherence: float | None = None
+    """0 to 100; None where there is no verdict, and 0 for an empty answer."""
 
     @property
     def exchange(self) -> PromptResponse:
@@ -54,12 +55,12 @@ def with_verdicts(answer: Rollout, score: float | None, coherence: float | None)
 
 
 def verdict_key(what: str, identity: Mapping[str, Any]) -> str:
-    """What a verdict's line says it is by: "score" or "coherence", and a hash of the scorer's identity."""
+    """The name of a scorer in the lines of its verdicts: `what` and a hash of the scorer's identity."""
     text = json.dumps(identity, sort_keys=True, default=str)
     return f"{what}:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-# What `take_line` raises of a line that is neither an answer nor verdicts.
+# Raised by `take_line` for a line that is neither an answer nor verdicts.
 BROKEN_LINE = (KeyError, IndexError, TypeError, ValueError, PromptError)
 
 
@@ -68,23 +69,21 @@ def take_line(
     written: dict[int, Rollout],
     verdicts: dict[tuple[str, int], float | None],
 ) -> int | None:
-    """Put a line's answer, whose number is returned, or its verdicts to the others."""
+    """Add a line's answer, whose number is returned, to `written`, or its verdicts to `verdicts`."""
     if "answer" not in line:
         for number, value in zip(line["scored"], line["values"], strict=True):
             verdicts[line["by"], number] = value
         return None
     number = int(line["answer"])
-    asked = Prompt(line["question"], line["system"])
-    written[number] = Rollout(
-        line["key"], asked, tuple(line["tokens"]), line["text"], line["finished"]
-    )
+    prompt, tokens = Prompt(line["question"], line["system"]), tuple(line["tokens"])
+    written[number] = Rollout(line["key"], prompt, tokens, line["text"], line["finished"])
     return number
 
 
 def read_answers(
     path: str | Path, *, scorer: Mapping[str, Any], coherence: Mapping[str, Any]
 ) -> list[Rollout]:
-    """The answers of a file with the verdicts of these two scorers (their identities), and of no others.
+    """Read the answers of a file, with the verdicts of the scorers of these identities.
 
     A last line that was never finished is left out; nothing is written.
 

@@ -1,14 +1,13 @@
-"""Baking: a style as a model: a persona's vector written into a checkpoint, with what it changed.
+"""Baking: a persona's vector written into a checkpoint, and what that changed in the answers.
 
-Knows: the one addition that weights compute exactly (at every position), how far that is from the steering
-of answers alone, the part of the model card that says so.
-Does not know: how tensors are written or certified (`export`), or how answers are made and scored.
+Knows: the conditions that are compared, and their part of the model card. Does not know: how tensors are
+written or certified, or how answers are made and scored.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,9 @@ from interp_ablate.models.model import Model
 from interp_ablate.persona.answers import Rollout
 from interp_ablate.persona.persona import Persona
 from interp_ablate.persona.rollouts import run_rollouts
-from interp_ablate.persona.settings import SamplingConfig
-from interp_ablate.persona.steering import GREEDY, steering_requests, summary
-from interp_ablate.persona.traits import split_questions
+from interp_ablate.persona.settings import BAKING, BakingConfig
+from interp_ablate.persona.steering import by_condition, steering_requests, summary
+from interp_ablate.persona.traits import first_evaluation_questions
 from interp_ablate.scoring.exchange import TextScorer
 from interp_ablate.stats.intervals import paired_difference
 from interp_ablate.storage.atomic_files import write_atomic
@@ -39,7 +38,7 @@ _SHOWN = 4  # pairs of answers on the card
 
 @dataclass(frozen=True)
 class BakedPersona:
-    """A baked checkpoint: its certificate, and the answers before, steered and baked."""
+    """A baked checkpoint with its certificate, and the answers before, steered and baked."""
 
     folder: Path
     certificate: dict[str, Any]
@@ -59,10 +58,7 @@ def bake(
     answers: str | Path,
     scorer: TextScorer,
     coherence: TextScorer | None = None,
-    coefficient: float | None = None,
-    questions: int | None = None,
-    sampling: SamplingConfig = GREEDY,
-    overwrite: bool = False,
+    settings: BakingConfig = BAKING,
     listener: Progress | None = None,
 ) -> BakedPersona:
     """Write the model with the persona's vector in its weights, and measure what that did.
@@ -74,8 +70,6 @@ def bake(
 
     Args:
         answers: file that the answers go to; an interrupted measurement goes on from it.
-        coefficient: default the persona's own.
-        questions: how many evaluation questions; default all.
 
     Raises:
         ExportError: an architecture without an exact form, `out` exists, a failed certificate. Nothing is
@@ -83,62 +77,54 @@ def bake(
         InterpAblateError: a coefficient of 0; see `run_rollouts`.
     """
     persona.check(model)
-    amount = persona.coefficient if coefficient is None else float(coefficient)
-    if not amount:
+    coefficient = persona.coefficient if settings.coefficient is None else settings.coefficient
+    if not coefficient:
         raise InterpAblateError("coefficient 0 changes nothing: give another --coefficient")
-    everywhere = persona.plan(amount, positions="all")
+    everywhere = persona.plan(coefficient, positions="all")
     state = model.hf_state_dict()  # refuses an inexact form before hours of answers
     weight_plan(everywhere, model.hf_config, state, state.__getitem__, entry=model.architecture)
-    check_output_path(Path(out), overwrite=overwrite, source=model.source.path)
-    count = len(persona.trait.evaluation_questions) if questions is None else questions
-    asked = split_questions(persona.trait, making=1, choosing=1, reporting=count).reporting
+    check_output_path(Path(out), overwrite=settings.overwrite, source=model.source.path)
+    questions = first_evaluation_questions(persona.trait, settings.questions)
     plans: dict[str, Plan | None] = dict(
-        zip(CONDITIONS, (None, persona.plan(amount), everywhere), strict=True)
+        zip(CONDITIONS, (None, persona.plan(coefficient), everywhere), strict=True)
     )
-    found = run_rollouts(
+    rollouts = run_rollouts(
         model,
-        steering_requests(plans, asked),
+        steering_requests(plans, questions),
         answers,
         scorer=scorer,
         coherence=coherence,
-        sampling=sampling,
+        sampling=settings.sampling,
         listener=listener,
     )
-    results = _results(persona, amount, found, sampling, scorer)
-    certificate = export_checkpoint(model, everywhere, out, overwrite=overwrite)
-    baked = BakedPersona(Path(out), certificate, results, tuple(found))
+    results = {
+        **_results(persona, by_condition(rollouts)),
+        "coefficient": coefficient,
+        "scorer": scorer.identity,
+        "sampling": asdict(settings.sampling),
+    }
+    certificate = export_checkpoint(model, everywhere, out, overwrite=settings.overwrite)
+    baked = BakedPersona(Path(out), certificate, results, tuple(rollouts))
     _write(baked, persona)
     return baked
 
 
-def _results(
-    persona: Persona,
-    coefficient: float,
-    answers: Sequence[Rollout],
-    sampling: SamplingConfig,
-    scorer: TextScorer,
-) -> dict[str, Any]:
-    """The table of the conditions, and paired differences over questions with 95% intervals."""
-    groups = {
-        name: [answer for answer in answers if answer.key["condition"] == name]
-        for name in CONDITIONS
-    }
+def _results(persona: Persona, groups: Mapping[str, list[Rollout]]) -> dict[str, Any]:
+    """The means of the conditions, and their paired differences over questions, with 95% intervals."""
+    before, steered, baked = (groups[name] for name in CONDITIONS)
     return {
         "trait": persona.name,
         "description": persona.trait.description,
         "site": str(persona.site),
         "norm": float(persona.direction.norm),
-        "coefficient": coefficient,
-        "scorer": scorer.identity,
-        "sampling": asdict(sampling),
         "conditions": {name: summary(group) for name, group in groups.items()},
         "differences": {
-            "baked - before": _difference(groups["baked"], groups["before"]),
-            "baked - steered": _difference(groups["baked"], groups["steered"]),
+            "baked - before": _difference(baked, before),
+            "baked - steered": _difference(baked, steered),
         },
         "same_text": {
-            "steered, baked": _share_same(groups["steered"], groups["baked"]),
-            "before, baked": _share_same(groups["before"], groups["baked"]),
+            "steered, baked": _share_same(steered, baked),
+            "before, baked": _share_same(before, baked),
         },
     }
 
@@ -154,11 +140,8 @@ def _share_same(some: Sequence[Rollout], others: Sequence[Rollout]) -> float:
     return sum(a.tokens == b.tokens for a, b in zip(some, others, strict=True)) / len(some)
 
 
-# ---- the card --------------------------------------------------------------------------------------
-
-
 def _write(baked: BakedPersona, persona: Persona) -> None:
-    told = {
+    content = {
         **baked.results,
         "answers": [
             {
@@ -168,7 +151,7 @@ def _write(baked: BakedPersona, persona: Persona) -> None:
             for a in baked.answers
         ],
     }  # fmt: skip
-    write_atomic(baked.folder / STYLE, json.dumps(told, indent=1))
+    write_atomic(baked.folder / STYLE, json.dumps(content, indent=1))
     add_to_card(baked.folder, _section(baked, persona))
 
 
@@ -180,25 +163,25 @@ _NAMES = {
 
 
 def _section(baked: BakedPersona, persona: Persona) -> str:
-    told = baked.results
+    results = baked.results
     lines = [
         f"## The style: {persona.name}",
         "",
         f"{persona.trait.description} The persona vector of this trait (Chen et al. 2025, "
-        f"https://arxiv.org/abs/2507.21509), times {told['coefficient']:g}, is a bias at `{told['site']}`. "
-        f"Trait scores are by `{json.dumps(told['scorer'])}`; {told['conditions']['before']['questions']} "
+        f"https://arxiv.org/abs/2507.21509), times {results['coefficient']:g}, is a bias at `{results['site']}`. "
+        f"Trait scores are by `{json.dumps(results['scorer'])}`; {results['conditions']['before']['questions']} "
         "evaluation questions that made no vector and chose no layer, without a system prompt; intervals are "
         "95% over questions.",
         "",
         "| answers | trait score | coherence | without a verdict |",
         "|---|---|---|---|",
     ]
-    for name, row in told["conditions"].items():
+    for name, row in results["conditions"].items():
         lines.append(
             f"| {_NAMES[name]} | {_with_interval(row, 'score')} | {_with_interval(row, 'coherence')} | "
             f"{row['no_verdict']} of {row['answers']} |"
         )
-    apart, same = told["differences"]["baked - steered"], told["same_text"]["steered, baked"]
+    apart, same = results["differences"]["baked - steered"], results["same_text"]["steered, baked"]
     lines += [
         "",
         "A weight acts at every position, so the prompt's tokens are edited too, which steering does not do. "

@@ -1,9 +1,7 @@
-"""Persona: a trait as a direction: extracted from rollouts, its layer chosen by what steering does, steered.
+"""Extraction of a persona: a trait's directions from rollouts, with the layer at which they steer best.
 
-Knows: difference of means per layer, the choice of a layer and a coefficient on questions that made no
-vector, the curve of trait and coherence against the coefficient with random controls, the persona folder.
-Does not know: trait files (`traits`), how answers are stored and filtered (`rollouts`) or pooled (`pooling`),
-how the direction for reading text is made (`reading`), scorers, weights.
+Knows: the steps of an extraction, and the difference of means at each layer. Does not know: how answers are
+made, stored or scored, or how the layer is chosen.
 """
 
 from __future__ import annotations
@@ -11,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +22,13 @@ from interp_ablate.persona.answers import Rollout
 from interp_ablate.persona.persona import Persona, load_persona
 from interp_ablate.persona.readout import TraitReadout, fit_readout
 from interp_ablate.persona.rollout_filter import FilteredRollouts, filter_rollouts
-from interp_ablate.persona.rollouts import BROKEN, FLUENT, rollout_requests, run_rollouts
+from interp_ablate.persona.rollouts import FLUENCY, rollout_requests, run_rollouts
 from interp_ablate.persona.settings import DEFAULTS, ExtractionConfig
 from interp_ablate.persona.steering import choose_layer
-from interp_ablate.persona.traits import Trait, split_questions
+from interp_ablate.persona.traits import Questions, Trait, split_questions
 from interp_ablate.scoring.exchange import TextScorer
 from interp_ablate.sites import Site, sites_of
-
-_PACKAGES = ("interp-ablate", "torch", "transformers", "transformer-lens")
+from interp_ablate.storage.provenance import versions
 
 
 def extract(
@@ -45,14 +41,13 @@ def extract(
     settings: ExtractionConfig = DEFAULTS,
     listener: Progress | None = None,
 ) -> Persona:
-    """The trait's directions at resid_post of every layer, and the layer at which they steer best.
+    """Find the trait's directions at resid_post of every layer, and the layer at which they steer best.
 
-    Rollouts under both sides' system prompts are scored and filtered (`filter_rollouts`); a layer's
-    direction is the mean over the kept positive answers minus that over the negative ones, each answer
-    being the mean over its own tokens. Then every candidate layer and coefficient steers answers to the
-    choosing questions: of those whose answers are coherent, the highest trait score is chosen. The direction
-    for reading is made of all coherent rollouts and their scores (`reading.fit_reading`). Everything goes to
-    the folder `out`; what is there already is not done again.
+    Rollouts under both sides' system prompts are filtered (`filter_rollouts`); a layer's direction is the
+    mean over the kept positive answers minus that over the negative ones. Then every candidate layer and
+    coefficient steers answers to the selection questions: of those whose answers are coherent, the highest
+    trait score is chosen. All coherent rollouts and their scores make the direction for reading text
+    (`fit_readout`). Everything goes to the folder `out`; what is there already is not done again.
 
     Source: Chen et al. 2025, https://arxiv.org/abs/2507.21509. Its layer i is `hidden_states[i]`, which is
     resid_post of layer i - 1 here.
@@ -65,60 +60,33 @@ def extract(
         InterpAblateError: settings that do not fit the trait or the model.
     """
     listener, out = listener or NoProgress(), Path(out)
-    candidates = _candidate_layers(model, settings)
+    candidates = sites_of(("resid_post",), _candidate_layers(model, settings))
     made_of = _made_of(model, trait, scorer, coherence, settings)
-    if (out / "persona.json").exists():
-        done = load_persona(out)
-        # a folder of an earlier version has no reading: what is stored makes one
-        if done.details.get("made_of") == made_of and "reading" in done.details:
-            listener.note(f"{out}: the persona is there already")
-            return done
-    parts = split_questions(
-        trait,
-        making=settings.extraction_questions,
-        choosing=settings.selection_questions,
-        reporting=1,
-    )
+    done = load_persona(out) if (out / "persona.json").exists() else None
+    if done is not None and done.details.get("made_of") == made_of:
+        listener.note(f"{out}: the persona is there already")
+        return done
+    n_made, n_chosen = settings.extraction_questions, settings.selection_questions
+    questions = split_questions(trait, extraction=n_made, selection=n_chosen, evaluation=1)
     options: dict[str, Any] = {"scorer": scorer, "coherence": coherence, "listener": listener}
-    answers, kept = _rollouts(model, trait, parts.making, out, settings, options)
+    rollouts, filtered = _rollouts(model, trait, questions, out, settings, options)
     source = f"{trait.name} {model.source.name}"
-    directions = trait_directions(model, kept, source=source, listener=listener)
-    read = fit_readout(
-        model,
-        answers,
-        sites_of(("resid_post",), range(model.n_layers)),
-        candidates=sites_of(("resid_post",), candidates),
-        coherent=settings.min_coherence,
-        fewest=2 * settings.min_answers,
-        source=source,
-        listener=listener,
-    )
-    _note_reading(read, listener)
-    usable = directions.where(Site(layer, "resid_post") for layer in candidates)
+    directions = trait_directions(model, filtered, source=source, listener=listener)
+    readout = _readout(model, rollouts, candidates, settings, source=source, listener=listener)
+    position = POSITIONS[settings.pooling]
+    steering = [each for each in directions.where(candidates) if each.position == position]
+    path = out / "selection.jsonl"
     chosen, layers, unsteered = choose_layer(
-        model,
-        [item for item in usable if item.position == POSITIONS[settings.pooling]],
-        parts.choosing,
-        out / "choosing.jsonl",
-        settings=settings,
-        **options,
+        model, steering, questions.selection, path, settings=settings, **options
     )
     _note_weak(chosen, unsteered, listener)
     details = {
-        "made_of": made_of,
-        "counts": kept.counts,
-        "unsteered": unsteered,
-        "layers": layers,
-        "reading": {
-            "site": str(read.chosen) if read.chosen else None,
-            "why_not": read.why or None,
-            "layers": read.rows,
-        },
-        "questions": {"making": list(parts.making), "choosing": list(parts.choosing)},
-        "versions": {name: metadata.version(name) for name in _PACKAGES},
-    }
-    direction = directions[Site(chosen["layer"], "resid_post"), POSITIONS[settings.pooling]]
-    both = replace(directions, items=(*directions.items, *read.directions))
+        "made_of": made_of, "counts": filtered.counts, "unsteered": unsteered, "layers": layers,
+        "readout": readout.to_dict(), "versions": versions(),
+        "questions": {name: list(getattr(questions, name)) for name in ("extraction", "selection")},
+    }  # fmt: skip
+    direction = directions[Site(chosen["layer"], "resid_post"), position]
+    both = replace(directions, items=(*directions.items, *readout.directions))
     persona = Persona(trait, both, direction, chosen["coefficient"], model.source.name, details)
     persona.save(out)
     return persona
@@ -127,24 +95,49 @@ def extract(
 def _rollouts(
     model: Model,
     trait: Trait,
-    questions: Sequence[str],
+    questions: Questions,
     out: Path,
     settings: ExtractionConfig,
     options: dict[str, Any],
 ) -> tuple[list[Rollout], FilteredRollouts]:
     """Answers under both sides' system prompts: all of them, and those that passed the filter."""
-    jobs = rollout_requests(trait, questions, samples=settings.samples)
-    answers = run_rollouts(
-        model, jobs, out / "rollouts.jsonl", sampling=settings.sampling, **options
-    )
-    kept = filter_rollouts(
-        answers,
+    requests = rollout_requests(trait, questions.extraction, samples=settings.samples)
+    path = out / "rollouts.jsonl"
+    rollouts = run_rollouts(model, requests, path, sampling=settings.sampling, **options)
+    filtered = filter_rollouts(
+        rollouts,
         threshold=settings.threshold,
-        coherent=settings.min_coherence,
-        fewest=settings.min_answers,
+        min_coherence=settings.min_coherence,
+        min_answers=settings.min_answers,
     )
-    options["listener"].note(str(kept))
-    return answers, kept
+    options["listener"].note(str(filtered))
+    return rollouts, filtered
+
+
+def _readout(
+    model: Model,
+    rollouts: Sequence[Rollout],
+    candidates: Sequence[Site],
+    settings: ExtractionConfig,
+    *,
+    source: str,
+    listener: Progress,
+) -> TraitReadout:
+    readout = fit_readout(
+        model,
+        rollouts,
+        sites_of(("resid_post",), range(model.n_layers)),
+        candidates=candidates,
+        min_coherence=settings.min_coherence,
+        min_answers=2 * settings.min_answers,
+        source=source,
+        listener=listener,
+    )
+    if readout.chosen is None:
+        listener.note(
+            f"no direction for reading text ({readout.why}): screening will use the steering one"
+        )
+    return readout
 
 
 def _note_weak(chosen: dict[str, Any], unsteered: dict[str, Any], listener: Progress) -> None:
@@ -156,13 +149,6 @@ def _note_weak(chosen: dict[str, Any], unsteered: dict[str, Any], listener: Prog
         )
 
 
-def _note_reading(read: TraitReadout, listener: Progress) -> None:
-    if read.chosen is None:
-        listener.note(
-            f"no direction for reading text ({read.why}): screening will use the steering one"
-        )
-
-
 def _made_of(
     model: Model,
     trait: Trait,
@@ -171,19 +157,18 @@ def _made_of(
     settings: ExtractionConfig,
 ) -> dict[str, Any]:
     """Everything a persona depends on, as it is read back from JSON."""
-    told = {
+    made_of = {
         "model": model.fingerprint,
         "template": model.template,
         "trait": trait.fingerprint,
         "scorer": scorer.identity,
-        "coherence": coherence.identity if coherence else {"fluency": [FLUENT, BROKEN]},
+        "coherence": coherence.identity if coherence else FLUENCY,
         "settings": asdict(settings),
     }
-    found: dict[str, Any] = json.loads(json.dumps(told))
-    return found
+    return json.loads(json.dumps(made_of))  # type: ignore[no-any-return]
 
 
-def _candidate_layers(model: Model, settings: ExtractionConfig) -> list[int]:
+def _candidate_layers(model: Model, settings: ExtractionConfig) -> range:
     """The layers that may be chosen; settings that fit no model are refused first."""
     if settings.pooling not in POOLINGS:
         raise InterpAblateError(
@@ -192,20 +177,19 @@ def _candidate_layers(model: Model, settings: ExtractionConfig) -> list[int]:
     if settings.layers is None:
         last = max(round(0.9 * model.n_layers) - 1, 0)
         first = min(round(0.2 * model.n_layers), last)
-        step = max(1, -(-(last - first + 1) // 10))
-        return list(range(first, last + 1, step))
+        return range(first, last + 1, max(1, -(-(last - first + 1) // 10)))
     first, last = settings.layers
     if not 0 <= first <= last < model.n_layers:
         raise InterpAblateError(
             f"layers {first} to {last}: {model.source.name} has layers 0 to {model.n_layers - 1}"
         )
-    return list(range(first, last + 1))
+    return range(first, last + 1)
 
 
 def trait_directions(
-    model: Model, kept: FilteredRollouts, *, source: str = "", listener: Progress | None = None
+    model: Model, rollouts: FilteredRollouts, *, source: str = "", listener: Progress | None = None
 ) -> Directions:
-    """Difference of means at resid_post of every layer, by each pooling.
+    """The difference of means at resid_post of every layer, for each pooling.
 
     "response_mean" is over the tokens of the answer alone, as it was generated; "-1" the last token of the
     prompt; "prompt_mean" over the prompt, system prompt and template included. Each answer counts once,
@@ -216,13 +200,13 @@ def trait_directions(
     """
     listener = listener or NoProgress()
     sites = sites_of(("resid_post",), range(model.n_layers))
-    listener.start("activations", len(kept.positive) + len(kept.negative))
+    listener.start("activations", len(rollouts.positive) + len(rollouts.negative))
     positive, negative = (
         pooled(model, side, sites, batch_size=POOLED_ROWS, on_batch=listener.advance)
-        for side in (kept.positive, kept.negative)
+        for side in (rollouts.positive, rollouts.negative)
     )
     listener.finish()
-    found, left_out = [], {}
+    directions, left_out = [], {}
     for s, site in enumerate(sites):
         for p, position in enumerate(POSITIONS.values()):
             means = positive.mean[p, s], negative.mean[p, s]
@@ -231,9 +215,9 @@ def trait_directions(
             if norm <= ZERO_TOLERANCE * max(float(mean.norm()) for mean in means):
                 left_out[f"{site}[{position}]"] = "the difference in means is zero"
                 continue
-            found.append(Direction(difference, norm, site, position, source=source))
-    if not found:
+            directions.append(Direction(difference, norm, site, position, source=source))
+    if not directions:
         raise DirectionError(
             "both sides have the same activations everywhere: are the answers the same?"
         )
-    return Directions(tuple(found), left_out, source)
+    return Directions(tuple(directions), left_out, source)

@@ -1,9 +1,9 @@
-"""Monitoring: does the projection of a prompt's last token foretell how much of a trait its answer has?
+"""Monitoring: how well the projection of a prompt's last token foretells the trait in the answer.
 
-Knows: system prompts graded in trait strength, projections before the first answer token, Pearson's r
-overall, within system prompts and across them, its intervals, random directions as the control.
-Does not know: how a persona was extracted, how answers are stored or scored, how results are drawn. The
-projection of each token as it is generated is `Model.monitor`.
+The projection of each token as it is generated is `Model.monitor`.
+
+Knows: graded system prompts, correlations, and random directions as the control. Does not know: how a persona
+is extracted, or how answers are made and scored.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import pandas as pd
 import torch
 
 from interp_ablate.activations.collection import collect
-from interp_ablate.directions.direction import Direction, random_direction
+from interp_ablate.directions.direction import Direction, random_directions
 from interp_ablate.errors import PromptError, RunError
 from interp_ablate.jobs.progress import Progress
 from interp_ablate.models.model import Model
 from interp_ablate.persona.answers import Rollout, RolloutRequest
 from interp_ablate.persona.persona import Persona
 from interp_ablate.persona.rollouts import run_rollouts
-from interp_ablate.persona.settings import SamplingConfig
+from interp_ablate.persona.settings import GREEDY, SamplingConfig
 from interp_ablate.persona.traits import Trait
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring.exchange import TextScorer
@@ -42,7 +42,6 @@ STRENGTHS = (
     "For the most part: ",
     "Just a little, and only where it fits: ",
 )
-_GREEDY = SamplingConfig(temperature=0.0)
 
 
 def graded_prompts(trait: Trait, *, pair: int = 0) -> tuple[str, ...]:
@@ -73,40 +72,37 @@ def read_graded(path: str | Path) -> tuple[str, ...]:
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
-            found = json.loads(text)
+            prompts = json.loads(text)
         else:
             lines = [line.strip() for line in text.splitlines()]
-            found = [line for line in lines if line and not line.startswith("# ")]
+            prompts = [line for line in lines if line and not line.startswith("# ")]
     except (OSError, ValueError) as error:
         raise PromptError(f"cannot read system prompts from {path}: {error}") from error
-    if not isinstance(found, list) or not all(isinstance(x, str) and x.strip() for x in found):
+    if not isinstance(prompts, list) or not all(isinstance(x, str) and x.strip() for x in prompts):
         raise PromptError(f"{path}: expected a list of texts, none of them blank")
-    if len(found) < 2 or len(set(found)) < len(found):
+    if len(prompts) < 2 or len(set(prompts)) < len(prompts):
         raise PromptError(
-            f"{path} has {len(found)} system prompts, {len(set(found))} different ones: at least two, "
+            f"{path} has {len(prompts)} system prompts, {len(set(prompts))} different ones: at least two, "
             "each once, from the weakest to the strongest"
         )
-    return tuple(found)
-
-
-# ---- a trait ------------------------------------------------------------------------------------------
+    return tuple(prompts)
 
 
 @dataclass(frozen=True, eq=False)
 class Monitoring:
-    """What `monitor_trait` found.
-
-    `table` has a row an answer (COLUMNS). `control` holds, of CONTROLS random directions at the same site,
-    the 95th percentile of |r| overall, within and across: what no trait at all would give. `no_verdict`
-    answers have no score and are in no correlation.
-    """
+    """Correlations of prompts' projections with the trait scores of their answers (`monitor_trait`)."""
 
     table: pd.DataFrame
+    """A row an answer (COLUMNS)."""
     overall: Correlation
     within: Correlation
+    """Within system prompts."""
     across: Correlation
+    """Across the means of system prompts."""
     control: dict[str, float | None]
+    """The 95th percentile of |r| of CONTROLS random directions at the same site, for each correlation."""
     no_verdict: int
+    """Answers without a score, which are in no correlation."""
     details: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
@@ -140,10 +136,10 @@ def monitor_trait(
     scorer: TextScorer,
     systems: Sequence[str] | None = None,
     questions: Sequence[str] | None = None,
-    sampling: SamplingConfig = _GREEDY,
+    sampling: SamplingConfig = GREEDY,
     listener: Progress | None = None,
 ) -> Monitoring:
-    """Projections of prompts' last tokens on the persona's direction against the scores of the answers.
+    """Correlate projections of prompts' last tokens on the persona's direction with the answers' scores.
 
     Every question under every system prompt, answered once (greedily by default) under whatever plan is
     applied. Answers and scores are kept in `store` and not made again when the call is repeated.
@@ -161,14 +157,18 @@ def monitor_trait(
     persona.check(model)
     systems = graded_prompts(persona.trait) if systems is None else tuple(systems)
     questions = persona.trait.evaluation_questions if questions is None else tuple(questions)
-    jobs = [
+    requests = [
         RolloutRequest({"level": level, "question": number}, Prompt(question, system))
         for level, system in enumerate(systems)
         for number, question in enumerate(questions)
     ]
-    answers = run_rollouts(model, jobs, store, scorer=scorer, sampling=sampling, listener=listener)
+    answers = run_rollouts(
+        model, requests, store, scorer=scorer, sampling=sampling, listener=listener
+    )
     site = persona.direction.site
-    stream = collect(model, [job.prompt for job in jobs], [site], (-1,)).at(site).double()
+    stream = (
+        collect(model, [request.prompt for request in requests], [site], (-1,)).at(site).double()
+    )
     table = _table(answers, (stream @ persona.direction.vector).numpy())
     details = {
         "trait": persona.name,
@@ -200,7 +200,7 @@ def correlate(
     *,
     details: dict[str, Any] | None = None,
 ) -> Monitoring:
-    """The three correlations of a table, beside those of random directions.
+    """Compute the three correlations of a table, and those of random directions.
 
     Args:
         stream: the activations [row, d_model] that were projected.
@@ -216,16 +216,17 @@ def correlate(
     rows = table[scored]
     y, groups = rows["score"].to_numpy(float), rows["level"].to_numpy()
     x = rows["projection"].to_numpy(float)
-    random = torch.stack([random_direction(direction, seed=i).vector for i in range(CONTROLS)], 1)
-    noise = (stream.cpu().double()[torch.tensor(scored)] @ random).numpy()
+    controls = torch.stack([each.vector for each in random_directions(direction, CONTROLS)], 1)
+    noise = (stream.cpu().double()[torch.tensor(scored)] @ controls).numpy()
     strength: dict[str, list[float]] = {"overall": [], "within": [], "across": []}
     for column in noise.T:
-        made = (pearson(column, y), within(column, y, groups), across(column, y, groups))
-        for name, found in zip(strength, made):
-            if found.r is not None:
-                strength[name].append(abs(found.r))
+        each = (pearson(column, y), within(column, y, groups), across(column, y, groups))
+        for name, correlation in zip(strength, each):
+            if correlation.r is not None:
+                strength[name].append(abs(correlation.r))
     control = {
-        name: float(np.quantile(found, 0.95)) if found else None for name, found in strength.items()
+        name: float(np.quantile(values, 0.95)) if values else None
+        for name, values in strength.items()
     }
     return Monitoring(
         table,

@@ -1,6 +1,6 @@
-"""A persona vector with its folder.
+"""A persona: a trait's directions in one model, and the folder that holds them.
 
-Knows: the folder's files. Does not know: how it was extracted.
+Knows: the folder's files. Does not know: how a persona is extracted.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from interp_ablate.edits.kinds import Add
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import DirectionError, RunError
 from interp_ablate.models.model import Model
-from interp_ablate.persona.readout import COLUMNS as READ_COLUMNS
-from interp_ablate.persona.readout import METHOD as READING
+from interp_ablate.persona.readout import COLUMNS as READOUT_COLUMNS
+from interp_ablate.persona.readout import METHOD as READOUT_METHOD
 from interp_ablate.persona.traits import Trait, load_trait
 from interp_ablate.sites import Site
 from interp_ablate.storage.atomic_files import write_atomic
@@ -30,7 +30,7 @@ from interp_ablate.storage.atomic_files import write_atomic
 logger = logging.getLogger(__name__)
 
 
-FORMAT = "interp_ablate.persona/1"
+FORMAT = "interp_ablate.persona/2"
 LAYER_COLUMNS = (
     "layer", "site", "norm", "coefficient", "score", "score_low", "score_high", "coherence", "answers",
     "no_verdict", "chosen",
@@ -39,19 +39,19 @@ LAYER_COLUMNS = (
 
 @dataclass(frozen=True, eq=False)
 class Persona:
-    """A trait's directions in one model, the one that was chosen, and how strongly to add it.
-
-    `direction.raw` is the difference of means at `direction.site`: coefficient 1 moves the mean response
-    without the trait onto that with it. `directions` holds those of every layer and pooling, and after them
-    the slopes for `reading`; `details` is what else `persona.json` says (layers, counts, settings, versions).
-    """
+    """A trait's directions in one model, the one that was chosen, and how strongly to add it."""
 
     trait: Trait
     directions: Directions
+    """The differences of means of every layer and pooling, then the slopes for `readout_direction`."""
     direction: Direction
+    """The chosen direction. Its `raw` is the difference of means: coefficient 1 moves the mean response
+    without the trait onto that with it."""
     coefficient: float
     model: str
+    """Name of the model that it was extracted from."""
     details: dict[str, Any] = field(default_factory=dict)
+    """What else `persona.json` holds: layers, counts, settings, versions."""
 
     @property
     def site(self) -> Site:
@@ -63,22 +63,22 @@ class Persona:
         return self.trait.name
 
     @property
-    def reading(self) -> Direction:
+    def readout_direction(self) -> Direction:
         """The direction to project text on: how the trait shows, where `direction` is how to bring it about.
 
-        Of the layer that reads best (`reading.fit_reading`); `direction` where the extraction found none, or
-        was made before there was one.
+        It is that of the layer that reads best (`readout.fit_readout`), or `direction` where the extraction
+        found none.
         """
-        site = (self.details.get("reading") or {}).get("site")
-        return self.direction if site is None else self.reading_at(Site.parse(site))
+        site = (self.details.get("readout") or {}).get("site")
+        return self.direction if site is None else self.readout_direction_at(Site.parse(site))
 
-    def reading_at(self, site: Site) -> Direction:
+    def readout_direction_at(self, site: Site) -> Direction:
         """The direction to project text on at another layer's resid_post.
 
         Raises:
             DirectionError: none there.
         """
-        return self.directions[site, POSITIONS["response_mean"], READING]
+        return self.directions[site, POSITIONS["response_mean"], READOUT_METHOD]
 
     def plan(self, coefficient: float | None = None, *, positions: Positions = "generated") -> Plan:
         """The raw vector times the coefficient, added at the chosen site.
@@ -91,12 +91,15 @@ class Persona:
         return addition_plan(self.direction, amount, positions)
 
     def check(self, model: Model) -> None:
-        """That the directions are of a model of this shape; another model's name is logged.
+        """Refuse a model of another shape; another model's name is logged.
 
         Raises:
             DirectionError: another d_model, or fewer layers.
         """
-        width, last = len(self.direction.vector), max(self.site.layer, self.reading.site.layer)
+        width, last = (
+            len(self.direction.vector),
+            max(self.site.layer, self.readout_direction.site.layer),
+        )
         if width != model.d_model or last >= model.n_layers:
             raise DirectionError(
                 f"the persona {self.name!r} is of {self.model} (d_model {width}, {self.site}); "
@@ -109,7 +112,7 @@ class Persona:
             )
 
     def save(self, folder: str | Path) -> None:
-        """Write persona.json, trait.json, layers.csv, reading.csv and the directions; persona.json last.
+        """Write persona.json, trait.json, layers.csv, readout.csv and the directions; persona.json last.
 
         Raises:
             RunError, DirectionError, PromptError: the folder cannot be written.
@@ -119,12 +122,10 @@ class Persona:
         self.directions.save(folder / "directions.safetensors")
         layers = pd.DataFrame(self.details.get("layers", []), columns=list(LAYER_COLUMNS))
         write_atomic(folder / "layers.csv", layers.to_csv(index=False))
-        rows = (self.details.get("reading") or {}).get("layers", [])
-        write_atomic(
-            folder / "reading.csv",
-            pd.DataFrame(rows, columns=list(READ_COLUMNS)).to_csv(index=False),
-        )
-        told = {
+        rows = (self.details.get("readout") or {}).get("layers", [])
+        readouts = pd.DataFrame(rows, columns=list(READOUT_COLUMNS))
+        write_atomic(folder / "readout.csv", readouts.to_csv(index=False))
+        content = {
             "format": FORMAT,
             "model": self.model,
             "trait": self.name,
@@ -135,7 +136,7 @@ class Persona:
             "coefficient": self.coefficient,
             **self.details,
         }
-        write_atomic(folder / "persona.json", json.dumps(told, indent=1))
+        write_atomic(folder / "persona.json", json.dumps(content, indent=1))
 
 
 def load_persona(folder: str | Path) -> Persona:
@@ -159,12 +160,12 @@ def load_persona(folder: str | Path) -> Persona:
             + f" `interp-ablate persona extract TRAIT --model MODEL --out {folder}`"
         )
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(told, dict) or told.get("format") != FORMAT:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT!r}")
-        site, position = Site.parse(told.pop("site")), told.pop("position")
-        coefficient, model = float(told.pop("coefficient")), str(told.pop("model"))
-        fingerprint = told.pop("trait_fingerprint")
+        site, position = Site.parse(content.pop("site")), content.pop("position")
+        coefficient, model = float(content.pop("coefficient")), str(content.pop("model"))
+        fingerprint = content.pop("trait_fingerprint")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"cannot read {path}: {error!r}. Extract the persona again into another folder"
@@ -176,13 +177,14 @@ def load_persona(folder: str | Path) -> Persona:
             "extract the persona again into another folder"
         )
     directions = Directions.load(folder / "directions.safetensors")
-    details = {k: v for k, v in told.items() if k not in ("format", "trait", "norm")}
+    details = {k: v for k, v in content.items() if k not in ("format", "trait", "norm")}
     return Persona(trait, directions, directions[site, position], coefficient, model, details)
 
 
 def addition_plan(
     direction: Direction, coefficient: float, positions: Positions = "generated"
 ) -> Plan:
+    """A plan that adds coefficient * raw vector at the direction's own site."""
     edit = Add(
         direction,
         direction.site,

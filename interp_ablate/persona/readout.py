@@ -1,11 +1,11 @@
-"""Reading: the directions along which a trait shows in text, from answers with their scores.
+"""Readout: the directions along which a trait shows in text, from answers with their scores.
 
-Knows: the slope of activations on scores, how well a layer reads answers to questions it has not seen, the
-choice of the layer. Does not know: steering, how answers were made or scored, what will be read.
+The direction that steers best need not read best. The difference in means of a filtered set has two sides and
+no degrees. Where a model follows its system prompts weakly, one side is small and mostly neutral, and the
+difference points along whatever else tells the sides apart. The slope uses every answer by its degree.
 
-What steers best need not read best. The difference in means of a filtered set knows two sides and no degrees;
-where a model follows its system prompts weakly, one of them is small and mostly neutral, and the difference
-points along whatever else tells the sides apart. The slope uses every answer by its degree.
+Knows: the slope of activations on scores, and how well a layer reads answers to unseen questions. Does not
+know: steering, or how answers were made and scored.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from interp_ablate.directions.direction import ZERO_TOLERANCE, Direction
 from interp_ablate.jobs.progress import NoProgress, Progress
 from interp_ablate.models.model import Model
 from interp_ablate.persona.answers import Rollout
-from interp_ablate.persona.settings import COHERENT, FEWEST
+from interp_ablate.persona.settings import MIN_ANSWERS, MIN_COHERENCE
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.sites import Site
 from interp_ablate.stats.correlation import overall
@@ -36,16 +36,20 @@ COLUMNS = ("layer", "site", "norm", "r", "r_low", "r_high", "answers", "question
 
 @dataclass(frozen=True, eq=False)
 class TraitReadout:
-    """A direction a layer, and a row each (COLUMNS): r of projection and score on unseen questions.
-
-    `chosen` is the candidate with the highest r; None, with `why`, where no direction could be had, or none
-    reads better than chance.
-    """
+    """A direction for reading text at each layer, and how well it reads answers to unseen questions."""
 
     directions: tuple[Direction, ...]
     rows: list[dict[str, Any]]
+    """A row a direction (COLUMNS); r is the correlation of projection and score."""
     chosen: Site | None
+    """The candidate with the highest r; None where no direction could be had, or none beats chance."""
     why: str = ""
+    """Why nothing is chosen."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The choice and the rows, as `persona.json` has them."""
+        site = str(self.chosen) if self.chosen else None
+        return {"site": site, "why_not": self.why or None, "layers": self.rows}
 
 
 def score_slope(
@@ -55,12 +59,12 @@ def score_slope(
     *,
     source: str = "",
 ) -> Direction | None:
-    """The direction in which activations move with the score: their covariance, no label or side needed.
+    """Fit the direction in which activations move with the score: their covariance.
 
     `raw` is the least-squares change from one standard deviation of the score below its mean to one above.
-    None where the scores or the activations do not vary. Where there are two scores alone it is along the
-    difference in means of the two sets (and as long, if they are of one size), of which Belrose 2023 says why
-    it, and no discriminant, is what a model writes.
+    None where the scores or the activations do not vary. With only two different scores it lies along the
+    difference in means of the two sets. Belrose 2023 (https://blog.eleuther.ai/diff-in-means/) shows why a
+    model is edited along that difference, and not along a discriminant.
     """
     x, y = activations.double(), scores.double()
     x, y = x - x.mean(0), y - y.mean()
@@ -80,12 +84,12 @@ def fit_readout(
     sites: Sequence[Site],
     *,
     candidates: Collection[Site] | None = None,
-    coherent: float = COHERENT,
-    fewest: int = 2 * FEWEST,
+    min_coherence: float = MIN_COHERENCE,
+    min_answers: int = 2 * MIN_ANSWERS,
     source: str = "",
     listener: Progress | None = None,
 ) -> TraitReadout:
-    """At every site the slope of the answers' mean activations on their scores, and the candidate that reads best.
+    """Fit the slope of the answers' mean activations on their scores at every site, and choose the best reader.
 
     Used are all coherent answers with a score, on whichever side of a threshold. They are read as a data
     set is read: after the bare question, without the system prompt under which they were written. A site is
@@ -100,65 +104,79 @@ def fit_readout(
         DirectionError: NaN or infinity in the activations.
     """
     listener = listener or NoProgress()
-    usable = [
-        replace(answer, prompt=Prompt(answer.prompt.text))
-        for answer in answers
-        if answer.tokens
-        and answer.score is not None
-        and answer.coherence is not None
-        and answer.coherence >= coherent
-    ]
+    usable = _usable(answers, min_coherence)
     questions = np.array([answer.prompt.text for answer in usable])
-    scores = torch.tensor([answer.score or 0.0 for answer in usable], dtype=torch.float64)
-    if len(usable) < fewest or len(set(questions.tolist())) < 2:
-        there = f"{len(usable)} coherent answers with a score to {len(set(questions.tolist()))} questions"
-        return TraitReadout(
-            (), [], None, f"{there}; at least {fewest} are needed, and 2 questions to judge it on"
+    n_questions = len(set(questions.tolist()))
+    if len(usable) < min_answers or n_questions < 2:
+        why = (
+            f"{len(usable)} coherent answers with a score to {n_questions} questions; at least {min_answers} "
+            "are needed, and 2 questions to judge it on"
         )
-    listener.start("reading", len(usable))
+        return TraitReadout((), [], None, why)
+    scores = torch.tensor([answer.score for answer in usable], dtype=torch.float64)
+    listener.start("readout", len(usable))
     x = response_activations(
         model, usable, sites, batch_size=POOLED_ROWS, on_batch=listener.advance
     )
     listener.finish()
-    found, rows = [], []
+    directions, rows = [], []
     for s, site in enumerate(sites):
         direction = score_slope(x[:, s], scores, site, source=source)
-        if direction is None:
-            continue
-        seen = _unseen(x[:, s], scores, questions, site)
-        there = np.isfinite(seen)
-        r = overall(seen[there], scores.numpy()[there], questions[there], kind="question")
-        found.append(direction)
-        rows.append(
-            {
-                "layer": site.layer, "site": str(site), "norm": direction.norm, "r": r.r,
-                "r_low": r.low, "r_high": r.high, "answers": int(there.sum()),
-                "questions": len(set(questions[there].tolist())), "chosen": False,
-            }
-        )  # fmt: skip
+        if direction is not None:
+            directions.append(direction)
+            rows.append(
+                _row(direction, _unseen(x[:, s], scores, questions, site), scores, questions)
+            )
     chosen, why = _choose(
         rows, {str(site) for site in (sites if candidates is None else candidates)}
     )
     if chosen is not None:
         rows[chosen]["chosen"] = True
-    return TraitReadout(tuple(found), rows, None if chosen is None else found[chosen].site, why)
+    best = None if chosen is None else directions[chosen].site
+    return TraitReadout(tuple(directions), rows, best, why)
+
+
+def _usable(answers: Sequence[Rollout], min_coherence: float) -> list[Rollout]:
+    """Coherent answers with a score, without the system prompts under which they were written."""
+    return [
+        replace(answer, prompt=Prompt(answer.prompt.text))
+        for answer in answers
+        if answer.tokens and answer.score is not None and answer.coherence is not None
+        if answer.coherence >= min_coherence
+    ]
+
+
+def _row(
+    direction: Direction,
+    projections: np.ndarray,
+    scores: Float[Tensor, " answer"],
+    questions: np.ndarray,
+) -> dict[str, Any]:
+    """The correlation of unseen answers' projections with their scores, over answers with a projection."""
+    has = np.isfinite(projections)
+    r = overall(projections[has], scores.numpy()[has], questions[has], kind="question")
+    return {
+        "layer": direction.site.layer, "site": str(direction.site), "norm": direction.norm, "r": r.r,
+        "r_low": r.low, "r_high": r.high, "answers": int(has.sum()),
+        "questions": len(set(questions[has].tolist())), "chosen": False,
+    }  # fmt: skip
 
 
 def _choose(rows: Sequence[dict[str, Any]], candidates: Collection[str]) -> tuple[int | None, str]:
     """The row with the highest r, the earlier of equals; None, with the reason, where it may be chance."""
-    known = [
+    rated = [
         (row["r"], -i)
         for i, row in enumerate(rows)
         if row["site"] in candidates and row["r"] is not None and row["r_low"] is not None
     ]
-    if not known:
+    if not rated:
         return None, "the scores do not vary enough, or nothing in the activations does"
-    best = -max(known)[1]
+    best = -max(rated)[1]
     row = rows[best]
     if row["r_low"] > 0:
         return best, ""
-    said = f"r = {row['r']:.2f} [{row['r_low']:.2f}, {row['r_high']:.2f}] at layer {row['layer']}"
-    return None, f"no layer reads the scores of unseen questions' answers: the best has {said}"
+    best_r = f"r = {row['r']:.2f} [{row['r_low']:.2f}, {row['r_high']:.2f}] at layer {row['layer']}"
+    return None, f"no layer reads the scores of unseen questions' answers: the best has {best_r}"
 
 
 def _unseen(
@@ -168,12 +186,12 @@ def _unseen(
     site: Site,
 ) -> np.ndarray:
     """Each answer's projection on the slope of the other questions' answers; NaN where there is none."""
-    found = np.full(len(x), np.nan)
+    projections = np.full(len(x), np.nan)
     for question in np.unique(questions):
         out = torch.from_numpy(questions == question)
         slope = score_slope(x[~out], scores[~out], site)
         if slope is None:
             continue
         centred = x[out].double() - x[~out].double().mean(0)
-        found[out.numpy()] = (centred @ slope.vector).numpy()
-    return found
+        projections[out.numpy()] = (centred @ slope.vector).numpy()
+    return projections

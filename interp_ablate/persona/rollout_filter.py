@@ -1,6 +1,6 @@
-"""Rollouts that express the trait coherently, and those that do not.
+"""The filter of rollouts: coherent answers that express the trait on the side that asks for it.
 
-Knows: thresholds. Does not know: models.
+Knows: thresholds, and what each of them removed. Does not know: models.
 """
 
 from __future__ import annotations
@@ -12,39 +12,35 @@ from typing import Any
 
 from interp_ablate.errors import RunError
 from interp_ablate.persona.answers import Rollout, read_answers
-from interp_ablate.persona.settings import COHERENT, FEWEST, THRESHOLD
+from interp_ablate.persona.settings import MIN_ANSWERS, MIN_COHERENCE, THRESHOLD
 
 
 def kept_answers(path: str | Path, made_of: Mapping[str, Any] | None) -> FilteredRollouts:
-    """What made a persona's vectors: its rollouts, judged and filtered as its `made_of` says.
+    """The rollouts that made a persona's vectors, scored and filtered as its `made_of` says.
 
     Raises:
         RunError: as `read_answers`; a persona that does not say what it is made of.
     """
     try:
-        told = dict(made_of or {})
-        by = {name: told[name] for name in ("scorer", "coherence")}
-        threshold, coherent = told["settings"]["threshold"], told["settings"]["min_coherence"]
+        origin = dict(made_of or {})
+        scorers = {name: origin[name] for name in ("scorer", "coherence")}
+        limits = {name: origin["settings"][name] for name in ("threshold", "min_coherence")}
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(
             f"the persona of {path} does not say how its rollouts were judged and filtered ({error!r} is "
             "missing): extract it again"
         ) from error
-    return filter_rollouts(
-        read_answers(path, **by), threshold=threshold, coherent=coherent, fewest=0
-    )
-
-
-# ---- the filter -----------------------------------------------------------------------------------
+    return filter_rollouts(read_answers(path, **scorers), **limits, min_answers=0)
 
 
 @dataclass(frozen=True)
 class FilteredRollouts:
-    """The answers of both sides that passed, and for each side how many came, stayed and went, and why."""
+    """The answers of both sides that passed the filter."""
 
     positive: tuple[Rollout, ...]
     negative: tuple[Rollout, ...]
     counts: dict[str, dict[str, int]]
+    """For each side, how many `answers` there were, how many were `kept`, and how many each reason removed."""
 
     def __str__(self) -> str:
         return "; ".join(
@@ -69,52 +65,50 @@ _REASONS = {
 
 
 def filter_rollouts(
-    answers: Sequence[Rollout],
+    rollouts: Sequence[Rollout],
     *,
     threshold: float = THRESHOLD,
-    coherent: float = COHERENT,
-    fewest: int = FEWEST,
+    min_coherence: float = MIN_COHERENCE,
+    min_answers: int = MIN_ANSWERS,
 ) -> FilteredRollouts:
-    """Answers under positive prompts that show the trait, and negative ones that do not, all coherent.
+    """Keep answers that show the trait under positive prompts, and answers without it under negative ones.
 
     Kept: score >= threshold under the positive prompts, < threshold under the negative ones, coherence >=
-    `coherent` in both. Each answer is judged alone (the published code drops a pair where one of the two
+    `min_coherence` in both. Each answer is judged alone (the published code drops a pair where one of the two
     fails). Answers without a verdict are dropped and counted.
 
     Source: Chen et al. 2025, https://arxiv.org/abs/2507.21509.
 
     Raises:
-        RunError: fewer than `fewest` are left on a side, with what was removed and what to do.
+        RunError: fewer than `min_answers` are left on a side, with what was removed and what to do.
     """
     counts: dict[str, dict[str, int]] = {}
     kept: dict[str, list[Rollout]] = {"positive": [], "negative": []}
     for side in ("positive", "negative"):
         tally = counts[side] = {"answers": 0, "kept": 0, **dict.fromkeys(_REASONS, 0)}
-        for answer in answers:
-            if answer.key["side"] != side:
-                continue
-            why = _why_not(answer, side, threshold, coherent)
+        for answer in (each for each in rollouts if each.key["side"] == side):
+            why = _why_not(answer, side, threshold, min_coherence)
             tally["answers"] += 1
             tally[why or "kept"] += 1
             if why is None:
                 kept[side].append(answer)
-    short = [side for side, found in kept.items() if len(found) < fewest]
+    short = [side for side, answers in kept.items() if len(answers) < min_answers]
     if short:
-        raise RunError(_too_few(short[0], counts[short[0]], fewest, threshold))
+        raise RunError(_too_few(short[0], counts[short[0]], min_answers, threshold))
     return FilteredRollouts(tuple(kept["positive"]), tuple(kept["negative"]), counts)
 
 
-def _why_not(answer: Rollout, side: str, threshold: float, coherent: float) -> str | None:
+def _why_not(answer: Rollout, side: str, threshold: float, min_coherence: float) -> str | None:
     if not answer.text.strip() or not answer.tokens:
         return "empty"
     if answer.score is None or answer.coherence is None:
         return "no_verdict"
     if (answer.score >= threshold) != (side == "positive"):
         return "score"
-    return None if answer.coherence >= coherent else "coherence"
+    return None if answer.coherence >= min_coherence else "coherence"
 
 
-def _too_few(side: str, counts: dict[str, int], fewest: int, threshold: float) -> str:
+def _too_few(side: str, counts: dict[str, int], min_answers: int, threshold: float) -> str:
     most = max(_REASONS, key=lambda why: counts[why])
     wanted = "at or above" if side == "positive" else "below"
     advice = {
@@ -128,6 +122,6 @@ def _too_few(side: str, counts: dict[str, int], fewest: int, threshold: float) -
         "coherence": "the answers are incoherent: lower --temperature, or use another model",
     }[most]
     return (
-        f"too few answers under the {side} system prompts: {describe_counts(counts)}; at least {fewest} are needed. "
+        f"too few answers under the {side} system prompts: {describe_counts(counts)}; at least {min_answers} are needed. "
         f"Give more --extraction-questions or --samples; {advice}"
     )

@@ -1,8 +1,7 @@
-"""Rollouts: answers of a model to many prompts, under system prompts or plans, scored, stored and filtered.
+"""Rollouts: answers of a model to many prompts, under system prompts or plans, scored and stored.
 
-Knows: batches whose answers do not depend on when a run was interrupted, the file that they go to as they
-are finished, scores beside them, coherence without a judge, the filter and what it removed.
-Does not know: traits' files, directions, layers (`persona` does), or any scorer.
+Knows: batches that an interruption does not change, the file of answers and verdicts, coherence without a
+judge. Does not know: what the answers are for, or any scorer.
 """
 
 from __future__ import annotations
@@ -10,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from interp_ablate.storage.jsonl_log import JsonlLog
 
 # Perplexities between which coherence falls from 100 to 0, on a logarithmic scale.
 FLUENT, BROKEN = 10.0, 1000.0
+FLUENCY = {"fluency": [FLUENT, BROKEN]}  # what verdicts of `fluency` are kept under
 _SCORED_AT_A_TIME, _READ_AT_A_TIME = 16, 8
 
 
@@ -66,12 +67,9 @@ def rollout_requests(
     ]
 
 
-# ---- answering -----------------------------------------------------------------------------------
-
-
 def run_rollouts(
     model: Model,
-    jobs: Sequence[RolloutRequest],
+    requests: Sequence[RolloutRequest],
     path: str | Path,
     *,
     scorer: TextScorer,
@@ -79,7 +77,7 @@ def run_rollouts(
     sampling: SamplingConfig | None = None,
     listener: Progress | None = None,
 ) -> list[Rollout]:
-    """Answer every job and score the answers; what `path` holds of them already is not done again.
+    """Answer every request and score the answers; what `path` holds of them already is not done again.
 
     Answers are stored batch by batch, scores some answers at a time. A batch that was interrupted is
     written again whole, from its own seed, so that the answers are those of an uninterrupted run. Another
@@ -89,51 +87,51 @@ def run_rollouts(
         coherence: a scorer of how coherent an answer is; without one `fluency` under the unedited model.
 
     Raises:
-        RunError: `path` holds answers to other jobs, of another model or sampling; see `JsonlLog`.
+        RunError: `path` holds answers to other requests, of another model or sampling; see `JsonlLog`.
         InterpAblateError: a scorer that gives something else than numbers from 0 to 100, one an answer.
     """
     listener, sampling = listener or NoProgress(), sampling or SamplingConfig()
-    store = _Store(model, jobs, Path(path), sampling)
-    with store.lines.open() as kept:
-        store.read(kept)
-        listener.start("answers", len(jobs))
+    store = _Store(model, requests, Path(path), sampling)
+    with store.log.open() as lines:
+        store.read(lines)
+        listener.start("answers", len(requests))
         listener.advance(len(store.written))
-        for batch in _batches(jobs, sampling.batch_size):
+        for batch in _batches(requests, sampling.batch_size):
             if any(number not in store.written for number in batch):
-                store.write(batch, _generate(model, jobs, batch, sampling))
+                store.write(batch, _generate(model, requests, batch, sampling))
                 listener.advance(len(batch))
         listener.finish()
-        scores = _scores(store, "score", scorer, listener)
-        coherent = (
-            _fluency(store, model, listener)
+        scores = store.verdicts_of("score", scorer.identity, _by_scorer(scorer), listener)
+        coherences = (
+            store.verdicts_of("coherence", FLUENCY, partial(fluency, model), listener)
             if coherence is None
-            else _scores(store, "coherence", coherence, listener)
+            else store.verdicts_of("coherence", coherence.identity, _by_scorer(coherence), listener)
         )
     return [
-        with_verdicts(store.written[number], scores[number], coherent[number])
-        for number in range(len(jobs))
+        with_verdicts(store.written[number], scores[number], coherences[number])
+        for number in range(len(requests))
     ]
 
 
-def _batches(jobs: Sequence[RolloutRequest], size: int) -> Iterator[list[int]]:
-    """Numbers of jobs that are answered together: neighbours with one system prompt, which run as one prefix."""
-    for _, group in groupby(range(len(jobs)), key=lambda number: jobs[number].prompt.system):
+def _batches(requests: Sequence[RolloutRequest], size: int) -> Iterator[list[int]]:
+    """Numbers of requests that are answered together: neighbours with one system prompt, one shared prefix."""
+    for _, group in groupby(range(len(requests)), key=lambda i: requests[i].prompt.system):
         numbers = list(group)
         for start in range(0, len(numbers), size):
             yield numbers[start : start + size]
 
 
 def _generate(
-    model: Model, jobs: Sequence[RolloutRequest], batch: Sequence[int], sampling: SamplingConfig
+    model: Model, requests: Sequence[RolloutRequest], batch: Sequence[int], sampling: SamplingConfig
 ) -> list[Any]:
     digest = hashlib.sha256(f"{sampling.seed} {batch[0]}".encode()).digest()
-    plans = [jobs[number].plan for number in batch]
+    plans = [requests[number].plan for number in batch]
     under: AbstractContextManager[Any] = (
         model.applied_each(plans) if any(plan is not None for plan in plans) else nullcontext()
     )
     with under:
         return model.generate(
-            [jobs[number].prompt for number in batch],
+            [requests[number].prompt for number in batch],
             max_new_tokens=sampling.max_new_tokens,
             temperature=sampling.temperature,
             seed=int.from_bytes(digest[:4], "big"),
@@ -143,29 +141,29 @@ def _generate(
 
 @dataclass(eq=False)
 class _Store:
-    """The file of one set of jobs: answers by number, and verdicts by scorer."""
+    """The file of one set of requests: answers by number, and verdicts by scorer."""
 
     model: Model
-    jobs: Sequence[RolloutRequest]
+    requests: Sequence[RolloutRequest]
     path: Path
     sampling: SamplingConfig
     written: dict[int, Rollout] = field(default_factory=dict)
     verdicts: dict[tuple[str, int], float | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        told = [
-            [j.key, j.prompt.system, j.prompt.text, j.plan.fingerprint if j.plan else None]
-            for j in self.jobs
+        asked = [
+            [r.key, r.prompt.system, r.prompt.text, r.plan.fingerprint if r.plan else None]
+            for r in self.requests
         ]
         outer = self.model.active_plan
         identity = {
-            "jobs": hashlib.sha256(json.dumps(told).encode()).hexdigest(),
+            "jobs": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
             "model": self.model.fingerprint,
             "template": self.model.template,
             "sampling": asdict(self.sampling),
             "plan": outer.fingerprint if len(outer) else None,
         }
-        self.lines = JsonlLog(
+        self.log = JsonlLog(
             self.path,
             identity,
             kind="answer file",
@@ -173,92 +171,79 @@ class _Store:
             lost="its answer is written again",
         )
 
-    def read(self, kept: Iterable[dict[str, Any]]) -> None:
-        for place, line in enumerate(kept, 2):
+    def read(self, lines: Iterable[dict[str, Any]]) -> None:
+        for place, line in enumerate(lines, 2):
             try:
                 number = take_line(line, self.written, self.verdicts)
                 if number is not None:
-                    job = self.jobs[number]
-                    self.written[number] = replace(
-                        self.written[number], key=job.key, prompt=job.prompt
-                    )
+                    key, prompt = self.requests[number].key, self.requests[number].prompt
+                    self.written[number] = replace(self.written[number], key=key, prompt=prompt)
             except BROKEN_LINE as error:
-                raise self.lines.corrupt(place, repr(error)) from error
+                raise self.log.corrupt(place, repr(error)) from error
 
     def write(self, batch: Sequence[int], generations: Sequence[Any]) -> None:
-        for number, found in zip(batch, generations, strict=True):
-            if number in self.written:  # of a batch that was interrupted between its lines
+        for number, new in zip(batch, generations, strict=True):
+            if number in self.written:  # the batch was interrupted between its lines
                 continue
-            job = self.jobs[number]
-            answer = Rollout(job.key, job.prompt, found.tokens, found.text, found.finished)
-            self.lines.append(
+            key, prompt = self.requests[number].key, self.requests[number].prompt
+            answer = Rollout(key, prompt, new.tokens, new.text, new.finished)
+            self.log.append(
                 {
-                    "answer": number, "key": job.key, "system": job.prompt.system,
-                    "question": job.prompt.text, "text": answer.text, "tokens": list(answer.tokens),
+                    "answer": number, "key": key, "system": prompt.system,
+                    "question": prompt.text, "text": answer.text, "tokens": list(answer.tokens),
                     "finished": answer.finished,
                 }
             )  # fmt: skip
             self.written[number] = answer
 
-    def judge(self, by: str, numbers: Sequence[int], values: Sequence[float | None]) -> None:
-        self.lines.append({"scored": list(numbers), "by": by, "values": list(values)})
-        self.verdicts.update({(by, number): value for number, value in zip(numbers, values)})
-
-    def waiting(self, by: str) -> list[int]:
-        """Answers with text that have no verdict line of this scorer yet."""
-        return [
+    def verdicts_of(
+        self,
+        what: str,
+        identity: Mapping[str, Any],
+        score: Callable[[list[Rollout]], Sequence[float | None]],
+        listener: Progress,
+    ) -> dict[int, float | None]:
+        """Verdicts on all answers by their number; those with text and no verdict yet are scored now."""
+        by, numbers = verdict_key(what, identity), range(len(self.requests))
+        waiting = [
             number
-            for number in range(len(self.jobs))
+            for number in numbers
             if self.written[number].text.strip() and (by, number) not in self.verdicts
         ]
+        if waiting:
+            listener.start(what, len(waiting))
+        for start in range(0, len(waiting), _SCORED_AT_A_TIME):
+            part = waiting[start : start + _SCORED_AT_A_TIME]
+            values = list(score([self.written[number] for number in part]))
+            self.log.append({"scored": part, "by": by, "values": values})
+            self.verdicts.update({(by, number): value for number, value in zip(part, values)})
+            listener.advance(len(part))
+        if waiting:
+            listener.finish()
+        return {number: self.verdicts.get((by, number)) for number in numbers}
 
 
-def _scores(
-    store: _Store, what: str, scorer: TextScorer, listener: Progress
-) -> dict[int, float | None]:
-    by = verdict_key(what, scorer.identity)
-    waiting = store.waiting(by)
-    if waiting:
-        listener.start(what, len(waiting))
-    for start in range(0, len(waiting), _SCORED_AT_A_TIME):
-        part = waiting[start : start + _SCORED_AT_A_TIME]
-        values = scorer([store.written[number].exchange for number in part])
-        store.judge(by, part, _checked(values, len(part), scorer.name))
-        listener.advance(len(part))
-    if waiting:
-        listener.finish()
-    return {number: store.verdicts.get((by, number)) for number in range(len(store.jobs))}
+def _by_scorer(scorer: TextScorer) -> Callable[[list[Rollout]], list[float | None]]:
+    """The scorer over answers; its values are checked."""
+    return lambda answers: _checked(
+        scorer([answer.exchange for answer in answers]), len(answers), scorer.name
+    )
 
 
 def _checked(values: Sequence[float | None], count: int, name: str) -> list[float | None]:
-    found = [None if value is None else float(value) for value in values]
-    wrong = [value for value in found if value is not None and not 0 <= value <= 100]
-    if len(found) != count or wrong:
+    scores = [None if value is None else float(value) for value in values]
+    wrong = [value for value in scores if value is not None and not 0 <= value <= 100]
+    if len(scores) != count or wrong:
         raise InterpAblateError(
-            f"the scorer {name!r} gave {len(found)} scores for {count} answers"
+            f"the scorer {name!r} gave {len(scores)} scores for {count} answers"
             + (f", such as {wrong[0]}" if wrong else "")
             + ": a scorer gives one number from 0 to 100, or None, an answer"
         )
-    return found
-
-
-def _fluency(store: _Store, model: Model, listener: Progress) -> dict[int, float | None]:
-    by = verdict_key("coherence", {"fluency": [FLUENT, BROKEN]})
-    waiting = store.waiting(by)
-    if waiting:
-        listener.start("coherence", len(waiting))
-    for start in range(0, len(waiting), _READ_AT_A_TIME):
-        part = waiting[start : start + _READ_AT_A_TIME]
-        answers = [store.written[number] for number in part]
-        store.judge(by, part, fluency(model, answers))
-        listener.advance(len(part))
-    if waiting:
-        listener.finish()
-    return {number: store.verdicts.get((by, number)) for number in range(len(store.jobs))}
+    return scores
 
 
 def fluency(model: Model, answers: Sequence[Rollout]) -> list[float]:
-    """Coherence from 0 to 100 without a judge: how likely the model finds the answer, less its loops.
+    """Estimate coherence from 0 to 100 without a judge: how likely the model finds the answer, less its loops.
 
     100 * (1 - share of repeated 3-grams) * f, where f falls from 1 at perplexity 10 (or less) to 0 at 1000
     on a logarithmic scale; perplexity of the answer's tokens after its own prompt. It says whether a
@@ -268,14 +253,14 @@ def fluency(model: Model, answers: Sequence[Rollout]) -> list[float]:
     Raises:
         InterpAblateError: NaN or infinity in the logits.
     """
-    found = [0.0] * len(answers)
+    coherences = [0.0] * len(answers)
     with_tokens = [i for i, answer in enumerate(answers) if answer.tokens]
     for start in range(0, len(with_tokens), _READ_AT_A_TIME):
         part = with_tokens[start : start + _READ_AT_A_TIME]
-        evidence = ModelOutputs(model, [answers[i].prompt for i in part])
+        outputs = ModelOutputs(model, [answers[i].prompt for i in part])
         ends = [answers[i].tokens for i in part]
-        for i, end, logprobs in zip(part, ends, evidence.continuation_logprobs(ends)):
+        for i, end, logprobs in zip(part, ends, outputs.continuation_logprobs(ends)):
             surprise = -float(chosen_logprobs(logprobs, end).mean())
             likely = (math.log(BROKEN) - surprise) / (math.log(BROKEN) - math.log(FLUENT))
-            found[i] = 100 * (1 - repetition(end)) * min(1.0, max(0.0, likely))
-    return found
+            coherences[i] = 100 * (1 - repetition(end)) * min(1.0, max(0.0, likely))
+    return coherences

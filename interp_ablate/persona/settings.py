@@ -1,4 +1,4 @@
-"""How answers are sampled and how a persona is extracted: the settings, their defaults and help.
+"""The settings of sampling, extraction, steering and baking, with their defaults and help.
 
 Knows: the numbers and their checks. Does not know: models or files. Nothing here imports torch.
 """
@@ -12,13 +12,13 @@ from interp_ablate.errors import InterpAblateError
 from interp_ablate.settings import setting
 
 POOLINGS = ("response_mean", "prompt_last", "prompt_mean")
-THRESHOLD, COHERENT = 50.0, 50.0  # of the trait's score and of coherence, as published
-FEWEST = 8  # answers a side below which a difference of means says little
+THRESHOLD, MIN_COHERENCE = 50.0, 50.0  # of the trait's score and of coherence, as published
+MIN_ANSWERS = 8  # a side; a difference of means of fewer says little
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How answers are written; what is sampled depends on every one of these.
+    """The settings of sampled answers; what is sampled depends on every one of them.
 
     At temperature 0 answers are greedy and the seed means nothing. The published rollouts have temperature 1, at
     which a small model rambles.
@@ -42,7 +42,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class ExtractionConfig:
-    """How a persona is extracted. Evaluation questions are left alone."""
+    """The settings of an extraction. Evaluation questions are left alone."""
 
     extraction_questions: int = setting(
         10, "that make the vector, under every pair of system prompts"
@@ -56,8 +56,50 @@ class ExtractionConfig:
     coefficients: tuple[float, ...] = setting((1.0, 2.0), "comma-separated candidates")
     pooling: str = setting("response_mean", "which activations of an answer", choices=POOLINGS)
     threshold: float = setting(THRESHOLD, "trait score that divides the sides")
-    min_coherence: float = setting(COHERENT, "coherence below which an answer does not count")
-    min_answers: int = setting(FEWEST, "answers that must be left on a side")
+    min_coherence: float = setting(MIN_COHERENCE, "coherence below which an answer does not count")
+    min_answers: int = setting(MIN_ANSWERS, "answers that must be left on a side")
 
 
 DEFAULTS = ExtractionConfig()
+GREEDY = SamplingConfig(temperature=0.0)
+COEFFICIENTS = (-1.0, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5)
+
+
+@dataclass(frozen=True)
+class SteeringConfig:
+    """The settings of a curve of trait and coherence against the coefficient.
+
+    Raises:
+        InterpAblateError: no coefficients, twice the same one, or fewer than 0 controls.
+    """
+
+    coefficients: tuple[float, ...] = setting(COEFFICIENTS, "comma-separated")
+    questions: int | None = setting(None, "evaluation questions (default: all)")
+    controls: int = setting(1, "random directions of the same norm at the same site")
+    samples: int = setting(1, "answers to each question, where the sampling has a temperature")
+    sampling: SamplingConfig = GREEDY
+
+    def __post_init__(self) -> None:
+        if (
+            not self.coefficients
+            or len(set(self.coefficients)) < len(self.coefficients)
+            or self.controls < 0
+        ):
+            raise InterpAblateError(
+                f"coefficients {', '.join(f'{c:g}' for c in self.coefficients) or 'none'}, {self.controls} "
+                "controls: give different coefficients, and 0 controls or more"
+            )
+
+
+@dataclass(frozen=True)
+class BakingConfig:
+    """The settings of a baked persona."""
+
+    coefficient: float | None = setting(None, "default: the persona's own")
+    questions: int | None = setting(None, "evaluation questions (default: all)")
+    sampling: SamplingConfig = GREEDY
+    overwrite: bool = False
+    """Replace an export that is there already."""
+
+
+STEERING, BAKING = SteeringConfig(), BakingConfig()

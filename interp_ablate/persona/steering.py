@@ -1,18 +1,18 @@
-"""Steering along a persona vector: the layer, the coefficients, the curve.
+"""Steering along a persona vector: the choice of a layer and a coefficient, and the curve over coefficients.
 
-Knows: layers and coefficients. Does not know: extraction.
+Knows: plans by condition, and means over questions. Does not know: how a direction is found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from interp_ablate.directions.direction import Direction, random_direction
+from interp_ablate.directions.direction import Direction, random_directions
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import InterpAblateError, RunError
 from interp_ablate.jobs.progress import Progress
@@ -20,21 +20,16 @@ from interp_ablate.models.model import Model
 from interp_ablate.persona.answers import Rollout, RolloutRequest
 from interp_ablate.persona.persona import Persona, addition_plan
 from interp_ablate.persona.rollouts import run_rollouts
-from interp_ablate.persona.settings import DEFAULTS, ExtractionConfig, SamplingConfig
-from interp_ablate.persona.traits import split_questions
+from interp_ablate.persona.settings import DEFAULTS, STEERING, ExtractionConfig, SteeringConfig
+from interp_ablate.persona.traits import first_evaluation_questions
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring.exchange import TextScorer
 from interp_ablate.stats.intervals import mean_estimate
 
-GREEDY = SamplingConfig(temperature=0.0)
-COEFFICIENTS = (-1.0, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5)
 CURVE_COLUMNS = (
     "condition", "coefficient", "score", "score_low", "score_high", "coherence", "coherence_low",
     "coherence_high", "questions", "answers", "no_verdict",
 )  # fmt: skip
-
-
-# ---- steering -------------------------------------------------------------------------------------
 
 
 def choose_layer(
@@ -48,7 +43,7 @@ def choose_layer(
     settings: ExtractionConfig = DEFAULTS,
     listener: Progress | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
-    """The layer and coefficient whose steered answers score highest and are coherent.
+    """Find the layer and coefficient whose steered answers score highest and are coherent.
 
     Returns the chosen row, all rows (LAYER_COLUMNS), and the unsteered answers' row. Answers are greedy,
     without a system prompt. Ties go to the smaller coefficient, then to the earlier layer.
@@ -67,8 +62,8 @@ def choose_layer(
     for coefficient in settings.coefficients:
         for item in directions:
             site = item.site
-            place = {"layer": site.layer, "site": str(site), "norm": float(item.norm)}
-            rows.append({**place, "coefficient": float(coefficient)})
+            row = {"layer": site.layer, "site": str(site), "norm": float(item.norm)}
+            rows.append({**row, "coefficient": float(coefficient)})
             plans[_name(rows[-1])] = addition_plan(item, coefficient)
     answers = run_rollouts(
         model,
@@ -79,8 +74,8 @@ def choose_layer(
         sampling=replace(settings.sampling, temperature=0.0, seed=0),
         listener=listener,
     )
-    found = {name: summary([a for a in answers if a.key["condition"] == name]) for name in plans}
-    table = [{**row, **found[_name(row)], "chosen": False} for row in rows]
+    means = {name: summary(group) for name, group in by_condition(answers).items()}
+    table = [{**row, **means[_name(row)], "chosen": False} for row in rows]
     usable = [
         row
         for row in table
@@ -92,7 +87,7 @@ def choose_layer(
         raise RunError(_nothing_usable(table, settings))
     chosen = max(usable, key=lambda row: (row["score"], -row["coefficient"], -row["layer"]))
     chosen["chosen"] = True
-    return chosen, table, found["unsteered"]
+    return chosen, table, means["unsteered"]
 
 
 def _name(row: Mapping[str, Any]) -> str:
@@ -122,24 +117,30 @@ def steering_requests(
     ]
 
 
+def by_condition(answers: Iterable[Rollout]) -> dict[str, list[Rollout]]:
+    """The answers of every condition, in the order in which they come."""
+    groups: dict[str, list[Rollout]] = {}
+    for answer in answers:
+        groups.setdefault(answer.key["condition"], []).append(answer)
+    return groups
+
+
 def summary(answers: Sequence[Rollout]) -> dict[str, Any]:
     """Means over questions with 95% intervals; answers without a verdict are counted, not averaged."""
     return {
-        **_mean("score", answers, lambda answer: answer.score),
-        **_mean("coherence", answers, lambda answer: answer.coherence),
+        **_mean_by_question("score", answers),
+        **_mean_by_question("coherence", answers),
         "questions": len({answer.key["question"] for answer in answers}),
         "answers": len(answers),
         "no_verdict": sum(answer.score is None for answer in answers),
     }
 
 
-def _mean(
-    name: str, answers: Sequence[Rollout], read: Callable[[Rollout], float | None]
-) -> dict[str, float | None]:
+def _mean_by_question(name: str, answers: Sequence[Rollout]) -> dict[str, float | None]:
     """The mean over questions of the mean over each one's answers; bootstrapped over questions."""
     by_question: dict[int, list[float]] = {}
     for answer in answers:
-        value = read(answer)
+        value = getattr(answer, name)
         if value is not None:
             by_question.setdefault(answer.key["question"], []).append(value)
     means = [sum(values) / len(values) for values in by_question.values()]
@@ -156,65 +157,44 @@ def steer(
     *,
     scorer: TextScorer,
     coherence: TextScorer | None = None,
-    coefficients: Sequence[float] = COEFFICIENTS,
-    questions: int | None = None,
-    controls: int = 1,
-    samples: int = 1,
-    sampling: SamplingConfig = GREEDY,
+    settings: SteeringConfig = STEERING,
     listener: Progress | None = None,
 ) -> list[Rollout]:
-    """Answers to evaluation questions (no system prompt) with the vector added, coefficient by coefficient.
+    """Answer evaluation questions (no system prompt) with the vector added, coefficient by coefficient.
 
-    Beside the persona's direction as many random directions of the same norm at the same site as
-    `controls` says. `curve` makes a table of the answers; they are stored in `path` as they come.
-
-    Args:
-        questions: how many of the trait's evaluation questions; default all.
-        samples: of each question, where `sampling` has a temperature.
+    The controls are random directions of the same norm at the same site. `curve` makes a table of the
+    answers; they are stored in `path` as they come.
 
     Raises:
-        InterpAblateError: no coefficients, twice the same one, or too many questions.
+        DirectionError: the persona is of a model of another shape.
+        PromptError: more questions than the trait has.
     """
-    if not coefficients or len(set(coefficients)) < len(coefficients) or controls < 0:
-        raise InterpAblateError(
-            f"coefficients {', '.join(f'{c:g}' for c in coefficients) or 'none'}, {controls} controls: give "
-            "different coefficients, and 0 controls or more"
-        )
     persona.check(model)
-    count = len(persona.trait.evaluation_questions) if questions is None else questions
-    asked = split_questions(persona.trait, making=1, choosing=1, reporting=count).reporting
-    plans = _steering_plans(persona.direction, coefficients, controls)
+    questions = first_evaluation_questions(persona.trait, settings.questions)
+    controls = random_directions(persona.direction, settings.controls)
+    directions = {"persona": persona.direction}
+    directions |= {f"random {i}": control for i, control in enumerate(controls)}
+    # at coefficient 0 nothing is added, whatever the direction
+    plans: dict[str, Plan | None] = {"persona 0": None} if 0 in settings.coefficients else {}
+    for name, direction in directions.items():
+        plans |= {f"{name} {c:g}": addition_plan(direction, c) for c in settings.coefficients if c}
     return run_rollouts(
         model,
-        steering_requests(plans, asked, samples=samples),
+        steering_requests(plans, questions, samples=settings.samples),
         path,
         scorer=scorer,
         coherence=coherence,
-        sampling=sampling,
+        sampling=settings.sampling,
         listener=listener,
     )
 
 
-def _steering_plans(
-    direction: Direction, coefficients: Sequence[float], controls: int
-) -> dict[str, Plan | None]:
-    """Plans by condition and coefficient; at 0 nothing is added, whatever the direction."""
-    directions = {"persona": direction}
-    for seed in range(controls):
-        directions[f"random {seed}"] = random_direction(direction, seed=seed)
-    plans: dict[str, Plan | None] = {"persona 0": None} if 0 in coefficients else {}
-    for name, one in directions.items():
-        plans |= {f"{name} {c:g}": addition_plan(one, c) for c in coefficients if c}
-    return plans
-
-
 def curve(answers: Sequence[Rollout]) -> pd.DataFrame:
-    """Trait score and coherence by direction and coefficient (CURVE_COLUMNS), intervals over questions."""
+    """Tabulate trait score and coherence by direction and coefficient (CURVE_COLUMNS), with intervals."""
     rows = []
-    for name in dict.fromkeys(answer.key["condition"] for answer in answers):
+    for name, group in by_condition(answers).items():
         condition, _, coefficient = name.rpartition(" ")
-        here = [answer for answer in answers if answer.key["condition"] == name]
-        rows.append({"condition": condition, "coefficient": float(coefficient), **summary(here)})
+        rows.append({"condition": condition, "coefficient": float(coefficient), **summary(group)})
     frame = pd.DataFrame(rows, columns=list(CURVE_COLUMNS))
     measured = [name for name in CURVE_COLUMNS if name.startswith(("score", "coherence"))]
     frame[measured] = frame[measured].astype(float)  # None, where there is no verdict, is NaN

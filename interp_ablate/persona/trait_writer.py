@@ -1,6 +1,6 @@
-"""A trait written by a language model.
+"""A trait file written by a language model behind an endpoint.
 
-Knows: the request and its schema. Does not know: extraction.
+Knows: the request and its schema. Does not know: how a trait is extracted.
 """
 
 from __future__ import annotations
@@ -21,9 +21,6 @@ PAIRS, QUESTIONS = (
     5,
     20,
 )  # of a published or a generated trait; 20 for extraction and 20 for evaluation
-
-
-# ---- asking for one ------------------------------------------------------------------------------
 
 
 class JsonEndpoint(Protocol):
@@ -83,16 +80,16 @@ def generate_trait(endpoint: JsonEndpoint, name: str, description: str) -> Trait
     check_text(description, "description")
     check_name(name)  # before the call that is paid for
     content = _TASK.format(name=name, description=description)
-    found = endpoint.ask_json([{"role": "user", "content": content}], SCHEMA)
+    reply = endpoint.ask_json([{"role": "user", "content": content}], SCHEMA)
     place = f"the trait that the endpoint wrote for {name!r}"
-    if not isinstance(found, dict):
+    if not isinstance(reply, dict):
         raise PromptError(f"{place} is not a JSON object; ask again, or another model")
     keys = SCHEMA["required"]
     trait = trait_from_file(
         {
             "name": name,
             "description": description,
-            **{key: required_value(found, key, place) for key in keys},
+            **{key: required_value(reply, key, place) for key in keys},
         },
         place,
     )

@@ -1,8 +1,7 @@
-"""Traits: what a persona vector is of, as a file: system prompts in pairs, questions, a judging rubric.
+"""Traits and their files: system prompts in pairs, questions, and a rubric for judges.
 
-Knows: this package's trait files, the published repository's, what makes a trait unusable, the bundled
-ones, and asking an endpoint to write one. Does not know: models, how answers are made or scored (a
-trait names its scorer, `judges` makes it). Nothing here imports torch, transformers or numpy.
+Knows: two file layouts, and what makes a trait unusable. Does not know: models, or how answers are made and
+scored. Nothing here imports torch, transformers or numpy.
 """
 
 from __future__ import annotations
@@ -33,11 +32,6 @@ _EXTRACT, _EVALUATE = "trait_data_extract", "trait_data_eval"  # folders of the 
 class Trait:
     """A trait: pairs of system prompts that ask for it and against it, and questions to answer so.
 
-    `positive[i]` and `negative[i]` are a pair, alike but for the trait. Vectors are made from (and their
-    layer is chosen on) `extraction_questions`; `evaluation_questions` are for reporting alone. `rubric`
-    tells a judge what 0 and 100 mean; `scorer` is the spec of one that needs no judge
-    (`judges.scorer_of`).
-
     Source: Chen et al. 2025, https://arxiv.org/abs/2507.21509.
 
     Raises:
@@ -48,11 +42,17 @@ class Trait:
     name: str
     description: str
     positive: tuple[str, ...]
+    """System prompts that ask for the trait; `positive[i]` and `negative[i]` are a pair, alike but for it."""
     negative: tuple[str, ...]
+    """System prompts that ask against it."""
     extraction_questions: tuple[str, ...]
+    """Questions that make the vectors and choose their layer."""
     evaluation_questions: tuple[str, ...]
+    """Questions for reporting alone."""
     rubric: str
+    """Tells a judge what 0 and 100 mean."""
     scorer: str | None = None
+    """Spec of a scorer that needs no judge (`scoring.registry.make_scorer`)."""
 
     def __post_init__(self) -> None:
         for key in ("name", "description", "rubric"):
@@ -112,38 +112,49 @@ class Trait:
 
 @dataclass(frozen=True)
 class Questions:
-    """Three lists without a common question: to make a vector, to choose its layer, to report on it."""
+    """Three lists of questions without a common one."""
 
-    making: tuple[str, ...]
-    choosing: tuple[str, ...]
-    reporting: tuple[str, ...]
+    extraction: tuple[str, ...]
+    """They make the vector."""
+    selection: tuple[str, ...]
+    """They choose its layer and coefficient."""
+    evaluation: tuple[str, ...]
+    """They report on it."""
 
 
-def split_questions(trait: Trait, *, making: int, choosing: int, reporting: int) -> Questions:
-    """The first questions for extraction make the vector, the last ones choose; evaluation's report.
+def split_questions(trait: Trait, *, extraction: int, selection: int, evaluation: int) -> Questions:
+    """Split a trait's questions: its first ones for extraction, the last of these for selection.
 
     Raises:
         PromptError: a number below 1, or more than the trait has.
     """
-    asked = {"making": making, "choosing": choosing, "reporting": reporting}
-    small = [f"{key}={number}" for key, number in asked.items() if number < 1]
+    counts = {"extraction": extraction, "selection": selection, "evaluation": evaluation}
+    small = [f"{key}={number}" for key, number in counts.items() if number < 1]
     if small:
         raise PromptError(f"{', '.join(small)}: each of the three needs at least 1 question")
     has = len(trait.extraction_questions)
-    if making + choosing > has or reporting > len(trait.evaluation_questions):
+    if extraction + selection > has or evaluation > len(trait.evaluation_questions):
         raise PromptError(
             f"the trait {trait.name!r} has {has} questions for extraction and "
-            f"{len(trait.evaluation_questions)} for evaluation; making={making} + choosing={choosing} and "
-            f"reporting={reporting} are too many: ask for fewer, or add questions to the trait file"
+            f"{len(trait.evaluation_questions)} for evaluation; extraction={extraction} + "
+            f"selection={selection} and evaluation={evaluation} are too many: ask for fewer, or add "
+            "questions to the trait file"
         )
     return Questions(
-        trait.extraction_questions[:making],
-        trait.extraction_questions[has - choosing :],
-        trait.evaluation_questions[:reporting],
+        trait.extraction_questions[:extraction],
+        trait.extraction_questions[has - selection :],
+        trait.evaluation_questions[:evaluation],
     )
 
 
-# ---- reading ------------------------------------------------------------------------------------
+def first_evaluation_questions(trait: Trait, count: int | None = None) -> tuple[str, ...]:
+    """The trait's first `count` evaluation questions; all of them by default.
+
+    Raises:
+        PromptError: a count below 1, or more than the trait has.
+    """
+    count = len(trait.evaluation_questions) if count is None else count
+    return split_questions(trait, extraction=1, selection=1, evaluation=count).evaluation
 
 
 def bundled_traits() -> list[str]:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 Value = Literal["score", "coherence"]
 _LAYER_COLUMNS = ("layer", "coefficient", "score", "score_low", "score_high", "coherence", "chosen")
-_READING_COLUMNS = ("layer", "r", "r_low", "r_high", "answers", "questions", "chosen")
+_READOUT_COLUMNS = ("layer", "r", "r_low", "r_high", "answers", "questions", "chosen")
 _CURVE_COLUMNS = (
     "condition", "coefficient", "score", "score_low", "score_high", "coherence", "coherence_low",
     "coherence_high", "questions",
@@ -118,7 +118,7 @@ def readout_by_layer(frame: pd.DataFrame, ax: Axes, *, trait: str = "trait") -> 
     Raises:
         RunError: a missing column, or no row with a correlation.
     """
-    require_columns(frame, _READING_COLUMNS, "reading")
+    require_columns(frame, _READOUT_COLUMNS, "readout")
     rows = frame[frame["r"].notna()].sort_values("layer")
     require_rows(rows, "layers with a correlation")
     ax.fill_between(
@@ -195,7 +195,7 @@ def _band(ax: Axes, line: pd.DataFrame, value: Value, colour: str, control: bool
 
 
 def save_figures(folder: str | Path) -> list[Path]:
-    """Draw what the persona folder has data for: figures/layers.png, reading.png, curve.png.
+    """Draw what the persona folder has data for: figures/layers.png, readout.png, curve.png.
 
     Raises:
         RunError: no persona there, a corrupt table, or a place that cannot be written.
@@ -209,11 +209,11 @@ def save_figures(folder: str | Path) -> list[Path]:
     trait, written = str(persona.get("trait", "trait")), []
     for name, columns, draw in (
         ("layers", _LAYER_COLUMNS, _draw_layers),
-        ("reading", _READING_COLUMNS, _draw_reading),
+        ("readout", _READOUT_COLUMNS, _draw_readout),
         ("curve", _CURVE_COLUMNS, _draw_curve),
     ):
-        has_reading = (persona.get("reading") or {}).get("layers")
-        if (folder / f"{name}.csv").exists() and (name != "reading" or has_reading):
+        has_readout = (persona.get("readout") or {}).get("layers")
+        if (folder / f"{name}.csv").exists() and (name != "readout" or has_readout):
             numbers = [column for column in columns if column not in ("condition", "chosen")]
             frame = read_table(folder / f"{name}.csv", columns, numbers=numbers)
             figure = new_figure(height=3.9)
@@ -233,7 +233,7 @@ def _draw_layers(
     )
 
 
-def _draw_reading(
+def _draw_readout(
     frame: pd.DataFrame, figure: Figure, persona: Mapping[str, Any], trait: str
 ) -> None:
     readout_by_layer(frame, figure.add_subplot(), trait=trait)

@@ -762,7 +762,7 @@ def test_a_persona_folder_is_read_along_its_direction_for_reading(tmp_path: Path
     reads = Direction(unit(1), 1.0, Site(2, "resid_post"), "response_mean", "score_slope")
     for name, told, want in (("new", {"site": str(reads.site)}, reads), ("old", None, steers)):
         persona = Persona(
-            load_trait("terse"), Directions((steers, reads)), steers, 1.0, "m", {"reading": told}
+            load_trait("terse"), Directions((steers, reads)), steers, 1.0, "m", {"readout": told}
         )
         persona.save(tmp_path / name)
         assert direction_at(str(tmp_path / name)).fingerprint == want.fingerprint

@@ -539,21 +539,21 @@ def test_screen_command_reads_along_the_direction_for_reading(
     """The one that was made for it, unless the steering one is asked for; the check shows the other, too."""
     reads = Direction(unit(4), 1.0, Site(2, "resid_post"), "response_mean", "score_slope")
     there = load_persona(folder)
-    details = {"reading": {"site": str(reads.site), "layers": []}}
+    details = {"readout": {"site": str(reads.site), "layers": []}}
     both = replace(there, directions=Directions((DIRECTION, reads)), details=details)
     both.save(tmp_path / "both")
     data, found = write(tmp_path / "d.jsonl", rows_of(12)), {}
-    for kind, more in (("reading", []), ("steering", ["--direction", "steering"])):
+    for kind, more in (("readout", []), ("steering", ["--direction", "steering"])):
         command = ["--quiet", "persona", "screen", str(tmp_path / "both"), str(data), "--no-own"]
         out = tmp_path / kind
         assert main([*command, "--labels", "planted", "--out", str(out), *more]) == 0
         summary = json.loads((out / "screening.json").read_text())
         found[kind] = summary, {row["score"]: row["auc"] for row in summary["check"]}
-    summaries = [found[kind][0] for kind in ("reading", "steering")]
+    summaries = [found[kind][0] for kind in ("readout", "steering")]
     assert [s["direction"] for s in summaries] == [reads.fingerprint, DIRECTION.fingerprint]
     assert [s["method"] for s in summaries] == ["score_slope", "difference_in_means"]
     assert "read along score_slope at blocks.2.hook_resid_post" in capsys.readouterr().out
-    other = found["reading"][1]["projection, steering direction, layer 1"]
+    other = found["readout"][1]["projection, steering direction, layer 1"]
     assert other == found["steering"][1]["projection"]
     steered = ["--direction", "steering", "--layer", "0"]
     assert main([*command, "--out", str(tmp_path / "none"), *steered]) == 2

@@ -20,7 +20,7 @@ from interp_ablate.export.model_card import write_certificate
 from interp_ablate.models.model import Model
 from interp_ablate.persona.baking import CONDITIONS, STYLE, BakedPersona, bake
 from interp_ablate.persona.persona import Persona
-from interp_ablate.persona.settings import SamplingConfig
+from interp_ablate.persona.settings import BakingConfig, SamplingConfig
 from interp_ablate.persona.traits import load_trait
 from interp_ablate.scoring.exchange import PromptResponse
 
@@ -34,9 +34,11 @@ def persona_of(direction: Direction) -> Persona:
 
 
 def baked_of(model: Model, out: Path, persona: Persona, **options: Any) -> BakedPersona:
+    names = [name for name in ("coefficient", "questions", "overwrite") if name in options]
+    changes = {"questions": 5, **{name: options.pop(name) for name in names}}
     given: dict[str, Any] = {
         "answers": out.parent / "answers.jsonl", "scorer": Letter(), "coherence": Always(),
-        "questions": 5, "sampling": GREEDY, **options,
+        "settings": BakingConfig(sampling=GREEDY, **changes), **options,
     }  # fmt: skip
     return bake(model, persona, out, **given)
 

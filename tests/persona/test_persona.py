@@ -24,7 +24,7 @@ from interp_ablate.persona.answers import Rollout
 from interp_ablate.persona.extraction import extract, trait_directions
 from interp_ablate.persona.persona import Persona, load_persona
 from interp_ablate.persona.rollout_filter import FilteredRollouts
-from interp_ablate.persona.settings import ExtractionConfig, SamplingConfig
+from interp_ablate.persona.settings import ExtractionConfig, SamplingConfig, SteeringConfig
 from interp_ablate.persona.steering import choose_layer, curve, steer
 from interp_ablate.persona.traits import Trait, load_trait
 from interp_ablate.prompts.prompt import Prompt
@@ -291,7 +291,7 @@ def test_extraction_end_to_end(folder: Path) -> None:
     # three sets of questions: those of the vector, of the choice, of the report
     choosing = {
         line["question"]
-        for line in map(json.loads, (folder / "choosing.jsonl").read_text().splitlines())
+        for line in map(json.loads, (folder / "selection.jsonl").read_text().splitlines())
         if "answer" in line
     }
     making = {r["question"] for r in rollouts}
@@ -305,7 +305,7 @@ def test_an_extraction_goes_on_and_is_not_repeated(folder: Path, tmp_path: Path)
     first = load_persona(folder)
     again = extracted(shared(), folder)
     assert torch.equal(again.direction.vector, first.direction.vector)
-    for name in ("rollouts.jsonl", "choosing.jsonl"):  # as if killed before the layer was chosen
+    for name in ("rollouts.jsonl", "selection.jsonl"):  # as if killed before the layer was chosen
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     with pytest.raises(RunError, match="its extraction was interrupted"):
         load_persona(tmp_path)
@@ -333,47 +333,39 @@ def test_too_few_rollouts_stop_the_extraction(tmp_path: Path) -> None:
 
 def test_a_persona_reads_along_its_reading_direction(folder: Path, tmp_path: Path) -> None:
     persona = load_persona(folder)
-    told = persona.details["reading"]
+    told = persona.details["readout"]
     # a tiny model's answers say nothing of the prompt that they were written under: that is seen, and said
     assert told["site"] is None and told["why_not"].startswith("no layer reads the scores")
-    assert persona.reading is persona.direction
+    assert persona.readout_direction is persona.direction
     assert {item.method for item in persona.directions} == {"score_slope", "difference_in_means"}
-    lines = (folder / "reading.csv").read_text().splitlines()
+    lines = (folder / "readout.csv").read_text().splitlines()
     assert lines[0] == "layer,site,norm,r,r_low,r_high,answers,questions,chosen"
     assert len(lines) == 1 + len(told["layers"]) == 1 + N_LAYERS
     for row in told["layers"]:
-        assert persona.reading_at(Site.parse(row["site"])).norm == pytest.approx(row["norm"])
+        assert persona.readout_direction_at(Site.parse(row["site"])).norm == pytest.approx(
+            row["norm"]
+        )
     with pytest.raises(DirectionError, match="no direction at"):
-        persona.reading_at(Site(0, "resid_pre"))
-    reads = {**persona.details, "reading": {**told, "site": told["layers"][2]["site"]}}
+        persona.readout_direction_at(Site(0, "resid_pre"))
+    reads = {**persona.details, "readout": {**told, "site": told["layers"][2]["site"]}}
     replace(persona, details=reads).save(tmp_path)
     again = load_persona(tmp_path)
-    assert (again.reading.method, again.reading.site) == ("score_slope", POST[2])
+    assert (again.readout_direction.method, again.readout_direction.site) == (
+        "score_slope",
+        POST[2],
+    )
     assert again.direction.method == "difference_in_means"
 
 
-def test_a_folder_of_an_earlier_version_gets_its_reading_from_stored_answers(
-    folder: Path, tmp_path: Path
-) -> None:
-    place = copied(folder, tmp_path / "old")
-    path = place / "persona.json"
-    told = json.loads(path.read_text())
-    wanted = told.pop("reading")
-    path.write_text(json.dumps(told))
-    stored = {name: (place / name).read_bytes() for name in ("rollouts.jsonl", "choosing.jsonl")}
-    assert extracted(shared(), place).details["reading"] == wanted
-    assert all((place / name).read_bytes() == content for name, content in stored.items())
-
-
-def test_a_persona_of_an_earlier_version_reads_along_its_only_direction(
+def test_a_persona_without_a_readout_reads_along_its_only_direction(
     folder: Path, tmp_path: Path
 ) -> None:
     new = load_persona(folder)
-    details = {key: value for key, value in new.details.items() if key != "reading"}
+    details = {key: value for key, value in new.details.items() if key != "readout"}
     only = new.directions.of("difference_in_means")
     Persona(new.trait, only, new.direction, 1.0, new.model, details).save(tmp_path)
     old = load_persona(tmp_path)
-    assert old.reading is old.direction
+    assert old.readout_direction is old.direction
 
 
 # ---- steering -------------------------------------------------------------------------------------
@@ -400,11 +392,11 @@ def test_the_plan_adds_the_raw_vector_to_the_answer_only(folder: Path) -> None:
 def test_the_curve_is_of_evaluation_questions_with_controls(folder: Path, tmp_path: Path) -> None:
     model, persona = shared(), load_persona(folder)
     planted = replace(persona, direction=steering_letter(model, 2))
-    options: dict[str, Any] = {
-        "scorer": Letter(), "coherence": Always(), "coefficients": (-1.0, 0.0, 1.0), "questions": 3,
-        "sampling": GREEDY, "controls": 2,
-    }  # fmt: skip
-    answers = steer(model, planted, tmp_path / "s.jsonl", **options)
+    settings = SteeringConfig(
+        coefficients=(-1.0, 0.0, 1.0), questions=3, sampling=GREEDY, controls=2
+    )
+    path = tmp_path / "s.jsonl"
+    answers = steer(model, planted, path, scorer=Letter(), coherence=Always(), settings=settings)
     assert {a.prompt.text for a in answers} == set(persona.trait.evaluation_questions[:3])
     assert {a.prompt.system for a in answers} == {None}
     table = curve(answers)
@@ -418,7 +410,7 @@ def test_the_curve_is_of_evaluation_questions_with_controls(folder: Path, tmp_pa
     blank = sum(not a.text.strip() for a in answers if a.key["condition"] == "persona 0")
     assert (found["persona", 0.0].answers, found["persona", 0.0].no_verdict) == (3, blank)
     with pytest.raises(InterpAblateError, match="different coefficients"):
-        steer(model, planted, tmp_path / "t.jsonl", **{**options, "coefficients": (1.0, 1.0)})
+        replace(settings, coefficients=(1.0, 1.0))
 
 
 def test_answers_without_a_verdict_are_counted_not_averaged() -> None:
@@ -462,7 +454,8 @@ def test_a_persona_comes_back_from_its_folder(folder: Path, tmp_path: Path) -> N
     [
         ("persona.json", "{", "cannot read .*persona.json"),
         ("persona.json", '{"format": "other"}', "its format is not"),
-        ("persona.json", '{"format": "interp_ablate.persona/1"}', "KeyError"),
+        ("persona.json", '{"format": "interp_ablate.persona/2"}', "KeyError"),
+        ("persona.json", '{"format": "interp_ablate.persona/1"}', "its format is not"),
         ("trait.json", "{", "not JSON"),
         ("trait.json", None, "no trait"),
         ("directions.json", "{", "cannot read directions"),
@@ -496,7 +489,7 @@ def test_a_persona_of_another_shape_is_refused(folder: Path, tmp_path: Path) -> 
     deep = replace(persona, direction=random_at(N_LAYERS))
     for wrong in (other, deep):
         with pytest.raises(DirectionError, match="extract the trait from this model"):
-            steer(shared(), wrong, tmp_path / "s.jsonl", scorer=Letter(), questions=1)
+            steer(shared(), wrong, tmp_path / "s.jsonl", scorer=Letter())
 
 
 # ---- figures and commands -------------------------------------------------------------------------
@@ -508,12 +501,12 @@ def test_figures(folder: Path, tmp_path: Path) -> None:
     from interp_ablate.plots.persona import save_figures
 
     place = copied(folder, tmp_path / "drawn")
-    assert [path.name for path in save_figures(place)] == ["layers.png", "reading.png"]
+    assert [path.name for path in save_figures(place)] == ["layers.png", "readout.png"]
     persona = load_persona(place)
     table = curve(
         steer(
-            shared(), persona, place / "steering.jsonl", scorer=Letter(), questions=2,
-            coefficients=(0.0, 1.0), sampling=GREEDY,
+            shared(), persona, place / "steering.jsonl", scorer=Letter(),
+            settings=SteeringConfig(coefficients=(0.0, 1.0), questions=2, sampling=GREEDY),
         )
     )  # fmt: skip
     table.to_csv(place / "curve.csv", index=False)
@@ -611,8 +604,11 @@ def test_gloom_on_the_real_model(tmp_path: Path, bundled_model: str) -> None:
     persona = Persona(trait, directions, direction, 3.0, model.source.name)
     answers = steer(
         model, persona, tmp_path / "steering.jsonl", scorer=make_scorer("lexicon:-sentiment"),
-        coherence=Always(), coefficients=(0.0, 3.0), questions=6,
-        sampling=SamplingConfig(max_new_tokens=24, temperature=0.0),
+        coherence=Always(),
+        settings=SteeringConfig(
+            coefficients=(0.0, 3.0), questions=6,
+            sampling=SamplingConfig(max_new_tokens=24, temperature=0.0),
+        ),
     )  # fmt: skip
     score = curve(answers).set_index(["condition", "coefficient"])["score"]
     assert score["persona", 3.0] > score["persona", 0.0] + 10

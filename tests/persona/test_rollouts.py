@@ -221,7 +221,7 @@ def test_a_file_is_read_by_the_scorers_that_are_asked_for(whole: Any, tmp_path: 
     made_of = {"scorer": Vowels().identity, "coherence": fluent, "settings": limits}
     kept = kept_answers(path, made_of)
     assert kept.positive and kept == filter_rollouts(
-        whole[1], threshold=best, coherent=0.0, fewest=0
+        whole[1], threshold=best, min_coherence=0.0, min_answers=0
     )
     assert path.read_bytes() == before
     with pytest.raises(RunError, match="no verdicts of the scorers"):
@@ -319,7 +319,7 @@ def test_the_filter_keeps_what_shows_the_trait_and_tells_the_rest() -> None:
         *side("negative", 49.9, 0.0, 50.0),
         *side("negative", 10.0, coherence=10.0),
     ]
-    kept = filter_rollouts(answers, fewest=2)
+    kept = filter_rollouts(answers, min_answers=2)
     assert [a.score for a in kept.positive] == [50.0, 100.0, 90.0]
     assert [a.score for a in kept.negative] == [49.9, 0.0]
     assert kept.counts["positive"] == {
@@ -330,7 +330,7 @@ def test_the_filter_keeps_what_shows_the_trait_and_tells_the_rest() -> None:
         "2 of 4 kept (1 on the wrong side of the threshold, 1 incoherent)"
     )
     assert "positive: 3 of 8 kept" in str(kept)
-    assert len(filter_rollouts(answers, fewest=1, threshold=40.0).positive) == 4
+    assert len(filter_rollouts(answers, min_answers=1, threshold=40.0).positive) == 4
 
 
 @pytest.mark.parametrize(
@@ -347,5 +347,5 @@ def test_too_few_left_says_what_to_do(answers: list[Rollout], told: str) -> None
         *answers, *side("negative", 1.0, 2.0, 3.0)
     ]  # fmt: skip
     with pytest.raises(RunError, match=told) as error:
-        filter_rollouts(both, fewest=3)
+        filter_rollouts(both, min_answers=3)
     assert "--extraction-questions" in str(error.value) and "at least 3" in str(error.value)

@@ -94,15 +94,26 @@ def test_a_trait_comes_back_from_its_file(tmp_path: Path) -> None:
 
 def test_questions_are_split_without_overlap() -> None:
     trait = load_trait("cheerful")
-    parts = split_questions(trait, making=10, choosing=6, reporting=20)
-    assert [len(part) for part in (parts.making, parts.choosing, parts.reporting)] == [10, 6, 20]
-    assert not set(parts.making) & set(parts.choosing)
-    assert not set(parts.reporting) & {*parts.making, *parts.choosing}
+    parts = split_questions(trait, extraction=10, selection=6, evaluation=20)
+    assert [len(part) for part in (parts.extraction, parts.selection, parts.evaluation)] == [
+        10,
+        6,
+        20,
+    ]
+    assert not set(parts.extraction) & set(parts.selection)
+    assert not set(parts.evaluation) & {*parts.extraction, *parts.selection}
     # more questions for one purpose leave the others as they are
-    assert split_questions(trait, making=14, choosing=6, reporting=1).choosing == parts.choosing
-    for sizes, said in (((15, 6, 1), "20 questions"), ((0, 1, 1), "making=0"), ((1, 1, 21), "21")):
+    assert (
+        split_questions(trait, extraction=14, selection=6, evaluation=1).selection
+        == parts.selection
+    )
+    for sizes, said in (
+        ((15, 6, 1), "20 questions"),
+        ((0, 1, 1), "extraction=0"),
+        ((1, 1, 21), "21"),
+    ):
         with pytest.raises(PromptError, match=said):
-            split_questions(trait, making=sizes[0], choosing=sizes[1], reporting=sizes[2])
+            split_questions(trait, extraction=sizes[0], selection=sizes[1], evaluation=sizes[2])
 
 
 # ---- what is refused ------------------------------------------------------------------------------
