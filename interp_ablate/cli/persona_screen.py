@@ -111,7 +111,8 @@ def _asked_direction(persona: Any, kind: str, layer: int | None) -> Any:
 
     chosen = persona.readout_direction if kind == "readout" else persona.direction
     if kind == "readout" and chosen is persona.direction:
-        why = (persona.details.get("readout") or {}).get("why_not")
+        readout = persona.details.get("readout") or {}
+        why = readout.get("why_not") or "it was not made by `persona extract`"
         print(
             f"note: read along the steering direction, for there is none for reading text: {why}",
             file=sys.stderr,

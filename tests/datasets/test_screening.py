@@ -563,7 +563,7 @@ def test_screen_command_reads_along_the_direction_for_reading(
         tmp_path / "old"
     )
     old = [*command[:3], str(tmp_path / "old"), *command[4:], "--out", str(tmp_path / "o")]
-    assert main(old) == 0 and "of an earlier version" in capsys.readouterr().err
+    assert main(old) == 0 and "was not made by `persona extract`" in capsys.readouterr().err
 
 
 def test_screen_command_says_what_is_wrong(
