@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from interp_ablate.directions.estimators import estimator_named
-from interp_ablate.errors import InterpAblateError
+from interp_ablate.errors import ExportError, InterpAblateError
+from interp_ablate.models.architectures import architecture_of, table
 from interp_ablate.plots.run_figures import save_figures
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring.exchange import PromptResponse
@@ -46,6 +48,18 @@ def names(folder):
     figure = new_figure(height=2.0)
     figure.suptitle(folder.name)
     return {"names.png": figure}
+"""
+
+
+ARCHITECTURE = """
+from interp_ablate.models import Architecture
+from interp_ablate.models.architectures import Writer
+
+ENTRY = Architecture(
+    embed="body.embed.weight", unembed="head.weight",
+    attn=((Writer("body.{layer}.attn.out.weight"),),), mlp=((Writer("body.{layer}.mlp.out.weight"),),),
+    families="Toys", prefix="body.",
+)
 """
 
 
@@ -96,3 +110,19 @@ def test_a_plot_of_another_package(outside: Path) -> None:
     install(outside, "name_plot", PLOT, plots="names = name_plot:names")
     (outside / "run").mkdir()
     assert save_figures(outside / "run") == [outside / "run" / "figures" / "names.png"]
+
+
+def test_an_architecture_of_another_package(outside: Path) -> None:
+    install(outside, "toy_models", ARCHITECTURE, architectures="toy = toy_models:ENTRY")
+    entry = architecture_of(SimpleNamespace(model_type="toy", architectures=["ToyLM"]))
+    names = ["body.0.attn.out.weight", "body.0.mlp.out.weight"]
+    assert entry.writers(Site(0, "mlp_out"), names, None) == {names[1]: "linear"}
+    assert [row["families"] for row in table() if row["model_type"] == "toy"] == ["Toys"]
+    with pytest.raises(ExportError, match=r"entries for llama, .*, toy "):
+        architecture_of(SimpleNamespace(model_type="other", architectures=["OtherLM"]))
+
+
+def test_an_architecture_that_is_none_is_refused_by_its_package(outside: Path) -> None:
+    install(outside, "odd_models", "ENTRY = 3\n", architectures="odd = odd_models:ENTRY")
+    with pytest.raises(ExportError, match=r"odd_models registers 'odd'.*a int: an Architecture"):
+        architecture_of(SimpleNamespace(model_type="odd", architectures=["OddLM"]))

@@ -1,8 +1,9 @@
 """Architectures: which tensors of a decoder write to its residual stream, as a declared table.
 
-Knows: names, orientations and biases of the writers, the norms after them, which embeddings there are.
-Does not know: plans, tensors' values, files or hooks; what reads the table proves itself against the
-hooked model.
+Another package adds an entry under the entry-point group `interp_ablate.architectures`: the name is the
+`model_type` of the Hugging Face config, the object an `Architecture`.
+
+Knows: names and layouts of the writers, the norms after them, the embeddings. Does not know: plans, tensors' values, files or hooks.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, Literal
 
 from interp_ablate.errors import ExportError
 from interp_ablate.sites import Point, Site, sites_of
+from interp_ablate.storage.entry_points import entry_points_of
 
 # Which axis of a writer's tensor is d_model: linear [d_model, in], conv1d [in, d_model],
 # embedding [entry, d_model], experts [expert, d_model, in], bias [d_model].
@@ -42,36 +44,41 @@ Alternatives = tuple[tuple[Writer, ...], ...]
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where an architecture writes to the residual stream, under the names of its checkpoint.
-
-    `attn_norm` and `mlp_norm` name the norm between a writer and the stream, where there is one
-    (post-norm blocks); its gain is its weight plus `gain_offset`. `parallel` blocks run attention and
-    MLP side by side: True, False, or the config's field that says so. `prefix` is what a checkpoint of
-    the bare body leaves out. `count` is the config's field for the number of experts. `attn_biases` and
-    `mlp_biases` are what the config can turn on where a checkpoint has none; `biased` writers always have
-    one. `tied` is what transformers assumes of a config that does not say it; what a config says counts.
-    """
+    """The places where an architecture writes to the residual stream, under its checkpoint's names."""
 
     embed: str
     unembed: str
     attn: Alternatives
     mlp: Alternatives
+    families: str = ""
+    """What people call the models of this entry."""
     pos_embed: str | None = None
+    """The learned positions, where there are some."""
     attn_norm: str | None = None
+    """The norm between the attention's writer and the stream, in post-norm blocks."""
     mlp_norm: str | None = None
     gain_offset: float = 0.0
+    """The gain of these norms is their weight plus this."""
     parallel: bool | str = False
+    """True if blocks run attention and MLP side by side; or the config's field that says so."""
     scaled_embed: bool = False
+    """True if the embedding is scaled on its way to the stream."""
     prefix: str = "model."
+    """The part of the names that a checkpoint of the bare body leaves out."""
     count: str | None = None
+    """The config's field for the number of experts."""
     attn_biases: Biases | None = None
+    """Biases that the config can turn on where a checkpoint has none."""
     mlp_biases: Biases | None = None
     biased: bool = False
+    """True if the writers always have a bias."""
     tied: bool = False
+    """What transformers assumes of a config that says nothing of ties; what a config says counts."""
     discovered: bool = field(default=False, compare=False)
+    """True if the entry is not declared but read from a component map."""
 
     def is_parallel(self, hf_config: Any) -> bool:
-        """Whether attention and MLP read the same input, so that there is no resid_mid."""
+        """True if attention and MLP read the same input, so that there is no resid_mid."""
         if isinstance(self.parallel, bool):
             return self.parallel
         return bool(getattr(hf_config, self.parallel))
@@ -89,7 +96,7 @@ class Architecture:
         return sites_of(self.points(), range(n_layers))
 
     def new_biases(self, site: Site) -> Biases | None:
-        """What turns on a bias for the writer at a site of a checkpoint that has none."""
+        """The biases that give the writer at a site one, where a checkpoint has none."""
         return {"attn_out": self.attn_biases, "mlp_out": self.mlp_biases}.get(site.point)
 
     def norm_after(self, site: Site) -> str | None:
@@ -105,15 +112,15 @@ class Architecture:
         """
         tried = []
         for alternative in self._alternatives(site.point):
-            found: dict[str, Layout] = {}
+            layouts: dict[str, Layout] = {}
             for writer in alternative:
                 matched = self._matching(writer, site.layer, names, hf_config)
                 if not matched:
                     tried.append(writer.name.format(layer=site.layer, expert=0))
                     break
-                found.update(matched)
+                layouts.update(matched)
             else:
-                return found
+                return layouts
         near = sorted(name for name in names if f".{site.layer}." in name)[:40]
         raise ExportError(
             f"the checkpoint has no tensor for {site}: looked for "
@@ -137,20 +144,19 @@ class Architecture:
         first = self.present(writer.name.format(layer=layer, expert=0), names)
         if first is None:
             return {}
-        wanted = getattr(hf_config, self.count) if self.count else 1
+        n_experts = getattr(hf_config, self.count) if self.count else 1
         template = writer.name if first.startswith(self.prefix) else writer.name[len(self.prefix) :]
-        every = [template.format(layer=layer, expert=i) for i in range(wanted)]
-        missing = [name for name in every if name not in names]
-        if template.format(layer=layer, expert=wanted) in names:
+        *experts, beyond = (template.format(layer=layer, expert=i) for i in range(n_experts + 1))
+        if beyond in names:
             raise ExportError(
-                f"the config says {wanted} experts, but layer {layer} has more: "
-                f"{template.format(layer=layer, expert=wanted)}"
+                f"the config says {n_experts} experts, but layer {layer} has more: {beyond}"
             )
+        missing = [name for name in experts if name not in names]
         if missing:
             raise ExportError(
-                f"{len(missing)} of {wanted} experts of layer {layer} are missing, such as {missing[0]}"
+                f"{len(missing)} of {n_experts} experts of layer {layer} are missing, such as {missing[0]}"
             )
-        return dict.fromkeys(every, writer.layout)
+        return dict.fromkeys(experts, writer.layout)
 
     def present(self, name: str, names: Collection[str]) -> str | None:
         """A declared name as the checkpoint spells it: with the body's prefix or without; None if absent."""
@@ -159,13 +165,13 @@ class Architecture:
 
 
 def writer_points(*, pos_embed: bool, post_norm: bool) -> tuple[Point, ...]:
-    """Where plans are exact: embeddings, and outputs of blocks or, where a norm follows, projections."""
+    """The points at which plans are exact: embeddings, and outputs of branches (projections if a norm follows)."""
     embeddings: tuple[Point, ...] = ("embed", "pos_embed") if pos_embed else ("embed",)
     return embeddings + (("attn_proj", "mlp_proj") if post_norm else ("attn_out", "mlp_out"))
 
 
 def is_tied(hf_config: Any) -> bool:
-    """Whether a config says that the embedding is the unembedding too."""
+    """True if a config says that the embedding is the unembedding too."""
     return bool(getattr(hf_config, "tie_word_embeddings", False))
 
 
@@ -226,20 +232,25 @@ _GEMMA_2 = _decoder(
     gain_offset=1.0,
     scaled_embed=True,
 )
-# model_type of the Hugging Face config -> entry; a missing entry raises.
+# model_type of the Hugging Face config -> entry.
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": _WITH_BIASES,
-    "mistral": _LLAMA_STYLE,
-    "qwen2": _LLAMA_STYLE,
-    "qwen3": _LLAMA_STYLE,
-    "phi3": _LLAMA_STYLE,
-    "smollm3": replace(_WITH_BIASES, tied=True),
-    "gemma": _decoder(scaled_embed=True, tied=True),
-    "gemma2": _GEMMA_2,
-    "gemma3_text": _GEMMA_2,
-    "olmo2": _decoder(attn_norm="post_attention_layernorm", mlp_norm="post_feedforward_layernorm"),
+    "llama": replace(_WITH_BIASES, families="Llama 1 to 3.x, SmolLM, SmolLM2"),
+    "mistral": replace(_LLAMA_STYLE, families="Mistral 7B and its kin"),
+    "qwen2": replace(_LLAMA_STYLE, families="Qwen 2, Qwen 2.5"),
+    "qwen3": replace(_LLAMA_STYLE, families="Qwen 3"),
+    "phi3": replace(_LLAMA_STYLE, families="Phi-3, Phi-4"),
+    "smollm3": replace(_WITH_BIASES, families="SmolLM3", tied=True),
+    "gemma": _decoder(families="Gemma 1", scaled_embed=True, tied=True),
+    "gemma2": replace(_GEMMA_2, families="Gemma 2"),
+    "gemma3_text": replace(_GEMMA_2, families="Gemma 3 (text)"),
+    "olmo2": _decoder(
+        families="OLMo 2",
+        attn_norm="post_attention_layernorm",
+        mlp_norm="post_feedforward_layernorm",
+    ),
     "gpt2": _decoder(
         "transformer.",
+        families="GPT-2",
         layers="h",
         attn="attn.c_proj",
         mlp="mlp.c_proj",
@@ -251,6 +262,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "gpt_neox": _decoder(
         "gpt_neox.",
+        families="GPT-NeoX, Pythia",
         attn="attention.dense",
         mlp="mlp.dense_4h_to_h",
         embed="embed_in",
@@ -258,58 +270,71 @@ ARCHITECTURES: dict[str, Architecture] = {
         biased=True,
     ),
     "mixtral": _decoder(
+        families="Mixtral",
         more_mlp=(_FUSED, (Writer("block_sparse_moe.experts.{expert}.w2.weight"),)),
         count="num_local_experts",
     ),
     "qwen3_moe": _decoder(
+        families="Qwen 3 MoE",
         more_mlp=(_FUSED, (Writer("mlp.experts.{expert}.down_proj.weight"),)),
         count="num_experts",
     ),
 }
-# What people call the models of an entry.
-FAMILIES: dict[str, str] = {
-    "llama": "Llama 1 to 3.x, SmolLM, SmolLM2",
-    "mistral": "Mistral 7B and its kin",
-    "qwen2": "Qwen 2, Qwen 2.5",
-    "qwen3": "Qwen 3",
-    "phi3": "Phi-3, Phi-4",
-    "smollm3": "SmolLM3",
-    "gemma": "Gemma 1",
-    "gemma2": "Gemma 2",
-    "gemma3_text": "Gemma 3 (text)",
-    "olmo2": "OLMo 2",
-    "gpt2": "GPT-2",
-    "gpt_neox": "GPT-NeoX, Pythia",
-    "mixtral": "Mixtral",
-    "qwen3_moe": "Qwen 3 MoE",
-}
+GROUP = "interp_ablate.architectures"
+
+
+def declared_architecture(model_type: str) -> Architecture | None:
+    """The entry of a model type, from this package or another one; None if there is none.
+
+    Raises:
+        InterpAblateError: the package that registers it fails to load.
+        ExportError: that package registers something else than an `Architecture`.
+    """
+    if model_type in ARCHITECTURES:
+        return ARCHITECTURES[model_type]
+    registered = entry_points_of(GROUP).get(model_type)
+    if registered is None:
+        return None
+    entry = registered.load()
+    if not isinstance(entry, Architecture):
+        raise ExportError(
+            f"the package {registered.package} registers {model_type!r} under {GROUP} as "
+            f"{registered.target}, a {type(entry).__name__}: an Architecture is needed"
+        )
+    return entry
 
 
 def architecture_of(hf_config: Any) -> Architecture:
-    """The table's entry for a config.
+    """The declared entry for a config.
 
     Raises:
         ExportError: no entry; the message says what came and which there are.
     """
-    entry = ARCHITECTURES.get(hf_config.model_type)
+    entry = declared_architecture(hf_config.model_type)
     if entry is None:
         raise ExportError(
             f"no architecture entry for model type {hf_config.model_type!r} "
             f"({', '.join(hf_config.architectures or ['unknown class'])}): which tensors write to its "
-            f"residual stream is not declared. There are entries for {', '.join(ARCHITECTURES)} "
+            f"residual stream is not declared. There are entries for {', '.join(declared_types())} "
             "(`interp-ablate models` prints them); others work where the Bridge's component map "
             "names their writers and the model is loaded: load_model(...), then export_checkpoint(...)"
         )
     return entry
 
 
+def declared_types() -> list[str]:
+    """Every model type that has an entry, this package's first."""
+    return list(dict.fromkeys([*ARCHITECTURES, *entry_points_of(GROUP)]))
+
+
 def table() -> Iterator[dict[str, str]]:
-    """One row an entry: model type, families, tensors with their layout, norms after them,
-    biases, ties, block form."""
-    for model_type, entry in ARCHITECTURES.items():
+    """One row an entry: model type, families, tensors with layouts, norms, biases, ties, block form."""
+    for model_type in declared_types():
+        entry = declared_architecture(model_type)
+        assert entry is not None
         yield {
             "model_type": model_type,
-            "families": FAMILIES[model_type],
+            "families": entry.families,
             "embeddings": " + ".join(name for name in (entry.embed, entry.pos_embed) if name),
             "attention": _alternatives_text(entry.attn),
             "mlp": _alternatives_text(entry.mlp),
@@ -323,8 +348,8 @@ def table() -> Iterator[dict[str, str]]:
 def _bias_text(entry: Architecture) -> str:
     if entry.biased:
         return "always"
-    known = (entry.attn_biases, entry.mlp_biases)
-    fields = [f"config.{biases.config_field}" for biases in known if biases]
+    optional = (entry.attn_biases, entry.mlp_biases)
+    fields = [f"config.{biases.config_field}" for biases in optional if biases]
     turned_on = f"; additions turn on {' and '.join(fields)}" if fields else ""
     return f"edited where a checkpoint has them{turned_on}"
 

@@ -15,7 +15,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from interp_ablate.errors import ExportError, ModelError
-from interp_ablate.models.architectures import ARCHITECTURES, Architecture
+from interp_ablate.models.architectures import (
+    Architecture,
+    declared_architecture,
+    declared_types,
+)
 from interp_ablate.models.backends.backend import ForwardCall
 from interp_ablate.models.backends.bridge_shortcuts import BlockSkipping, OwnParts
 from interp_ablate.models.backends.checks import (
@@ -80,7 +84,7 @@ class BridgeBackend:
     @cached_property
     def _entry(self) -> Architecture | None:
         """The declared entry, or the one that the Bridge's component map gives."""
-        return ARCHITECTURES.get(self.hf_config.model_type) or discovered_architecture(self.tl)
+        return declared_architecture(self.hf_config.model_type) or discovered_architecture(self.tl)
 
     @property
     def architecture(self) -> Architecture:
@@ -93,7 +97,7 @@ class BridgeBackend:
             raise ExportError(
                 f"{describe_components(self.tl)}: not every tensor that writes to the residual stream "
                 f"is named there, and there is no entry for {self.hf_config.model_type!r} among "
-                f"{', '.join(ARCHITECTURES)}. Plans run as hooks; they cannot be written into weights"
+                f"{', '.join(declared_types())}. Plans run as hooks; they cannot be written into weights"
             )
         return self._entry
 
