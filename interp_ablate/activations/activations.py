@@ -1,6 +1,6 @@
-"""What was collected: values per prompt and site, or running moments.
+"""Containers of collected activations: values of every prompt, and their moments.
 
-Knows: the containers, positions and masked means. Does not know: how a model is run.
+Knows: shapes, positions, masked means. Does not know: how a model is run.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from interp_ablate.models.batches import Batch
 from interp_ablate.sites import Site
 
 RESPONSE_MEAN = "response_mean"
-AFTER_INSTRUCTION = (
-    "after_instruction"  # every offset of the template's tokens after the instruction
-)
+# every offset of the chat template's tokens after the instruction
+AFTER_INSTRUCTION = "after_instruction"
 Position = int | str
 
 
@@ -57,16 +56,13 @@ class Moments:
 
 @dataclass(frozen=True, eq=False)
 class Activations:
-    """Activations of prompts at sites and positions, in the model's dtype, with their moments.
-
-    `values` is empty (no prompts) where only moments were asked for. `labels` is True for positive
-    prompts where the prompts were a ContrastSet, else None.
-    """
+    """Activations of prompts at sites and positions, in the model's dtype."""
 
     values: Float[Tensor, "prompt position site d_model"]
     sites: tuple[Site, ...]
     positions: tuple[str, ...]
     labels: Bool[Tensor, " prompt"] | None = None
+    """True for positive prompts; None where the prompts were no ContrastSet."""
     moments: Moments | None = field(default=None, compare=False)
 
     def at(self, site: Site, position: Position = -1) -> Float[Tensor, "prompt d_model"]:
@@ -86,14 +82,14 @@ class Activations:
 def masked_mean(
     x: Float[Tensor, "batch pos d_model"], mask: Bool[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch d_model"]:
-    """Of every row the mean over the positions of its mask, float64."""
+    """Mean over the masked positions of each row, float64."""
     return torch.einsum("bpd,bp->bd", x.double(), mask.double()) / mask.sum(1, keepdim=True)
 
 
 def response_mean(
     x: Float[Tensor, "batch pos d_model"], batch: Batch
 ) -> Float[Tensor, "batch d_model"]:
-    """Of every row the mean over its response, float64. Rows end at the last column."""
+    """Mean over the response of each row, float64. Rows end at the last column."""
     width = x.shape[1]
     border = width - (batch.row_lengths - batch.prompt_lengths)[:, None]
     return masked_mean(x, torch.arange(width, device=x.device)[None] >= border)

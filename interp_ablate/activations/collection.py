@@ -1,14 +1,15 @@
-"""Activations: what the residual stream holds at chosen sites and positions, in one streaming pass.
+"""Collecting activations of the residual stream at chosen sites and positions, in one streaming pass.
 
-Knows: positions (offsets from the end of the prompt, the mean over a response), exact moments, the
-cache on disk. Does not know: directions, or why anyone wants the activations.
+Knows: positions in prompts and responses, the cache on disk. Does not know: directions, or why anyone wants the activations.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -42,7 +43,6 @@ def collect(
     *,
     responses: Sequence[str] | None = None,
     batch_size: int | None = None,
-    keep_values: bool = True,
     cache: str | Path | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Activations:
@@ -55,7 +55,6 @@ def collect(
             of these (as in Arditi et al. 2024, https://arxiv.org/abs/2406.11717), and "response_mean".
         responses: one text a prompt, appended to it, for "response_mean"; without them the model's own
             greedy response of 32 tokens is used.
-        keep_values: False keeps only the moments (float64), whatever the number of prompts.
         cache: a folder; what was collected before for the same model, plan, prompts, sites and
             positions is read from it.
         on_batch: called with the number of prompts done in each batch.
@@ -64,9 +63,77 @@ def collect(
         ModelError: unknown layers or sites; NaN or infinity in activations, naming where.
         InterpAblateError: positions that do not exist in the prompts; a corrupt cache file.
     """
+    request, labels = _request(model, prompts, sites, positions, responses)
+    path = request.cache_file(cache, model) if cache else None
+    if path is not None and path.exists():
+        return _read_cache(path, request, labels)
+    values = torch.empty(0)
+    moments: list[Moments] = []
+    for batch, block in _blocks(model, request, batch_size):
+        if not len(values):
+            values = torch.empty(len(request.rows), *block.shape[1:], dtype=block.dtype)
+        values[list(batch.index)] = block
+        moments.append(Moments.of(block))
+        if on_batch:
+            on_batch(len(batch.index))
+    merged = reduce(Moments.merge, moments)
+    activations = Activations(values, request.sites, request.positions, labels, merged)
+    if path is not None:
+        _write_cache(path, values, merged)
+    return activations
+
+
+def collect_moments(
+    model: Model,
+    prompts: ContrastSet | Sequence[PromptLike],
+    sites: Sequence[Site] | None = None,
+    positions: Sequence[Position] = (-1,),
+    *,
+    responses: Sequence[str] | None = None,
+    batch_size: int | None = None,
+) -> Moments:
+    """The moments of `collect` alone (float64), which need no memory for the values of every prompt."""
+    request, _ = _request(model, prompts, sites, positions, responses)
+    blocks = _blocks(model, request, batch_size)
+    return reduce(Moments.merge, (Moments.of(block) for _, block in blocks))
+
+
+@dataclass(frozen=True)
+class _Request:
+    """The activations that are wanted."""
+
+    rows: list[list[int]]
+    prompt_lengths: list[int]
+    sites: tuple[Site, ...]
+    positions: tuple[str, ...]
+
+    def cache_file(self, folder: str | Path, model: Model) -> Path:
+        """The file that holds these activations; its name is a hash of what they depend on."""
+        plan = model.active_plan
+        key = json.dumps(
+            {
+                "model": model.fingerprint,
+                "plan": plan.fingerprint if len(plan) else None,
+                "rows": self.rows,
+                "prompt_lengths": self.prompt_lengths,
+                "sites": [str(site) for site in self.sites],
+                "positions": self.positions,
+            }
+        )
+        digest = hashlib.sha256(key.encode()).hexdigest()[:32]
+        return Path(folder) / f"activations-{digest}.safetensors"
+
+
+def _request(
+    model: Model,
+    prompts: ContrastSet | Sequence[PromptLike],
+    sites: Sequence[Site] | None,
+    positions: Sequence[Position],
+    responses: Sequence[str] | None,
+) -> tuple[_Request, Bool[Tensor, " prompt"] | None]:
+    """The checked request, and True for the positive prompts of a contrast set."""
     if sites is None:
         sites = sites_of(model.residual_points, range(model.n_layers))
-    sites = tuple(sites)
     for site in sites:
         model.hook_point(site)
     flat, labels = _flatten(prompts)
@@ -75,14 +142,7 @@ def collect(
     lengths = [len(row) for row in rows]
     if RESPONSE_MEAN in names:
         rows = _with_responses(model, flat, rows, responses)
-    entry = _cache_entry(cache, model, rows, lengths, sites, names) if cache else None
-    if entry is not None and entry.exists() and keep_values:
-        return _read_cache(entry, sites, names, labels)
-    values, moments = _run(model, rows, lengths, sites, names, batch_size, keep_values, on_batch)
-    found = Activations(values, sites, names, labels if keep_values else None, moments)
-    if entry is not None and keep_values:
-        _write_cache(entry, found)
-    return found
+    return _Request(rows, lengths, tuple(sites), names), labels
 
 
 def _flatten(
@@ -145,77 +205,56 @@ def _with_responses(
     return [row + end for row, end in zip(rows, ends)]
 
 
-def _reader(names: tuple[str, ...]) -> Callable[[Tensor, Batch], Tensor]:
+def _reader(positions: tuple[str, ...]) -> Callable[[Tensor, Batch], Tensor]:
     """A function that keeps the wanted positions of a site's activations: [batch, position, d_model]."""
-    offsets = [int(name) for name in names if name != RESPONSE_MEAN]
+    offsets = [int(name) for name in positions if name != RESPONSE_MEAN]
 
     def read(x: Float[Tensor, "batch pos d_model"], batch: Batch) -> Tensor:
         # Rows end at the last column; a response, if there is one, is what follows the prompt.
-        width = x.shape[1]
         response = batch.row_lengths - batch.prompt_lengths
-        parts: list[Tensor] = []
-        if offsets:
-            steps = torch.tensor(offsets, device=x.device)
-            columns = width - response[:, None] + steps[None, :]
-            parts.append(x.gather(1, columns[..., None].expand(-1, -1, x.shape[2])))
-        if RESPONSE_MEAN in names:
-            parts.append(response_mean(x, batch).to(x.dtype)[:, None])
-        kept = torch.cat(parts, 1)
-        order = [
-            *(n for n in names if n != RESPONSE_MEAN),
-            *(n for n in names if n == RESPONSE_MEAN),
-        ]
-        return kept[:, [order.index(name) for name in names]]
+        columns = (
+            x.shape[1]
+            - response[:, None]
+            + torch.tensor(offsets, dtype=torch.long, device=x.device)
+        )
+        at_offsets = iter(x.gather(1, columns[..., None].expand(-1, -1, x.shape[2])).unbind(1))
+        return torch.stack(
+            [
+                response_mean(x, batch).to(x.dtype) if name == RESPONSE_MEAN else next(at_offsets)
+                for name in positions
+            ],
+            1,
+        )
 
     return read
 
 
-def _run(
-    model: Model,
-    rows: list[list[int]],
-    lengths: list[int],
-    sites: tuple[Site, ...],
-    names: tuple[str, ...],
-    batch_size: int | None,
-    keep_values: bool,
-    on_batch: Callable[[int], None] | None,
-) -> tuple[Tensor, Moments]:
-    read = _reader(names)
-    deepest = max([-int(name) for name in names if name != RESPONSE_MEAN] or [0])
-    tail = max(len(row) - length for row, length in zip(rows, lengths)) + deepest
-    kept = torch.empty(0)
-    moments: Moments | None = None
+def _blocks(
+    model: Model, request: _Request, batch_size: int | None
+) -> Iterator[tuple[Batch, Float[Tensor, "batch position site d_model"]]]:
+    """Activations batch by batch, on the CPU."""
+    offsets = [-int(name) for name in request.positions if name != RESPONSE_MEAN]
+    lengths = zip(request.rows, request.prompt_lengths)
     stream = model.stream(
-        rows,
+        request.rows,
         keep=0,
-        prompt_lengths=lengths,
-        capture=dict.fromkeys(sites, read),
+        prompt_lengths=request.prompt_lengths,
+        capture=dict.fromkeys(request.sites, _reader(request.positions)),
         batch_size=batch_size,
-        tail=tail,
+        tail=max(len(row) - length for row, length in lengths) + max(offsets, default=0),
     )
     for batch, _, captured in stream:
-        block = torch.stack([captured[site] for site in sites], 2)  # batch position site d_model
-        _check_finite(block, batch, sites, names)
-        if keep_values:
-            if not len(kept):
-                kept = torch.empty(len(rows), *block.shape[1:], dtype=block.dtype)
-            kept[list(batch.index)] = block.cpu()
-        part = Moments.of(block.cpu())
-        moments = part if moments is None else moments.merge(part)
-        if on_batch:
-            on_batch(len(batch.index))
-    assert moments is not None
-    return (kept if keep_values else kept.reshape(0, *moments.mean.shape)), moments
+        block = torch.stack([captured[site] for site in request.sites], 2)
+        _check_finite(block, batch, request)
+        yield batch, block.cpu()
 
 
-def _check_finite(
-    block: Tensor, batch: Batch, sites: tuple[Site, ...], names: tuple[str, ...]
-) -> None:
+def _check_finite(block: Tensor, batch: Batch, request: _Request) -> None:
     bad = ~torch.isfinite(block)
     if bool(bad.any()):
         row, position, site, _ = bad.nonzero()[0].tolist()
         raise ModelError(
-            f"NaN or infinity in the activations at {sites[site]}[{names[position]}], first for prompt "
+            f"NaN or infinity in the activations at {request.sites[site]}[{request.positions[position]}], first for prompt "
             f"{batch.index[row]}: float16 overflows on many models; use --dtype bfloat16 or float32"
         )
 
@@ -223,61 +262,33 @@ def _check_finite(
 # ---- cache on disk ------------------------------------------------------------------------------
 
 
-def _cache_entry(
-    folder: str | Path,
-    model: Model,
-    rows: list[list[int]],
-    lengths: list[int],
-    sites: tuple[Site, ...],
-    names: tuple[str, ...],
-) -> Path:
-    plan = model.active_plan
-    key = json.dumps(
-        {
-            "model": model.fingerprint,
-            "plan": plan.fingerprint if len(plan) else None,
-            "rows": rows,
-            "prompt_lengths": lengths,
-            "sites": [str(site) for site in sites],
-            "positions": names,
-        }
-    )
-    return Path(folder) / f"activations-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
-
-
-def _write_cache(path: Path, found: Activations) -> None:
+def _write_cache(path: Path, values: Tensor, moments: Moments) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    assert found.moments is not None
-    tensors = {
-        "values": found.values.contiguous(),
-        "mean": found.moments.mean.contiguous(),
-        "squares": found.moments.squares.contiguous(),
-    }
+    tensors = {"values": values, "mean": moments.mean, "squares": moments.squares}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
         with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata={"count": str(found.moments.count)})
+            save_file(tensors, temporary, metadata={"count": str(moments.count)})
     except (SafetensorError, OSError) as error:  # a full disk is a SafetensorError
         raise InterpAblateError(
             f"cannot write the activation cache {path}: {error}. Choose another folder, or none"
         ) from error
 
 
-def _read_cache(
-    path: Path, sites: tuple[Site, ...], names: tuple[str, ...], labels: Tensor | None
-) -> Activations:
+def _read_cache(path: Path, request: _Request, labels: Tensor | None) -> Activations:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         tensors = load_file(path)
         values, mean = tensors["values"], tensors["mean"]
-        if values.shape[1:3] != (len(names), len(sites)):
+        if values.shape[1:3] != (len(request.positions), len(request.sites)):
             raise KeyError(f"shape {tuple(values.shape)}")
         moments = Moments(len(values), mean, tensors["squares"])
     except (SafetensorError, KeyError, OSError) as error:
         raise InterpAblateError(
             f"corrupt activation cache {path}: {error}. Delete this file and run again"
         ) from error
-    return Activations(values, sites, names, labels, moments)
+    return Activations(values, request.sites, request.positions, labels, moments)

@@ -1,12 +1,12 @@
 """Pooling: an answer's activations as one vector a site.
 
-Knows: means over the response and over the prompt, and the prompt's last token; over many answers, and answer
-by answer. Does not know: scores, directions, or what the answers were made for.
+Knows: means over response and prompt, the prompt's last token. Does not know: scores, directions, or what the answers were made for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
 from typing import Literal, Protocol, get_args
 
 import torch
@@ -22,7 +22,7 @@ from interp_ablate.sites import Site
 
 
 class TokenizedAnswer(Protocol):
-    """What pooling needs of an answer: its prompt, and its tokens without the end token."""
+    """The parts of an answer that pooling reads: its prompt, and its tokens without the end token."""
 
     @property
     def prompt(self) -> Prompt: ...
@@ -59,12 +59,8 @@ def pooled(
         InterpAblateError: no answers, or an empty one.
         DirectionError: NaN or infinity.
     """
-    moments: Moments | None = None
-    for _, block in _blocks(model, answers, sites, _pool, batch_size, on_batch, whole=True):
-        part = Moments.of(block)
-        moments = part if moments is None else moments.merge(part)
-    assert moments is not None
-    return moments
+    blocks = _blocks(model, answers, sites, _pool, batch_size, on_batch, whole=True)
+    return reduce(Moments.merge, (Moments.of(block) for _, block in blocks))
 
 
 def response_activations(
@@ -75,16 +71,16 @@ def response_activations(
     batch_size: int | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Float[Tensor, "answer site d_model"]:
-    """Of every answer the mean over its own tokens, read after its own prompt; float32.
+    """Mean over each answer's own tokens, read after its own prompt; float32.
 
     Raises:
         InterpAblateError: no answers, or an empty one.
         DirectionError: NaN or infinity.
     """
-    found = torch.empty(len(answers), len(sites), model.d_model)
+    means = torch.empty(len(answers), len(sites), model.d_model)
     for index, block in _blocks(model, answers, sites, response_mean, batch_size, on_batch):
-        found[index] = block.float()
-    return found
+        means[index] = block.float()
+    return means
 
 
 def _blocks(
@@ -97,7 +93,7 @@ def _blocks(
     *,
     whole: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batch by batch, the answers' numbers and what `pool` made of them, [batch, ..., site, d_model].
+    """Batch by batch, the answers' indices and their pooled activations, [batch, ..., site, d_model].
 
     A pool that looks at prompts needs `whole` rows; else those of the answers' tokens will do.
     """

@@ -1,6 +1,6 @@
 """Projections of responses on a direction, sample by sample.
 
-Knows: means over responses. Does not know: files.
+Knows: means over responses. Does not know: files, or what a direction means.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from interp_ablate.errors import DirectionError, ModelError
 from interp_ablate.models.batches import Batch
 from interp_ablate.models.model import Model
 from interp_ablate.scoring.exchange import PromptResponse
-
-# ---- projections --------------------------------------------------------------------------------------
 
 
 def project_responses(
@@ -40,10 +38,10 @@ def project_responses(
         ModelError: no tokenizer, a site the model lacks, NaN or infinity in the activations.
         DirectionError: a direction of another d_model.
     """
-    found = response_means(
+    means = response_means(
         model, exchanges, (direction,), response_tokens=response_tokens, batch_size=batch_size
     )
-    return [None if math.isnan(value) else value for value in found[:, 0].tolist()]
+    return [None if math.isnan(value) else value for value in means[:, 0].tolist()]
 
 
 def response_means(
@@ -54,21 +52,20 @@ def response_means(
     response_tokens: int | None = None,
     batch_size: int | None = None,
 ) -> Float[Tensor, "exchange direction"]:
-    """As `project_responses`, on several directions in one pass; float64, NaN where nothing can be read."""
+    """`project_responses` on several directions in one pass; float64, NaN where nothing can be read."""
     wrong = [len(item.vector) for item in directions if len(item.vector) != model.d_model]
     if wrong or not directions:
         raise DirectionError(
-            f"needed are directions of the model's d_model {model.d_model}; got {wrong or 'none'}"
+            f"projections need directions of the model's d_model {model.d_model}; got {wrong or 'none'}"
         )
-    found = torch.full((len(exchanges), len(directions)), float("nan"), dtype=torch.float64)
-    rows, lengths, places = _rows(model, exchanges, response_tokens)
+    means = torch.full((len(exchanges), len(directions)), float("nan"), dtype=torch.float64)
+    rows, lengths, indices = _rows(model, exchanges, response_tokens)
     if not rows:
-        return found
+        return means
     vectors = {
         site: torch.stack([item.vector for item in directions if item.site == site], 1)
         for site in dict.fromkeys(item.site for item in directions)
     }
-
     stream = model.stream(
         rows,
         keep=0,
@@ -78,16 +75,16 @@ def response_means(
         tail=max(len(row) - length for row, length in zip(rows, lengths)),
     )
     for batch, _, captured in stream:
-        at = torch.tensor([places[i] for i in batch.index])
+        at = torch.tensor([indices[i] for i in batch.index])
         for site, values in captured.items():
             columns = [j for j, item in enumerate(directions) if item.site == site]
-            found[at[:, None], torch.tensor(columns)] = values
+            means[at[:, None], torch.tensor(columns)] = values
             if not torch.isfinite(values).all():
                 raise ModelError(
                     f"NaN or infinity in the activations at {site}: float16 overflows on many models; "
                     "use --dtype bfloat16 or float32"
                 )
-    return found
+    return means
 
 
 def _reader(matrix: Float[Tensor, "d_model k"]) -> Callable[[Tensor, Batch], Tensor]:
@@ -107,11 +104,11 @@ def _reader(matrix: Float[Tensor, "d_model k"]) -> Callable[[Tensor, Batch], Ten
 def _rows(
     model: Model, exchanges: Sequence[PromptResponse], response_tokens: int | None
 ) -> tuple[list[list[int]], list[int], list[int]]:
-    """Token rows, their prompts' lengths, and which exchange each row is of."""
+    """Token rows, their prompts' lengths, and the index of each row's exchange."""
     if model.tokenizer is None:
         raise ModelError("answers are text: the model was wrapped without a tokenizer")
-    rows, lengths, places = [], [], []
-    for place, exchange in enumerate(exchanges):
+    rows, lengths, indices = [], [], []
+    for index, exchange in enumerate(exchanges):
         prompt = model.encode(exchange.prompt)
         answer = list(model.tokenizer(exchange.answer, add_special_tokens=False)["input_ids"])
         room = model.tl.cfg.n_ctx - len(prompt)
@@ -119,5 +116,5 @@ def _rows(
         if answer:
             rows.append(prompt + answer)
             lengths.append(len(prompt))
-            places.append(place)
-    return rows, lengths, places
+            indices.append(index)
+    return rows, lengths, indices

@@ -1,6 +1,6 @@
-"""Affine maps of the residual stream and the checks of their vectors.
+"""Affine maps of the residual stream, and the checks of their vectors.
 
-Knows: x -> A x + b as low-rank factors. Does not know: sites, models, weights.
+Knows: x -> A x + b as low-rank factors. Does not know: sites, models or weights.
 """
 
 from __future__ import annotations
@@ -60,9 +60,14 @@ class Affine:
 
 
 def as_vectors(direction: Direction | Tensor) -> Float[Tensor, "k d_model"]:
-    given = direction.vector if isinstance(direction, Direction) else direction
+    """The vectors of an edit as float64 rows on the CPU.
+
+    Raises:
+        PlanError: no tensor, another shape, NaN, infinity, or a zero row.
+    """
+    vectors = direction.vector if isinstance(direction, Direction) else direction
     try:
-        tensor = torch.as_tensor(given)
+        tensor = torch.as_tensor(vectors)
     except (TypeError, ValueError, RuntimeError) as error:
         raise PlanError(
             "an edit needs a Direction, or a tensor [d_model] ([k, d_model] for a subspace); got "
@@ -84,6 +89,11 @@ def as_vectors(direction: Direction | Tensor) -> Float[Tensor, "k d_model"]:
 
 
 def orthonormal_rows(vectors: Float[Tensor, "k d_model"]) -> Float[Tensor, "k d_model"]:
+    """An orthonormal basis of the rows' span, in their order.
+
+    Raises:
+        PlanError: rows that are not linearly independent.
+    """
     units = vectors / vectors.norm(dim=1, keepdim=True)
     if len(units) == 1:
         return units
@@ -126,6 +136,7 @@ def rescale_rows(
 
 
 def one_row(vectors: Float[Tensor, "k d_model"], op: str) -> Float[Tensor, "1 d_model"]:
+    """The vectors themselves, if there is one; `op` is for the message."""
     if len(vectors) != 1:
         raise PlanError(f"{op} takes one vector [d_model]; got {len(vectors)} rows")
     return vectors
@@ -134,8 +145,12 @@ def one_row(vectors: Float[Tensor, "k d_model"], op: str) -> Float[Tensor, "1 d_
 def oblique_rows(
     write: Direction | Tensor, read: Direction | Tensor
 ) -> tuple[Float[Tensor, "2 d_model"], float]:
-    """The two as rows, the first unit, the second scaled to read . write = 1; and that scale."""
-    along, across = (one_row(as_vectors(given), "erase")[0] for given in (write, read))
+    """Write as a unit row, read as a row scaled to read . write = 1; and that scale.
+
+    Raises:
+        PlanError: different sizes, or orthogonal vectors.
+    """
+    along, across = (one_row(as_vectors(vector), "erase")[0] for vector in (write, read))
     if along.shape != across.shape:
         raise PlanError(
             f"write has d_model {len(along)}, read {len(across)}: both are vectors of one stream"

@@ -1,4 +1,4 @@
-"""What every edit shares: sites, positions, one strength a site, vectors, a label.
+"""The common part of all edits: sites, positions, one number a site, vectors, a label.
 
 Knows: validation and JSON fields. Does not know: which map an edit is.
 """
@@ -24,18 +24,23 @@ Positions = Literal["all", "prompt", "generated"]
 
 
 def as_sites(sites: Site | Iterable[Site]) -> tuple[Site, ...]:
-    given: Any = sites
-    several = isinstance(given, Iterable) and not isinstance(given, str)
-    found: tuple[Site, ...] = tuple(given) if several else (given,)
-    if not found or not all(isinstance(site, Site) for site in found):
-        raise PlanError(f"an edit needs one or more Site values; got {found!r}")
-    if len(set(found)) != len(found):
-        raise PlanError(f"the same site is named twice in one edit: {[str(s) for s in found]}")
-    return found
+    """One site or several as a tuple.
+
+    Raises:
+        PlanError: no site, something else, or a site twice.
+    """
+    value: Any = sites
+    several = isinstance(value, Iterable) and not isinstance(value, str)
+    checked: tuple[Site, ...] = tuple(value) if several else (value,)
+    if not checked or not all(isinstance(site, Site) for site in checked):
+        raise PlanError(f"an edit needs one or more Site values; got {checked!r}")
+    if len(set(checked)) != len(checked):
+        raise PlanError(f"the same site is named twice in one edit: {[str(s) for s in checked]}")
+    return checked
 
 
 def is_number(value: object) -> bool:
-    """One real number of Python, numpy or torch; a bool is none."""
+    """True for one real number of Python, numpy or torch; a bool is none."""
     if isinstance(value, Tensor):
         return value.ndim == 0 and value.dtype != torch.bool and not value.is_complex()
     return isinstance(value, Real) and not isinstance(value, bool)
@@ -44,11 +49,16 @@ def is_number(value: object) -> bool:
 def strength_per_site(
     value: float | Sequence[float], sites: tuple[Site, ...], what: str
 ) -> tuple[float, ...]:
-    given: Any = value
+    """One number for each site, from one number or a sequence; `what` names it in messages.
+
+    Raises:
+        PlanError: something else, another length, or numbers that are not finite.
+    """
+    values: Any = value
     try:
-        many = (given,) * len(sites) if is_number(given) else tuple(given)
+        many = (values,) * len(sites) if is_number(values) else tuple(values)
     except TypeError:
-        many = (given,)
+        many = (values,)
     if not all(is_number(number) for number in many):
         raise PlanError(f"{what} is a number, or a sequence with one a site; got {value!r}")
     if len(many) != len(sites):
@@ -62,6 +72,7 @@ def strength_per_site(
 
 
 def one_or_many(amounts: tuple[float, ...]) -> float | list[float]:
+    """One number where all are equal, else the list: the form that JSON holds."""
     return amounts[0] if len(set(amounts)) == 1 else list(amounts)
 
 
@@ -78,14 +89,18 @@ _E = TypeVar("_E", bound="EditBase")
 
 
 class EditBase:
-    """What the edits share: sites, positions, a number a site, vectors, a label, JSON."""
+    """The fields and the JSON that all edits have in common."""
 
     op: ClassVar[str]
-    amount: ClassVar[str]  # the name of the number that JSON holds
+    """The name of the operation in JSON."""
+    amount: ClassVar[str]
+    """The name of the edit's number: strength, coefficient or value."""
     misscaled: ClassVar[str] = "are not unit, or not orthonormal"
+    norm_preserving: ClassVar[bool] = False
     sites: tuple[Site, ...]
     vectors: Float[Tensor, "k d_model"]
     amounts: tuple[float, ...]
+    """One number for each site."""
     positions: Positions
     label: str
 
@@ -100,18 +115,16 @@ class EditBase:
     def __repr__(self) -> str:
         return (
             f"<{self.op} {self.label} at {len(self.sites)} "
-            f"{'site' if len(self.sites) == 1 else 'sites'}, {self._said()}>"
+            f"{'site' if len(self.sites) == 1 else 'sites'}, {self._numbers()}>"
         )
 
-    def _said(self) -> str:
+    def _numbers(self) -> str:
         """The numbers, for `repr`."""
         return f"{self.amount} {range_text(self.amounts)}"
 
     @property
     def d_model(self) -> int:
         return self.vectors.shape[1]
-
-    norm_preserving: ClassVar[bool] = False
 
     def map_at(self, site: Site, gain: Float[Tensor, " d_model"] | None = None) -> Affine:
         """The affine map of this edit at one of its sites.
@@ -142,12 +155,13 @@ class EditBase:
             "so it has no fixed effect on the stream. Write it after the norm, at attn_out or mlp_out"
         )
 
-    def moved(self: _E, pairs: Sequence[tuple[Site, Site]]) -> _E:
-        """What the edit does at the first site of each pair, done at the second; every bit the same."""
-        kept = [self.sites.index(old) for old, _ in pairs]
+    def at_sites(self: _E, pairs: Sequence[tuple[Site, Site]]) -> _E:
+        """The same edit at other sites: its map at the first site of each pair, written at the second."""
         edit = copy.copy(self)
-        places, amounts = as_sites(new for _, new in pairs), tuple(self.amounts[i] for i in kept)
-        edit._set(sites=places, amounts=amounts)
+        edit._set(
+            sites=as_sites(new for _, new in pairs),
+            amounts=tuple(self.amounts[self.sites.index(old)] for old, _ in pairs),
+        )
         return edit
 
     def to_dict(self) -> dict[str, Any]:
@@ -173,10 +187,10 @@ class EditBase:
             **{cls.amount: entry[cls.amount]},
             **({"norm_preserving": _flag(entry)} if "norm_preserving" in entry else {}),
         )
-        edit._keep(vectors)
+        edit._take_stored(vectors)
         return edit
 
-    def _keep(self, vectors: Float[Tensor, "k d_model"]) -> None:
+    def _take_stored(self, vectors: Float[Tensor, "k d_model"]) -> None:
         """Take vectors as they are stored, bit for bit, if they are the edit's own but for rounding."""
         fits = vectors.shape == self.vectors.shape
         if fits:

@@ -166,7 +166,7 @@ class Clamp(EditBase):
 
 
 class EraserLike(Protocol):
-    """What an eraser has to be made an edit: x -> x - write * (read . (x - centre))."""
+    """An eraser that can be made an edit: x -> x - write * (read . (x - centre))."""
 
     @property
     def write(self) -> Float[Tensor, " d_model"]: ...
@@ -241,7 +241,7 @@ class Erase(EditBase):
         Raises:
             PlanError: vectors of different shapes, or with nothing finite in them.
         """
-        read, centre = (_as_tensor(given) for given in (eraser.read, eraser.centre))
+        read, centre = map(_as_tensor, (eraser.read, eraser.centre))
         if read.shape != centre.shape:
             raise PlanError(
                 f"an eraser has read and centre of one shape [d_model]; got {tuple(read.shape)} and "
@@ -260,17 +260,17 @@ class Erase(EditBase):
 
     @property
     def write(self) -> Float[Tensor, " d_model"]:
-        """What is changed along: a unit vector."""
+        """The unit vector that the edit writes along."""
         return self.vectors[0]
 
     @property
     def read(self) -> Float[Tensor, " d_model"]:
-        """What is set: `read . x`; with read . write = 1."""
+        """The vector whose dot product with x is set; read . write = 1."""
         return self.vectors[1]
 
-    def _said(self) -> str:
+    def _numbers(self) -> str:
         value = f", value {range_text(self.values)}" if any(self.values) else ""
-        return super()._said() + value
+        return super()._numbers() + value
 
     def _map(self, i: int) -> Affine:
         amount = self.amounts[i]
@@ -282,16 +282,16 @@ class Erase(EditBase):
             return super()._map_before_norm(i, gain)
         return projection_map(through_gain(self.read[None], gain), self.amounts[i])
 
-    def moved(self, pairs: Sequence[tuple[Site, Site]]) -> Erase:
-        edit = super().moved(pairs)
+    def at_sites(self, pairs: Sequence[tuple[Site, Site]]) -> Erase:
+        edit = super().at_sites(pairs)
         edit._set(values=tuple(self.values[self.sites.index(old)] for old, _ in pairs))
         return edit
 
     def to_dict(self) -> dict[str, Any]:
-        found = super().to_dict()
-        del found["vectors"]
+        entry = super().to_dict()
+        del entry["vectors"]
         vectors = {"write": self.write.tolist(), "read": self.read.tolist()}
-        return {**found, "value": one_or_many(self.values), **vectors}
+        return {**entry, "value": one_or_many(self.values), **vectors}
 
     @classmethod
     def _from_entry(cls, entry: dict[str, Any]) -> Erase:
@@ -313,13 +313,13 @@ class Erase(EditBase):
             positions=entry["positions"],
             label=entry["label"],
         )
-        edit._keep(torch.stack(rows))
+        edit._take_stored(torch.stack(rows))
         edit._set(values=strength_per_site(entry["value"], sites, "value"))
         return edit
 
 
-def _as_tensor(given: Any) -> Tensor:
-    tensor = given.vector if isinstance(given, Direction) else torch.as_tensor(given)
+def _as_tensor(vector: Any) -> Tensor:
+    tensor = vector.vector if isinstance(vector, Direction) else torch.as_tensor(vector)
     return tensor.detach().to("cpu", torch.float64)
 
 
@@ -330,6 +330,11 @@ _EDITS: dict[str, type[Ablate] | type[Add] | type[Clamp] | type[Erase]] = {
 
 
 def edit_from_dict(entry: dict[str, Any]) -> Edit:
+    """Read what an edit's `to_dict` wrote.
+
+    Raises:
+        PlanError: an unknown operation, a field that is missing or cannot be read.
+    """
     try:
         return _EDITS[entry["op"]]._from_entry(entry)
     except KeyError as error:

@@ -18,7 +18,7 @@ from interp_ablate.sites import EMBEDDING_POINTS, Point, Site, sites_of
 
 
 class HasWriters(Protocol):
-    """What a layer choice needs of a model: how many layers, and which sites write to the stream."""
+    """A model as a layer choice sees it: the number of layers, and the sites that write to the stream."""
 
     @property
     def n_layers(self) -> int: ...
@@ -43,18 +43,18 @@ def layers_of(n_layers: int, layers: Layers = None) -> tuple[int, ...]:
         return tuple(range(n_layers))
     if isinstance(layers, str):
         return _between(n_layers, layers)
-    given = [layers] if isinstance(layers, int) else list(layers)
-    wrong = [each for each in given if isinstance(each, bool) or not isinstance(each, int)]
-    outside = [each for each in given if each not in wrong and not -n_layers <= each < n_layers]
-    if wrong or outside or not given:
+    numbers = [layers] if isinstance(layers, int) else list(layers)
+    wrong = [each for each in numbers if isinstance(each, bool) or not isinstance(each, int)]
+    outside = [each for each in numbers if each not in wrong and not -n_layers <= each < n_layers]
+    if wrong or outside or not numbers:
         raise PlanError(
-            f"no layers {(wrong or outside or given)!r}: the model has 0 to {n_layers - 1}; give numbers, a "
+            f"no layers {(wrong or outside or numbers)!r}: the model has 0 to {n_layers - 1}; give numbers, a "
             'range, "10-20" or "20%-80%"'
         )
-    found = sorted(each % n_layers for each in given)
-    if len(set(found)) != len(found):
-        raise PlanError(f"a layer is named twice in {given}")
-    return tuple(found)
+    chosen = sorted(each % n_layers for each in numbers)
+    if len(set(chosen)) != len(chosen):
+        raise PlanError(f"a layer is named twice in {numbers}")
+    return tuple(chosen)
 
 
 def _between(n_layers: int, text: str) -> tuple[int, ...]:

@@ -1,7 +1,6 @@
-"""Edits and plans: what is done to the residual stream, as plain data and pure tensor maths.
+"""Plans: edits in order, as plain data that hooks, weights and exports read.
 
-Knows: the affine map each edit is (x -> x + left right^T x + shift), where and at which positions it
-applies, composition, JSON. Does not know: hooks, weights or models; they interpret what is said here.
+Knows: composition, the maps at each site, JSON. Does not know: hooks, weights or models.
 """
 
 from __future__ import annotations
@@ -76,14 +75,6 @@ class Plan:
         """Every site that is written, in forward order, once."""
         return tuple(sorted({site for edit in self.edits for site in edit.sites}))
 
-    def keeps_norm_at(self, site: Site) -> bool:
-        """Whether the edit of a site is norm-preserving.
-
-        Raises:
-            PlanError: it is, and shares the site with another edit.
-        """
-        return self.norm_preserving_at(site) is not None
-
     def norm_preserving_at(self, site: Site) -> Ablate | None:
         """The norm-preserving edit of a site, if there is one; additions may stand beside it.
 
@@ -91,13 +82,13 @@ class Plan:
             PlanError: another edit than an addition shares its site.
         """
         edits = [e for e in self.edits if site in e.sites and not isinstance(e, Add)]
-        kept = [e for e in edits if isinstance(e, Ablate) and e.norm_preserving]
-        if kept and len(edits) > 1:
+        norm_preserving = [e for e in edits if isinstance(e, Ablate) and e.norm_preserving]
+        if norm_preserving and len(edits) > 1:
             raise PlanError(
                 f"{len(edits)} edits at {site}, one of them norm-preserving: norms are restored after "
                 "one edit only. Ablate both directions as one subspace [k, d_model]"
             )
-        return kept[0] if kept else None
+        return norm_preserving[0] if norm_preserving else None
 
     def maps_at(
         self, site: Site, gain: Float[Tensor, " d_model"] | None = None
@@ -106,15 +97,16 @@ class Plan:
 
         `gain`: of the norm that follows the site, as for `map_at`.
         """
-        found: list[tuple[Positions, Affine]] = []
+        maps: list[tuple[Positions, Affine]] = []
         for edit in self.edits:
             if site not in edit.sites:
                 continue
-            if found and found[-1][0] == edit.positions:
-                found[-1] = (edit.positions, found[-1][1].then(edit.map_at(site, gain)))
+            affine = edit.map_at(site, gain)
+            if maps and maps[-1][0] == edit.positions:
+                maps[-1] = (edit.positions, maps[-1][1].then(affine))
             else:
-                found.append((edit.positions, edit.map_at(site, gain)))
-        return found
+                maps.append((edit.positions, affine))
+        return maps
 
     @property
     def fingerprint(self) -> str:

@@ -20,7 +20,7 @@ def everywhere(n_layers: int) -> tuple[Site, ...]:
 
     Ablating a direction at all of them with strength 1 leaves nothing along it anywhere, and is what
     ablation at resid_pre, resid_mid and resid_post of every layer computes; it is exact in weights.
-    `model.writers` says it for any architecture (learned positions, norms after the projections).
+    `model.writers` gives them for any architecture (learned positions, norms after the projections).
     """
     points: tuple[Point, ...] = ("embed", "attn_out", "mlp_out")
     return sites_of(points, range(n_layers))
@@ -61,9 +61,9 @@ def band(
         strengths = {
             layer: peak * max(0.0, 1 - abs(layer - centre) / width) for layer in range(n_layers)
         }
-        kept = {Site(layer, point): value for layer, value in strengths.items() if value > 0}
-        if kept:
-            plan += Ablate(direction, kept, strength=tuple(kept.values()))
+        reached = {Site(layer, point): value for layer, value in strengths.items() if value > 0}
+        if reached:
+            plan += Ablate(direction, reached, strength=tuple(reached.values()))
     if not plan.edits:
         raise PlanError(
             f"the band reaches none of {n_layers} layers: attention {attention} and mlp {mlp} (strength, "

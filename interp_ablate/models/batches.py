@@ -1,7 +1,6 @@
 """Batches: token lists of different lengths as left-padded tensors, sorted by length, and back.
 
-Knows: padding, attention masks, positions counted from each row's own first token, shared prefixes.
-Does not know: models or text; rows are lists of token ids.
+Knows: padding, attention masks, positions in rows, shared prefixes. Does not know: models, plans or text.
 """
 
 from __future__ import annotations
@@ -23,17 +22,16 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Batch:
-    """Left-padded rows. `index[i]` is the place of row i in the caller's list.
-
-    `row_lengths` counts the tokens of each whole row, `prompt_lengths` those that are prompt (what
-    follows was generated); both include a shared prefix that the batch itself does not hold.
-    """
+    """Left-padded rows of tokens."""
 
     tokens: Int[Tensor, "batch pos"]
     mask: Int[Tensor, "batch pos"]
     row_lengths: Int[Tensor, " batch"]
+    """The tokens of each whole row; a shared prefix that the batch does not hold is counted."""
     prompt_lengths: Int[Tensor, " batch"]
+    """Those of them that are prompt; what follows was generated."""
     index: tuple[int, ...]
+    """The index of each row in the caller's list."""
 
     def rows(self, some: slice) -> Batch:
         """A part of the batch, padded as it is."""
@@ -75,11 +73,11 @@ def batches(
     """Rows without their first `prefix` tokens, in batches of at most `size`, the longest first."""
     lengths = list(prompt_lengths or [len(row) for row in rows])
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
-    found = []
+    parts = []
     for start in range(0, len(order), size):
         index = tuple(order[start : start + size])
         tokens, mask = pad_left([rows[i][prefix:] for i in index])
-        found.append(
+        parts.append(
             Batch(
                 tokens.to(device),
                 mask.to(device),
@@ -88,11 +86,11 @@ def batches(
                 index,
             )
         )
-    return found
+    return parts
 
 
 def common_prefix(rows: Sequence[Sequence[int]], *, keep: int) -> int:
-    """How many leading tokens all rows share, leaving at least `keep` tokens of each row."""
+    """The number of leading tokens that all rows share, leaving at least `keep` tokens of each row."""
     limit = min(len(row) for row in rows) - keep
     first = rows[0]
     for i in range(max(limit, 0)):
@@ -101,13 +99,13 @@ def common_prefix(rows: Sequence[Sequence[int]], *, keep: int) -> int:
     return max(limit, 0)
 
 
-def in_parts(given: Sequence[Batch], run: Callable[[Batch], Result]) -> Iterator[Result]:
-    """`run` of every batch; where memory runs out, of its halves, and of no larger ones after that.
+def in_parts(parts: Sequence[Batch], run: Callable[[Batch], Result]) -> Iterator[Result]:
+    """Run every batch; where memory runs out, its halves, and no larger ones after that.
 
     Raises:
         the error itself where a single row does not fit.
     """
-    waiting, most = deque(given), max(len(batch.index) for batch in given)
+    waiting, most = deque(parts), max(len(batch.index) for batch in parts)
     while waiting:
         batch = waiting.popleft()
         size = len(batch.index)
@@ -133,7 +131,7 @@ def in_parts(given: Sequence[Batch], run: Callable[[Batch], Result]) -> Iterator
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Of a device (its own type), or of the host, whose allocator raises a plain RuntimeError."""
+    """True if an error means out of memory: of a device, or of the host (a plain RuntimeError)."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return "can't allocate memory" in str(error) or "not enough memory" in str(error)

@@ -1,6 +1,6 @@
 """KV cache layers that grow in place: a decoding step writes its own keys and values, and copies nothing.
 
-Knows: transformers' dynamic cache layer. Does not know: models, plans, or when a cache is copied.
+Knows: transformers' dynamic cache layer. Does not know: models or plans.
 """
 
 from __future__ import annotations

@@ -22,55 +22,52 @@ Maps = Sequence[tuple[Positions, Affine]]
 
 
 @dataclass(frozen=True, eq=False)
-class _Place:
-    """One map a plan (None: it has none) that come at the same place in order, of equal positions."""
+class _Step:
+    """The maps of all plans (None: a plan has none) at one step of a site's order, of equal positions."""
 
     kind: Positions
     maps: list[Affine | None]
 
 
-def _in_order(maps: Sequence[Maps]) -> list[_Place]:
-    """Maps of all plans, place by place in their order; at one place, those of equal positions together."""
-    found = []
-    for place in range(max(len(each) for each in maps)):
-        here = [each[place] if place < len(each) else None for each in maps]
-        for kind in dict.fromkeys(entry[0] for entry in here if entry is not None):
-            chosen = [e[1] if e is not None and e[0] == kind else None for e in here]
-            found.append(_Place(kind, chosen))
-    return found
+def _in_order(maps: Sequence[Maps]) -> list[_Step]:
+    """Maps of all plans, step by step in their order; at one step, those of equal positions together."""
+    steps = []
+    for i in range(max(len(each) for each in maps)):
+        entries = [each[i] if i < len(each) else None for each in maps]
+        for kind in dict.fromkeys(entry[0] for entry in entries if entry is not None):
+            affines = [e[1] if e is not None and e[0] == kind else None for e in entries]
+            steps.append(_Step(kind, affines))
+    return steps
 
 
 def _only(maps: list[Affine | None]) -> Affine:
-    (found,) = maps
-    assert found is not None
-    return found
+    (affine,) = maps
+    assert affine is not None
+    return affine
 
 
 @dataclass(eq=False)
 class _Slot:
-    """The maps of all plans that come at one place in a site's order and have the same positions.
-
-    Ranks are filled up with zeros; a plan without a map here has zeros only. `shift` is None where no
-    plan adds anything.
-    """
+    """The maps of all plans at one step, stacked: ranks are filled up with zeros."""
 
     kind: Positions
     left: Float[Tensor, "plan d_model k"]
     right: Float[Tensor, "plan d_model k"]
     shift: Float[Tensor, "plan d_model"] | None
+    """None where no plan adds anything."""
     _ready: dict[tuple[torch.dtype, torch.device], _Slot] = field(default_factory=dict)
     _rows: tuple[Tensor, _Slot] | None = None
 
     @classmethod
-    def of(cls, place: _Place, d_model: int) -> _Slot:
-        rank = max(affine.left.shape[1] for affine in place.maps if affine is not None)
-        left = torch.zeros(len(place.maps), d_model, rank, dtype=torch.float64)
+    def of(cls, step: _Step, d_model: int) -> _Slot:
+        rank = max(affine.left.shape[1] for affine in step.maps if affine is not None)
+        left = torch.zeros(len(step.maps), d_model, rank, dtype=torch.float64)
         right, shift = torch.zeros_like(left), torch.zeros(len(left), d_model, dtype=torch.float64)
-        for i, affine in enumerate(place.maps):
+        for i, affine in enumerate(step.maps):
             if affine is not None:
                 k = affine.left.shape[1]
                 left[i, :, :k], right[i, :, :k], shift[i] = affine.left, affine.right, affine.shift
-        return cls(place.kind, left, right, shift if bool(shift.any()) else None)
+        return cls(step.kind, left, right, shift if bool(shift.any()) else None)
 
     def to(self, like: Tensor) -> _Slot:
         """The same in the dtype and on the device of `like`; converted once."""
@@ -114,14 +111,14 @@ class _Slot:
 
     def _of_each(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """A map a row. Few columns one by one: ten times as fast as small batched matrix products."""
-        found = x if self.shift is None else x + self.shift[:, None]
+        edited = x if self.shift is None else x + self.shift[:, None]
         left, right = self.left.transpose(1, 2), self.right.transpose(1, 2)
         if left.shape[1] > 4:
-            return torch.baddbmm(found, x @ right.transpose(1, 2), left)
+            return torch.baddbmm(edited, x @ right.transpose(1, 2), left)
         for k in range(left.shape[1]):
             amount = (x * right[:, k, None]).sum(-1, keepdim=True)
-            found = torch.addcmul(found, amount, left[:, k, None])
-        return found
+            edited = torch.addcmul(edited, amount, left[:, k, None])
+        return edited
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,8 +136,8 @@ class _NormKept:
 
     def __call__(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         wide = x.double() if x.element_size() >= 4 else x.float()
-        kept = rescale_rows(wide, self.affine, eps=torch.finfo(x.dtype).eps)[0]
-        return (kept + self.affine.shift.to(kept)).to(x.dtype)
+        rescaled = rescale_rows(wide, self.affine, eps=torch.finfo(x.dtype).eps)[0]
+        return (rescaled + self.affine.shift.to(rescaled)).to(x.dtype)
 
 
 class SiteWriter:
@@ -158,10 +155,10 @@ class SiteWriter:
     ) -> None:
         self.site = site
         self.slots: list[_Slot | _NormKept] = [
-            _NormKept(_only(slot.maps))
-            if norm_kept and slot.kind == "all"
-            else _Slot.of(slot, d_model)
-            for slot in _in_order(maps)
+            _NormKept(_only(step.maps))
+            if norm_kept and step.kind == "all"
+            else _Slot.of(step, d_model)
+            for step in _in_order(maps)
         ]
 
     def __call__(self, x: Tensor, call: ForwardCall | None) -> tuple[Tensor, bool]:
@@ -175,7 +172,7 @@ class SiteWriter:
 
     @staticmethod
     def _where(kind: Positions, call: ForwardCall | None) -> tuple[bool, Tensor | None]:
-        """Whether a kind of positions occurs in this call, and their mask where others do too."""
+        """True if a kind of positions occurs in this call, and their mask where others do too."""
         if kind == "all":
             return True, None
         if call is None:

@@ -1,7 +1,6 @@
 """Sources: from a name or a path to a Hugging Face model, its tokenizer, and what recreates them.
 
-Knows: bundled aliases, GGUF files, local folders, hub names, and how transformers loads each.
-Does not know: TransformerLens, hooks, or what the model is wanted for.
+Knows: aliases, GGUF files, folders, hub names, how transformers loads each. Does not know: TransformerLens or hooks.
 """
 
 from __future__ import annotations
@@ -34,13 +33,11 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model came from: enough to load it again and to credit it.
-
-    `kind` is "hub", "folder", "gguf" or "object" (handed over by the user).
-    """
+    """The place a model came from: enough to load it again and to credit it."""
 
     name: str
     kind: str
+    """ "hub", "folder", "gguf" or "object" (handed over by the user)."""
     path: str | None = None
     base_model: str | None = None
     license: str | None = None
@@ -81,9 +78,7 @@ def resolve(name_or_path: str | Path) -> ModelSource:
 
 def _bundled(alias: str) -> ModelSource:
     package, file, license_name, install = BUNDLED[alias]
-    spec = importlib.util.find_spec(
-        package
-    )  # found, never imported: its own imports may be missing
+    spec = importlib.util.find_spec(package)  # never imported: its own imports may be missing
     folders = list(spec.submodule_search_locations or ()) if spec else []
     path = Path(folders[0]) / file if folders else None
     if path is None or not path.is_file():
@@ -123,18 +118,18 @@ def check_device(device: str) -> torch.device:
     import torch
 
     try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
+        checked = torch.device(device)
+        torch.empty(0, device=checked)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(
             f"device {device!r} cannot be used here ({reason}): try 'cpu', 'cuda' or 'mps'"
         ) from error
-    return found
+    return checked
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be had on a device now: of a GPU, else of the machine."""
+    """Free bytes on a device now: a GPU's, else the machine's."""
     if device.type == "cuda":
         import torch
 
@@ -164,7 +159,7 @@ def read_hf_config(folder: str | Path) -> Any:
 
 @contextmanager
 def _quick_gguf() -> Iterator[None]:
-    """Three quarters of the time that transformers takes for a small GGUF file is spared.
+    """Inside the block transformers reads a small GGUF file in a quarter of the time.
 
     It parses the file three times over, slice by slice of a memory map, where a plain array over the same
     bytes is sliced faster; and it makes one table of names for every module of the model.

@@ -1,4 +1,4 @@
-"""Tensors under a weight plan.
+"""Tensors under a weight plan, changed whole or block by block.
 
 Knows: the change of one tensor. Does not know: files.
 """
@@ -15,9 +15,6 @@ from interp_ablate.weights.plan_to_weights import TensorEdit, WeightPlan
 
 # Elements of a tensor that are changed at a time: some megabytes, so that they stay near the processor.
 BLOCK = 1 << 19
-
-
-# ---- how a tensor is changed ------------------------------------------------------------------------
 
 
 def edited_tensor(tensor: Tensor, edit: TensorEdit) -> Tensor:

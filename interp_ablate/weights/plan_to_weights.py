@@ -1,8 +1,6 @@
-"""Weights: a plan as exact changes of the tensors that write to the residual stream.
+"""A plan as exact changes of the tensors that write to the residual stream.
 
-Knows: which plans have an exact weight form and the nearest that has one, what a plan does to each
-tensor, how a tensor is changed block by block. Does not know: files, formats or hooks; checkpoint
-writers, adapters and certificates read what is said here.
+Knows: what a plan does to each tensor of one checkpoint. Does not know: files, formats or hooks.
 """
 
 from __future__ import annotations
@@ -40,11 +38,13 @@ EDITABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class TensorEdit:
-    """What happens to one tensor: the map that its writer's output goes through."""
+    """The change of one tensor."""
 
     layout: Layout
     affine: Affine
+    """The map that the writer's output goes through."""
     keeps_norm: bool = False
+    """True if the projected columns get their norms back."""
     point: str = "embed"
 
     @property
@@ -56,32 +56,35 @@ class TensorEdit:
 
 @dataclass(frozen=True)
 class AddedTensor:
-    """A tensor that the source does not have: another one's copy, or given values; stored near `beside`."""
+    """A tensor that the source does not have: another one's copy, or a new bias."""
 
     beside: str
+    """The tensor near which it is stored, and whose dtype it has."""
     copy_of: str | None = None
     value: Tensor | None = None
+    """The values of a bias; None for zeros."""
 
     def bias(self, size: int, dtype: torch.dtype) -> Float[Tensor, " size"]:
-        """The values of a new bias, zeros where none are given, for a weight with `size` rows."""
-        given = torch.zeros(size) if self.value is None else self.value
-        return given.to(dtype)
+        """The values of a new bias for a weight with `size` rows."""
+        return (torch.zeros(size) if self.value is None else self.value).to(dtype)
 
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """A plan for one checkpoint: tensors that change, tensors that are added, config fields to set.
-
-    `plan` is what the hooks must do to compute the same; with `tied="accept"` the unembedding reads
-    through `unembed_map` as well. `tied` is None where the choice did not matter.
-    """
+    """A plan for one checkpoint."""
 
     plan: Plan
+    """What the hooks must do to compute the same."""
     edits: dict[str, TensorEdit] = field(default_factory=dict)
+    """The tensors that the plan reaches, by name."""
     added: dict[str, AddedTensor] = field(default_factory=dict)
+    """The tensors that the source does not have, by name."""
     config: dict[str, Any] = field(default_factory=dict)
+    """Config fields to set."""
     tied: Tied | None = None
+    """What was done with a tied embedding; None where the choice did not matter."""
     unembed_map: Affine | None = None
+    """With tied="accept": the map through which the unembedding reads as well."""
 
     @property
     def changed(self) -> list[str]:
@@ -99,7 +102,7 @@ def weight_plan(
     entry: Architecture | None = None,
     describe: Describe | None = None,
 ) -> WeightPlan:
-    """What a plan does to the tensors of one checkpoint.
+    """The changes that a plan makes to the tensors of one checkpoint.
 
     Args:
         names: of all its tensors, as files or `state_dict` have them.
@@ -107,7 +110,7 @@ def weight_plan(
         tied: what to do where an embedding is edited that is the unembedding too. "untie" writes the
             old values as `lm_head.weight`; "skip-embedding" leaves the embedding as it is (another
             plan); "accept" edits both (another function, whose cost the certificate shows).
-        entry: default: the table's.
+        entry: default: the declared one.
         describe: dtype and shape of a tensor by name, where `read` would be slow.
 
     Raises:
@@ -125,38 +128,39 @@ def weight_plan(
     tie_matters = is_tied(hf_config) and Site(0, "embed") in exact.sites
     if tie_matters and tied == "skip-embedding":
         exact = _without_embedding(exact)
-        if not len(exact):
-            raise ExportError(
-                "the plan edits the tied embedding only, and tied='skip-embedding' leaves nothing of it: "
-                "choose 'untie' or 'accept'"
-            )
-    found = WeightPlan(exact, tied=tied if tie_matters else None)
+    changes = WeightPlan(exact, tied=tied if tie_matters else None)
     for site in exact.sites:
-        _edit_site(found, site, entry, hf_config, names, read)
-    for name, edit in found.edits.items():
+        _edit_site(changes, site, entry, hf_config, names, read)
+    for name, edit in changes.edits.items():
         _check_tensor(name, edit, plan.d_model, *(describe or _description(read))(name))
     if not tie_matters or tied == "skip-embedding":
-        return found
-    embed = next(name for name, edit in found.edits.items() if edit.point == "embed")
-    head = entry.unembed if entry.unembed in names else None
-    if head is not None and not torch.equal(read(embed), read(head)):
+        return changes
+    return _with_tied_head(changes, entry.unembed, names, read)
+
+
+def _with_tied_head(
+    changes: WeightPlan, head: str, names: Collection[str], read: Read
+) -> WeightPlan:
+    """The changes with what becomes of an unembedding that is tied to an edited embedding."""
+    embed = next(name for name, edit in changes.edits.items() if edit.point == "embed")
+    if head in names and not torch.equal(read(embed), read(head)):
         raise ExportError(
             f"the config says that the embeddings are tied, but there is a {head} of its own that "
             "differs: which of the two a model uses depends on the transformers version. Set "
             "tie_word_embeddings in its config.json, or remove the tensor"
         )
-    if tied == "untie":
-        found.config["tie_word_embeddings"] = False
-        if head is None:
-            found.added[entry.unembed] = AddedTensor(beside=embed, copy_of=embed)
-        return found
-    if head is not None:
-        found.edits[head] = found.edits[embed]
-    return replace(found, unembed_map=_unembed_map(found.edits[embed]))
+    if changes.tied == "untie":
+        changes.config["tie_word_embeddings"] = False
+        if head not in names:
+            changes.added[head] = AddedTensor(beside=embed, copy_of=embed)
+        return changes
+    if head in names:
+        changes.edits[head] = changes.edits[embed]
+    return replace(changes, unembed_map=_unembed_map(changes.edits[embed]))
 
 
 def _unembed_map(edit: TensorEdit) -> Affine:
-    """What an edited tied embedding does as the unembedding: logits = (A w) . h = w . (A^T h)."""
+    """The map of an edited tied embedding as the unembedding: logits = (A w) . h = w . (A^T h)."""
     if edit.keeps_norm or not edit.affine.is_linear:
         raise ExportError(
             "only an ablation without norm preservation can be accepted for a tied unembedding; choose "
@@ -202,7 +206,7 @@ def _description(read: Read) -> Describe:
 def _check_tensor(
     name: str, edit: TensorEdit, d_model: int, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
-    """Refuse what is no plain weight of the declared layout."""
+    """Refuse a tensor that is no plain weight of the declared layout."""
     axis = {"linear": 0, "experts": 1}.get(edit.layout, -1)
     dims = {"bias": 1, "experts": 3}.get(edit.layout, 2)
     if dtype not in EDITABLE:
@@ -219,32 +223,38 @@ def _check_tensor(
 
 def _without_embedding(plan: Plan) -> Plan:
     parts = (split_edit(edit, lambda site: site == Site(0, "embed"))[1] for edit in plan)
-    return Plan(tuple(part for part in parts if part is not None))
+    rest = Plan(tuple(part for part in parts if part is not None))
+    if not len(rest):
+        raise ExportError(
+            "the plan edits the tied embedding only, and tied='skip-embedding' leaves nothing of it: "
+            "choose 'untie' or 'accept'"
+        )
+    return rest
 
 
 def _edit_site(
-    found: WeightPlan,
+    changes: WeightPlan,
     site: Site,
     entry: Architecture,
     hf_config: Any,
     names: Collection[str],
     read: Read,
 ) -> None:
-    """Add to `found` what the plan does to the tensors that write at one site."""
+    """Add to `changes` what the plan does to the tensors that write at one site."""
     gain = None
     if (norm := entry.norm_after(site)) is not None:
         name = entry.present(norm, names)
         if name is None:
             raise ExportError(f"the checkpoint has no {norm}, the norm that follows {site}")
         gain = read(name).double() + entry.gain_offset
-    affine = Affine.identity(found.plan.d_model)
-    for _, part in found.plan.maps_at(site, gain):
+    affine = Affine.identity(changes.plan.d_model)
+    for _, part in changes.plan.maps_at(site, gain):
         affine = affine.then(part)
     tensors = entry.writers(site, names, hf_config)
-    keeps_norm = found.plan.keeps_norm_at(site)
+    keeps_norm = changes.plan.norm_preserving_at(site) is not None
     for name, layout in tensors.items():
         edit = TensorEdit(layout, affine, keeps_norm and layout != "bias", site.point)
-        found.edits[name] = edit
+        changes.edits[name] = edit
     if affine.is_linear or "bias" in tensors.values():
         return
     if site.point in EMBEDDING_POINTS:
@@ -263,15 +273,15 @@ def _edit_site(
             "hook, export the ablation alone (an erasure with value 0), or export a control vector for "
             "llama.cpp"
         )
-    _add_biases(found, next(iter(tensors)), biases, hf_config.num_hidden_layers)
+    _add_biases(changes, next(iter(tensors)), biases, hf_config.num_hidden_layers)
 
 
-def _add_biases(found: WeightPlan, weight: str, biases: Biases, n_layers: int) -> None:
+def _add_biases(changes: WeightPlan, weight: str, biases: Biases, n_layers: int) -> None:
     """Turn on the config's biases: zeros everywhere, the map's shift in the writer's own."""
-    found.config[biases.config_field] = True
+    changes.config[biases.config_field] = True
     for layer in range(n_layers):
         for module in biases.modules:
             name = module.format(layer=layer)
-            found.added.setdefault(f"{name}.bias", AddedTensor(beside=f"{name}.weight"))
+            changes.added.setdefault(f"{name}.bias", AddedTensor(beside=f"{name}.weight"))
     bias = weight.removesuffix("weight") + "bias"
-    found.added[bias] = AddedTensor(beside=weight, value=found.edits[weight].affine.shift)
+    changes.added[bias] = AddedTensor(beside=weight, value=changes.edits[weight].affine.shift)

@@ -1,6 +1,6 @@
 """A plan in writers-only form, as weights can hold it.
 
-Knows: rewriting of edits. Does not know: tensors.
+Knows: which plans have an exact weight form, and the nearest one that has. Does not know: tensors.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from interp_ablate.sites import (
     WRITER_POINTS,
     Site,
 )
-
-# ---- which plans are exact -----------------------------------------------------------------------
 
 
 def writers_only_form(plan: Plan, entry: Architecture, hf_config: Any) -> Plan:
@@ -83,7 +81,7 @@ def _written(plan: Plan, entry: Architecture) -> Plan:
     for edit in plan:
         before, after = split_edit(edit, lambda site: site.point in PROJECTION_POINTS)
         if before is not None:
-            first.append(before.moved([(site, site.output) for site in before.sites]))
+            first.append(before.at_sites([(site, site.output) for site in before.sites]))
         if after is not None:
             then.append(after)
     return Plan((*first, *then)) if first else plan
@@ -92,7 +90,7 @@ def _written(plan: Plan, entry: Architecture) -> Plan:
 def split_edit(edit: Edit, inside: Callable[[Site], bool]) -> tuple[Edit | None, Edit | None]:
     """The edit at the sites for which `inside` holds, and at the others; None where there are none."""
     pairs = [[(s, s) for s in edit.sites if inside(s) == wanted] for wanted in (True, False)]
-    within, without = (edit.moved(part) if part else None for part in pairs)
+    within, without = (edit.at_sites(part) if part else None for part in pairs)
     return within, without
 
 
@@ -112,7 +110,7 @@ def _additions_at_writers(plan: Plan, entry: Architecture, hf_config: Any) -> Pl
         if stay is not None:
             own.append(stay)
         for site in go.sites if go is not None else ():
-            moved.append(edit.moved([(site, _writer_before(site, parallel))]))
+            moved.append(edit.at_sites([(site, _writer_before(site, parallel))]))
     return Plan((*own, *moved))
 
 
@@ -172,14 +170,14 @@ def _everywhere_at_writers(plan: Plan, entry: Architecture, hf_config: Any) -> P
 
 
 def _is_projection(edit: Edit) -> bool:
-    """Whether applying an edit twice is applying it once."""
+    """True if applying an edit twice is the same as applying it once."""
     return isinstance(edit, Clamp) or (
         isinstance(edit, (Ablate, Erase)) and set(edit.amounts) == {1.0}
     )
 
 
 def _same_linear(one: Edit, other: Edit) -> bool:
-    """Whether two edits are one map but for what they add; at any of their sites."""
+    """True if two edits are one map but for what they add, at any of their sites."""
     first, second = (edit.map_at(edit.sites[0]) for edit in (one, other))
     size = max(1.0, float(first.left.norm() * first.right.norm()))
     products = first.left @ first.right.T, second.left @ second.right.T

@@ -253,13 +253,13 @@ def test_json_keeps_every_bit(tmp_path: Path) -> None:
 def test_moved_edits_keep_every_bit() -> None:
     edit = erasures().edits[0]
     assert isinstance(edit, Erase)
-    here = edit.moved([(POST, Site(0, "embed"))])
+    here = edit.at_sites([(POST, Site(0, "embed"))])
     assert here.sites == (Site(0, "embed"),)
     assert (here.amounts, here.values) == (edit.amounts[1:], edit.values[1:])
     assert torch.equal(only(here).shift, edit.map_at(POST).shift)
     assert edit.sites == (PRE, POST)  # the first is as it was
     kept = Ablate(READ, [Site(1, "mlp_proj")], norm_preserving=True, label="y", strength=0.5)
-    there = kept.moved([(Site(1, "mlp_proj"), Site(1, "mlp_out"))])
+    there = kept.at_sites([(Site(1, "mlp_proj"), Site(1, "mlp_out"))])
     assert there.to_dict() == kept.to_dict() | {"sites": ["blocks.1.hook_mlp_out"]}
 
 
@@ -686,7 +686,7 @@ def test_a_norm_preserving_ablation_shares_its_site_with_no_erasure() -> None:
     site = Site(1, "mlp_out")
     plan = Plan((Ablate(READ, site, norm_preserving=True), Erase(WRITE, READ, site)))
     with pytest.raises(PlanError, match=r"one of them norm-preserving"):
-        plan.keeps_norm_at(site)
+        plan.norm_preserving_at(site)
 
 
 def test_the_hooks_leave_the_model_as_it_was() -> None:

@@ -383,8 +383,8 @@ def test_norm_preserving_is_part_of_the_plan(point: Point, tmp_path: Path) -> No
         plan.save(tmp_path / "plan.json")
         back = Plan.load(tmp_path / "plan.json")
         assert back == plan and back.edits[0].norm_preserving == plan.edits[0].norm_preserving
-    assert kept.keeps_norm_at(site) and not plain.keeps_norm_at(site)
-    assert not kept.keeps_norm_at(Site(1, "mlp_out"))
+    assert kept.norm_preserving_at(site) and plain.norm_preserving_at(site) is None
+    assert kept.norm_preserving_at(Site(1, "mlp_out")) is None
 
 
 def test_norm_preserving_shares_its_site_with_nothing() -> None:
@@ -398,9 +398,9 @@ def test_norm_preserving_shares_its_site_with_nothing() -> None:
         )
     )
     assert plan.norm_preserving_at(other) is plan.edits[0]
-    assert plan.keeps_norm_at(other) and not plan.keeps_norm_at(Site(2, "mlp_out"))
+    assert plan.norm_preserving_at(other) and plan.norm_preserving_at(Site(2, "mlp_out")) is None
     with pytest.raises(PlanError, match=r"2 edits at blocks\.1\.hook_mlp_out.*one subspace"):
-        plan.keeps_norm_at(site)
+        plan.norm_preserving_at(site)
 
 
 @pytest.mark.parametrize("point", RESIDUAL_POINTS)
