@@ -27,7 +27,7 @@ PerPrompt = Float[Tensor, "prompt d_model"]
 
 @dataclass(frozen=True)
 class Separation:
-    """How well projections on a direction tell the two sets apart."""
+    """Measures of how well projections on a direction tell the two sets apart."""
 
     auc: float
     """Probability that a positive prompt projects higher than a negative one; ties count half."""

@@ -96,9 +96,11 @@ class Audit:
 
     @property
     def passed(self) -> bool:
+        """True where there is no problem."""
         return not self.problems
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data for reports."""
         names = ("same", "edited", "edited_bit_equal", "added", "tied", "problems", "not_compared")
         return {**{name: getattr(self, name) for name in names}, "passed": self.passed}
 
@@ -143,7 +145,9 @@ def audit(
             _check_tensor(report, name, source, result)
     report.problems += _config_problems(source.hf_config, config, weights)
     if source.folder is not None:
-        report.problems += _json_problems(source.folder, result.folder, known=_comparable(config))
+        report.problems += _json_problems(
+            source.folder, result.folder, compared=_comparable(config)
+        )
     else:
         report.not_compared = ["tokenizer and generation config: the source is no folder"]
     report.problems += _file_problems(source.folder, result)
@@ -255,13 +259,13 @@ def _config_problems(before: Any, after: Any, weights: WeightPlan) -> list[str]:
     ]
 
 
-def _json_problems(source: Path, folder: Path, *, known: Collection[str]) -> list[str]:
+def _json_problems(source: Path, folder: Path, *, compared: Collection[str]) -> list[str]:
     """Fields of config.json that the config class drops, and other programs or generation read."""
     before, after = (json.loads((place / "config.json").read_text()) for place in (source, folder))
     return [
         f"config.json has {key} = {value!r}; the source's has {before.get(key)!r}"
         for key, value in after.items()
-        if key not in known and key not in _NOT_COMPARED and value != before.get(key)
+        if key not in compared and key not in _NOT_COMPARED and value != before.get(key)
     ]
 
 
@@ -278,10 +282,10 @@ def _file_problems(source: Path | None, result: Checkpoint) -> list[str]:
     """
     folder, problems = result.folder, []
     weights = {file.name for file in result.files} | {INDEX}
-    known = {*_MAY_DIFFER, *weights, *(BEHAVIOUR_FILES if source is None else ())}
+    ignored = {*_MAY_DIFFER, *weights, *(BEHAVIOUR_FILES if source is None else ())}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if not path.is_file() or name in known:
+        if not path.is_file() or name in ignored:
             continue
         before = source / name if source is not None else None
         if before is None or not before.is_file():

@@ -26,7 +26,7 @@ GROUP = "interp_ablate.export_formats"
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What is to be written where; a format reads the fields that concern it."""
+    """A plan to write, and where; a format reads the fields that concern it."""
 
     plan: Plan | None
     out: Path

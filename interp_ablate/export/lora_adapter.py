@@ -48,7 +48,7 @@ class _Bias:
 
 @dataclass(frozen=True, eq=False)
 class _Target:
-    """The change of one weight, W + the product of `a` and `b`, and of the bias beside it."""
+    """The change of one weight, W + B A (stored as b and a), and of the bias beside it."""
 
     name: str
     """Name of the weight."""

@@ -50,18 +50,14 @@ _TIED = {
     "accept": "The tied embedding was edited, and the unembedding with it: this is another function "
     "than the plan as hooks.",
 }
-# metric of the test split -> how the card names it
+# metric of the test split -> how the card names it; {} is "unedited" or "edited" for `_before` and `_after`
 _METRICS = {
-    "behaviour_before": "behaviour, positive prompts, unedited",
-    "behaviour_after": "behaviour, positive prompts, edited",
-    "negative_before": "behaviour, negative prompts, unedited",
-    "negative_after": "behaviour, negative prompts, edited",
+    "behaviour{}": "behaviour, positive prompts{}",
+    "negative{}": "behaviour, negative prompts{}",
     "kl_first_token": "KL to the unedited model, first token, negative prompts (nats)",
     "kl_continuation": "KL per token over the unedited model's own answers (nats)",
-    "repetition_before": "repeated 3-grams, negative prompts, unedited",
-    "repetition_after": "repeated 3-grams, negative prompts, edited",
-    "perplexity_before": "perplexity of the unedited model's answers, unedited",
-    "perplexity_after": "perplexity of the unedited model's answers, edited",
+    "repetition{}": "repeated 3-grams, negative prompts{}",
+    "perplexity{}": "perplexity of the unedited model's answers{}",
 }
 
 
@@ -141,9 +137,6 @@ def _write_again(folder: Path, certificate: dict[str, Any] | None = None, **chan
         raise ExportError(f"cannot write into {folder}: {error.strerror or error}") from error
 
 
-# --------------------------------------------------------------------------------- the source's card
-
-
 def source_front_matter(folder: str | Path | None) -> dict[str, Any]:
     """The fields of a source folder's card that an export inherits; empty where there is no card.
 
@@ -209,16 +202,10 @@ def model_card(manifest: Mapping[str, Any], certificate: Mapping[str, Any]) -> s
         f"Made by `interp_ablate` from {_code(source['name'])} ({_line(source['kind'])}{base_model}), "
         f"weights in {_line(manifest['dtype'])}.\n",
     ]
-    if manifest.get("merging"):
-        sections["Merging"] = [manifest["merging"]]
+    sections |= {"Merging": [manifest["merging"]]} if manifest.get("merging") else {}
     for title, content in sections.items():
         lines += [f"## {title}\n", *content, ""]
-    if manifest.get("more_card"):
-        lines += [manifest["more_card"]]
-    return "\n".join(lines)
-
-
-# --------------------------------------------------------------------------------- front matter
+    return "\n".join([*lines, *filter(None, [manifest.get("more_card")])])
 
 
 def _front_matter(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -269,9 +256,6 @@ def _code(value: object) -> str:
     """The value as code, in a line or a cell of a table."""
     text = " ".join(", ".join(value).split() if isinstance(value, list) else str(value).split())
     return "`" + text.replace("`", "'").replace("|", "\\|") + "`"
-
-
-# --------------------------------------------------------------------------------- sections
 
 
 def _edits(manifest: Mapping[str, Any], certificate: Mapping[str, Any]) -> list[str]:
@@ -349,15 +333,18 @@ def _results(test: Mapping[str, Any] | None) -> list[str]:
         return ["Not measured in this export."]
     n = test.get("n", {})
     how = {**({f"{side} prompts": count for side, count in n.items()}), **test.get("how", {})}
-    lines = ["On prompts that neither made nor selected the direction"]
-    lines[0] += (
-        " (" + ", ".join(f"{_line(k)}: {_line(v)}" for k, v in how.items()) + ")" if how else ""
-    )
+    details = ", ".join(f"{_line(k)}: {_line(v)}" for k, v in how.items())
+    lines = [
+        f"On prompts that neither made nor selected the direction{details and f' ({details})'}"
+    ]
     intervals = test.get("intervals", {})
     lines += ["", "| measure (test split) | value | 95% interval |", "|---|---|---|"]
-    for key, name in _METRICS.items():
-        if isinstance(test.get(key), (int, float)):
-            lines.append(f"| {name} | {test[key]:.3g} | {_interval(intervals.get(key))} |")
+    for pattern, name in _METRICS.items():
+        for when, edited in (("_before", ", unedited"), ("_after", ", edited")):
+            key = pattern.format(when)
+            if isinstance(test.get(key), (int, float)) and (when == "_before" or key != pattern):
+                value, span = test[key], _interval(intervals.get(key))
+                lines.append(f"| {name.format(edited)} | {value:.3g} | {span} |")
     if test.get("controls"):
         lines += ["", "| control, same plan | behaviour after | 95% interval |", "|---|---|---|"]
     for control in test.get("controls", ()):
