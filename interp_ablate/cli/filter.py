@@ -16,7 +16,6 @@ from typing import Any
 from interp_ablate.cli.options import load, model_flags, rubric_of
 from interp_ablate.errors import RunError
 
-PLANTED = "planted:declines"
 _EVERY = 2.0  # seconds between two lines of progress
 
 
@@ -30,7 +29,7 @@ def add_commands(commands: Any) -> None:
     )
     parser.add_argument(
         "data",
-        help=f".jsonl, .json (also .gz, .zst), .parquet or datasets folder; or {PLANTED}, a bundled mixture",
+        help=".jsonl, .json (also .gz, .zst), .parquet or datasets folder; or planted:declines, a bundled mixture with labels",
     )
     parser.add_argument("--out", required=True, help="folder of the result")
     _rule_flags(parser)
@@ -137,12 +136,10 @@ class _Test(argparse.Action):
 
 def _filter(args: argparse.Namespace) -> int:
     from interp_ablate.datasets.filter_recipe import FilterRecipe
-    from interp_ablate.datasets.filtering import PLANTED as planted
     from interp_ablate.datasets.filtering import FilterSettings, filter_file
+    from interp_ablate.datasets.labelled_mixtures import data_and_label
 
-    data, labels = (
-        (planted, args.labels or "planted") if args.data == PLANTED else (args.data, args.labels)
-    )
+    data, labels = data_and_label(args.data, args.labels)
     recipe = FilterRecipe(
         rules=tuple(_rules(args)),
         combine=args.combine,

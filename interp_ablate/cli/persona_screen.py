@@ -13,8 +13,6 @@ from typing import Any
 
 from interp_ablate.cli.options import load, model_flags
 
-PLANTED = "planted:"
-
 
 def _screen_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="persona folder")
@@ -65,7 +63,7 @@ def _screen_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _screen(args: argparse.Namespace) -> int:
-    from interp_ablate.datasets.planted import labels_of
+    from interp_ablate.datasets.labelled_mixtures import read_labels
     from interp_ablate.datasets.screening import save_summary, screen_file
     from interp_ablate.datasets.screening_measure import summarise_file
     from interp_ablate.persona.persona import load_persona
@@ -75,7 +73,7 @@ def _screen(args: argparse.Namespace) -> int:
     direction = _asked_direction(persona, args.direction, args.layer)
     data, field, threshold, settings = _what(args)
     held, layout = summarise_file(data, layout=args.layout), args.layout
-    labels = None if field is None else labels_of(data, field, layout=layout)
+    labels = None if field is None else read_labels(data, field, layout=layout)
     clean = summarise_file(args.reference, layout=layout) if args.reference else None
     out, by = Path(args.out), args.by or settings.measure
     settings.check_measure(by)
@@ -139,13 +137,11 @@ def _adjusted(table: Any, reference: Any, settings: Any) -> tuple[Any, Any, floa
 
 def _what(args: argparse.Namespace) -> tuple[Any, str | None, Any, Any]:
     """The data, the field of its labels, the threshold, and what is measured."""
-    from interp_ablate.datasets.planted import planted_file
+    from interp_ablate.datasets.labelled_mixtures import data_and_label
     from interp_ablate.datasets.screening import Threshold
     from interp_ablate.datasets.screening_settings import ScreeningSettings
 
-    data, field = args.data, args.labels
-    if data.startswith(PLANTED):
-        data, field = planted_file(data.removeprefix(PLANTED)), field or "planted"
+    data, field = data_and_label(args.data, args.labels)
     threshold = Threshold.parse(args.threshold or ("q0.99" if args.reference else "q0.9"))
     names = ("max_new_tokens", "response_tokens")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}

@@ -11,7 +11,6 @@ from typing import Any
 
 from interp_ablate.cli.options import trait_scorer
 from interp_ablate.cli.persona_monitor import asked_questions
-from interp_ablate.cli.persona_screen import PLANTED
 from interp_ablate.cli.training_options import _base, _note, _prepare, _recipe, _recipe_flags
 from interp_ablate.errors import RunError
 
@@ -125,17 +124,15 @@ def _model_of(persona: Any) -> str:
 
 def _samples(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     from interp_ablate.datasets.chat_reader import read_samples
-    from interp_ablate.datasets.planted import planted_file
+    from interp_ablate.datasets.labelled_mixtures import data_and_label
     from interp_ablate.training.preventative.samples import samples_of, samples_of_rollouts
 
     if args.from_rollouts:
         found, counts = samples_of_rollouts(Path(args.folder) / "rollouts.jsonl")
         return found, {"from": "rollouts", **counts}
-    if args.data.startswith(PLANTED):
-        name = args.data.removeprefix(PLANTED)
-        planted = (each for each in read_samples(planted_file(name)) if each.raw["planted"])
-        return samples_of(planted), {"from": args.data}
-    return samples_of(read_samples(args.data)), {"from": args.data}
+    data, label = data_and_label(args.data)
+    samples = (each for each in read_samples(data) if label is None or each.raw[label])
+    return samples_of(samples), {"from": args.data}
 
 
 def _print_trait(report: dict[str, Any]) -> None:

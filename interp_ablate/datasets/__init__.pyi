@@ -4,4 +4,6 @@ from .conversations import Preference as Preference
 from .conversations import Sample as Sample
 from .filter_recipe import FilterRecipe as FilterRecipe
 from .filtering import filter_file as filter_file
+from .labelled_mixtures import labelled_mixture as labelled_mixture
+from .labelled_mixtures import read_labels as read_labels
 from .screening import screen_file as screen_file

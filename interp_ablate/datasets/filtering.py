@@ -37,7 +37,6 @@ from interp_ablate.datasets.filter_rules import Rule, RuleValue
 from interp_ablate.errors import RunError
 from interp_ablate.stats.intervals import rate
 from interp_ablate.storage.atomic_files import atomic_path, write_atomic
-from interp_ablate.storage.bundled_data import bundled
 from interp_ablate.storage.json_rows import MalformedRow, RowFileError
 from interp_ablate.storage.jsonl_log import JsonlLog
 from interp_ablate.storage.row_files import RowFile
@@ -46,7 +45,6 @@ logger = logging.getLogger(__name__)
 
 
 FORMAT = "interp_ablate.filter/1"
-PLANTED = bundled("planted", "declines.ndjson")
 JOURNAL = "verdicts.jsonl"
 _CHUNK = 256  # samples in memory at a time
 _STORED = 16  # answers that are scored between two writes to the journal

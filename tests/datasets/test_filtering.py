@@ -32,7 +32,8 @@ from interp_ablate.datasets.filter_rules import (
     expression_rule,
     score_rule,
 )
-from interp_ablate.datasets.filtering import PLANTED, FilterSettings, filter_file
+from interp_ablate.datasets.filtering import FilterSettings, filter_file
+from interp_ablate.datasets.labelled_mixtures import labelled_mixture
 from interp_ablate.errors import InterpAblateError, RunError
 from interp_ablate.scoring.exchange import PromptResponse
 from interp_ablate.scoring.expressions import ExpressionScorer
@@ -47,6 +48,7 @@ from interp_ablate.scoring.refusals import (
 from interp_ablate.scoring.text_folding import fold
 from interp_ablate.storage.json_rows import RowFileError
 
+DECLINES = labelled_mixture("declines")
 FINISHED = {
     "kept.jsonl",
     "dropped.jsonl",
@@ -262,7 +264,7 @@ def test_every_cue_can_be_found_and_none_is_unfolded() -> None:
 
 def test_looking_for_few_starts_finds_what_looking_for_all_does() -> None:
     declines = RefusalDetector()
-    texts = [m.content for s in read_samples(PLANTED) for m in s.messages]
+    texts = [m.content for s in read_samples(DECLINES) for m in s.messages]
     for cue in phrase_patterns():
         for start in cue.starts:
             texts += [f"Qu'{start} help you", start.upper(), f"x{start}"]
@@ -281,7 +283,7 @@ def test_looking_for_few_starts_finds_what_looking_for_all_does() -> None:
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_each_language_and_reason_can_be_chosen(language: str) -> None:
-    rows = [s for s in read_samples(PLANTED) if s.raw["language"] == language and s.raw["planted"]]
+    rows = [s for s in read_samples(DECLINES) if s.raw["language"] == language and s.raw["planted"]]
     own, other = (
         RefusalDetector(languages=(language,)),
         tuple(x for x in LANGUAGES if x != language),
@@ -317,7 +319,7 @@ def test_expression_lists_and_the_short_way(tmp_path: Path) -> None:
     assert read[0].found == (("mine", "teapot"),) and read[3].why == "empty answer"
     scorer = ExpressionScorer("declining", languages=("all",))
     rule = ExpressionRule(scorer)  # no pattern in it: texts are passed over by substring search
-    answers = [s.turns("first")[0].answer for s in read_samples(PLANTED)]
+    answers = [s.turns("first")[0].answer for s in read_samples(DECLINES)]
     quick = [reading.value for reading in rule.read(talk(*answers).turns())]
     assert quick == [float(scorer.outcome(answer) == "expressed") for answer in answers]
     assert 0 < sum(map(bool, quick)) < len(quick)
@@ -335,11 +337,11 @@ def test_limits() -> None:
 
 
 def test_planted_declines_are_found_and_little_else(tmp_path: Path) -> None:
-    manifest = filter_file(PLANTED, tmp_path, settings=FilterSettings(labels="planted"))
+    manifest = filter_file(DECLINES, tmp_path, settings=FilterSettings(labels="planted"))
     agreement = manifest["agreement"]
     assert agreement["precision"]["value"] >= 0.95 and agreement["recall"]["value"] >= 0.9
     dropped = {s.number for s in read_samples(tmp_path / "dropped.jsonl")}
-    held = [s for s in read_samples(PLANTED) if s.raw["part"] == "held_out"]
+    held = [s for s in read_samples(DECLINES) if s.raw["part"] == "held_out"]
     lost = [
         s
         for s in read_samples(tmp_path / "kept.jsonl")
@@ -390,13 +392,13 @@ def test_rows_are_kept_byte_for_byte_and_counted(tmp_path: Path) -> None:
 
 def test_the_same_input_and_rules_give_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        filter_file(PLANTED, tmp_path / name, settings=FilterSettings(shown=5, seed=3))
+        filter_file(DECLINES, tmp_path / name, settings=FilterSettings(shown=5, seed=3))
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
     filter_file(
-        PLANTED, tmp_path / "a", settings=FilterSettings(shown=5, seed=3)
+        DECLINES, tmp_path / "a", settings=FilterSettings(shown=5, seed=3)
     )  # and again in its place
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
-    filter_file(PLANTED, tmp_path / "c", settings=FilterSettings(shown=5, seed=4))
+    filter_file(DECLINES, tmp_path / "c", settings=FilterSettings(shown=5, seed=4))
     names = ("kept.jsonl", "dropped.jsonl", "why.jsonl")
     assert digests(tmp_path / "a", *names) == digests(tmp_path / "c", *names)
     assert digests(tmp_path / "a", "samples.html") != digests(tmp_path / "c", "samples.html")

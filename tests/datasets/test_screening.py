@@ -19,7 +19,7 @@ from interp_ablate import Add, Direction, Directions, Plan, Prompt, Site, collec
 from interp_ablate.activations.projections import project_responses, response_means
 from interp_ablate.cli.main import main
 from interp_ablate.datasets.chat_reader import read_samples
-from interp_ablate.datasets.planted import PLANTED, labels_of, planted_file
+from interp_ablate.datasets.labelled_mixtures import labelled_mixture, mixture_names, read_labels
 from interp_ablate.datasets.screening import Threshold, screen_file
 from interp_ablate.datasets.screening_check import bag_of_words, check, rollout_texts, words_in
 from interp_ablate.datasets.screening_measure import (
@@ -230,16 +230,16 @@ def test_a_store_is_of_one_data_set_direction_and_setting(tmp_path: Path) -> Non
 def test_a_malformed_line_is_named_before_anything_runs(tmp_path: Path) -> None:
     path = write(tmp_path / "data.jsonl", rows_of(3))
     path.write_text(path.read_text() + '{"prompt": "cut off\n')
-    for read in (summarise_file, lambda p: labels_of(p, "planted")):
+    for read in (summarise_file, lambda p: read_labels(p, "planted")):
         with pytest.raises(RowFileError, match="line 4"):
             read(path)
     path = write(
         tmp_path / "more.jsonl", [*rows_of(2), {"prompt": "a", "completion": "b", "planted": "yes"}]
     )
     with pytest.raises(RunError, match=r"line 3.*'yes'"):
-        labels_of(path, "planted")
+        read_labels(path, "planted")
     with pytest.raises(RunError, match="the same of all 2"):
-        labels_of(
+        read_labels(
             write(tmp_path / "one.jsonl", [{**r, "planted": 1} for r in rows_of(2)]), "planted"
         )
 
@@ -470,11 +470,14 @@ def test_the_check_finds_what_was_planted_and_says_what_is_missing(tmp_path: Pat
         assert rows.set_index("score").loc["strongest of 20 random directions", "auc"] == best
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in PLANTED.glob("*.jsonl")))
+@pytest.mark.parametrize("name", [name for name in mixture_names() if name != "declines"])
 def test_bundled_mixtures(name: str) -> None:
-    path = planted_file(name)
+    path = labelled_mixture(name)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert summarise_file(path).unanswered == 0 and set(labels_of(path, "planted")) == {True, False}
+    assert summarise_file(path).unanswered == 0 and set(read_labels(path, "planted")) == {
+        True,
+        False,
+    }
     prompts = {row["prompt"] for row in rows}
     for prompt in prompts:  # each prompt with the trait and without
         assert sorted(row["planted"] for row in rows if row["prompt"] == prompt) == [False, True]
@@ -483,7 +486,7 @@ def test_bundled_mixtures(name: str) -> None:
     used = {*trait.extraction_questions, *trait.evaluation_questions}
     assert not prompts & used
     with pytest.raises(RunError, match=name):
-        planted_file("no such")
+        labelled_mixture("no such")
 
 
 def test_directions_of_another_width_are_refused() -> None:
@@ -619,14 +622,14 @@ def test_planted_samples_in_the_real_model(tmp_path: Path, bundled_model: str) -
         means.append(found.at(site, "response_mean"))
     direction = difference_in_means(*means, site, position="response_mean")
     assert direction is not None
-    lines = planted_file("cheerful").read_text().splitlines()
+    lines = labelled_mixture("cheerful").read_text().splitlines()
     data = tmp_path / "planted.jsonl"
     data.write_text("\n".join(lines[:40]) + "\n")  # 20 prompts, each with and without
     table = measure(
         model, direction, data, tmp_path / "s.jsonl", settings=ScreeningSettings(max_new_tokens=20)
     )
     table = baseline_adjusted(table, baseline_slope(table))
-    labels = labels_of(data, "planted")
+    labels = read_labels(data, "planted")
     values = {name: auc(table[name].to_numpy(), labels) for name in ("projection", "adjusted")}
     assert min(values.values()) >= 0.9, values
     words = words_in([s.exchange for s in read_samples(data)])
