@@ -16,7 +16,7 @@ _SHOWN = 1500  # characters of a message on the page of samples
 
 
 class SampledDecisions:
-    """A few of many, each as likely as every other, without knowing how many there are."""
+    """A uniform random sample of a stream (reservoir sampling)."""
 
     def __init__(self, size: int, seed: int) -> None:
         self.size, self.random, self.seen = size, random.Random(seed), 0
@@ -33,13 +33,13 @@ class SampledDecisions:
 
 
 def reason_kinds(decision: Decision) -> Iterator[tuple[str, str]]:
-    """The kinds of reason of a decision, each with the phrase that was found, if it was one."""
-    for because in decision.because:
-        value, why, found = because.reading
+    """The kinds of reasons of a decision, each with the phrase in the answer, or ""."""
+    for hit in decision.hits:
+        value, why, phrases = hit.value
         if value is None:
-            yield f"no verdict: {why or because.rule}", ""
+            yield f"no verdict: {why or hit.rule}", ""
         else:
-            yield from found or ((because.rule, ""),)
+            yield from phrases or ((hit.rule, ""),)
 
 
 # ---- for human eyes --------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ _STYLE = (
 
 
 def samples_page(title: str, parts: dict[str, SampledDecisions]) -> str:
-    """Some samples of each outcome as an HTML page; everything that comes from the data is escaped."""
+    """An HTML page of some samples of each outcome; everything that comes from the data is escaped."""
     body = [f"<h1>{html.escape(title)}</h1>"]
     for name, drawn in parts.items():
         if drawn.seen:
@@ -69,25 +69,25 @@ def samples_page(title: str, parts: dict[str, SampledDecisions]) -> str:
 
 
 def _article(sample: Sample, decision: Decision) -> str:
-    reasons = [_reason(because) for because in decision.because]
-    turns = {because.turn for because in decision.because}
+    reasons = [_reason(hit) for hit in decision.hits]
+    turns = {hit.turn for hit in decision.hits}
     parts = [f"<article><p class='role'>number {sample.number}</p>"]
     parts += [f"<p class='why'>{html.escape(reason)}</p>" for reason in reasons]
     for index, message in enumerate(sample.messages):
         text = message.content
         if len(text) > _SHOWN:
             text = f"{text[:_SHOWN]} ... ({len(text) - _SHOWN} more characters)"
-        hit = " hit" if index in turns else ""
+        marked = " hit" if index in turns else ""
         parts.append(
-            f"<p class='role'>{message.role}</p><p class='text{hit}'>{html.escape(text)}</p>"
+            f"<p class='role'>{message.role}</p><p class='text{marked}'>{html.escape(text)}</p>"
         )
     return "".join(parts) + "</article>"
 
 
-def _reason(because: RuleHit) -> str:
-    value, why, found = because.reading
-    said = why or ("no verdict" if value is None else f"{value:g}")
-    if found:
-        said = "; ".join(f"{kind}: {phrase}" for kind, phrase in found)
-    place = f"message {because.turn + 1}, " if because.turn >= 0 else ""
-    return f"{place}{because.rule}: {said}"
+def _reason(hit: RuleHit) -> str:
+    value, why, phrases = hit.value
+    reason = why or ("no verdict" if value is None else f"{value:g}")
+    if phrases:
+        reason = "; ".join(f"{kind}: {phrase}" for kind, phrase in phrases)
+    place = f"message {hit.turn + 1}, " if hit.turn >= 0 else ""
+    return f"{place}{hit.rule}: {reason}"

@@ -1,6 +1,6 @@
-"""Which rules a filter applies, and what they decide for one sample.
+"""The rules of a filter, and their decision on one sample.
 
-Knows: rules' hits and their combination. Does not know: files.
+Knows: how several rules make one decision. Does not know: files.
 """
 
 from __future__ import annotations
@@ -25,19 +25,7 @@ NO_ANSWER = "no answer of the assistant"
 
 @dataclass(frozen=True)
 class FilterRecipe:
-    """Which samples match, and what becomes of them.
-
-    Args:
-        rules: read off every answer that is looked at.
-        combine: an answer matches where any rule does, or where all do.
-        turns: which answers of a conversation are looked at; a sample matches where one of them does.
-        action: matching samples are dropped, or only they are kept.
-        scope: with "round", only the round of a matching answer goes (see `Sample.without`); later rounds
-            stay, though they may refer to it.
-        no_verdict: what becomes of a sample of which it is not known whether it matches: an empty answer,
-            none at all, a judge without a verdict. By default it counts as not matching (it is kept
-            where matching ones are dropped): a judge that is down must not empty a data set in silence.
-            They are counted, and named in why.jsonl.
+    """Says which samples match, and what becomes of them.
 
     Raises:
         RunError: no rule, a choice that there is not.
@@ -45,10 +33,18 @@ class FilterRecipe:
 
     rules: tuple[Rule, ...] = field(default_factory=lambda: (DeclineRule(),))
     combine: Combine = "any"
+    """An answer matches where any rule does, or where all do."""
     turns: Turns = "any"
+    """The answers of a conversation that are looked at; a sample matches where one of them does."""
     action: Action = "drop"
+    """Matching samples are dropped, or they alone are kept."""
     scope: Scope = "sample"
+    """With "round", only the round of a matching answer goes (see `Sample.without`); later rounds stay,
+    though they may refer to it."""
     no_verdict: Action | None = None
+    """The action on a sample without a verdict: an empty answer, none at all, a judge that gives none. By
+    default it counts as not matching (it is kept where matching ones are dropped), because a judge that is
+    down must not empty a data set in silence. Such samples are counted, and named in why.jsonl."""
 
     def __post_init__(self) -> None:
         if not self.rules:
@@ -71,49 +67,53 @@ class FilterRecipe:
                 "single rounds can be dropped, not kept: what was asked before is part of them"
             )
 
-    def unknown(self) -> Action:
-        """What becomes of a sample without a verdict."""
+    def without_verdict(self) -> Action:
+        """The action on a sample without a verdict."""
         return self.no_verdict or ("keep" if self.action == "drop" else "drop")
 
     def as_dict(self) -> dict[str, Any]:
         """Everything a decision depends on, as JSON."""
         rules = [{"name": r.name, **r.identity, **r.match} for r in self.rules]
         choices = {n: getattr(self, n) for n in ("combine", "turns", "action", "scope")}
-        return {"rules": rules, **choices, "no_verdict": self.unknown()}
+        return {"rules": rules, **choices, "no_verdict": self.without_verdict()}
 
 
 class RuleHit(NamedTuple):
-    """One rule's reading of one answer, as it counted for a decision."""
+    """One rule's value of one answer, as it counted for a decision."""
 
     turn: int
+    """The answer's message, from 0; -1 where there is none."""
     rule: str
-    reading: RuleValue
+    value: RuleValue
 
 
 class Decision(NamedTuple):
-    """What became of a sample. `matched` is None where that is not known."""
+    """The outcome for one sample, and why."""
 
     outcome: Outcome
     matched: bool | None
-    because: tuple[RuleHit, ...]
-    sample: Sample | None  # as it is kept
+    """None where no verdict says so."""
+    hits: tuple[RuleHit, ...]
+    """The rules' values that made the decision."""
+    sample: Sample | None
+    """The sample as it is kept."""
 
 
 Ask = Callable[[Rule, Sequence[tuple[Sample, Turn]]], list[RuleValue]]
 
 
 def read_now(rule: Rule, asked: Sequence[tuple[Sample, Turn]]) -> list[RuleValue]:
-    """A rule's readings, made without a journal."""
+    """A rule's values, made without a journal."""
     return rule.read([turn for _, turn in asked])
 
 
 def decide(samples: Sequence[Sample], recipe: FilterRecipe, ask: Ask = read_now) -> list[Decision]:
-    """What becomes of each sample.
+    """Decide what becomes of each sample.
 
     Cheap rules are asked first, and no rule is asked about an answer that is decided without it.
     """
     turns = [(i, turn) for i, sample in enumerate(samples) for turn in sample.turns(recipe.turns)]
-    found: list[list[tuple[bool | None, RuleHit]]] = [[] for _ in turns]
+    hits: list[list[tuple[bool | None, RuleHit]]] = [[] for _ in turns]
     deciding = recipe.combine == "any"  # a rule that says so settles the answer
     settled = [False] * len(turns)
     done: set[int] = set()  # samples that one answer has settled
@@ -121,48 +121,54 @@ def decide(samples: Sequence[Sample], recipe: FilterRecipe, ask: Ask = read_now)
         open_ = [k for k, (i, _) in enumerate(turns) if not settled[k] and i not in done]
         if not open_:
             break
-        readings = ask(rule, [(samples[turns[k][0]], turns[k][1]) for k in open_])
-        for k, reading in zip(open_, readings, strict=True):
-            hit = None if reading.value is None else rule.hits(reading.value)
-            found[k].append((hit, RuleHit(turns[k][1].index, rule.name, reading)))
-            settled[k] = hit is deciding
+        values = ask(rule, [(samples[turns[k][0]], turns[k][1]) for k in open_])
+        for k, value in zip(open_, values, strict=True):
+            matches = None if value.value is None else rule.matches(value.value)
+            hits[k].append((matches, RuleHit(turns[k][1].index, rule.name, value)))
+            settled[k] = matches is deciding
         if recipe.scope == "sample" and deciding:
             done |= {turns[k][0] for k in open_ if settled[k]}
     each: list[list[tuple[bool | None, tuple[RuleHit, ...]]]] = [[] for _ in samples]
-    for (i, _), readings_of in zip(turns, found):
-        if readings_of:
-            each[i].append(_together(readings_of, recipe.combine))
-    return [_decided(sample, given, recipe) for sample, given in zip(samples, each)]
+    for (i, _), of_turn in zip(turns, hits):
+        if of_turn:
+            each[i].append(_together(of_turn, recipe.combine))
+    return [_decided(sample, answers, recipe) for sample, answers in zip(samples, each)]
 
 
 def _together(
-    found: list[tuple[bool | None, RuleHit]], combine: Combine
+    hits: list[tuple[bool | None, RuleHit]], combine: Combine
 ) -> tuple[bool | None, tuple[RuleHit, ...]]:
-    """Whether an answer matches, and the readings that say so."""
-    hits = [hit for hit, _ in found]
+    """Combine the rules on one answer: True, False or None (no verdict), and the hits that say so."""
+    verdicts = [matches for matches, _ in hits]
     if combine == "any":
-        matched = True if True in hits else (None if None in hits else False)
+        matched = True if True in verdicts else (None if None in verdicts else False)
     else:
-        matched = False if False in hits else (None if None in hits else True)
+        matched = False if False in verdicts else (None if None in verdicts else True)
     return matched, tuple(
-        because for hit, because in found if hit is matched and matched is not False
+        hit for matches, hit in hits if matches is matched and matched is not False
     )
 
 
 def _decided(
     sample: Sample, turns: list[tuple[bool | None, tuple[RuleHit, ...]]], recipe: FilterRecipe
 ) -> Decision:
-    hits = [hit for hit, _ in turns]
-    matched = True if True in hits else (None if None in hits or not turns else False)
-    because = tuple(b for hit, given in turns if hit is matched for b in given)
+    verdicts = [matches for matches, _ in turns]
+    matched = True if True in verdicts else (None if None in verdicts or not turns else False)
+    hits = tuple(hit for matches, of_turn in turns if matches is matched for hit in of_turn)
     if not turns:
-        because = (RuleHit(-1, "turns", RuleValue(None, NO_ANSWER)),)
-    goes = recipe.unknown() == "drop" if matched is None else matched == (recipe.action == "drop")
+        hits = (RuleHit(-1, "turns", RuleValue(None, NO_ANSWER)),)
+    goes = (
+        recipe.without_verdict() == "drop"
+        if matched is None
+        else matched == (recipe.action == "drop")
+    )
     if not goes:
-        return Decision("kept", matched, because, sample)
+        return Decision("kept", matched, hits, sample)
     if recipe.scope == "round" and turns:
-        gone = (None, True) if recipe.unknown() == "drop" else (True,)
-        left = sample.without({b.turn for hit, given in turns if hit in gone for b in given})
+        gone = (None, True) if recipe.without_verdict() == "drop" else (True,)
+        left = sample.without(
+            {hit.turn for matches, of_turn in turns if matches in gone for hit in of_turn}
+        )
         if left is not None:
-            return Decision("cut", matched, because, left)
-    return Decision("dropped", matched, because, None)
+            return Decision("cut", matched, hits, left)
+    return Decision("dropped", matched, hits, None)

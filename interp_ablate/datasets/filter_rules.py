@@ -1,7 +1,7 @@
-"""Filter rules: what is read off an assistant's answer, and which readings match.
+"""Filter rules: each gives an answer of the assistant a number, and says which numbers match.
 
-Knows: phrases, expression lists, scorers, projections on a direction and lengths as rules, and rules from
-lines of text. Does not know: samples, files, or what becomes of an answer that matches (`filtering`).
+Knows: phrases, expression lists, scorers, projections and lengths as rules. Does not know: samples, files, or
+what becomes of an answer that matches.
 """
 
 from __future__ import annotations
@@ -30,50 +30,54 @@ NO_PROMPT, EMPTY = "no prompt before the answer", "empty answer"
 
 
 class RuleValue(NamedTuple):
-    """What a rule read off an answer.
-
-    `value` is None where there is no verdict, and `why` then says why; `found` are phrases with their kind.
-    """
+    """The number that a rule gives an answer."""
 
     value: float | None
+    """None where there is no verdict."""
     why: str = ""
-    found: tuple[tuple[str, str], ...] = ()
+    """The reason why there is no verdict."""
+    phrases: tuple[tuple[str, str], ...] = ()
+    """The phrases in the answer, each as (kind, phrase)."""
 
 
 class Rule(Protocol):
-    """Reads a number off answers, and says which numbers match.
-
-    `identity` is what the numbers depend on, as JSON, `match` what matching depends on beside it. Numbers of
-    a rule that is `stored` are kept in the journal. Rules are asked in the order of their `cost`.
-    """
+    """Gives answers numbers, and says which numbers match."""
 
     @property
     def name(self) -> str: ...
 
     @property
-    def identity(self) -> dict[str, Any]: ...
+    def identity(self) -> dict[str, Any]:
+        """Everything that the numbers depend on, as JSON."""
+        ...
 
     @property
-    def match(self) -> dict[str, Any]: ...
+    def match(self) -> dict[str, Any]:
+        """Everything that matching depends on besides, as JSON."""
+        ...
 
     @property
-    def cost(self) -> int: ...
+    def cost(self) -> int:
+        """Rules are asked in the order of their cost."""
+        ...
 
     @property
-    def stored(self) -> bool: ...
+    def stored(self) -> bool:
+        """True if the numbers are kept in the journal."""
+        ...
 
     def read(self, turns: Sequence[Turn]) -> list[RuleValue]: ...
 
-    def hits(self, value: float) -> bool: ...
+    def matches(self, value: float) -> bool: ...
 
 
 class _Phrases:
-    """What rules share that find phrases: a number from 1 on is a match."""
+    """Common part of rules that look for phrases: a number from 1 on matches."""
 
     match: dict[str, Any] = {}  # noqa: RUF012  (never written)
     cost, stored = 1, False
 
-    def hits(self, value: float) -> bool:
+    def matches(self, value: float) -> bool:
         return value >= 1
 
 
@@ -81,17 +85,17 @@ class _Phrases:
 class DeclineRule(_Phrases):
     """The assistant declines, moralizes, or says that it is a language model, in its own words."""
 
-    declines: RefusalDetector = field(default_factory=RefusalDetector)
+    detector: RefusalDetector = field(default_factory=RefusalDetector)
     name: str = "declines"
 
     @property
     def identity(self) -> dict[str, Any]:
-        found = hashlib.sha256(json.dumps([asdict(c) for c in self.declines.patterns]).encode())
+        patterns = json.dumps([asdict(pattern) for pattern in self.detector.patterns])
         return {
             "kind": "declines",
-            "reasons": list(self.declines.reasons),
-            "languages": list(self.declines.languages),
-            "phrases": found.hexdigest()[:16],
+            "reasons": list(self.detector.reasons),
+            "languages": list(self.detector.languages),
+            "phrases": hashlib.sha256(patterns.encode()).hexdigest()[:16],
         }
 
     def read(self, turns: Sequence[Turn]) -> list[RuleValue]:
@@ -100,8 +104,8 @@ class DeclineRule(_Phrases):
     def _read(self, text: str) -> RuleValue:
         if not text.strip():
             return RuleValue(None, EMPTY)
-        found = tuple((f"{f.reason} ({f.language})", f.phrase) for f in self.declines.find(text))
-        return RuleValue(float(len(found)), found=found)
+        phrases = tuple((f"{m.reason} ({m.language})", m.phrase) for m in self.detector.find(text))
+        return RuleValue(float(len(phrases)), phrases=phrases)
 
 
 @dataclass(frozen=True)
@@ -137,11 +141,11 @@ class ExpressionRule(_Phrases):
                 return RuleValue(0.0)
         if self.scorer.outcome(text) != "expressed":
             return RuleValue(0.0)
-        found = tuple(
+        phrases = tuple(
             (f"{self.name} ({m.language})" if m.language else self.name, m.expression)
             for m in self.scorer.matches(text)
         )
-        return RuleValue(1.0, found=found)
+        return RuleValue(1.0, phrases=phrases)
 
 
 @dataclass(frozen=True)
@@ -152,8 +156,8 @@ class _Limits:
     below: float | None = None
 
     def __post_init__(self) -> None:
-        given = [limit for limit in (self.above, self.below) if limit is not None]
-        if not given or any(limit != limit for limit in given):
+        limits = [limit for limit in (self.above, self.below) if limit is not None]
+        if not limits or any(limit != limit for limit in limits):
             raise RunError(
                 f"{self.name}: say which numbers match: above a limit (--above), or below one"
             )
@@ -166,22 +170,19 @@ class _Limits:
     def match(self) -> dict[str, Any]:
         return {"above": self.above, "below": self.below}
 
-    def hits(self, value: float) -> bool:
+    def matches(self, value: float) -> bool:
         over = self.above is not None and value > self.above
         return over or (self.below is not None and value < self.below)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreRule(_Limits):
-    """A scorer's number, from 0 to 100, is above or below a limit.
-
-    Args:
-        stored: whether numbers are kept in the journal; False for a scorer that costs nothing.
-    """
+    """A scorer's number, from 0 to 100, is above or below a limit."""
 
     scorer: TextScorer
     cost: int = 5
     stored: bool = True
+    """False for a scorer that costs nothing: its numbers are not kept in the journal."""
 
     @property
     def name(self) -> str:
@@ -206,7 +207,7 @@ class ScoreRule(_Limits):
 class ProjectionRule(_Limits):
     """The mean projection of an answer's tokens on a direction is above or below a limit.
 
-    In the units of the activations at the direction's site (`screening.project_responses`).
+    In the units of the activations at the direction's site (see `project_responses`).
     """
 
     model: Model
@@ -266,11 +267,11 @@ class LengthRule(_Limits):
 def _asked(
     turns: Sequence[Turn], ask: Callable[[Sequence[PromptResponse]], list[RuleValue]]
 ) -> list[RuleValue]:
-    """Readings of turns; those that have no prompt cannot be asked about."""
-    there = [bool((turn.prompt or "").strip()) for turn in turns]
-    exchanges = [turn.exchange for turn, yes in zip(turns, there) if yes]
-    found = iter(ask(exchanges) if exchanges else ())
-    return [next(found) if yes else RuleValue(None, NO_PROMPT) for yes in there]
+    """The values of turns. A turn without a prompt has none."""
+    prompted = [bool((turn.prompt or "").strip()) for turn in turns]
+    exchanges = [turn.exchange for turn, usable in zip(turns, prompted) if usable]
+    values = iter(ask(exchanges) if exchanges else ())
+    return [next(values) if usable else RuleValue(None, NO_PROMPT) for usable in prompted]
 
 
 # ---- rules from flags ------------------------------------------------------------------------------
@@ -305,7 +306,7 @@ def score_rule(
     rubric: str | None = None,
     cache: str | Path | None = None,
 ) -> ScoreRule:
-    """A rule from a scorer's line of text (see `judges.scorer_of`).
+    """The rule of a scorer that a line of text names (see `make_scorer`).
 
     Raises:
         RunError: no such scorer, no limit.
@@ -319,7 +320,7 @@ def score_rule(
 
 
 def direction_at(place: str) -> Direction:
-    """A persona folder's direction for reading text, or that of a directions file (`FILE#SITE` where it has several).
+    """The direction of a persona folder that reads text, or of a directions file (`FILE#SITE` for one of several).
 
     Raises:
         InterpAblateError: nothing that can be read there, or several directions.
@@ -332,12 +333,12 @@ def direction_at(place: str) -> Direction:
 
         return load_persona(place).readout_direction
     path, _, site = place.partition("#")
-    found = Directions.load(path)
+    directions = Directions.load(path)
     if site:
-        return found[Site.parse(site)]
-    if len(found) != 1:
-        known = ", ".join(sorted({str(item.site) for item in found})[:4])
+        return directions[Site.parse(site)]
+    if len(directions) != 1:
+        sites = ", ".join(sorted({str(item.site) for item in directions})[:4])
         raise RunError(
-            f"{path} holds {len(found)} directions: name one as {path}#SITE, such as {known}"
+            f"{path} holds {len(directions)} directions: name one as {path}#SITE, such as {sites}"
         )
-    return next(iter(found))
+    return next(iter(directions))

@@ -1,8 +1,6 @@
 """Filtering: chat samples dropped or kept by rules, as a stream, with counts, reasons and a manifest.
 
-Knows: how several rules make one decision, which answers are looked at, what becomes of a sample without a
-verdict, resuming, the files of a result. Does not know: what a rule reads (`filter_rules`), file formats and
-layouts (`chat_files`, `chat_data`).
+Knows: resuming, and the files of a result. Does not know: what a rule looks for, formats and layouts.
 
 The idea of training on what is left when an instruction set's declines and sermons are gone is that of the
 Dolphin data sets (Hartford 2023, https://erichartford.com/uncensored-models); phrases and code are our own.
@@ -56,22 +54,20 @@ _PHRASES = 100_000  # different ones that are counted at a time
 
 @dataclass(frozen=True)
 class FilterSettings:
-    """How a file is filtered, beside the recipe.
-
-    Args:
-        layout: of the rows, where their keys fit several.
-        skip_malformed: rows that cannot be used go to malformed.jsonl; without it the first is an error.
-        shown: samples of each outcome on the page for human eyes, drawn by `seed`.
-        labels: a field of the rows that says (true or false) which ought to match: precision and recall.
-        force: replace another filter's result.
-    """
+    """Settings of a filter's run over a file, besides its recipe."""
 
     layout: str | None = None
+    """Layout of the rows, where their keys fit several."""
     skip_malformed: bool = False
+    """Rows that cannot be used go to malformed.jsonl; without it the first is an error."""
     shown: int = 20
+    """Samples of each outcome on the page for human eyes."""
     seed: int = 0
+    """Seed by which those samples are drawn."""
     labels: str | None = None
+    """A field of the rows that says (true or false) which ought to match, for precision and recall."""
     force: bool = False
+    """Replace another filter's result."""
 
 
 DEFAULTS = FilterSettings()
@@ -85,12 +81,12 @@ def filter_file(
     settings: FilterSettings = DEFAULTS,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Filter a file (see `chat_data.read_samples`) into the folder `out`; returns the manifest.
+    """Filter a file (see `read_samples`) into the folder `out`; returns the manifest.
 
     kept and dropped hold the rows in their order, layout and format, unchanged ones of JSONL byte for byte;
     why.jsonl has the reasons of every row that matched, has no verdict or is malformed; samples.html shows
     some of each; manifest.json, written last, has hashes, rules and counts. The same input and recipe give
-    the same bytes. Readings of rules that cost something are on disk as they come (verdicts.jsonl): an
+    the same bytes. Values of rules that cost something are on disk as they come (verdicts.jsonl): an
     interrupted run, or one with other limits, does not ask for them again.
 
     Args:
@@ -118,16 +114,16 @@ def filter_file(
 
 
 class _Stored:
-    """Asks rules, and keeps what those that are stored say."""
+    """Asks rules, and keeps the values of those that are stored in the journal."""
 
     def __init__(self, journal: JsonlLog, lines: list[dict[str, Any]]) -> None:
         self.journal = journal
         self.names: dict[int, str] = {}  # of rules
-        self.known: dict[tuple[str, int, int], RuleValue] = {}
+        self.values: dict[tuple[str, int, int], RuleValue] = {}
         for number, line in enumerate(lines, 2):
             try:
                 for at, turn, value, why in line["readings"]:
-                    self.known[line["rule"], at, turn] = RuleValue(value, why)
+                    self.values[line["rule"], at, turn] = RuleValue(value, why)
             except (KeyError, TypeError, ValueError) as error:
                 raise journal.corrupt(number, f"{type(error).__name__} {error}") from error
 
@@ -139,14 +135,14 @@ class _Stored:
             self.names[id(rule)] = hashlib.sha256(identity).hexdigest()[:16]
         digest = self.names[id(rule)]
         keys = [(digest, sample.number, turn.index) for sample, turn in asked]
-        waiting = [k for k, key in enumerate(keys) if key not in self.known]
+        waiting = [k for k, key in enumerate(keys) if key not in self.values]
         for start in range(0, len(waiting), _STORED):
             part = waiting[start : start + _STORED]
-            readings = read_now(rule, [asked[k] for k in part])
-            rows = [[*keys[k][1:], r.value, r.why] for k, r in zip(part, readings, strict=True)]
+            values = read_now(rule, [asked[k] for k in part])
+            rows = [[*keys[k][1:], r.value, r.why] for k, r in zip(part, values, strict=True)]
             self.journal.append({"rule": digest, "readings": rows})
-            self.known.update(zip((keys[k] for k in part), readings))
-        return [self.known[key] for key in keys]
+            self.values.update(zip((keys[k] for k in part), values))
+        return [self.values[key] for key in keys]
 
 
 @dataclass
@@ -178,7 +174,7 @@ class _Run:
         return [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
 
     def about(self) -> dict[str, Any]:
-        """What the result is of."""
+        """Everything that makes the result: data, recipe and settings."""
         settings = asdict(self.settings)
         del settings["force"]
         return {
@@ -189,17 +185,17 @@ class _Run:
         }
 
     def check(self) -> None:
-        """That the folder is free, or holds the result of the same work."""
+        """Refuse an output folder that holds something else than a result of the same work."""
         places = {(self.out / name).resolve() for name in self.names.values()}
         if self.source.path.resolve() in {*places, self.out.resolve()}:
             raise RunError(f"{self.out} is where {self.source.path} is: choose another --out")
         if self.settings.force:
             self._forget()
             return
-        there = [name for name in self.names.values() if (self.out / name).exists()]
-        if there and not (self.out / JOURNAL).exists():
+        files = [name for name in self.names.values() if (self.out / name).exists()]
+        if files and not (self.out / JOURNAL).exists():
             raise RunError(
-                f"{self.out} holds {there[0]}, and is not the folder of a filter: choose another --out, or "
+                f"{self.out} holds {files[0]}, and is not the folder of a filter: choose another --out, or "
                 "replace it with --force"
             )
         old = self._manifest()
@@ -215,8 +211,10 @@ class _Run:
         """Remove the journal of a result that is replaced, where its verdicts are of other rows."""
         old = self._manifest()
         data, settings = old.get("data") or {}, old.get("settings") or {}
-        read = (data.get("sha256"), settings.get("layout"))
-        if old and read != (self.fingerprint, self.settings.layout):
+        if old and (data.get("sha256"), settings.get("layout")) != (
+            self.fingerprint,
+            self.settings.layout,
+        ):
             (self.out / JOURNAL).unlink(missing_ok=True)
 
     def clean(self) -> None:
@@ -228,13 +226,13 @@ class _Run:
         (self.out / "manifest.json").unlink(missing_ok=True)
 
     def _manifest(self) -> dict[str, Any]:
-        """What the folder's manifest says; nothing where it is none of this package."""
+        """The folder's manifest; empty where there is none, or none of a filter."""
         try:
-            found = json.loads((self.out / "manifest.json").read_text(encoding="utf-8"))
+            manifest = json.loads((self.out / "manifest.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        known = isinstance(found, dict) and found.get("format") == FORMAT
-        return found if known else {}
+        ours = isinstance(manifest, dict) and manifest.get("format") == FORMAT
+        return manifest if ours else {}
 
     def work(self, ask: Ask, progress: Callable[[int], None] | None) -> None:
         """Read, decide and write."""
@@ -261,8 +259,8 @@ class _Run:
                 for sample, decision in zip(chunk, decide(chunk, self.recipe, ask)):
                     self._count(sample, decision)
                     if decision.matched is not False:
-                        told = [_told(because) for because in decision.because]
-                        why.note(sample.number, outcome=decision.outcome, because=told)
+                        hits = [_as_json(hit) for hit in decision.hits]
+                        why.note(sample.number, outcome=decision.outcome, because=hits)
                     if decision.sample is not None:
                         write["kept"](decision.sample)
                     else:
@@ -324,7 +322,7 @@ class _Run:
         if self.counts["no_verdict"]:
             logger.warning(
                 "%d of %d samples have no verdict (%s)",
-                self.counts["no_verdict"], self.counts["rows"], self.recipe.unknown(),
+                self.counts["no_verdict"], self.counts["rows"], self.recipe.without_verdict(),
             )  # fmt: skip
         write_atomic(
             self.out / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
@@ -380,7 +378,7 @@ class _Bytes:
             self.path.unlink(missing_ok=True)  # an earlier run's
 
 
-def _told(because: RuleHit) -> dict[str, Any]:
-    value, why, found = because.reading
-    told = {"turn": because.turn, "rule": because.rule, "value": value}
-    return {**told, **({"why": why} if why else {}), **({"found": found} if found else {})}
+def _as_json(hit: RuleHit) -> dict[str, Any]:
+    value, why, phrases = hit.value
+    fields = {"turn": hit.turn, "rule": hit.rule, "value": value}
+    return fields | ({"why": why} if why else {}) | ({"found": phrases} if phrases else {})

@@ -113,7 +113,7 @@ class Said:
             RuleValue(None, "?") if t.answer == "?" else RuleValue(float(t.answer)) for t in turns
         ]
 
-    def hits(self, value: float) -> bool:
+    def matches(self, value: float) -> bool:
         return value > self.limit
 
 
@@ -146,7 +146,7 @@ def test_what_becomes_of_a_sample(
     if matched is None and no_verdict is not None:
         kept = no_verdict == "keep"
     assert decision.outcome == ("kept" if kept else "dropped")
-    assert (decision.because == ()) == (matched is False)
+    assert (decision.hits == ()) == (matched is False)
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_expression_lists_and_the_short_way(tmp_path: Path) -> None:
     rule = expression_rule(str(path))
     read = rule.read(talk("A TEAPOT!", "two kettles", "a cup", "", "teapots").turns())
     assert [r.value for r in read] == [1, 1, 0, None, 0]
-    assert read[0].found == (("mine", "teapot"),) and read[3].why == "empty answer"
+    assert read[0].phrases == (("mine", "teapot"),) and read[3].why == "empty answer"
     scorer = ExpressionScorer("declining", languages=("all",))
     rule = ExpressionRule(scorer)  # no pattern in it: texts are passed over by substring search
     answers = [s.turns("first")[0].answer for s in read_samples(DECLINES)]
@@ -328,7 +328,7 @@ def test_expression_lists_and_the_short_way(tmp_path: Path) -> None:
 def test_limits() -> None:
     rule = LengthRule(above=5, below=2)
     read = rule.read(talk("a", "abc", "abcdef").turns())
-    assert [rule.hits(r.value or 0) for r in read] == [True, False, True]
+    assert [rule.matches(r.value or 0) for r in read] == [True, False, True]
     with pytest.raises(RunError, match="--above"):
         LengthRule()
 
