@@ -105,7 +105,7 @@ def _export(args: argparse.Namespace) -> int:
     chosen, report = format_named(args.format), None
     if args.run_folder:
         selected_path = from_run(args, args.run_folder)
-        report = json.loads(selected_path.read_text())["test"]
+        report = json.loads(selected_path.read_text(encoding="utf-8"))["test"]
         args.out = args.out or str(Path(args.run_folder) / chosen.default_out)
         args.plan = args.plan or str(selected_path)
     if not args.out or (chosen.needs_plan and not args.plan):
@@ -138,7 +138,7 @@ def _plan(path: str, chosen: ExportFormat) -> Any:
 
     if chosen.adds:
         try:
-            data = json.loads(Path(path).read_text())
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise RunError(f"cannot read a plan from {path}: {error}") from error
         if isinstance(data, dict) and data.get("addition_plan"):

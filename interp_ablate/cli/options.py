@@ -111,6 +111,6 @@ def from_run(args: argparse.Namespace, folder: str) -> Any:
         raise RunError(
             f"{folder} has no chosen plan yet: run `interp-ablate run --out {folder}` to the end"
         )
-    if json.loads(selected.read_text())["plan"] is None:
+    if json.loads(selected.read_text(encoding="utf-8"))["plan"] is None:
         raise RunError(f"no candidate passed the limits in {folder}: see its report.html")
     return selected

@@ -130,7 +130,7 @@ def _prompt_texts(arguments: Sequence[str]) -> list[str]:
             found.append(argument)
             continue
         try:
-            lines = Path(argument[1:]).read_text().splitlines()
+            lines = Path(argument[1:]).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise RunError(f"cannot read prompts from {argument[1:]}: {error}") from error
         found += [line for line in lines if line.strip()]

@@ -111,7 +111,7 @@ def _read_toml(path: str) -> dict[str, Any]:
     else:
         import tomli as tomllib
     try:
-        return tomllib.loads(Path(path).read_text())
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"cannot read --config {path}: {error}") from error
 
@@ -176,7 +176,7 @@ def _search(args: argparse.Namespace) -> int:
 
 def _selected(run: Any) -> dict[str, Any]:
     """selected.json; where it holds no plan, what the limits removed is printed."""
-    selected = json.loads((run.out / "selected.json").read_text())
+    selected = json.loads((run.out / "selected.json").read_text(encoding="utf-8"))
     if selected["plan"] is None:
         limits = selected["limits"]
         removed = ", ".join(f"{k}: {v}" for k, v in limits["removed"].items())
@@ -190,7 +190,7 @@ def _summary(run: Any) -> int:
         print(f"report: {run.out / 'report.html'}")
         return NO_PLAN
     test, trial = selected["test"], selected["trial"]
-    certificate = json.loads((run.out / "export" / "certificate.json").read_text())
+    certificate = json.loads((run.out / "export" / "certificate.json").read_text(encoding="utf-8"))
     site = f"blocks.{trial['layer']}.hook_{trial['point']}[{trial['position']}]"
     print(f"direction   {trial['method']} at {site}")
     _print_test(test)

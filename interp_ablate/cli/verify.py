@@ -99,7 +99,7 @@ def _said_source(manifest: Path) -> str:
     from interp_ablate.models.sources import BUNDLED
 
     try:
-        source = json.loads(manifest.read_text())["source"]
+        source = json.loads(manifest.read_text(encoding="utf-8"))["source"]
         name, path = source["name"], source["path"]
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{manifest} is not an export's manifest ({error!r}): give A B") from error

@@ -129,7 +129,7 @@ class Directions:
         path = Path(path)
         try:
             vectors = load_file(path)["directions"]
-            payload = json.loads(path.with_suffix(".json").read_text())
+            payload = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
             records = payload["directions"]
             if payload["format"] != FORMAT:
                 raise DirectionError(f"the format is {payload['format']!r}; accepted is {FORMAT!r}")

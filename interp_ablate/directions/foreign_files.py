@@ -189,7 +189,7 @@ def _arditi_place(path: Path) -> dict[str, Any]:
     if path.name != "direction.pt" or not beside.is_file():
         return {}
     try:
-        metadata = json.loads(beside.read_text())
+        metadata = json.loads(beside.read_text(encoding="utf-8"))
         # The paper reads a block's input: layer l is resid_pre(l).
         site, position = Site(metadata["layer"], "resid_pre"), str(int(metadata["pos"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -277,7 +277,7 @@ def _is_a_directions_file(path: Path) -> bool:
     """True for what `Directions.save` wrote: its JSON beside it says so."""
     beside = path.with_suffix(".json")
     try:
-        return json.loads(beside.read_text()).get("format") == DIRECTIONS_FORMAT
+        return json.loads(beside.read_text(encoding="utf-8")).get("format") == DIRECTIONS_FORMAT
     except (OSError, ValueError, AttributeError):
         return False
 

@@ -148,7 +148,7 @@ class Plan:
             PlanError: no such file, not JSON, not a plan.
         """
         try:
-            data = json.loads(Path(path).read_text())
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise PlanError(f"cannot read a plan from {path}: {error}") from error
         if isinstance(data, dict) and "plan" in data:

@@ -116,7 +116,7 @@ class Tasks:
                 changed = {"task": name, "dataset_kwargs": {**options, "data_files": files}}
                 text = yaml.safe_dump({"include": str(entry.yaml_path.resolve()), **changed})
                 file = f"{hashlib.sha256(name.encode()).hexdigest()}.yaml"
-                Path(self._place.name, file).write_text(text)
+                Path(self._place.name, file).write_text(text, encoding="utf-8")
         return TaskManager(include_path=[*folders, self._place.name], include_defaults=False)
 
     def _of(self, name: str) -> Any:

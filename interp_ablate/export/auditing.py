@@ -159,7 +159,7 @@ def _tied_choice(source: AuditSource, result: Checkpoint, config: Any) -> Tied:
     manifest = result.folder / MANIFEST
     if manifest.is_file():
         try:
-            choice = json.loads(manifest.read_text()).get("tied")
+            choice = json.loads(manifest.read_text(encoding="utf-8")).get("tied")
         except (ValueError, AttributeError) as error:
             raise ExportError(f"{manifest} is not a manifest: {error}") from error
         if choice in get_args(Tied):
@@ -261,7 +261,7 @@ def _config_problems(before: Any, after: Any, weights: WeightPlan) -> list[str]:
 
 def _json_problems(source: Path, folder: Path, *, compared: Collection[str]) -> list[str]:
     """Fields of config.json that the config class drops, and other programs or generation read."""
-    before, after = (json.loads((place / "config.json").read_text()) for place in (source, folder))
+    before, after = (json.loads((place / "config.json").read_text(encoding="utf-8")) for place in (source, folder))
     return [
         f"config.json has {key} = {value!r}; the source's has {before.get(key)!r}"
         for key, value in after.items()

@@ -41,7 +41,7 @@ def float_dtype_of(tensors: Iterable[Tensor]) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """JSON as every file of an export has it."""
-    path.write_text(json.dumps(value, indent=1))
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
 
 
 def write_weights(state: dict[str, Tensor], folder: Path) -> None:
@@ -100,7 +100,7 @@ def write_side_files(model: Model, folder: Path) -> None:
 def write_source_files(source: Path, folder: Path, changes: dict[str, Any]) -> None:
     """The source folder's config with the changes, and its other files as they are."""
     _copy_side_files(source, folder)
-    config = json.loads((source / "config.json").read_text())
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     write_json(folder / "config.json", {**config, **changes})
 
 

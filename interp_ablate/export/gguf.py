@@ -143,7 +143,7 @@ def _read_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        raw = json.loads((folder / "config.json").read_text())
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ExportError(
             f"cannot read {folder / 'config.json'} ({error}): expected a Hugging Face checkpoint folder"

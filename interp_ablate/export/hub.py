@@ -207,7 +207,7 @@ def _check_base_of_adapter(path: Path) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ExportError(f"cannot read {path}: {error}") from error
     if not isinstance(content, dict):

@@ -91,7 +91,7 @@ def _write(peft: Any, adapter: Adapter, folder: Path, *, base: str | None) -> No
     )
     config.save_pretrained(folder)
     # PEFT keeps lists of modules as sets, and writes them in another order each time.
-    written = json.loads((folder / CONFIG).read_text())
+    written = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     write_json(folder / CONFIG, {**written, **fields})
     save_file(adapter.tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / WEIGHTS).chmod(0o644)

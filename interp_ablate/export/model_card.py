@@ -127,8 +127,8 @@ def add_to_card(folder: str | Path, section: str) -> None:
 
 def _write_again(folder: Path, certificate: dict[str, Any] | None = None, **changes: Any) -> None:
     try:
-        manifest = {**json.loads((folder / MANIFEST).read_text()), **changes}
-        certificate = certificate or json.loads((folder / CERTIFICATE).read_text())
+        manifest = {**json.loads((folder / MANIFEST).read_text(encoding="utf-8")), **changes}
+        certificate = certificate or json.loads((folder / CERTIFICATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ExportError(f"{folder} has no manifest to write a card from: {error}") from error
     try:

@@ -240,7 +240,7 @@ def read_run(out: str | Path) -> dict[str, Any] | None:
             )
         return None
     try:
-        saved = json.loads(path.read_text())
+        saved = json.loads(path.read_text(encoding="utf-8"))
         if saved["format"] != FORMAT:
             raise KeyError(f"format {saved['format']}")
         saved["configuration"], saved["stages"], saved["notes"]

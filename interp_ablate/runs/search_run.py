@@ -6,7 +6,6 @@ Does not know: what a parameter means (`search` does), how trials survive a kill
 
 from __future__ import annotations
 
-import fcntl
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
+from filelock import lock_descriptor
 
 from interp_ablate.directions.direction import Direction
 from interp_ablate.edits.kinds import Ablate, Erase
@@ -128,8 +128,8 @@ def run_search(run: Run, search: SearchSettings) -> None:
 def _alone(run: Run) -> Iterator[None]:
     """One process at a time: what is done once is there when the next one comes."""
     run.begin()
-    with open(run.out / "search.lock", "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with open(run.out / "search.lock", "ab") as file:
+        lock_descriptor(file.fileno())
         yield
 
 

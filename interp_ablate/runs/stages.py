@@ -123,7 +123,7 @@ def run_export(run: Run) -> None:
     """The chosen plan as a certified checkpoint in export/."""
     from interp_ablate.export.checkpoint import export_checkpoint
 
-    selected = json.loads((run.out / "selected.json").read_text())
+    selected = json.loads((run.out / "selected.json").read_text(encoding="utf-8"))
     if selected["plan"] is None:
         return
     prompts = [*run.split.test.positive[:4], *run.split.test.negative[:4]]

@@ -35,7 +35,7 @@ def read_evaluations(path: str | Path) -> pd.DataFrame:
     try:
         if path.suffix == ".csv":
             return pd.read_csv(path)
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         rows = (
             [json.loads(line) for line in text.splitlines() if line.strip()]
             if (path.suffix == ".jsonl")

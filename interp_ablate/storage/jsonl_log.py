@@ -6,13 +6,14 @@ full disks. Does not know: what a line means.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import lock_descriptor
 
 from interp_ablate.errors import RunError
 
@@ -48,11 +49,15 @@ class JsonlLog:
             raise RunError(f"cannot write the {self.kind} {self.path}: {error.strerror}") from error
         with file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locked = lock_descriptor(file.fileno(), blocking=False)
             except OSError as error:
                 raise RunError(
-                    f"{self.path} is in use by another process: wait for it, or choose another --out"
+                    f"{self.path} cannot be locked ({error}): choose an --out on another file system"
                 ) from error
+            if not locked:
+                raise RunError(
+                    f"{self.path} is in use by another process: wait for it, or choose another --out"
+                )
             self._file = file
             yield self._read()
 

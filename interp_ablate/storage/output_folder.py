@@ -5,7 +5,6 @@ Knows: places, locks, journals. Does not know: contents.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -17,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from filelock import lock_descriptor
 
 from interp_ablate.errors import ExportError
 from interp_ablate.storage.provenance import MANIFEST
@@ -212,12 +213,13 @@ def _lock(hidden: Path) -> int:
             raise ExportError(f"{hidden} is in the way and has no journal: remove it")
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(handle)
-            raise ExportError(f"another process is writing {hidden}: wait for it") from error
+            locked = lock_descriptor(handle, blocking=False)
         except OSError as error:  # a file system without locks
             logger.warning("%s cannot be locked (%s): keep other processes away", hidden, error)
+            locked = True
+        if not locked:
+            os.close(handle)
+            raise ExportError(f"another process is writing {hidden}: wait for it")
         if path.exists() and os.path.samestat(path.stat(), os.fstat(handle)):
             return handle
         os.close(handle)  # its owner finished in between

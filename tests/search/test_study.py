@@ -856,7 +856,7 @@ def test_optuna_is_asked_for_when_a_study_is_opened(
         with pytest.raises(RunError, match=r"pip install 'interp-ablate\[search\]'"):
             opened(tmp_path / "a")
     assert not (tmp_path / "a").exists()
-    code = "import sys, interp_ablate.study; sys.exit(any(m in sys.modules for m in ('optuna', 'torch')))"
+    code = "import sys, interp_ablate.search.study.study; sys.exit(any(m in sys.modules for m in ('optuna', 'torch')))"
     assert (
         subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
     )

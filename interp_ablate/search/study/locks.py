@@ -5,7 +5,6 @@ Knows: files. Does not know: trials.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import uuid
@@ -13,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
+
+from filelock import lock_descriptor
 
 from interp_ablate.errors import RunError
 
@@ -35,7 +36,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
 def locked_file(path: Path) -> Iterator[None]:
     """One process at a time inside the block; the system lets go of a killed one's lock."""
     with open(path, "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        lock_descriptor(file.fileno())
         yield
 
 
@@ -65,7 +66,7 @@ class AppendLock:
     def acquire(self) -> bool:
         with ExitStack() as stack:
             file = stack.enter_context(open(self._path, "ab"))
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock_descriptor(file.fileno())
             _mend(self._journal)
             stack.pop_all()
         self._file = file
@@ -98,7 +99,7 @@ class WorkerFile:
         self.name = uuid.uuid4().hex
         self._path = folder / self.name
         self._file = open(self._path, "ab")  # noqa: SIM115  (held open until close)
-        fcntl.flock(self._file, fcntl.LOCK_EX)
+        lock_descriptor(self._file.fileno())
 
     @property
     def closed(self) -> bool:
@@ -116,10 +117,10 @@ def living_workers(folder: Path) -> set[str]:
     for path in folder.iterdir():
         try:
             with open(path, "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink(missing_ok=True)
+                if lock_descriptor(file.fileno(), blocking=False):
+                    path.unlink(missing_ok=True)
+                else:
+                    living.add(path.name)
         except FileNotFoundError:  # it has just closed
             continue
-        except BlockingIOError:
-            living.add(path.name)
     return living

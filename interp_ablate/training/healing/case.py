@@ -79,7 +79,7 @@ def read_plan(folder: str | Path) -> tuple[Plan | None, dict[str, Any]]:
     if not path.is_file():
         return None, {}
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest.get("kind") != "checkpoint":
             raise RunError(
                 f"{path} is of a {manifest.get('kind')}; an exported checkpoint is healed"

@@ -234,7 +234,7 @@ def _write(
 ) -> None:
     rows = (json.dumps(pair.to_dict(), ensure_ascii=False) for pair in treatment.pairs)
     (place / PREFERENCES).write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
-    adapter = json.loads((place / "adapter" / "adapter_config.json").read_text())
+    adapter = json.loads((place / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     config = axolotl_config(
         case.edited.source.path or case.edited.source.name,
         treatment,
