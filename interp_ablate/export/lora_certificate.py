@@ -17,13 +17,16 @@ from torch import nn
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import ExportError
 from interp_ablate.export.certification import (
-    LIMITS,
     PROBES,
+    beyond_limits,
+    compare,
     hooked_logits,
+    limits_for,
     logit_distance,
     plain_logits,
 )
 from interp_ablate.export.lora_adapter import Adapter
+from interp_ablate.models.load import from_hf
 from interp_ablate.models.model import Model
 from interp_ablate.prompts.prompt import PromptLike
 from interp_ablate.weights.plan_to_weights import WeightPlan
@@ -91,7 +94,8 @@ def certify_lora(
 ) -> dict[str, Any]:
     """Load an adapter with PEFT over the model's weights, and compare it with the hooks, then merge it.
 
-    Returns the largest logit difference and KL at any position, unmerged and merged, the plan's effect,
+    Returns the largest logit difference and KL at any position, unmerged and merged, the share of the edit
+    that the merged model lacks (as for an exported checkpoint), the plan's effect,
     the limits (they follow the model's dtype) and whether all hold. With `plan.tied` "untie" the merge is
     into `untied_base(base)`; with "accept" into the tied base, and is held against the hooks with an edited
     unembedding, whose distance from the plan is `cost_of_accept`.
@@ -112,11 +116,17 @@ def certify_lora(
         unmerged = plain_logits(adapted, rows)
         if plan.tied == "untie":
             adapted = peft.PeftModel.from_pretrained(untied_base(adapted.unload()), folder)
-        merged = plain_logits(adapted.merge_and_unload(), rows)
+        whole = adapted.merge_and_unload()
+        merged = plain_logits(whole, rows)
     numbers = {**logit_distance(want, unmerged), **logit_distance(meant, merged, "merged_")}
     dtype = str(model.dtype).removeprefix("torch.")
-    limits = dict(zip(numbers, LIMITS[dtype][:2] * 2))
-    failed = [name for name in limits if not numbers[name] <= limits[name]]
+    inside = compare(
+        model, plan.plan, from_hf(whole, model.tokenizer), rows, unembed_map=plan.unembed_map
+    )
+    logit_limit, kl_limit, _, edit_limit = limits_for(dtype, inside["max_abs_logit"]).values()
+    limits = dict(zip(numbers, (logit_limit, kl_limit) * 2)) | {"share_of_edit_missed": edit_limit}
+    numbers |= {name: inside[name] for name in inside if "edit" in name}
+    failed = beyond_limits(numbers, limits)
     cost = {"cost_of_accept": logit_distance(want, meant)} if plan.unembed_map is not None else {}
     return {
         **numbers,
@@ -126,6 +136,7 @@ def certify_lora(
         "positions": sum(map(len, rows)),
         "limits": limits,
         "dtype": dtype,
+        "compared": {"stored": dtype, "hooked": dtype, "reloaded": dtype},
         "failed": failed,
         "passed": not failed,
     }

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from interp_ablate.errors import ExportError, RunError
 from interp_ablate.evaluation.metrics import kl_divergence
-from interp_ablate.export.certification import LIMITS, PROBES
+from interp_ablate.export.certification import PROBES, limits_for
 from interp_ablate.export.checkpoint import export_checkpoint
 from interp_ablate.export.checkpoint_files import write_json
 from interp_ablate.export.model_card import CERTIFICATE
@@ -39,7 +39,9 @@ def logits_of(hf: Any, rows: Sequence[Sequence[int]]) -> list[Float[Tensor, "pos
     """Logits of each row at every position, a row at a time, in plain transformers."""
     device = next(hf.parameters()).device
     hf.eval()
-    return [hf(input_ids=torch.tensor([row], device=device)).logits[0].float() for row in rows]
+    return [
+        hf(input_ids=torch.tensor([row], device=device)).logits[0].float().cpu() for row in rows
+    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +53,8 @@ class Trained:
     config: Any = field(repr=False)
     probes: list[list[int]] = field(repr=False)
     unmerged: list[Tensor] = field(repr=False)
+    before: list[Tensor] = field(repr=False)
+    """Logits on the probes without the adapter."""
 
 
 def merge(base: TrainableModel, peft_model: Any, *, probes: Sequence[str] = PROBES) -> Trained:
@@ -63,6 +67,8 @@ def merge(base: TrainableModel, peft_model: Any, *, probes: Sequence[str] = PROB
 
     rows = [encode(Prompt(text), base.tokenizer, template=base.template) for text in probes]
     unmerged = logits_of(peft_model, rows)
+    with peft_model.disable_adapter():
+        before = logits_of(peft_model, rows)
     adapter = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.items()}
     config = peft_model.peft_config["default"]
@@ -80,6 +86,7 @@ def merge(base: TrainableModel, peft_model: Any, *, probes: Sequence[str] = PROB
         config,
         rows,
         unmerged,
+        before,
     )
 
 
@@ -87,7 +94,8 @@ def certify_merged(trained: Trained, folder: str | Path) -> dict[str, Any]:
     """Reload a folder in plain transformers, with no option, and compare it with the unmerged adapter.
 
     Returns the largest logit difference and KL at any position of the probes, the limits, which follow
-    the dtype, and whether both hold.
+    the dtype and the logits' size, and whether both hold; `tells_from_the_base` is false where the adapter
+    moves logits so little that the base would pass as well.
 
     Raises:
         ExportError: transformers cannot load the folder.
@@ -105,13 +113,18 @@ def certify_merged(trained: Trained, folder: str | Path) -> dict[str, Any]:
         pair = (want.double().log_softmax(-1), found.double().log_softmax(-1))
         kl = max(kl, float(kl_divergence(*pair).max()))
     dtype = str(trained.base.dtype).removeprefix("torch.")
-    limits = dict(zip(("max_abs_logit_difference", "kl"), LIMITS[dtype]))
+    largest = max(float(logits.abs().max()) for logits in trained.unmerged)
+    effect = max(float((a - b).abs().max()) for a, b in zip(trained.unmerged, trained.before))
     numbers = {"max_abs_logit_difference": gap, "kl": kl}
+    limits = {name: limits_for(dtype, largest)[name] for name in numbers}
     failed = [name for name in limits if not numbers[name] <= limits[name]]
     return {
         "compared": "merged checkpoint, reloaded, with the unmerged adapter",
         **numbers,
+        "max_abs_logit_effect_of_adapter": effect,
+        "tells_from_the_base": effect > 2 * limits["max_abs_logit_difference"],
         "limits": limits,
+        "dtype": dtype,
         "prompts": len(got),
         "failed": failed,
         "passed": not failed,
@@ -154,7 +167,7 @@ def write_trained(trained: Trained, place: Path, what: Mapping[str, Any]) -> dic
         os.replace(path, place / path.name)
     inside.rmdir()
     write_adapter(trained, place / ADAPTER)
-    manifest = json.loads((place / MANIFEST).read_text())
+    manifest = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
     manifest["trained"] = dict(what)
     manifest["versions"] = versions(*PACKAGES)
     write_json(place / MANIFEST, manifest)
