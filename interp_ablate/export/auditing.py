@@ -261,7 +261,10 @@ def _config_problems(before: Any, after: Any, weights: WeightPlan) -> list[str]:
 
 def _json_problems(source: Path, folder: Path, *, compared: Collection[str]) -> list[str]:
     """Fields of config.json that the config class drops, and other programs or generation read."""
-    before, after = (json.loads((place / "config.json").read_text(encoding="utf-8")) for place in (source, folder))
+    before, after = (
+        json.loads((place / "config.json").read_text(encoding="utf-8"))
+        for place in (source, folder)
+    )
     return [
         f"config.json has {key} = {value!r}; the source's has {before.get(key)!r}"
         for key, value in after.items()

@@ -33,8 +33,8 @@ from interp_ablate.weights.plan_to_weights import WeightPlan
 LIMITS: dict[str, tuple[float, float, float, float]] = {
     "float64": (256, 1e-6, 1e-5, 1e-2),
     "float32": (256, 1e-6, 1e-5, 1e-2),
-    "bfloat16": (8, 0.15, 2e-2, 0.25),
-    "float16": (8, 5e-3, 5e-3, 0.25),
+    "bfloat16": (12, 0.15, 2e-2, 0.25),
+    "float16": (12, 5e-3, 5e-3, 0.25),
 }
 _NAMES = ("max_abs_logit_difference", "kl", "residual_along_direction", "share_of_edit_missed")
 # An edit can be told from rounding where it moves the projection by this many steps of the dtype.
@@ -142,7 +142,7 @@ def _edit_missed(
     for site in before:
         here = torch.cat([edit.vectors for edit in plan if site in edit.sites])
         here = here / here.norm(dim=1, keepdim=True)
-        columns = ((vectors @ here.T).abs() > 1 - 1e-12).any(1)
+        columns = ((vectors @ here.T).abs() > 1 - 1e-12).any(1).nonzero()[:, 0]
         after, norms = want[site][:, columns], want[site][:, -1]
         edit = (torch.cat(before[site])[:, columns] - after).square().mean().sqrt()
         missed = (got[site][:, columns] - after).square().mean().sqrt()
@@ -199,7 +199,9 @@ def compare(
     """
     rows = model.encode_all(prompts)
     vectors, sites = plan_vectors(plan), _observed_sites(plan, model)
-    edited = [site for site in plan.sites if site.point != "resid_mid"]  # which is no hook of its own
+    edited = [
+        site for site in plan.sites if site.point != "resid_mid"
+    ]  # which is no hook of its own
     read = [*dict.fromkeys([*sites, *edited])]
     with (
         _before_edits(model, edited, vectors) as before,

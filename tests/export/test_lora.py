@@ -464,7 +464,8 @@ def test_bfloat16(kind: str, tmp_path: Path) -> None:
     plan = Plan((Ablate(unit(1), writers(kind)),))
     certificate = export_lora(model, plan, tmp_path / "out", prompts=ROWS)
     assert certificate["dtype"] == "bfloat16"
-    assert certificate["limits"]["max_abs_logit_difference"] == 1.0
+    assert certificate["share_of_edit_missed"] < 0.1
+    assert certificate["compared"] == dict.fromkeys(("stored", "hooked", "reloaded"), "bfloat16")
     # rounding of activations alone is 0.05 to 0.2 here, in unedited models too
     effect = certificate["max_abs_logit_effect_of_plan"]
     assert certificate["max_abs_logit_difference"] < effect / 5
