@@ -31,7 +31,7 @@ from pathlib import Path
 from interp_ablate.export.model_card import add_to_card, write_documents
 folder = Path(sys.argv[1])
 manifest = {
-    "kind": "checkpoint", "dtype": "float32", "edited": [], "versions": {},
+    "kind": "checkpoint", "dtype": "float32", "edited": [], "unchanged": [], "added": [], "versions": {},
     "source": {"name": "mod\u00e8le", "kind": "object", "path": None, "base_model": None, "license": None},
     "plan": {"format": "interp_ablate.plan/2", "edits": []},
 }
