@@ -100,3 +100,15 @@ def test_the_error_messages_on_the_page_are_the_codes() -> None:
     for phrase in phrases:
         for part in phrase.split(" ... "):
             assert part in source, f"no error says {phrase!r}"
+
+
+@pytest.mark.parametrize("page", ["run_folder", "persona", "recovery", "filter"])
+def test_files_that_a_page_names_are_files_that_are_written(page: str) -> None:
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    rows = "\n".join(line for line in text.splitlines() if line.startswith("| `"))
+    names = set(
+        re.findall(r"`(?:figures/)?([a-z_]+\.(?:jsonl?|csv|html|png|safetensors|yaml))`", rows)
+    )
+    source = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "interp_ablate").rglob("*.py"))
+    missing = [name for name in names if name not in source]
+    assert names and not missing, f"docs/{page}.md names {missing}"
