@@ -87,7 +87,10 @@ def architectures() -> str:
     }
     lines = ["| " + " | ".join(heads.values()) + " |", "|" + "---|" * len(heads)]
     for row in rows:
-        lines.append("| " + " | ".join(_cell(_code(row[name], name)) for name in heads) + " |")
+        cells = (
+            row[name] if name in ("model_type", "families") else _code(row[name]) for name in heads
+        )
+        lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
     return "\n".join(lines)
 
 
@@ -118,11 +121,10 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def _code(text: str, column: str) -> str:
-    """Names of tensors as code; families and plain words as they are."""
-    if column == "families":
-        return text
-    return re.sub(r"[\w.{}]*[._{][\w.{}]*[\w}]", lambda match: f"`{match.group()}`", text)
+def _code(text: str) -> str:
+    """Names of tensors as code, within their layer and without `.weight`; plain words as they are."""
+    short = re.sub(r"\b[\w.]+\.\{layer\}\.|\.weight\b", "", text)
+    return re.sub(r"[\w.{}]*[._{][\w.{}]*[\w}]", lambda match: f"`{match.group()}`", short)
 
 
 if __name__ == "__main__":
