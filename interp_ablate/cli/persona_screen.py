@@ -149,7 +149,7 @@ def _what(args: argparse.Namespace) -> tuple[Any, str | None, Any, Any]:
 
 
 def _measure(args: argparse.Namespace, what: tuple[Any, ...], total: int) -> Any:
-    from interp_ablate.datasets.screening_measure import measure
+    from interp_ablate.datasets.screening_measure import measure_samples
 
     model, direction, path, store, settings = what
     done = 0
@@ -162,7 +162,7 @@ def _measure(args: argparse.Namespace, what: tuple[Any, ...], total: int) -> Any
             end = "\n" if done == total else "\r"
             print(f"{path}: {done} of {total} samples", end=end, file=sys.stderr, flush=True)
 
-    return measure(
+    return measure_samples(
         model, direction, path, store, settings=settings, layout=args.layout, on_rows=tell
     )
 
@@ -193,7 +193,7 @@ def _check(
     screened: tuple[Any, Any, Any],
 ) -> list[dict[str, Any]]:
     from interp_ablate.activations.projections import project_responses
-    from interp_ablate.datasets.screening_check import bag_of_words, check, rollout_texts
+    from interp_ablate.datasets.screening_check import bag_of_words, check_screening, rollout_texts
     from interp_ablate.scoring.registry import make_scorer
 
     data, table, labels = screened
@@ -208,7 +208,7 @@ def _check(
     texts = rollout_texts(Path(args.folder) / "rollouts.jsonl")
     if all(texts):
         baselines["bag of words of the persona's rollouts"] = bag_of_words(*texts)
-    found = check(
+    found = check_screening(
         model,
         direction,
         data,

@@ -1,7 +1,6 @@
 """Chat data: samples of ShareGPT, messages, Alpaca and prompt/completion files, and preferences.
 
-Knows: which keys make which layout, the roles' names, what a row's turns are, a row without some of its
-rounds. Does not know: file formats (`chat_files`), what a good answer is. Standard library alone.
+Knows: which keys make which layout. Does not know: file formats, what a good answer is.
 """
 
 from __future__ import annotations
@@ -13,18 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from interp_ablate.datasets.conversations import (
+    ANSWER_LAYOUTS,
     CONVERSATIONS,
     LAYOUTS,
     LIST_KEYS,
-    PAIRS,
     PREFERENCE_PROMPTS,
     ROLES,
     SYSTEM_KEYS,
     TEXT_PART_TYPES,
+    AnswerLayout,
     Conversation,
     Message,
     Preference,
-    PreferenceLayout,
     Role,
     Sample,
 )
@@ -36,9 +35,9 @@ from interp_ablate.storage.row_writers import as_json, writing_rows
 def read_samples(
     path: str | Path, *, layout: str | None = None, malformed: OnMalformed | None = None
 ) -> Iterator[Sample]:
-    """The samples of a file (see `chat_files.RowFile`), in order, one in memory at a time.
+    """Read the samples of a file (see `RowFile`) in order, one in memory at a time.
 
-    The first row's keys say which of LAYOUTS the file has (or `layout` does), and every row has it.
+    The first row's keys (or `layout`) say which of LAYOUTS the file has; every row has to have it.
     `malformed` is called with rows that cannot be used, which are then left out.
 
     Raises:
@@ -47,14 +46,13 @@ def read_samples(
     if layout is not None and layout not in LAYOUTS:
         raise RowFileError(f"no layout {layout!r}: there are {', '.join(LAYOUTS)}")
     file = RowFile.at(path)
-    reading = _Samples(layout)
-    return _read(file, reading, malformed)
+    return _read(file, _SampleParser(layout), malformed)
 
 
 def read_preferences(
     path: str | Path, *, malformed: OnMalformed | None = None
 ) -> Iterator[Preference]:
-    """The preferences of a file: a prompt (PREFERENCE_PROMPTS; text or messages), chosen and rejected.
+    """Read the preferences of a file: a prompt (PREFERENCE_PROMPTS; text or messages), chosen and rejected.
 
     Chosen and rejected are texts, messages that go on from the prompt, or whole conversations that
     start alike; in the last case the prompt may be left out.
@@ -84,25 +82,25 @@ def _read(
 ) -> Iterator[Any]:
     for row in file.rows(malformed):
         try:
-            found = parse(row)
+            parsed = parse(row)
         except _RowError as error:
             if malformed is None:
                 raise RowFileError(f"{file.place(row.number)}: {error}") from error
             line = as_json(row.values) if row.line is None else row.line
             malformed(MalformedRow(row.number, str(error), line))
             continue
-        yield found
+        yield parsed
 
 
 class _RowError(ValueError):
-    """What is wrong with a row, without its place."""
+    """A row that cannot be used; the message does not say where it is."""
 
 
 # ---- rows to samples -------------------------------------------------------------------------------
 
 
-class _Samples:
-    """Rows to samples, all of one layout: the given one, or the first row's."""
+class _SampleParser:
+    """Makes rows to samples, all of one layout: the one asked for, or the first row's."""
 
     def __init__(self, layout: str | None) -> None:
         self.layout = layout
@@ -111,44 +109,46 @@ class _Samples:
     def __call__(self, row: FileRow) -> Sample:
         if any(row.values.get(key) == [] for key in LIST_KEYS):
             raise _RowError("a conversation without messages: remove the row")
-        found = [name for name in _matching(row.values) if self.layout in (None, name)]
-        if len(found) != 1:
-            raise _RowError(self._why(row.values, found))
-        messages = _BY_NAME[found[0]](row.values)
+        layouts = [name for name in _matching(row.values) if self.layout in (None, name)]
+        if len(layouts) != 1:
+            raise _RowError(self._why(row.values, layouts))
+        [layout] = layouts
+        messages = _BY_NAME[layout](row.values)
         if self.layout is None:
-            self.layout, self.first = found[0], row.number
+            self.layout, self.first = layout, row.number
         _check_unicode(row, messages)
-        return Sample(row.number, messages, row.values, found[0], row.line)
+        return Sample(row.number, messages, row.values, layout, row.line)
 
-    def _why(self, values: dict[str, Any], found: list[str]) -> str:
+    def _why(self, values: dict[str, Any], layouts: list[str]) -> str:
         came = f"its keys are {', '.join(map(str, values)) or 'none'}"
         others = _matching(values)
-        if len(found) > 1:
+        if len(layouts) > 1:
             return (
-                f"{came}, which fits {' and '.join(found)}: say which it is by layout= (--layout)"
+                f"{came}, which fits {' and '.join(layouts)}: say which it is by layout= (--layout)"
             )
         if self.layout is not None and others:
-            said = f"row {self.first} is" if self.first else "the layout asked for is"
-            return f"{came}: its layout is {others[0]}, but {said} {self.layout}: split the file"
+            first = f"row {self.first} is" if self.first else "the layout asked for is"
+            return f"{came}: its layout is {others[0]}, but {first} {self.layout}: split the file"
         if "chosen" in values and "rejected" in values:
             return f"{came}: a preference, not a sample; read_preferences reads those"
         return f"{came}; accepted are {_ACCEPTED_KEYS}"
 
 
 def _matching(values: dict[str, Any]) -> list[str]:
-    """The layouts that a row's keys (of a conversation: also its entries' keys) fit."""
-    found = []
+    """The layouts that a row's keys fit; for a conversation, also its entries' keys."""
+    layouts = []
     for key in LIST_KEYS:
         entries = values.get(key)
         if isinstance(entries, list) and entries:
             first = entries[0]
-            fits = [c for c in CONVERSATIONS if isinstance(first, dict) and c.role in first]
-            found += [c.name for c in fits]
-    for pair in PAIRS:
-        there = pair.prompt in values and pair.answer in values
-        if there and not any(key in values for key in pair.absent):
-            found.append(pair.name)
-    return list(dict.fromkeys(found))
+            layouts += [
+                c.name for c in CONVERSATIONS if isinstance(first, dict) and c.role in first
+            ]
+    for each in ANSWER_LAYOUTS:
+        fits = each.prompt in values and each.answer in values
+        if fits and not any(key in values for key in each.absent):
+            layouts.append(each.name)
+    return list(dict.fromkeys(layouts))
 
 
 def _conversation(layout: Conversation, values: dict[str, Any]) -> tuple[Message, ...]:
@@ -180,7 +180,7 @@ def _message(entry: Any, place: str, layout: Conversation) -> Message:
         )
     content = entry.get(layout.text)
     if content is None and entry.get("tool_calls"):
-        content = ""  # what it says is in the calls
+        content = ""  # its words are in the calls
     return Message(role, _text(content, f"{place}.{layout.text}"))
 
 
@@ -199,7 +199,7 @@ def _text(content: Any, place: str) -> str:
     return "\n".join(parts)
 
 
-def _pair(layout: PreferenceLayout, values: dict[str, Any]) -> tuple[Message, ...]:
+def _pair(layout: AnswerLayout, values: dict[str, Any]) -> tuple[Message, ...]:
     prompt = _side(values[layout.prompt], layout.prompt, "user")
     answer = _side(values[layout.answer], layout.answer, "assistant")
     more = values.get(layout.more) if layout.more else None
@@ -222,8 +222,8 @@ def _side(value: Any, key: str, role: Role) -> tuple[Message, ...]:
 
 def _system(values: dict[str, Any]) -> str | None:
     """The system prompt that a row holds under a key of its own; an empty one is none."""
-    found = [(key, values[key]) for key in SYSTEM_KEYS if values.get(key) not in (None, "")]
-    return _text(found[0][1], found[0][0]) if found else None
+    key = next((key for key in SYSTEM_KEYS if values.get(key) not in (None, "")), None)
+    return None if key is None else _text(values[key], key)
 
 
 def _preference(row: FileRow) -> Preference:
@@ -241,11 +241,11 @@ def _preference(row: FileRow) -> Preference:
     while alike < min(len(chosen), len(rejected)) and chosen[alike] == rejected[alike]:
         alike += 1
     alike = min(alike, len(chosen) - 1, len(rejected) - 1)
-    prompt, given = chosen[:alike], next((k for k in PREFERENCE_PROMPTS if k in values), None)
-    if not prompt and given is None:
+    prompt, key = chosen[:alike], next((k for k in PREFERENCE_PROMPTS if k in values), None)
+    if not prompt and key is None:
         raise _RowError(f"no prompt: it belongs in {', '.join(PREFERENCE_PROMPTS)}")
-    if not prompt and given is not None:
-        prompt = _side(values[given], given, "user")
+    if not prompt and key is not None:
+        prompt = _side(values[key], key, "user")
     own = _system(values)
     if own is not None and prompt[0].role != "system":
         prompt = (Message("system", own), *prompt)
@@ -272,15 +272,18 @@ def _check_unicode(row: FileRow, messages: tuple[Message, ...]) -> None:
 
 
 def _parser(
-    layout: Conversation | PreferenceLayout,
+    layout: Conversation | AnswerLayout,
 ) -> Callable[[dict[str, Any]], tuple[Message, ...]]:
     if isinstance(layout, Conversation):
         return lambda values: _conversation(layout, values)
     return lambda values: _pair(layout, values)
 
 
-_BY_NAME = {layout.name: _parser(layout) for layout in (*CONVERSATIONS, *PAIRS)}
+_BY_NAME = {layout.name: _parser(layout) for layout in (*CONVERSATIONS, *ANSWER_LAYOUTS)}
 _ACCEPTED_KEYS = "; ".join(
     [f"{c.name}: {c.lists[0]} of {c.role}, {c.text}" for c in CONVERSATIONS]
-    + [f"{p.name}: {p.prompt}, {p.answer}" + (f" (and {p.more})" if p.more else "") for p in PAIRS]
+    + [
+        f"{p.name}: {p.prompt}, {p.answer}" + (f" (and {p.more})" if p.more else "")
+        for p in ANSWER_LAYOUTS
+    ]
 )

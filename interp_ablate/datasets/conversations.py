@@ -1,4 +1,4 @@
-"""The types of chat data: messages, samples, preference pairs, and the key layouts that name them.
+"""The types of chat data: messages, samples, preferences, and the layouts of keys that hold them.
 
 Knows: roles and layouts. Does not know: files.
 """
@@ -41,31 +41,33 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class PreferenceLayout:
-    """A layout in which one key holds the prompt (`more`: text that follows it) and another the answer."""
+class AnswerLayout:
+    """A layout in which one key holds the prompt and another the answer."""
 
     name: str
     prompt: str
     answer: str
     more: str | None = None
-    absent: tuple[str, ...] = ()  # keys that make it another layout
+    """Key of text that follows the prompt."""
+    absent: tuple[str, ...] = ()
+    """Keys that make it another layout."""
 
 
 CONVERSATIONS = (
     Conversation("sharegpt", "from", "value"),
     Conversation("messages", "role", "content"),
 )
-PAIRS = (
-    PreferenceLayout("alpaca", "instruction", "output", "input"),
-    PreferenceLayout("instruction/response", "instruction", "response", "context"),
-    PreferenceLayout("prompt/completion", "prompt", "completion"),
-    PreferenceLayout("prompt/response", "prompt", "response"),
-    PreferenceLayout("question/answer", "question", "answer"),
-    PreferenceLayout("question/response", "question", "response"),
-    PreferenceLayout("query/response", "query", "response"),
-    PreferenceLayout("input/output", "input", "output", absent=("instruction",)),
+ANSWER_LAYOUTS = (
+    AnswerLayout("alpaca", "instruction", "output", "input"),
+    AnswerLayout("instruction/response", "instruction", "response", "context"),
+    AnswerLayout("prompt/completion", "prompt", "completion"),
+    AnswerLayout("prompt/response", "prompt", "response"),
+    AnswerLayout("question/answer", "question", "answer"),
+    AnswerLayout("question/response", "question", "response"),
+    AnswerLayout("query/response", "query", "response"),
+    AnswerLayout("input/output", "input", "output", absent=("instruction",)),
 )
-LAYOUTS = tuple(layout.name for layout in (*CONVERSATIONS, *PAIRS))
+LAYOUTS = tuple(layout.name for layout in (*CONVERSATIONS, *ANSWER_LAYOUTS))
 SYSTEM_KEYS = ("system", "system_prompt")
 PREFERENCE_PROMPTS = ("prompt", "question", "instruction")
 LIST_KEYS = tuple(dict.fromkeys(name for layout in CONVERSATIONS for name in layout.lists))
@@ -74,7 +76,7 @@ TEXT_PART_TYPES = ("text", "input_text", "output_text")
 
 @dataclass(frozen=True)
 class Message:
-    """Who said what: `role` is system, user, assistant or tool."""
+    """One message: who says it, and what."""
 
     role: Role
     content: str
@@ -82,16 +84,18 @@ class Message:
 
 @dataclass(frozen=True)
 class Turn:
-    """One answer of the assistant: the message it is (from 0), and what the user had said before it."""
+    """One answer of the assistant."""
 
     index: int
+    """Number of the message, from 0."""
     prompt: str | None
+    """The user's message before it."""
     system: str | None
     answer: str
 
     @property
     def exchange(self) -> PromptResponse:
-        """As scorers take it. Earlier rounds are not in it.
+        """The prompt and the answer, as scorers take them. Earlier rounds are left out.
 
         Raises:
             RowFileError: nobody asked anything before this answer.
@@ -103,32 +107,33 @@ class Turn:
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation: its number in its file (from 1), its messages, and the row as it came.
-
-    `line` is the row's own bytes, where it came from JSON and is unchanged.
-    """
+    """One conversation of a file."""
 
     number: int
+    """Its line, entry or row in the file, from 1."""
     messages: tuple[Message, ...]
     raw: Mapping[str, Any] = field(repr=False)
+    """The row as it came."""
     layout: str
     line: bytes | None = field(default=None, repr=False)
+    """The row's own bytes, where it came from JSON and is unchanged."""
 
     @property
     def system(self) -> str | None:
-        """What the first system message says."""
+        """The text of the first system message."""
         return next((m.content for m in self.messages if m.role == "system"), None)
 
     def turns(self, which: Turns = "any") -> tuple[Turn, ...]:
         """The assistant's answers: all of them, the last or the first."""
-        found, prompt, system = [], None, self.system
+        turns: list[Turn] = []
+        prompt, system = None, self.system
         for index, message in enumerate(self.messages):
             if message.role == "user":
                 prompt = message.content
             elif message.role == "assistant":
-                found.append(Turn(index, prompt, system, message.content))
+                turns.append(Turn(index, prompt, system, message.content))
         chosen = {"any": slice(None), "last": slice(-1, None), "first": slice(1)}[which]
-        return tuple(found[chosen])
+        return tuple(turns[chosen])
 
     @property
     def exchange(self) -> PromptResponse:
@@ -150,30 +155,29 @@ class Sample:
     def without(self, indices: Iterable[int]) -> Sample | None:
         """The sample without the rounds of some messages; None where no answer is left.
 
-        A round is what begins with the user's message (or messages) and ends before the next one's;
-        system messages stay.
+        A round begins with the user's message (or messages) and ends before the next one's; system
+        messages stay.
         """
         rounds = list(_rounds(self.messages))
         gone = {rounds[index] for index in indices}
-        kept = [
+        left = [
             i for i, m in enumerate(self.messages) if m.role == "system" or rounds[i] not in gone
         ]
-        if len(kept) == len(self.messages):
+        if len(left) == len(self.messages):
             return self
-        if not any(self.messages[i].role == "assistant" for i in kept):
+        if not any(self.messages[i].role == "assistant" for i in left):
             return None
         key = next((name for name in LIST_KEYS if isinstance(self.raw.get(name), list)), None)
         if key is None:  # a prompt and its answer: there is no other round
             return None
-        before = len(self.messages) - len(
-            self.raw[key]
-        )  # 1 where the system prompt has its own key
-        entries = [self.raw[key][i - before] for i in kept if i >= before]
+        # 1 where the system prompt has its own key
+        before = len(self.messages) - len(self.raw[key])
+        entries = [self.raw[key][i - before] for i in left if i >= before]
         raw = {**self.raw, key: entries}
         line = None
         if self.line is not None:
             line = as_json(raw, like=self.line) + self.line[len(self.line.rstrip()) :]
-        return replace(self, messages=tuple(self.messages[i] for i in kept), raw=raw, line=line)
+        return replace(self, messages=tuple(self.messages[i] for i in left), raw=raw, line=line)
 
 
 @dataclass(frozen=True)

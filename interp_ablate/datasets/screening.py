@@ -1,8 +1,7 @@
-"""Screening: which samples of a training set would push a model along a direction.
+"""Screening: the samples of a training set that would push a model along a direction, ranked and set apart.
 
-Knows: the projection of a sample's answer, its difference from the model's own answer to the same prompt,
-thresholds, splitting a file row for row, the check on samples whose labels are known.
-Does not know: how a direction was found, what a trait is, how scorers are made, how results are drawn.
+Knows: thresholds, and splitting a file row for row. Does not know: how a sample is measured, how results are
+drawn.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ SHOWN, EXCERPT = 500, 160  # rows of the ranked table that quote their texts, ch
 
 @dataclass(frozen=True)
 class Threshold:
-    """Flagged is what lies above `amount`, or above that quantile of a set of values.
+    """Samples above `amount`, or above that quantile of a set of values, are flagged.
 
-    The set is a clean reference, if there is one; else the screened data itself, of which a quantile flags
-    the same share whatever is in it.
+    The set is a clean reference, if there is one. Else it is the screened data itself, of which a quantile
+    flags the same share, whatever the data holds.
 
     Raises:
         RunError: no finite number, a quantile outside 0 to 1.
@@ -57,7 +56,7 @@ class Threshold:
 
     @classmethod
     def parse(cls, text: str) -> Threshold:
-        """`1.5` is a value, `q0.99` a quantile.
+        """Read `1.5` as a value, `q0.99` as a quantile.
 
         Raises:
             RunError: something else.
@@ -81,26 +80,29 @@ class Threshold:
         """
         if not self.quantile:
             return self.amount
-        there = np.asarray(values, float)
-        there = there[np.isfinite(there)]
-        if not there.size:
+        finite = np.asarray(values, float)
+        finite = finite[np.isfinite(finite)]
+        if not finite.size:
             raise RunError(f"the threshold {self} is a quantile of nothing: no sample has a value")
-        if there.size * (1 - self.amount) < 1:
+        if finite.size * (1 - self.amount) < 1:
             logger.warning(
                 "the threshold %s of %d values is hardly more than their largest: a reference of %d "
                 "samples would do",
-                self, there.size, math.ceil(10 / (1 - self.amount)),
+                self, finite.size, math.ceil(10 / (1 - self.amount)),
             )  # fmt: skip
-        return float(np.quantile(there, self.amount))
+        return float(np.quantile(finite, self.amount))
 
 
 @dataclass(frozen=True)
 class Screening:
-    """What `screen_file` found: the table in rank order, the threshold's number, and the summary as saved."""
+    """The result of `screen_file`."""
 
     table: pd.DataFrame
+    """One row a sample, in the order of rank."""
     threshold: float
+    """The number above which samples are flagged."""
     summary: dict[str, Any]
+    """The contents of screening.json."""
 
 
 def screen_file(
@@ -119,8 +121,8 @@ def screen_file(
     data's own format, ranked.csv, and screening.json.
 
     Args:
-        table: of `measure`; `by` is its column that counts.
-        reference: `measure` of a clean set, of which `threshold` is then a quantile.
+        table: made by `measure_samples`; samples are ranked by its column `by`.
+        reference: the same of a clean set, of which `threshold` is then a quantile.
 
     Raises:
         RunError: a threshold that flags by a quantile of nothing; a place that cannot be written.
@@ -140,11 +142,11 @@ def screen_file(
     _write_table(ranked, out / "ranked.csv")
     summary = _summary(parts, values, by, threshold, limit)
     if reference is not None:
-        theirs = reference[by].to_numpy(float)
+        clean = reference[by].to_numpy(float)
         summary["reference"] = {
             "samples": len(reference),
-            "above": int((theirs > limit).sum()),
-            "quantiles": _quantiles(theirs),
+            "above": int((clean > limit).sum()),
+            "quantiles": _quantiles(clean),
         }
         summary["threshold"]["of"] = "reference" if threshold.quantile else "value"
     save_summary(summary, out)
@@ -174,16 +176,16 @@ def save_summary(summary: dict[str, Any], out: str | Path) -> None:
 
 
 def _quantiles(values: np.ndarray) -> dict[str, float]:
-    there = values[np.isfinite(values)]
-    if not there.size:
+    finite = values[np.isfinite(values)]
+    if not finite.size:
         return {}
-    return {f"{q:g}": float(np.quantile(there, q)) for q in (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)}
+    return {f"{q:g}": float(np.quantile(finite, q)) for q in (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)}
 
 
 def _split(
     data: str | Path, out: Path, parts: dict[int, str], quoted: set[int], layout: str | None
 ) -> dict[int, tuple[str, str]]:
-    """Write each row to its part's file; the prompts' and answers' beginnings of some of them."""
+    """Write each row to its part's file, and return the beginnings of some prompts and answers."""
     names = ["flagged", "kept"] + (["unscored"] if "unscored" in parts.values() else [])
     suffix = RowFile.at(data).suffix
     texts = {}

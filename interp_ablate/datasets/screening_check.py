@@ -1,6 +1,6 @@
-"""Whether a screening finds what is known to be there, beside baselines.
+"""The check of a screening on samples whose labels are known, with baselines.
 
-Knows: AUCs and baselines. Does not know: files.
+Knows: AUCs and baselines. Does not know: how samples are measured.
 """
 
 from __future__ import annotations
@@ -31,15 +31,14 @@ from interp_ablate.stats.roc import auc, auc_interval
 RANDOM_DIRECTIONS = 20
 
 
-# Of each exchange a number, or None: a TextScorer is one.
 Baseline = Callable[[Sequence[PromptResponse]], Sequence[float | None]]
+"""Gives each exchange a number, or None. A `TextScorer` is one."""
 
 
 def bag_of_words(positive: Sequence[str], negative: Sequence[str]) -> Baseline:
-    """A baseline that knows words alone: naive Bayes log-odds, fitted on two sets of answers.
+    """Fit a baseline that knows words alone: naive Bayes log-odds of two sets of answers, add-one smoothing.
 
-    It scores an answer by the mean log-odds of those of its words that it knows (add-one smoothing); None
-    where it knows none.
+    It scores an answer by the mean log-odds of its words in the sets; None where none of them is there.
 
     Raises:
         RunError: no word on one of the sides.
@@ -57,8 +56,8 @@ def bag_of_words(positive: Sequence[str], negative: Sequence[str]) -> Baseline:
     }
 
     def score(exchanges: Sequence[PromptResponse]) -> list[float | None]:
-        known = [[odds[w] for w in _words(e.answer) if w in odds] for e in exchanges]
-        return [sum(values) / len(values) if values else None for values in known]
+        answers = [[odds[w] for w in _words(e.answer) if w in odds] for e in exchanges]
+        return [sum(values) / len(values) if values else None for values in answers]
 
     return score
 
@@ -75,12 +74,12 @@ def rollout_texts(path: str | Path) -> tuple[list[str], list[str]]:
     path = Path(path)
     if not path.exists():
         return [], []
-    kept = kept_answers(path, load_persona(path.parent).details.get("made_of"))
-    return [answer.text for answer in kept.positive], [answer.text for answer in kept.negative]
+    rollouts = kept_answers(path, load_persona(path.parent).details.get("made_of"))
+    return [each.text for each in rollouts.positive], [each.text for each in rollouts.negative]
 
 
 def words_in(exchanges: Sequence[PromptResponse]) -> list[float | None]:
-    """Answers' length in words: a baseline."""
+    """The baseline that counts an answer's words."""
     return [float(len(_words(exchange.answer))) for exchange in exchanges]
 
 
@@ -88,7 +87,7 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[^\W_]+(?:'[^\W_]+)?", text.casefold().replace("\u2019", "'"))
 
 
-def check(
+def check_screening(
     model: Model,
     direction: Direction,
     data: str | Path,
@@ -99,32 +98,32 @@ def check(
     layout: str | None = None,
     response_tokens: int | None = None,
 ) -> pd.DataFrame:
-    """How well the measured numbers, and what they are held against, find the samples that are labelled.
+    """The AUC by which the measured numbers, and baselines, tell samples with the label from those without.
 
     One row a score: `score`, `auc`, `low`, `high` (95%, bootstrap over prompts), `n`, `missing` (samples
-    without a value, left out). Beside the table's columns: answers' length in words, the given baselines,
-    and the middle and the strongest of RANDOM_DIRECTIONS random directions at the same site, each with
-    the sign that serves it best, read from the first `response_tokens` of an answer as the table was.
+    without a value, left out). The scores are the table's columns, answers' length in words, `baselines`,
+    and the middle and the strongest of RANDOM_DIRECTIONS random directions at the same site. Each random
+    direction has the sign that serves it best. All read the first `response_tokens` of an answer.
 
     Raises:
         RunError: labels or a table of another number of samples.
     """
-    given = [last_exchange(sample) for sample in read_samples(data, layout=layout)]
-    if not len(given) == len(table) == len(labels):
+    every = [last_exchange(sample) for sample in read_samples(data, layout=layout)]
+    if not len(every) == len(table) == len(labels):
         raise RunError(
-            f"{data} has {len(given)} samples, the table {len(table)}, and there are {len(labels)} labels"
+            f"{data} has {len(every)} samples, the table {len(table)}, and there are {len(labels)} labels"
         )
-    groups = [exchange.prompt if exchange else i for i, exchange in enumerate(given)]
-    there = [i for i, exchange in enumerate(given) if exchange is not None]
-    exchanges = [exchange for exchange in given if exchange is not None]
+    groups = [exchange.prompt if exchange else i for i, exchange in enumerate(every)]
+    usable = [i for i, exchange in enumerate(every) if exchange is not None]
+    exchanges = [exchange for exchange in every if exchange is not None]
     scores = {name: table[name].to_numpy(float) for name in MEASURES if name in table}
     for name, baseline in {"length in words": words_in, **(baselines or {})}.items():
         values = np.array(baseline(exchanges), dtype=float)  # None becomes NaN
-        scores[name] = np.full(len(given), np.nan)
-        scores[name][there] = values
-    random = np.full((len(given), RANDOM_DIRECTIONS), np.nan)
+        scores[name] = np.full(len(every), np.nan)
+        scores[name][usable] = values
+    random = np.full((len(every), RANDOM_DIRECTIONS), np.nan)
     controls = random_directions(direction, RANDOM_DIRECTIONS)
-    random[there] = response_means(
+    random[usable] = response_means(
         model, exchanges, controls, response_tokens=response_tokens
     ).numpy()
     rows = [_row(name, values, labels, groups) for name, values in scores.items()]
@@ -135,32 +134,32 @@ def check(
 def _random_rows(
     values: Float[np.ndarray, "sample direction"], labels: Sequence[bool], groups: Sequence[Any]
 ) -> list[dict[str, Any] | None]:
-    """The middle and the strongest direction, each with its better sign."""
-    kept, truth = np.isfinite(values).all(1), np.asarray(labels, bool)
-    plain = [auc(column[kept], truth[kept]) for column in values.T]
+    """Rows of the middle and the strongest direction, each with its better sign."""
+    finite, truth = np.isfinite(values).all(1), np.asarray(labels, bool)
+    plain = [auc(column[finite], truth[finite]) for column in values.T]
     order = sorted(range(len(plain)), key=lambda j: abs(plain[j] - 0.5))
-    found = []
+    rows = []
     for name, j in (("middle", order[len(order) // 2]), ("strongest", order[-1])):
         sign = 1 if plain[j] >= 0.5 else -1
         title = f"{name} of {len(plain)} random directions"
-        found.append(_row(title, sign * values[:, j], labels, groups))
-    return found
+        rows.append(_row(title, sign * values[:, j], labels, groups))
+    return rows
 
 
 def _row(
     name: str, values: np.ndarray, labels: Sequence[bool], groups: Sequence[Any]
 ) -> dict[str, Any] | None:
-    """None where no sample of one of the kinds has a value."""
-    kept = np.isfinite(values)
-    truth, names = np.asarray(labels, bool)[kept], [g for g, k in zip(groups, kept) if k]
+    """One score's row; None where no sample of one of the kinds has a value."""
+    finite = np.isfinite(values)
+    truth, names = np.asarray(labels, bool)[finite], [g for g, k in zip(groups, finite) if k]
     if len(set(truth.tolist())) < 2:
         return None
-    low, high = auc_interval(values[kept], truth, groups=names)
+    low, high = auc_interval(values[finite], truth, groups=names)
     return {
         "score": name,
-        "auc": auc(values[kept], truth),
+        "auc": auc(values[finite], truth),
         "low": low,
         "high": high,
-        "n": int(kept.sum()),
-        "missing": int((~kept).sum()),
+        "n": int(finite.sum()),
+        "missing": int((~finite).sum()),
     }

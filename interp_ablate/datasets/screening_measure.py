@@ -1,6 +1,6 @@
-"""Projections of every sample, resumed from a store.
+"""The projection of every sample's answer on a direction, kept in a store as it is measured.
 
-Knows: the store and its settings. Does not know: files in and out.
+Knows: the store, and the model's own answers. Does not know: thresholds, or how a direction was made.
 """
 
 from __future__ import annotations
@@ -66,15 +66,17 @@ def model_answers(
 
 @dataclass(frozen=True)
 class FileSummary:
-    """What a file holds: samples, those with earlier rounds (which are not read), those without an answer."""
+    """Counts of a file's samples."""
 
     samples: int
     rounds: int
+    """Samples with earlier rounds, which are not read."""
     unanswered: int
+    """Samples without an answer."""
 
 
 def summarise_file(data: str | Path, *, layout: str | None = None) -> FileSummary:
-    """Read a file once, before anything is computed.
+    """Count a file's samples, before anything is computed.
 
     Raises:
         RowFileError: a row that cannot be used, with its line.
@@ -88,14 +90,14 @@ def summarise_file(data: str | Path, *, layout: str | None = None) -> FileSummar
 
 
 def last_exchange(sample: Sample) -> PromptResponse | None:
-    """Its last answer with the user's message before it; None where one of them is missing or blank."""
+    """A sample's last answer with the user's message before it; None where one of them is missing or blank."""
     turns = sample.turns("last")
     if not turns or not turns[0].answer.strip() or not (turns[0].prompt or "").strip():
         return None
     return turns[0].exchange
 
 
-def measure(
+def measure_samples(
     model: Model,
     direction: Direction,
     data: str | Path,
@@ -105,10 +107,10 @@ def measure(
     layout: str | None = None,
     on_rows: Callable[[int], None] | None = None,
 ) -> pd.DataFrame:
-    """Every sample's projection, the own answer's and their difference, in the file's order.
+    """Measure every sample: its projection, that of the model's own answer, and their difference.
 
-    What is measured is appended to `store` and not measured again when the call is repeated; samples are in
-    memory `settings.rows` at a time. The columns are COLUMNS; NaN where there is nothing to measure.
+    Numbers are appended to `store` and not measured again when the call is repeated; samples are in memory
+    `settings.rows` at a time. The columns are COLUMNS; NaN where there is nothing to measure.
 
     Raises:
         RowFileError: a row that cannot be used, with its line.
@@ -173,12 +175,12 @@ def _measured(
     model: Model, direction: Direction, samples: Sequence[Sample], settings: ScreeningSettings
 ) -> dict[str, Any]:
     """One line of the store: numbers, projections, own projections (None where there is nothing)."""
-    given = [last_exchange(sample) for sample in samples]
-    there = [exchange for exchange in given if exchange is not None]
+    every = [last_exchange(sample) for sample in samples]
+    exchanges = [exchange for exchange in every if exchange is not None]
     limits = {"response_tokens": settings.response_tokens, "batch_size": settings.batch_size}
-    own: list[float | None] = [None] * len(there)
-    if settings.own and there:
-        prompts = [exchange.prompt for exchange in there]
+    own: list[float | None] = [None] * len(exchanges)
+    if settings.own and exchanges:
+        prompts = [exchange.prompt for exchange in exchanges]
         answers = model_answers(
             model, prompts, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size
         )
@@ -186,25 +188,25 @@ def _measured(
         distinct = list(dict.fromkeys(pairs))
         values = dict(zip(distinct, project_responses(model, distinct, direction, **limits)))
         own = [values[pair] for pair in pairs]
-    theirs = iter(project_responses(model, there, direction, **limits))
-    mine = iter(own)
+    projections = iter(project_responses(model, exchanges, direction, **limits))
+    own_projections = iter(own)
     return {
         "number": [sample.number for sample in samples],
-        "projection": [None if exchange is None else next(theirs) for exchange in given],
-        "own": [None if exchange is None else next(mine) for exchange in given],
+        "projection": [None if exchange is None else next(projections) for exchange in every],
+        "own": [None if exchange is None else next(own_projections) for exchange in every],
     }
 
 
 def baseline_slope(table: pd.DataFrame) -> float:
-    """Least-squares slope of the projection on the own answer's, over all samples of a table.
+    """Least-squares slope of the projection on that of the model's own answer, over a table's samples.
 
-    The own answer says what the prompt alone brings, with noise of its own: subtracting all of it puts that
-    noise into the difference, subtracting the slope times it does not. No label is looked at. 1 (the plain
-    difference) where fewer than FEWEST_FITTED samples have a value or their own projections are the same.
+    The own answer shows what the prompt alone brings, with noise of its own. Subtracting all of it puts that
+    noise into the difference; subtracting the slope times it does not. No label is looked at. The slope is 1
+    (the plain difference) where fewer than FEWEST_FITTED samples have a value, or theirs are all alike.
     """
-    there = table[["projection", "own"]].dropna()
-    x, y = there["own"].to_numpy(float), there["projection"].to_numpy(float)
-    if len(there) < FEWEST_FITTED or np.ptp(x) <= 1e-9 * max(1.0, float(np.abs(x).max())):
+    values = table[["projection", "own"]].dropna()
+    x, y = values["own"].to_numpy(float), values["projection"].to_numpy(float)
+    if len(values) < FEWEST_FITTED or np.ptp(x) <= 1e-9 * max(1.0, float(np.abs(x).max())):
         logger.warning(
             "%d samples with a value are too few or too alike for a slope: 1 is used", len(x)
         )
@@ -213,5 +215,5 @@ def baseline_slope(table: pd.DataFrame) -> float:
 
 
 def baseline_adjusted(table: pd.DataFrame, slope: float) -> pd.DataFrame:
-    """The table with the column `baseline_adjusted`: projection - slope * own."""
+    """The table with the column `adjusted`: projection - slope * own."""
     return table.assign(adjusted=table["projection"] - slope * table["own"])

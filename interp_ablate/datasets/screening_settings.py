@@ -1,4 +1,4 @@
-"""What is measured of a sample that is screened: the settings, their defaults and help.
+"""The settings of a screening: their defaults, their checks and their help.
 
 Knows: the settings and their checks. Does not know: models or files. Nothing here imports torch.
 """
@@ -15,7 +15,7 @@ MEASURES = ("projection", "difference", "adjusted")
 
 @dataclass(frozen=True)
 class ScreeningSettings:
-    """What is measured of a sample.
+    """Settings of the measurement of samples.
 
     Raises:
         RunError: a number below 1.
@@ -47,7 +47,7 @@ class ScreeningSettings:
         return "adjusted" if self.own else "projection"
 
     def check_measure(self, name: str) -> None:
-        """That samples can be ranked by a column.
+        """Refuse a column by which samples cannot be ranked.
 
         Raises:
             RunError: an unknown one, or one that needs the model's own answers.

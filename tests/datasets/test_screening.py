@@ -21,11 +21,16 @@ from interp_ablate.cli.main import main
 from interp_ablate.datasets.chat_reader import read_samples
 from interp_ablate.datasets.labelled_mixtures import labelled_mixture, mixture_names, read_labels
 from interp_ablate.datasets.screening import Threshold, screen_file
-from interp_ablate.datasets.screening_check import bag_of_words, check, rollout_texts, words_in
+from interp_ablate.datasets.screening_check import (
+    bag_of_words,
+    check_screening,
+    rollout_texts,
+    words_in,
+)
 from interp_ablate.datasets.screening_measure import (
     baseline_adjusted,
     baseline_slope,
-    measure,
+    measure_samples,
     model_answers,
     summarise_file,
 )
@@ -159,7 +164,7 @@ def test_measuring_a_file(tmp_path: Path) -> None:
     model, rows = shared("llama_gqa", "bridge"), rows_of(7)
     rows[4]["completion"] = " "
     data = write(tmp_path / "data.jsonl", rows)
-    frame = measure(
+    frame = measure_samples(
         model,
         DIRECTION,
         data,
@@ -185,7 +190,7 @@ def test_measuring_a_file(tmp_path: Path) -> None:
 def test_an_interrupted_file_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = make(), write(tmp_path / "data.jsonl", rows_of(8))
     settings = ScreeningSettings(max_new_tokens=4, rows=3)
-    whole = measure(model, DIRECTION, data, tmp_path / "whole.jsonl", settings=settings)
+    whole = measure_samples(model, DIRECTION, data, tmp_path / "whole.jsonl", settings=settings)
     store = tmp_path / "part.jsonl"
     seen: list[int] = []
 
@@ -195,36 +200,36 @@ def test_an_interrupted_file_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        measure(model, DIRECTION, data, store, settings=settings, on_rows=interrupt)
+        measure_samples(model, DIRECTION, data, store, settings=settings, on_rows=interrupt)
     kept = store.read_bytes()
     store.write_bytes(kept + b'{"start": 6, "numb')  # killed while it wrote
     asked: list[int] = []
     generate = model.generate
     monkeypatch.setattr(model, "generate", lambda p, **k: asked.append(len(p)) or generate(p, **k))
-    again = measure(model, DIRECTION, data, store, settings=settings)
+    again = measure_samples(model, DIRECTION, data, store, settings=settings)
     assert asked == [2] and store.read_bytes().startswith(kept)  # the last two alone
     pd.testing.assert_frame_equal(again, whole)
-    measure(model, DIRECTION, data, store, settings=settings)
+    measure_samples(model, DIRECTION, data, store, settings=settings)
     assert asked == [2]
 
 
 def test_a_store_is_of_one_data_set_direction_and_setting(tmp_path: Path) -> None:
     model, data = shared("llama_gqa", "bridge"), write(tmp_path / "data.jsonl", rows_of(3))
     store = tmp_path / "s.jsonl"
-    measure(model, DIRECTION, data, store, settings=FAST)
+    measure_samples(model, DIRECTION, data, store, settings=FAST)
     other = Direction(unit(5), 1.0, DIRECTION.site)
     with pytest.raises(RunError, match="direction"):
-        measure(model, other, data, store, settings=FAST)
+        measure_samples(model, other, data, store, settings=FAST)
     with pytest.raises(RunError, match="settings"):
-        measure(
+        measure_samples(
             model, DIRECTION, data, store, settings=ScreeningSettings(own=False, response_tokens=2)
         )
     with pytest.raises(RunError, match="plan"), model.applied(Plan((Add(other, other.site),))):
         project_responses(model, EXCHANGES, DIRECTION)
-        measure(model, DIRECTION, data, store, settings=FAST)
+        measure_samples(model, DIRECTION, data, store, settings=FAST)
     write(data, rows_of(4))
     with pytest.raises(RunError, match="data"):
-        measure(model, DIRECTION, data, store, settings=FAST)
+        measure_samples(model, DIRECTION, data, store, settings=FAST)
 
 
 def test_a_malformed_line_is_named_before_anything_runs(tmp_path: Path) -> None:
@@ -262,7 +267,7 @@ def test_parts_hold_every_row_as_it_came(tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     lines = [json.dumps(row, ensure_ascii=False, indent=None).replace(":", " :", 1) for row in rows]
     data.write_text("\n".join(lines) + "\n")
-    table = measure(model, DIRECTION, data, tmp_path / "s.jsonl", settings=FAST)
+    table = measure_samples(model, DIRECTION, data, tmp_path / "s.jsonl", settings=FAST)
     limit = float(np.nanquantile(table["projection"], 0.75))
     found = screen_file(table, data, tmp_path, by="projection", threshold=Threshold(limit))
     parts = {
@@ -288,7 +293,7 @@ def test_parquet_in_parquet_out(tmp_path: Path) -> None:
     model, data = shared("llama_gqa", "bridge"), tmp_path / "data.parquet"
     frame = pd.DataFrame(rows_of(5))
     frame.to_parquet(data)
-    table = measure(model, DIRECTION, data, tmp_path / "s.jsonl", settings=FAST)
+    table = measure_samples(model, DIRECTION, data, tmp_path / "s.jsonl", settings=FAST)
     screen_file(table, data, tmp_path, by="projection", threshold=Threshold(0.5, quantile=True))
     parts = [pd.read_parquet(tmp_path / f"{name}.parquet") for name in ("flagged", "kept")]
     assert [len(part) for part in parts] == [2, 3]
@@ -443,11 +448,13 @@ def test_the_check_finds_what_was_planted_and_says_what_is_missing(tmp_path: Pat
     """Planted along the direction itself: the prompts' own order must not matter."""
     model, rows = shared("llama_gqa", "bridge"), rows_of(12)
     data = write(tmp_path / "d.jsonl", rows)
-    table = measure(model, DIRECTION, data, tmp_path / "s.jsonl", settings=FAST)
+    table = measure_samples(model, DIRECTION, data, tmp_path / "s.jsonl", settings=FAST)
     labels = (table["projection"] > table["projection"].median()).tolist()
     table.loc[0, "projection"] = np.nan
     digits = {"digits": lambda e: [float(sum(c.isdigit() for c in x.answer)) for x in e]}
-    found = check(model, DIRECTION, data, table, labels, baselines=digits).set_index("score")
+    found = check_screening(model, DIRECTION, data, table, labels, baselines=digits).set_index(
+        "score"
+    )
     assert list(found.index) == [
         "projection", "length in words", "digits", "middle of 20 random directions",
         "strongest of 20 random directions",
@@ -459,13 +466,13 @@ def test_the_check_finds_what_was_planted_and_says_what_is_missing(tmp_path: Pat
     )
     assert 1 >= strongest >= middle >= 0.5
     with pytest.raises(RunError, match="11 labels"):
-        check(model, DIRECTION, data, table, labels[1:])
+        check_screening(model, DIRECTION, data, table, labels[1:])
     # controls read as much of an answer as the table
     exchanges = [sample.exchange for sample in read_samples(data)]
     controls = [random_direction(DIRECTION, seed=seed) for seed in range(20)]
     for tokens in (None, 1):
         means = response_means(model, exchanges, controls, response_tokens=tokens).numpy()
-        rows = check(model, DIRECTION, data, table, labels, response_tokens=tokens)
+        rows = check_screening(model, DIRECTION, data, table, labels, response_tokens=tokens)
         best = max(abs(auc(column, labels) - 0.5) for column in means.T) + 0.5
         assert rows.set_index("score").loc["strongest of 20 random directions", "auc"] == best
 
@@ -625,7 +632,7 @@ def test_planted_samples_in_the_real_model(tmp_path: Path, bundled_model: str) -
     lines = labelled_mixture("cheerful").read_text().splitlines()
     data = tmp_path / "planted.jsonl"
     data.write_text("\n".join(lines[:40]) + "\n")  # 20 prompts, each with and without
-    table = measure(
+    table = measure_samples(
         model, direction, data, tmp_path / "s.jsonl", settings=ScreeningSettings(max_new_tokens=20)
     )
     table = baseline_adjusted(table, baseline_slope(table))
