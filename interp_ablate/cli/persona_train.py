@@ -60,7 +60,7 @@ def _train(args: argparse.Namespace) -> int:
         raise RunError("give DATA, or --from-rollouts for the persona's own answers: one of them")
     _prepare(args)
     from interp_ablate.directions.direction import random_directions
-    from interp_ablate.persona.persona import load_persona
+    from interp_ablate.persona.persona import addition_plan, load_persona
     from interp_ablate.plots.training import save_trait
     from interp_ablate.training.preventative.prevention import (
         PLAIN,
@@ -69,7 +69,6 @@ def _train(args: argparse.Namespace) -> int:
         PreventativeExperiment,
         TrainingArm,
         prevent,
-        prevention_plan,
     )
     from interp_ablate.training.preventative.trait_measure import TraitMeasure
 
@@ -77,12 +76,12 @@ def _train(args: argparse.Namespace) -> int:
     scorer = trait_scorer(args.scorer, persona.trait, Path(args.folder))
     samples, counts = _samples(args)
     coefficient = persona.coefficient if args.coefficient is None else args.coefficient
-    plan = prevention_plan(persona.direction, coefficient, positions=args.positions)
+    plan = addition_plan(persona.direction, coefficient, positions=args.positions)
     conditions = [TrainingArm(PLAIN)] if args.plain_too else []
     conditions.append(TrainingArm(PREVENTATIVE, plan))
     if args.control:
         (one,) = random_directions(persona.direction, 1, seed=args.seed or 0)
-        added = prevention_plan(one, coefficient, positions=args.positions)
+        added = addition_plan(one, coefficient, positions=args.positions)
         conditions.append(TrainingArm(RANDOM, added))
     yardstick = TraitMeasure(
         persona.direction,

@@ -1,8 +1,7 @@
 """Harness: tasks of EleutherAI's lm-evaluation-harness, run on a `Model`, with or without a plan.
 
-Knows: lm_eval's tasks in local folders and in the library itself, the bundled multiple-choice task, how
-its requests are answered by our forward passes, and its results item by item. Does not know: what is done
-with a score (`evaluation`).
+Knows: where tasks are found, and their results item by item. Does not know: how requests are answered, or
+what is done with a score.
 
 Tasks are code to that library: a folder's YAML may name Python functions beside it, and its templates are
 not sandboxed. Give only folders that you trust.
@@ -39,26 +38,24 @@ logger = logging.getLogger(__name__)
 BUNDLED_TASK = "interp_ablate_basics"
 BUNDLED_FOLDER = bundled("tasks")
 EXTRA = "pip install 'interp-ablate[evaluate]'"
-# Of metrics that are no mean over items; their library's own 100000 would take minutes.
+# Resamples for metrics that are no mean over items; the library's own 100000 would take minutes.
 BOOTSTRAP = 100
-# What its command line draws few-shot examples with.
+# The seed with which the library's command line draws few-shot examples.
 FEWSHOT_SEED = 1234
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One metric of one task.
-
-    `items` are the metric's values an item, in the items' order; None where the metric is no mean of
-    such values. `stderr` is the library's own, None where it gives none.
-    """
+    """One metric of one task."""
 
     task: str
     metric: str
     filter: str
     value: float
     stderr: float | None
+    """The library's own; None where it gives none."""
     items: tuple[float, ...] | None
+    """The metric's value for each item, in their order; None where the metric is no mean of such values."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -132,7 +129,7 @@ class Tasks:
         return self._managers[name]
 
     def _library(self, name: str) -> Any:
-        """Of a task of the library's own: its folder alone, because reading all takes half a minute."""
+        """The manager of one built-in task: it reads that folder alone (indexing all tasks takes 30 s)."""
         from lm_eval.tasks import TaskManager
 
         known = _library_files()
@@ -152,7 +149,7 @@ class Tasks:
         return found
 
     def identity(self, name: str) -> dict[str, Any]:
-        """What a task's numbers depend on: a local one's files, else the library's version.
+        """The key of a task's numbers: its files where it is a local one, and the library's version.
 
         Raises:
             RunError: no such task.
@@ -225,7 +222,7 @@ def _evaluated(loaded: Any, lm: Any, limit: int | None, chat: bool) -> Any:
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    """What tasks of others, and their data, fail with."""
+    """The exceptions that other people's tasks, and their data, raise."""
     import jinja2
     import yaml
     from datasets.exceptions import DatasetsError

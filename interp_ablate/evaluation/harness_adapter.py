@@ -1,6 +1,6 @@
-"""A Model as a language model of lm-evaluation-harness.
+"""A `Model` under a plan as a language model of lm-evaluation-harness.
 
-Knows: requests and batches. Does not know: tasks and scores.
+Knows: how the library's requests are answered by our forward passes. Does not know: tasks and scores.
 """
 
 from __future__ import annotations
@@ -22,11 +22,8 @@ REQUESTS = 32
 ContextContinuation = tuple[Sequence[int], Sequence[int]]
 
 
-# ---- the library's requests, answered by our forward passes --------------------------------------
-
-
 def longest(model: Model) -> int:
-    """How many tokens the model takes at once."""
+    """The number of tokens that the model takes at once."""
     limits = [getattr(model.hf_config, "max_position_embeddings", None)]
     if model.backend == "hooked" or limits == [None]:
         limits.append(model.tl.cfg.n_ctx)
@@ -36,7 +33,7 @@ def longest(model: Model) -> int:
 def loglikelihoods(
     model: Model, pairs: Sequence[ContextContinuation], *, plan: Plan | None = None
 ) -> list[tuple[float, bool]]:
-    """Of (context, continuation) token pairs: the continuation's log-probability, nats; is it greedy?
+    """The log-probability (nats) of each pair's continuation after its context, and whether it is the greedy one.
 
     Contexts that do not fit are cut at their start. Continuations of one token after the same context share
     a forward pass. Positions of the continuation count as generated, for plans that tell.
@@ -52,26 +49,26 @@ def loglikelihoods(
             raise RunError(f"a continuation of {len(end)} tokens: {model.source.name} takes {most}")
         kept = tuple(context)[-(most + 1 - len(end)) :]
         groups.setdefault((kept, tuple(end[:-1])), []).append(number)
-    found: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
+    scores: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
     order = sorted(groups, key=lambda key: -len(key[0]) - len(key[1]))
     for start in range(0, len(order), REQUESTS):
         keys = order[start : start + REQUESTS]
         ends = [list(pairs[groups[key][0]][1]) for key in keys]
-        evidence = ModelOutputs(model, [list(key[0]) for key in keys], plan)
-        for key, logprobs in zip(keys, evidence.continuation_logprobs(ends, batch_size=REQUESTS)):
+        outputs = ModelOutputs(model, [list(key[0]) for key in keys], plan)
+        for key, logprobs in zip(keys, outputs.continuation_logprobs(ends, batch_size=REQUESTS)):
             greedy = logprobs.argmax(-1).tolist()
             for number in groups[key]:
                 end = list(pairs[number][1])
                 total = float(chosen_logprobs(logprobs, end).sum())
-                found[number] = (total, greedy == end)
-    return found
+                scores[number] = (total, greedy == end)
+    return scores
 
 
 def _generations(
     model: Model, plan: Plan | None, requests: Sequence[tuple[str, dict[str, Any]]], encode: Any
 ) -> list[str]:
     """Texts up to the first stop string, for (context, options) as the library asks for them."""
-    found = [""] * len(requests)
+    texts = [""] * len(requests)
     by_options: dict[tuple[int, float], list[int]] = {}
     for number, (_, options) in enumerate(requests):
         new = int(options.get("max_gen_toks", options.get("max_new_tokens", 256)))
@@ -89,8 +86,8 @@ def _generations(
             text = generation.text
             for stop in [until] if isinstance(until, str) else until:
                 text = text.split(stop)[0] if stop else text
-            found[number] = text
-    return found
+            texts[number] = text
+    return texts
 
 
 def _encoder(model: Model) -> Callable[..., list[int]]:

@@ -1,4 +1,4 @@
-"""What an evaluation measures: texts, prompts, tasks, scorers.
+"""The settings of an evaluation: texts, prompts, tasks and scorers.
 
 Knows: the choice and its checks. Does not know: models.
 """
@@ -20,11 +20,9 @@ from interp_ablate.prompts.readers import LABEL_COLUMNS, bundled_names, read_sid
 from interp_ablate.scoring.exchange import TextScorer
 from interp_ablate.settings import MAX_NEW_TOKENS
 
-# ---- prompts -------------------------------------------------------------------------------------
-
 
 def read_prompts(spec: str | Path, *, seed: int = 0) -> dict[str, tuple[Prompt, ...]]:
-    """Prompts to be answered, by what they are called.
+    """Read lists of prompts to be answered, by name.
 
     A bundled contrast set's name stands for the test part of its split, which made no direction and no
     choice in a run with default sizes and the same `seed`; another contrast set (see `ContrastSet.load`) for all of its
@@ -57,37 +55,31 @@ def _is_one_side(path: Path) -> bool:
     return isinstance(first, dict) and not sided & {str(key).lower() for key in first}
 
 
-# ---- what is measured ----------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What is measured; leave a part out by giving nothing for it.
-
-    Args:
-        text: whose perplexity; None: of none.
-        prompts: those that both models answer, by name of the list.
-        scorers: of the answers, 0 to 100.
-        tasks: of lm-evaluation-harness.
-        task_folders: where tasks are looked for first.
-        max_new_tokens: of an answer (greedy), at most.
-        context, stride: of the windows, in tokens.
-        limit: documents, prompts a list and items a task, at most.
-        chat: tasks' items go through the chat template.
-    """
+    """The parts of an evaluation and their settings; give nothing for a part to leave it out."""
 
     text: Corpus | None = field(default_factory=read_corpus)
+    """Text whose perplexity is measured."""
     prompts: Mapping[str, tuple[Prompt, ...]] = field(
         default_factory=lambda: read_prompts("declining")
     )
+    """Lists of prompts that both models answer, by name."""
     scorers: tuple[TextScorer, ...] = ()
+    """They score the answers, 0 to 100."""
     tasks: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness."""
     task_folders: tuple[str | Path, ...] = ()
+    """Folders in which tasks are looked for first."""
     max_new_tokens: int = MAX_NEW_TOKENS
     context: int = 512
+    """Tokens of a window of text."""
     stride: int = 256
+    """Tokens between the starts of windows."""
     limit: int | None = None
+    """The most documents, prompts a list and items a task."""
     chat: bool = False
+    """Items of tasks go through the chat template."""
 
     def limited(self) -> EvaluationConfig:
         """With `limit` applied to text and prompts.
@@ -113,7 +105,7 @@ class EvaluationConfig:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What all numbers depend on beside the models; scorers and tasks have their own."""
+        """Everything that the numbers depend on, but for models, scorers and tasks."""
         sides = {
             name: hashlib.sha256(
                 json.dumps([[p.text, p.system] for p in side]).encode()

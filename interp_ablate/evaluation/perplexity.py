@@ -1,6 +1,6 @@
 """Negative log-likelihood of a text, window by window.
 
-Knows: documents, windows, losses. Does not know: plans and comparison.
+Knows: documents, windows, losses. Does not know: how two models are compared.
 """
 
 from __future__ import annotations
@@ -24,9 +24,6 @@ from interp_ablate.storage.bundled_data import bundled
 SEPARATOR = "---"  # alone on a line of a text file, between documents
 # Log-probabilities held at a time, of whole distributions at the counted tokens.
 HELD = 100_000_000
-
-
-# ---- text ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -140,15 +137,13 @@ def windows(n: int, *, context: int, stride: int, first: int = 1) -> list[Window
 
 @dataclass(frozen=True)
 class WindowLoss:
-    """What one window's counted tokens cost: nats in all, over so many tokens and bytes of text.
-
-    `bytes` is None where the tokenizer does not say which text its tokens stand for.
-    """
+    """The negative log-likelihood of one window's counted tokens."""
 
     document: int
     tokens: int
     nats: float
     bytes: int | None
+    """Bytes of the text that the tokens stand for; None where the tokenizer does not say which it is."""
 
 
 def corpus_losses(
@@ -172,22 +167,22 @@ def corpus_losses(
     """
     if model.tokenizer is None:
         raise ModelError(f"{model.source.name} has no tokenizer: perplexity of text needs one")
-    found = [
+    cut = [
         placed
         for number, document in enumerate(text.documents)
         for placed in _placed(model, number, document, context, stride)
     ]
-    if not found:
+    if not cut:
         raise RunError(f"{text.name}: no document has more than one token: nothing can be counted")
-    losses = [loss for loss, _, _ in found]
-    left = sorted(range(len(found)), key=lambda i: -len(found[i][1]) - len(found[i][2]))
+    losses = [loss for loss, _, _ in cut]
+    left = sorted(range(len(cut)), key=lambda i: -len(cut[i][1]) - len(cut[i][2]))
     while left:
-        size = max(1, HELD // (max(len(found[i][2]) for i in left) * model.tl.cfg.d_vocab))
+        size = max(1, HELD // (max(len(cut[i][2]) for i in left) * model.tl.cfg.d_vocab))
         chosen, left = left[:size], left[size:]
-        ends = [found[i][2] for i in chosen]
-        evidence = ModelOutputs(model, [found[i][1] for i in chosen], plan)
-        for i, logprobs in zip(chosen, evidence.continuation_logprobs(ends, batch_size=size)):
-            nats = -float(chosen_logprobs(logprobs, found[i][2]).sum())
+        ends = [cut[i][2] for i in chosen]
+        outputs = ModelOutputs(model, [cut[i][1] for i in chosen], plan)
+        for i, logprobs in zip(chosen, outputs.continuation_logprobs(ends, batch_size=size)):
+            nats = -float(chosen_logprobs(logprobs, cut[i][2]).sum())
             losses[i] = replace(losses[i], nats=nats)
     return losses
 

@@ -1,4 +1,4 @@
-"""Rows of an evaluation and how they are written.
+"""The rows of an evaluation, and the files they are written to.
 
 Knows: rows, tables, formats. Does not know: how a number was measured.
 """
@@ -34,30 +34,24 @@ Unit = Literal["share", "score", "nats", "perplexity", "bits", "tokens", "metric
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """One measure before and after.
-
-    Attributes:
-        on: what it was measured on.
-        n: units that count (prompts, windows, items); the intervals are over these.
-        missing: units left out, because there is no verdict on one of the two answers.
-        difference: after - before, of the pairs; None where the two cannot be compared.
-    """
+    """One measure before and after."""
 
     measure: str
     on: str
+    """The text, prompts or task that it was measured on."""
     unit: Unit
     n: int
+    """Prompts, windows or items that count; the intervals are over these."""
     before: Estimate | None
     after: Estimate | None
     difference: Estimate | None
+    """after - before, of the pairs; None where the two cannot be compared."""
     missing: int = 0
+    """Prompts left out, because there is no verdict on one of the two answers."""
 
     def to_dict(self) -> dict[str, Any]:
-        found = asdict(self)
-        for key in ("before", "after", "difference"):
-            value = getattr(self, key)
-            found[key] = None if value is None else value.to_list()
-        return found
+        estimates = {key: getattr(self, key) for key in ("before", "after", "difference")}
+        return asdict(self) | {k: v and v.to_list() for k, v in estimates.items()}
 
 
 def paired_row(
@@ -94,7 +88,7 @@ def paired_row(
     )
 
 
-Sums = tuple[np.ndarray, np.ndarray]  # of numerators and of denominators, a unit
+Sums = tuple[np.ndarray, np.ndarray]  # the numerators and the denominators, one a unit
 
 
 def ratio_row(
@@ -119,28 +113,27 @@ def ratio_row(
             size = (min(block, RESAMPLES - start), n)
             units = generator.integers(0, n, size)
             drawn.append((value(before, units), value(after, units)))
-        b, a = (np.concatenate(side) for side in zip(*drawn))
-        ends = [np.quantile(x, [0.025, 0.975]).tolist() for x in (b, a, a - b)]
-    found = [Estimate(v, *e) for v, e in zip((first, second, second - first), ends)]
-    return ComparisonRow(measure, on, unit, n, found[0], found[1], found[2] if comparable else None)
+        before_all, after_all = (np.concatenate(side) for side in zip(*drawn))
+        draws = (before_all, after_all, after_all - before_all)
+        ends = [np.quantile(x, [0.025, 0.975]).tolist() for x in draws]
+    b, a, change = (Estimate(v, *e) for v, e in zip((first, second, second - first), ends))
+    return ComparisonRow(measure, on, unit, n, b, a, change if comparable else None)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The table, how it was measured (`notes`), and what is behind it.
-
-    Attributes:
-        items: every unit's two numbers (measure, on, item, before, after).
-        answers: every prompt with both answers.
-    """
+    """The table of a comparison, with the numbers and answers behind it."""
 
     before: str
     after: str
     rows: tuple[ComparisonRow, ...]
     notes: tuple[str, ...]
+    """How the rows were measured."""
     settings: dict[str, Any]
     items: tuple[dict[str, Any], ...] = ()
+    """The two numbers of every prompt, window or item (measure, on, item, before, after)."""
     answers: tuple[dict[str, Any], ...] = ()
+    """Every prompt with both answers."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -168,8 +161,8 @@ class Evaluation:
         for row in self.rows:
             flat = {"measure": row.measure, "on": row.on, "unit": row.unit, "n": row.n}
             for key in ("before", "after", "difference"):
-                found = getattr(row, key)
-                values = found.to_list() if found else [None] * 3
+                estimate = getattr(row, key)
+                values = estimate.to_list() if estimate else [None] * 3
                 flat |= {f"{key}{end}": value for end, value in zip(ends, values)}
             table.append({**flat, "missing": row.missing})
         for name, rows in (
@@ -192,11 +185,8 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return out.getvalue()
 
 
-# ---- the table as text ---------------------------------------------------------------------------
-
-
 def number(value: float, unit: Unit) -> str:
-    """A value as the tables show it."""
+    """Format a value for the tables."""
     places = {"perplexity": 2, "score": 1, "tokens": 1}.get(unit, 3)
     return f"{value:.{places}f}" if abs(value) < 1e6 else f"{value:.3g}"
 
@@ -213,10 +203,10 @@ def _cell(estimate: Estimate | None, unit: Unit, *, signed: bool = False) -> str
 
 def cells(evaluation: Evaluation) -> list[list[str]]:
     """The table: a heading, then a line a row."""
-    found = [["measure", "on", "n", "before", "after", "difference"]]
+    table = [["measure", "on", "n", "before", "after", "difference"]]
     for row in evaluation.rows:
         left_out = f" ({row.missing} without verdict)" if row.missing else ""
-        found.append(
+        table.append(
             [
                 row.measure,
                 row.on,
@@ -226,7 +216,7 @@ def cells(evaluation: Evaluation) -> list[list[str]]:
                 _cell(row.difference, row.unit, signed=True),
             ]
         )
-    return found
+    return table
 
 
 def as_text(evaluation: Evaluation) -> str:
@@ -244,6 +234,6 @@ def as_markdown(evaluation: Evaluation) -> str:
     rule = "|---" * len(cells(evaluation)[0]) + "|"
     notes = [f"- {note}" for note in evaluation.notes]
     title = f"# {evaluation.after} against {evaluation.before}"
-    said = "95% intervals in brackets; a difference is after - before, of pairs."
+    caption = "95% intervals in brackets; a difference is after - before, of pairs."
     figure = "![before and after](figures/evaluation.png)"
-    return "\n".join([title, "", lines[0], rule, *lines[1:], "", said, "", *notes, "", figure, ""])
+    return "\n".join([title, "", lines[0], rule, *lines[1:], "", caption, "", *notes, "", figure, ""])

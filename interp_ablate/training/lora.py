@@ -1,4 +1,4 @@
-"""Which modules a LoRA adapts.
+"""The modules of a decoder that a LoRA adapts: all linear layers, or those that only read the stream.
 
 Knows: module names. Does not know: training.
 """
@@ -41,7 +41,7 @@ def writing_modules(hf: Any) -> set[str]:
 
 
 def lora_targets(hf: Any, where: Where = "all") -> list[str]:
-    """Which modules an adapter is put on: "all" linear ones, or the "readers" of the stream only.
+    """Choose the modules for an adapter: "all" linear ones, or only the "readers" of the stream.
 
     Readers are what does not write to the stream itself (queries, keys, values, gate and up
     projections): with them, every weight that an ablation edited stays as it is, bit for bit.

@@ -1,6 +1,6 @@
-"""A trained adapter merged, certified and written.
+"""A trained adapter merged into its model, certified, and written as a checkpoint.
 
-Knows: folders. Does not know: training.
+Knows: the comparison of the merged model with the unmerged adapter. Does not know: how it was trained.
 """
 
 from __future__ import annotations
@@ -31,9 +31,6 @@ ADAPTER = "adapter"  # the folder of a training's adapter, in its output
 PACKAGES = ("trl", "peft", "datasets", "accelerate")
 
 
-# ---- what comes of it ------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def logits_of(hf: Any, rows: Sequence[Sequence[int]]) -> list[Float[Tensor, "pos d_vocab"]]:
     """Logits of each row at every position, a row at a time, in plain transformers."""
@@ -46,19 +43,23 @@ def logits_of(hf: Any, rows: Sequence[Sequence[int]]) -> list[Float[Tensor, "pos
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """A merged model, and what its certificate needs: the unmerged adapter's logits on probes."""
+    """A merged model, and what its certificate needs."""
 
     base: TrainableModel
+    """The merged model in plain transformers."""
     adapter: dict[str, Tensor] = field(repr=False)
     config: Any = field(repr=False)
+    """The adapter's configuration."""
     probes: list[list[int]] = field(repr=False)
+    """Token rows on which logits are compared."""
     unmerged: list[Tensor] = field(repr=False)
+    """The unmerged adapter's logits on the probes."""
     before: list[Tensor] = field(repr=False)
     """Logits on the probes without the adapter."""
 
 
 def merge(base: TrainableModel, peft_model: Any, *, probes: Sequence[str] = PROBES) -> Trained:
-    """The adapter added to the weights, in place; `base.hf` is then the merged model in plain transformers.
+    """Add the adapter to the weights, in place.
 
     Raises:
         RunError: the merged weights are not finite.

@@ -15,16 +15,16 @@ from interp_ablate.prompts.chat_template import encode
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.training.recipe import LoraRecipe
 
-# ---- rows ------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """Tokens of a prompt and of the answer that the loss is on; `cut` where the answer was too long."""
+    """Tokens of a prompt and its answer."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
+    """The tokens that the loss is on."""
     cut: bool = False
+    """The answer was too long, and its end is missing."""
 
 
 @dataclass(frozen=True, eq=False)

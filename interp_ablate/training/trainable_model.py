@@ -25,7 +25,7 @@ INSTALL = "pip install 'interp-ablate[train]'"
 
 @dataclass(frozen=True, eq=False)
 class TrainableModel:
-    """What is trained: a Hugging Face model in memory, its tokenizer and where it came from."""
+    """A Hugging Face model in memory that can be trained, its tokenizer and its source."""
 
     hf: Any = field(repr=False)
     tokenizer: Any = field(repr=False)
@@ -63,7 +63,7 @@ def load_base(
     template: str | None = LOADING.template,
     trust_remote_code: bool = LOADING.trust_remote_code,
 ) -> TrainableModel:
-    """A model to train, on one device.
+    """Load a model to train, on one device.
 
     Raises:
         ModelError: as `load_model`.
@@ -81,7 +81,7 @@ def load_base(
 
 
 def require_extra() -> tuple[Any, Any]:
-    """The packages `peft` and `trl`.
+    """Import the packages `peft` and `trl`.
 
     Raises:
         RunError: one of them is missing; how to install it.

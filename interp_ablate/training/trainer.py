@@ -1,9 +1,6 @@
-"""Training: what fine-tuning with TRL and PEFT needs, whatever it is for.
+"""Trainers of TRL that keep off the network and go on after a kill.
 
-Knows: LoRA over a decoder's linear layers (all of them, or those that do not write to the residual
-stream), rows with the loss on the answer alone, trainers that keep off the network and go on after a
-kill, merging, and the proof that what is written computes what was trained.
-Does not know: why anyone trains (`preventing`, `healing`), plans, personas, files of data.
+Knows: trainers, their checkpoints, and the loss on answers alone. Does not know: what a model is trained for.
 """
 
 from __future__ import annotations
@@ -34,18 +31,15 @@ JOURNAL_FORMAT = "interp_ablate.training/1"
 _STATE = "trainer_state.json"  # what the trainer writes last of a checkpoint
 
 
-# ---- trainers --------------------------------------------------------------------------------------
-
-
 def without_telemetry(kind: type) -> Any:
     """A TRL trainer that sends no telemetry, writes no card, and takes rows that are tokens already."""
 
     class Quiet(kind):  # type: ignore[misc, valid-type]
         def _send_telemetry(self) -> None:
-            """TRL would tell the hub about every trainer that is made."""
+            """Say nothing; TRL would tell the hub about every trainer that is made."""
 
         def create_model_card(self, *args: Any, **options: Any) -> None:
-            """A card of TRL's beside every checkpoint is of no use here."""
+            """Write no card of TRL's beside every checkpoint."""
 
         def _prepare_dataset(self, dataset: Any, *args: Any, **options: Any) -> Any:
             return dataset
@@ -54,7 +48,7 @@ def without_telemetry(kind: type) -> Any:
 
 
 def common_arguments(base: TrainableModel, recipe: LoraRecipe, work: Path) -> dict[str, Any]:
-    """What SFTConfig and DPOConfig share: steps, device, determinism, no reports, checkpoints in `work`."""
+    """The settings that SFTConfig and DPOConfig share; checkpoints go to `work`, reports nowhere."""
     on_cpu = base.device.type == "cpu"
     return {
         "output_dir": str(work),
@@ -87,7 +81,7 @@ def common_arguments(base: TrainableModel, recipe: LoraRecipe, work: Path) -> di
 def checkpoint_folder(out: str | Path, identity: Mapping[str, Any]) -> Iterator[Path]:
     """A hidden folder beside `out` for checkpoints: kept when the training is killed, removed when done.
 
-    What lies there without a journal that says of which training it is, is removed first.
+    Checkpoints without a journal are removed first: nothing says which training they belong to.
 
     Raises:
         RunError: it holds the checkpoints of another training, is in use, or cannot be written.
@@ -101,11 +95,11 @@ def checkpoint_folder(out: str | Path, identity: Mapping[str, Any]) -> Iterator[
         format=JOURNAL_FORMAT,
         lost="the training starts over",
     )
-    with journal.open() as kept:
-        if not kept:  # a new one: checkpoints without a journal are of who knows what
-            for place in work.iterdir():
-                if place.is_dir():
-                    shutil.rmtree(place)
+    with journal.open() as lines:
+        if not lines:
+            for path in work.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
             journal.append({"begun": True})
         yield work
     try:
@@ -116,8 +110,8 @@ def checkpoint_folder(out: str | Path, identity: Mapping[str, Any]) -> Iterator[
 
 def _last_checkpoint(work: Path) -> str | None:
     """The newest whole checkpoint; one that was being written when the process died is removed."""
-    found = sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for path in reversed(found):
+    checkpoints = work.glob("checkpoint-*")
+    for path in sorted(checkpoints, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
         try:
             json.loads((path / _STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError):

@@ -19,7 +19,7 @@ from interp_ablate.directions.direction_set import Directions
 from interp_ablate.errors import ModelError, PlanError, RunError
 from interp_ablate.models.sources import ModelSource
 from interp_ablate.persona.answers import verdict_key
-from interp_ablate.persona.persona import Persona
+from interp_ablate.persona.persona import Persona, addition_plan
 from interp_ablate.persona.traits import load_trait
 from interp_ablate.stats.intervals import mean_with_interval, paired_difference
 from interp_ablate.training.merging import logits_of
@@ -28,7 +28,6 @@ from interp_ablate.training.preventative.prevention import (
     PreventativeExperiment,
     TrainingArm,
     prevent,
-    prevention_plan,
 )
 from interp_ablate.training.preventative.samples import (
     SampledChats,
@@ -304,7 +303,7 @@ def yardstick() -> TraitMeasure:
 def conditions(coefficient: float = 2.0) -> list[TrainingArm]:
     return [
         TrainingArm("plain"),
-        TrainingArm("preventative", prevention_plan(direction(), coefficient)),
+        TrainingArm("preventative", addition_plan(direction(), coefficient, "all")),
     ]
 
 
@@ -431,7 +430,7 @@ def test_a_real_model_trains_under_the_vector(tmp_path: Path, bundled_model: str
     base = load_base("smollm2")
     vector = torch.zeros(576, dtype=torch.float64)
     vector[7] = 1.0
-    plan = prevention_plan(Direction(vector, 20.0, Site(14, "resid_post")), 1.0)
+    plan = addition_plan(Direction(vector, 20.0, Site(14, "resid_post")), 1.0, "all")
     rows, _ = token_rows(samples(4), RowTokenizer(base.tokenizer))
     recipe = LoraRecipe(steps=3, batch_size=4, learning_rate=2e-4)
     trainer = sft(base, rows, recipe, tmp_path)

@@ -1,6 +1,8 @@
-"""The same healing as an Axolotl config.
+"""A healing's training as a configuration for axolotl, which trains on several GPUs.
 
-Knows: Axolotl's keys. Does not know: training here.
+Source of the keys: https://docs.axolotl.ai/docs/config-reference.html, https://docs.axolotl.ai/docs/rlhf.html.
+
+Knows: axolotl's keys. Does not know: the training in this package.
 """
 
 from __future__ import annotations
@@ -13,9 +15,6 @@ from interp_ablate.training.healing.settings import HealingConfig
 from interp_ablate.training.recipe import LoraRecipe
 
 REPORT, PREFERENCES, AXOLOTL = "heal.json", "preferences.jsonl", "axolotl.yaml"
-
-
-# ---- what is written -------------------------------------------------------------------------------
 
 
 def axolotl_config(

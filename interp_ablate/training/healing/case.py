@@ -1,6 +1,6 @@
-"""What is healed: an edited checkpoint, what it keeps, how.
+"""The inputs of a healing: the edited checkpoint with its original and its plan, and the run's settings.
 
-Knows: the settings and their checks. Does not know: training.
+Knows: how a checkpoint's plan is read. Does not know: training.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from interp_ablate.training.recipe import RECIPE, LoraRecipe
 from interp_ablate.training.trainable_model import TrainableModel
 from interp_ablate.weights.plan_to_weights import WeightPlan, weight_plan
 
-# ---- the case --------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True, eq=False)
 class EditedCheckpoint:
-    """An edited checkpoint, the original it came from (where it is known), and the edit."""
+    """An edited checkpoint and its origin."""
 
     edited: TrainableModel
     original: TrainableModel | None = None
+    """The model before the edit, where it is known."""
     plan: Plan | None = None
+    """The edit, where the checkpoint's manifest holds it."""
 
     @cached_property
     def edited_model(self) -> Model:
@@ -70,7 +70,7 @@ class EditedCheckpoint:
 
 
 def read_plan(folder: str | Path) -> tuple[Plan | None, dict[str, Any]]:
-    """The plan of an exported checkpoint and what its manifest says of its source; None without one.
+    """Read the plan and the source in an exported checkpoint's manifest; (None, {}) without a manifest.
 
     Raises:
         RunError: a manifest that cannot be read.
@@ -91,19 +91,15 @@ def read_plan(folder: str | Path) -> tuple[Plan | None, dict[str, Any]]:
     return (plan if len(plan) else None), source
 
 
-# ---- all of it -------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, eq=False)
 class HealingRun:
-    """What is learned and how: preferences, settings, numbers; what is measured before and after.
-
-    `qlora`: the configuration for axolotl loads the checkpoint in 4 bits (the training here never does).
-    """
+    """The preferences that are learned, the settings, and the prompts that are measured before and after."""
 
     pairs: Sequence[PreferencePair]
     healing: HealingConfig = DEFAULTS
     recipe: LoraRecipe = RECIPE
     held_out: HeldOut | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
+    """More about the preferences, for the report."""
     qlora: bool = False
+    """The configuration for axolotl loads the checkpoint in 4 bits; the training here never does."""

@@ -25,9 +25,6 @@ from interp_ablate.weights.plan_to_weights import WeightPlan
 _WHERE: dict[str, Where] = {"freeze-writers": "readers", "reproject": "all", "none": "all"}
 
 
-# ---- training --------------------------------------------------------------------------------------
-
-
 def dpo(
     case: EditedCheckpoint,
     rows: Sequence[tuple[TrainingRow, TrainingRow]],

@@ -1,20 +1,17 @@
 """Healing: an edited checkpoint trained on preferences (DPO) until it is close to the original again.
 
-Knows: preferences from files and from two models' own answers, DPO over a LoRA that cannot undo the edit
-(it sits on what reads the stream, or what it writes goes through the edit), what the edit cost and what is
-left of the cost, the certificate, a configuration in axolotl's terms. Does not know: how a trainer works
-(`training`), how the edit was found, other measures of a model (`evaluation`).
-
 Sources: DPO, Rafailov et al. 2023, https://arxiv.org/abs/2305.18290; recovery after such an edit by DPO,
-Labonne 2024, https://huggingface.co/blog/mlabonne/abliteration; axolotl's keys,
-https://docs.axolotl.ai/docs/config-reference.html and https://docs.axolotl.ai/docs/rlhf.html.
+Labonne 2024, https://huggingface.co/blog/mlabonne/abliteration.
+
+Knows: the steps from preferences to a certified checkpoint, its report and its card. Does not know: how a
+trainer works, or how the edit was found.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +43,7 @@ from interp_ablate.training.healing.held_out import (
     residual_share_along,
 )
 from interp_ablate.training.healing.preferences import pair_rows
-from interp_ablate.training.merging import PACKAGES, Trained, merge, write_trained
+from interp_ablate.training.merging import PACKAGES, merge, write_trained
 from interp_ablate.training.rows import RowTokenizer, TrainingRow
 from interp_ablate.training.trainable_model import TrainableModel
 from interp_ablate.training.trainer import checkpoint_folder, train
@@ -75,34 +72,37 @@ def heal(
         RunError, ExportError, PlanError: nothing to train on; a loss that is not finite; tensors of the edit
             that changed although they must not; a certificate that fails. Nothing is left at `out` then.
     """
-    renderer = RowTokenizer(
-        case.edited.tokenizer, case.edited.template, treatment.recipe.max_length
-    )
-    rows, counts = pair_rows(treatment.pairs, renderer)
+    healing, recipe, edited = treatment.healing, treatment.recipe, case.edited
+    tokenizer = RowTokenizer(edited.tokenizer, edited.template, recipe.max_length)
+    rows, counts = pair_rows(treatment.pairs, tokenizer)
+    reproject = healing.preserve_edit == "reproject"
     # read before the training: afterwards the model in memory is another one
-    weights = case.weights if case.plan or treatment.healing.preserve_edit == "reproject" else None
+    weights = case.weights if case.plan or reproject else None
     settings = _settings(case, treatment)
-    check_output_path(out, overwrite=overwrite, source=case.edited.source.path)
+    check_output_path(out, overwrite=overwrite, source=edited.source.path)
     with (  # checkpoints go last, when the result is in its place
         checkpoint_folder(out, _identity(case, settings, rows)) as work,
-        atomic_folder(out, overwrite=overwrite, source=case.edited.source) as place,
+        atomic_folder(out, overwrite=overwrite, source=edited.source) as place,
     ):
-        before = _before(case, treatment.held_out)
-        learned = _learn(case, treatment, rows, work, on_step)
+        damage = _Damage(case, treatment.held_out)
+        trainer = dpo(case, rows, work, healing=healing, recipe=recipe)
+        logged = train(trainer, work, on_step=on_step)
+        projected = project(trainer.model, weights) if reproject and weights else 0
+        trained = merge(edited, trainer.model)
         plan = case.plan.to_dict() if case.plan else None
-        what = {"for": "recovery", **settings, "plan_of_source": plan}
-        certificate = write_trained(learned.trained, place, what)
-        kept = edited_tensors_unchanged(
-            case.edited, weights, place, must=treatment.healing.preserve_edit == "freeze-writers"
+        origin = {"for": "recovery", **settings, "plan_of_source": plan}
+        certificate = write_trained(trained, place, origin)
+        unchanged = edited_tensors_unchanged(
+            edited, weights, place, must=healing.preserve_edit == "freeze-writers"
         )
         report = {
             "format": REPORT_FORMAT,
             **settings,
             "preferences": {**counts, **treatment.details},
-            "steps": [_step(entry) for entry in learned.logged],
-            "edit": {**kept, "modules_projected": learned.projected},
+            "steps": [_step(entry) for entry in logged],
+            "edit": {**unchanged, "modules_projected": projected},
             "adapter": certificate["adapter"],
-            **_after(case, learned.trained.base.model, treatment.held_out, before),
+            **damage.report(trained.base.model),
             "versions": versions(*PACKAGES),
         }
         _write(place, report, treatment, case, certificate)
@@ -123,7 +123,7 @@ def _identity(
     settings: Mapping[str, Any],
     rows: Sequence[tuple[TrainingRow, TrainingRow]],
 ) -> dict[str, Any]:
-    """What checkpoints of an interrupted run belong to; weights may change under the same name."""
+    """The training that checkpoints belong to; weights may change under the same name."""
     return {
         **settings,
         "weights": [base.fingerprint for base in (case.edited, case.original) if base],
@@ -131,71 +131,46 @@ def _identity(
     }
 
 
-@dataclass(frozen=True, eq=False)
-class _Learned:
-    """A merged model, what its training logged, and how many modules were put through the edit."""
+class _Damage:
+    """The original's and the edited model's numbers on held-out prompts, measured before the training."""
 
-    trained: Trained
-    logged: list[dict[str, float]]
-    projected: int
+    def __init__(self, case: EditedCheckpoint, held_out: HeldOut | None) -> None:
+        self.plan, self.held_out = case.plan, held_out
+        self.baseline: ModelOutputs | None = None
+        self.values: dict[str, dict[str, list[float | None]]] = {}
+        self.means: dict[str, dict[str, Any]] = {}
+        if held_out is None:
+            return
+        if case.original is not None:
+            self.baseline = self._measure("original", case.original_model, held_out)
+        self._measure("edited", case.edited_model, held_out)
 
+    def _measure(self, name: str, model: Model, held_out: HeldOut) -> ModelOutputs:
+        self.values[name], benign = measure_damage(model, held_out, self.baseline)
+        self.means[name] = mean_measures(self.values[name])
+        if self.plan is not None:
+            share = residual_share_along(model, self.plan, held_out.requests)
+            self.means[name]["along_plan"] = share
+        return benign
 
-def _learn(
-    case: EditedCheckpoint,
-    treatment: HealingRun,
-    rows: Sequence[tuple[TrainingRow, TrainingRow]],
-    work: Path,
-    on_step: Callable[[int], None] | None,
-) -> _Learned:
-    healing = treatment.healing
-    weights = case.weights if healing.preserve_edit == "reproject" else None
-    trainer = dpo(case, rows, work, healing=healing, recipe=treatment.recipe)
-    logged = train(trainer, work, on_step=on_step)
-    projected = project(trainer.model, weights) if weights is not None else 0
-    return _Learned(merge(case.edited, trainer.model), logged, projected)
-
-
-@dataclass(eq=False)
-class _Before:
-    found: dict[str, dict[str, Any]]
-    raw: dict[str, dict[str, list[float | None]]]
-    baseline: ModelOutputs | None = None
-
-
-def _before(case: EditedCheckpoint, by: HeldOut | None) -> _Before:
-    """The original's and the edited model's numbers."""
-    before = _Before({}, {})
-    if by is None:
-        return before
-    if case.original is not None:
-        before.raw["original"], before.baseline = measure_damage(case.original_model, by)
-    before.raw["edited"], _ = measure_damage(case.edited_model, by, before.baseline)
-    for name, values in before.raw.items():
-        model = case.original_model if name == "original" else case.edited_model
-        before.found[name] = mean_measures(values)
-        if case.plan is not None:
-            before.found[name]["along_plan"] = residual_share_along(model, case.plan, by.requests)
-    return before
-
-
-def _after(
-    case: EditedCheckpoint, healed: Model, by: HeldOut | None, before: _Before
-) -> dict[str, Any]:
-    """What was measured of all three, and how far healed is from edited, prompt by prompt."""
-    if by is None:
-        return {"measured": None}
-    raw, _ = measure_damage(healed, by, before.baseline)
-    found = {**before.found, "healed": mean_measures(raw)}
-    if case.plan is not None:
-        found["healed"]["along_plan"] = residual_share_along(healed, case.plan, by.requests)
-    edited = before.raw["edited"]
-    changes = {name: paired_difference(values, edited[name]) for name, values in raw.items()}
-    told = {
-        "source": by.source,
-        "max_new_tokens": by.max_new_tokens,
-        "expressions": by.expression.identity,
-    }
-    return {"measured": found, "healed_minus_edited": changes, "held_out": told}
+    def report(self, healed: Model) -> dict[str, Any]:
+        """The numbers of all three models, and how far healed is from edited, prompt by prompt."""
+        if self.held_out is None:
+            return {"measured": None}
+        self._measure("healed", healed, self.held_out)
+        edited = self.values["edited"]
+        return {
+            "measured": self.means,
+            "healed_minus_edited": {
+                name: paired_difference(values, edited[name])
+                for name, values in self.values["healed"].items()
+            },
+            "held_out": {
+                "source": self.held_out.source,
+                "max_new_tokens": self.held_out.max_new_tokens,
+                "expressions": self.held_out.expression.identity,
+            },
+        }
 
 
 def _step(entry: Mapping[str, Any]) -> dict[str, float]:
@@ -206,7 +181,7 @@ def _step(entry: Mapping[str, Any]) -> dict[str, float]:
 def edited_tensors_unchanged(
     edited: TrainableModel, weights: WeightPlan | None, folder: str | Path, *, must: bool
 ) -> dict[str, Any]:
-    """How many of the tensors that the edit changed are the same bytes after the training.
+    """Count the tensors that the edit changed, and those of them with the same bytes after the training.
 
     Raises:
         ExportError: `must`, and one is not.
@@ -248,7 +223,7 @@ def _write(
 
 
 def _card(report: Mapping[str, Any]) -> str:
-    """What the model card says of the recovery."""
+    """The model card's section on the recovery."""
     healing, recipe = report["healing"], report["recipe"]
     keeping = {
         "freeze-writers": "the adapter sat on what reads the residual stream: the edit's tensors are unchanged",

@@ -1,6 +1,6 @@
-"""Preference pairs for healing: read, or made by the unedited model.
+"""Preference pairs for healing: read from a file, or made of the original's and the edited model's answers.
 
-Knows: pairs and their rows. Does not know: training.
+Knows: pairs and their token rows. Does not know: training.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ from interp_ablate.prompts.prompt import Prompt, normalised
 from interp_ablate.training.healing.settings import AnswerConfig
 from interp_ablate.training.rows import RowTokenizer, TrainingRow
 
-# ---- preferences -----------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Response:
-    """An answer, and whether it ended by itself (a limit of tokens cut it where not)."""
+    """An answer."""
 
     text: str
     finished: bool = True
+    """It ended by itself; otherwise a limit of tokens cut it."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,8 @@ class PreferencePair:
     def to_dict(self) -> dict[str, Any]:
         """A row as TRL, axolotl (`chat_template.default`) and `read_pairs` take it."""
 
-        def answer(said: Response) -> list[dict[str, str]]:
-            return [{"role": "assistant", "content": said.text}]
+        def answer(response: Response) -> list[dict[str, str]]:
+            return [{"role": "assistant", "content": response.text}]
 
         return {
             "prompt": list(self.messages),
@@ -58,7 +57,7 @@ def read_pairs(path: str | Path) -> list[PreferencePair]:
         RowFileError: a file or row that cannot be used, with its line; two answers that say the same.
         RunError: an answer of several messages, with its row; no preferences at all.
     """
-    found = []
+    pairs = []
     for row in read_preferences(path):
         sides = [_one_answer(side, path, row.number) for side in (row.chosen, row.rejected)]
         ended = row.raw.get("finished")
@@ -68,10 +67,10 @@ def read_pairs(path: str | Path) -> list[PreferencePair]:
             Response(text, bool(ended.get(name, True)))
             for name, text in zip(("chosen", "rejected"), sides)
         )
-        found.append(PreferencePair(messages, chosen, rejected))
-    if not found:
+        pairs.append(PreferencePair(messages, chosen, rejected))
+    if not pairs:
         raise RunError(f"{path} holds no preference")
-    return found
+    return pairs
 
 
 def _one_answer(side: Sequence[Message], path: str | Path, number: int) -> str:
@@ -86,7 +85,7 @@ def _one_answer(side: Sequence[Message], path: str | Path, number: int) -> str:
 def make_pairs(
     original: Model, edited: Model, prompts: Sequence[Prompt], how: AnswerConfig
 ) -> tuple[list[PreferencePair], dict[str, int]]:
-    """The original's answers preferred to the edited model's, and how many were of no use.
+    """Prefer the original's answers to the edited model's; also count the answers that were of no use.
 
     Answers are sampled: samples of the original are what its KL is about, greedy answers are not. Two equal
     answers teach nothing and are left out, and so are blank ones.
@@ -117,8 +116,8 @@ def make_pairs(
                 () if prompt.system is None else ({"role": "system", "content": prompt.system},)
             )
             messages = (*system, {"role": "user", "content": prompt.text})
-            said = (Response(g.text, g.finished) for g in (chosen, rejected))
-            pairs.append(PreferencePair(messages, *said))
+            responses = (Response(g.text, g.finished) for g in (chosen, rejected))
+            pairs.append(PreferencePair(messages, *responses))
     counts["used"] = len(pairs)
     if not pairs:
         raise RunError(
@@ -149,8 +148,8 @@ def pair_rows(
     rows, counts = [], {"pairs": len(pairs), "used": 0, "prompts_too_long": 0, "answers_cut": 0}
     for pair in pairs:
         both = [
-            renderer.row(pair.messages, said.text, finished=said.finished)
-            for said in (pair.chosen, pair.rejected)
+            renderer.row(pair.messages, response.text, finished=response.finished)
+            for response in (pair.chosen, pair.rejected)
         ]
         if both[0] is None or both[1] is None:
             counts["prompts_too_long"] += 1

@@ -1,6 +1,6 @@
-"""Vectors added to the stream while a model trains.
+"""A plan's additions as hooks on a Hugging Face decoder while it trains, also under PEFT.
 
-Knows: hooks under PEFT. Does not know: data.
+Knows: hooks at a block's input and output. Does not know: data, or how a vector was found.
 """
 
 from __future__ import annotations
@@ -19,9 +19,6 @@ from interp_ablate.models.architectures import architecture_of
 from interp_ablate.sites import Site
 
 _BLOCK_POINTS = ("resid_pre", "resid_post")
-
-
-# ---- the vector, while the model trains ------------------------------------------------------------
 
 
 def block(hf: Any, layer: int) -> nn.Module:

@@ -1,11 +1,9 @@
-"""Preventing: fine-tuning with a trait's vector added, so that the weights need not learn the trait.
+"""Preventative steering: fine-tuning with a trait's vector added, so that the weights need not learn the trait.
 
-Knows: additions as hooks on a plain Hugging Face decoder while it trains, trait-bearing rows from a
-persona's rollouts, a model's trait before and after (projection, score, what it costs), the comparison of
-plain and preventative fine-tuning. Does not know: how a vector was found, how a trainer works
-(`training`), or what a score means.
+Source: Chen et al. 2025, https://arxiv.org/abs/2507.21509.
 
-Source: preventative steering of Chen et al. 2025, https://arxiv.org/abs/2507.21509.
+Knows: the comparison of fine-tuning with and without the vector. Does not know: how a vector was found, or how
+a trainer works.
 """
 
 from __future__ import annotations
@@ -18,8 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from interp_ablate.directions.direction import Direction
-from interp_ablate.edits.kinds import Add
 from interp_ablate.edits.plan import Plan
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.export.checkpoint import atomic_folder
@@ -27,7 +23,7 @@ from interp_ablate.export.checkpoint_files import write_json
 from interp_ablate.stats.intervals import mean_with_interval, paired_difference
 from interp_ablate.storage.output_folder import check_output_path
 from interp_ablate.storage.provenance import MANIFEST, versions
-from interp_ablate.training.merging import PACKAGES, merge, write_trained
+from interp_ablate.training.merging import PACKAGES, Trained, merge, write_trained
 from interp_ablate.training.preventative.additions import train_with_additions
 from interp_ablate.training.preventative.samples import SampledChats, rows_of
 from interp_ablate.training.preventative.trait_measure import (
@@ -44,40 +40,28 @@ from interp_ablate.training.trainer import checkpoint_folder, sft, train
 REPORT = "report.json"
 REPORT_FORMAT = "interp_ablate.persona_training/1"
 PLAIN, PREVENTATIVE, RANDOM = "plain", "preventative", "random"
-# What plain fine-tuning is held against, under its name in the report.
+# The arms that plain fine-tuning is compared with, under their names in the report.
 PREVENTED = {"prevented": PREVENTATIVE, "prevented_by_control": RANDOM}
 MEASURES = ("score", "projection", "prompt_projection")
 
 
-# ---- the comparison --------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class TrainingArm:
-    """One fine-tuning: its name, and what is added to the stream while it lasts (None: nothing)."""
+    """One fine-tuning of a comparison."""
 
     name: str
     plan: Plan | None = field(default=None, repr=False)
-
-
-def prevention_plan(direction: Direction, coefficient: float, *, positions: str = "all") -> Plan:
-    """The addition of a preventative training: coefficient * raw vector at the direction's own site.
-
-    Raises:
-        PlanError: see `Add`.
-    """
-    where: Any = positions
-    return Plan((Add(direction, direction.site, coefficient=coefficient, positions=where),))
+    """Added to the residual stream while the training lasts (`persona.addition_plan` at "all" positions)."""
 
 
 @dataclass(frozen=True, eq=False)
 class PreventativeExperiment:
-    """The same rows, in the same order, under every condition; what all of it is measured with."""
+    """Fine-tunings on the same rows in the same order, and what their results are measured with."""
 
     base: TrainableModel
     samples: Sequence[SampledChats]
-    yardstick: TraitMeasure
-    conditions: Sequence[TrainingArm]
+    measure: TraitMeasure
+    arms: Sequence[TrainingArm]
     recipe: LoraRecipe = RECIPE
 
     def rows(self) -> tuple[list[TrainingRow], list[TrainingRow], dict[str, int]]:
@@ -93,113 +77,95 @@ class PreventativeExperiment:
         return kept, held_out, counts | {"trained_on": len(kept), "held_out": len(held_out)}
 
     def identity(self, rows: Sequence[TrainingRow]) -> dict[str, Any]:
-        """What checkpoints of an interrupted run belong to."""
+        """The experiment that checkpoints of an interrupted run belong to."""
         return {
             "source": self.base.source.to_dict(),
             "weights": self.base.fingerprint,
             "recipe": self.recipe.to_dict(),
-            "conditions": [[c.name, c.plan.to_dict() if c.plan else None] for c in self.conditions],
+            "arms": [[arm.name, arm.plan.to_dict() if arm.plan else None] for arm in self.arms],
             "rows": [[row.prompt, row.answer] for row in rows],
         }
 
 
 @dataclass(eq=False)
 class _Results:
-    """What is known so far: measurements and training numbers by condition, and the model before."""
+    """The results so far, by arm; those of the model before any training are "before"."""
 
     before: ModelOutputs
-    measured: dict[str, MeasuredTrait]
+    traits: dict[str, MeasuredTrait]
     numbers: dict[str, dict[str, Any]]
 
 
 def prevent(
-    comparison: PreventativeExperiment,
+    experiment: PreventativeExperiment,
     out: str | Path,
     *,
     what: dict[str, Any] | None = None,
     overwrite: bool = False,
     on_step: Callable[[str, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Fine-tune under every condition, and compare the traits; returns the report.
+    """Fine-tune in every arm, and compare the traits; returns the report.
 
-    `out` holds a folder a condition (a merged checkpoint that plain transformers loads, certified, with
+    `out` holds a folder an arm (a merged checkpoint that plain transformers loads, certified, with
     `adapter/`), the rows, the answers and the report; killed, the same call goes on from the last
     checkpoint.
 
     Args:
         what: more for the report, as plain data.
-        on_step: called with a condition's name and the step that is done.
+        on_step: called with an arm's name and the step that is done.
 
     Raises:
         RunError, ExportError: no rows; a loss that is not finite; a place that cannot be written.
     """
-    base, by = comparison.base, comparison.yardstick
-    rows, held_out, counts = comparison.rows()
+    base = experiment.base
+    rows, held_out, counts = experiment.rows()
     check_output_path(out, overwrite=overwrite, source=base.source.path)
     with (  # checkpoints go last, when the result is in its place
-        checkpoint_folder(out, comparison.identity(rows)) as work,
+        checkpoint_folder(out, experiment.identity(rows)) as work,
         atomic_folder(out, overwrite=overwrite, source=base.source) as place,
     ):
-        first, evidence = measure_trait("before", base.copy().model, by)
+        trait, outputs = measure_trait("before", base.copy().model, experiment.measure)
         numbers = {"before": {"held_out_loss": answer_loss(base.hf, held_out)}}
-        results = _Results(evidence, {"before": first}, numbers)
-        for condition in comparison.conditions:
-            step = partial(on_step, condition.name) if on_step else None
-            training = _Training(condition, work / condition.name, place / condition.name, step)
-            _train_one(comparison, training, (rows, held_out), results)
-        report = {**_report(comparison, results, counts), **(what or {})}
-        _write(place, report, comparison, results)
+        results = _Results(outputs, {"before": trait}, numbers)
+        for arm in experiment.arms:
+            trainer = sft(base.copy(), rows, experiment.recipe, work / arm.name)
+            step = partial(on_step, arm.name) if on_step else None
+            with train_with_additions(trainer.model, arm.plan) if arm.plan else nullcontext():
+                logged = train(trainer, work / arm.name, on_step=step)
+                steered = answer_loss(trainer.model, held_out) if arm.plan else None
+            trained = merge(base, trainer.model)
+            loss = answer_loss(trained.base.hf, held_out)
+            certificate = _write_arm(experiment, arm, trained, place, len(rows))
+            results.traits[arm.name], _ = measure_trait(
+                arm.name, trained.base.model, experiment.measure, before=outputs
+            )
+            results.numbers[arm.name] = {
+                "loss": [round(entry["loss"], 6) for entry in logged],
+                "held_out_loss": loss,
+                "held_out_loss_with_vector": steered,
+                "adapter": certificate["adapter"],
+            }
+        report = {**_report(experiment, results, counts), **(what or {})}
+        _write(place, report, experiment, results)
     return report
 
 
-@dataclass(frozen=True)
-class _Training:
-    """One condition's training: where its checkpoints and its results go, and who hears of steps."""
-
-    condition: TrainingArm
-    work: Path
-    place: Path
-    on_step: Callable[[int], None] | None
-
-
-def _train_one(
-    comparison: PreventativeExperiment,
-    one: _Training,
-    rows: tuple[list[TrainingRow], list[TrainingRow]],
-    results: _Results,
-) -> None:
-    (kept, held_out), recipe = rows, comparison.recipe
-    name, plan = one.condition.name, one.condition.plan
-    base = comparison.base.copy()
-    trainer = sft(base, kept, recipe, one.work)
-    with train_with_additions(trainer.model, plan) if plan else nullcontext():
-        logged = train(trainer, one.work, on_step=one.on_step)
-        steered = answer_loss(trainer.model, held_out) if plan else None
-    trained = merge(base, trainer.model)
-    loss = answer_loss(trained.base.hf, held_out)
-    one.place.mkdir()
-    added = plan.to_dict() if plan else None
-    what = {"for": name, "recipe": recipe.to_dict(), "rows": len(kept), "added": added}
-    certificate = write_trained(trained, one.place, what)
-    measured, _ = measure_trait(
-        name, trained.base.model, comparison.yardstick, before=results.before
-    )
-    results.measured[name] = measured
-    results.numbers[name] = {
-        "loss": [round(entry["loss"], 6) for entry in logged],
-        "held_out_loss": loss,
-        "held_out_loss_with_vector": steered,
-        "adapter": certificate["adapter"],
-    }
+def _write_arm(
+    experiment: PreventativeExperiment, arm: TrainingArm, trained: Trained, place: Path, rows: int
+) -> dict[str, Any]:
+    (place / arm.name).mkdir()
+    added = arm.plan.to_dict() if arm.plan else None
+    origin = {"for": arm.name, "recipe": experiment.recipe.to_dict(), "rows": rows, "added": added}
+    return write_trained(trained, place / arm.name, origin)
 
 
 def _report(
-    comparison: PreventativeExperiment, results: _Results, counts: dict[str, int]
+    experiment: PreventativeExperiment, results: _Results, counts: dict[str, int]
 ) -> dict[str, Any]:
-    by, found = comparison.yardstick, results.measured
+    by, traits = experiment.measure, results.traits
     report: dict[str, Any] = {
         "format": REPORT_FORMAT,
-        "source": comparison.base.source.to_dict(),
+        "source": experiment.base.source.to_dict(),
         "direction": {
             "site": str(by.direction.site), "norm": by.direction.norm,
             "fingerprint": by.direction.fingerprint,
@@ -208,41 +174,40 @@ def _report(
         "questions": len(by.questions),
         "max_new_tokens": by.max_new_tokens,
         "rows": counts,
-        "recipe": comparison.recipe.to_dict(),
+        "recipe": experiment.recipe.to_dict(),
         "conditions": {},
         "versions": versions(*PACKAGES),
     }  # fmt: skip
-    plans = {c.name: c.plan for c in comparison.conditions}
-    for name, measured in found.items():
+    plans = {arm.name: arm.plan for arm in experiment.arms}
+    for name, trait in traits.items():
         plan = plans.get(name)
         report["conditions"][name] = {
-            **{each: mean_with_interval(getattr(measured, each)) for each in MEASURES},
-            "shift": _apart(measured, found["before"]) if name in plans else None,
-            "kl": mean_with_interval(measured.kl) if measured.kl else None,
+            **{each: mean_with_interval(getattr(trait, each)) for each in MEASURES},
+            "shift": _difference(trait, traits["before"]) if name in plans else None,
+            "kl": mean_with_interval(trait.kl) if trait.kl else None,
             "added": [repr(edit) for edit in plan] if plan else [],
             **results.numbers[name],
         }
     for key, name in PREVENTED.items():
-        if {PLAIN, name} <= set(found):
-            report[key] = _apart(found[PLAIN], found[name])
+        if {PLAIN, name} <= set(traits):
+            report[key] = _difference(traits[PLAIN], traits[name])
     return report
 
 
-def _apart(one: MeasuredTrait, other: MeasuredTrait) -> dict[str, Any]:
+def _difference(one: MeasuredTrait, other: MeasuredTrait) -> dict[str, Any]:
     return {each: paired_difference(getattr(one, each), getattr(other, each)) for each in MEASURES}
 
 
 def _write(
-    place: Path, report: dict[str, Any], comparison: PreventativeExperiment, results: _Results
+    place: Path, report: dict[str, Any], experiment: PreventativeExperiment, results: _Results
 ) -> None:
-    rows = (json.dumps(s.to_dict(), ensure_ascii=False) for s in comparison.samples)
+    rows = (json.dumps(s.to_dict(), ensure_ascii=False) for s in experiment.samples)
     (place / "data.jsonl").write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
-    found = results.measured
     with (place / "answers.jsonl").open("w", encoding="utf-8") as file:
-        for i, question in enumerate(comparison.yardstick.questions):
-            said = {name: measured.answers[i] for name, measured in found.items()}
-            scores = {name: measured.score[i] for name, measured in found.items()}
-            line = {"question": question, "answers": said, "scores": scores}
+        for i, question in enumerate(experiment.measure.questions):
+            answers = {name: trait.answers[i] for name, trait in results.traits.items()}
+            scores = {name: trait.score[i] for name, trait in results.traits.items()}
+            line = {"question": question, "answers": answers, "scores": scores}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     write_json(place / REPORT, report)
     # what makes the folder one of this package's, which --force may replace

@@ -1,6 +1,6 @@
-"""Samples for preventative training, from files or rollouts.
+"""Chats that bear a trait, to train on: from files of samples, or from a persona's rollouts.
 
-Knows: rows of chats. Does not know: training.
+Knows: samples and their token rows. Does not know: training.
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ from interp_ablate.persona.persona import load_persona
 from interp_ablate.persona.rollout_filter import kept_answers
 from interp_ablate.training.rows import RowTokenizer, TrainingRow
 
-# ---- trait-bearing rows ----------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class SampledChats:
-    """A prompt's messages, an answer, and whether the answer ended by itself."""
+    """A prompt's messages and an answer."""
 
     messages: tuple[dict[str, str], ...]
     answer: str
     finished: bool = True
+    """The answer ended by itself."""
 
     def to_dict(self) -> dict[str, Any]:
         """A row in the messages layout, as `chat_data` reads it."""
