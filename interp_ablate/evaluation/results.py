@@ -236,4 +236,6 @@ def as_markdown(evaluation: Evaluation) -> str:
     title = f"# {evaluation.after} against {evaluation.before}"
     caption = "95% intervals in brackets; a difference is after - before, of pairs."
     figure = "![before and after](figures/evaluation.png)"
-    return "\n".join([title, "", lines[0], rule, *lines[1:], "", caption, "", *notes, "", figure, ""])
+    return "\n".join(
+        [title, "", lines[0], rule, *lines[1:], "", caption, "", *notes, "", figure, ""]
+    )
