@@ -1,4 +1,4 @@
-"""Scores from a text classifier of a folder.
+"""A scorer that asks a text-classification model in a folder.
 
 Knows: a classifier's labels. Does not know: judges.
 """
@@ -22,15 +22,12 @@ from interp_ablate.storage.atomic_files import hash_file
 logger = logging.getLogger(__name__)
 
 
-# ---- classifiers ---------------------------------------------------------------------------------
-
-
 class ClassifierScorer(ExplainingScorer):
     """100 x the probability of a label, by a `transformers` text-classification model.
 
     Args:
         model: a local folder, or a pipeline that is loaded already.
-        label: whose probability; must be named where the model has more than one.
+        label: the label whose probability counts; must be named where the model has more than one.
         with_prompt: the prompt goes in as the first text of a pair; by default the answer alone is judged.
 
     Longer texts are cut at the model's length; `detail` says which, and a warning how many.
@@ -57,16 +54,18 @@ class ClassifierScorer(ExplainingScorer):
         config = self._pipeline.model.config
         labels = [config.id2label[i] for i in range(config.num_labels)]
         if config.problem_type == "regression":
-            raise RunError(f"{self._said} is a regression: its output is no probability of a label")
+            raise RunError(
+                f"{self._title} is a regression: its output is no probability of a label"
+            )
         if label is None and len(labels) == 1:
             return labels[0]
         if label is None or label not in labels:
             what = "which label? Add #LABEL" if label is None else f"it has no label {label!r}"
-            raise RunError(f"{self._said}: {what}; there are {', '.join(labels)}")
+            raise RunError(f"{self._title}: {what}; there are {', '.join(labels)}")
         return label
 
     @property
-    def _said(self) -> str:
+    def _title(self) -> str:
         return (
             f"the classifier {self._folder or self._pipeline.model.config.name_or_path or 'given'}"
         )
@@ -95,7 +94,7 @@ class ClassifierScorer(ExplainingScorer):
             else {"text": e.answer}
             for e in exchanges
         ]
-        found = self._pipeline(
+        outputs = self._pipeline(
             texts,
             top_k=None,
             truncation=True,
@@ -110,12 +109,12 @@ class ClassifierScorer(ExplainingScorer):
         if any(cut):
             logger.warning(
                 "%s read the first %d tokens of %d of %d texts",
-                self._said,
+                self._title,
                 self.max_length,
                 sum(cut),
                 len(cut),
             )
-        return [self._verdict(rows, long) for rows, long in zip(found, cut)]
+        return [self._verdict(rows, long) for rows, long in zip(outputs, cut)]
 
     def _verdict(self, rows: list[dict[str, Any]], cut: bool) -> Verdict:
         score = {row["label"]: float(row["score"]) for row in rows}[self.label]
@@ -139,25 +138,25 @@ def _load_classifier(folder: Path) -> Any:
 
 
 def _longest(pipeline: Any) -> int:
-    """Tokens that the model can read: what its tokenizer says, within its positions."""
-    config, said = pipeline.model.config, int(min(pipeline.tokenizer.model_max_length, 10**9))
-    places = config.to_dict().get("max_position_embeddings") or said
+    """Number of tokens that the model can read: the tokenizer's limit, within the model's positions."""
+    config, limit = pipeline.model.config, int(min(pipeline.tokenizer.model_max_length, 10**9))
+    places = config.to_dict().get("max_position_embeddings") or limit
     if "roberta" in config.model_type or config.model_type == "camembert":
         places -= (config.pad_token_id or 0) + 1  # their positions start behind the padding's
-    return min(said, places)
+    return min(limit, places)
 
 
 def _folder_print(folder: Path) -> str:
     """sha256 over a folder's files."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in sorted(
         p
         for p in folder.iterdir()
         if p.suffix in (".json", ".txt", ".model", ".safetensors", ".bin")
     ):
-        found.update(f"{path.name} {path.stat().st_size}\n".encode())
-        hash_file(found, path)
-    return found.hexdigest()
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        hash_file(digest, path)
+    return digest.hexdigest()
 
 
 def _weights_print(model: Any) -> str:

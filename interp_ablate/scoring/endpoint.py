@@ -1,7 +1,6 @@
 """Endpoints: questions to an OpenAI-compatible server, each paid for once.
 
-Knows: answers held to a JSON schema, what a server does not take, replies that are known. Does not know: what an
-answer means.
+Knows: answers held to a JSON schema, and fields that a server does not take. Does not know: what an answer means.
 """
 
 from __future__ import annotations
@@ -120,7 +119,7 @@ class Endpoint:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What an answer depends on, as JSON; no key."""
+        """Everything that an answer depends on, as JSON; no key."""
         return {
             "model": self.model,
             "base_url": self.base_url,
@@ -179,7 +178,7 @@ class Endpoint:
         """
         keys = [json.dumps([dict(m) for m in messages]) for messages in conversations]
         first = {key: i for i, key in reversed(list(enumerate(keys)))}
-        found: dict[str, Reply | RequestError] = {}
+        replies: dict[str, Reply | RequestError] = {}
         stop = threading.Event()
         pool = ThreadPoolExecutor(max(1, self.settings.concurrency), thread_name_prefix="endpoint")
         try:
@@ -189,16 +188,16 @@ class Endpoint:
             }
             for done in as_completed(waiting):
                 try:
-                    found[waiting[done]] = done.result()
+                    replies[waiting[done]] = done.result()
                 except RequestError as error:
-                    found[waiting[done]] = error
+                    replies[waiting[done]] = error
         finally:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
-        refused = [reply for reply in found.values() if isinstance(reply, RequestError)]
+        refused = [reply for reply in replies.values() if isinstance(reply, RequestError)]
         if refused and not self._answered:
             raise refused[0]
-        return [found[key] for key in keys]
+        return [replies[key] for key in keys]
 
     def _ask(
         self,
@@ -228,12 +227,12 @@ class Endpoint:
         ]
         keys = [self._key_of(body, sample) for body in ways]
         for key in keys:
-            known = self._cache.get(key)
-            if known is not None:
+            cached = self._cache.get(key)
+            if cached is not None:
                 with self._lock:
                     self.from_cache += 1
                 self._answered = True
-                return known
+                return cached
         try:
             reply = self._client.send(ways[0], stop)
             used = keys[0]
@@ -282,7 +281,7 @@ class Endpoint:
         return name in refused.sent
 
     def _ways(self, schema: Mapping[str, Any] | None) -> tuple[bool, ...]:
-        """Whether to send the schema as such: the ways to ask, the first one first."""
+        """The ways to ask, the first one first: True sends the schema as such."""
         if schema is None:
             return (False,)
         return (True, False) if self._schema_taken is None else (self._schema_taken,)
@@ -295,14 +294,14 @@ class Endpoint:
         *,
         structured: bool,
     ) -> dict[str, Any]:
-        said = [dict(message) for message in messages]
-        body = {"model": self.model, "messages": said, **self._sent}
+        conversation = [dict(message) for message in messages]
+        body = {"model": self.model, "messages": conversation, **self._sent}
         if schema is not None and structured:
             name = re.sub(r"\W", "_", str(schema.get("title", "answer")))[:64]
-            held = {"name": name, "strict": True, "schema": dict(schema)}
-            body["response_format"] = {"type": "json_schema", "json_schema": held}
+            wrapped = {"name": name, "strict": True, "schema": dict(schema)}
+            body["response_format"] = {"type": "json_schema", "json_schema": wrapped}
         elif schema is not None:
-            said[-1]["content"] += (
+            conversation[-1]["content"] += (
                 "\n\nAnswer with one JSON object and nothing else. It follows this JSON schema: "
                 + json.dumps(schema)
             )

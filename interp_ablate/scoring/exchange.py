@@ -1,7 +1,6 @@
-"""Exchanges: a prompt and an answer to it, and what scores them.
+"""Exchanges: a prompt and the answer to it, in the form in which every scorer takes them.
 
-Knows: the one form in which text is handed to judges, classifiers, lexicons and filters, and their scale.
-Does not know: models, where exchanges come from (`persona`, `chat_data`), any scorer.
+Knows: the scale of scores. Does not know: models, where exchanges come from, any scorer.
 """
 
 from __future__ import annotations
@@ -22,15 +21,14 @@ class PromptResponse:
 
 
 class TextScorer(Protocol):
-    """Scores exchanges from 0 (the trait is absent) to 100 (it is strong); None where there is no verdict.
-
-    `identity` is everything that the score depends on, as JSON: it keys caches and goes into manifests.
-    """
+    """Scores exchanges from 0 (the trait is absent) to 100 (it is strong); None where there is no verdict."""
 
     @property
     def name(self) -> str: ...
 
     @property
-    def identity(self) -> dict[str, Any]: ...
+    def identity(self) -> dict[str, Any]:
+        """Everything that the score depends on, as JSON. It keys caches and goes into manifests."""
+        ...
 
     def __call__(self, exchanges: Sequence[PromptResponse]) -> list[float | None]: ...

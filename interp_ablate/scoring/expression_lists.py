@@ -1,6 +1,6 @@
 """Lists of expressions, bundled or from a file.
 
-Knows: list formats and languages. Does not know: matching.
+Knows: list formats and languages. Does not know: how they are looked for.
 """
 
 from __future__ import annotations
@@ -23,26 +23,20 @@ _FIRST = ("declining", "positive_sentiment", "french")  # the order in which mes
 
 @dataclass(frozen=True)
 class Expression:
-    """A phrase, or a regular expression for folded text; what it adds where it is found.
-
-    Args:
-        weight: adds to a text's strength, once however often it is found; below 0 it speaks against.
-        language: decides which words negate it ("" is read as English).
-    """
+    """A phrase, or a regular expression for folded text."""
 
     text: str
     weight: float = 1.0
+    """Adds to a text's strength, once however often the phrase occurs; below 0 it speaks against."""
     language: str = ""
+    """Decides which words negate it; "" is read as English."""
     regex: bool = False
 
 
-# ---- lists ---------------------------------------------------------------------------------------
-
-
 def expression_names() -> tuple[str, ...]:
-    """The bundled lists."""
-    there = sorted(path.stem for path in _FOLDER.glob("*.json"))
-    return (*_FIRST, *(name for name in there if name not in _FIRST))
+    """The names of the bundled lists."""
+    names = sorted(path.stem for path in _FOLDER.glob("*.json"))
+    return (*_FIRST, *(name for name in names if name not in _FIRST))
 
 
 def languages_of(name: str) -> tuple[str, ...]:
@@ -71,30 +65,37 @@ def bundled_expressions(name: str, languages: Sequence[str] = ()) -> tuple[Expre
     Raises:
         InterpAblateError: no such list, or a language that it lacks.
     """
-    there = languages_of(name)
-    wanted = chosen_languages(languages, there, f"the list {name!r}") or there[:1]
+    available = languages_of(name)
+    wanted = chosen_languages(languages, available, f"the list {name!r}") or available[:1]
     entries = _bundled(name)["languages"]
     return tuple(
         _entry(each, f"the list {name!r}", code) for code in wanted for each in entries[code]
     )
 
 
-def chosen_languages(languages: Sequence[str], there: Sequence[str], what: str) -> tuple[str, ...]:
+def chosen_languages(
+    languages: Sequence[str], available: Sequence[str], what: str
+) -> tuple[str, ...]:
+    """The languages that were asked for, ("all",) being every one that is available.
+
+    Raises:
+        InterpAblateError: one that is not available.
+    """
     if isinstance(languages, str):
         raise InterpAblateError(f"languages are a tuple such as ('en', 'es'); got {languages!r}")
     wanted = tuple(code for code in languages if code)
     if "all" in wanted:
-        return tuple(there)
-    lacking = [code for code in wanted if code not in there]
+        return tuple(available)
+    lacking = [code for code in wanted if code not in available]
     if lacking:
         raise InterpAblateError(
-            f"{what} has nothing in {', '.join(lacking)}: there are {', '.join(there) or 'none'}, or all"
+            f"{what} has nothing in {', '.join(lacking)}: there are {', '.join(available) or 'none'}, or all"
         )
     return wanted
 
 
 def read_expressions(path: str | Path) -> tuple[Expression, ...]:
-    """A list of one's own.
+    """Read a list of one's own.
 
     - Text: a phrase a line, or a regular expression between slashes; behind tabs, its weight and its
       language: `no puedo<TAB>1<TAB>es`, `/\\bsorry\\b/<TAB>0.5`.
@@ -113,10 +114,10 @@ def read_expressions(path: str | Path) -> tuple[Expression, ...]:
             f"cannot read expressions from {path}: {error}. Give a built-in list "
             f"({', '.join(expression_names())}), a text file with a phrase a line, or JSON"
         ) from error
-    found = tuple(_of_lines(text, path) if data is None else _of_json(data, path))
-    if not found:
+    expressions = tuple(_of_lines(text, path) if data is None else _of_json(data, path))
+    if not expressions:
         raise InterpAblateError(f"{path} holds no expression")
-    return found
+    return expressions
 
 
 def _of_lines(text: str, path: Path) -> Iterator[Expression]:
@@ -155,34 +156,29 @@ def _of_json(data: Any, path: Path) -> Iterator[Expression]:
 
 
 def _entry(entry: Any, where: str, language: str) -> Expression:
-    """An expression as files write it."""
-    given = {"text": entry} if isinstance(entry, str) else entry
+    """Read one expression of a file."""
+    fields = {"text": entry} if isinstance(entry, str) else entry
     kinds = {"text": str, "regex": str, "weight": (int, float), "language": str}
-    known = isinstance(given, dict) and set(given) <= set(kinds)
-    if not known or len(set(given) & {"text", "regex"}) != 1:
+    usable = isinstance(fields, dict) and set(fields) <= set(kinds)
+    if not usable or len(set(fields) & {"text", "regex"}) != 1:
         raise InterpAblateError(
             f'{where}: expected a phrase or {{"text" or "regex": ..., "weight": 1, "language": "en"}}; '
             f"got {entry!r:.200}"
         )
-    for name, value in given.items():
+    for name, value in fields.items():
         if not isinstance(value, kinds[name]) or isinstance(value, bool):  # type: ignore[arg-type]
             raise InterpAblateError(f"{where}: {name} is {value!r:.80}, of the wrong kind")
     return Expression(
-        given.get("text", given.get("regex", "")),
-        float(given.get("weight", 1.0)),
-        given.get("language", language),
-        "regex" in given,
+        fields.get("text", fields.get("regex", "")),
+        float(fields.get("weight", 1.0)),
+        fields.get("language", language),
+        "regex" in fields,
     )
 
 
-# Each bundled list in its default language, as phrases. Lower case, straight apostrophes; both sides of a
-# match are folded the same way.
-EXPRESSIONS: dict[str, tuple[str, ...]] = {
-    name: tuple(each.text for each in bundled_expressions(name)) for name in expression_names()
-}
-# What each bundled contrast set's positive side looks like in the model's own words.
 EXPRESSIONS_OF_CONTRAST = {
     "declining": "declining",
     "sentiment": "positive_sentiment",
     "language": "french",
 }
+"""The list that shows a bundled contrast set's behaviour in the model's answers."""

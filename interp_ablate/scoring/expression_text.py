@@ -1,6 +1,6 @@
 """A list of expressions as a scorer of answers, from 0 to 100.
 
-Knows: how found expressions become a verdict. Does not know: how they are found.
+Knows: how matches become a verdict. Does not know: how expressions are looked for.
 """
 
 from __future__ import annotations

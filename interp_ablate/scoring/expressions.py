@@ -1,9 +1,7 @@
 """Expressions: phrases and regular expressions by which text shows a behaviour, in many languages.
 
-Knows: the bundled lists, lists of one's own, folding of case, apostrophes and spaces (and the way back to
-places in the original), weights, negation, the first sentence, which expression matched where.
-Does not know: models, prompts, scales of other scorers. Nothing here imports torch, transformers or numpy
-before a tensor is asked for.
+Knows: weights, negation, the first sentence, which expression matched where. Does not know: models, prompts, or
+the scales of other scorers.
 """
 
 from __future__ import annotations
@@ -72,7 +70,7 @@ _WITHIN = 2  # words between a negator and what it denies (characters, where the
 
 @cache
 def _negator(language: str) -> re.Pattern[str] | None:
-    """Finds a negator that is near enough to the end of a clause."""
+    """A pattern that finds a negator near the end of a clause; None for a language that has none."""
     words = _NEGATORS.get(language or "en")
     if words is None:
         return None
@@ -84,7 +82,7 @@ def _negator(language: str) -> re.Pattern[str] | None:
 
 
 class HasTexts(Protocol):
-    """Evidence, as far as expressions need it."""
+    """Outputs of a model, as far as expressions need them."""
 
     @property
     def texts(self) -> Sequence[str]: ...
@@ -92,33 +90,33 @@ class HasTexts(Protocol):
 
 @dataclass(frozen=True)
 class Match:
-    """One expression found in a text: which, and where.
-
-    `start` and `end` count characters of the folded text, `place` those of the original. `counts` is False
-    where it is negated, and where the same expression was found (and counted) before.
-    """
+    """One place of a text where an expression occurs."""
 
     expression: str
     start: int
+    """First character in the folded text."""
     end: int
+    """Character behind the last one, in the folded text."""
     place: tuple[int, int] = (0, 0)
+    """The same two, in the original text."""
     weight: float = 1.0
     language: str = ""
     negated: bool = False
     counts: bool = True
+    """False where it is negated, and where the same expression was counted before."""
 
 
 @dataclass(frozen=True)
 class ExpressionScorer:
-    """Whether generated text holds any of some expressions: 1.0 or 0.0 a prompt.
+    """Scores text 1.0 where it holds any of some expressions, else 0.0.
 
     Args:
         expressions: a bundled list's name, or phrases and `Expression`s; case, apostrophes and spaces are
             folded, and a phrase matches at word boundaries (anywhere, in scripts without spaces).
         patterns: regular expressions, searched in the folded text.
-        languages: of a bundled list, or of own expressions that name theirs; () is the list's default (all
-            own ones), ("all",) every one.
-        scope: where to look: the whole text, or its first sentence.
+        languages: languages of a bundled list, or of own expressions that name theirs; () is the list's
+            default (all own ones), ("all",) every one.
+        scope: the part that is searched: the whole text, or its first sentence.
         negation: an expression that a negator of its language precedes, at most two words off in the same
             clause, does not count ("it is not that I can't"). Off by default.
         own_speech: code, quotations, dialogue, scripts and letters in the text do not count (see
@@ -133,7 +131,6 @@ class ExpressionScorer:
     expressions: str | tuple[str | Expression, ...] = DEFAULT_EXPRESSIONS
     patterns: tuple[str, ...] = ()
     name: str = "expression_rate"
-    goal: Literal["min", "max", "limit"] = "min"
     languages: tuple[str, ...] = field(default=(), kw_only=True)
     scope: Scope = field(default="whole", kw_only=True)
     negation: bool = field(default=False, kw_only=True)
@@ -151,7 +148,7 @@ class ExpressionScorer:
 
     @property
     def label(self) -> str:
-        """What to call the list."""
+        """The list's name, or "own"."""
         return self.expressions if isinstance(self.expressions, str) else "own"
 
     @property
@@ -173,36 +170,36 @@ class ExpressionScorer:
             chosen = self._own()
         _check_texts("patterns", self.patterns, str)
         chosen += tuple(Expression(pattern, regex=True) for pattern in self.patterns)
-        found = [(each, _pattern(each)) for each in chosen if each.regex or each.text.strip()]
-        if not found:
+        compiled = [(each, _pattern(each)) for each in chosen if each.regex or each.text.strip()]
+        if not compiled:
             raise InterpAblateError("an ExpressionScorer needs at least one expression or pattern")
-        if not any(each.weight > 0 for each, _ in found):
+        if not any(each.weight > 0 for each, _ in compiled):
             raise InterpAblateError("no expression has a weight above 0: nothing would ever count")
-        return found
+        return compiled
 
     def _own(self) -> tuple[Expression, ...]:
-        """The expressions that were given, in the languages that are wanted."""
-        given = self.expressions
-        _check_texts("expressions", given, (str, Expression))
-        every = tuple(each if isinstance(each, Expression) else Expression(each) for each in given)  # type: ignore[arg-type]
-        there = sorted({each.language for each in every} - {""})
-        wanted = chosen_languages(self.languages, there, "the list")
+        """The caller's own expressions, in the languages that are wanted."""
+        own = self.expressions
+        _check_texts("expressions", own, (str, Expression))
+        every = tuple(each if isinstance(each, Expression) else Expression(each) for each in own)  # type: ignore[arg-type]
+        available = sorted({each.language for each in every} - {""})
+        wanted = chosen_languages(self.languages, available, "the list")
         return tuple(e for e in every if not wanted or e.language in wanted or not e.language)
 
     # ---- one text
 
     def strength(self, text: str) -> float:
-        """The sum of the weights of what is found and not negated, each expression once."""
+        """The sum of the weights of the expressions that occur and are not negated, each once."""
         folded = fold(self._scoped(text))
         counted = (
             each.weight
-            for each, pattern in self._there(folded)
+            for each, pattern in self._candidates(folded)
             if any(not negated for _, _, negated in self._places(folded, each, pattern))
         )
         return math.fsum(counted)
 
     def outcome(self, text: str) -> Outcome:
-        """Whether the behaviour is there; a text without any character but spaces is neither."""
+        """The behaviour is expressed or not; a text of nothing but spaces is "empty"."""
         if not text.strip():
             return "empty"
         return "expressed" if self._reached(text) else "not expressed"
@@ -214,9 +211,10 @@ class ExpressionScorer:
     def all_matches(self, text: str) -> list[Match]:
         """Every place of every expression, in the order of the list; negated and repeated ones too."""
         scoped = self._scoped(text)
-        folded, found = fold(scoped), []
+        folded = fold(scoped)
+        matches: list[Match] = []
         places: list[tuple[int, int]] | None = None
-        for each, pattern in self._there(folded):
+        for each, pattern in self._candidates(folded):
             counted = False
             for start, end, negated in self._places(folded, each, pattern):
                 if places is None:
@@ -224,10 +222,10 @@ class ExpressionScorer:
                 counts = not negated and not counted
                 counted = counted or counts
                 where = _original(places, start, end)
-                found.append(
+                matches.append(
                     Match(each.text, start, end, where, each.weight, each.language, negated, counts)
                 )
-        return found
+        return matches
 
     # ---- many texts
 
@@ -241,12 +239,12 @@ class ExpressionScorer:
         return self.score_texts(evidence.texts)
 
     def counts(self, texts: Sequence[str]) -> dict[Outcome, int]:
-        """How many texts express the behaviour, do not, and are empty (neither)."""
-        found = Counter(self.outcome(text) for text in texts)
-        return {outcome: found[outcome] for outcome in get_args(Outcome)}
+        """Counts of the texts that express the behaviour, do not, and are empty."""
+        counts = Counter(self.outcome(text) for text in texts)
+        return {outcome: counts[outcome] for outcome in get_args(Outcome)}
 
     def report(self, texts: Sequence[str]) -> list[dict[str, Any]]:
-        """Which expression matched where, a row a place: `pandas.DataFrame(rows)` is the table.
+        """The places of all matches, a row a place: `pandas.DataFrame(rows)` is the table.
 
         `text` is the number of the text; `start` and `end` are characters of the original, where `found`
         stands, `folded_start` and `folded_end` of the folded text.
@@ -282,10 +280,10 @@ class ExpressionScorer:
 
     @cached_property
     def _literals(self) -> list[str]:
-        """What a text must hold for each expression to match; "" for regular expressions."""
+        """The substring that a text must hold for each expression to match; "" for regular expressions."""
         return ["" if each.regex else fold(each.text).strip() for each, _ in self._compiled]
 
-    def _there(self, folded: str) -> Iterator[tuple[Expression, re.Pattern[str]]]:
+    def _candidates(self, folded: str) -> Iterator[tuple[Expression, re.Pattern[str]]]:
         """The expressions that a text may hold: looking for a substring is ten times as fast."""
         for literal, compiled in zip(self._literals, self._compiled):
             if literal in folded:
@@ -294,7 +292,7 @@ class ExpressionScorer:
     def _places(
         self, folded: str, each: Expression, pattern: re.Pattern[str]
     ) -> Iterator[tuple[int, int, bool]]:
-        """(start, end, negated) in the folded text; of empty matches the first only."""
+        """(start, end, negated) in the folded text, up to the first empty match."""
         negator = _negator(each.language) if self.negation else None
         for hit in pattern.finditer(folded):
             negated = False
@@ -330,10 +328,10 @@ def expression_scorer(
     return ExpressionScorer(expressions, languages=tuple(languages), **options)
 
 
-def _check_texts(what: str, given: Any, kinds: type | tuple[type, ...]) -> None:
-    if isinstance(given, (str, Mapping)) or not isinstance(given, Sequence):
-        raise InterpAblateError(f"{what} are given as a tuple of texts; got {given!r}")
-    for each in given:
+def _check_texts(what: str, texts: Any, kinds: type | tuple[type, ...]) -> None:
+    if isinstance(texts, (str, Mapping)) or not isinstance(texts, Sequence):
+        raise InterpAblateError(f"{what} are given as a tuple of texts; got {texts!r}")
+    for each in texts:
         if not isinstance(each, kinds):
             raise InterpAblateError(
                 f"{what} are texts; one is {each!r} ({type(each).__name__}): quote it"
@@ -356,7 +354,7 @@ def _pattern(expression: Expression) -> re.Pattern[str]:
 
 
 def _original(places: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
-    """Where characters start to end of the folded text come from."""
+    """The place in the original text of the characters from start to end of the folded text."""
     if start == end:
         at = places[start][0] if start < len(places) else (places[-1][1] if places else 0)
         return at, at

@@ -1,6 +1,6 @@
-"""Scores from a language model that reads a rubric.
+"""A scorer that asks a language model to apply a rubric.
 
-Knows: prompts and numbers in replies. Does not know: the network.
+Knows: prompts, and numbers in replies. Does not know: the network.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from interp_ablate.scoring.verdicts import ExplainingScorer, Verdict
 logger = logging.getLogger(__name__)
 
 
-# ---- a language model as judge -------------------------------------------------------------------
-
 SCORE_SCHEMA: dict[str, Any] = {
     "title": "score",
     "type": "object",
@@ -40,12 +38,12 @@ class Judge(ExplainingScorer):
     """A language model that scores exchanges by a rubric.
 
     Args:
-        rubric: what 0 and 100 mean. With `{question}` and `{answer}` in it, it is the whole question, as in
+        rubric: tells what 0 and 100 mean. With `{question}` and `{answer}` in it, it is the whole question, as in
             published trait files; else the exchange is put below it.
         weighted: the mean of the numbers 0 to 100 under the probabilities of the answer's first token,
             where a number is one token (others count as they stand, and so do all of a tokenizer that has
             no numbers of two digits). Source: Chen et al. 2025,
-            https://arxiv.org/abs/2507.21509. By default the number that is said.
+            https://arxiv.org/abs/2507.21509. By default the number in the answer.
 
     A number from 0 to 100, alone or as {"score": number}, is a verdict; everything else is none, and is
     counted by `explain`. The system prompt of an exchange is not shown to the judge.
@@ -60,7 +58,9 @@ class Judge(ExplainingScorer):
         if not rubric.strip():
             raise RunError("a judge needs a rubric: what is 0, and what is 100?")
         self.endpoint, self.rubric, self.weighted, self.label = endpoint, rubric, weighted, label
-        self.unweighted = 0  # verdicts that are the number said, for want of a number in one token
+        self.unweighted = (
+            0  # verdicts that are the number as it stands, for want of one in one token
+        )
 
     @property
     def name(self) -> str:
@@ -82,17 +82,17 @@ class Judge(ExplainingScorer):
             top_logprobs=20 if self.weighted else 0,
         )
         before = self.unweighted
-        found = [self._verdict(reply) for reply in replies]
+        verdicts = [self._verdict(reply) for reply in replies]
         if self.unweighted > before:
             logger.warning(
                 "%s: %d of %d scores are the number said, not weighted by probability: the server gives "
                 "no log-probabilities, or numbers of several tokens",
-                self.name, self.unweighted - before, len(found),
+                self.name, self.unweighted - before, len(verdicts),
             )  # fmt: skip
-        return found
+        return verdicts
 
     def messages(self, exchange: PromptResponse) -> list[dict[str, str]]:
-        """What the judge is asked about one exchange."""
+        """The messages that ask the judge about one exchange."""
         shown = {"question": exchange.prompt.text, "prompt": exchange.prompt.text}
         shown |= {"answer": exchange.answer, "response": exchange.answer}
         if _PLACE.search(self.rubric):
@@ -123,7 +123,7 @@ class Judge(ExplainingScorer):
 
 
 def read_score(reply: Reply) -> Verdict:
-    """The score a reply gives, read strictly: a lone number, or an object with nothing but the score."""
+    """Read the score in a reply, strictly: a lone number, or an object with nothing but the score."""
     text = strip_thinking(reply.text)
     shown = {"reply": text[:200]}
     if reply.refusal or text.strip(".").casefold() == "refusal":

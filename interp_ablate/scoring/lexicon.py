@@ -1,4 +1,4 @@
-"""Scores from word lists: sentiment, formality, length.
+"""Scorers that count words: sentiment, formality, length.
 
 Knows: word lists. Does not know: classifiers and judges.
 """
@@ -18,8 +18,6 @@ from interp_ablate.scoring.exchange import PromptResponse
 from interp_ablate.scoring.scorer_kind import ScorerKind, as_number
 from interp_ablate.scoring.text_folding import sentences, without_spaces
 from interp_ablate.scoring.verdicts import ExplainingScorer, Verdict
-
-# ---- lexicons ------------------------------------------------------------------------------------
 
 Measure = Literal["sentiment", "formality", "length"]
 
@@ -138,24 +136,24 @@ _MEASURES: dict[str, Callable[[LexiconScorer, str], Verdict]] = {
 
 
 def _words(text: str) -> list[str]:
-    """Words; characters of scripts without spaces one by one."""
-    found: list[str] = []
+    """The words of a text; characters of scripts without spaces one by one."""
+    words: list[str] = []
     for word in re.findall(r"[\w']+", text):
         if any(map(without_spaces, word)):
-            found += [c for c in word if without_spaces(c)]
+            words += [c for c in word if without_spaces(c)]
         elif word.strip("'"):
-            found.append(word.strip("'"))
-    return found
+            words.append(word.strip("'"))
+    return words
 
 
 def _looks_english(text: str) -> bool:
-    """Latin letters; and in ten words or more at least one in twelve a common English one."""
+    """True for Latin letters, of which one word in twelve is a common English one (in ten words or more)."""
     letters = [c for c in text if c.isalpha()]
     if sum("LATIN" in unicodedata.name(c, "") for c in letters) < 0.8 * len(letters):
         return False
     words = _words(text.casefold().replace("\u2019", "'"))
-    known = sum(word.partition("'")[0] in _ENGLISH for word in words)
-    return len(words) < 10 or known * 12 >= len(words)
+    common = sum(word.partition("'")[0] in _ENGLISH for word in words)
+    return len(words) < 10 or common * 12 >= len(words)
 
 
 def _make(measure: Any, options: dict[str, Any]) -> LexiconScorer:

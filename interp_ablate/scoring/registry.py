@@ -92,6 +92,6 @@ def make_scorer(
             f"{', '.join(kind.options) or 'none'}"
         )
     text, in_spec = kind.split(rest.removeprefix("-"))
-    given = {key: value for key, value in options.items() if value is not None}
-    scorer = kind.make(text, in_spec | given)
+    in_parts = {key: value for key, value in options.items() if value is not None}
+    scorer = kind.make(text, in_spec | in_parts)
     return ReversedScorer(scorer) if rest.startswith("-") else scorer

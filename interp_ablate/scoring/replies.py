@@ -1,4 +1,4 @@
-"""What a judge's server answered: replies, errors, JSON inside prose, schema checks.
+"""Replies of a judge's server: the types, the errors, JSON inside prose, schema checks.
 
 Knows: reply formats. Does not know: the network.
 """
@@ -28,18 +28,18 @@ class AnswerError(RunError):
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back: the text, why it ended, and the likeliest first tokens where they were asked for.
-
-    `tokens` are the answer's (with log-probabilities only), `top` the likeliest (token, log-probability)
-    at the place of the first that is not blank. `model` is the server's own name of what answered.
-    """
+    """One answer of the server."""
 
     text: str
     finish: str = "stop"
+    """The reason why the text ended."""
     refusal: str | None = None
     tokens: tuple[str, ...] = ()
+    """The answer's tokens, where log-probabilities were asked for."""
     top: tuple[tuple[str, float], ...] = ()
+    """The likeliest (token, log-probability) at the place of the first token that is not blank."""
     model: str = ""
+    """The server's own name of the model."""
 
 
 # ---- answers held to a schema --------------------------------------------------------------------
@@ -88,7 +88,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def schema_error(value: Any, schema: Mapping[str, Any], where: str = "the answer") -> str | None:
-    """What of a value does not fit a JSON schema (types, ranges, lengths, enum, required); None: it fits."""
+    """The first misfit of a value to a JSON schema (types, ranges, lengths, enum, required); None: it fits."""
     kinds = schema.get("type", ())
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     if kinds and not any(_is(value, kind) for kind in kinds):
@@ -112,16 +112,16 @@ def schema_error(value: Any, schema: Mapping[str, Any], where: str = "the answer
 
 
 def _misfit_object(value: dict[str, Any], schema: Mapping[str, Any], where: str) -> str | None:
-    known = schema.get("properties", {})
+    properties = schema.get("properties", {})
     missing = [name for name in schema.get("required", ()) if name not in value]
     if missing:
         return f"{where} lacks {', '.join(missing)}"
-    surplus = [name for name in value if name not in known]
+    surplus = [name for name in value if name not in properties]
     if surplus and schema.get("additionalProperties") is False:
-        return f"{where} has {', '.join(surplus)} besides {', '.join(known)}"
+        return f"{where} has {', '.join(surplus)} besides {', '.join(properties)}"
     inside = (
         schema_error(value[name], part, f"{where}.{name}")
-        for name, part in known.items()
+        for name, part in properties.items()
         if name in value
     )
     return next(filter(None, inside), None)

@@ -1,6 +1,6 @@
 """Text made comparable: case, accents, apostrophes, spaces; sentences.
 
-Knows: folding with places kept. Does not know: expressions.
+Knows: folding, and the way back to the original. Does not know: expressions.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _compatible(text: str) -> str:
 
 
 def fold_with_places(text: str) -> tuple[str, list[tuple[int, int]]]:
-    """`fold(text)`, and for each of its characters where it comes from: (start, end) in the original."""
+    """`fold(text)`, and for each of its characters the place in the original: (start, end)."""
     folded: list[str] = []
     places: list[tuple[int, int]] = []
     for start, end in _clusters(text):
@@ -69,7 +69,7 @@ SPACED_WORD = rf"[^\W{_UNSPACED}]"
 
 
 def without_spaces(character: str) -> bool:
-    """Whether a character is of a script that puts no spaces between words (Chinese, Japanese, Thai, ...)."""
+    """True for a character of a script that puts no spaces between words (Chinese, Japanese, Thai, ...)."""
     return bool(UNSPACED_CHARACTER.fullmatch(character))
 
 
@@ -99,13 +99,13 @@ def _sentence_ends(text: str) -> Iterator[int]:
 
 def sentences(text: str) -> list[str]:
     """The sentences of a text, without the blank ones; at least the text itself."""
-    found, start = [], 0
+    pieces, start = [], 0
     for end in _sentence_ends(text):
         piece = text[start:end].strip()
         if any(map(str.isalnum, piece)):
-            found.append(piece)
+            pieces.append(piece)
             start = end
-    return found or [text]
+    return pieces or [text]
 
 
 def first_sentence(text: str) -> str:

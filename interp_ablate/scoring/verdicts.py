@@ -1,4 +1,4 @@
-"""What a scorer says of one exchange: a score and why.
+"""Verdicts on exchanges: a score, or the reason why there is none.
 
 Knows: verdicts, reversed scorers. Does not know: any one scorer.
 """
@@ -6,7 +6,6 @@ Knows: verdicts, reversed scorers. Does not know: any one scorer.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,10 +17,12 @@ EMPTY = "empty answer"
 
 @dataclass(frozen=True)
 class Verdict:
-    """A score from 0 to 100; or None and why there is none, in a few words that can be counted."""
+    """A scorer's verdict on one exchange."""
 
     score: float | None
+    """From 0 to 100, or None."""
     why: str = ""
+    """The reason why there is no score, in a few words that can be counted."""
     detail: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -47,16 +48,11 @@ class ExplainingScorer(ABC):
             InterpAblateError: the scorer itself fails; one exchange without a verdict is no failure.
         """
         asked = [exchange for exchange in exchanges if exchange.answer.strip()]
-        found = iter(self.judged(asked)) if asked else iter(())
-        return [next(found) if e.answer.strip() else Verdict(None, EMPTY) for e in exchanges]
+        verdicts = iter(self.judged(asked)) if asked else iter(())
+        return [next(verdicts) if e.answer.strip() else Verdict(None, EMPTY) for e in exchanges]
 
     def __call__(self, exchanges: Sequence[PromptResponse]) -> list[float | None]:
         return [verdict.score for verdict in self.explain(exchanges)]
-
-
-def no_verdicts(verdicts: Sequence[Verdict]) -> dict[str, int]:
-    """How many exchanges have no verdict, by reason, the commonest first."""
-    return dict(Counter(v.why for v in verdicts if v.score is None).most_common())
 
 
 @dataclass(frozen=True)
@@ -75,10 +71,12 @@ class ReversedScorer(ExplainingScorer):
 
     def judged(self, exchanges: Sequence[PromptResponse]) -> list[Verdict]:
         if isinstance(self.scorer, ExplainingScorer):
-            found = self.scorer.explain(exchanges)
+            verdicts = self.scorer.explain(exchanges)
         else:
-            found = [
+            verdicts = [
                 Verdict(score, "" if score is not None else "no verdict")
                 for score in self.scorer(exchanges)
             ]
-        return [Verdict(None if v.score is None else 100 - v.score, v.why, v.detail) for v in found]
+        return [
+            Verdict(None if v.score is None else 100 - v.score, v.why, v.detail) for v in verdicts
+        ]

@@ -33,11 +33,18 @@ from interp_ablate.evaluation.metrics import (
 from interp_ablate.evaluation.outputs import ModelOutputs, generate_outputs_together
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.prompts.readers import bundled_names
-from interp_ablate.scoring.expression_lists import EXPRESSIONS, EXPRESSIONS_OF_CONTRAST
+from interp_ablate.scoring.expression_lists import (
+    EXPRESSIONS_OF_CONTRAST,
+    bundled_expressions,
+    expression_names,
+)
 from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.scoring.text_folding import fold
 
 SEEDS = range(5)
+EXPRESSIONS = {
+    name: tuple(e.text for e in bundled_expressions(name)) for name in expression_names()
+}
 
 
 def logprobs(

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -39,7 +40,6 @@ from interp_ablate.scoring.replies import (
     schema_error,
     strip_thinking,
 )
-from interp_ablate.scoring.verdicts import no_verdicts
 
 KEY = "sk-do-not-tell-0123456789"
 COLOUR = {
@@ -642,7 +642,11 @@ def test_a_judge_of_many_counts_what_gives_no_verdict() -> None:
         judge = Judge(endpoint(server, concurrency=1), "Is it good? 0 is bad, 100 is good.")
         verdicts = judge.explain(judge_me)
         assert judge(judge_me) == [90.0, None, None, 10.0, None, 90.0, None]
-    assert no_verdicts(verdicts) == {"empty answer": 2, "prose": 1, "refused by the server": 1}
+    assert Counter(v.why for v in verdicts if v.score is None) == {
+        "empty answer": 2,
+        "prose": 1,
+        "refused by the server": 1,
+    }
     assert verdicts[2].detail["reply"] == "who knows"
     system, asked = server.asked[0]["messages"]
     assert system["content"] == judge.rubric and "Question 0?" in asked["content"]

@@ -15,7 +15,6 @@ import pytest
 
 from interp_ablate.errors import InterpAblateError
 from interp_ablate.scoring.expression_lists import (
-    EXPRESSIONS,
     Expression,
     bundled_expressions,
     expression_names,
@@ -26,6 +25,9 @@ from interp_ablate.scoring.expressions import ExpressionScorer, expression_score
 from interp_ablate.scoring.text_folding import first_sentence, fold, fold_with_places, sentences
 
 ROOT = Path(__file__).parents[2]
+EXPRESSIONS = {
+    name: tuple(e.text for e in bundled_expressions(name)) for name in expression_names()
+}
 WANTED = {"en", "es", "de", "fr", "it", "pt", "zh", "ru"}
 EVERY = [
     pytest.param(name, code, id=f"{name}-{code}")
