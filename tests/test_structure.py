@@ -23,7 +23,7 @@ TREES = {name: ast.parse(path.read_text(), str(path)) for name, path in FILES.it
 # needs no entry here; a new wing does.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("sites", "settings"),
+    ("sites", "settings", "precision"),
     ("stats", "jobs", "storage"),
     ("prompts",),
     ("scoring", "directions"),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from interp_ablate.errors import InterpAblateError
 from interp_ablate.models.batches import Batch
+from interp_ablate.precision import to_float64
 from interp_ablate.sites import Site
 
 RESPONSE_MEAN = "response_mean"
@@ -34,7 +35,7 @@ class Moments:
 
     @classmethod
     def of(cls, values: Float[Tensor, "prompt position site d_model"]) -> Moments:
-        wide = values.double()
+        wide = to_float64(values)
         mean = wide.mean(0)
         return cls(len(values), mean, (wide - mean).square().sum(0))
 
@@ -83,7 +84,9 @@ def masked_mean(
     x: Float[Tensor, "batch pos d_model"], mask: Bool[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch d_model"]:
     """Mean over the masked positions of each row, float64."""
-    return torch.einsum("bpd,bp->bd", x.double(), mask.double()) / mask.sum(1, keepdim=True)
+    wide = to_float64(x)
+    weights = mask.to(wide)
+    return torch.einsum("bpd,bp->bd", wide, weights) / weights.sum(1, keepdim=True)
 
 
 def response_mean(

@@ -220,7 +220,7 @@ def _reader(positions: tuple[str, ...]) -> Callable[[Tensor, Batch], Tensor]:
         at_offsets = iter(x.gather(1, columns[..., None].expand(-1, -1, x.shape[2])).unbind(1))
         return torch.stack(
             [
-                response_mean(x, batch).to(x.dtype) if name == RESPONSE_MEAN else next(at_offsets)
+                response_mean(x, batch).to(x) if name == RESPONSE_MEAN else next(at_offsets)
                 for name in positions
             ],
             1,

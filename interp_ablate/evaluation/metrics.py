@@ -15,6 +15,7 @@ from torch import Tensor
 
 from interp_ablate.errors import InterpAblateError
 from interp_ablate.evaluation.outputs import ModelOutputs
+from interp_ablate.precision import to_float64
 from interp_ablate.scoring.expressions import ExpressionScorer
 
 # A metric takes outputs and a baseline's outputs on the same prompts; None is a prompt without a value.
@@ -87,12 +88,12 @@ class TargetLogOdds:
                 f"target token {max(self.tokens)} is beyond the vocabulary of {logprobs.shape[-1]}: "
                 "are the ids of another model's tokenizer?"
             )
-        chosen = torch.zeros(logprobs.shape[-1], dtype=torch.bool, device=logprobs.device)
+        wide = to_float64(logprobs)
+        chosen = torch.zeros(wide.shape[-1], dtype=torch.bool, device=wide.device)
         chosen[list(self.tokens)] = True
-        wide = logprobs.double()
         inside = wide[:, chosen].logsumexp(-1)
         outside = wide[:, ~chosen].logsumexp(-1)
-        return inside - outside
+        return (inside - outside).cpu()
 
     def __call__(self, outputs: ModelOutputs, baseline: ModelOutputs) -> Float[Tensor, " prompt"]:
         return self.of_logprobs(outputs.first_logprobs)
@@ -126,7 +127,8 @@ class UneditedAnswerLogProb:
         answers = self._answers(baseline)
         expressed = self.expression.score_texts(baseline.texts).bool().tolist()
         chosen = [i for i, yes in enumerate(expressed) if yes] or range(len(answers))
-        return torch.stack([chosen_logprobs(logprobs[i], answers[i]).sum() for i in chosen])
+        scores = [chosen_logprobs(logprobs[i], answers[i]).sum() for i in chosen]
+        return torch.stack(scores).cpu()
 
     def __call__(self, outputs: ModelOutputs, baseline: ModelOutputs) -> Float[Tensor, " prompt"]:
         return self.of_logprobs(self.logprobs(outputs, baseline), baseline)
@@ -136,8 +138,8 @@ def chosen_logprobs(
     logprobs: Float[Tensor, "pos d_vocab"], tokens: Sequence[int]
 ) -> Float[Tensor, " pos"]:
     """Log-probability of each token of a continuation, float64."""
-    index = torch.tensor(list(tokens), device=logprobs.device)[:, None]
-    return logprobs.double().gather(1, index)[:, 0]
+    wide = to_float64(logprobs)
+    return wide.gather(1, torch.tensor(list(tokens), device=wide.device)[:, None])[:, 0]
 
 
 def find_target_tokens(
@@ -169,8 +171,8 @@ def kl_divergence(
     reference: Float[Tensor, "*n d_vocab"], other: Float[Tensor, "*n d_vocab"]
 ) -> Float[Tensor, "*n"]:
     """KL(reference || other) in nats from log-probabilities; no epsilon, summed in float64."""
-    wide = reference.double()
-    return (wide.exp() * (wide - other.double())).sum(-1)
+    wide = to_float64(reference)
+    return (wide.exp() * (wide - to_float64(other))).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ class FirstTokenKL:
     """KL of the unedited model's first-token distribution from the edited one's, nats."""
 
     def __call__(self, outputs: ModelOutputs, baseline: ModelOutputs) -> Float[Tensor, " prompt"]:
-        return kl_divergence(baseline.first_logprobs, outputs.first_logprobs)
+        return kl_divergence(baseline.first_logprobs, outputs.first_logprobs).cpu()
 
 
 def continuation_scores(

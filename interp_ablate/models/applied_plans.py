@@ -21,6 +21,7 @@ from interp_ablate.errors import PlanError
 from interp_ablate.models.backends.backend import Backend, ForwardCall
 from interp_ablate.models.plan_hooks import SiteWriter
 from interp_ablate.models.site_map import SiteMap
+from interp_ablate.precision import to_float64
 from interp_ablate.sites import EMBEDDING_POINTS, PROJECTION_POINTS, Site
 
 
@@ -220,7 +221,7 @@ class AppliedPlans:
             )
         input_point, weight = projection
         eps = torch.finfo(weight.dtype).eps
-        scale = rescale_rows(weight.double().T, affine, eps=eps)[1].to(weight)
+        scale = rescale_rows(to_float64(weight).T, affine, eps=eps)[1].to(weight)
 
         def rescale(module: nn.Module, args: Any, x: Tensor) -> Tensor:
             return x * scale.view(x.shape[-2:] if x.ndim == 4 else x.shape[-1:])

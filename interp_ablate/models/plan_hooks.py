@@ -16,6 +16,7 @@ from interp_ablate.edits.affine import Affine, rescale_rows
 from interp_ablate.edits.edit import Positions
 from interp_ablate.errors import PlanError
 from interp_ablate.models.backends.backend import ForwardCall
+from interp_ablate.precision import to_float64
 from interp_ablate.sites import Site
 
 Maps = Sequence[tuple[Positions, Affine]]
@@ -135,9 +136,9 @@ class _NormKept:
         return self
 
     def __call__(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        wide = x.double() if x.element_size() >= 4 else x.float()
+        wide = to_float64(x) if x.element_size() >= 4 else x.float()
         rescaled = rescale_rows(wide, self.affine, eps=torch.finfo(x.dtype).eps)[0]
-        return (rescaled + self.affine.shift.to(rescaled)).to(x.dtype)
+        return (rescaled + self.affine.shift.to(rescaled)).to(x)
 
 
 class SiteWriter:

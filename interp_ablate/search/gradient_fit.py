@@ -236,7 +236,8 @@ def fit_edit(
             softplus(_unedited_answer_logprob(model, some) - UNLIKELY).mean().backward()
             if some.passages:
                 (PASSAGE_WEIGHT * _unwanted(model, some)).backward()
-            (kl_weight * _kl(model, some) + 0.02 * strengths.square().mean()).backward()
+            kl = _kl(model, some)
+            (kl_weight * kl + 0.02 * strengths.square().mean().to(kl.device)).backward()
             optimizer.step()
             with torch.no_grad():
                 strengths.clamp_(0.0, STRONGEST)

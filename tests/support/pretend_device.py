@@ -2,8 +2,7 @@
 
 `torch.device("pretend:0")`, `"pretend:1"`: factories, `.to`, modules, autograd, generation of transformers and scaled dot product
 attention work. As on CUDA, an operation that mixes a pretend tensor with a CPU tensor of one axis or more raises, two pretend
-devices do not mix, indexing by a CPU index is allowed, `.numpy()` raises until `.cpu()`, and as on MPS there is no float64. Slow;
-for tiny models.
+devices do not mix, indexing by a CPU index is allowed, and `.numpy()` raises until `.cpu()`. Slow; for tiny models.
 
     import pretend_device
     with pretend_device.on():
@@ -24,6 +23,8 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 KIND = "pretend"
+HAS_FLOAT64 = True
+"""As CUDA has it; False: as on MPS, nothing on the device is float64."""
 aten = torch.ops.aten
 _MOVES = {aten._to_copy.default, aten.copy_.default, aten.copy.default}
 _INDEXING = {
@@ -67,7 +68,13 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     there = [t for t in flat if isinstance(t, Elsewhere)]
     here = [t for t in flat if isinstance(t, torch.Tensor) and not isinstance(t, Elsewhere)]
     device = kwargs.get("device")
-    target = torch.device(device) if device is not None else there[0].device if there else torch.device("cpu")
+    target = (
+        torch.device(device)
+        if device is not None
+        else there[0].device
+        if there
+        else torch.device("cpu")
+    )
     if func in _MOVES:
         if func is not aten._to_copy.default:
             target = args[0].device
@@ -91,7 +98,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     def wrapped(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        if value.dtype == torch.float64:
+        if value.dtype == torch.float64 and not HAS_FLOAT64:
             raise TypeError(f"{func}: {target} has no float64 (nor has MPS): move to the CPU first")
         return known[id(value)] if id(value) in known else Elsewhere(value, target)
 
@@ -111,7 +118,9 @@ class _Mode(TorchDispatchMode):
 
 _setup_privateuseone_for_python_backend(KIND)
 _libraries = [torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")]
-_libraries[0].impl("_fused_sdp_choice", lambda *args, **kwargs: 0, "PrivateUse1")  # attention as a composite
+_libraries[0].impl(
+    "_fused_sdp_choice", lambda *args, **kwargs: 0, "PrivateUse1"
+)  # attention as a composite
 _libraries[1].fallback(lambda op, *args, **kwargs: _run(op, args, kwargs), "PrivateUse1")
 
 
@@ -129,7 +138,11 @@ def _copy_from(source, target, non_blocking=False):  # type: ignore[no-untyped-d
     return target
 
 
-for _name, _function in (("empty_strided", _empty_strided), ("empty.memory_format", _empty), ("_copy_from", _copy_from)):
+for _name, _function in (
+    ("empty_strided", _empty_strided),
+    ("empty.memory_format", _empty),
+    ("_copy_from", _copy_from),
+):
     _libraries[0].impl(_name, _function, "PrivateUse1")
 
 _Generator = torch.Generator

@@ -121,7 +121,7 @@ class BridgeBackend:
         name = self._entry and self._entry.norm_after(site)
         if not name or self._entry is None:
             return None
-        return self._tensors[name].detach().double() + self._entry.gain_offset
+        return self._tensors[name].detach().cpu().double() + self._entry.gain_offset
 
     def projection(self, site: Site) -> tuple[nn.Module, Float[Tensor, "d_model in"]] | None:
         branch, part = ("attn", "o") if site.point.startswith("attn") else ("mlp", "out")

@@ -92,7 +92,7 @@ class HookedBackend:
         names: dict[str, str] = {"attn_proj": "ln1_post", "mlp_proj": "ln2_post"}
         if site.point not in names or not self.tl.cfg.use_normalization_before_and_after:
             return None
-        return getattr(self.tl.blocks[site.layer], names[site.point]).w.detach().double()
+        return getattr(self.tl.blocks[site.layer], names[site.point]).w.detach().cpu().double()
 
     def projection(self, site: Site) -> tuple[nn.Module, Float[Tensor, "d_model in"]] | None:
         block = self.tl.blocks[site.layer]
