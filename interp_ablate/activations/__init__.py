@@ -1,6 +1,7 @@
 """Residual activations: collected, averaged, pooled, projected.
 
-May import: errors, sites, storage, prompts, directions, models. To add a position or a pooling: `activations.py`, `pooling.py`.
+May import: errors, sites, storage, prompts, directions, models. To add a position: `collection.py`;
+a pooling: `pooling.py`.
 """
 
 import lazy_loader

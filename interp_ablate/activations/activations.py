@@ -49,11 +49,6 @@ class Moments:
             self.squares + other.squares + gap.square() * (self.count * other.count / count),
         )
 
-    @property
-    def variance(self) -> Float[Tensor, "position site d_model"]:
-        """Unbiased variance; NaN for a single prompt."""
-        return self.squares / (self.count - 1) if self.count > 1 else self.squares * float("nan")
-
 
 @dataclass(frozen=True, eq=False)
 class Activations:

@@ -1,6 +1,7 @@
 """Edits of the residual stream as data, and their algebra.
 
-May import: errors, sites, directions. To add an edit: a class in `kinds.py`.
+May import: errors, sites, storage, directions. To add an edit: a class in `kinds.py`; hooks and weights read its affine map. To
+add a rule that places edits: a function in `presets.py`.
 """
 
 import lazy_loader

@@ -4,9 +4,9 @@ from .kinds import Add as Add
 from .kinds import Clamp as Clamp
 from .kinds import Edit as Edit
 from .kinds import Erase as Erase
-from .layers import ablate_layers as ablate_layers
-from .layers import add_to_layers as add_to_layers
-from .layers import layers_of as layers_of
 from .plan import Plan as Plan
+from .presets import ablate_layers as ablate_layers
+from .presets import add_to_layers as add_to_layers
 from .presets import band as band
 from .presets import everywhere as everywhere
+from .presets import layers_of as layers_of

@@ -77,11 +77,13 @@ def one_or_many(amounts: tuple[float, ...]) -> float | list[float]:
 
 
 def range_text(amounts: tuple[float, ...]) -> str:
+    """The smallest and the largest number, or the one that all are, for `repr`."""
     low, high = min(amounts), max(amounts)
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
 def joined_label(*directions: Direction | Tensor) -> str:
+    """The name of the first Direction, or "given" for tensors."""
     return next((one.name for one in directions if isinstance(one, Direction)), "given")
 
 

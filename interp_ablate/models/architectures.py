@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from interp_ablate.errors import ExportError
-from interp_ablate.sites import Point, Site, sites_of
+from interp_ablate.sites import Point, Site
 from interp_ablate.storage.entry_points import entry_points_of
 
 # Which axis of a writer's tensor is d_model: linear [d_model, in], conv1d [in, d_model],
@@ -51,7 +51,7 @@ class Architecture:
     attn: Alternatives
     mlp: Alternatives
     families: str = ""
-    """What people call the models of this entry."""
+    """The names of the models that this entry is for."""
     pos_embed: str | None = None
     """The learned positions, where there are some."""
     attn_norm: str | None = None
@@ -73,7 +73,7 @@ class Architecture:
     biased: bool = False
     """True if the writers always have a bias."""
     tied: bool = False
-    """What transformers assumes of a config that says nothing of ties; what a config says counts."""
+    """True if transformers takes embeddings for tied where a config says nothing of it."""
     discovered: bool = field(default=False, compare=False)
     """True if the entry is not declared but read from a component map."""
 
@@ -85,15 +85,12 @@ class Architecture:
 
     @property
     def post_norm(self) -> bool:
+        """True if norms stand between the writers and the stream."""
         return self.attn_norm is not None
 
-    def points(self) -> tuple[Point, ...]:
+    def writer_points(self) -> tuple[Point, ...]:
         """The writer points of an exact plan: projections before their norm where a norm follows."""
         return writer_points(pos_embed=self.pos_embed is not None, post_norm=self.post_norm)
-
-    def writer_sites(self, n_layers: int) -> tuple[Site, ...]:
-        """Every site that writes to the stream and has an exact weight form, in forward order."""
-        return sites_of(self.points(), range(n_layers))
 
     def new_biases(self, site: Site) -> Biases | None:
         """The biases that give the writer at a site one, where a checkpoint has none."""

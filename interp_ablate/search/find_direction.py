@@ -18,8 +18,8 @@ from interp_ablate.directions.direction import Direction
 from interp_ablate.directions.direction_set import Directions
 from interp_ablate.directions.mean_difference import estimate_directions
 from interp_ablate.edits.kinds import Ablate, Add
-from interp_ablate.edits.layers import Layers, layers_of
 from interp_ablate.edits.plan import Plan
+from interp_ablate.edits.presets import Layers, layers_of
 from interp_ablate.errors import DirectionError
 from interp_ablate.evaluation.metrics import Repetition
 from interp_ablate.evaluation.outputs import ModelOutputs, generate_outputs_together

@@ -11,6 +11,7 @@ from torch import nn
 
 from interp_ablate.errors import ExportError, RunError
 from interp_ablate.models.architectures import architecture_of
+from interp_ablate.sites import sites_of
 from interp_ablate.training.recipe import LoraRecipe
 from interp_ablate.training.trainable_model import require_extra
 
@@ -35,7 +36,7 @@ def writing_modules(hf: Any) -> set[str]:
         ExportError: an architecture without an entry.
     """
     entry, names = architecture_of(hf.config), set(hf.state_dict())
-    sites = entry.writer_sites(hf.config.num_hidden_layers)
+    sites = sites_of(entry.writer_points(), range(hf.config.num_hidden_layers))
     tensors = [name for site in sites for name in entry.writers(site, names, hf.config)]
     return {name.rpartition(".")[0] for name in tensors}
 

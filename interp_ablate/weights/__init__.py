@@ -1,6 +1,7 @@
 """A plan as exact changes of weight tensors.
 
-May import: errors, sites, edits, models. To add nothing: a new edit is read through its affine map.
+May import: errors, sites, edits, models. A new edit needs nothing here: it is read through its
+affine map. To make another plan exact: `weight_form.py`.
 """
 
 import lazy_loader

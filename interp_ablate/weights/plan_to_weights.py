@@ -74,7 +74,7 @@ class WeightPlan:
     """A plan for one checkpoint."""
 
     plan: Plan
-    """What the hooks must do to compute the same."""
+    """The plan that computes the same as hooks."""
     edits: dict[str, TensorEdit] = field(default_factory=dict)
     """The tensors that the plan reaches, by name."""
     added: dict[str, AddedTensor] = field(default_factory=dict)
@@ -82,7 +82,7 @@ class WeightPlan:
     config: dict[str, Any] = field(default_factory=dict)
     """Config fields to set."""
     tied: Tied | None = None
-    """What was done with a tied embedding; None where the choice did not matter."""
+    """The choice for a tied embedding; None where it did not matter."""
     unembed_map: Affine | None = None
     """With tied="accept": the map through which the unembedding reads as well."""
 

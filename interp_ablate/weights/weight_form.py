@@ -20,6 +20,7 @@ from interp_ablate.sites import (
     RESIDUAL_POINTS,
     WRITER_POINTS,
     Site,
+    sites_of,
 )
 
 
@@ -50,7 +51,7 @@ def writers_only_form(plan: Plan, entry: Architecture, hf_config: Any) -> Plan:
 
 
 def _nearest(entry: Architecture, plan: Plan) -> str:
-    points = ", ".join(entry.points())
+    points = ", ".join(entry.writer_points())
     if any(isinstance(edit, Erase) for edit in plan):
         return (
             "The nearest exact plan erases with one write and read, strength 1 and value 0, at "
@@ -166,7 +167,8 @@ def _everywhere_at_writers(plan: Plan, entry: Architecture, hf_config: Any) -> P
         )
     if shift.any():
         _check_counted_once(plan, entry)
-    return Plan((_at_all_writers(edits[0], entry.writer_sites(hf_config.num_hidden_layers)),))
+    writers = sites_of(entry.writer_points(), range(hf_config.num_hidden_layers))
+    return Plan((_at_all_writers(edits[0], writers),))
 
 
 def _is_projection(edit: Edit) -> bool:
@@ -210,7 +212,7 @@ def _at_all_writers(edit: Edit, writers: tuple[Site, ...]) -> Edit:
 def _uncovered(sites: set[Site], entry: Architecture, hf_config: Any) -> list[str]:
     """Residual places that a set of sites leaves out; resid_pre of a layer is resid_post of the one before."""
     missing = []
-    embeddings = {Site(0, point) for point in entry.points() if point in EMBEDDING_POINTS}
+    embeddings = {Site(0, point) for point in entry.writer_points() if point in EMBEDDING_POINTS}
     if Site(0, "resid_pre") not in sites and not embeddings <= sites:
         missing.append(str(Site(0, "resid_pre")))
     parallel = entry.is_parallel(hf_config)

@@ -37,7 +37,7 @@ RESPONSES = ("Hello there", "Water", "Blue, and red", "Where?")
 
 
 def oracle(kind: str, row: list[int], sites: tuple[Site, ...]) -> Tensor:
-    """What the plain forward pass holds at the sites: [pos, site, d_model]."""
+    """The activations of a plain forward pass at the sites: [pos, site, d_model]."""
     seen: dict[Site, Tensor] = {}
 
     def keep(site: Site, x: Tensor) -> Tensor:
@@ -169,8 +169,9 @@ def test_moments_are_those_of_all_values_in_double() -> None:
             merged = merged.merge(other)
         assert merged.count == 11 and merged.mean.dtype == torch.float64
         np.testing.assert_allclose(merged.mean.numpy(), wide.mean(0), rtol=1e-14)
-        np.testing.assert_allclose(merged.variance.numpy(), wide.var(0, ddof=1), rtol=1e-8)
-    assert Moments.of(values[:1]).variance.isnan().all()
+        np.testing.assert_allclose(
+            (merged.squares / (merged.count - 1)).numpy(), wide.var(0, ddof=1), rtol=1e-8
+        )
 
 
 @pytest.mark.parametrize("batch_size", (1, 3, 32))
@@ -316,7 +317,7 @@ def test_bad_requests() -> None:
 
 
 def test_offsets_end_with_the_template() -> None:
-    """What follows the instruction: <|im_end|>, newline, <|im_start|>, the bytes of assistant, newline."""
+    """These tokens follow the instruction: <|im_end|>, newline, <|im_start|>, the bytes of assistant, newline."""
     model = shared()
     suffix = 3 + len("assistant\n")
     assert collect(model, ["Hi"], [Site(0, "embed")], [-suffix]).values.shape[0] == 1

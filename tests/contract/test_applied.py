@@ -120,7 +120,7 @@ def test_all_points_at_once_in_post_norm_blocks(kind: str) -> None:
 
 
 def read_and_written(model: Model, kind: str, row: list[int]) -> list[tuple[Tensor, Tensor]]:
-    """What is read at every site without a plan, and what the Hugging Face modules write there."""
+    """Without a plan, every site holds what the Hugging Face modules write there."""
     sites = list(sites_of(ROTARY_POINTS, range(N_LAYERS)))
     seen: dict[Site, Tensor] = {}
 

@@ -28,7 +28,7 @@ RESIDUAL = sites_of(RESIDUAL_POINTS, range(N_LAYERS))
 
 
 def many_plans() -> list[Plan | None]:
-    """Of different ranks, sites, positions and orders; one row is unedited, one plan comes twice."""
+    """Plans of different ranks, sites, positions and orders; one row is unedited, one plan comes twice."""
     late = [Site(1, "attn_out"), Site(2, "mlp_out")]
     ablation = Plan((Ablate(unit(), everywhere(N_LAYERS)),))
     return [
@@ -112,7 +112,7 @@ def test_other_architectures(kind: str) -> None:
 
 
 def test_rows_that_end_early_leave_with_their_plans(backend: str) -> None:
-    """What is left of the batch goes on under the plans of its own rows."""
+    """The rest of the batch goes on under the plans of its own rows."""
     model, plans = make(backend=backend, seed=5), many_plans()
     rows = seven_rows(seed=3)
     with model.applied_each(plans):

@@ -362,7 +362,7 @@ def test_the_writers_of_a_model_are_those_of_its_modules(kind: str, backend: str
     assert list(model.writers) == parts.writers
     entry = model.architecture
     assert entry is ARCHITECTURES[source_of(kind).config.model_type] and not entry.discovered
-    assert list(entry.writer_sites(N_LAYERS)) == parts.writers
+    assert list(sites_of(entry.writer_points(), range(N_LAYERS))) == parts.writers
     assert entry.is_parallel(source_of(kind).config) == parts.parallel
     assert entry.post_norm == bool(parts.attn_norm)
 
@@ -970,7 +970,7 @@ def test_cached_generation_is_what_the_edited_weights_write(
 
 
 def steps_apart(a: Tensor, b: Tensor) -> Tensor:
-    """How many representable 16-bit numbers lie between two tensors, elementwise."""
+    """The number of representable 16-bit numbers between two tensors, elementwise."""
 
     def rank(x: Tensor) -> Tensor:
         bits = x.contiguous().view(torch.int16).int()

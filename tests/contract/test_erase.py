@@ -198,7 +198,7 @@ def test_before_a_norm_the_read_is_ablated_and_nothing_of_it_is_left(strength: f
 
 
 def test_a_gain_of_zero_in_some_dimensions_does_no_harm() -> None:
-    """As Gemma 3 has it: what would write along `write` behind the norm is infinite there."""
+    """In Gemma 3: what would write along `write` behind the norm is infinite there."""
     site, gain, y = Site(1, "mlp_proj"), gain_of(), stream()
     gain[:5], gain[5:9] = 0, 1e-9
     changed = Erase(WRITE, READ, site).map_at(site, gain)(y)

@@ -61,7 +61,7 @@ def test_prefill_steps_and_rows_that_leave() -> None:
 
 @torch.no_grad()
 def test_a_step_writes_into_the_room_there_is() -> None:
-    """What it is for: no copy a step; and what was returned before is not written over."""
+    """A step copies nothing, and does not write over what was returned before."""
     layer = GrowingLayer()
     layer.update(*states(3, 7))
     returned = []

@@ -47,7 +47,7 @@ NEEDS_HOOKED = pytest.mark.skipif(
 
 
 def read_all(model: Model, row: list[int], sites: tuple[Site, ...]) -> dict[Site, Tensor]:
-    """What every site holds at every position of one row: [pos, d_model]."""
+    """The activations of one row at every site: [pos, d_model]."""
     capture = dict.fromkeys(sites, lambda x, batch: x)
     ((_, _, captured),) = model.stream([row], keep=1, capture=capture)
     return {site: x[0] for site, x in captured.items()}

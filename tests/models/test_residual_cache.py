@@ -83,7 +83,7 @@ def compared(model: Model, cache: ResidualCache, plan: Any, rows: Any, first: in
 
 
 def plans_of(model: Model) -> list[tuple[int, Plan]]:
-    """Of every kind and place, with the first block that each needs."""
+    """Plans of every kind and place, with the first block that each needs."""
     late = [site for site in model.writers if site.layer == 1]
     middle = Site(1, "resid_mid" if "resid_mid" in model.residual_points else "resid_pre")
     return [
@@ -229,7 +229,7 @@ def test_generating_goes_on_as_before() -> None:
 
 @pytest.mark.parametrize("prefix", (0, 12))
 def test_a_wrong_cache_gives_wrong_logits(prefix: int) -> None:
-    """What is given is what runs: changed at one token of one row, it changes that row's logits."""
+    """A cache that is changed at one token of one row changes that row's logits."""
     model = shared()
     rows = rows_of(*(prefix + n for n in (9, 6, 11)), prefix=prefix)
     cache = model.cache_residuals(rows)

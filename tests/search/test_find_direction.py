@@ -13,8 +13,8 @@ from torch.testing import assert_close
 
 from interp_ablate.directions.direction import Direction
 from interp_ablate.edits.kinds import Ablate, Add
-from interp_ablate.edits.layers import ablate_layers, add_to_layers, layers_of
 from interp_ablate.edits.plan import Plan
+from interp_ablate.edits.presets import ablate_layers, add_to_layers, layers_of
 from interp_ablate.errors import DirectionError, PlanError, PromptError
 from interp_ablate.evaluation.metrics import FirstTokenKL
 from interp_ablate.evaluation.outputs import ModelOutputs

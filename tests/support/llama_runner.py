@@ -89,7 +89,7 @@ def load(model: str) -> llama_cpp.Llama:
 
 
 def apply(llama: llama_cpp.Llama, path: str, scale: float) -> None:
-    """What llama.cpp's tools do for `--control-vector-scaled path:scale`."""
+    """The steps of llama.cpp's tools for `--control-vector-scaled path:scale`."""
     layers = llama_cpp.llama_model_n_layer(llama.model)
     values, width = control_vector(path, scale, layers * llama.n_embd())
     pointer = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))

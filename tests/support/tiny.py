@@ -98,7 +98,7 @@ class Parts:
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def gain(self, hf: Any, site: Site) -> Tensor | None:
-        """Of the norm between a projection and the stream."""
+        """Gain of the norm between a projection and the stream."""
         name = {"attn_proj": self.attn_norm, "mlp_proj": self.mlp_norm}.get(site.point)
         if name is None:
             return None
@@ -354,7 +354,7 @@ def forward(hf: Any, row: Sequence[int], edit: EditAt = _unedited) -> Tensor:
 def hf_forward(
     hf: Any, kind: str, row: Sequence[int], edit: EditAt = _unedited, *, hidden: bool = False
 ) -> Tensor:
-    """As `forward`, for any architecture: the model's own forward pass, with torch hooks on its modules.
+    """`forward` for any architecture: the model's own forward pass, with torch hooks on its modules.
 
     `hidden`: the final norm's output instead of the logits.
     """
@@ -418,7 +418,7 @@ def gains_of(hf: Any, kind: str) -> dict[Site, Tensor]:
 
 
 def _changed(one: Edit, i: int, x: Tensor, gain: Tensor | None) -> Tensor:
-    """What an edit makes of what comes to its i-th site, by its formula."""
+    """The activations at an edit's i-th site after the edit, by its formula."""
     amount, basis = one.amounts[i], one.vectors
     if isinstance(one, Erase):
         if gain is None:

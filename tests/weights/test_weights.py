@@ -67,7 +67,7 @@ NOTHING_LEFT = ("everywhere", "subspace", "residual", "residual subspace", "clam
 
 
 def planned(hf: Any, plan: Plan, **options: Any) -> WeightPlan:
-    """What a plan does to a Hugging Face model's tensors."""
+    """The changes of a Hugging Face model's tensors under a plan."""
     state = hf.state_dict()
     return weight_plan(plan, hf.config, list(state), state.__getitem__, **options)
 
@@ -400,7 +400,7 @@ def test_a_residual_plan_with_a_norm_preserving_writer_is_refused() -> None:
 
 
 def test_a_projection_is_edited_before_its_output() -> None:
-    """What the hooks do, whatever the order in the plan."""
+    """Weights compute what the hooks do, whatever the order in the plan."""
     first, second = (
         Ablate(unit(0), Site(1, "attn_out")),
         Ablate(unit(1) + unit(0), Site(1, "attn_proj")),

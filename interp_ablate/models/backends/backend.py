@@ -28,33 +28,46 @@ class Backend(Protocol):
     generation_config: Any
 
     @property
-    def architecture(self) -> Architecture: ...
+    def architecture(self) -> Architecture:
+        """The tensors that write to the stream."""
 
-    def hook_point(self, site: Site) -> nn.Module | None: ...
-
-    @property
-    def unembed_input(self) -> nn.Module: ...
-
-    def post_norm_gain(self, site: Site) -> Float[Tensor, " d_model"] | None: ...
-
-    def projection(self, site: Site) -> tuple[nn.Module, Float[Tensor, "d_model in"]] | None: ...
-
-    def new_cache(self, batch: int) -> Any: ...
-
-    def gathered_cache(self, cache: Any, rows: Int[Tensor, " row"]) -> Any: ...
-
-    def select_cache(self, cache: Any, rows: Int[Tensor, " row"]) -> Any: ...
-
-    def forward(self, call: ForwardCall, keep: int) -> Tensor | None: ...
+    def hook_point(self, site: Site) -> nn.Module | None:
+        """The module whose output is the activation at a site; None if the model has no such site."""
 
     @property
-    def can_resume(self) -> bool: ...
+    def unembed_input(self) -> nn.Module:
+        """The module whose output the unembedding reads."""
 
-    def first_block(self, site: Site) -> int: ...
+    def post_norm_gain(self, site: Site) -> Float[Tensor, " d_model"] | None:
+        """The gain of the norm between a projection and the stream, float64; None if no norm follows."""
 
-    def is_hooked_below(self, block: int) -> bool: ...
+    def projection(self, site: Site) -> tuple[nn.Module, Float[Tensor, "d_model in"]] | None:
+        """The hook point before the writing weight of a site, and the weight; None if it is not one matrix."""
 
-    def hf_state_dict(self) -> dict[str, Tensor]: ...
+    def new_cache(self, batch: int) -> Any:
+        """An empty KV cache for a number of rows."""
+
+    def gathered_cache(self, cache: Any, rows: Int[Tensor, " row"]) -> Any:
+        """A cache of some rows (one may come several times); the old one stays as it is."""
+
+    def select_cache(self, cache: Any, rows: Int[Tensor, " row"]) -> Any:
+        """The cache of some rows; the old one is not used again."""
+
+    def forward(self, call: ForwardCall, keep: int) -> Tensor | None:
+        """Run a call; logits [batch, keep, d_vocab] of the last `keep` positions, None for 0."""
+
+    @property
+    def can_resume(self) -> bool:
+        """True if calls may have a resume point."""
+
+    def first_block(self, site: Site) -> int:
+        """The first block that must run for a site to hold what it holds in a whole pass."""
+
+    def is_hooked_below(self, block: int) -> bool:
+        """True if a pass that resumes at a block would leave out hooks of somebody else."""
+
+    def hf_state_dict(self) -> dict[str, Tensor]:
+        """The weights under their Hugging Face names."""
 
 
 @dataclass(frozen=True, eq=False)
