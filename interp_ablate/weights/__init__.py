@@ -1,7 +1,7 @@
 """A plan as exact changes of weight tensors.
 
-May import: errors, sites, edits, models. A new edit needs nothing here: it is read through its
-affine map. To make another plan exact: `weight_form.py`.
+May import: errors, sites, edits, models. To add an exact weight form: `weight_form.py` (a
+new edit needs none: it is read through its affine map).
 """
 
 import lazy_loader
