@@ -87,6 +87,7 @@ class Dimensions:
 
     @property
     def queries(self) -> int:
+        """Width of a token's queries in one layer."""
         return self.n_heads * self.d_head
 
     @property
@@ -102,6 +103,7 @@ class Dimensions:
 
     @property
     def unembedding(self) -> int:
+        """Weights of the unembedding."""
         return self.d_model * self.d_vocab
 
     @property

@@ -66,14 +66,17 @@ class _Target:
 
     @property
     def rank(self) -> int:
+        """Columns of `b`."""
         return self.b.shape[1]
 
     @property
     def fused(self) -> bool:
+        """True for the experts of a mixture, stored as one tensor."""
         return self.edit.layout == "experts"
 
     @property
     def moves_bias(self) -> bool:
+        """True where the bias beside the weight changes."""
         return self.bias is not None and not torch.equal(self.bias.old, self.bias.new)
 
 

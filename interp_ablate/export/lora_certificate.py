@@ -66,6 +66,11 @@ def merge_instructions(plan: WeightPlan, adapter: Adapter) -> str:
 
 
 def import_peft() -> Any:
+    """The module peft.
+
+    Raises:
+        ExportError: it is not installed.
+    """
     try:
         import peft
     except ImportError as error:
