@@ -29,7 +29,7 @@ from interp_ablate.models.batches import Batch
 from interp_ablate.models.model import Model
 from interp_ablate.prompts.chat_template import suffix_length
 from interp_ablate.prompts.contrast_set import ContrastSet
-from interp_ablate.prompts.prompt import PromptLike
+from interp_ablate.prompts.prompt import PromptLike, as_prompts
 from interp_ablate.settings import MAX_NEW_TOKENS
 from interp_ablate.sites import Site, sites_of
 from interp_ablate.storage.atomic_files import atomic_path
@@ -37,9 +37,9 @@ from interp_ablate.storage.atomic_files import atomic_path
 
 def collect(
     model: Model,
-    prompts: ContrastSet | Sequence[PromptLike],
+    prompts: ContrastSet | PromptLike | Sequence[PromptLike],
     sites: Sequence[Site] | None = None,
-    positions: Sequence[Position] = (-1,),
+    positions: Position | Sequence[Position] = (-1,),
     *,
     responses: Sequence[str] | None = None,
     batch_size: int | None = None,
@@ -85,9 +85,9 @@ def collect(
 
 def collect_moments(
     model: Model,
-    prompts: ContrastSet | Sequence[PromptLike],
+    prompts: ContrastSet | PromptLike | Sequence[PromptLike],
     sites: Sequence[Site] | None = None,
-    positions: Sequence[Position] = (-1,),
+    positions: Position | Sequence[Position] = (-1,),
     *,
     responses: Sequence[str] | None = None,
     batch_size: int | None = None,
@@ -126,9 +126,9 @@ class _Request:
 
 def _request(
     model: Model,
-    prompts: ContrastSet | Sequence[PromptLike],
+    prompts: ContrastSet | PromptLike | Sequence[PromptLike],
     sites: Sequence[Site] | None,
-    positions: Sequence[Position],
+    positions: Position | Sequence[Position],
     responses: Sequence[str] | None,
 ) -> tuple[_Request, Bool[Tensor, " prompt"] | None]:
     """The checked request, and True for the positive prompts of a contrast set."""
@@ -146,16 +146,16 @@ def _request(
 
 
 def _flatten(
-    prompts: ContrastSet | Sequence[PromptLike],
+    prompts: ContrastSet | PromptLike | Sequence[PromptLike],
 ) -> tuple[list[PromptLike], Bool[Tensor, " prompt"] | None]:
     if isinstance(prompts, ContrastSet):
         both: list[PromptLike] = [*prompts.positive, *prompts.negative]
         return both, torch.arange(len(both)) < len(prompts.positive)
-    return list(prompts), None
+    return as_prompts(prompts), None
 
 
 def _check_positions(
-    model: Model, positions: Sequence[Position], rows: list[list[int]]
+    model: Model, positions: Position | Sequence[Position], rows: list[list[int]]
 ) -> tuple[str, ...]:
     if not positions:
         raise InterpAblateError("no positions: give offsets such as -1, or 'response_mean'")
@@ -165,7 +165,7 @@ def _check_positions(
     reach = min(suffix, min(map(len, rows)))
     offsets = [str(-i) for i in range(1, reach + 1)]
     names: list[str] = []
-    for position in positions:
+    for position in (positions,) if isinstance(positions, (str, int)) else positions:
         text = str(position)
         if text == AFTER_INSTRUCTION:
             names += offsets
@@ -184,7 +184,7 @@ def _check_positions(
 
 def _with_responses(
     model: Model,
-    prompts: Sequence[PromptLike],
+    prompts: PromptLike | Sequence[PromptLike],
     rows: list[list[int]],
     responses: Sequence[str] | None,
 ) -> list[list[int]]:

@@ -19,7 +19,7 @@ from interp_ablate.errors import InterpAblateError
 from interp_ablate.models.generation import Generation
 from interp_ablate.models.model import Model
 from interp_ablate.models.residual_cache import ResidualCache
-from interp_ablate.prompts.prompt import Prompt, PromptLike
+from interp_ablate.prompts.prompt import Prompt, PromptLike, as_prompts
 from interp_ablate.scoring.exchange import PromptResponse
 from interp_ablate.settings import MAX_NEW_TOKENS
 
@@ -33,14 +33,14 @@ class ModelOutputs:
     def __init__(
         self,
         model: Model,
-        prompts: Sequence[PromptLike],
+        prompts: PromptLike | Sequence[PromptLike],
         plan: Plan | None = None,
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
         batch_size: int | None = None,
     ) -> None:
-        self.model, self.prompts, self.plan = model, tuple(prompts), plan
-        self.rows = model.encode_all(prompts)
+        self.model, self.prompts, self.plan = model, tuple(as_prompts(prompts)), plan
+        self.rows = model.encode_all(self.prompts)
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
         # outputs of the same prompts without the plan, whose residual cache serves here
         self._unedited: ModelOutputs | None = None

@@ -36,7 +36,7 @@ from interp_ablate.models.residual_cache import ResidualCache, ResidualCaching
 from interp_ablate.models.site_map import SiteMap
 from interp_ablate.models.sources import ModelSource, weights_fingerprint
 from interp_ablate.prompts.chat_template import encode
-from interp_ablate.prompts.prompt import Prompt, PromptLike
+from interp_ablate.prompts.prompt import Prompt, PromptLike, as_prompts
 from interp_ablate.settings import MAX_NEW_TOKENS
 from interp_ablate.sites import Point, Site
 
@@ -203,13 +203,13 @@ class Model:
         """Text of tokens, special ones left out; empty without a tokenizer."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True) if self.tokenizer else ""
 
-    def encode_all(self, prompts: Sequence[PromptLike]) -> list[list[int]]:
+    def encode_all(self, prompts: PromptLike | Sequence[PromptLike]) -> list[list[int]]:
         """Token ids of many prompts.
 
         Raises:
             ModelError: none, or ids outside the vocabulary.
         """
-        rows = [self.encode(prompt) for prompt in prompts]
+        rows = [self.encode(prompt) for prompt in as_prompts(prompts)]
         if not rows or not all(rows):
             raise ModelError("no tokens to run: the list of prompts is empty, or one of them is")
         top = max(max(row) for row in rows)
@@ -295,7 +295,7 @@ class Model:
 
     def logits(
         self,
-        prompts: Sequence[PromptLike],
+        prompts: PromptLike | Sequence[PromptLike],
         *,
         keep: int = 1,
         batch_size: int | None = None,
@@ -316,7 +316,7 @@ class Model:
             logits_of_row.update(zip(batch.index, logits if logits is not None else ()))
         return torch.stack([logits_of_row[i] for i in range(len(rows))])
 
-    def cache_residuals(self, prompts: Sequence[PromptLike]) -> ResidualCache:
+    def cache_residuals(self, prompts: PromptLike | Sequence[PromptLike]) -> ResidualCache:
         """Run prompts unedited and keep the stream after each block, for `stream` and `logits`.
 
         Passes under a plan then resume at the first block that its edits reach. The cache stays empty, and
@@ -332,7 +332,7 @@ class Model:
 
     def generate(
         self,
-        prompts: Sequence[PromptLike],
+        prompts: PromptLike | Sequence[PromptLike],
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
         temperature: float = 0.0,

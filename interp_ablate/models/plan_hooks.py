@@ -166,8 +166,10 @@ class SiteWriter:
         fired = False
         for slot in self.slots:
             some, mask = self._where(slot.kind, call)
+            # where every answer ends at once there are no generated positions, and nothing is wrong
+            fired = fired or some or slot.kind == "generated"
             if some:
-                fired, edited = True, slot.at(x, call)(x)
+                edited = slot.at(x, call)(x)
                 x = edited if mask is None else torch.where(mask[..., None], edited, x)
         return x, fired
 

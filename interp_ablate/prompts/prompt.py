@@ -80,3 +80,8 @@ def repeated(prompts: Iterable[Prompt]) -> tuple[Prompt, ...]:
 
 
 PromptLike = Prompt | str | Sequence[int]
+
+
+def as_prompts(prompts: PromptLike | Sequence[PromptLike]) -> list[PromptLike]:
+    """A list of prompts; one text or Prompt is one prompt, not a list of its characters."""
+    return [prompts] if isinstance(prompts, (str, Prompt)) else list(prompts)  # type: ignore[arg-type]

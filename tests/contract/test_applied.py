@@ -411,11 +411,18 @@ def test_a_plan_that_never_fires_is_an_error(backend: str) -> None:
     never = pytest.raises(PlanError, match=r"1 of 1 sites of the plan were never written")
     with never, model.applied(Ablate(unit(), Site(0, "resid_mid"))):
         pass
-    late = Ablate(unit(), Site(0, "resid_mid"), positions="generated")
-    with pytest.raises(PlanError, match=r"nothing at the positions it names"), model.applied(late):
-        model.logits(rows_of(5))
+
+
+def test_a_plan_on_generated_positions_where_nothing_is_generated(backend: str) -> None:
+    model = shared(backend=backend)
+    late, rows = Ablate(unit(), Site(0, "resid_mid"), positions="generated"), rows_of(5, 7)
+    plain = model.logits(rows)
     with model.applied(late):
-        model.generate(rows_of(5), max_new_tokens=3)
+        assert torch.equal(model.logits(rows), plain)
+    with model.applied(late):
+        model.generate(rows, max_new_tokens=1)
+    with pytest.raises(PlanError, match=r"nothing ran inside the block"), model.applied(late):
+        pass
 
 
 def test_an_empty_plan_is_no_plan(backend: str) -> None:

@@ -30,14 +30,16 @@ from tiny import (
 )
 from torch import Tensor
 
-from interp_ablate import Ablate, Add, Plan, Site, everywhere, load_model
-from interp_ablate.errors import ModelError, PlanError
+from interp_ablate import Ablate, Add, Plan, Site, collect, everywhere, load_model
+from interp_ablate.errors import InterpAblateError, ModelError, PlanError
+from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.models.architectures import ARCHITECTURES
 from interp_ablate.models.batches import Batch, common_prefix, pad_left
 from interp_ablate.models.forward import MIN_SHARED_PREFIX
 from interp_ablate.models.load import from_hf
 from interp_ablate.models.model import Model
 from interp_ablate.models.plan_hooks import SiteWriter
+from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.sites import PROJECTION_POINTS, RESIDUAL_POINTS, sites_of
 
 TOLERANCE = 2e-5  # fp32, logits of size 1
@@ -572,3 +574,21 @@ def test_edits_follow_the_activations_to_their_device_and_dtype() -> None:
         )
     meta, _ = writer(x.to("meta"), None)
     assert meta.device.type == "meta"
+
+
+# --------------------------------------------------------------------------------- one prompt
+
+
+def test_one_text_is_one_prompt() -> None:
+    """Not a list of its characters."""
+    model = shared()
+    for one in ("hello", Prompt("hello")):
+        (generation,) = model.generate(one, max_new_tokens=3)
+        assert generation == model.generate(["hello"], max_new_tokens=3)[0]
+        assert torch.equal(model.logits(one), model.logits(["hello"]))
+        assert len(ModelOutputs(model, one).rows) == 1
+        for positions in ("response_mean", -1):
+            values = collect(model, one, positions=positions).values
+            assert torch.equal(values, collect(model, ["hello"], positions=[positions]).values)
+    with pytest.raises(InterpAblateError, match=r"unknown position 'all'"):
+        collect(model, "hello", positions="all")
