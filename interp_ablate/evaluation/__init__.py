@@ -1,4 +1,4 @@
-"""What a model does on prompts and texts, before and after a plan.
+"""A model's outputs on prompts and texts, and how a plan changes them.
 
 May import: errors, storage, stats, prompts, scoring, edits, models. To add a metric of outputs: `metrics.py`.
 """

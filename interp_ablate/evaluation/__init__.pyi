@@ -4,6 +4,7 @@ from .measures import EvaluationConfig as EvaluationConfig
 from .metrics import FirstTokenKL as FirstTokenKL
 from .metrics import TargetLogOdds as TargetLogOdds
 from .metrics import UneditedAnswerLogProb as UneditedAnswerLogProb
+from .metrics import answer_metrics as answer_metrics
 from .metrics import find_target_tokens as find_target_tokens
 from .outputs import ModelOutputs as ModelOutputs
 from .results import Evaluation as Evaluation

@@ -67,7 +67,7 @@ class TaskScore:
 
 
 def is_installed() -> bool:
-    """Whether there is an lm_eval to import."""
+    """True if the package lm_eval is installed."""
     import importlib.util
 
     return importlib.util.find_spec("lm_eval") is not None
@@ -103,8 +103,8 @@ class Tasks:
         from lm_eval.tasks import TaskManager
 
         folders = [*([more] if more else []), BUNDLED_FOLDER, *self.folders]
-        found = TaskManager(include_path=folders, include_defaults=False)
-        for name, entry in found.task_index.items():
+        local = TaskManager(include_path=folders, include_defaults=False)
+        for name, entry in local.task_index.items():
             options = (entry.cfg or {}).get("dataset_kwargs")
             if entry.yaml_path is None or not isinstance(options, dict):
                 continue
@@ -132,21 +132,22 @@ class Tasks:
         """The manager of one built-in task: it reads that folder alone (indexing all tasks takes 30 s)."""
         from lm_eval.tasks import TaskManager
 
-        known = _library_files()
+        folders = _library_files()
         own = sorted(self._local.task_index)
-        if name not in known:
-            near = difflib.get_close_matches(name, [*known, *own], n=4, cutoff=0.6)
+        if name not in folders:
+            near = difflib.get_close_matches(name, [*folders, *own], n=4, cutoff=0.6)
             raise RunError(
                 f"no task {name!r}: "
                 + (f"did you mean {', '.join(near)}? " if near else "")
                 + f"In the given folders and bundled are {', '.join(own)}; lm_eval itself brings "
-                f"{len(known)} more (`lm-eval ls tasks` lists them)"
+                f"{len(folders)} more (`lm-eval ls tasks` lists them)"
             )
         with _quiet():
-            found = None if known[name] is None else self._manager(known[name])
-            if found is None or name not in found.task_index:  # a group: its tasks may be anywhere
-                found = TaskManager(include_path=[*self.folders, self._place.name])
-        return found
+            manager = None if folders[name] is None else self._manager(folders[name])
+            # the tasks of a group may be anywhere
+            if manager is None or name not in manager.task_index:
+                manager = TaskManager(include_path=[*self.folders, self._place.name])
+        return manager
 
     def identity(self, name: str) -> dict[str, Any]:
         """The key of a task's numbers: its files where it is a local one, and the library's version.
@@ -191,7 +192,7 @@ class Tasks:
         manager = self._of(name)
         try:
             with _quiet():
-                found = _evaluated(manager.load([name]), as_harness_lm(model, plan), limit, chat)
+                results = _evaluated(manager.load([name]), as_harness_lm(model, plan), limit, chat)
         except InterpAblateError:
             raise
         except _failures() as error:
@@ -200,7 +201,7 @@ class Tasks:
                 f"the task {name!r} cannot be run: {type(error).__name__}: {reason[0]}. A task whose data "
                 "is on the hub needs a network or a filled cache; those of --tasks-folder need neither"
             ) from error
-        return _scores(found)
+        return _scores(results)
 
 
 def _evaluated(loaded: Any, lm: Any, limit: int | None, chat: bool) -> Any:
@@ -240,16 +241,16 @@ def _library_files() -> dict[str, Path | None]:
 
     named = re.compile(r"^(task|group|tag):[ \t]*[\"']?([\w.:/-]+)", re.MULTILINE)
     listed = re.compile(r"^tag:[ \t]*\n((?:[ \t]*-[ \t]*\S+[ \t]*\n?)+)", re.MULTILINE)
-    found: dict[str, Path | None] = {}
+    folders: dict[str, Path | None] = {}
     for path in sorted(Path(lm_eval.__file__).parent.joinpath("tasks").rglob("*.yaml")):
         text = path.read_text(encoding="utf-8", errors="replace")
         for kind, name in named.findall(text):
-            found.setdefault(name, path.parent if kind == "task" else None)
+            folders.setdefault(name, path.parent if kind == "task" else None)
         for block in listed.findall(text):
             for line in block.split("\n"):
                 if line.strip():
-                    found.setdefault(line.strip(" \t-\"'"), None)
-    return found
+                    folders.setdefault(line.strip(" \t-\"'"), None)
+    return folders
 
 
 def _beside(folder: Path, files: Any) -> Any:
@@ -269,30 +270,30 @@ def _quiet() -> Iterator[None]:
     log = logging.getLogger("lm_eval")
     level = log.level
     log.setLevel(logging.ERROR)
-    said = io.StringIO()
+    output = io.StringIO()
     try:
-        with redirect_stderr(said):
+        with redirect_stderr(output):
             yield
     finally:
         log.setLevel(level)
-        logger.debug("lm_eval said: %s", said.getvalue())
+        logger.debug("lm_eval output: %s", output.getvalue())
 
 
-def _scores(found: Any) -> list[TaskScore]:
+def _scores(results: Any) -> list[TaskScore]:
     """Results as the library gives them ("acc,none": 0.5), with the values of the items behind them."""
     scores = []
-    for task, values in found["results"].items():
-        samples = sorted((found["samples"] or {}).get(task, []), key=lambda s: s["doc_id"])
+    for task, values in results["results"].items():
+        samples = sorted((results["samples"] or {}).get(task, []), key=lambda s: s["doc_id"])
         for key, value in values.items():
             metric, comma, kind = key.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
                 continue
             stderr = values.get(f"{metric}_stderr,{kind}")
-            known = isinstance(stderr, (int, float)) and math.isfinite(stderr)
+            has_error = isinstance(stderr, (int, float)) and math.isfinite(stderr)
             items = [s.get(metric) for s in samples if s["filter"] == kind]
-            error = float(stderr) if known else None
-            kept = _means(items, float(value))
-            scores.append(TaskScore(task, metric, kind, float(value), error, kept))
+            error = float(stderr) if has_error else None
+            per_item = _means(items, float(value))
+            scores.append(TaskScore(task, metric, kind, float(value), error, per_item))
     return scores
 
 

@@ -47,8 +47,8 @@ def loglikelihoods(
     for number, (context, end) in enumerate(pairs):
         if len(end) > most:
             raise RunError(f"a continuation of {len(end)} tokens: {model.source.name} takes {most}")
-        kept = tuple(context)[-(most + 1 - len(end)) :]
-        groups.setdefault((kept, tuple(end[:-1])), []).append(number)
+        fitting = tuple(context)[-(most + 1 - len(end)) :]
+        groups.setdefault((fitting, tuple(end[:-1])), []).append(number)
     scores: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
     order = sorted(groups, key=lambda key: -len(key[0]) - len(key[1]))
     for start in range(0, len(order), REQUESTS):

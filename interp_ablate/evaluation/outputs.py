@@ -133,7 +133,7 @@ class ModelOutputs:
 
     @property
     def has_generations(self) -> bool:
-        """Whether the answers have been generated (or filled in) already."""
+        """True once the answers have been generated or filled in."""
         return self._generations is not None
 
     @property

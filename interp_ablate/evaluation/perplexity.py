@@ -59,8 +59,8 @@ def read_corpus(*paths: str | Path) -> Corpus:
     """
     if not paths:
         return Corpus("bundled text", _documents(bundled("texts", "text.txt")))
-    found = tuple(document for path in paths for document in _documents(Path(path)))
-    return Corpus(", ".join(Path(path).name for path in paths), found)
+    documents = tuple(document for path in paths for document in _documents(Path(path)))
+    return Corpus(", ".join(Path(path).name for path in paths), documents)
 
 
 def _documents(path: Path) -> tuple[str, ...]:
@@ -73,16 +73,16 @@ def _documents(path: Path) -> tuple[str, ...]:
             f"{path} is not UTF-8 text (byte {error.start}): convert it, or give a .txt or .jsonl file"
         ) from error
     if path.suffix == ".jsonl":
-        found = tuple(_row_text(path, i, line) for i, line in enumerate(content.split("\n"), 1))
-        found = tuple(text for text in found if text)
+        documents = tuple(_row_text(path, i, line) for i, line in enumerate(content.split("\n"), 1))
+        documents = tuple(text for text in documents if text)
     else:
         parts: list[list[str]] = [[]]
         for line in content.splitlines():
             parts.append([]) if line.strip() == SEPARATOR else parts[-1].append(line)
-        found = tuple(text for part in parts if (text := "\n".join(part).strip()))
-    if not found:
+        documents = tuple(text for part in parts if (text := "\n".join(part).strip()))
+    if not documents:
         raise RunError(f"{path} holds no text: perplexity needs some")
-    return found
+    return documents
 
 
 def _row_text(path: Path, number: int, line: str) -> str:
@@ -124,15 +124,15 @@ def windows(n: int, *, context: int, stride: int, first: int = 1) -> list[Window
             f"context {context}, stride {stride}: a window has at least 2 tokens, and the stride is from 1 "
             "to context - 1, so that each window's first counted token has one before it"
         )
-    found, done = [], first
+    cut, done = [], first
     for begin in range(0, n, stride):
         end = min(begin + context, n)
         if end > done:
-            found.append(Window(begin, done, end))
+            cut.append(Window(begin, done, end))
             done = end
         if end == n:
             break
-    return found
+    return cut
 
 
 @dataclass(frozen=True)
@@ -208,12 +208,12 @@ def _tokens(model: Model, document: str) -> tuple[list[int], int, list[int] | No
     if not model.tokenizer.is_fast:
         plain = list(model.tokenizer(document, add_special_tokens=False)["input_ids"])
         return row, max(1, len(row) - len(plain)), None
-    found = model.tokenizer(document, add_special_tokens=False, return_offsets_mapping=True)
-    extra = len(row) - len(found["input_ids"])
+    tokenized = model.tokenizer(document, add_special_tokens=False, return_offsets_mapping=True)
+    extra = len(row) - len(tokenized["input_ids"])
     counted = [0]  # bytes before each character
     for character in document:
         counted.append(counted[-1] + len(character.encode()))
-    starts = [0] * extra + [counted[start] for start, _ in found["offset_mapping"]]
+    starts = [0] * extra + [counted[start] for start, _ in tokenized["offset_mapping"]]
     return row, max(1, extra), starts
 
 

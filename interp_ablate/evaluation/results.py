@@ -128,7 +128,7 @@ class Evaluation:
     after: str
     rows: tuple[ComparisonRow, ...]
     notes: tuple[str, ...]
-    """How the rows were measured."""
+    """They say how the rows were measured."""
     settings: dict[str, Any]
     items: tuple[dict[str, Any], ...] = ()
     """The two numbers of every prompt, window or item (measure, on, item, before, after)."""

@@ -5,6 +5,11 @@ from .persona import Persona as Persona
 from .persona import load_persona as load_persona
 from .readout import TraitReadout as TraitReadout
 from .readout import fit_readout as fit_readout
+from .settings import BakingConfig as BakingConfig
+from .settings import ExtractionConfig as ExtractionConfig
+from .settings import SamplingConfig as SamplingConfig
+from .settings import SteeringConfig as SteeringConfig
+from .steering import curve as curve
 from .steering import steer as steer
 from .trait_writer import generate_trait as generate_trait
 from .traits import Trait as Trait

@@ -25,7 +25,7 @@ class RolloutRequest:
     """One answer to be written."""
 
     key: dict[str, Any]
-    """What the answer is for, as plain data: its condition or side, the question's number, ..."""
+    """The purpose of the answer, as plain data: its condition or side, the question's number, ..."""
     prompt: Prompt
     plan: Plan | None = None
 

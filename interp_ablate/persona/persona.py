@@ -51,7 +51,7 @@ class Persona:
     model: str
     """Name of the model that it was extracted from."""
     details: dict[str, Any] = field(default_factory=dict)
-    """What else `persona.json` holds: layers, counts, settings, versions."""
+    """The rest of `persona.json`: layers, counts, settings, versions."""
 
     @property
     def site(self) -> Site:

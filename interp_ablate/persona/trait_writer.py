@@ -24,7 +24,7 @@ PAIRS, QUESTIONS = (
 
 
 class JsonEndpoint(Protocol):
-    """What `generate_trait` needs of an endpoint (`endpoints.Endpoint`)."""
+    """An endpoint as `generate_trait` needs it (`scoring.endpoint.Endpoint`)."""
 
     def ask_json(
         self, messages: Sequence[Mapping[str, str]], schema: Mapping[str, Any]

@@ -204,15 +204,15 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _parsed(data: bytes, path: Path) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        values = dict(pairs)
+        if len(values) < len(pairs):
             keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)
             raise PromptError(f"{path}: the key {twice!r} is there twice: remove one")
-        return found
+        return values
 
     try:
-        found = json.loads(data.decode("utf-8-sig"), object_pairs_hook=once)
+        content = json.loads(data.decode("utf-8-sig"), object_pairs_hook=once)
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise PromptError(f"{path}, line {line}: not UTF-8: save the file as UTF-8") from error
@@ -222,17 +222,17 @@ def _parsed(data: bytes, path: Path) -> dict[str, Any]:
         ) from error
     except RecursionError as error:
         raise PromptError(f"{path}: nested too deeply for a trait file") from error
-    if not isinstance(found, dict):
-        raise PromptError(f"{path}: a trait file is one JSON object, not {type(found).__name__}")
-    return found
+    if not isinstance(content, dict):
+        raise PromptError(f"{path}: a trait file is one JSON object, not {type(content).__name__}")
+    return content
 
 
 def trait_from_file(data: Mapping[str, Any], place: str) -> Trait:
-    known = [*_KEYS, "scorer"]
-    unknown = [key for key in data if key not in known]
+    accepted = [*_KEYS, "scorer"]
+    unknown = [key for key in data if key not in accepted]
     if unknown:
         raise PromptError(
-            f"{place}: unknown key {unknown[0]!r}: a trait file has {', '.join(known)}"
+            f"{place}: unknown key {unknown[0]!r}: a trait file has {', '.join(accepted)}"
         )
     positive, negative = _pairs(required_value(data, "instruction", place), place)
     try:

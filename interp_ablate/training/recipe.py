@@ -1,4 +1,4 @@
-"""How a LoRA is trained: the numbers, their defaults and help.
+"""The numbers of a LoRA training, with their defaults and help.
 
 Knows: the recipe and its checks. Does not know: data or models. Nothing here imports torch.
 """

@@ -87,12 +87,14 @@ def _kl_to(original: Any, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     """Mean KL(original || model) over the tokens of the chosen answers, with a gradient for the model."""
     chosen = len(inputs["input_ids"]) // 2  # chosen rows come first
     width = int(inputs["attention_mask"][:chosen].sum(1).max())
-    given = {name: inputs[name][:chosen, :width] for name in ("input_ids", "attention_mask")}
-    places = inputs["completion_mask"][:chosen, 1:width].bool()
+    tokens = {name: inputs[name][:chosen, :width] for name in ("input_ids", "attention_mask")}
+    counted = inputs["completion_mask"][:chosen, 1:width].bool()
     with torch.no_grad():
-        want = original(**given, use_cache=False).logits[:, :-1][places].float().log_softmax(-1)
-    got = model(**given, use_cache=False).logits[:, :-1][places].float().log_softmax(-1)
-    return (want.exp() * (want - got)).sum(-1).mean()
+        reference = (
+            original(**tokens, use_cache=False).logits[:, :-1][counted].float().log_softmax(-1)
+        )
+    logprobs = model(**tokens, use_cache=False).logits[:, :-1][counted].float().log_softmax(-1)
+    return (reference.exp() * (reference - logprobs)).sum(-1).mean()
 
 
 @torch.no_grad()
@@ -105,20 +107,20 @@ def project(peft_model: Any, weights: WeightPlan) -> int:
     Raises:
         PlanError: a norm-preserving edit, which is no linear map of the weight.
     """
-    kept = [name for name, edit in weights.edits.items() if edit.keeps_norm]
-    if kept:
+    rescaled = [name for name, edit in weights.edits.items() if edit.keeps_norm]
+    if rescaled:
         raise PlanError(
-            f"{kept[0]} was edited with its norms preserved, which is no linear map: "
+            f"{rescaled[0]} was edited with its norms preserved, which is no linear map: "
             "--preserve-edit freeze-writers"
         )
     changed = 0
     parameters = dict(peft_model.named_parameters())
     for name, edit in weights.edits.items():
         module = name.rpartition(".")[0]
-        found = parameters.get(f"base_model.model.{module}.lora_B.default.weight")
-        if found is None or edit.layout not in ("linear", "conv1d"):
+        weight = parameters.get(f"base_model.model.{module}.lora_B.default.weight")
+        if weight is None or edit.layout not in ("linear", "conv1d"):
             continue
-        wide = found.detach().double().cpu()
-        found.copy_(edit.affine.linear(wide.T).T.to(found))
+        wide = weight.detach().double().cpu()
+        weight.copy_(edit.affine.linear(wide.T).T.to(weight))
         changed += 1
     return changed

@@ -93,10 +93,10 @@ def make_pairs(
     Raises:
         RunError: no pair is left.
     """
-    asked = [prompt for prompt in prompts for _ in range(how.samples)]
+    repeated = [prompt for prompt in prompts for _ in range(how.samples)]
     sides = [
         model.generate(
-            asked,
+            repeated,
             max_new_tokens=how.max_new_tokens,
             temperature=how.temperature,
             seed=how.seed,
@@ -104,9 +104,9 @@ def make_pairs(
         )
         for model in (original, edited)
     ]
-    counts = {"answers": len(asked), "same": 0, "blank": 0, "used": 0}
+    counts = {"answers": len(repeated), "same": 0, "blank": 0, "used": 0}
     pairs = []
-    for prompt, chosen, rejected in zip(asked, *sides, strict=True):
+    for prompt, chosen, rejected in zip(repeated, *sides, strict=True):
         if not chosen.text.strip() or not rejected.text.strip():
             counts["blank"] += 1
         elif chosen.text == rejected.text:
@@ -130,11 +130,11 @@ def exclude_held_out(
     prompts: Sequence[Prompt], held_out: Sequence[Prompt]
 ) -> tuple[list[Prompt], int]:
     """The prompts that are not among the held-out ones, and how many were."""
-    gone = {normalised(prompt) for prompt in held_out}
-    kept = [prompt for prompt in prompts if normalised(prompt) not in gone]
-    if not kept:
+    excluded = {normalised(prompt) for prompt in held_out}
+    others = [prompt for prompt in prompts if normalised(prompt) not in excluded]
+    if not others:
         raise RunError("every prompt for preferences is held out for the report: give others")
-    return kept, len(prompts) - len(kept)
+    return others, len(prompts) - len(others)
 
 
 def pair_rows(

@@ -1,4 +1,4 @@
-"""How an edited checkpoint is healed: the settings, their defaults and help.
+"""The settings of a healing, with their defaults and help.
 
 Knows: the numbers and their checks. Does not know: models or data. Nothing here imports torch.
 """
@@ -18,7 +18,7 @@ OWN_ANSWERS: dict[str, Any] = {"beta": 0.1, "kl_weight": 10.0}
 
 @dataclass(frozen=True)
 class HealingConfig:
-    """How preferences are learned, and how the edit is preserved.
+    """The settings of learning from preferences, and of preserving the edit.
 
     Raises:
         RunError: a number that cannot be.
@@ -54,7 +54,7 @@ class HealingConfig:
 
 @dataclass(frozen=True)
 class AnswerConfig:
-    """How both models answer where their answers become preferences; what is sampled depends on all of these."""
+    """The settings of answers that become preferences; what is sampled depends on all of them."""
 
     max_new_tokens: int = setting(40, "tokens of an answer that is made, at most")
     samples: int = setting(1, "answers a prompt that are made")

@@ -73,8 +73,8 @@ class PreventativeExperiment:
         renderer = RowTokenizer(self.base.tokenizer, self.base.template, self.recipe.max_length)
         rows, counts = rows_of(self.samples, renderer)
         held_out = rows[::8] if len(rows) >= 8 else []
-        kept = [row for i, row in enumerate(rows) if i % 8 or not held_out]
-        return kept, held_out, counts | {"trained_on": len(kept), "held_out": len(held_out)}
+        trained = [row for i, row in enumerate(rows) if i % 8 or not held_out]
+        return trained, held_out, counts | {"trained_on": len(trained), "held_out": len(held_out)}
 
     def identity(self, rows: Sequence[TrainingRow]) -> dict[str, Any]:
         """The experiment that checkpoints of an interrupted run belong to."""

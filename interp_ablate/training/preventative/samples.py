@@ -38,7 +38,7 @@ def samples_of(samples: Iterable[Sample]) -> list[SampledChats]:
     Raises:
         RunError: a sample without an answer at its end, or without a prompt (its number).
     """
-    found = []
+    chats = []
     for sample in samples:
         *before, last = sample.as_dicts
         if last["role"] != "assistant" or not any(m["role"] == "user" for m in before):
@@ -47,8 +47,8 @@ def samples_of(samples: Iterable[Sample]) -> list[SampledChats]:
                 f"answer; this one has {', '.join(m['role'] for m in sample.as_dicts)}"
             )
         ended = sample.raw.get("finished", True)
-        found.append(SampledChats(tuple(before), last["content"], bool(ended)))
-    return found
+        chats.append(SampledChats(tuple(before), last["content"], bool(ended)))
+    return chats
 
 
 def samples_of_rollouts(path: str | Path) -> tuple[list[SampledChats], dict[str, int]]:
@@ -62,19 +62,19 @@ def samples_of_rollouts(path: str | Path) -> tuple[list[SampledChats], dict[str,
     """
     path = Path(path)
     made_of = load_persona(path.parent).details.get("made_of")
-    kept = kept_answers(path, made_of)
-    found = kept.counts["positive"]
+    filtered = kept_answers(path, made_of)
+    totals = filtered.counts["positive"]
     counts = {
-        "positive": found["answers"], "kept": found["kept"], "empty": found["empty"],
-        "no_verdict": found["no_verdict"], "below": found["score"], "incoherent": found["coherence"],
+        "positive": totals["answers"], "kept": totals["kept"], "empty": totals["empty"],
+        "no_verdict": totals["no_verdict"], "below": totals["score"], "incoherent": totals["coherence"],
     }  # fmt: skip
-    if not kept.positive:
+    if not filtered.positive:
         raise RunError(f"{path} holds no answer that shows the trait: {counts}")
     samples = [
         SampledChats(
             ({"role": "user", "content": answer.prompt.text},), answer.text, answer.finished
         )
-        for answer in kept.positive
+        for answer in filtered.positive
     ]
     return samples, counts
 

@@ -38,10 +38,10 @@ class MeasuredTrait:
     score: tuple[float | None, ...]
     """The scorer's, 0 to 100."""
     projection: tuple[float | None, ...]
-    """Of the mean over the answer's tokens on the direction, in units of the direction's norm: 1 is the
-    distance between the two means that made it."""
+    """The projection of the mean over the answer's tokens on the direction, in units of the direction's norm:
+    1 is the distance between the two means that made it."""
     prompt_projection: tuple[float | None, ...]
-    """Of the prompt's last token, in the same units."""
+    """The projection of the prompt's last token, in the same units."""
     kl: tuple[float | None, ...] = ()
     """Mean KL a token to the model before, over that model's answers, in nats."""
 
