@@ -28,7 +28,12 @@ def search(out: Path, *, minutes: float, smoke: bool, control: str | None, fits:
     small = {"n_train": 8, "n_validation": 6, "n_test": 4, "layers": "18-20"} if smoke else {}
     settings = Configuration(model="smollm2", contrast="declining", max_kl=0.02, **small)
     run = Run(out, settings, work=WORK.__getitem__)
-    run_search(run, SearchSettings(minutes, 2 if smoke else None, control, fits and not smoke))
+    run_search(
+        run,
+        SearchSettings(
+            minutes=minutes, trials=2 if smoke else None, control=control, fits=fits and not smoke
+        ),
+    )
     trials, selected = (
         pd.read_csv(out / "search.csv"),
         json.loads((out / "selected.json").read_text()),

@@ -15,7 +15,7 @@ from interp_ablate.errors import InterpAblateError
 from interp_ablate.models.forward import DECODED_ROWS, MIN_SHARED_PREFIX, STREAM_ROWS
 from interp_ablate.models.kv_cache import SPARE
 from interp_ablate.search.gradient_fit import STEP_ROWS
-from interp_ablate.settings import MAX_NEW_TOKENS
+from interp_ablate.settings import MAX_NEW_TOKENS, setting
 
 
 @dataclass(frozen=True)
@@ -26,24 +26,16 @@ class Workload:
         InterpAblateError: numbers out of range.
     """
 
-    prompts: int = 64
-    """Prompts a side whose activations are collected."""
-    scored: int = 32
-    """Prompts a side that a trial scores."""
-    fitted: int = STEP_ROWS
-    """Rows of each kind that a gradient step of a fit reads."""
-    tokens: int = 60
-    """Tokens of a prompt, `prefix` included."""
-    prefix: int = 40
-    """Tokens in front that all prompts share (a chat template's)."""
-    max_new_tokens: int = MAX_NEW_TOKENS
-    """Tokens of an answer."""
-    rows: int = STREAM_ROWS
-    """Rows in a batch of forward passes."""
-    decoded_rows: int = DECODED_ROWS
-    """Rows in a batch that is decoded."""
+    prompts: int = setting(64, "a side, collected")
+    scored: int = setting(32, "a side, in a trial")
+    fitted: int = setting(STEP_ROWS, "rows of each kind in a gradient step")
+    tokens: int = setting(60, "of a prompt, the prefix included")
+    prefix: int = setting(40, "tokens in front that all prompts share (a chat template's)")
+    max_new_tokens: int = setting(MAX_NEW_TOKENS, "of an answer")
+    rows: int = setting(STREAM_ROWS, "a forward batch")
+    decoded_rows: int = setting(DECODED_ROWS, "a decoding batch")
     dtype_bytes: int = 2
-    """Bytes of a number: 4 for float32, 2 for bfloat16."""
+    """Of a number: 4 for float32, 2 for bfloat16."""
 
     def __post_init__(self) -> None:
         low = [f.name for f in fields(self) if f.name != "prefix" and getattr(self, f.name) < 1]
@@ -68,16 +60,11 @@ class Machine:
         InterpAblateError: numbers that are not above 0.
     """
 
-    flops: float = 4e14
-    """Operations a second of matrix products in the model's dtype, of one device."""
-    bandwidth: float = 2e12
-    """Bytes a second of one device's memory."""
-    memory: float = 80e9
-    """Bytes of one device."""
-    devices: int = 2
-    """Layers spread over devices run one after the other: memory adds up, rates do not."""
-    disk: float = 1e9
-    """Bytes a second of checkpoints read and written."""
+    flops: float = setting(4e14, "of matrix products in the model's dtype, a second and device")
+    bandwidth: float = setting(2e12, "bytes of memory a second and device")
+    memory: float = setting(80e9, "bytes a device")
+    devices: int = setting(2, "GPUs")
+    disk: float = setting(1e9, "bytes a second, of checkpoints read and written")
 
     def __post_init__(self) -> None:
         if not all(getattr(self, f.name) > 0 for f in fields(self)):

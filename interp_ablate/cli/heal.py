@@ -1,121 +1,100 @@
-"""Command line, training: persona train, heal.
+"""`heal`: an edited checkpoint trained on preferences until it is close to the original.
 
-Knows: the flags of these commands and what they print. Does not know: how anything is computed. Heavy
-imports happen inside the commands.
+Knows: flags and what is printed. Does not know: how a model is trained or measured.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from interp_ablate.cli.options import flags_given
-from interp_ablate.cli.persona_train import _said
-from interp_ablate.cli.training_options import _base, _note, _prepare, _recipe, _recipe_flags
-from interp_ablate.errors import RunError
+from interp_ablate.cli.options import tell
+from interp_ablate.cli.settings import adding, settings_from
+from interp_ablate.cli.training import (
+    TrainingSettings,
+    estimate_text,
+    load_trainable,
+    prepare,
+)
+from interp_ablate.errors import ModelError, RunError
+from interp_ablate.settings import setting
+from interp_ablate.training.healing.settings import OWN_ANSWERS, AnswerConfig, HealingConfig
+from interp_ablate.training.recipe import LoraRecipe
 
 EVERYDAY = "everyday"  # the bundled prompts
 
 
-def add_commands(commands: Any) -> None:
-    """Adds `heal`."""
-    heal = commands.add_parser(
-        "heal",
-        help="train an edited checkpoint on preferences (DPO) until it is close to the original",
-    )
-    heal.add_argument("checkpoint", help="exported folder")
-    data = heal.add_mutually_exclusive_group(required=True)
-    data.add_argument("--preferences", metavar="DATA", help="prompt, chosen, rejected: JSONL, ...")
-    data.add_argument(
-        "--make-preferences",
-        metavar="PROMPTS",
-        help="prefer the original's answers to the edited model's: a file of prompts (text, JSONL, CSV), or "
+@dataclass(frozen=True)
+class Heal(TrainingSettings):
+    """What is healed, from which preferences, and on which prompts it is measured."""
+
+    checkpoint: str = setting(help="exported folder", positional=True)
+    preferences: str | None = setting(None, "prompt, chosen, rejected: JSONL, ...", metavar="DATA")
+    make_preferences: str | None = setting(
+        None,
+        "prefer the original's answers to the edited model's: a file of prompts (text, JSONL, CSV), or "
         f"'{EVERYDAY}' (120 bundled ones)",
+        metavar="PROMPTS",
     )
-    heal.add_argument("--out", required=True)
-    heal.add_argument("--original", help="model before the edit (default: what the manifest names)")
-    heal.add_argument(
-        "--preserve-edit",
-        choices=("freeze-writers", "reproject", "none"),
-        help="how the edit is kept: train what reads the stream only (freeze-writers, default), or all layers "
-        "and put what they write through the edit, or nothing",
+    original: str | None = setting(None, "model before the edit (default: what the manifest names)")
+    contrast: str | None = setting(
+        None, "measure on its test split: behaviour (positive), KL (negative)"
     )
-    heal.add_argument("--beta", type=float, help="DPO's (default 0.1)")
-    heal.add_argument("--sft-weight", type=float, help="of the loss on chosen answers (default 0)")
-    heal.add_argument(
-        "--kl-weight", type=float,
-        help="of the KL to the original on chosen answers (default 0; 10 with --make-preferences)",
-    )  # fmt: skip
-    heal.add_argument("--samples", type=int, help="answers a prompt that are made (default 1)")
-    heal.add_argument("--max-new-tokens", type=int, help="of made answers (default 40)")
-    heal.add_argument(
-        "--contrast", help="measure on its test split: behaviour (positive), KL (negative)"
-    )
-    heal.add_argument("--positive", help="the same from files: requests")
-    heal.add_argument("--negative", help="answerable prompts")
-    heal.add_argument("--expressions", help="how the behaviour looks: a bundled list or a file")
-    heal.add_argument("--n-test", type=int, default=32, help="prompts a side (default 32)")
-    heal.add_argument(
-        "--split-seed", type=int, default=0, help="of the split: the run's --seed (default 0)"
-    )
-    heal.add_argument(
-        "--qlora", action="store_true", help="axolotl.yaml loads the checkpoint in 4 bits"
-    )
-    _recipe_flags(heal)
-    heal.set_defaults(work=_heal)
+    positive: str | None = setting(None, "the same from files: requests")
+    negative: str | None = setting(None, "answerable prompts")
+    expressions: str | None = setting(None, "how the behaviour looks: a bundled list or a file")
+    n_test: int = setting(32, "prompts a side")
+    split_seed: int = setting(0, "of the split: the run's --seed")
+    qlora: bool = setting(False, "axolotl.yaml loads the checkpoint in 4 bits")
 
 
-# ---- heal --------------------------------------------------------------------------------------------
+add = adding(Heal, HealingConfig, AnswerConfig, LoraRecipe)
 
 
-def _heal(args: argparse.Namespace) -> int:
-    if args.make_preferences is None and (args.samples or args.max_new_tokens):
+def run(args: Namespace) -> int:
+    """Train, measure, write the healed checkpoint, and print what it cost before and after."""
+    settings = settings_from(args, Heal)
+    if (settings.preferences is None) == (settings.make_preferences is None):
+        raise RunError("give --preferences DATA or --make-preferences PROMPTS: one of them")
+    if settings.make_preferences is None and {"samples", "max_new_tokens"} & set(vars(args)):
         raise RunError(
             "--samples and --max-new-tokens are of answers that --make-preferences makes"
         )
-    _prepare(args)
+    prepare(settings)
     from interp_ablate.plots.training import save_costs
     from interp_ablate.training.healing.case import EditedCheckpoint, HealingRun
     from interp_ablate.training.healing.healing_run import heal
 
-    held_out, asked = _held_out(args), _asked(args)  # faults in files come before any model
-    plan, source = _plan_of(args.checkpoint)
-    healing, recipe = _healing(args), _recipe(args)
-    original = _original(args, source, needed=bool(args.make_preferences or healing.kl_weight))
-    case = EditedCheckpoint(_base(args, args.checkpoint), original, plan)
-    pairs, counts = _pairs(args, case, held_out, asked)
-    treatment = HealingRun(pairs, healing, recipe, held_out, counts, args.qlora)
+    # faults in files come before any model is loaded
+    held_out, rows = _held_out(settings), _rows(settings)
+    plan, source = _plan_of(settings.checkpoint)
+    # for answers of the two models, the settings under which the original itself is best
+    under = OWN_ANSWERS if settings.make_preferences else {}
+    healing, recipe = (
+        settings_from(args, HealingConfig, under=under),
+        settings_from(args, LoraRecipe),
+    )
+    needed = bool(settings.make_preferences or healing.kl_weight)
+    original = _original(args, settings, source, needed=needed)
+    case = EditedCheckpoint(load_trainable(settings, settings.checkpoint), original, plan)
+    pairs, counts = _pairs(args, settings, case, held_out, rows)
     report = heal(
         case,
-        treatment,
-        args.out,
-        overwrite=args.force,
-        on_step=lambda n: _note(args, f"step {n}") if n % 10 == 0 else None,
+        HealingRun(pairs, healing, recipe, held_out, counts, settings.qlora),
+        settings.out,
+        overwrite=settings.force,
+        on_step=lambda n: tell(args, f"step {n}") if n % 10 == 0 else None,
     )
     if report["measured"]:
-        save_costs(report, Path(args.out) / "figures" / "heal.png")
+        save_costs(report, Path(settings.out) / "figures" / "heal.png")
         _print_costs(report)
-    print(
-        json.dumps(
-            {
-                "out": str(args.out),
-                "preferences": report["preferences"],
-                "edit": report["edit"],
-                "merged_is_adapter_within": report["adapter"]["max_abs_logit_difference"],
-            }
-        )
-    )
+    within = report["adapter"]["max_abs_logit_difference"]
+    results = {"preferences": report["preferences"], "edit": report["edit"]}
+    print(json.dumps({"out": settings.out, **results, "merged_is_adapter_within": within}))
     return 0
-
-
-def _healing(args: argparse.Namespace) -> Any:
-    """The settings that were given; for answers of the two models, those under which the original is best."""
-    from interp_ablate.training.healing.settings import OWN_ANSWERS, HealingConfig
-
-    given = flags_given(args, "preserve_edit", "beta", "sft_weight", "kl_weight")
-    return HealingConfig(**{**(OWN_ANSWERS if args.make_preferences else {}), **given})
 
 
 def _plan_of(checkpoint: str) -> tuple[Any, dict[str, Any]]:
@@ -126,72 +105,69 @@ def _plan_of(checkpoint: str) -> tuple[Any, dict[str, Any]]:
     return read_plan(checkpoint)
 
 
-def _original(args: argparse.Namespace, source: dict[str, Any], *, needed: bool) -> Any:
+def _original(args: Namespace, settings: Heal, source: dict[str, Any], *, needed: bool) -> Any:
     """The model before the edit, where it is named and can be loaded."""
-    from interp_ablate.errors import ModelError
     from interp_ablate.models.sources import BUNDLED
 
     name, path = source.get("name"), source.get("path")
-    found = args.original or (name if name in BUNDLED or not path else path)
+    original = settings.original or (name if name in BUNDLED or not path else path)
     try:
-        if not found:
+        if not original:
             raise ModelError("neither the manifest nor --original names it")
-        return _base(args, found)
+        return load_trainable(settings, original)
     except ModelError as error:
-        if args.original or needed:
+        if settings.original or needed:
             raise
-        _note(args, f"the original model is not there, so no KL is measured: {error}")
+        tell(args, f"the original model is not there, so no KL is measured: {error}")
         return None
 
 
-def _held_out(args: argparse.Namespace) -> Any:
-    if not (args.contrast or args.positive or args.negative):
+def _held_out(settings: Heal) -> Any:
+    if not (settings.contrast or settings.positive or settings.negative):
         return None
     from interp_ablate.prompts.contrast_set import ContrastSet
     from interp_ablate.scoring.expressions import expression_scorer
     from interp_ablate.training.healing.held_out import HeldOut
 
-    contrast = ContrastSet.load(args.contrast, positive=args.positive, negative=args.negative)
-    expression = expression_scorer(args.expressions, contrast=contrast.name)
-    return HeldOut.of(contrast, expression, n_test=args.n_test, seed=args.split_seed)
+    contrast = ContrastSet.load(
+        settings.contrast, positive=settings.positive, negative=settings.negative
+    )
+    expression = expression_scorer(settings.expressions, contrast=contrast.name)
+    return HeldOut.of(contrast, expression, n_test=settings.n_test, seed=settings.split_seed)
 
 
-def _asked(args: argparse.Namespace) -> list[Any]:
+def _rows(settings: Heal) -> list[Any]:
     """The preferences of --preferences, or the prompts of --make-preferences."""
-    if args.make_preferences:
-        return _prompts(args.make_preferences)
+    if settings.make_preferences:
+        return read_prompts(settings.make_preferences)
     from interp_ablate.training.healing.preferences import read_pairs
 
-    return read_pairs(args.preferences)
+    return read_pairs(str(settings.preferences))
 
 
 def _pairs(
-    args: argparse.Namespace, case: Any, held_out: Any, asked: list[Any]
+    args: Namespace, settings: Heal, case: Any, held_out: Any, rows: list[Any]
 ) -> tuple[list[Any], dict[str, Any]]:
     from interp_ablate.training.healing.preferences import exclude_held_out, make_pairs
-    from interp_ablate.training.healing.settings import AnswerConfig
 
-    if args.preferences:
-        return asked, {"from": args.preferences}
-    kept, gone = exclude_held_out(asked, held_out.benign + held_out.requests if held_out else ())
-    how = AnswerConfig(**flags_given(args, "samples", "max_new_tokens", "seed"))
-    _note(args, f"{len(kept)} prompts, answered by the original and the edited model")
-    pairs, counts = make_pairs(case.original_model, case.edited_model, kept, how)
-    told = {"from": args.make_preferences, "prompts": len(kept), "held_out_prompts_left_out": gone}
-    return pairs, {**told, "made": counts}
+    if settings.preferences:
+        return rows, {"from": settings.preferences}
+    prompts, gone = exclude_held_out(rows, held_out.benign + held_out.requests if held_out else ())
+    tell(args, f"{len(prompts)} prompts, answered by the original and the edited model")
+    how = settings_from(args, AnswerConfig)
+    pairs, made = make_pairs(case.original_model, case.edited_model, prompts, how)
+    counts = {"prompts": len(prompts), "held_out_prompts_left_out": gone, "made": made}
+    return pairs, {"from": settings.make_preferences, **counts}
 
 
-def _prompts(spec: str) -> list[Any]:
+def read_prompts(spec: str) -> list[Any]:
+    """The prompts of a file, each once; `everyday` is a bundled one."""
     from interp_ablate.prompts.prompt import Prompt, distinct
     from interp_ablate.prompts.readers import read_side
     from interp_ablate.storage.bundled_data import bundled
 
-    def build(place: str, text: str, system: Any) -> Prompt:
-        return Prompt(text, system)
-
-    if spec == EVERYDAY:
-        spec = str(bundled("prompts", f"{EVERYDAY}.txt"))
-    return list(distinct(read_side(spec, build)))
+    path = str(bundled("prompts", f"{EVERYDAY}.txt")) if spec == EVERYDAY else spec
+    return list(distinct(read_side(path, lambda place, text, system: Prompt(text, system))))
 
 
 def _print_costs(report: dict[str, Any]) -> None:
@@ -201,7 +177,9 @@ def _print_costs(report: dict[str, Any]) -> None:
     for row in rows:
         values = [report["measured"][name].get(row) for name in names]
         if any(values):
-            print(f"{row:<18}" + "".join(f"{_said(v, 3) if v else '':>26}" for v in values))
+            cells = [estimate_text(value, 3) if value else "" for value in values]
+            print(f"{row:<18}" + "".join(f"{cell:>26}" for cell in cells))
     for row in ("kl_first_token", "kl_continuation"):
         if row in report["healed_minus_edited"]:
-            print(f"healed - edited, {row}: {_said(report['healed_minus_edited'][row], 4)}")
+            change = estimate_text(report["healed_minus_edited"][row], 4)
+            print(f"healed - edited, {row}: {change}")

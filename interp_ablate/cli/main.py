@@ -1,65 +1,147 @@
-"""Command line: subcommands over run folders and files; the only file that prints.
+"""The command line: its commands, exit statuses, and one message for what went wrong.
 
-Knows: flags, progress bars, exit statuses. Does not know: how anything is computed. Heavy imports happen
-inside the commands, so that `--help` and wrong flags answer at once.
+A command is a file here with `add(parser)`, which declares its flags, and `run(args)`, which returns the exit
+status; its name, its file and its line of help stand in `COMMANDS`. Another package adds a command by registering
+such a module under the entry-point group `interp_ablate.commands`. Only the chosen command's file is imported.
+
+Knows: names of commands, exit statuses. Does not know: what a command does, or its flags.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from interp_ablate import __version__
-from interp_ablate.cli import evaluate as cli_evaluate
-from interp_ablate.cli import export as cli_artefacts
-from interp_ablate.cli import filter as cli_filter
-from interp_ablate.cli import heal as cli_training
-from interp_ablate.cli import persona as cli_persona
-from interp_ablate.cli import score as cli_scores
-from interp_ablate.cli.prompts import _generate_command, _lint_command, _select_command
-from interp_ablate.cli.run import (
-    STAGE_COMMANDS,
-    _executor_flags,
-    _plot_command,
-    _run,
-    _run_flags,
-    _search_command,
-    _stage,
-)
 from interp_ablate.errors import InterpAblateError
+from interp_ablate.settings import suggestion
+from interp_ablate.storage.entry_points import RegisteredEntry, entry_points_of
 
 BAD_INPUT = 2
+ENTRY_POINTS = "interp_ablate.commands"
+COMMANDS: dict[str, tuple[str, str]] = {
+    "run": ("run", "all stages, into one folder"),
+    "search": ("search", "search plans for little behaviour at little KL, and test the best"),
+    "collect": ("stage", "one stage of a run: activations of the training and validation prompts"),
+    "directions": ("stage", "one stage of a run: estimate directions and their separation"),
+    "sweep": ("sweep", "one stage of a run: screen directions, refine plans, score finalists"),
+    "plot": ("plot", "draw every figure of a run folder, and its report"),
+    "select": ("select", "apply a selection rule to a table of evaluations"),
+    "lint": ("lint", "faults of a contrast set that a direction would pick up"),
+    "budget": ("budget", "memory and time of every stage, from a config alone"),
+    "export": ("export", "write a plan as an artefact others load"),
+    "verify": ("verify", "is B really A with this plan and nothing else? By tensor and by logits"),
+    "import": ("import_vectors", "read someone else's vectors, write them as plain safetensors"),
+    "models": ("models", "which tensors write where, by architecture"),
+    "push": ("push", "upload an exported folder to the Hugging Face hub"),
+    "score": ("score", "score answers by expressions, a lexicon, a classifier or a judge"),
+    "persona": ("", "trait vectors: extract, steer, bake, monitor, screen data, train"),
+    "persona traits": ("persona_traits", "bundled traits, or what a trait file says"),
+    "persona extract": ("persona_extract", "a trait's directions, and the layer that steers"),
+    "persona steer": ("persona_steer", "trait and coherence against the coefficient"),
+    "persona bake": ("persona_bake", "the vector written into a checkpoint"),
+    "persona new": ("persona_new", "have a model behind a URL write a trait file"),
+    "persona monitor": ("persona_monitor", "does the projection foretell the trait?"),
+    "persona screen": ("persona_screen", "which samples of a training set carry the trait?"),
+    "persona train": ("persona_train", "fine-tune with the vector added, to prevent the trait"),
+    "filter": ("filter", "drop or keep samples of chat data by phrases, scorers, projections"),
+    "heal": ("heal", "train an edited checkpoint (DPO) until it is close to the original"),
+    "evaluate": ("evaluate", "what an edit cost: A against B, or against A under a plan"),
+    "generate": ("generate", "answer prompts, with and without a plan"),
+}
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    """A parser that says which flag was meant."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, rest = super().parse_known_args(args, namespace)
+        if rest:
+            wrong = rest[0].partition("=")[0]
+            flags = re.findall(r"--[\w-]+", self.format_usage())
+            self.error(f"unrecognized arguments: {' '.join(rest)}{suggestion(wrong, flags)}")
+        return parsed, rest
+
+
+def command_names() -> list[str]:
+    """Every command, those of other packages included; a part of a group has the group's name before it."""
+    return [*COMMANDS, *(name for name in entry_points_of(ENTRY_POINTS) if name not in COMMANDS)]
+
+
+def parser_for(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of a command line: all commands by name, the flags of the one that it names."""
+    words = [word for word in argv if not word.startswith("-")]
+    parser = _Parser(
         prog="interp-ablate",
         description="From two sets of prompts to directions, plans, trials and a certified checkpoint.",
     )
     parser.add_argument("--version", action="version", version=f"interp-ablate {__version__}")
     parser.add_argument("--quiet", action="store_true", help="no progress, only results")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    run = commands.add_parser("run", help="all stages, into one folder")
-    _run_flags(run)
-    _executor_flags(run)
-    run.set_defaults(work=_run)
-    _search_command(commands)
-    for name, text in STAGE_COMMANDS.items():
-        stage = commands.add_parser(name, help=f"one stage of a run: {text}")
-        _run_flags(stage)
-        _executor_flags(stage)
-        stage.set_defaults(work=_stage)
-    _plot_command(commands)
-    _select_command(commands)
-    _lint_command(commands)
-    cli_artefacts.add_commands(commands)
-    for more in (cli_scores, cli_persona, cli_filter, cli_training, cli_evaluate):
-        more.add_commands(commands)
-    _generate_command(commands)
+    groups = {"": parser.add_subparsers(metavar="COMMAND", required=True)}
+    others = entry_points_of(ENTRY_POINTS)
+    for name in command_names():
+        group, _, last = name.rpartition(" ")
+        text = COMMANDS[name][1] if name in COMMANDS else f"of the package {others[name].package}"
+        part = groups[group].add_parser(
+            last, help=text, description=f"{text[0].upper()}{text[1:]}."
+        )
+        chosen = words[: len(name.split())] == name.split()
+        if name in COMMANDS and not COMMANDS[name][0]:
+            groups[name] = part.add_subparsers(metavar="PART", required=True)
+        elif chosen:
+            _fill(part, name, others.get(name))
+    _check_name(parser, words)
     return parser
+
+
+def _fill(part: argparse.ArgumentParser, name: str, other: RegisteredEntry | None) -> None:
+    module: Any = (
+        other.load() if other else importlib.import_module(f"interp_ablate.cli.{COMMANDS[name][0]}")
+    )
+    module.add(part)
+    part.set_defaults(work=module.run, command=name)
+    part.add_argument(
+        "--quiet", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
+
+
+def _check_name(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Stop at a command, or a part of a group, that there is not."""
+    if not words:
+        return
+    names = command_names()
+    asked = " ".join(words[: 2 if words[0] in COMMANDS and not COMMANDS[words[0]][0] else 1])
+    if asked not in names:
+        parser.error(
+            f"unknown command {asked!r}{suggestion(asked, names)}. See interp-ablate --help"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point: 0 done, 1 no candidate passed or a certificate failed, 2 bad input."""
+    argv = sys.argv[1:] if argv is None else argv
+    command = "interp-ablate"
+    try:
+        args = parser_for(argv).parse_args(argv)
+        command = f"interp-ablate {args.command}"
+        _quiet_libraries()
+        return int(args.work(args))
+    except InterpAblateError as error:
+        print(f"{command}: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        print(f"{command}: {error.strerror or error}{place}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
 
 
 def _quiet_libraries() -> None:
@@ -68,24 +150,6 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point: 0 done, 1 no candidate passed or a certificate failed, 2 bad input."""
-    args = _parser().parse_args(argv)
-    _quiet_libraries()
-    try:
-        return args.work(args)
-    except InterpAblateError as error:
-        print(f"interp-ablate {args.command}: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except OSError as error:
-        place = f" ({error.filename})" if error.filename else ""
-        print(f"interp-ablate {args.command}: {error.strerror or error}{place}", file=sys.stderr)
-        return BAD_INPUT
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
 
 
 if __name__ == "__main__":

@@ -1,45 +1,81 @@
-"""Flags and loaders that several commands share.
+"""Settings and loaders that several commands share.
 
-Knows: model, plan and scorer flags. Does not know: what a command does with them.
+Knows: model, run-folder, scorer and rubric flags. Does not know: what a command does with them.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
+import sys
+from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from interp_ablate.errors import RunError
+from interp_ablate.models.loading import LoadingOptions
+from interp_ablate.settings import setting
 
+NO_PLAN = 1  # exit status where no candidate passed the limits
 REPLIES = "replies.jsonl"  # what a judge answered
+REPLACE = "replace an existing --out"
+PLAN = "plan JSON (or selected.json)"
+RUBRIC = "of a judge: its text, or a file (@FILE)"
 
 
-def model_flags(parser: argparse.ArgumentParser) -> None:
+@dataclass(frozen=True)
+class ModelSettings(LoadingOptions):
     """Which model, and how it is loaded."""
-    parser.add_argument(
-        "--model", help="bundled alias (smollm2), HF folder, .gguf file or hub name"
-    )
-    loading_flags(parser)
+
+    model: str | None = setting(None, "bundled alias (smollm2), HF folder, .gguf file or hub name")
 
 
-def loading_flags(parser: argparse.ArgumentParser) -> None:
-    """How a model is loaded."""
-    parser.add_argument("--backend", choices=("bridge", "hooked"), help="TransformerLens class")
-    parser.add_argument("--dtype", help="float32 (default), bfloat16, float16, float64")
-    parser.add_argument("--device", help="cpu (default), cuda, mps, auto (all GPUs)")
-    parser.add_argument("--template", help="Jinja chat template text, or 'none' for raw text")
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="run Python code that a model folder brings",
-    )
+def load(settings: LoadingOptions, name: str | None) -> Any:
+    """The model of that name, loaded as the settings say.
+
+    Raises:
+        RunError: there is no name.
+        ModelError: see `load_model`.
+    """
+    from interp_ablate.models.load import load_model
+    from interp_ablate.runs.configuration import NO_MODEL
+
+    if not name:
+        raise RunError(NO_MODEL)
+    return load_model(name, **settings.loading)
 
 
-def flags_given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """The flags that were given, under their own names."""
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+def chosen_in_run(folder: str) -> tuple[dict[str, Any], Path]:
+    """How a run's model is loaded, and the file that holds the plan it chose.
+
+    Raises:
+        RunError: no run folder, or one without a chosen plan.
+    """
+    from interp_ablate.runs.run_folder import read_run
+
+    saved = read_run(folder)
+    if saved is None:
+        raise RunError(f"{folder} holds no run.json: it is not a run folder")
+    selected = Path(folder) / "selected.json"
+    if not selected.exists():
+        raise RunError(
+            f"{folder} has no chosen plan yet: run `interp-ablate run --out {folder}` to the end"
+        )
+    if json.loads(selected.read_text(encoding="utf-8"))["plan"] is None:
+        raise RunError(f"no candidate passed the limits in {folder}: see its report.html")
+    names = ("model", "backend", "dtype", "device", "template")
+    return {name: saved["configuration"][name] for name in names}, selected
+
+
+def check_new(out: str | Path, force: bool) -> None:
+    """Refuse a place that exists, unless it may be replaced.
+
+    Raises:
+        RunError: it exists.
+    """
+    if Path(out).exists() and not force:
+        raise RunError(f"{out} exists: choose another --out, or pass --force to replace it")
 
 
 def trait_scorer(spec: str | None, trait: Any, folder: Path) -> Any:
@@ -58,35 +94,17 @@ def trait_scorer(spec: str | None, trait: Any, folder: Path) -> Any:
     return make_scorer(spec or trait.scorer, rubric=trait.rubric, cache=folder / REPLIES)
 
 
-def load(args: argparse.Namespace, name: str | None) -> Any:
-    """The model that the flags describe."""
-    from interp_ablate.models.load import load_model
-
-    if not name:
-        raise RunError(
-            "no model: give --model (a bundled alias such as smollm2, a folder, a hub name)"
-        )
-    return load_model(
-        name,
-        backend=args.backend or "bridge",
-        dtype=args.dtype or "float32",
-        device=args.device or "cpu",
-        template=args.template,
-        trust_remote_code=args.trust_remote_code,
-    )
-
-
-def rubric_of(given: str | None) -> str | None:
+def rubric_of(text_or_file: str | None) -> str | None:
     """The text that a --rubric gives: itself where it has several words, else what is in that file (@FILE).
 
     Raises:
         RunError: a file that cannot be read.
     """
-    if given is None:
+    if text_or_file is None:
         return None
-    name = given.removeprefix("@")
-    if name == given and len(given.split()) > 1 and not os.path.isfile(given):
-        return given
+    name = text_or_file.removeprefix("@")
+    if name == text_or_file and len(name.split()) > 1 and not os.path.isfile(name):
+        return name
     try:
         return Path(name).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -96,21 +114,7 @@ def rubric_of(given: str | None) -> str | None:
         ) from error
 
 
-def from_run(args: argparse.Namespace, folder: str) -> Any:
-    """Fill model flags that were not given from a run folder; returns its path to the chosen plan."""
-    from interp_ablate.runs.run_folder import read_run
-
-    saved = read_run(folder)
-    if saved is None:
-        raise RunError(f"{folder} holds no run.json: it is not a run folder")
-    for key in ("model", "backend", "dtype", "device", "template"):
-        if getattr(args, key) is None:
-            setattr(args, key, saved["configuration"].get(key))
-    selected = Path(folder) / "selected.json"
-    if not selected.exists():
-        raise RunError(
-            f"{folder} has no chosen plan yet: run `interp-ablate run --out {folder}` to the end"
-        )
-    if json.loads(selected.read_text(encoding="utf-8"))["plan"] is None:
-        raise RunError(f"no candidate passed the limits in {folder}: see its report.html")
-    return selected
+def tell(args: Namespace, text: str) -> None:
+    """Print to standard error, unless --quiet."""
+    if not args.quiet:
+        print(text, file=sys.stderr, flush=True)

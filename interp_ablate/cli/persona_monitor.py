@@ -1,137 +1,111 @@
-"""Command line, monitoring and data screening: persona monitor, persona screen.
+"""`persona monitor`: does the projection before the first word foretell the trait?
 
-Knows: the flags of these commands and what they print. Does not know: how anything is computed. Heavy
-imports happen inside the commands.
+Knows: flags and what is printed. Does not know: how answers are made or correlated.
 """
 
 from __future__ import annotations
 
-import argparse
+from argparse import Namespace
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from interp_ablate.cli.options import load, model_flags, trait_scorer
-from interp_ablate.cli.persona_screen import _screen_flags
+from interp_ablate.cli.options import ModelSettings, load, trait_scorer
+from interp_ablate.cli.persona_options import asked_questions, greedy
 from interp_ablate.cli.progress_bars import ProgressBars
+from interp_ablate.cli.settings import adding, settings_from
 from interp_ablate.errors import RunError
+from interp_ablate.persona.settings import SamplingConfig
+from interp_ablate.settings import setting
 
 
-def add_commands(commands: Any) -> None:
-    """Adds the commands of this file to the parser's."""
-    _monitor_flags(
-        commands.add_parser(
-            "monitor", help="does the projection before the first word foretell the trait?"
-        )
+@dataclass(frozen=True)
+class Monitor(ModelSettings):
+    """Which persona is watched, over which answers."""
+
+    folder: str = setting(help="persona folder", positional=True)
+    systems: str | None = setting(
+        None, "system prompts, weakest first; a line each", metavar="FILE"
     )
-    _screen_flags(
-        commands.add_parser("screen", help="which samples of a training set carry the trait?")
-    )
+    questions: int | None = setting(None, "evaluation questions (default: all)")
+    scorer: str | None = setting(None, "default: the trait's own")
+    out: str | None = setting(None, "default: the persona folder")
+    prompt: str | None = setting(None, "instead: stream one answer, each token with its projection")
+    system: str | None = setting(None, "system prompt of --prompt")
+    coefficient: float = setting(0.0, "with --prompt: steer by so much; 0 does not")
 
 
-def _monitor_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", help="persona folder")
-    model_flags(parser)
-    parser.add_argument(
-        "--systems", metavar="FILE", help="system prompts, weakest first; a line each"
-    )
-    parser.add_argument("--questions", type=int, help="of the trait's evaluation questions (all)")
-    parser.add_argument("--max-new-tokens", type=int, help="of an answer (default 48)")
-    parser.add_argument("--scorer", help="default: the trait's own")
-    parser.add_argument("--out", help="default: the persona folder")
-    parser.add_argument(
-        "--prompt", help="instead: stream one answer, each token with its projection"
-    )
-    parser.add_argument("--system", help="system prompt of --prompt")
-    parser.add_argument(
-        "--coefficient", type=float, help="with --prompt: steer by so much; 0 does not (default)"
-    )
-    parser.set_defaults(work=_monitor)
+add = adding(Monitor, (SamplingConfig, ("max_new_tokens",)))
 
 
-# ---- monitor ------------------------------------------------------------------------------------------
-
-
-def _monitor(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
+    """Correlate projections with scores, or stream one answer."""
     from interp_ablate.persona.monitoring import monitor_trait, read_graded
     from interp_ablate.persona.persona import load_persona
-    from interp_ablate.persona.settings import SamplingConfig
     from interp_ablate.plots.monitoring import save_monitoring
 
-    persona = load_persona(args.folder)
-    if args.prompt is not None:
-        return _stream(args, persona)
-    out = Path(args.out or args.folder)
-    scorer = trait_scorer(args.scorer, persona.trait, out)
-    systems = None if args.systems is None else read_graded(args.systems)
-    questions = asked_questions(args, persona)
-    given = {} if args.max_new_tokens is None else {"max_new_tokens": args.max_new_tokens}
-    found = monitor_trait(
-        load(args, args.model or persona.model),
+    settings, sampling = settings_from(args, Monitor), greedy(args)
+    persona = load_persona(settings.folder)
+    out = Path(settings.out or settings.folder)
+    if settings.prompt is not None:
+        return _stream(settings, sampling, persona, out)
+    scorer = trait_scorer(settings.scorer, persona.trait, out)
+    systems = None if settings.systems is None else read_graded(settings.systems)
+    questions = asked_questions(settings.questions, persona)
+    monitoring = monitor_trait(
+        load(settings, settings.model or persona.model),
         persona,
         out / "monitoring.jsonl",
         scorer=scorer,
         systems=systems,
         questions=questions,
-        sampling=SamplingConfig(temperature=0.0, **given),
+        sampling=sampling,
         listener=ProgressBars(quiet=args.quiet),
     )
-    found.save(out)
-    figure = save_monitoring(found, out / "figures" / "monitor.png")
-    _print_monitoring(found)
+    monitoring.save(out)
+    figure = save_monitoring(monitoring, out / "figures" / "monitor.png")
+    _print_monitoring(monitoring)
     print(f"table: {out / 'monitor.csv'}; figure: {figure}")
     return 0
 
 
-def asked_questions(args: argparse.Namespace, persona: Any) -> Any:
-    """The first --questions of the trait's evaluation questions; all without the flag.
-
-    Raises:
-        RunError: fewer than one, or more than there are.
-    """
-    there = persona.trait.evaluation_questions
-    if args.questions is not None and not 1 <= args.questions <= len(there):
-        raise RunError(f"--questions {args.questions}: the trait has 1 to {len(there)}")
-    return there[: args.questions]
-
-
-def _print_monitoring(found: Any) -> None:
-    scored = len(found.table) - found.no_verdict
-    systems = found.table["level"].nunique()
+def _print_monitoring(monitoring: Any) -> None:
+    scored = len(monitoring.table) - monitoring.no_verdict
+    systems = monitoring.table["level"].nunique()
     print(f"{scored} answers with a score under {systems} system prompts")
-    if found.no_verdict:
-        print(f"{found.no_verdict} answers without a score are left out")
+    if monitoring.no_verdict:
+        print(f"{monitoring.no_verdict} answers without a score are left out")
     for name, text in (
         ("overall", "r over all answers"),
         ("within", "within system prompts"),
         ("across", "across their means"),
     ):
-        chance = found.control[name]
-        said = "undefined" if chance is None else f"{chance:.2f}"
-        print(f"{text:<22} {getattr(found, name)}; random directions: |r| below {said} in 95%")
+        chance = monitoring.control[name]
+        limit = "undefined" if chance is None else f"{chance:.2f}"
+        print(
+            f"{text:<22} {getattr(monitoring, name)}; random directions: |r| below {limit} in 95%"
+        )
 
 
-def _stream(args: argparse.Namespace, persona: Any) -> int:
-    from contextlib import nullcontext
-
+def _stream(settings: Monitor, sampling: SamplingConfig, persona: Any, out: Path) -> int:
     from interp_ablate.plots.monitoring import tokens_figure
     from interp_ablate.prompts.prompt import Prompt
 
-    model = load(args, args.model or persona.model)
+    model = load(settings, settings.model or persona.model)
     persona.check(model)
-    amount = args.coefficient or 0.0
-    steered = model.applied(persona.plan(amount)) if amount else nullcontext()
-    limit = {} if args.max_new_tokens is None else {"max_new_tokens": args.max_new_tokens}
+    amount = settings.coefficient
     seen = []
-    with steered:
-        prompt = Prompt(args.prompt, args.system)
-        for token, projection in model.monitor(prompt, persona.direction, **limit):
+    with model.applied(persona.plan(amount)) if amount else nullcontext():
+        prompt = Prompt(str(settings.prompt), settings.system)
+        limit = sampling.max_new_tokens
+        for token, projection in model.monitor(prompt, persona.direction, max_new_tokens=limit):
             print(f"{projection:+8.3f}  {token.text!r}", flush=True)
             seen.append((token, projection))
     if not seen:
         raise RunError("the model ended its answer at once: there is no token to look at")
     mean = sum(projection for _, projection in seen) / len(seen)
     print(f"{mean:+8.3f}  mean of {len(seen)} tokens at {persona.direction.site}")
-    title = f"{args.prompt}" + (f"  (steered, coefficient {amount:g})" if amount else "")
-    path = Path(args.out or args.folder) / "figures" / "tokens.png"
-    print(f"figure: {tokens_figure({title: seen}, path)}")
+    title = f"{settings.prompt}" + (f"  (steered, coefficient {amount:g})" if amount else "")
+    print(f"figure: {tokens_figure({title: seen}, out / 'figures' / 'tokens.png')}")
     return 0

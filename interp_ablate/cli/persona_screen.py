@@ -5,98 +5,107 @@ Knows: flags and what is printed. Does not know: how samples are scored.
 
 from __future__ import annotations
 
-import argparse
 import sys
+from argparse import Namespace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from interp_ablate.cli.options import load, model_flags
+from interp_ablate.cli.options import ModelSettings, load
+from interp_ablate.cli.settings import adding, settings_from
+from interp_ablate.datasets.screening_settings import MEASURES, ScreeningSettings
+from interp_ablate.settings import setting
 
 
-def _screen_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", help="persona folder")
-    parser.add_argument(
-        "data",
-        help="JSONL, JSON, parquet or datasets folder of prompts and answers; or planted:NAME, a "
-        "bundled mixture",
+@dataclass(frozen=True)
+class Screen(ModelSettings):
+    """Which data are read along which direction, and what is flagged."""
+
+    folder: str = setting(help="persona folder", positional=True)
+    data: str = setting(
+        help="JSONL, JSON, parquet or datasets folder of prompts and answers; or planted:NAME, a bundled mixture",
+        positional=True,
     )
-    parser.add_argument("--out", required=True, help="folder of the results")
-    model_flags(parser)
-    parser.add_argument(
-        "--threshold",
-        help="above it samples are flagged: a value (1.5), or a quantile (q0.99) of --reference or else "
-        "of the data; default q0.99 with a reference, q0.9 without",
+    out: str = setting(help="folder of the results")
+    threshold: str | None = setting(
+        None,
+        "above it samples are flagged: a value (1.5), or a quantile (q0.99) of --reference or else of the data; "
+        "default q0.99 with a reference, q0.9 without",
     )
-    parser.add_argument("--reference", metavar="FILE", help="samples known to be clean")
-    parser.add_argument(
-        "--no-own",
-        action="store_true",
-        help="projection alone: do not answer the prompts with the model itself",
+    reference: str | None = setting(None, "samples known to be clean", metavar="FILE")
+    by: str | None = setting(
+        None,
+        "difference: minus the own answer's projection; adjusted (default): minus the part of it that a "
+        "least-squares line over all samples explains",
+        choices=MEASURES,
     )
-    parser.add_argument("--max-new-tokens", type=int, help="of the model's own answer (default 64)")
-    parser.add_argument(
-        "--response-tokens", type=int, help="of a sample's answer, the first so many (default: all)"
-    )
-    parser.add_argument(
-        "--by",
-        choices=("projection", "difference", "adjusted"),
-        help="difference: minus the own answer's projection; adjusted (default): minus the part of it that "
-        "a least-squares line over all samples explains",
-    )
-    parser.add_argument(
-        "--direction",
+    direction: str = setting(
+        "readout",
+        "readout: along which the trait shows in text, of the layer that reads best; steering: the one that "
+        "`persona steer` adds, as published",
         choices=("readout", "steering"),
-        default="readout",
-        help="readout (default): along which the trait shows in text, of the layer that reads best; steering: "
-        "the one that `persona steer` adds, as published",
     )
-    parser.add_argument("--layer", type=int, help="that direction of another layer")
-    parser.add_argument("--layout", help="of DATA, where its keys fit several")
-    parser.add_argument(
-        "--labels", metavar="FIELD", help="true or false in every row: how well are they found?"
+    layer: int | None = setting(None, "that direction of another layer")
+    layout: str | None = setting(None, "of DATA, where its keys fit several")
+    labels: str | None = setting(
+        None, "true or false in every row: how well are they found?", metavar="FIELD"
     )
-    parser.set_defaults(work=_screen)
 
 
-# ---- screen -------------------------------------------------------------------------------------------
+add = adding(Screen, ScreeningSettings)
 
 
-def _screen(args: argparse.Namespace) -> int:
-    from interp_ablate.datasets.labelled_mixtures import read_labels
-    from interp_ablate.datasets.screening import save_summary, screen_file
+def run(args: Namespace) -> int:
+    """Project every sample, and print and write which are flagged."""
+    from interp_ablate.datasets.labelled_mixtures import data_and_label, read_labels
+    from interp_ablate.datasets.screening import Threshold, save_summary, screen_file
     from interp_ablate.datasets.screening_measure import summarise_file
     from interp_ablate.persona.persona import load_persona
     from interp_ablate.plots.screening import save_screening
 
-    persona = load_persona(args.folder)
-    direction = _asked_direction(persona, args.direction, args.layer)
-    data, field, threshold, settings = _what(args)
-    held, layout = summarise_file(data, layout=args.layout), args.layout
+    screen, settings = settings_from(args, Screen), settings_from(args, ScreeningSettings)
+    persona = load_persona(screen.folder)
+    direction = _asked_direction(persona, screen.direction, screen.layer)
+    (data, field), layout = data_and_label(screen.data, screen.labels), screen.layout
+    threshold = Threshold.parse(screen.threshold or ("q0.99" if screen.reference else "q0.9"))
+    contents = summarise_file(data, layout=layout)
     labels = None if field is None else read_labels(data, field, layout=layout)
-    clean = summarise_file(args.reference, layout=layout) if args.reference else None
-    out, by = Path(args.out), args.by or settings.measure
+    clean = summarise_file(screen.reference, layout=layout) if screen.reference else None
+    out, by = Path(screen.out), screen.by or settings.measure
     settings.check_measure(by)
-    model = load(args, args.model or persona.model)
+    model = load(screen, screen.model or persona.model)
     persona.check(model)
 
     def measured(path: Any, store: str, total: int) -> Any:
-        return _measure(args, (model, direction, path, out / store, settings), total)
+        return _measure(args, (model, direction, path, out / store, settings), layout, total)
 
-    reference = measured(args.reference, "reference.jsonl", clean.samples) if clean else None
-    table = measured(data, "scores.jsonl", held.samples)
+    reference = measured(screen.reference, "reference.jsonl", clean.samples) if clean else None
+    table = measured(data, "scores.jsonl", contents.samples)
     table, reference, slope = _adjusted(table, reference, settings)
-    found = screen_file(
+    screened = screen_file(
         table, data, out, by=by, threshold=threshold, reference=reference, layout=layout
     )
     figure = save_screening(
-        table, out / "figures" / "screening.png", by=by, threshold=found.threshold,
+        table, out / "figures" / "screening.png", by=by, threshold=screened.threshold,
         trait=persona.name, labels=labels, reference=reference,
     )  # fmt: skip
-    told = _told(args, persona, model, direction, settings, held)
-    summary = {**found.summary, "slope": slope, **told}
+    summary = {
+        **screened.summary,
+        "slope": slope,
+        "data": screen.data,
+        "trait": persona.name,
+        "model": model.source.name,
+        "site": str(direction.site),
+        "direction": direction.fingerprint,
+        "method": direction.method,
+        "settings": asdict(settings),
+        "with_earlier_rounds": contents.rounds,
+        "without_an_answer": contents.unanswered,
+    }
     if labels is not None:
-        summary["check"] = _check(args, persona, model, direction, (data, table, labels))
+        checked = (model, direction, (data, table, labels))
+        summary["check"] = _check(screen, settings.response_tokens, persona, *checked)
     save_summary(summary, out)
     _print_screening(summary, persona.name)
     print(f"ranked: {out / 'ranked.csv'}; figure: {figure}")
@@ -135,20 +144,7 @@ def _adjusted(table: Any, reference: Any, settings: Any) -> tuple[Any, Any, floa
     )
 
 
-def _what(args: argparse.Namespace) -> tuple[Any, str | None, Any, Any]:
-    """The data, the field of its labels, the threshold, and what is measured."""
-    from interp_ablate.datasets.labelled_mixtures import data_and_label
-    from interp_ablate.datasets.screening import Threshold
-    from interp_ablate.datasets.screening_settings import ScreeningSettings
-
-    data, field = data_and_label(args.data, args.labels)
-    threshold = Threshold.parse(args.threshold or ("q0.99" if args.reference else "q0.9"))
-    names = ("max_new_tokens", "response_tokens")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return data, field, threshold, ScreeningSettings(own=not args.no_own, **given)
-
-
-def _measure(args: argparse.Namespace, what: tuple[Any, ...], total: int) -> Any:
+def _measure(args: Namespace, what: tuple[Any, ...], layout: str | None, total: int) -> Any:
     from interp_ablate.datasets.screening_measure import measure_samples
 
     model, direction, path, store, settings = what
@@ -162,31 +158,12 @@ def _measure(args: argparse.Namespace, what: tuple[Any, ...], total: int) -> Any
             end = "\n" if done == total else "\r"
             print(f"{path}: {done} of {total} samples", end=end, file=sys.stderr, flush=True)
 
-    return measure_samples(
-        model, direction, path, store, settings=settings, layout=args.layout, on_rows=tell
-    )
-
-
-def _told(
-    args: argparse.Namespace, persona: Any, model: Any, direction: Any, settings: Any, held: Any
-) -> Any:
-    from dataclasses import asdict
-
-    return {
-        "data": str(args.data),
-        "trait": persona.name,
-        "model": model.source.name,
-        "site": str(direction.site),
-        "direction": direction.fingerprint,
-        "method": direction.method,
-        "settings": asdict(settings),
-        "with_earlier_rounds": held.rounds,
-        "without_an_answer": held.unanswered,
-    }
+    return measure_samples(model, direction, path, store, settings=settings, layout=layout, on_rows=tell)
 
 
 def _check(
-    args: argparse.Namespace,
+    screen: Screen,
+    response_tokens: int | None,
     persona: Any,
     model: Any,
     direction: Any,
@@ -201,35 +178,36 @@ def _check(
     for name, other in (("readout", persona.readout_direction), ("steering", persona.direction)):
         if other.method != direction.method:
             baselines[f"projection, {name} direction, layer {other.site.layer}"] = partial(
-                project_responses, model, direction=other, response_tokens=args.response_tokens
+                project_responses, model, direction=other, response_tokens=response_tokens
             )
     if persona.trait.scorer is not None and not persona.trait.scorer.startswith("judge:"):
         baselines[persona.trait.scorer] = make_scorer(persona.trait.scorer)
-    texts = rollout_texts(Path(args.folder) / "rollouts.jsonl")
+    texts = rollout_texts(Path(screen.folder) / "rollouts.jsonl")
     if all(texts):
         baselines["bag of words of the persona's rollouts"] = bag_of_words(*texts)
-    found = check_screening(
+    return check_screening(
         model,
         direction,
         data,
         table,
         labels,
         baselines=baselines,
-        layout=args.layout,
-        response_tokens=args.response_tokens,
-    )
-    return found.to_dict("records")
+        layout=screen.layout,
+        response_tokens=response_tokens,
+    ).to_dict("records")  # type: ignore[return-value]
 
 
 def _print_screening(summary: dict[str, Any], trait: str) -> None:
-    asked = summary["threshold"]
-    of = {"value": "", "data": " of the data itself", "reference": " of the reference"}[asked["of"]]
+    threshold = summary["threshold"]
+    of = {"value": "", "data": " of the data itself", "reference": " of the reference"}[
+        threshold["of"]
+    ]
     print(f"read along {summary['method']} at {summary['site']}")
     print(
         f"{summary['samples']} samples, {summary['flagged']} flagged: {summary['by']} on {trait!r} above "
-        f"{asked['value']:.3f}" + (f" ({asked['asked']}{of})" if of else "")
+        f"{threshold['value']:.3f}" + (f" ({threshold['asked']}{of})" if of else "")
     )
-    if asked["of"] == "data":
+    if threshold["of"] == "data":
         print("note: a quantile of the data itself flags its share whatever is in the data")
     if summary["unscored"]:
         print(f"{summary['unscored']} samples without a value are in unscored.*")

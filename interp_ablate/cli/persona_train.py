@@ -5,108 +5,103 @@ Knows: flags and what is printed. Does not know: how a model is trained.
 
 from __future__ import annotations
 
-import argparse
+from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from interp_ablate.cli.options import trait_scorer
-from interp_ablate.cli.persona_monitor import asked_questions
-from interp_ablate.cli.training_options import _base, _note, _prepare, _recipe, _recipe_flags
+from interp_ablate.cli.options import tell, trait_scorer
+from interp_ablate.cli.persona_options import asked_questions
+from interp_ablate.cli.settings import adding, settings_from
+from interp_ablate.cli.training import TrainingSettings, estimate_text, load_trainable, prepare
 from interp_ablate.errors import RunError
+from interp_ablate.settings import setting
+from interp_ablate.training.recipe import LoraRecipe
 
 
-def add_persona_commands(commands: Any) -> None:
-    """Adds `persona train`."""
-    train = commands.add_parser(
-        "train", help="fine-tune with the trait's vector added, so that the trait is not learned"
+@dataclass(frozen=True)
+class Train(TrainingSettings):
+    """What is trained on which samples, and how it is measured."""
+
+    folder: str = setting(help="persona folder", positional=True)
+    data: str | None = setting(
+        None,
+        "samples: ShareGPT, messages, Alpaca, ... files; or planted:NAME, the samples with the trait of a "
+        "bundled mixture",
+        positional=True,
     )
-    train.add_argument("folder", help="persona folder")
-    train.add_argument(
-        "data", nargs="?",
-        help="samples: ShareGPT, messages, Alpaca, ... files; or planted:NAME, the samples with the "
-        "trait of a bundled mixture",
-    )  # fmt: skip
-    train.add_argument(
-        "--from-rollouts",
-        action="store_true",
-        help="train on the persona's own answers under its positive system prompts, without these",
+    from_rollouts: bool = setting(
+        False,
+        "train on the persona's own answers under its positive system prompts, without these",
     )
-    train.add_argument("--out", required=True)
-    train.add_argument("--model", help="model to train (default: the persona's)")
-    train.add_argument(
-        "--coefficient", type=float, help="of the vector while training (default: the persona's)"
+    model: str | None = setting(None, "model to train (default: the persona's)")
+    coefficient: float | None = setting(
+        None, "of the vector while training (default: the persona's)"
     )
-    train.add_argument("--positions", choices=("all", "generated"), default="all")
-    train.add_argument(
-        "--plain-too", action="store_true", help="also without the vector, to compare"
-    )
-    train.add_argument(
-        "--control", action="store_true", help="also with a random vector of the same length"
-    )
-    train.add_argument("--scorer", help="default: the trait's")
-    train.add_argument("--questions", type=int, help="for evaluation (default: all of the trait's)")
-    train.add_argument(
-        "--max-new-tokens", type=int, default=48, help="of measured answers (default 48)"
-    )
-    _recipe_flags(train)
-    train.set_defaults(work=_train)
+    positions: str = setting("all", "where the vector is added", choices=("all", "generated"))
+    plain_too: bool = setting(False, "also without the vector, to compare")
+    control: bool = setting(False, "also with a random vector of the same length")
+    scorer: str | None = setting(None, "default: the trait's")
+    questions: int | None = setting(None, "for evaluation (default: all of the trait's)")
+    max_new_tokens: int = setting(48, "tokens of a measured answer, at most")
 
 
-# ---- persona train -----------------------------------------------------------------------------------
+add = adding(Train, LoraRecipe)
 
 
-def _train(args: argparse.Namespace) -> int:
-    if bool(args.data) == args.from_rollouts:
+def run(args: Namespace) -> int:
+    """Train every arm, measure the trait in each, and print a table."""
+    settings = settings_from(args, Train)
+    if bool(settings.data) == settings.from_rollouts:
         raise RunError("give DATA, or --from-rollouts for the persona's own answers: one of them")
-    _prepare(args)
-    from interp_ablate.directions.direction import random_directions
-    from interp_ablate.persona.persona import addition_plan, load_persona
+    prepare(settings)
+    from interp_ablate.persona.persona import load_persona
     from interp_ablate.plots.training import save_trait
+    from interp_ablate.training.preventative.prevention import PreventativeExperiment, prevent
+    from interp_ablate.training.preventative.trait_measure import TraitMeasure
+
+    persona, recipe = load_persona(settings.folder), settings_from(args, LoraRecipe)
+    scorer = trait_scorer(settings.scorer, persona.trait, Path(settings.folder))
+    samples, counts = _samples(settings)
+    coefficient = persona.coefficient if settings.coefficient is None else settings.coefficient
+    arms = _arms(settings, persona, coefficient, recipe.seed)
+    questions = asked_questions(settings.questions, persona)
+    measure = TraitMeasure(
+        persona.direction, questions, scorer, max_new_tokens=settings.max_new_tokens
+    )
+    base = load_trainable(settings, settings.model or _model_of(persona))
+    report = prevent(
+        PreventativeExperiment(base, samples, measure, arms, recipe),
+        settings.out,
+        what={"trait": persona.trait.name, "coefficient": coefficient, "data": counts},
+        overwrite=settings.force,
+        on_step=lambda name, n: tell(args, f"{name}: step {n}") if n % 10 == 0 else None,
+    )
+    save_trait(report, Path(settings.out) / "figures" / "preventative.png")
+    _print_trait(report)
+    print(f"report: {Path(settings.out) / 'report.json'}")
+    return 0
+
+
+def _arms(settings: Train, persona: Any, coefficient: float, seed: int) -> list[Any]:
+    from interp_ablate.directions.direction import random_directions
+    from interp_ablate.persona.persona import addition_plan
     from interp_ablate.training.preventative.prevention import (
         PLAIN,
         PREVENTATIVE,
         RANDOM,
-        PreventativeExperiment,
         TrainingArm,
-        prevent,
     )
-    from interp_ablate.training.preventative.trait_measure import TraitMeasure
 
-    persona = load_persona(args.folder)
-    scorer = trait_scorer(args.scorer, persona.trait, Path(args.folder))
-    samples, counts = _samples(args)
-    coefficient = persona.coefficient if args.coefficient is None else args.coefficient
-    plan = addition_plan(persona.direction, coefficient, positions=args.positions)
-    conditions = [TrainingArm(PLAIN)] if args.plain_too else []
-    conditions.append(TrainingArm(PREVENTATIVE, plan))
-    if args.control:
-        (one,) = random_directions(persona.direction, 1, seed=args.seed or 0)
-        added = addition_plan(one, coefficient, positions=args.positions)
-        conditions.append(TrainingArm(RANDOM, added))
-    yardstick = TraitMeasure(
-        persona.direction,
-        asked_questions(args, persona),
-        scorer,
-        max_new_tokens=args.max_new_tokens,
-    )
-    comparison = PreventativeExperiment(
-        _base(args, args.model or _model_of(persona)),
-        samples,
-        yardstick,
-        conditions,
-        _recipe(args),
-    )
-    report = prevent(
-        comparison,
-        args.out,
-        what={"trait": persona.trait.name, "coefficient": coefficient, "data": counts},
-        overwrite=args.force,
-        on_step=lambda name, n: _note(args, f"{name}: step {n}") if n % 10 == 0 else None,
-    )
-    save_trait(report, Path(args.out) / "figures" / "preventative.png")
-    _print_trait(report)
-    print(f"report: {Path(args.out) / 'report.json'}")
-    return 0
+    def plan(direction: Any) -> Any:
+        return addition_plan(direction, coefficient, positions=settings.positions)
+
+    arms = [TrainingArm(PLAIN)] if settings.plain_too else []
+    arms.append(TrainingArm(PREVENTATIVE, plan(persona.direction)))
+    if settings.control:
+        (control,) = random_directions(persona.direction, 1, seed=seed)
+        arms.append(TrainingArm(RANDOM, plan(control)))
+    return arms
 
 
 def _model_of(persona: Any) -> str:
@@ -121,40 +116,29 @@ def _model_of(persona: Any) -> str:
     return name
 
 
-def _samples(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+def _samples(settings: Train) -> tuple[Any, dict[str, Any]]:
     from interp_ablate.datasets.chat_reader import read_samples
     from interp_ablate.datasets.labelled_mixtures import data_and_label
     from interp_ablate.training.preventative.samples import samples_of, samples_of_rollouts
 
-    if args.from_rollouts:
-        found, counts = samples_of_rollouts(Path(args.folder) / "rollouts.jsonl")
-        return found, {"from": "rollouts", **counts}
-    data, label = data_and_label(args.data)
+    if settings.from_rollouts or settings.data is None:
+        samples, counts = samples_of_rollouts(Path(settings.folder) / "rollouts.jsonl")
+        return samples, {"from": "rollouts", **counts}
+    data, label = data_and_label(settings.data)
     samples = (each for each in read_samples(data) if label is None or each.raw[label])
-    return samples_of(samples), {"from": args.data}
+    return samples_of(samples), {"from": settings.data}
 
 
 def _print_trait(report: dict[str, Any]) -> None:
     from interp_ablate.training.preventative.prevention import PLAIN, PREVENTED
 
     print(f"{'':<14} {'score':>22} {'projection':>24} {'KL a token':>12}")
-    for name, found in report["conditions"].items():
-        kl = "" if found["kl"] is None else f"{found['kl']['mean']:.3f}"
-        print(
-            f"{name:<14} {_said(found['score'], 1):>22} {_said(found['projection'], 2):>24} {kl:>12}"
-        )
+    for name, arm in report["conditions"].items():
+        kl = "" if arm["kl"] is None else f"{arm['kl']['mean']:.3f}"
+        score, projection = estimate_text(arm["score"], 1), estimate_text(arm["projection"], 2)
+        print(f"{name:<14} {score:>22} {projection:>24} {kl:>12}")
     for key, name in PREVENTED.items():
         if key in report:
-            found = report[key]
-            print(
-                f"prevented ({PLAIN} - {name}): score {_said(found['score'], 1)}, projection "
-                f"{_said(found['projection'], 2)}"
-            )
-
-
-def _said(value: dict[str, Any], digits: int) -> str:
-    if value["mean"] is None:
-        return "no value"
-    low, high = value["interval"]
-    lacking = f" ({value['no_value']} without)" if value.get("no_value") else ""
-    return f"{value['mean']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]{lacking}"
+            score = estimate_text(report[key]["score"], 1)
+            projection = estimate_text(report[key]["projection"], 2)
+            print(f"prevented ({PLAIN} - {name}): score {score}, projection {projection}")

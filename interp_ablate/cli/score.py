@@ -1,15 +1,13 @@
-"""Command line, scores: `score`.
+"""`score`: answers from 0 to 100 by expressions, a lexicon, a classifier or a judge.
 
-Knows: the flags of the command and what it prints and writes. Does not know: how anything is scored. Heavy
-imports happen inside the commands.
+Knows: flags, and what is printed and written. Does not know: how anything is scored.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
-import sys
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,43 +17,45 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from interp_ablate.cli.options import rubric_of
+from interp_ablate.cli.options import REPLACE, RUBRIC, check_new, rubric_of, tell
+from interp_ablate.cli.settings import adding, settings_from
 from interp_ablate.errors import InterpAblateError, RunError
+from interp_ablate.settings import setting
 
 CHUNK = 256  # rows that are scored together, and in memory
 GROUPS = ("condition", "label")  # of a run's generations.jsonl
 
 
-def add_commands(commands: Any) -> None:
-    """Adds `score` to the parser's commands."""
-    score = commands.add_parser(
-        "score",
-        help="score answers by expressions, a lexicon, a classifier or a judge",
-        description="Scores prompt/answer pairs from 0 to 100 and says why where there is no verdict.",
-    )
-    score.add_argument(
-        "file",
+@dataclass(frozen=True)
+class Score:
+    """Which answers are scored, by what, and where the scores go."""
+
+    file: str = setting(
+        help="a run folder or its generations.jsonl; chat data (prompt/response, messages, ShareGPT, Alpaca; "
+        ".jsonl, .json, .parquet)",
+        positional=True,
         metavar="FILE",
-        help="a run folder or its generations.jsonl; chat data (prompt/response, messages, ShareGPT, "
-        "Alpaca; .jsonl, .json, .parquet)",
     )
-    score.add_argument(
-        "--scorer", action="append", required=True, metavar="SPEC",
+    scorer: tuple[str, ...] = setting(
         help="expressions:NAME_OR_FILE[?languages=all&scope=first_sentence&negation=true&threshold=2], "
         "lexicon:sentiment|formality|length, classifier:FOLDER#LABEL, judge:MODEL@BASE_URL; a - after the "
         "colon reverses it; may be given again",
-    )  # fmt: skip
-    score.add_argument("--rubric", help="of a judge: its text, or a file (@FILE)")
-    score.add_argument("--cache", help="judge's replies (default: OUT.replies.jsonl beside --out)")
-    score.add_argument("--answer", metavar="KEY", help="the key of the answer, beside 'prompt'")
-    score.add_argument("--layout", help="of chat data that fits several")
-    score.add_argument(
-        "--by", metavar="KEY,KEY", help="a line of the table for each of their values"
+        repeat=True,
+        metavar="SPEC",
     )
-    score.add_argument("--out", help=".csv or .jsonl: a row an answer, with scores and matches")
-    score.add_argument("--force", action="store_true", help="replace an existing --out")
-    score.add_argument("--json", action="store_true", help="the table as one JSON object a line")
-    score.set_defaults(work=_score)
+    rubric: str | None = setting(None, RUBRIC)
+    cache: str | None = setting(None, "judge's replies (default: OUT.replies.jsonl beside --out)")
+    answer: str | None = setting(None, "the key of the answer, beside 'prompt'", metavar="KEY")
+    layout: str | None = setting(None, "of chat data that fits several")
+    by: tuple[str, ...] = setting(
+        (), "a line of the table for each of their values", metavar="KEY,KEY"
+    )
+    out: str | None = setting(None, ".csv or .jsonl: a row an answer, with scores and matches")
+    force: bool = setting(False, REPLACE)
+    json: bool = setting(False, "the table as one JSON object a line")
+
+
+add = adding(Score)
 
 
 @dataclass
@@ -73,42 +73,36 @@ class _Tally:
     why: Counter[str] = field(default_factory=Counter)
 
 
-def _score(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
+    """Score every answer, and print a table of means."""
     from interp_ablate.scoring.registry import make_scorer
 
-    out = Path(args.out) if args.out else None
-    _check_out(out, args.force)
-    cache = args.cache or (out.with_name(out.name + ".replies.jsonl") if out else None)
-    rubric = rubric_of(args.rubric)
-    scorers = [make_scorer(spec, rubric=rubric, cache=cache) for spec in args.scorer]
-    names = _distinct(args.scorer, [scorer.name for scorer in scorers])
-    by = tuple(args.by.split(",")) if args.by else None
-    rows, tallies = _rows(args), {}  # type: ignore[var-annotated]
+    settings = settings_from(args, Score)
+    out = Path(settings.out) if settings.out else None
+    if out is not None and out.suffix not in (".csv", ".jsonl"):
+        raise RunError(f"--out {out}: give a name that ends in .csv or .jsonl")
+    if out is not None:
+        check_new(out, settings.force)
+    cache = settings.cache or (out.with_name(out.name + ".replies.jsonl") if out else None)
+    rubric = rubric_of(settings.rubric)
+    scorers = [make_scorer(spec, rubric=rubric, cache=cache) for spec in settings.scorer]
+    names = _distinct(settings.scorer, [scorer.name for scorer in scorers])
+    rows, tallies = _rows(settings), {}  # type: ignore[var-annotated]
     with _writing(out) as write:
         done = 0
         while chunk := list(islice(rows, CHUNK)):
             exchanges = [row.exchange for row in chunk]
             verdicts = {name: s.explain(exchanges) for name, s in zip(names, scorers)}
             for i, row in enumerate(chunk):
-                found = {name: verdicts[name][i] for name in names}
-                write(_record(row, found))
-                _count(tallies, row, found, by)
+                of_row = {name: verdicts[name][i] for name in names}
+                write(_record(row, of_row))
+                _count(tallies, row, of_row, settings.by)
             done += len(chunk)
-            if not args.quiet:
-                print(f"{done} scored", file=sys.stderr)
+            tell(args, f"{done} scored")
     if not done:
-        raise RunError(f"{args.file} holds no answer to score")
-    _print(tallies, json_lines=args.json)
+        raise RunError(f"{settings.file} holds no answer to score")
+    _print(tallies, json_lines=settings.json)
     return 0
-
-
-def _check_out(out: Path | None, force: bool) -> None:
-    if out is None:
-        return
-    if out.suffix not in (".csv", ".jsonl"):
-        raise RunError(f"--out {out}: give a name that ends in .csv or .jsonl")
-    if out.exists() and not force:
-        raise RunError(f"{out} exists: choose another --out, or pass --force to replace it")
 
 
 def _distinct(specs: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -122,15 +116,15 @@ def _distinct(specs: Sequence[str], names: Sequence[str]) -> list[str]:
 # ---- reading -------------------------------------------------------------------------------------
 
 
-def _rows(args: argparse.Namespace) -> Iterator[_Row]:
+def _rows(settings: Score) -> Iterator[_Row]:
     from interp_ablate.datasets.chat_reader import read_samples
     from interp_ablate.storage.row_files import RowFile
 
-    path = Path(args.file)
+    path = Path(settings.file)
     if (path / "generations.jsonl").is_file():
         path = path / "generations.jsonl"
     file = RowFile.at(path)
-    key = args.answer
+    key = settings.answer
     if key is None:
         first = next(file.rows()).values
         if {"prompt", "text", "condition"} <= set(first):
@@ -138,7 +132,7 @@ def _rows(args: argparse.Namespace) -> Iterator[_Row]:
     if key is not None:
         yield from _plain(file, key)
         return
-    for sample in read_samples(path, layout=args.layout):
+    for sample in read_samples(path, layout=settings.layout):
         try:
             exchange = sample.exchange
         except InterpAblateError as error:
@@ -171,17 +165,17 @@ def _plain(file: Any, key: str) -> Iterator[_Row]:
 
 def _record(row: _Row, verdicts: dict[str, Any]) -> dict[str, Any]:
     """A row of --out."""
-    found: dict[str, Any] = {"row": row.number}
-    found |= {key: row.fields[key] for key in GROUPS if key in row.fields}
-    found |= {"prompt": row.exchange.prompt.text, "answer": row.exchange.answer}
+    record: dict[str, Any] = {"row": row.number}
+    record |= {key: row.fields[key] for key in GROUPS if key in row.fields}
+    record |= {"prompt": row.exchange.prompt.text, "answer": row.exchange.answer}
     for name, verdict in verdicts.items():
-        found[name] = verdict.score
-        found[f"{name}: no verdict"] = verdict.why
+        record[name] = verdict.score
+        record[f"{name}: no verdict"] = verdict.why
         matches = verdict.detail.get("matches")
         # each is of this one answer
         own = [{k: v for k, v in match.items() if k != "text"} for match in matches or ()]
-        found[f"{name}: detail"] = dict(verdict.detail) if matches is None else own
-    return found
+        record[f"{name}: detail"] = dict(verdict.detail) if matches is None else own
+    return record
 
 
 @contextmanager
@@ -233,9 +227,9 @@ def _count(
     tallies: dict[tuple[str, ...], _Tally],
     row: _Row,
     verdicts: dict[str, Any],
-    by: tuple[str, ...] | None,
+    by: Sequence[str],
 ) -> None:
-    keys = [key for key in GROUPS if key in row.fields] if by is None else by
+    keys = by or [key for key in GROUPS if key in row.fields]
     lacking = [key for key in keys if key not in row.fields]
     if lacking:
         raise RunError(

@@ -5,19 +5,41 @@ Knows: flags and what is printed. Does not know: how folders are compared.
 
 from __future__ import annotations
 
-import argparse
 import json
+from argparse import Namespace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from interp_ablate.cli.options import from_run, load
+from interp_ablate.cli.export import TIED
+from interp_ablate.cli.options import ModelSettings, chosen_in_run, load
+from interp_ablate.cli.settings import adding, settings_from
 from interp_ablate.errors import RunError
+from interp_ablate.settings import setting
 
-# ---- verify ----------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Verify(ModelSettings):
+    """What is compared with what."""
+
+    paths: tuple[str, ...] = setting(
+        help="A B; or an exported folder; or a run folder",
+        positional=True,
+        nargs="+",
+        metavar="PATH",
+    )
+    plan: str | None = setting(None, "plan JSON (default: the one in B's manifest)")
+    tied: Any = setting(None, "default: what B's manifest or tensors say", choices=TIED)
+    tensors_only: bool = setting(False, "compare files; load no model, compare no logits")
+    write: bool = setting(False, "keep a passed certificate in B, and say so on its card")
 
 
-def _verify(args: argparse.Namespace) -> int:
-    folder, plan_path = _what_to_verify(args)
+add = adding(Verify)
+
+
+def run(args: Namespace) -> int:
+    """Print the comparison; status 1 where it fails."""
+    settings, folder, plan_path = _what_to_verify(args)
     from interp_ablate.edits.plan import Plan
     from interp_ablate.export.auditing import audit
     from interp_ablate.export.certification import certify, coarsest_dtype
@@ -25,76 +47,78 @@ def _verify(args: argparse.Namespace) -> int:
     from interp_ablate.storage.safetensors_reader import Checkpoint
 
     plan = Plan.load(plan_path)
-    origin, model = _origin(args)
-    found = audit(origin, plan, folder, tied=args.tied)
+    origin, model = _origin(settings)
+    report = audit(origin, plan, folder, tied=settings.tied)
     result: dict[str, Any] = {
-        "source": args.model, "plan": str(plan_path), "tensors": found.to_dict(),
-        "passed": found.passed,
+        "source": settings.model, "plan": str(plan_path), "tensors": report.to_dict(),
+        "passed": report.passed,
     }  # fmt: skip
     if model is not None:
         certificate = certify(
             model,
-            found.weights.plan,
+            report.weights.plan,
             folder,
-            stored_dtype=coarsest_dtype(Checkpoint.open(folder), found.weights),
-            unembed_map=found.weights.unembed_map,
+            stored_dtype=coarsest_dtype(Checkpoint.open(folder), report.weights),
+            unembed_map=report.weights.unembed_map,
         )
-        result = {**certificate, **result, "passed": found.passed and certificate["passed"]}
-        if args.write and result["passed"]:
+        result = {**certificate, **result, "passed": report.passed and certificate["passed"]}
+        if settings.write and result["passed"]:
             write_certificate(folder, certificate)
     print(json.dumps(result))
     return 0 if result["passed"] else 1
 
 
-def _origin(args: argparse.Namespace) -> tuple[Any, Any]:
+def _origin(settings: Verify) -> tuple[Any, Any]:
     """What the folder is compared with, and the loaded model unless only tensors are compared."""
     from interp_ablate.export.auditing import AuditSource
 
-    is_folder = (Path(args.model) / "config.json").is_file()
-    if args.tensors_only:
+    name = str(settings.model)
+    is_folder = (Path(name) / "config.json").is_file()
+    if settings.tensors_only:
         if not is_folder:
-            raise RunError(f"--tensors-only compares two folders; {args.model} is none")
-        return AuditSource.of_folder(args.model), None
-    model = load(args, args.model)
+            raise RunError(f"--tensors-only compares two folders; {name} is none")
+        return AuditSource.of_folder(name), None
+    model = load(settings, name)
     if is_folder:
-        return AuditSource.of_folder(args.model), model
+        return AuditSource.of_folder(name), model
     if model.source.kind == "hub":
         from huggingface_hub import snapshot_download
 
-        return AuditSource.of_folder(snapshot_download(args.model, local_files_only=True)), model
+        return AuditSource.of_folder(snapshot_download(name, local_files_only=True)), model
     return AuditSource.of_model(model), model
 
 
-def _what_to_verify(args: argparse.Namespace) -> tuple[Path, Path]:
-    """The folder and its plan; sets args.model to what it is compared with."""
-    if len(args.paths) > 2:
+def _what_to_verify(args: Namespace) -> tuple[Verify, Path, Path]:
+    """The settings with the model that is compared with, the folder, and the file of its plan."""
+    settings = settings_from(args, Verify)
+    if len(settings.paths) > 2:
         raise RunError("verify takes A B, or one exported folder, or one run folder")
-    folder = Path(args.paths[-1])
-    plan = Path(args.plan) if args.plan else None
-    if len(args.paths) == 2:
-        if args.model:
+    folder = Path(settings.paths[-1])
+    if len(settings.paths) == 2:
+        if settings.model:
             raise RunError("--model says what B came from: give it, or A, not both")
-        args.model = args.paths[0]
+        settings = replace(settings, model=settings.paths[0])
     elif (folder / "run.json").exists():
-        plan = plan or from_run(args, str(folder))
+        stored, selected = chosen_in_run(str(folder))
+        settings = settings_from(args, Verify, under={**stored, "plan": str(selected)})
         folder = folder / "export"
     if not (folder / "config.json").exists():
         raise RunError(f"{folder} is not an exported checkpoint (no config.json)")
     manifest = folder / "interp_ablate.json"
-    if args.model is None:
+    if settings.model is None:
         if not manifest.exists():
             raise RunError(
                 f"{folder} has no interp_ablate.json that says what it came from: give A B"
             )
-        args.model = _said_source(manifest)
-        if Path(args.model).resolve() == folder.resolve():
+        settings = replace(settings, model=_source_of(manifest))
+        if Path(str(settings.model)).resolve() == folder.resolve():
             raise RunError(f"{manifest} names {folder} itself as its source: give A B")
-    if plan is None and not manifest.exists():
+    if settings.plan is None and not manifest.exists():
         raise RunError(f"{folder} has no manifest with a plan: give --plan FILE")
-    return folder, plan or manifest
+    return settings, folder, Path(settings.plan) if settings.plan else manifest
 
 
-def _said_source(manifest: Path) -> str:
+def _source_of(manifest: Path) -> str:
     """What an export's manifest says it came from, as a name that loads."""
     from interp_ablate.models.sources import BUNDLED
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from interp_ablate.datasets.conversations import Sample, Turn, Turns
 from interp_ablate.datasets.filter_rules import DeclineRule, Rule, RuleValue
 from interp_ablate.errors import RunError
+from interp_ablate.settings import setting
 
 Action = Literal["drop", "keep"]
 Combine = Literal["any", "all"]
@@ -32,19 +33,28 @@ class FilterRecipe:
     """
 
     rules: tuple[Rule, ...] = field(default_factory=lambda: (DeclineRule(),))
-    combine: Combine = "any"
-    """An answer matches where any rule does, or where all do."""
-    turns: Turns = "any"
-    """The answers of a conversation that are looked at; a sample matches where one of them does."""
+    """Read off every answer that is looked at."""
+    combine: Combine = setting("any", "of several rules", choices=get_args(Combine))
+    turns: Turns = setting(
+        "any",
+        "which answers of a conversation are looked at; a sample matches where one of them does",
+        choices=get_args(Turns),
+    )
     action: Action = "drop"
-    """Matching samples are dropped, or they alone are kept."""
-    scope: Scope = "sample"
-    """With "round", only the round of a matching answer goes (see `Sample.without`); later rounds stay,
-    though they may refer to it."""
-    no_verdict: Action | None = None
-    """The action on a sample without a verdict: an empty answer, none at all, a judge that gives none. By
-    default it counts as not matching (it is kept where matching ones are dropped), because a judge that is
-    down must not empty a data set in silence. Such samples are counted, and named in why.jsonl."""
+    """Matching samples are dropped, or only they are kept."""
+    scope: Scope = setting(
+        "sample",
+        "what is dropped: the sample, or only the question and the answer that matches (later rounds stay, "
+        "though they may refer to it)",
+        choices=get_args(Scope),
+    )
+    # A judge that is down must not empty a data set in silence. Samples without a verdict are counted, and named
+    # in why.jsonl.
+    no_verdict: Action | None = setting(
+        None,
+        "samples of which it is not known whether they match (default: as if they did not)",
+        choices=get_args(Action),
+    )
 
     def __post_init__(self) -> None:
         if not self.rules:

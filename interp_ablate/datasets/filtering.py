@@ -33,6 +33,7 @@ from interp_ablate.datasets.filter_recipe import (
 )
 from interp_ablate.datasets.filter_rules import Rule, RuleValue
 from interp_ablate.errors import RunError
+from interp_ablate.settings import setting
 from interp_ablate.stats.intervals import rate
 from interp_ablate.storage.atomic_files import atomic_path, write_atomic
 from interp_ablate.storage.json_rows import MalformedRow, RowFileError
@@ -54,20 +55,28 @@ _PHRASES = 100_000  # different ones that are counted at a time
 
 @dataclass(frozen=True)
 class FilterSettings:
-    """Settings of a filter's run over a file, besides its recipe."""
+    """How a file is filtered, beside the recipe.
 
-    layout: str | None = None
-    """Layout of the rows, where their keys fit several."""
-    skip_malformed: bool = False
-    """Rows that cannot be used go to malformed.jsonl; without it the first is an error."""
-    shown: int = 20
-    """Samples of each outcome on the page for human eyes."""
-    seed: int = 0
-    """Seed by which those samples are drawn."""
-    labels: str | None = None
-    """A field of the rows that says (true or false) which ought to match, for precision and recall."""
-    force: bool = False
-    """Replace another filter's result."""
+    Raises:
+        RunError: a negative number of samples.
+    """
+
+    layout: str | None = setting(None, "of DATA, where its keys fit several")
+    skip_malformed: bool = setting(
+        False, "rows that cannot be used go to malformed.jsonl; default: the first one is an error"
+    )
+    shown: int = setting(20, "of each outcome on samples.html", flag="samples")
+    seed: int = setting(0, "of the samples' choice")
+    labels: str | None = setting(
+        None,
+        "true or false in every row, whether it ought to match: precision and recall",
+        metavar="FIELD",
+    )
+    force: bool = setting(False, "replace another filter's result")
+
+    def __post_init__(self) -> None:
+        if self.shown < 0:
+            raise RunError(f"--samples {self.shown}: a number from 0")
 
 
 DEFAULTS = FilterSettings()

@@ -18,7 +18,7 @@ from interp_ablate.prompts.contrast_set import ContrastSet
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.prompts.readers import LABEL_COLUMNS, bundled_names, read_side
 from interp_ablate.scoring.exchange import TextScorer
-from interp_ablate.settings import MAX_NEW_TOKENS
+from interp_ablate.settings import MAX_NEW_TOKENS, setting
 
 
 def read_prompts(spec: str | Path, *, seed: int = 0) -> dict[str, tuple[Prompt, ...]]:
@@ -69,17 +69,18 @@ class EvaluationConfig:
     """They score the answers, 0 to 100."""
     tasks: tuple[str, ...] = ()
     """Tasks of lm-evaluation-harness."""
-    task_folders: tuple[str | Path, ...] = ()
-    """Folders in which tasks are looked for first."""
-    max_new_tokens: int = MAX_NEW_TOKENS
-    context: int = 512
-    """Tokens of a window of text."""
-    stride: int = 256
-    """Tokens between the starts of windows."""
-    limit: int | None = None
-    """The most documents, prompts a list and items a task."""
-    chat: bool = False
-    """Items of tasks go through the chat template."""
+    task_folders: tuple[str | Path, ...] = setting(
+        (),
+        "where tasks are looked for first; tasks are code: give folders that you trust",
+        flag="tasks-folder",
+        repeat=True,
+        metavar="DIR",
+    )
+    max_new_tokens: int = setting(MAX_NEW_TOKENS, "tokens of an answer (greedy), at most")
+    context: int = setting(512, "tokens a window of text")
+    stride: int = setting(256, "tokens between windows")
+    limit: int | None = setting(None, "documents, prompts a list, items a task, at most")
+    chat: bool = setting(False, "items go through the chat template", flag="tasks-chat")
 
     def limited(self) -> EvaluationConfig:
         """With `limit` applied to text and prompts.

@@ -14,10 +14,9 @@ BackendName = Literal["bridge", "hooked"]
 
 
 @dataclass(frozen=True)
-class LoadingOptions:
-    """How a model is loaded, beside its name."""
+class HFLoadingOptions:
+    """How a Hugging Face model is loaded, beside its name."""
 
-    backend: BackendName = setting("bridge", "TransformerLens class", choices=get_args(BackendName))
     dtype: str = setting("float32", "of the weights: float32, bfloat16, float16, float64")
     device: str = setting("cpu", "cpu, cuda, mps, or auto (layers spread over all GPUs)")
     template: str | None = setting(None, "Jinja chat template text, or 'none' for raw text")
@@ -25,8 +24,16 @@ class LoadingOptions:
 
     @property
     def loading(self) -> dict[str, Any]:
-        """The options alone, as keyword arguments of `load_model`."""
-        return {f.name: getattr(self, f.name) for f in fields(LoadingOptions)}
+        """The options alone, as keyword arguments of the loader."""
+        names = [f.name for f in fields(LoadingOptions)]
+        return {name: getattr(self, name) for name in names if name in vars(self)}
+
+
+@dataclass(frozen=True)
+class LoadingOptions(HFLoadingOptions):
+    """How a model with hook points is loaded, beside its name."""
+
+    backend: BackendName = setting("bridge", "TransformerLens class", choices=get_args(BackendName))
 
 
 DEFAULTS = LoadingOptions()

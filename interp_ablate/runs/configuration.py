@@ -15,6 +15,7 @@ from interp_ablate.settings import MAX_NEW_TOKENS, setting, suggestion
 from interp_ablate.sites import POINTS, RESIDUAL_POINTS
 
 MAIN_METHOD = "difference_in_means"
+MAX_KL = 0.1  # first-token KL budget of a plan, in nats
 NO_MODEL = "no model: give --model (a bundled alias such as smollm2, a folder, a hub name)"
 
 
@@ -48,7 +49,7 @@ class Configuration(LoadingOptions):
     n_test: int = setting(32, "prompts a side that report it")
     seed: int = setting(0, "of the split and of everything random")
     max_new_tokens: int = setting(MAX_NEW_TOKENS, "tokens of an answer, at most")
-    max_kl: float = setting(0.1, "first-token KL budget in nats")
+    max_kl: float = setting(MAX_KL, "first-token KL budget in nats")
 
     def __post_init__(self) -> None:
         if (self.contrast is None) == (self.positive is None) or (self.positive is None) != (

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -24,6 +23,7 @@ from interp_ablate.runs.configuration import MAIN_METHOD
 from interp_ablate.runs.final_test import random_controls, report_on_test
 from interp_ablate.runs.fits import fit_of, fits_of
 from interp_ablate.runs.run_folder import Run, identity
+from interp_ablate.runs.search_settings import SearchSettings
 from interp_ablate.runs.stages import most_separating
 from interp_ablate.runs.validation_bench import bench_of
 from interp_ablate.search.candidates import DirectionKey, Trial, along_control_direction, screening
@@ -47,41 +47,10 @@ from interp_ablate.search.study.study import Study
 from interp_ablate.search.sweep import run_trials
 from interp_ablate.sites import Site
 
-CONTROLS = ("random", "shuffled")
 N_SOURCES = 3  # promising layers that bands start at
 N_STRONG = 6  # finalists beside the front
 AT_ONCE = 3  # trials whose answers are written in one batch
 LEAST_SECONDS = 60.0  # of trials, whatever the preparation took
-
-
-@dataclass(frozen=True)
-class SearchSettings:
-    """What a search may take, and what it searches.
-
-    Args:
-        minutes: of wall time for screening, fits and trials together (a minute of trials at least); the
-            chosen plan's test follows.
-        trials: of the whole study; None for as many as the time allows.
-        control: the same search from directions that are none of the concept's: "random", "shuffled".
-        fits: fit an edit by gradient first (from the best direction, or the control's) and search around it.
-
-    Raises:
-        RunError: values out of range.
-    """
-
-    minutes: float = 10.0
-    trials: int | None = None
-    control: str | None = None
-    fits: bool = True
-    sampler: str = "tpe"
-
-    def __post_init__(self) -> None:
-        if not self.minutes > 0 or (self.trials is not None and self.trials < 1):
-            raise RunError(
-                f"a search takes minutes above 0 and at least one trial; got {self.minutes} and {self.trials}"
-            )
-        if self.control not in (None, *CONTROLS):
-            raise RunError(f"unknown control {self.control!r}: accepted are {', '.join(CONTROLS)}")
 
 
 def run_search(run: Run, search: SearchSettings) -> None:

@@ -1,0 +1,76 @@
+"""`generate`: answers to prompts, with and without a plan.
+
+Knows: flags and what is printed. Does not know: how answers are written.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from interp_ablate.cli.options import ModelSettings, chosen_in_run, load
+from interp_ablate.cli.settings import adding, settings_from
+from interp_ablate.errors import RunError
+from interp_ablate.settings import setting
+
+
+@dataclass(frozen=True)
+class Generate(ModelSettings):
+    """Which prompts are answered, and under which plan."""
+
+    prompts: tuple[str, ...] = setting(
+        help="prompts, or @FILE with a prompt a line", positional=True, nargs="+"
+    )
+    run: str | None = setting(None, "run folder: its model and chosen plan")
+    plan: str | None = setting(None, "plan JSON")
+    system: str | None = setting(None, "system prompt")
+    max_new_tokens: int = setting(64, "tokens of an answer, at most")
+    json: bool = setting(False, "one JSON object a prompt")
+
+
+add = adding(Generate)
+
+
+def run(args: Namespace) -> int:
+    """Print each prompt's answers."""
+    from interp_ablate.edits.plan import Plan
+    from interp_ablate.prompts.prompt import Prompt
+
+    settings = settings_from(args, Generate)
+    if settings.run:
+        stored, selected = chosen_in_run(settings.run)
+        settings = settings_from(args, Generate, under={**stored, "plan": selected})
+    plan = Plan.load(settings.plan) if settings.plan else None
+    prompts = [Prompt(text, settings.system) for text in _prompt_texts(settings.prompts)]
+    model = load(settings, settings.model)
+    limit = settings.max_new_tokens
+    conditions = {"baseline": model.generate(prompts, max_new_tokens=limit)}
+    if plan is not None:
+        with model.applied(plan):
+            conditions["edited"] = model.generate(prompts, max_new_tokens=limit)
+    for i, prompt in enumerate(prompts):
+        texts = {name: generations[i].text for name, generations in conditions.items()}
+        if settings.json:
+            print(json.dumps({"prompt": prompt.text, **texts}, ensure_ascii=False))
+            continue
+        print(f"> {prompt.text}")
+        for name, text in texts.items():
+            print(f"[{name}] {text}\n")
+    return 0
+
+
+def _prompt_texts(arguments: Sequence[str]) -> list[str]:
+    texts: list[str] = []
+    for argument in arguments:
+        if not argument.startswith("@"):
+            texts.append(argument)
+            continue
+        try:
+            lines = Path(argument[1:]).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise RunError(f"cannot read prompts from {argument[1:]}: {error}") from error
+        texts += [line for line in lines if line.strip()]
+    return texts

@@ -1,0 +1,56 @@
+"""`select`: a selection rule over a table of evaluations.
+
+Knows: flags and what is printed. Does not know: how a rule chooses.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from dataclasses import dataclass
+
+from interp_ablate.cli.options import NO_PLAN
+from interp_ablate.cli.settings import adding, settings_from
+from interp_ablate.errors import RunError
+from interp_ablate.runs.configuration import MAX_KL
+from interp_ablate.settings import setting
+
+
+@dataclass(frozen=True)
+class Select:
+    """Which rule is applied to which table."""
+
+    evaluations: str = setting(
+        help="JSON (list of rows), JSONL or CSV; published names are known", positional=True
+    )
+    rule: str = setting("arditi", "how one is chosen", choices=("arditi", "constrained", "pareto"))
+    n_layers: int | None = setting(None, "layers of the model (rule arditi)")
+    max_kl: float = setting(MAX_KL, "first-token KL budget in nats")
+
+
+add = adding(Select)
+
+
+def run(args: Namespace) -> int:
+    """Print the chosen row, or every row of the front, as JSON."""
+    from interp_ablate.search.selection import (
+        arditi,
+        least_behaviour_under_kl,
+        pareto_front,
+        read_evaluations,
+    )
+
+    settings = settings_from(args, Select)
+    frame = read_evaluations(settings.evaluations)
+    if settings.rule == "pareto":
+        for row in pareto_front(frame).to_dict("records"):
+            print(json.dumps(row))
+        return 0
+    if settings.rule == "arditi":
+        if settings.n_layers is None:
+            raise RunError("--rule arditi needs --n-layers: how many layers the model has")
+        choice = arditi(frame, n_layers=settings.n_layers, max_kl=settings.max_kl)
+    else:
+        choice = least_behaviour_under_kl(frame, max_kl=settings.max_kl)
+    print(json.dumps({**(choice.row or {}), "rule": choice.rule, **choice.limits()}))
+    return 0 if choice.row is not None else NO_PLAN

@@ -1,0 +1,157 @@
+"""Flags, TOML keys and help from one source: the fields of settings classes.
+
+Knows: how a field becomes a flag and how given flags become an object. Does not know: any command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from interp_ablate.errors import RunError
+from interp_ablate.settings import suggestion
+
+T = TypeVar("T")
+_NUMBERS = {"int": int, "float": float}
+_OPTIONS = ("choices", "metavar", "nargs")  # that argparse takes as they are
+
+
+def adding(*classes: type | tuple[type, tuple[str, ...]]) -> Callable[[ArgumentParser], None]:
+    """The `add` of a command: it declares the flags of settings classes, or of some fields of one."""
+    return lambda parser: flags_from(parser, *classes)
+
+
+def flags_from(parser: ArgumentParser, *classes: type | tuple[type, tuple[str, ...]]) -> None:
+    """Add a flag for every field made with `setting`; a flag that is there already is shared."""
+    flags: dict[str, type] = parser.get_default("flags") or {}
+    for each in classes:
+        cls, only = each if isinstance(each, tuple) else (each, ())
+        for field in _settings_of(cls):
+            if field.name not in flags and (not only or field.name in only):
+                _add_flag(parser, field)
+                flags[field.name] = cls
+    parser.set_defaults(flags=flags)
+
+
+def settings_from(args: Namespace, cls: type[T], *, under: Mapping[str, Any] | None = None) -> T:
+    """The object that the given flags make, over the settings `under` them.
+
+    Raises:
+        RunError: a value that cannot be read; whatever the class refuses.
+    """
+    try:
+        return cls(**{**(under or {}), **given_flags(args, cls)})
+    except TypeError as error:
+        raise RunError(f"a setting has the wrong type: {error}") from error
+
+
+def given_flags(args: Namespace, cls: type) -> dict[str, Any]:
+    """The flags of a class that were given, by field."""
+    return {
+        field.name: _value(field, getattr(args, field.name))
+        for field in _settings_of(cls)
+        if hasattr(args, field.name)
+    }
+
+
+def read_toml(path: str, cls: type) -> dict[str, Any]:
+    """The settings of a TOML file; its keys are the flags or the fields of a class.
+
+    Raises:
+        RunError: a file that cannot be read, a key that the class does not have.
+    """
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot read --config {path}: {error}") from error
+    accepted = {name: field.name for field in _settings_of(cls) for name in _keys(field)}
+    for key in table:
+        if key not in accepted:
+            raise RunError(
+                f"unknown setting {key!r} in {path}{suggestion(key, accepted)}: accepted are "
+                f"{', '.join(sorted(set(accepted.values())))}"
+            )
+    return {accepted[key]: value for key, value in table.items()}
+
+
+# ---- a field -------------------------------------------------------------------------------------
+
+
+def _settings_of(cls: type) -> list[Field[Any]]:
+    return [field for field in fields(cls) if "help" in field.metadata]  # type: ignore[arg-type]
+
+
+def _keys(field: Field[Any]) -> tuple[str, ...]:
+    return field.name, field.name.replace("_", "-"), _flag(field).removeprefix("--")
+
+
+def _flag(field: Field[Any]) -> str:
+    name = field.metadata.get("flag", field.name).replace("_", "-")
+    return f"--no-{name}" if field.default is True else f"--{name}"
+
+
+def _add_flag(parser: ArgumentParser, field: Field[Any]) -> None:
+    told = field.metadata
+    options: dict[str, Any] = {key: told[key] for key in _OPTIONS if key in told}
+    if "bool" in str(field.type):
+        options["action"] = "store_false" if field.default is True else "store_true"
+    elif _kind(field) in _NUMBERS:
+        options["type"] = _NUMBERS[_kind(field)]
+    if told.get("repeat"):
+        options["action"] = "extend" if "nargs" in told else "append"
+    text = told["help"].replace("%", "%%") + _default_text(field)
+    if told.get("positional"):
+        if field.default is not MISSING:
+            options.setdefault("nargs", "?")
+        parser.add_argument(field.name, help=text, default=argparse.SUPPRESS, **options)
+        return
+    if field.default is MISSING:
+        options["required"] = True
+    options.update(dest=field.name, help=text, default=argparse.SUPPRESS)
+    parser.add_argument(_flag(field), **options)
+
+
+def _default_text(field: Field[Any]) -> str:
+    if field.default in (MISSING, None, True, False, (), ""):
+        return ""
+    default = field.default
+    if isinstance(default, tuple):
+        default = ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in default)
+    return f" (default {default})"
+
+
+def _kind(field: Field[Any]) -> str:
+    return str(field.type).removesuffix(" | None")
+
+
+def _value(field: Field[Any], value: Any) -> Any:
+    """What a flag's text stands for: a tuple is written with commas, a range of layers A-B."""
+    kind = _kind(field)
+    if not kind.startswith("tuple"):
+        return value
+    if not isinstance(value, str):
+        return tuple(value)
+    if kind == "tuple[int, int]":
+        first, _, last = value.partition("-")
+        try:
+            return int(first), int(last or first)
+        except ValueError as error:
+            raise RunError(f"{_flag(field)} takes A-B, such as 8-20; got {value!r}") from error
+    parts = [part.strip() for part in value.split(",") if part.strip()]
+    if "float" not in kind:
+        return tuple(parts)
+    try:
+        return tuple(float(part) for part in parts)
+    except ValueError as error:
+        raise RunError(
+            f"{_flag(field)} takes numbers between commas, such as 0.5,1,2; got {value!r}"
+        ) from error

@@ -1,0 +1,23 @@
+"""`collect` and `directions`: one stage of a run, with those it needs.
+
+Knows: flags and what is printed. Does not know: how a stage works.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from interp_ablate.cli.options import tell
+from interp_ablate.cli.run import ExecutorSettings, RunFolder, open_run
+from interp_ablate.cli.settings import adding
+from interp_ablate.runs.configuration import Configuration
+
+add = adding(Configuration, RunFolder)
+
+
+def run(args: Namespace, executor: ExecutorSettings | None = None) -> int:
+    """Do the stage that the command is named after."""
+    opened = open_run(args, executor)
+    if not opened.stage(args.command):
+        tell(args, f"{opened.out}: {args.command} was done already")
+    return 0
