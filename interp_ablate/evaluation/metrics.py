@@ -161,8 +161,8 @@ def find_target_tokens(
     gaps, tokens = (p - q).topk(min(at_most, len(p)))
     if float(gaps[0]) < 0.01:
         raise InterpAblateError(
-            "no token is likelier by 0.01 as the first of the answer after positive prompts: give the "
-            "target tokens (--target-tokens), or choose by expressions on generated text"
+            "no token is likelier by 0.01 as the first of the answer after positive prompts. Give prompts that "
+            "the model answers differently from the first word on; in Python, `TargetLogOdds` takes token ids"
         )
     return [(int(t), float(p[t]), float(q[t])) for t in tokens[gaps >= share * gaps[0]]]
 

@@ -485,9 +485,9 @@ def test_the_command(
 
 
 def test_bundled_prompts_are_many_and_not_those_of_the_contrast_set() -> None:
-    from interp_ablate.cli.heal import _prompts
+    from interp_ablate.cli.heal import read_prompts
 
-    found = _prompts("everyday")
+    found = read_prompts("everyday")
     assert len(found) == 120
     contrast = ContrastSet.load("declining")
     assert not {*found} & {*contrast.positive, *contrast.negative}
