@@ -125,8 +125,8 @@ def _samples(settings: Train) -> tuple[Any, dict[str, Any]]:
         samples, counts = samples_of_rollouts(Path(settings.folder) / "rollouts.jsonl")
         return samples, {"from": "rollouts", **counts}
     data, label = data_and_label(settings.data)
-    samples = (each for each in read_samples(data) if label is None or each.raw[label])
-    return samples_of(samples), {"from": settings.data}
+    chosen = (each for each in read_samples(data) if label is None or each.raw[label])
+    return samples_of(chosen), {"from": settings.data}
 
 
 def _print_trait(report: dict[str, Any]) -> None:

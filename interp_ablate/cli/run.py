@@ -93,7 +93,9 @@ def open_run(args: Namespace, executor: ExecutorSettings | None = None) -> Any:
 
 def selection_of(opened: Any) -> dict[str, Any]:
     """selected.json; where it holds no plan, what the limits removed is printed."""
-    selected: dict[str, Any] = json.loads((opened.out / "selected.json").read_text(encoding="utf-8"))
+    selected: dict[str, Any] = json.loads(
+        (opened.out / "selected.json").read_text(encoding="utf-8")
+    )
     if selected["plan"] is None:
         limits = selected["limits"]
         removed = ", ".join(f"{k}: {v}" for k, v in limits["removed"].items())
@@ -117,7 +119,9 @@ def _print_summary(opened: Any) -> int:
         print(f"report: {opened.out / 'report.html'}")
         return NO_PLAN
     trial = selected["trial"]
-    certificate = json.loads((opened.out / "export" / "certificate.json").read_text(encoding="utf-8"))
+    certificate = json.loads(
+        (opened.out / "export" / "certificate.json").read_text(encoding="utf-8")
+    )
     site = f"blocks.{trial['layer']}.hook_{trial['point']}[{trial['position']}]"
     print(f"direction   {trial['method']} at {site}")
     print_test(selected["test"])

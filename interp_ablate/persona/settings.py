@@ -73,7 +73,9 @@ class SteeringConfig:
         InterpAblateError: no coefficients, twice the same one, or fewer than 0 controls.
     """
 
-    coefficients: tuple[float, ...] = setting(COEFFICIENTS, "comma-separated")
+    coefficients: tuple[float, ...] = setting(
+        COEFFICIENTS, "comma-separated; write --coefficients=-1,0,1 for negative ones"
+    )
     questions: int | None = setting(None, "evaluation questions (default: all)")
     controls: int = setting(1, "random directions of the same norm at the same site")
     samples: int = setting(1, "answers to each question, where the sampling has a temperature")

@@ -231,7 +231,7 @@ def test_target_tokens_are_those_with_the_largest_gaps(seed: int, share: float) 
 def test_no_target_token_where_the_sets_agree() -> None:
     values = logprobs(0, 5, 30)
     for other in (values, values.flip(0)):
-        with pytest.raises(InterpAblateError, match="--target-tokens"):
+        with pytest.raises(InterpAblateError, match="TargetLogOdds"):
             find_target_tokens(values, other)
 
 
