@@ -158,7 +158,9 @@ def _measure(args: Namespace, what: tuple[Any, ...], layout: str | None, total: 
             end = "\n" if done == total else "\r"
             print(f"{path}: {done} of {total} samples", end=end, file=sys.stderr, flush=True)
 
-    return measure_samples(model, direction, path, store, settings=settings, layout=layout, on_rows=tell)
+    return measure_samples(
+        model, direction, path, store, settings=settings, layout=layout, on_rows=tell
+    )
 
 
 def _check(

@@ -38,7 +38,7 @@ class Train(TrainingSettings):
     coefficient: float | None = setting(
         None, "of the vector while training (default: the persona's)"
     )
-    positions: str = setting("all", "where the vector is added", choices=("all", "generated"))
+    positions: Any = setting("all", "where the vector is added", choices=("all", "generated"))
     plain_too: bool = setting(False, "also without the vector, to compare")
     control: bool = setting(False, "also with a random vector of the same length")
     scorer: str | None = setting(None, "default: the trait's")
