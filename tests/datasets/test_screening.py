@@ -19,7 +19,12 @@ from interp_ablate import Add, Direction, Directions, Plan, Prompt, Site, collec
 from interp_ablate.activations.projections import project_responses, response_means
 from interp_ablate.cli.main import main
 from interp_ablate.datasets.chat_reader import read_samples
-from interp_ablate.datasets.labelled_mixtures import labelled_mixture, mixture_names, read_labels
+from interp_ablate.datasets.labelled_mixtures import (
+    data_and_label,
+    labelled_mixture,
+    mixture_names,
+    read_labels,
+)
 from interp_ablate.datasets.screening import Threshold, screen_file
 from interp_ablate.datasets.screening_check import (
     bag_of_words,
@@ -494,6 +499,14 @@ def test_bundled_mixtures(name: str) -> None:
     assert not prompts & used
     with pytest.raises(RunError, match=name):
         labelled_mixture("no such")
+
+
+def test_a_bundled_mixture_stands_where_a_file_does() -> None:
+    assert data_and_label("planted:cheerful") == (labelled_mixture("cheerful"), "planted")
+    assert data_and_label("planted:declines", "part") == (labelled_mixture("declines"), "part")
+    assert data_and_label("chats.jsonl") == ("chats.jsonl", None)
+    with pytest.raises(RunError, match=r"no bundled mixture 'none'.*cheerful, declines"):
+        data_and_label("planted:none")
 
 
 def test_directions_of_another_width_are_refused() -> None:

@@ -169,6 +169,11 @@ def test_a_hugging_face_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     [
         (".jsonl", '{"prompt": "a", "label": 1}\n{"prompt": \n', ["line 2", "is not JSON"]),
         (".jsonl", '["a"]', ["line 1", "not an object"]),
+        (
+            ".jsonl",
+            '{"prompt": "a", "prompt": "b", "label": 1}',
+            ["line 1", "'prompt' is there twice"],
+        ),
         (".jsonl", '{"body": "a", "label": 1}', ["no column prompt", "body, label", "column="]),
         (".jsonl", '{"prompt": "a"}', ["no label column", "positive="]),
         (".jsonl", '{"prompt": "a", "label": "maybe"}', ["line 1", "'maybe'", "pos"]),
