@@ -145,6 +145,22 @@ def labels_of(activations: HasActivations) -> Bool[Tensor, " prompt"]:
     return activations.labels
 
 
+def shuffled_labels(labels: Bool[Tensor, " prompt"], *, seed: int) -> Bool[Tensor, " prompt"]:
+    """Labels that carry no information: both sides hold the same share of former positives.
+
+    (A plain permutation leaves the sides unequal by chance, and what is estimated then still has a part
+    of the true direction.) The sizes of the sides stay.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sides = [labels.cpu().eq(side).nonzero()[:, 0] for side in (True, False)]
+    n_swapped = round(len(sides[0]) * len(sides[1]) / max(len(labels), 1))
+    shuffled = labels.cpu().clone()
+    for side in sides:
+        chosen = side[torch.randperm(len(side), generator=generator)[:n_swapped]]
+        shuffled[chosen] = ~shuffled[chosen]
+    return shuffled
+
+
 def with_separation(
     item: Direction, values: PerPrompt, labels: Bool[Tensor, " prompt"]
 ) -> Direction:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from interp_ablate.directions.direction import Direction, orthogonalized, random_direction
-from interp_ablate.directions.mean_difference import difference_in_means
+from interp_ablate.directions.mean_difference import difference_in_means, shuffled_labels
 from interp_ablate.edits.kinds import Add
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import DirectionError
@@ -203,8 +203,7 @@ def measure_controls(run: Run, candidate: Candidate) -> list[tuple[str, Directio
     found = random_controls(run, direction)
     train = run.activations("train")
     values, labels = train.at(site, position), train.labels
-    generator = torch.Generator().manual_seed(seed)
-    shuffled = labels[torch.randperm(len(labels), generator=generator)]
+    shuffled = shuffled_labels(labels, seed=seed)
     null = difference_in_means(
         values[shuffled], values[~shuffled], site, position=position, method="shuffled_labels"
     )

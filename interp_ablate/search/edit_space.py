@@ -18,7 +18,7 @@ from interp_ablate.directions.direction import Direction, random_direction
 from interp_ablate.directions.direction_set import Directions
 from interp_ablate.directions.estimators import ESTIMATORS, estimate_with
 from interp_ablate.directions.leace_eraser import leace
-from interp_ablate.directions.mean_difference import estimate_directions
+from interp_ablate.directions.mean_difference import estimate_directions, shuffled_labels
 from interp_ablate.directions.subspaces import subspace
 from interp_ablate.edits.kinds import Ablate, Erase
 from interp_ablate.edits.plan import Plan
@@ -61,8 +61,7 @@ class EditSpace:
         if labels is None:
             raise RunError("a search needs labelled activations: collect a ContrastSet")
         if self.control == "shuffled":
-            order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(self.seed))
-            labels = labels[order]
+            labels = shuffled_labels(labels, seed=self.seed)
         sites = [site for site in self.train.sites if site.point == POINT]
         values = [self.train.at(site, self.position) for site in sites]
         self.train = Activations(
