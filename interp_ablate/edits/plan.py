@@ -6,7 +6,9 @@ Knows: composition, the maps at each site, JSON. Does not know: hooks, weights o
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +19,12 @@ from torch import Tensor
 
 from interp_ablate.edits.affine import Affine
 from interp_ablate.edits.edit import EditBase, Positions
-from interp_ablate.edits.kinds import Ablate, Add, Edit, edit_from_dict
+from interp_ablate.edits.kinds import Ablate, Add, Clamp, Edit, edit_from_dict
 from interp_ablate.errors import PlanError
-from interp_ablate.sites import Site
+from interp_ablate.sites import WRITER_POINTS, Site
 from interp_ablate.storage.atomic_files import write_atomic
 
+logger = logging.getLogger(__name__)
 FORMAT = "interp_ablate.plan/1"
 
 
@@ -48,6 +51,8 @@ class Plan:
         widths = {edit.d_model for edit in edits}
         if len(widths) > 1:
             raise PlanError(f"edits of different d_model in one plan: {sorted(widths)}")
+        for message in (*_summed_clamps(edits), *_undone_ablations(edits)):
+            logger.warning(message)
 
     def __add__(self, other: Plan | Edit) -> Plan:
         return Plan(self.edits + (other.edits if isinstance(other, Plan) else (other,)))
@@ -154,3 +159,35 @@ class Plan:
         if isinstance(data, dict) and "plan" in data:
             data = data["plan"]
         return cls.from_dict(data)
+
+
+def _summed_clamps(edits: Iterable[Edit]) -> Iterator[str]:
+    """Warnings of clamps that give several writers one value: what they write to the stream sums."""
+    for edit in edits:
+        values = [v for site, v in zip(edit.sites, edit.amounts) if site.point in WRITER_POINTS]
+        if isinstance(edit, Clamp) and len(values) > 1 and values[0] and len(set(values)) == 1:
+            n, value = len(values), values[0]
+            yield (
+                f"{edit!r} clamps each of {n} writers to {value:g}: their outputs sum, so the stream is set "
+                f"to {n * value:g}. For {value:g}, give the first writer the value and the others 0: "
+                f"value=[{value:g}] + [0] * {len(edit.sites) - 1}"
+            )
+
+
+def _undone_ablations(edits: Iterable[Edit]) -> Iterator[str]:
+    """Warnings of an ablation of which a later one at the same site puts a part back."""
+    ablations = [edit for edit in edits if isinstance(edit, Ablate)]
+    for first, second in itertools.combinations(ablations, 2):
+        whole = [
+            {site for site, amount in zip(edit.sites, edit.amounts) if amount == 1}
+            for edit in (first, second)
+        ]
+        if not whole[0] & whole[1] or first.positions != second.positions:
+            continue
+        overlap = first.vectors @ second.vectors.T
+        if (overlap @ (second.vectors - overlap.T @ first.vectors)).norm() > 1e-2:
+            yield (
+                f"{first!r} and then {second!r}: their directions are not orthogonal (cosine up to "
+                f"{overlap.abs().max():.2f}), and the second puts back a part of the first. To ablate both, "
+                "give them to one edit: Ablate(torch.stack([v1, v2]), sites)"
+            )

@@ -644,3 +644,35 @@ def test_a_strength_of_zero_leaves_its_sites_out() -> None:
     plan = band(direction(), 9, attention=(0.0, 4), mlp=(1.0, 4), width=2)
     assert [edit.sites[0].point for edit in plan] == ["mlp_out"]
     assert [site.layer for site in plan.sites] == [3, 4, 5]
+
+
+# --------------------------------------------------------------------------------- what was not meant
+
+
+def test_one_value_at_every_writer_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    sites = [Site(0, "embed"), Site(0, "attn_out"), Site(0, "mlp_out")]
+    vector = torch.eye(8)[0]
+    Plan((Clamp(vector, sites, value=[1.5, 0, 0]),))
+    Plan((Clamp(vector, sites, value=0.0),))
+    Plan((Clamp(vector, [Site(0, "resid_pre"), Site(0, "resid_post")], value=1.5),))
+    assert not caplog.messages
+    Plan((Clamp(vector, sites, value=1.5),))
+    (message,) = caplog.messages
+    assert "the stream is set to 4.5" in message and "value=[1.5] + [0] * 2" in message
+
+
+def test_an_ablation_that_a_later_one_undoes_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    site, basis = Site(0, "mlp_out"), torch.eye(8)
+    oblique = basis[0] + basis[1]
+    Plan((Ablate(basis[0], site), Ablate(basis[1], site), Ablate(basis[0], site)))
+    Plan((Ablate(basis[0], site), Ablate(oblique, Site(1, "mlp_out"))))
+    both = Plan((Ablate(torch.stack([basis[0], oblique]), site),))
+    assert not caplog.messages
+    plan = Plan((Ablate(basis[0], site), Ablate(oblique, site)))
+    (message,) = caplog.messages
+    assert "cosine up to 0.71" in message and "torch.stack" in message
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    left = [
+        p.edits[-1].map_at(site)(p.edits[0].map_at(site)(x))[:, 0].abs().max() for p in (plan, both)
+    ]
+    assert left[0] > 0.1 and left[1] < 1e-12
