@@ -100,7 +100,9 @@ def test_the_installed_command_runs(installed: Path) -> None:
     where = run(installed / "python", "-c", "import interp_ablate; print(interp_ablate.__file__)")
     assert str(installed.parent) in where, "the checkout was imported, not the wheel"
     command = installed / "interp-ablate"
-    assert run(command, "--version").split() == ["interp-ablate", PROJECT["version"]]
+    version = ["interp-ablate", PROJECT["version"]]
+    assert run(command, "--version").split() == version
+    assert run(installed / "python", "-m", "interp_ablate", "--version").split() == version
     assert "certified checkpoint" in " ".join(run(command, "--help").split())
     assert "declining: 128 positive, 128 negative prompts" in run(command, "lint", "declining")
     assert "model.layers.{layer}.self_attn.o_proj.weight" in run(command, "models")
