@@ -45,8 +45,8 @@ def bootstrap_interval(
     """Percentile bootstrap interval of the mean; the normal interval for more than BOOTSTRAPPED values.
 
     Args:
-        proportion: the values are 0 or 1 and their mean is a rate. Where all are equal (0 of n declined)
-            the bootstrap says nothing, and the exact Clopper-Pearson bound takes its place.
+        proportion: where all values are 0 or 1 their mean is a rate, and the interval is the exact one of
+            Clopper and Pearson (`clopper_pearson`): the bootstrap's covers too seldom.
 
     Raises:
         RunError: no values, or NaN among them.
@@ -55,9 +55,8 @@ def bootstrap_interval(
     if array.size == 0 or not np.isfinite(array).all():
         raise RunError("an interval needs at least one finite value a prompt")
     edge = (1 - level) / 2
-    if proportion and array.min() == array.max() and array[0] in (0.0, 1.0):
-        bound = edge ** (1 / array.size)
-        return (bound, 1.0) if array[0] == 1.0 else (0.0, 1 - bound)
+    if proportion and np.isin(array, (0.0, 1.0)).all():
+        return clopper_pearson(int(array.sum()), array.size, level=level)
     if array.size > BOOTSTRAPPED:
         mean, spread = float(array.mean()), float(array.std(ddof=1))
         half = NormalDist().inv_cdf(1 - edge) * spread / math.sqrt(array.size)
@@ -65,6 +64,19 @@ def bootstrap_interval(
     draws = np.random.default_rng(seed).integers(0, array.size, (resamples, array.size))
     low, high = np.quantile(array[draws].mean(axis=1), [edge, 1 - edge])
     return float(low), float(high)
+
+
+def clopper_pearson(hits: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
+    """Exact interval of a rate of `hits` in `n` independent trials: it covers in at least `level` of cases.
+
+    Source: Clopper and Pearson 1934, https://doi.org/10.1093/biomet/26.4.404.
+    """
+    from scipy.stats import beta
+
+    edge = (1 - level) / 2
+    low = float(beta.ppf(edge, hits, n - hits + 1)) if hits else 0.0
+    high = float(beta.ppf(1 - edge, hits + 1, n - hits)) if hits < n else 1.0
+    return low, high
 
 
 def mean_estimate(
