@@ -1,9 +1,7 @@
-"""Prompts: two sets that differ in one concept, checked, and split once.
+"""Contrast sets: two sets of prompts that differ in one concept, checked, and split once.
 
-Knows: what makes a prompt and a set unusable, when two prompts are the same, how a set is split into
-three parts that share nothing, and labels shuffled as a control.
-Does not know: file formats (`prompt_files`), what else a direction could pick up (`lint`), chat
-templates (`rendering`), models. Nothing here imports torch, transformers or numpy.
+Knows: when a set is unusable, and how it is split into three parts that share nothing. Does not know: file formats,
+chat templates or models. Nothing here imports torch, transformers or numpy.
 """
 
 from __future__ import annotations
@@ -26,9 +24,6 @@ logger = logging.getLogger(__name__)
 class ContrastSet:
     """Two sets of prompts that differ in one concept; in `positive` the concept is present.
 
-    `source` says where the prompts came from; `duplicates` are those that `load` dropped because
-    their side already had them, kept so that `lint` can report them.
-
     Raises:
         PromptError: a side is empty, holds something else than prompts, or shares a prompt with the
             other side (compared without regard to case and white space, system prompt included).
@@ -38,7 +33,9 @@ class ContrastSet:
     positive: tuple[Prompt, ...]
     negative: tuple[Prompt, ...]
     source: str
+    """Where the prompts came from."""
     duplicates: tuple[Prompt, ...] = field(default=(), compare=False, repr=False)
+    """Those that `load` dropped because their side already had them; `lint` reports them."""
 
     def __post_init__(self) -> None:
         for side in ("positive", "negative"):
@@ -101,28 +98,24 @@ class ContrastSet:
     ) -> ContrastSet:
         """Read a contrast set.
 
-        `spec` is one of: a bundled name (see `bundled_names`; to read a folder of that name write
-        `./name`), a folder holding `positive.*` and `negative.*`, one .jsonl / .json / .csv / .tsv
-        / .parquet file, or a Hugging Face dataset written `hf:owner/name` (or
-        `hf:owner/name:configuration`). A single file or dataset has a prompt column (`column`, or
-        the first there is of `prompt_files.PROMPT_COLUMNS`) and a label column (the first there is of
-        LABEL_COLUMNS; positive, pos, 1, true / negative, neg, 0, false), or the two columns
-        `positive` and `negative`, a matched pair a row. An optional column `system` (or
-        `system_prompt`) gives prompts their own system prompts.
+        Args:
+            spec: a bundled name (see `bundled_names`; to read a folder of that name write `./name`), a folder
+                holding `positive.*` and `negative.*`, one .jsonl, .json, .csv, .tsv or .parquet file, or a
+                Hugging Face dataset written `hf:owner/name` or `hf:owner/name:configuration`. A single file has
+                a prompt column and a label column (one of LABEL_COLUMNS; positive, pos, 1, true or negative,
+                neg, 0, false), or the columns `positive` and `negative`, a matched pair a row. A column `system`
+                (or `system_prompt`) gives prompts their own system prompts.
+            positive, negative: instead of `spec`, one side each: every row of such a file or dataset, or every
+                line of a text file. Blank lines and comments (`#` alone, or `# ` at the start) are skipped.
+            column: the prompt column; by default the first there is of `PROMPT_COLUMNS`.
+            split: of an `hf:` dataset; by default the only one, or `train`.
+            system: for every prompt without its own.
 
-        Instead of `spec`, `positive` and `negative` each give one side: a file of one of those
-        formats, a text file, or an `hf:` dataset, of which every row is taken. In text files each
-        line is a prompt; blank lines and comments (`#` alone, or `# ` at the start of the line)
-        are skipped, but `#include ...` is a prompt. `column` says nothing about text files.
-
-        `split` is that of an `hf:` dataset (left out: the only one, or `train`). `system` is given
-        to every prompt without its own. Prompts that their own side already had (normalised) are
-        dropped with a logged warning.
+        Prompts that their own side already had (normalised) are dropped with a logged warning.
 
         Raises:
-            PromptError: nothing, or something unreadable, at the given place; a malformed line or
-                row (named); a missing column; text that is not UTF-8; an unreachable hub; a set
-                that `ContrastSet` refuses.
+            PromptError: nothing, or something unreadable, at the given place; a malformed line or row (named);
+                a missing column; an unreachable hub; a set that `ContrastSet` refuses.
         """
 
         def build(place: str, text: str, own: str | None) -> Prompt:
@@ -131,24 +124,17 @@ class ContrastSet:
             except PromptError as error:
                 raise PromptError(f"{place}: {error}") from error
 
-        if spec is None and positive is not None and negative is not None:
-            sides = (
-                read_side(positive, build, column=column, split=split),
-                read_side(negative, build, column=column, split=split),
+        if spec is not None and positive is None and negative is None:
+            own_name, source, sides = read_spec(spec, build, column=column, split=split)
+        elif spec is None and positive is not None and negative is not None:
+            first, second = (
+                read_side(side, build, column=column, split=split) for side in (positive, negative)
             )
-            found = f"{stem(positive)}-vs-{stem(negative)}"
+            own_name, sides = f"{stem(positive)}-vs-{stem(negative)}", (first, second)
             source = f"{positive} | {negative}"
-        elif spec is not None and positive is None and negative is None:
-            found, source, sides = read_spec(spec, build, column=column, split=split)
         else:
-            given = {"spec": spec, "positive": positive, "negative": negative}
-            came = [f"{key}={value}" for key, value in given.items() if value is not None]
-            raise PromptError(
-                f"got {' and '.join(came) or 'no contrast set'}: give either one contrast set (a "
-                f"bundled name: {', '.join(bundled_names())}; a file, a folder, hf:owner/name), or "
-                "both positive= and negative="
-            )
-        return _deduplicated(name or found, sides, source)
+            raise PromptError(_which(spec=spec, positive=positive, negative=negative))
+        return _deduplicated(name or own_name, sides, source)
 
     def split(
         self, n_train: int = 64, n_validation: int = 32, n_test: int = 32, *, seed: int = 0
@@ -184,31 +170,6 @@ class ContrastSet:
             start += size
         return Split(**parts)
 
-    def shuffled_labels(self, seed: int = 0) -> ContrastSet:
-        """The same prompts with labels that carry no information: a control for a direction.
-
-        So many prompts change sides that both sides hold the same share of former positives: half
-        of each where the sides are equally long (matched pairs then swap their two members).
-        Duplicates are dropped first.
-
-        Raises:
-            PromptError: a side has fewer than two different prompts.
-        """
-        positive, negative = _ordered(self, f"shuffled labels {seed}")
-        n_positive, n_negative = len(positive), len(negative)
-        if min(n_positive, n_negative) < 2:
-            raise PromptError(
-                f"{self.name}: {n_positive} positive and {n_negative} negative prompts: shuffling "
-                "labels needs at least 2 different prompts on each side"
-            )
-        n_swapped = round(n_positive * n_negative / (n_positive + n_negative))
-        return ContrastSet(
-            f"{self.name}-shuffled-{seed}",
-            negative[:n_swapped] + positive[n_swapped:],
-            positive[:n_swapped] + negative[n_swapped:],
-            f"{self.source} [labels shuffled, seed {seed}]",
-        )
-
 
 @dataclass(frozen=True)
 class Split:
@@ -219,9 +180,7 @@ class Split:
     test: ContrastSet
 
 
-def _ordered(
-    contrast: ContrastSet, seed: int | str
-) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
+def _ordered(contrast: ContrastSet, seed: int) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
     """Both sides without duplicates in the order of the seed, pairs kept together (see `split`)."""
 
     def rank(*prompts: Prompt) -> str:
@@ -249,6 +208,15 @@ def _too_few(contrast: ContrastSet, n_positive: int, n_negative: int, sizes: dic
     while sum(fit.values()) > available:
         fit[max(fit, key=lambda key: fit[key])] -= 1
     return message + "pass " + ", ".join(f"{k}={v}" for k, v in fit.items()) + ", or add prompts"
+
+
+def _which(**places: str | Path | None) -> str:
+    """The message for a contrast set that is given twice, by half or not at all."""
+    values = [f"{key}={value}" for key, value in places.items() if value is not None]
+    return (
+        f"got {' and '.join(values) or 'no contrast set'}: give either one contrast set (a bundled name: "
+        f"{', '.join(bundled_names())}; a file, a folder, hf:owner/name), or both positive= and negative="
+    )
 
 
 def _deduplicated(

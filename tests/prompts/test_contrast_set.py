@@ -160,26 +160,6 @@ def test_a_side_too_small_says_what_fits() -> None:
         make_set(2).split(1, 1, 1)
 
 
-def test_shuffled_labels_carry_no_information() -> None:
-    contrast = make_set(20)
-    shuffled = contrast.shuffled_labels(1)
-    assert keys(shuffled) == keys(contrast)
-    for side in (shuffled.positive, shuffled.negative):
-        assert sum(text.startswith("positive") for text in texts(side)) == 10
-    assert shuffled == contrast.shuffled_labels(1)
-    assert keys(shuffled) == keys(contrast.shuffled_labels(2))
-    assert set(shuffled.positive) != set(contrast.shuffled_labels(2).positive)
-    uneven = make_set(30, m=10).shuffled_labels(0)
-    former = [sum(t.startswith("positive") for t in texts(s)) / len(s)
-              for s in (uneven.positive, uneven.negative)]  # fmt: skip
-    assert abs(former[0] - former[1]) < 0.1 and (len(uneven.positive), len(uneven.negative)) == (
-        30,
-        10,
-    )
-    with pytest.raises(PromptError, match="at least 2"):
-        make_set(1).shuffled_labels(0)
-
-
 # --------------------------------------------------------------------------------- bundled sets
 
 
@@ -201,7 +181,6 @@ def test_the_contract_of_the_bundled_sets(name: str) -> None:
     assert max(means) / min(means) < 1.05 and abs(report.length_auc - 0.5) < 0.05
     split = contrast.split()
     assert [len(p.positive) for p in (split.train, split.validation, split.test)] == [64, 32, 32]
-    assert contrast.shuffled_labels(0).fingerprint != contrast.fingerprint
 
 
 def test_pairs_of_language_differ_in_the_language_only() -> None:
