@@ -129,7 +129,7 @@ def dying(function):
             os._exit(9)
         return function(*args, **options)
     return call
-for name in ("edited_blocks", "edited_tensor", "_finish", "write_source_files", "_new_tensor"):
+for name in ("edited_blocks", "edited_tensor", "write_documents", "write_source_files", "_new_tensor"):
     setattr(checkpoint, name, dying(getattr(checkpoint, name)))
 export_folder(source, plan, out)
 """
