@@ -168,7 +168,7 @@ def _how(run: Run) -> dict[str, str]:
         "train, validation, test prompts": ", ".join(counts),
         "decoding": f"greedy, {c.max_new_tokens} new tokens",
         "behaviour": "share of answers in which a listed expression is found",
-        "intervals": "95%, bootstrap over prompts",
+        "intervals": "95%: exact for rates, bootstrap over prompts for means",
     }
 
 

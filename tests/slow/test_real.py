@@ -83,6 +83,22 @@ def test_backends_agree() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
+def test_half_precision_is_certified(dtype: str, tmp_path: Path) -> None:
+    from interp_ablate import Ablate, Plan, export_checkpoint, load_model
+
+    model = load_model("smollm2", dtype=dtype)
+    vector = torch.randn(model.d_model, generator=torch.Generator().manual_seed(0))
+    for name, plan in {"none": None, "plan": Plan((Ablate(vector, model.writers),))}.items():
+        certificate = export_checkpoint(
+            model, plan, tmp_path / name, prompts=["Hello, how are you?"]
+        )
+        assert certificate["passed"] and certificate["compared"]["reloaded"] == dtype
+        assert plan or certificate["max_abs_logit_difference"] == 0
+        assert certificate["share_of_edit_missed"] < 0.05
+
+
+@pytest.mark.slow
 def test_demo_keeps_its_promises(tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = ["run", "--model", "smollm2", "--contrast", "declining", "--out", str(out)]
