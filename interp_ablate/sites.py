@@ -132,9 +132,9 @@ def sites_of(
     points: tuple[Point, ...] | list[Point], layers: range | list[int]
 ) -> tuple[Site, ...]:
     """Every given point at every given layer, in forward order; an embedding appears once, if asked for."""
-    found = {
+    sites = {
         Site(0 if point in EMBEDDING_POINTS else layer, point)
         for layer in layers
         for point in points
     }
-    return tuple(sorted(found, key=lambda site: site.order))
+    return tuple(sorted(sites, key=lambda site: site.order))

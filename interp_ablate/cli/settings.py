@@ -100,16 +100,16 @@ def _flag(field: Field[Any]) -> str:
 
 
 def _add_flag(parser: ArgumentParser, field: Field[Any]) -> None:
-    told = field.metadata
-    options: dict[str, Any] = {key: told[key] for key in _OPTIONS if key in told}
+    metadata = field.metadata
+    options: dict[str, Any] = {key: metadata[key] for key in _OPTIONS if key in metadata}
     if "bool" in str(field.type):
         options["action"] = "store_false" if field.default is True else "store_true"
     elif _kind(field) in _NUMBERS:
         options["type"] = _NUMBERS[_kind(field)]
-    if told.get("repeat"):
-        options["action"] = "extend" if "nargs" in told else "append"
-    text = told["help"].replace("%", "%%") + _default_text(field)
-    if told.get("positional"):
+    if metadata.get("repeat"):
+        options["action"] = "extend" if "nargs" in metadata else "append"
+    text = metadata["help"].replace("%", "%%") + _default_text(field)
+    if metadata.get("positional"):
         if field.default is not MISSING:
             options.setdefault("nargs", "?")
         parser.add_argument(field.name, help=text, default=argparse.SUPPRESS, **options)

@@ -223,7 +223,7 @@ def _deduplicated(
     name: str, sides: tuple[Sequence[Prompt], Sequence[Prompt]], source: str
 ) -> ContrastSet:
     dropped: list[Prompt] = []
-    kept = []
+    distinct_sides = []
     for label, side in zip(("positive", "negative"), sides, strict=True):
         again = repeated(side)
         if again:
@@ -232,5 +232,5 @@ def _deduplicated(
                 name, len(again), len(side), label, quote(*again),
             )  # fmt: skip
         dropped += again
-        kept.append(distinct(side))
-    return ContrastSet(name, kept[0], kept[1], source, tuple(dropped))
+        distinct_sides.append(distinct(side))
+    return ContrastSet(name, distinct_sides[0], distinct_sides[1], source, tuple(dropped))

@@ -125,8 +125,8 @@ def _near_pairs(prompts: Sequence[Prompt]) -> list[tuple[int, int]]:
         shared = (matrix[start : start + 512] @ matrix.T).toarray()
         union = sizes[start : start + 512, None] + sizes[None, :] - shared
         left, right = np.nonzero(shared >= NEAR_DUPLICATE * np.maximum(union, 1))
-        found = ((start + int(i), int(j)) for i, j in zip(left, right, strict=True))
-        pairs += [(i, j) for i, j in found if i < j and prompts[i].system == prompts[j].system]
+        close = ((start + int(i), int(j)) for i, j in zip(left, right, strict=True))
+        pairs += [(i, j) for i, j in close if i < j and prompts[i].system == prompts[j].system]
     return pairs
 
 

@@ -89,16 +89,16 @@ class StreamedFolder:
 
     def begin(self, fingerprint: str) -> None:
         """Take up what an earlier run with the same fingerprint finished; remove everything else."""
-        found = self._finished(fingerprint)
+        finished = self._finished(fingerprint)
         for entry in self.path.iterdir():
-            if entry.name not in found and entry.name != JOURNAL:
+            if entry.name not in finished and entry.name != JOURNAL:
                 _remove(entry)
-        if not found:
+        if not finished:
             os.ftruncate(self.journal, 0)
             self._write({"format": JOURNAL_FORMAT, "fingerprint": fingerprint})
         else:
-            logger.info("%s: %d files are whole already", self.path, len(found))
-        self.whole = found
+            logger.info("%s: %d files are whole already", self.path, len(finished))
+        self.whole = finished
 
     def _write(self, line: dict[str, Any]) -> None:
         # The line break comes first: a line that a kill cut short cannot swallow the next one.
@@ -184,8 +184,8 @@ def check_output_path(
     out = Path(out)
     real = Path(os.path.realpath(out))
     for path in (*([Path(source)] if source else ()), *files):
-        there = Path(os.path.realpath(path))
-        if real == there or real in there.parents:
+        place = Path(os.path.realpath(path))
+        if real == place or real in place.parents:
             raise ExportError(f"{out} holds the source {path}: choose another place to write to")
     if not os.path.lexists(out):
         return

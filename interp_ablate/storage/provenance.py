@@ -15,10 +15,10 @@ PACKAGES = ("interp-ablate", "torch", "transformers", "transformer-lens", "safet
 
 def versions(*more: str) -> dict[str, str]:
     """Versions of what computed a result, `more` packages too; one that is not installed is left out."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in (*PACKAGES, *more):
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed

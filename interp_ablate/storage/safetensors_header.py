@@ -149,13 +149,13 @@ def json_object(raw: bytes, path: Path, part: str) -> dict[str, Any]:
     """JSON as a standard parser reads it: UTF-8, no key twice, no NaN."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for key, value in pairs:
-            if key in found:
+            if key in values:
                 raise ValueError(f"the key {key!r} is there twice")
             key.encode()  # a lone surrogate is not text
-            found[key] = value
-        return found
+            values[key] = value
+        return values
 
     def constant(name: str) -> Any:
         raise ValueError(f"{name} is not JSON")

@@ -202,9 +202,9 @@ def _check_weight_map(
             place[name] = file.name
     for name in weight_map:
         if place.get(name) != weight_map[name]:
-            there = f"it is in {place[name]}" if name in place else "no shard has it"
+            where = f"it is in {place[name]}" if name in place else "no shard has it"
             raise ExportError(
-                f"{folder / INDEX} puts {name!r} into {weight_map[name]}, but {there}: download the "
+                f"{folder / INDEX} puts {name!r} into {weight_map[name]}, but {where}: download the "
                 "folder again"
             )
     unnamed = sorted(set(place) - set(weight_map))

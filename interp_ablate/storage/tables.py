@@ -83,16 +83,16 @@ def read_json(path: str | Path) -> dict[str, Any] | None:
     """
     path = Path(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(
             f"cannot read {path}: {error}. Delete it and run the stage that wrote it again"
         ) from error
-    if not isinstance(found, dict):
-        raise RunError(f"{path} holds a {type(found).__name__} where a JSON object is expected")
-    return found
+    if not isinstance(value, dict):
+        raise RunError(f"{path} holds a {type(value).__name__} where a JSON object is expected")
+    return value
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]] | None:
@@ -108,7 +108,7 @@ def read_lines(path: str | Path) -> list[dict[str, Any]] | None:
         return None
     except (OSError, ValueError) as error:
         raise RunError(f"cannot read {path}: {error}") from error
-    found = []
+    records = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -118,5 +118,5 @@ def read_lines(path: str | Path) -> list[dict[str, Any]] | None:
             raise RunError(f"{path} is corrupt at line {number}: {error}") from error
         if not isinstance(record, dict):
             raise RunError(f"{path} is corrupt at line {number}: expected a JSON object")
-        found.append(record)
-    return found
+        records.append(record)
+    return records
