@@ -111,7 +111,7 @@ def certify_merged(trained: Trained, folder: str | Path) -> dict[str, Any]:
     gap = kl = 0.0
     for want, found in zip(trained.unmerged, got, strict=True):
         gap = max(gap, float((want - found).abs().max()))
-        pair = (want.double().log_softmax(-1), found.double().log_softmax(-1))
+        pair = (want.cpu().double().log_softmax(-1), found.cpu().double().log_softmax(-1))
         kl = max(kl, float(kl_divergence(*pair).max()))
     dtype = str(trained.base.dtype).removeprefix("torch.")
     largest = max(float(logits.abs().max()) for logits in trained.unmerged)

@@ -20,7 +20,7 @@ BLOCK = 1 << 19
 def edited_tensor(tensor: Tensor, edit: TensorEdit) -> Tensor:
     """The whole tensor changed; the same bits as its blocks."""
     if edit.layout == "bias":
-        return edit.affine(tensor.detach().double().cpu()).to(tensor)
+        return edit.affine(tensor.detach().cpu().double()).to(tensor)
     blocks = edited_blocks(lambda start, stop: tensor[start:stop].detach(), tensor.shape, edit)
     return torch.cat(list(blocks)).to(tensor.device)
 

@@ -246,7 +246,7 @@ def _edit_site(
         name = entry.present(norm, names)
         if name is None:
             raise ExportError(f"the checkpoint has no {norm}, the norm that follows {site}")
-        gain = read(name).double() + entry.gain_offset
+        gain = read(name).cpu().double() + entry.gain_offset
     affine = Affine.identity(changes.plan.d_model)
     for _, part in changes.plan.maps_at(site, gain):
         affine = affine.then(part)

@@ -12,7 +12,7 @@ from typing import Any
 import pretend_device
 import pytest
 import torch
-from tiny import N_LAYERS, folder_of, rows_of, unit
+from tiny import N_LAYERS, folder_of, rows_of, tiny, unit
 
 from interp_ablate import (
     Ablate,
@@ -39,6 +39,7 @@ from interp_ablate.evaluation.metrics import (
 )
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.export.lora import export_lora
+from interp_ablate.models.load import from_hf
 from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.search.bench import bounded_kl
 from interp_ablate.search.gradient_fit import fit_data, fit_edit
@@ -205,3 +206,13 @@ def test_monitor(pair: Any) -> None:
     direction = Direction(unit(3), 1.0, SITE)
     values = [[v for _, v in model.monitor(ROWS[0], direction, max_new_tokens=5)] for model in pair]
     assert values[1] == pytest.approx(values[0], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ("llama_gqa", "gemma2"))
+def test_export_from_memory(kind: str, tmp_path: Path) -> None:
+    """Without a folder behind the model, what is written is read from the device."""
+    hf, tokenizer = tiny(kind, tied=True)
+    model = from_hf(hf.to("pretend:0"), tokenizer)
+    plan = Plan((Ablate(unit(), model.writers),))
+    assert export_checkpoint(model, plan, tmp_path / "out", prompts=ROWS[:1])["passed"]
+    assert export_lora(model, plan, tmp_path / "lora", prompts=ROWS[:1])["passed"]

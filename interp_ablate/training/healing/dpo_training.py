@@ -120,7 +120,7 @@ def project(peft_model: Any, weights: WeightPlan) -> int:
         weight = parameters.get(f"base_model.model.{module}.lora_B.default.weight")
         if weight is None or edit.layout not in ("linear", "conv1d"):
             continue
-        wide = weight.detach().double().cpu()
+        wide = weight.detach().cpu().double()
         weight.copy_(edit.affine.linear(wide.T).T.to(weight))
         changed += 1
     return changed

@@ -89,7 +89,7 @@ def residual_share_along(model: Model, plan: Plan, prompts: Sequence[Prompt]) ->
     vectors = torch.cat(reads)
     vectors = torch.unique(vectors / vectors.norm(dim=1, keepdim=True), dim=0)
     sites = sites_of(("resid_post",), range(model.n_layers))
-    values = collect(model, list(prompts), sites, (-1,)).values[:, 0].double().cpu()
+    values = collect(model, list(prompts), sites, (-1,)).values[:, 0].cpu().double()
     share = (values @ vectors.T).norm(dim=-1) / values.norm(dim=-1).clamp(min=1e-30)
     by_layer = share.mean(0)
     return {"mean": float(by_layer.mean()), "largest": float(by_layer.max())}

@@ -90,7 +90,7 @@ def _projections(
         unit = direction.vector / direction.norm
         values = collect(model, prompts, [direction.site], _POSITIONS, responses=responses)
         for position, projections in zip(_POSITIONS, along, strict=True):
-            answers = values.at(direction.site, position).double().cpu() @ unit
+            answers = values.at(direction.site, position).cpu().double() @ unit
             for i, value in zip(answered, answers.tolist(), strict=True):
                 projections[i] = value
     return [tuple(projections) for projections in along]
