@@ -41,35 +41,40 @@ def bench_of(model: Any, split: Any) -> Any:
     )
 
 
-def swept(bench: Any, directions: Any, candidates: Sequence[Any]) -> float:
-    from interp_ablate.search.sweep import run_trial
+def swept(bench: Any, planned: Sequence[Any]) -> float:
+    from interp_ablate.search.trials import score_trial
 
     start = time.perf_counter()
-    for candidate in candidates:
-        run_trial(bench, directions, candidate)
+    for each in planned:
+        score_trial(bench, each)
     return time.perf_counter() - start
 
 
 def main() -> None:
     args = common.arguments(__doc__)
     from interp_ablate import ContrastSet, collect, estimate_directions, load_model
-    from interp_ablate.search.candidates import screening
+    from interp_ablate.search.edit_space import EditSpace
+    from interp_ablate.search.race import screening_trials
+    from interp_ablate.search.trials import planned_trial
 
     model = load_model("smollm2")
     candidates, prompts = base_of(args)
     split = ContrastSet.load("declining").split(args.prompts, TIMES[-1] * prompts, 1)
     bench = bench_of(model, split)
-    directions = estimate_directions(collect(model, split.train)).of("difference_in_means")
-    every = screening(directions)
+    train = collect(model, split.train)
+    directions = estimate_directions(train)
+    space = EditSpace(train, model.writers, saved=directions)
+    trials = screening_trials(directions.of("difference_in_means"))
+    every = [planned_trial(trial, space) for trial in trials]
     # from the middle on: where the direction was read does not matter for the time
     some = every[len(every) // 2 :]
     sizes = [("candidates", k * candidates, prompts) for k in TIMES]
     sizes += [("prompts", candidates, k * prompts) for k in TIMES]
     seconds: dict[tuple[str, int, int], list[float]] = {size: [] for size in sizes}
-    swept(bench, directions, some[:1])  # warm-up
+    swept(bench, some[:1])  # warm-up
     for _ in range(args.rounds):
         for size in sizes:
-            seconds[size].append(swept(bench.head(size[2]), directions, some[: size[1]]))
+            seconds[size].append(swept(bench.head(size[2]), some[: size[1]]))
     print("\nscaling of a sweep")
     print("  grows        candidates  prompts a side   seconds  ms a candidate-prompt   x 1x")
     rows = []

@@ -23,11 +23,10 @@ def search(out: Path, *, minutes: float, smoke: bool, control: str | None, fits:
     from interp_ablate.runs.configuration import Configuration
     from interp_ablate.runs.run_folder import Run
     from interp_ablate.runs.search_run import SearchSettings, run_search
-    from interp_ablate.runs.sweep_stage import WORK
 
     small = {"n_train": 8, "n_validation": 6, "n_test": 4, "layers": "18-20"} if smoke else {}
     settings = Configuration(model="smollm2", contrast="declining", max_kl=0.02, **small)
-    run = Run(out, settings, work=WORK.__getitem__)
+    run = Run(out, settings)
     run_search(
         run,
         SearchSettings(
@@ -35,18 +34,18 @@ def search(out: Path, *, minutes: float, smoke: bool, control: str | None, fits:
         ),
     )
     trials, selected = (
-        pd.read_csv(out / "search.csv"),
+        pd.read_csv(out / "trials.csv"),
         json.loads((out / "selected.json").read_text()),
     )
-    done = trials[trials["state"] == "COMPLETE"]
-    front = pd.read_csv(out / "front.csv")
+    done = trials[(trials["stage"] == "search") & (trials["status"] == "ok")]
+    finalists = trials[trials["stage"] == "finalist"]
     unedited = selected["validation_baseline"]
-    clean = front[front["repetition_of_all"] <= unedited["repetition_of_all"]]
+    clean = finalists[finalists["repetition"] <= unedited["repetition"]]
     gone = clean[clean["expression_rate"] == 0]
     name = f"{control or 'concept'}{'' if fits else ', kernels only'}"
     print(f"\n{name}: {len(done)} trials, median {done['seconds'].median():.1f} s")
-    columns = ["number", "edit", "expression_rate", "kl", "repetition_of_all"]
-    print(front[columns].to_string(index=False))
+    columns = ["trial", "edit", "expression_rate", "kl", "repetition"]
+    print(finalists[columns].to_string(index=False))
     test = selected.get("test")
     keys = ("behaviour_after", "kl_first_token", "repetition_after", "positive_repetition_after")
     return {
@@ -56,7 +55,7 @@ def search(out: Path, *, minutes: float, smoke: bool, control: str | None, fits:
         "unedited": {k: round(v, 4) for k, v in unedited.items()},
         "least_kl_with_0_declined": None if gone.empty else round(float(gone["kl"].min()), 4),
         "least_rate_within_kl_0.02": _least(clean[clean["kl"] <= 0.02]),
-        "chosen": None if not test else int(selected["trial"]["number"]),
+        "chosen": None if not test else int(selected["trial"]["trial"]),
         "test": None if not test else {key: round(test[key], 4) for key in keys},
     }
 

@@ -203,7 +203,7 @@ def measured(
     task: Task, layers: range, full: bool
 ) -> tuple[dict[str, list[float]], Scores, Scores, FullPasses]:
     """Seconds for all sites, one estimate a chunk of layers, and both tables of scores."""
-    from interp_ablate.search.candidates import distinct
+    from interp_ablate.search.race import distinct
 
     plain, shared = FullPasses(task), Shared(task)
     items = [item for item in task.directions if item.site.layer in layers]

@@ -62,9 +62,10 @@ add = adding(Configuration, RunFolder, ExecutorSettings)
 def run(args: Namespace) -> int:
     """Do every stage that is not done yet, and print the chosen plan's numbers."""
     from interp_ablate.runs.run_folder import STAGES
+    from interp_ablate.runs.stages import do_stage
 
     opened = open_run(args, settings_from(args, ExecutorSettings))
-    if not [name for name in STAGES if opened.stage(name)]:
+    if not [name for name in STAGES if do_stage(opened, name)]:
         tell(args, f"{opened.out}: everything was done already")
     return _print_summary(opened)
 
@@ -72,7 +73,6 @@ def run(args: Namespace) -> int:
 def open_run(args: Namespace, executor: ExecutorSettings | None = None) -> Any:
     """The run of --out. Settings that are not given come from --config, or else from the folder's run."""
     from interp_ablate.runs.run_folder import Run, read_run
-    from interp_ablate.runs.sweep_stage import WORK
 
     place = settings_from(args, RunFolder)
     settings = read_toml(place.config, Configuration) if place.config else {}
@@ -82,13 +82,18 @@ def open_run(args: Namespace, executor: ExecutorSettings | None = None) -> Any:
         stored = {k: v for k, v in saved["configuration"].items() if k != "trust_remote_code"}
         settings = {**stored, **settings}
     configuration = Configuration.from_dict(settings)
-    opened = Run(
-        place.out, configuration, work=WORK.__getitem__, listener=ProgressBars(quiet=args.quiet)
-    )
-    if executor is not None:
-        values = asdict(executor)
-        opened.shared["executor"] = {"name": values.pop("executor"), **values}
-    return opened
+    listener = ProgressBars(quiet=args.quiet)
+    return Run(place.out, configuration, ray=_ray_settings(executor), listener=listener)
+
+
+def _ray_settings(executor: ExecutorSettings | None) -> Any:
+    """The workers asked for; None where trials are scored in this process."""
+    from interp_ablate.jobs.ray_executor import RaySettings
+
+    if executor is None or executor.executor == "local":
+        return None
+    values = {k: v for k, v in asdict(executor).items() if k != "executor" and v is not None}
+    return RaySettings(**values)
 
 
 def selection_of(opened: Any) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 from argparse import Namespace
 
 from interp_ablate.cli.options import NO_PLAN
-from interp_ablate.cli.run import RunFolder, open_run, print_test, selection_of
+from interp_ablate.cli.run import ExecutorSettings, RunFolder, open_run, print_test, selection_of
 from interp_ablate.cli.settings import adding, settings_from
 from interp_ablate.runs.configuration import Configuration
 from interp_ablate.runs.search_settings import SearchSettings
 
-add = adding(Configuration, RunFolder, SearchSettings)
+add = adding(Configuration, RunFolder, ExecutorSettings, SearchSettings)
 
 
 def run(args: Namespace) -> int:
@@ -21,13 +21,13 @@ def run(args: Namespace) -> int:
     from interp_ablate.runs.search_run import run_search, summary
 
     settings = settings_from(args, SearchSettings)
-    opened = open_run(args)
+    opened = open_run(args, settings_from(args, ExecutorSettings))
     run_search(opened, settings)
     print(summary(opened))
     selected = selection_of(opened)
     if selected["plan"] is None:
         return NO_PLAN
-    print(f"chosen: trial {int(selected['trial']['number'])}; on the test split:")
+    print(f"chosen: trial {int(selected['trial']['trial'])}; on the test split:")
     print_test(selected["test"])
-    print(f"plans of the front: {opened.out / 'plans'}; export: interp-ablate export {opened.out}")
+    print(f"plans of the finalists: {opened.out / 'plans'}; export: interp-ablate export {opened.out}")
     return 0

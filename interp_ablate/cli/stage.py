@@ -17,7 +17,9 @@ add = adding(Configuration, RunFolder)
 
 def run(args: Namespace, executor: ExecutorSettings | None = None) -> int:
     """Do the stage that the command is named after."""
+    from interp_ablate.runs.stages import do_stage
+
     opened = open_run(args, executor)
-    if not opened.stage(args.command):
+    if not do_stage(opened, args.command):
         tell(args, f"{opened.out}: {args.command} was done already")
     return 0

@@ -1,7 +1,6 @@
-"""Executors: jobs done by workers, in this process or on Ray actors.
+"""What does jobs elsewhere: the members that an executor has.
 
-Knows: building a worker once where it runs, handing jobs out one at a time, replacing workers that die,
-Ray's start, limits and errors. Does not know: models, trials, journals, or what a job means.
+Knows: jobs go out, results come back. Does not know: what a job means, or where the workers are.
 """
 
 from __future__ import annotations
@@ -25,6 +24,11 @@ class Executor(Protocol[Job, Result]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None: ...
+
+    @property
+    def n_workers(self) -> int:
+        """How many jobs are done at once."""
+        ...
 
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Result]]:
         """Every job with its result, in the order they finish.

@@ -144,6 +144,7 @@ def _draw_pareto(folder: Path) -> dict[str, Figure]:
     trials = _trials(folder)
     if trials is None or not finished_trials(trials, ("behaviour", "kl")).any():
         return {}
+    trials = trials[trials["stage"] != "search"]  # which have no target log-odds
     selected, max_kl = _choice(folder)
     chosen = selected.get("trial") if selected.get("plan") else None
     figure = new_figure(height=5.4)
@@ -158,18 +159,14 @@ def _choice(folder: Path) -> tuple[dict[str, Any], float | None]:
 
 
 def _draw_search(folder: Path) -> dict[str, Figure]:
-    if not (folder / "search.csv").exists():
+    trials = _trials(folder)
+    if trials is None:
         return {}
-    trials = read_table(
-        folder / "search.csv",
-        ("number", "state", "edit"),
-        numbers=("number", "expression_rate", "kl", "repetition"),
-    )
-    trials = trials[trials["state"] == "COMPLETE"]
+    trials = trials[(trials["stage"] == "search") & (trials["status"] == "ok")]
     if trials.empty:
         return {}
     selected, max_kl = _choice(folder)
-    repetition = selected.get("validation_baseline", {}).get("repetition")
+    repetition = selected.get("validation_baseline", {}).get("positive_repetition")
     figure = new_figure(height=5.4)
     search_front(
         trials,

@@ -166,11 +166,13 @@ def search_front(
     Raises:
         RunError: a missing column, no finished trial, or a chosen trial without numbers.
     """
-    require_columns(trials, ("edit", "expression_rate", "kl", "repetition"), "the search's trials")
+    require_columns(
+        trials, ("edit", "expression_rate", "kl", "positive_repetition"), "the search's trials"
+    )
     rows = trials[trials[["expression_rate", "kl"]].notna().all(axis=1)]
     require_rows(rows, "finished trials")
     rows = rows.assign(kl=rows["kl"].clip(lower=_SMALLEST_KL))
-    loops = rows["repetition"] > (math.inf if repetition is None else repetition)
+    loops = rows["positive_repetition"] > (math.inf if repetition is None else repetition)
     for kind, colour, marker, name in (
         ("band", "#56B4E9", "s", "kernels of strengths"),
         ("fitted", "#E69F00", "D", "around a fitted edit"),

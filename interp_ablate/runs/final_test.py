@@ -1,17 +1,19 @@
 """The chosen plan on the test split, beside controls.
 
-Knows: the report on test. Does not know: how the plan was chosen.
+Knows: the choice on validation prompts, the report on test prompts. Does not know: how plans were proposed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
 import torch
+from torch import Tensor
 
-from interp_ablate.directions.direction import Direction, orthogonalized, random_direction
-from interp_ablate.directions.mean_difference import difference_in_means, shuffled_labels
+from interp_ablate.directions.direction import Direction
 from interp_ablate.edits.kinds import Add
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import DirectionError
@@ -23,15 +25,21 @@ from interp_ablate.evaluation.metrics import (
     continuation_scores,
 )
 from interp_ablate.evaluation.outputs import ModelOutputs, generate_outputs_together
-from interp_ablate.runs.configuration import MAIN_METHOD
+from interp_ablate.models.model import Model
+from interp_ablate.runs.fits import Step
 from interp_ablate.runs.run_folder import Run
-from interp_ablate.runs.validation_bench import bench_of
 from interp_ablate.scoring.expressions import ExpressionScorer
-from interp_ablate.search.candidates import Candidate
-from interp_ablate.search.selection import Selection
+from interp_ablate.search.bench import ValidationBench
+from interp_ablate.search.derived_edits import (
+    control_plan,
+    random_directions,
+    shuffled_labels_direction,
+)
+from interp_ablate.search.edit_space import PLAIN, plan_of
+from interp_ablate.search.selection import Selection, least_behaviour_under_kl
+from interp_ablate.search.trial_table import params_of
 from interp_ablate.stats.intervals import bootstrap_interval
 
-N_RANDOM_CONTROLS = 2
 # Measures that are shares of prompts; the others are means of real numbers.
 RATES = (
     "positive_empty_before",
@@ -47,42 +55,90 @@ ADDITION_COEFFICIENTS = (1.0, 1.5, 2.0, 3.0)
 ADDITION_TARGET = 0.75
 
 
-def report_on_test(
+def choose_and_test(
     run: Run,
-    choice: Selection,
-    plans: Callable[[dict[str, Any]], tuple[Plan, Direction, list[tuple[str, Plan]]]],
-    **more: Any,
+    finalists: pd.DataFrame,
+    *,
+    repetition_slack: float = 0.0,
+    control: str | None = None,
 ) -> None:
-    """Test what was chosen, if anything was: selected.json (with `more`) and generations.jsonl.
+    """Choose on validation scores and test the choice, if any: selected.json and generations.jsonl.
 
     Args:
-        plans: from the chosen row to its plan, the direction to add, and control plans by name.
+        finalists: rows of the table of trials, with text scores.
+        repetition_slack: how much more than the unedited model's a plan's answers may repeat themselves.
+        control: of the search that the finalists come from.
     """
+    c, bench = run.configuration, run.bench
+    unedited = bench.unedited_text_scores()
+    choice = least_behaviour_under_kl(
+        finalists,
+        max_kl=c.max_kl,
+        at_most={
+            "repetition": unedited["repetition"] + repetition_slack,
+            "empty": unedited["empty"],
+        },
+        tolerance=0.5 / c.n_validation,
+    )
     selected: dict[str, Any] = {
         "rule": choice.rule,
         "limits": choice.limits(),
         "plan": None,
-        **more,
+        "control": control,
+        "validation_baseline": unedited,
     }
     generations: list[dict[str, Any]] = []
-    run.state["no_plan"] = choice.row is None
+    run.record(no_plan=choice.row is None)
     if choice.row is None:
         run.note(f"no candidate passed the limits: {choice.removed}; {choice.relax}")
     else:
-        plan, direction, controls = plans(choice.row)
-        addition = _addition_plan(run, direction)
-        test, generations = _measure_on_test(run, plan, addition, controls)
-        selected |= {"plan": plan.to_dict(), "addition_plan": addition.to_dict()}
-        selected |= {"trial": choice.trial, "test": test}
+        tested, generations = _tested(run, choice, control)
+        selected |= tested
     run.write("generations.jsonl", generations)
     run.write("selected.json", selected)
 
 
-def _addition_plan(run: Run, direction: Direction) -> Plan:
+def _tested(
+    run: Run, choice: Selection, control: str | None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What selected.json says of a chosen trial, and the texts behind it."""
+    assert choice.row is not None
+    c, space = run.configuration, run.edit_space(control=control)
+    params = params_of(choice.row)
+    plan, source = plan_of(params, space), space.source(params)
+    train = run.activations("train")
+    directions = random_directions(source, seed=c.seed)
+    assert train.labels is not None
+    try:
+        null = shuffled_labels_direction(
+            train.at(source.site, source.position),
+            train.labels,
+            source,
+            orthogonal=params.get("method", PLAIN) != PLAIN,
+            seed=c.seed,
+        )
+        if null is not None:
+            directions.append(("shuffled labels", null))
+    except DirectionError as error:
+        run.note(f"no shuffled-labels control: {error}")
+    addition = addition_plan(run.bench, source, run.step)
+    outputs = TestOutputs.of(run.model, run.split.test, plan, addition, c.max_new_tokens)
+    controls = [(name, control_plan(plan, other)) for name, other in directions]
+    test = measure_on_test(outputs, run.bench.expression, controls, run.step, seed=c.seed)
+    test["how"] = _how(run)
+    selected = {
+        "plan": plan.to_dict(),
+        "addition_plan": addition.to_dict(),
+        "trial": choice.trial,
+        "test": test,
+    }
+    return selected, outputs.generations(run.split.test, run.bench.expression)
+
+
+def addition_plan(bench: ValidationBench, direction: Direction, step: Step) -> Plan:
     """Addition at the direction's own site, with the smallest coefficient that induces the behaviour."""
-    bench = bench_of(run)
     best, best_rate = ADDITION_COEFFICIENTS[0], -1.0
-    with run.step("addition coefficient", len(ADDITION_COEFFICIENTS)) as advance:
+    with step("addition coefficient", len(ADDITION_COEFFICIENTS)) as advance:
         for coefficient in ADDITION_COEFFICIENTS:
             plan = Plan((Add(direction, direction.site, coefficient=coefficient),))
             rate = float(bench.expression(bench.negative.with_plan(plan), bench.negative).mean())
@@ -94,143 +150,132 @@ def _addition_plan(run: Run, direction: Direction) -> Plan:
     return Plan((Add(direction, direction.site, coefficient=best),))
 
 
-def _measure_on_test(
-    run: Run, plan: Plan, addition: Plan, control_plans: Sequence[tuple[str, Plan]]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Everything that is reported of the test split, and the texts behind it."""
-    model, test, c = run.model, run.split.test, run.configuration
-    scorer = bench_of(run).expression
+@dataclass(frozen=True)
+class TestOutputs:
+    """What the model does on the test prompts: unedited, under the plan, under the addition."""
 
-    with run.step("test split", 7 + len(control_plans)) as advance:
+    __test__ = False  # no test of pytest's
+
+    positive: ModelOutputs
+    negative: ModelOutputs
+    ablated_positive: ModelOutputs
+    ablated_negative: ModelOutputs
+    added: ModelOutputs
+    """Negative prompts under the addition."""
+
+    @classmethod
+    def of(
+        cls, model: Model, test: Any, plan: Plan, addition: Plan, max_new_tokens: int
+    ) -> TestOutputs:
+        positive, negative = (
+            ModelOutputs(model, prompts, max_new_tokens=max_new_tokens)
+            for prompts in (test.positive, test.negative)
+        )
+        ablated = positive.with_plan(plan), negative.with_plan(plan)
+        return cls(positive, negative, *ablated, negative.with_plan(addition))
+
+    def generations(self, test: Any, scorer: ExpressionScorer) -> list[dict[str, Any]]:
+        """The texts, a row each."""
         sides = {"positive": test.positive, "negative": test.negative}
-        base_p, base_n = (
-            ModelOutputs(model, prompts, max_new_tokens=c.max_new_tokens)
-            for prompts in sides.values()
+        conditions = (
+            ("baseline", "positive", self.positive),
+            ("ablated", "positive", self.ablated_positive),
+            ("baseline", "negative", self.negative),
+            ("ablated", "negative", self.ablated_negative),
+            ("added", "negative", self.added),
         )
-        new_p, new_n, added = (
-            base_p.with_plan(plan),
-            base_n.with_plan(plan),
-            base_n.with_plan(addition),
-        )
-        generate_outputs_together([base_p, base_n, new_p, new_n, added])
-        values: dict[str, torch.Tensor] = {}
-        for name, here, base in (
-            ("behaviour_before", base_p, base_p),
-            ("behaviour_after", new_p, base_p),
-            ("negative_before", base_n, base_n),
-            ("negative_after", new_n, base_n),
-            ("addition_after", added, base_n),
-        ):
-            values[name] = scorer(here, base)
-            advance(1)
-        values["kl_first_token"] = FirstTokenKL()(new_n, base_n)
-        values |= continuation_scores(new_n, base_n)
-        advance(1)
-        for name, here in (("before", base_p), ("after", new_p)):
-            values[f"positive_repetition_{name}"] = Repetition()(here, base_p)
-            values[f"positive_empty_{name}"] = Empty()(here, base_p)
-        for name, here in (("before", base_n), ("after", new_n)):
-            values[f"repetition_{name}"] = Repetition()(here, base_n)
-            values[f"length_{name}"] = Length()(here, base_n)
-        advance(1)
-        controls = []
-        for name, control in control_plans:
-            controls.append(_control(run, name, control, base_p, base_n))
-            advance(1)
-    result: dict[str, Any] = {name: float(value.double().mean()) for name, value in values.items()}
-    result["intervals"] = {
-        name: list(
-            bootstrap_interval(value.double().numpy(), seed=c.seed, proportion=name in RATES)
-        )
-        for name, value in values.items()
-    }
-    result["n"] = {side: len(prompts) for side, prompts in sides.items()}
-    result["controls"] = controls
-    result["how"] = _how(run)
-    texts = [("baseline", "positive", base_p), ("ablated", "positive", new_p)]
-    texts += [
-        ("baseline", "negative", base_n),
-        ("ablated", "negative", new_n),
-        ("added", "negative", added),
-    ]
-    return result, [
-        row for name, side, e in texts for row in _texts(name, side, sides[side], e, scorer)
-    ]
-
-
-def _how(run: Run) -> dict[str, str]:
-    """How the numbers of the test split were measured, for the model card."""
-    c = run.configuration
-    splits = (run.split.train, run.split.validation, run.split.test)
-    counts = [f"{len(part.positive)} + {len(part.negative)}" for part in splits]
-    return {
-        "contrast set": run.split.train.name,
-        "train, validation, test prompts": ", ".join(counts),
-        "decoding": f"greedy, {c.max_new_tokens} new tokens",
-        "behaviour": "share of answers in which a listed expression is found",
-        "intervals": "95%: exact for rates, bootstrap over prompts for means",
-    }
-
-
-def _texts(
-    condition: str,
-    side: str,
-    prompts: Sequence[Any],
-    evidence: ModelOutputs,
-    scorer: ExpressionScorer,
-) -> list[dict[str, Any]]:
-    rows = []
-    for prompt, text in zip(prompts, evidence.texts):
-        matches = scorer.matches(text)
-        rows.append(
+        return [
             {
                 "label": side,
                 "prompt": prompt.text,
                 "condition": condition,
                 "text": text,
                 "expressed": scorer.outcome(text) == "expressed",
-                "matches": [match.expression for match in matches],
+                "matches": [match.expression for match in scorer.matches(text)],
             }
-        )
-    return rows
+            for condition, side, outputs in conditions
+            for prompt, text in zip(sides[side], outputs.texts)
+        ]
 
 
-def measure_controls(run: Run, candidate: Candidate) -> list[tuple[str, Direction]]:
-    """Random directions of equal norm, and the direction of shuffled labels, for the chosen plan."""
-    site, position = candidate.site, candidate.position
-    direction = run.directions[site, position, candidate.method]
-    seed = run.configuration.seed
-    found = random_controls(run, direction)
-    train = run.activations("train")
-    values, labels = train.at(site, position), train.labels
-    shuffled = shuffled_labels(labels, seed=seed)
-    null = difference_in_means(
-        values[shuffled], values[~shuffled], site, position=position, method="shuffled_labels"
-    )
-    if null is not None:
-        try:
-            if candidate.method != MAIN_METHOD:
-                null = orthogonalized(null, values[~shuffled].double().mean(0))
-            found.append(("shuffled labels", null))
-        except DirectionError as error:
-            run.note(f"no shuffled-labels control: {error}")
-    return found
+def measure_on_test(
+    outputs: TestOutputs,
+    scorer: ExpressionScorer,
+    controls: Sequence[tuple[str, Plan]],
+    step: Step,
+    *,
+    seed: int,
+) -> dict[str, Any]:
+    """Everything that is reported of the test split: means, 95% intervals, controls."""
+    with step("test split", 7 + len(controls)) as advance:
+        values = _values(outputs, scorer, advance)
+        results = []
+        for name, plan in controls:
+            results.append(_control(name, plan, outputs, scorer))
+            advance(1)
+    intervals = {
+        name: list(bootstrap_interval(value.double().numpy(), seed=seed, proportion=name in RATES))
+        for name, value in values.items()
+    }
+    return {
+        **{name: float(value.double().mean()) for name, value in values.items()},
+        "intervals": intervals,
+        "n": {"positive": len(outputs.positive.rows), "negative": len(outputs.negative.rows)},
+        "controls": results,
+    }
 
 
-def random_controls(run: Run, like: Direction) -> list[tuple[str, Direction]]:
-    """Random directions of equal norm, by name; the same ones for one seed."""
-    seeds = [1000 * run.configuration.seed + i for i in range(N_RANDOM_CONTROLS)]
-    return [(f"random {i}", random_direction(like, seed=seed)) for i, seed in enumerate(seeds)]
+def _values(
+    outputs: TestOutputs, scorer: ExpressionScorer, advance: Callable[[int], None]
+) -> dict[str, Tensor]:
+    """A number a prompt for every measure; in seven steps."""
+    base_p, base_n = outputs.positive, outputs.negative
+    new_p, new_n, added = outputs.ablated_positive, outputs.ablated_negative, outputs.added
+    generate_outputs_together([base_p, base_n, new_p, new_n, added])
+    values: dict[str, torch.Tensor] = {}
+    for name, on, base in (
+        ("behaviour_before", base_p, base_p),
+        ("behaviour_after", new_p, base_p),
+        ("negative_before", base_n, base_n),
+        ("negative_after", new_n, base_n),
+        ("addition_after", added, base_n),
+    ):
+        values[name] = scorer(on, base)
+        advance(1)
+    values["kl_first_token"] = FirstTokenKL()(new_n, base_n)
+    values |= continuation_scores(new_n, base_n)
+    advance(1)
+    for name, on in (("before", base_p), ("after", new_p)):
+        values[f"positive_repetition_{name}"] = Repetition()(on, base_p)
+        values[f"positive_empty_{name}"] = Empty()(on, base_p)
+    for name, on in (("before", base_n), ("after", new_n)):
+        values[f"repetition_{name}"] = Repetition()(on, base_n)
+        values[f"length_{name}"] = Length()(on, base_n)
+    advance(1)
+    return values
 
 
 def _control(
-    run: Run, name: str, plan: Plan, base_positive: ModelOutputs, base_negative: ModelOutputs
+    name: str, plan: Plan, outputs: TestOutputs, scorer: ExpressionScorer
 ) -> dict[str, Any]:
-    on_positive, on_negative = base_positive.with_plan(plan), base_negative.with_plan(plan)
-    rates = bench_of(run).expression(on_positive, base_positive).double()
+    on_positive, on_negative = outputs.positive.with_plan(plan), outputs.negative.with_plan(plan)
+    rates = scorer(on_positive, outputs.positive).double()
     return {
         "name": name,
         "behaviour_after": float(rates.mean()),
         "interval": list(bootstrap_interval(rates.numpy(), proportion=True)),
-        "kl_first_token": float(FirstTokenKL()(on_negative, base_negative).mean()),
+        "kl_first_token": float(FirstTokenKL()(on_negative, outputs.negative).mean()),
+    }
+
+
+def _how(run: Run) -> dict[str, str]:
+    """How the numbers of the test split were measured, for the model card."""
+    splits = (run.split.train, run.split.validation, run.split.test)
+    counts = [f"{len(part.positive)} + {len(part.negative)}" for part in splits]
+    return {
+        "contrast set": run.split.train.name,
+        "train, validation, test prompts": ", ".join(counts),
+        "decoding": f"greedy, {run.configuration.max_new_tokens} new tokens",
+        "behaviour": "share of answers in which a listed expression is found",
+        "intervals": "95%: exact for rates, bootstrap over prompts for means",
     }

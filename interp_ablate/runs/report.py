@@ -107,7 +107,7 @@ _TRIAL_COLUMNS = {
     "trial": "trial",
     "stage": "stage",
     "site": "direction of",
-    "operation": "operation",
+    "edit": "edit",
     "behaviour": "behaviour (log-odds)",
     "kl": "KL (nats)",
     "addition": "addition (log-odds)",
@@ -307,7 +307,7 @@ def _trials(
     is_chosen = ranked["trial"].astype(str) == chosen
     top = pd.concat([ranked[is_chosen], ranked[~is_chosen]]).head(TOP_TRIALS)
     top = top.assign(
-        site=[f"{row.layer}.{row.point}" + (f" [{row.position}]" if row.position else "")
+        site=[f"{row.layer:g}.{row.point}" + (f" [{row.position}]" if row.position else "")
               for row in top.itertuples()]
     )  # fmt: skip
     columns = [

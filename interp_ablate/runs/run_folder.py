@@ -1,37 +1,45 @@
-"""Pipeline: the stages of a run over one folder, each skipped when it is already there.
+"""A run folder: its configuration, its state, and what its stages share, made when first asked for.
 
-Knows: the configuration, the folder's layout, the order of the stages, what each leaves. Does not know:
-flags or terminals (`cli` does), or how any stage computes what it leaves.
+Knows: the folder's layout, what was done. Does not know: flags or terminals, or what a stage does.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from interp_ablate.errors import InterpAblateError, RunError
+from interp_ablate.errors import RunError
 from interp_ablate.jobs.progress import NoProgress, Progress
 from interp_ablate.runs.configuration import Configuration
 from interp_ablate.sites import RESIDUAL_POINTS, Point, Site, sites_of
 from interp_ablate.storage.atomic_files import write_atomic
 
+if TYPE_CHECKING:
+    from interp_ablate.activations.activations import Activations
+    from interp_ablate.directions.direction_set import Directions
+    from interp_ablate.jobs.ray_executor import RaySettings
+    from interp_ablate.models.model import Model
+    from interp_ablate.runs.fits import EditFitter
+    from interp_ablate.search.bench import ValidationBench
+    from interp_ablate.search.edit_space import EditSpace
+
 STAGES = ("collect", "directions", "sweep", "evaluate", "export", "plot", "report")
-FORMAT = "interp_ablate.run/1"
+# 2: one log and one table of trials for runs and searches.
+FORMAT = "interp_ablate.run/2"
 
 
 class Run:
-    """A run folder with its configuration; `run.stage(name)` does a stage unless it is done.
+    """A run folder with its configuration; only its methods change what run.json says.
 
     Opening a folder that holds another configuration is refused with what differs.
 
     Args:
-        work: from a stage's name to what does it (`experiment.WORK.__getitem__`).
+        ray: where trials are scored; None for this process.
     """
 
     def __init__(
@@ -39,13 +47,12 @@ class Run:
         out: str | Path,
         configuration: Configuration,
         *,
-        work: Callable[[str], Callable[[Run], None]],
+        ray: RaySettings | None = None,
         listener: Progress | None = None,
     ) -> None:
         self.out = Path(out)
-        self.configuration = configuration
-        self._work = work
-        self.shared: dict[str, Any] = {}  # what stages of this process hand to each other
+        self.configuration, self.ray = configuration, ray
+        self._directions: Directions | None = None
         self.listener: Progress = listener or NoProgress()
         self.state = self._open()
 
@@ -97,23 +104,22 @@ class Run:
         done = stage in self.state["stages"]
         return done and all((self.out / name).exists() for name in OUTPUTS[stage])
 
-    def stage(self, name: str) -> bool:
-        """Do one stage with those it needs; returns False where it was already done."""
-        if self.is_done(name):
-            return False
-        for needed in NEEDS[name]:
-            self.stage(needed)
-        self.begin()
-        start = time.perf_counter()
-        self._work(name)(self)
+    def finish(self, stage: str, seconds: float) -> None:
+        """Record a stage as done; what was made from an older version of its outputs is stale."""
         self.listener.finish()
-        # whatever was made from an older version of this stage's outputs is stale
-        for later in STAGES[STAGES.index(name) + 1 :]:
-            if later in self.state["stages"]:
-                del self.state["stages"][later]
-        self.state["stages"][name] = {"seconds": round(time.perf_counter() - start, 2)}
+        self.discard_after(stage)
+        self.state["stages"][stage] = {"seconds": round(seconds, 2)}
         self._save()
-        return True
+
+    def discard_after(self, stage: str) -> None:
+        """Forget that later stages were done."""
+        for later in STAGES[STAGES.index(stage) + 1 :]:
+            self.state["stages"].pop(later, None)
+        self._save()
+
+    def record(self, **values: Any) -> None:
+        """Keep facts of the run in run.json; they are on disk when the stage is."""
+        self.state |= values
 
     @contextmanager
     def step(self, name: str, total: int | None) -> Iterator[Callable[[int], None]]:
@@ -145,7 +151,7 @@ class Run:
         return self.contrast_set.split(c.n_train, c.n_validation, c.n_test, seed=c.seed)
 
     @cached_property
-    def model(self) -> Any:
+    def model(self) -> Model:
         from interp_ablate.models.load import load_model
 
         self.split  # noqa: B018  (cheap, and fails before the model is loaded)
@@ -156,10 +162,10 @@ class Run:
         self._check_model(model)
         return model
 
-    def _check_model(self, model: Any) -> None:
+    def _check_model(self, model: Model) -> None:
         from interp_ablate.storage.provenance import versions
 
-        found = {
+        facts = {
             **model.source.to_dict(),
             "backend": model.backend,
             "n_layers": model.n_layers,
@@ -169,21 +175,23 @@ class Run:
             "trusted_remote_code": self.configuration.trust_remote_code,
         }
         before = self.state.get("model", {}).get("fingerprint")
-        if before not in (None, found["fingerprint"]):
+        if before not in (None, facts["fingerprint"]):
             raise RunError(
                 f"{self.out} was made with other weights under the name {model.source.name!r}: "
                 "choose another --out, or delete the folder"
             )
         contrast = self.contrast_set
-        self.state["model"] = found
-        self.state["versions"] = versions()
-        self.state["contrast"] = {
-            "name": contrast.name,
-            "fingerprint": contrast.fingerprint,
-            "n_positive": len(contrast.positive),
-            "n_negative": len(contrast.negative),
-            "source": contrast.source,
-        }
+        self.record(
+            model=facts,
+            versions=versions(),
+            contrast={
+                "name": contrast.name,
+                "fingerprint": contrast.fingerprint,
+                "n_positive": len(contrast.positive),
+                "n_negative": len(contrast.negative),
+                "source": contrast.source,
+            },
+        )
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -193,13 +201,86 @@ class Run:
             points = self.model.residual_points
         return sites_of(points, c.layer_range(self.model.n_layers))
 
-    @cached_property
-    def directions(self) -> Any:
+    @property
+    def directions(self) -> Directions:
+        """The directions that the folder holds."""
         from interp_ablate.directions.direction_set import Directions
 
-        return Directions.load(self.out / "directions.safetensors")
+        if self._directions is None:
+            self._directions = Directions.load(self.out / "directions.safetensors")
+        return self._directions
 
-    def activations(self, part: str, on_batch: Callable[[int], None] | None = None) -> Any:
+    def keep_directions(self, directions: Directions) -> None:
+        """Save directions in the folder."""
+        directions.save(self.out / "directions.safetensors")
+        self._directions = None  # as the file has them, from now on
+
+    @cached_property
+    def bench(self) -> ValidationBench:
+        """The validation prompts with scorers and unedited answers."""
+        from interp_ablate.runs.validation_bench import (
+            expression_scorer,
+            low_rate_note,
+            make_bench,
+        )
+
+        c = self.configuration
+        contrast = self.contrast_set.name if c.contrast else ""
+        scorer = expression_scorer(c.expressions, contrast, self.note)
+        with self.step("baselines", 3) as advance:
+            bench, targets = make_bench(
+                self.model,
+                self.split,
+                scorer,
+                max_new_tokens=c.max_new_tokens,
+                advance=advance,
+            )
+        self.record(target_tokens=targets)
+        if note := low_rate_note(bench):
+            self.note(note)
+        return bench
+
+    @cached_property
+    def fitter(self) -> EditFitter:
+        """Fits edits by gradient and keeps them in fits/."""
+        from interp_ablate.runs.fits import EditFitter
+
+        return EditFitter(
+            self.model,
+            self.split.train,
+            self.bench.expression,
+            self.out / "fits",
+            self.configuration.max_new_tokens,
+            self.step,
+        )
+
+    def edit_space(self, *, control: str | None = None) -> EditSpace:
+        """What plans are made of: directions, training activations, fitted edits."""
+        from interp_ablate.runs.fits import load_fitted_edits
+        from interp_ablate.search.edit_space import EditSpace
+
+        train = self.activations("train")
+        return EditSpace(
+            train,
+            self.model.writers,
+            position=train.positions[0],
+            saved=self.directions,
+            fits=load_fitted_edits(self.out / "fits"),
+            control=control,
+            seed=self.configuration.seed,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """What the folder's trials depend on."""
+        text = json.dumps(self.configuration.to_dict(), sort_keys=True)
+        prints = "".join(item.fingerprint for item in self.directions)
+        return {
+            "configuration": hashlib.sha256(text.encode()).hexdigest(),
+            "model": self.model.fingerprint,
+            "directions": hashlib.sha256(prints.encode()).hexdigest(),
+        }
+
+    def activations(self, part: str, on_batch: Callable[[int], None] | None = None) -> Activations:
         """Activations of a split's prompts at the run's sites and positions, kept in the folder."""
         from interp_ablate.activations.collection import collect
 
@@ -241,26 +322,19 @@ def read_run(out: str | Path) -> dict[str, Any] | None:
         return None
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        if saved["format"] != FORMAT:
-            raise KeyError(f"format {saved['format']}")
-        saved["configuration"], saved["stages"], saved["notes"]
+        version = saved["format"]
+        if version == FORMAT:
+            saved["configuration"], saved["stages"], saved["notes"]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise RunError(
             f"{path} is corrupt ({error}): delete the folder, or choose another --out"
         ) from error
+    if version != FORMAT:
+        raise RunError(
+            f"{out} is a run of another version of this package (format {version!r}; this one reads and "
+            f"writes {FORMAT!r}): choose another --out, or use the version that made it"
+        )
     return saved
-
-
-def identity(run: Run) -> dict[str, Any]:
-    """What a journal's trials depend on."""
-    text = json.dumps(run.configuration.to_dict(), sort_keys=True)
-    return {
-        "configuration": hashlib.sha256(text.encode()).hexdigest(),
-        "model": run.model.fingerprint,
-        "directions": hashlib.sha256(
-            "".join(item.fingerprint for item in run.directions).encode()
-        ).hexdigest(),
-    }
 
 
 NEEDS: dict[str, Sequence[str]] = {
@@ -281,5 +355,3 @@ OUTPUTS: dict[str, Sequence[str]] = {
     "plot": ("figures",),
     "report": ("report.html",),
 }
-
-__all__ = ["STAGES", "Configuration", "InterpAblateError", "Run", "read_run"]

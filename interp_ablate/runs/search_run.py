@@ -1,50 +1,46 @@
-"""Searching: a whole search in a run folder, from directions to the chosen plan's test numbers.
+"""A search in a run folder, from directions to the chosen plan's test numbers.
 
-Knows: what is done once (screening, fits) and by one process, the study's folder, the files that are left.
-Does not know: what a parameter means (`search` does), how trials survive a kill (`study` does), or flags.
+Knows: what is prepared, which trials become finalists, the files that are left. Does not know: what a parameter
+means, how trials survive a kill, or flags.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
-from filelock import lock_descriptor
 
-from interp_ablate.directions.direction import Direction
-from interp_ablate.edits.kinds import Ablate, Erase
-from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import RunError
 from interp_ablate.models.forward import DECODED_ROWS
 from interp_ablate.runs.configuration import MAIN_METHOD
-from interp_ablate.runs.final_test import random_controls, report_on_test
-from interp_ablate.runs.fits import fit_of, fits_of
-from interp_ablate.runs.run_folder import Run, identity
+from interp_ablate.runs.final_test import choose_and_test
+from interp_ablate.runs.fits import load_fitted_edits
+from interp_ablate.runs.run_folder import Run
 from interp_ablate.runs.search_settings import SearchSettings
-from interp_ablate.runs.stages import most_separating
-from interp_ablate.runs.validation_bench import bench_of
-from interp_ablate.search.candidates import DirectionKey, Trial, along_control_direction, screening
+from interp_ablate.runs.stages import do_stage
+from interp_ablate.runs.trial_session import TrialSession, trial_session
 from interp_ablate.search.edit_space import (
     LAYERS,
-    OBJECTIVES,
     POINT,
-    EditSpace,
-    initial_trials,
+    DirectionKey,
+    initial_params,
     plan_of,
-    score,
-    score_together,
     space_of,
 )
 from interp_ablate.search.gradient_fit import NothingToFitError
-from interp_ablate.search.journal import Journal
-from interp_ablate.search.race import layers_apart, race_directions, rank_directions
-from interp_ablate.search.selection import least_behaviour_under_kl
-from interp_ablate.search.study.opening import open_study
-from interp_ablate.search.study.study import Study
-from interp_ablate.search.sweep import run_trials
+from interp_ablate.search.grid import as_finalist
+from interp_ablate.search.optuna_proposer import OBJECTIVES, OptunaProposer
+from interp_ablate.search.race import (
+    layers_apart,
+    race_directions,
+    rank_directions,
+    screening_trials,
+)
+from interp_ablate.search.selection import pareto_front
+from interp_ablate.search.trial_table import read_trials, to_frame
+from interp_ablate.search.trials import Trial
 from interp_ablate.sites import Site
 
 N_SOURCES = 3  # promising layers that bands start at
@@ -56,209 +52,150 @@ LEAST_SECONDS = 60.0  # of trials, whatever the preparation took
 def run_search(run: Run, search: SearchSettings) -> None:
     """Search plans and test the best; the same call again goes on where it was.
 
-    Several processes may search one folder: the first does what is done once, the others wait for it.
-
     Raises:
-        RunError: a search of other settings in this folder, or no plan that could be scored.
+        RunError: a search of other settings in this folder, another process that works in it, or no plan that
+            could be scored.
     """
     begin = time.monotonic()
-    with _alone(run):
-        run.stage("directions")
-        bench_of(run)
-        ground = _ground(run, search)
-        layers = _prepared(run, search, ground)
-    if search.fits:
-        ground.fits = fits_of(run)
-    bench = bench_of(run)
-    seconds = 60 * search.minutes - (time.monotonic() - begin)
-    with open_study(
-        run.out / "search",
-        identity={**identity(run), "control": search.control, "fits": sorted(ground.fits)},
-        space=space_of(ground),
-        objectives=dict.fromkeys(OBJECTIVES, "minimize"),
-        seed=run.configuration.seed,
-        sampler=search.sampler,  # type: ignore[arg-type]
-    ) as study:
-        for params in initial_trials(ground, layers):
-            study.enqueue(params, note="prior")
+    do_stage(run, "directions")
+    with trial_session(run, control=search.control) as session:
+        _check_same_search(run, {"control": search.control, "sampler": search.sampler})
+        screened, layers = _prepared(session, search)
+        fits = load_fitted_edits(run.out / "fits") if search.fits else {}
+        _check_same_search(run, {"fits": sorted(fits)})
+        session.space.fits = fits
+        n_positive = len(run.bench.positive.rows)
+        batch_size = max(1, min(AT_ONCE, DECODED_ROWS // n_positive))
+        proposer = OptunaProposer(
+            space_of(session.space),
+            fixed=_fixed(session, search),
+            initial=initial_params(session.space, layers),
+            sampler=search.sampler,  # type: ignore[arg-type]
+            seed=run.configuration.seed,
+            round_size=batch_size * session.n_workers,
+        )
+        seconds = 60 * search.minutes - (time.monotonic() - begin)
         with run.step("search", search.trials) as advance:
-            study.run(
-                lambda params: score(params, ground, bench),
-                together=lambda some: score_together(some, ground, bench),
-                at_once=max(1, min(AT_ONCE, DECODED_ROWS // len(bench.positive.rows))),
+            trials = proposer.propose(
+                lambda some: session.run_trials(some, advance, batch_size=batch_size),
+                [trial for trial in session.log.done.values() if trial.stage == "search"],
                 n_trials=search.trials,
                 seconds=max(seconds, LEAST_SECONDS),
-                on_trial=lambda _: advance(1),
             )
-        _report(run, search, ground, study)
+        chosen = _finalists(trials, run.configuration.max_kl, 0.5 / run.configuration.n_validation)
+        finalists = session.score("finalists", chosen)
+        table = session.write_table(screened, [*trials, *finalists])
+    own = table.iloc[len(table) - len(finalists) :]
+    for path in (run.out / "plans").glob("*.json"):
+        path.unlink()  # an earlier call's, whose numbers are others now
+    for number, trial in zip(own["trial"], finalists):
+        plan_of(trial.params, session.space).save(run.out / "plans" / f"{number}.json")
+    choose_and_test(run, own, control=search.control)
+    run.discard_after("evaluate")
 
 
-@contextmanager
-def _alone(run: Run) -> Iterator[None]:
-    """One process at a time: what is done once is there when the next one comes."""
-    run.begin()
-    with open(run.out / "search.lock", "ab") as file:
-        lock_descriptor(file.fileno())
-        yield
+def _fixed(session: TrialSession, search: SearchSettings) -> dict[str, Any]:
+    """Parameters that all trials of the search share."""
+    place = {"point": POINT, "position": session.space.position}
+    return place | ({"control": search.control} if search.control else {})
 
 
-def _prepared(run: Run, search: SearchSettings, ground: EditSpace) -> list[float]:
-    """Screened layers, the best first; the fitted edits are in the folder. A control has the middle ones."""
-    depth = run.model.n_layers - 1
-    if search.control is not None:
-        sources: Sequence[DirectionKey] = [(round(0.7 * depth), POINT, _position(run))]
-    else:
-        journal = Journal(run.out / "trials.jsonl", identity(run))
-        with journal.open() as done:
-            sources = rank_directions(_screened(run, journal, done))
-    if search.fits:
-        for source in layers_apart(sources):
-            try:
-                # a control's fit starts from its own direction at that layer
-                own = ground.directions(MAIN_METHOD)[Site(source[0], POINT)]
-                fit_of(run, source, start=own if search.control else None)
-            except NothingToFitError as error:
-                run.note(str(error))
-    if search.control is not None:
-        return [0.5 * depth, 0.7 * depth, 0.9 * depth]
-    return [float(layer) for layer, _, _ in sources[:N_SOURCES]]
+def _check_same_search(run: Run, settings: dict[str, Any]) -> None:
+    """Keep the settings of the folder's search; another search is refused with what differs.
 
-
-def _screened(run: Run, journal: Journal, done: dict[str, Trial]) -> pd.DataFrame:
-    """The layers a plan of the search may take, at full strength."""
-    from_layer = LAYERS[0] * (run.model.n_layers - 1)
-    at_point = [d for d in run.directions.of(MAIN_METHOD) if d.site.point == POINT]
-    deep = [d for d in at_point if d.site.layer >= from_layer]
-    candidates = screening(deep or at_point)
-    with run.step("screen directions", None):
-        table = race_directions(
-            bench_of(run),
-            candidates,
-            lambda small, some: run_trials(small, run.directions, some, journal, done),
+    Raises:
+        RunError: the folder has a search of other settings.
+    """
+    before = run.state.get("search", {})
+    differ = [name for name in settings if name in before and before[name] != settings[name]]
+    if differ:
+        listed = "; ".join(f"{n}: {before[n]!r} there, {settings[n]!r} now" for n in differ)
+        raise RunError(
+            f"{run.out} holds another search ({listed}). Choose another --out, or delete the folder"
         )
-    run.write("screening.csv", table)
-    return table
+    run.record(search=before | settings)
+    run.begin()
 
 
-def _position(run: Run) -> str:
-    return run.activations("train").positions[0]
+def _prepared(
+    session: TrialSession, search: SearchSettings
+) -> tuple[pd.DataFrame | None, list[float]]:
+    """The screening's table and the best layers first; the fitted edits are in the folder.
+
+    A control screens nothing and begins at the middle layers.
+    """
+    run, depth = session.run, session.run.model.n_layers - 1
+    screened = None
+    sources: list[DirectionKey] = [(round(0.7 * depth), POINT, session.space.position)]
+    layers = [0.5 * depth, 0.7 * depth, 0.9 * depth]
+    if search.control is None:
+        screened = race_directions(run.bench.n_prompts, _screening(session), session.score)
+        sources = rank_directions(screened)
+        layers = [float(layer) for layer, _, _ in sources[:N_SOURCES]]
+    for source in layers_apart(sources) if search.fits else ():
+        try:
+            run.fitter.fit(source, _start(session, source))
+        except NothingToFitError as error:
+            run.note(str(error))
+    return screened, layers
 
 
-def _ground(run: Run, search: SearchSettings) -> EditSpace:
-    return EditSpace(
-        run.activations("train"),
-        run.model.writers,
-        position=_position(run),
-        control=search.control,
-        seed=run.configuration.seed,
-    )
+def _start(session: TrialSession, source: DirectionKey) -> Any:
+    """Where a fit begins: at the screened direction, or at the control's at that layer."""
+    layer, point, position = source
+    site = Site(layer, point)  # type: ignore[arg-type]
+    if session.space.control:
+        return session.space.directions(MAIN_METHOD)[site]
+    return session.run.directions[site, position, MAIN_METHOD]
 
 
-# ---- what is left ---------------------------------------------------------------------------------
+def _screening(session: TrialSession) -> list[Trial]:
+    """The layers a plan of the search may take, at full strength."""
+    from_layer = LAYERS[0] * (session.run.model.n_layers - 1)
+    main = session.run.directions.of(MAIN_METHOD)
+    at_point = [d for d in main if d.site.point == POINT]
+    deep = [d for d in at_point if d.site.layer >= from_layer]
+    return screening_trials(deep or at_point)
 
 
-def _report(run: Run, search: SearchSettings, ground: EditSpace, study: Study) -> None:
-    """search.csv (every trial), front.csv and finalists.csv, their plans, selected.json, generations.jsonl."""
-    table = study.trials()
-    run.write("search.csv", table)
-    done = table[table["state"] == "COMPLETE"]
-    if done.empty:
-        reasons = [reason for reason in table["reason"] if reason] if len(table) else []
+def _finalists(trials: Sequence[Trial], max_kl: float, tolerance: float) -> list[Trial]:
+    """The plans of the front, and the strongest within the KL limit.
+
+    Raises:
+        RunError: no plan could be scored.
+    """
+    ok = [trial for trial in trials if trial.status == "ok"]
+    if not ok:
+        reasons = [trial.reason for trial in trials if trial.reason]
         raise RunError(
             "no plan of the search could be scored"
             + (f"; the first failed with: {reasons[0]}" if reasons else ": give it more --minutes")
         )
-    params = {outcome.number: outcome.params for outcome in study.outcomes()}
-    front, unedited = study.front(), _unedited(run)
-    tolerance = 0.5 / run.configuration.n_validation
-    strong = _strongest(done, run.configuration.max_kl, tolerance)
-    finalists = _confirmed(
-        run,
-        pd.concat([front, strong], ignore_index=True).drop_duplicates("number"),
-        lambda number: plan_of(params[number], ground),
-    )
-    run.write("front.csv", finalists[finalists["number"].isin(front["number"])])
-    choice = least_behaviour_under_kl(
-        finalists,
-        max_kl=run.configuration.max_kl,
-        at_most={name: unedited[name] for name in ("repetition_of_all", "empty")},
-        tolerance=tolerance,
-    )
-
-    def plans(row: dict[str, Any]) -> tuple[Plan, Direction, list[tuple[str, Plan]]]:
-        plan = plan_of(params[int(row["number"])], ground)
-        added = most_separating(run.directions.of(MAIN_METHOD))
-        return plan, added, _controls(run, plan, added)
-
-    report_on_test(run, choice, plans, control=search.control, validation_baseline=unedited)
-    for stage in ("export", "plot", "report"):
-        run.state["stages"].pop(stage, None)
-    run.begin()
+    table = to_frame(ok)
+    front = pareto_front(table, objectives=OBJECTIVES)
+    rows = [*front.index, *_strongest(table, max_kl, tolerance).index]
+    return list({as_finalist(ok[i]).key: as_finalist(ok[i]) for i in rows}.values())
 
 
-def _unedited(run: Run) -> dict[str, float]:
-    """The unedited model's scores, under the names of the trials' and the finalists' tables."""
-    bench = bench_of(run)
-    return {
-        **bench.objectives(None),
-        "repetition_of_all": bench.repetition,
-        **bench.beside(None),
-    }
-
-
-def _strongest(done: pd.DataFrame, max_kl: float, tolerance: float) -> pd.DataFrame:
+def _strongest(table: pd.DataFrame, max_kl: float, tolerance: float) -> pd.DataFrame:
     """Trials within the KL limit that leave the least of the behaviour, those nearest to the limit first.
 
     A weaker plan with the same rate beats them in the front, and is likelier to fail on other prompts.
     """
-    inside = done[done["kl_high"] <= max_kl]
+    inside = table[table["kl_high"] <= max_kl]
     if inside.empty:
         return inside
     least = inside["expression_rate"].min() + tolerance
     return inside[inside["expression_rate"] <= least].nlargest(N_STRONG, "kl")
 
 
-def _confirmed(run: Run, chosen: pd.DataFrame, plan: Callable[[int], Plan]) -> pd.DataFrame:
-    """Plans saved, and the scores that trials leave out (`Bench.beside`), in finalists.csv.
-
-    What an earlier report found for the same trials is kept.
-    """
-    bench, path, known = bench_of(run), run.out / "finalists.csv", {}
-    names = ["unedited_answer_logprob", "negative_expression_rate", "negative_repetition"]
-    if path.exists():
-        table = pd.read_csv(path).set_index("number")
-        known = {int(number): row for number, row in table[names].to_dict("index").items()}
-    found = []
-    with run.step("finalists, answers to negative prompts", len(chosen)) as advance:
-        for number in map(int, chosen["number"]):
-            edit, place = plan(number), run.out / "plans" / f"{number}.json"
-            same = place.exists() and Plan.load(place).fingerprint == edit.fingerprint
-            found.append((same and known.get(number)) or bench.beside(edit))
-            edit.save(place)
-            advance(1)
-    table = pd.concat([chosen.reset_index(drop=True), pd.DataFrame(found)], axis=1)
-    sides = len(bench.positive.rows), len(bench.negative.rows)
-    both = sides[0] * table["repetition"] + sides[1] * table["negative_repetition"]
-    table["repetition_of_all"] = both / sum(sides)
-    run.write("finalists.csv", table)
-    return table
-
-
-def _controls(run: Run, plan: Plan, like: Direction) -> list[tuple[str, Plan]]:
-    """The chosen plan turned to write along random directions, all its strengths kept."""
-    edits = [edit for edit in plan if isinstance(edit, (Ablate, Erase))]
-    return [
-        (name, Plan(tuple(along_control_direction(edit, other) for edit in edits)))
-        for name, other in random_controls(run, like)
-    ]
-
-
 def summary(run: Run) -> str:
-    """The front as text, a line a plan."""
-    front = pd.read_csv(run.out / "front.csv")
+    """The finalists of the folder's search as text, a line a plan."""
+    trials = read_trials(run.out / "trials.csv")
+    numbers = [int(path.stem) for path in (run.out / "plans").glob("*.json")]
     lines = ["trial  rate    KL      repetition"]
-    for _, row in front.iterrows():
+    for _, row in trials[trials["trial"].isin(numbers)].sort_values("expression_rate").iterrows():
         lines.append(
-            f"{int(row['number']):5d}  {row['expression_rate']:.3f}   {row['kl']:.4f}  {row['repetition']:.3f}"
+            f"{int(row['trial']):5d}  {row['expression_rate']:.3f}   {row['kl']:.4f}  {row['repetition']:.3f}"
         )
     return "\n".join(lines)

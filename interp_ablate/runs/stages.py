@@ -1,29 +1,48 @@
-"""Experiment: what each stage of a run does, from activations to the report.
+"""The stages of a run: what each does, from activations to the report.
 
-Knows: the order of measurements, which split serves which of them, what goes into which file. Does not
-know: how a stage is skipped or resumed (`pipeline` does), or any flag or terminal.
+Knows: the order of measurements, which split serves which, which file each leaves. Does not know: flags or terminals.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pandas as pd
 
 from interp_ablate.directions.direction import Direction
+from interp_ablate.directions.direction_set import Directions
 from interp_ablate.directions.estimators import comparison
 from interp_ablate.directions.mean_difference import estimate_directions
 from interp_ablate.edits.plan import Plan
-from interp_ablate.evaluation.metrics import Empty
 from interp_ablate.runs.configuration import MAIN_METHOD
-from interp_ablate.runs.final_test import measure_controls, report_on_test
-from interp_ablate.runs.fits import fits_of
-from interp_ablate.runs.run_folder import Run
-from interp_ablate.runs.validation_bench import bench_of
-from interp_ablate.search.candidates import Candidate
-from interp_ablate.search.selection import least_behaviour_under_kl
+from interp_ablate.runs.final_test import choose_and_test
+from interp_ablate.runs.fits import load_fitted_edits
+from interp_ablate.runs.run_folder import NEEDS, Run
+from interp_ablate.runs.trial_session import trial_session
+from interp_ablate.search.edit_space import DirectionKey
+from interp_ablate.search.gradient_fit import NothingToFitError
+from interp_ablate.search.grid import ScreenedGrid
+from interp_ablate.search.trial_table import read_trials
+from interp_ablate.sites import Site
+
+# How much more than the unedited model a chosen plan's answers may repeat themselves.
+REPETITION_SLACK = 0.1
+
+
+def do_stage(run: Run, name: str) -> bool:
+    """Do one stage with those it needs; returns False where it was already done."""
+    if run.is_done(name):
+        return False
+    for needed in NEEDS[name]:
+        do_stage(run, needed)
+    run.begin()
+    start = time.perf_counter()
+    STAGE_FUNCTIONS[name](run)
+    run.finish(name, time.perf_counter() - start)
+    return True
 
 
 def run_collect(run: Run) -> None:
@@ -43,10 +62,9 @@ def run_directions(run: Run) -> None:
         {"model": run.model.fingerprint, "contrast": run.contrast_set.fingerprint}, sort_keys=True
     )
     directions = estimate_directions(train, validation, source=source)
-    directions.save(run.out / "directions.safetensors")
-    run.__dict__.pop("directions", None)
+    run.keep_directions(directions)
     main = directions.of(MAIN_METHOD)
-    run.state["directions"] = {"count": len(main), "left_out": directions.left_out}
+    run.record(directions={"count": len(main), "left_out": directions.left_out})
     none = [key for key in directions.left_out if not key.endswith("orthogonalized")]
     if none:
         run.note(
@@ -56,7 +74,12 @@ def run_directions(run: Run) -> None:
     best = most_separating(main)
     table = comparison(train, validation, best.site, best.position)
     run.write("estimators.csv", table.assign(site=str(best.site), position=best.position))
-    run.write("projections.csv", _projections(run, main, train, validation))
+    splits = {"train": train, "validation": validation}
+    tables = [
+        _projections(main, activations, name, getattr(run.split, name))
+        for name, activations in splits.items()
+    ]
+    run.write("projections.csv", pd.concat(tables, ignore_index=True))
 
 
 def most_separating(directions: Iterable[Direction]) -> Direction:
@@ -65,58 +88,61 @@ def most_separating(directions: Iterable[Direction]) -> Direction:
     return max(measured, key=lambda item: item.separation.d_prime if item.separation else 0.0)
 
 
-def _projections(run: Run, directions: Any, train: Any, validation: Any) -> pd.DataFrame:
+def _projections(
+    directions: Directions, activations: Any, split: str, contrast: Any
+) -> pd.DataFrame:
+    """Each prompt's projection on each direction; the position is a column where there are several."""
+    texts = [prompt.text for prompt in (*contrast.positive, *contrast.negative)]
+    labels = ["positive" if label else "negative" for label in activations.labels.tolist()]
     tables = []
-    several = len(train.positions) > 1
-    for split, activations in (("train", train), ("validation", validation)):
-        part = getattr(run.split, split)
-        texts = [prompt.text for prompt in (*part.positive, *part.negative)]
-        labels = ["positive" if label else "negative" for label in activations.labels.tolist()]
-        for item in directions:
-            values = activations.at(item.site, item.position).double() @ item.vector
-            table = pd.DataFrame(
-                {
-                    "layer": item.site.layer,
-                    "point": item.site.point,
-                    "split": split,
-                    "label": labels,
-                    "prompt": texts,
-                    "projection": values.tolist(),
-                }
-            )
-            tables.append(table.assign(position=item.position) if several else table)
+    for item in directions:
+        values = activations.at(item.site, item.position).double() @ item.vector
+        columns = {
+            "layer": item.site.layer,
+            "point": item.site.point,
+            "split": split,
+            "label": labels,
+            "prompt": texts,
+            "projection": values.tolist(),
+        }
+        if len(activations.positions) > 1:
+            columns["position"] = item.position
+        tables.append(pd.DataFrame(columns))
     return pd.concat(tables, ignore_index=True)
+
+
+def run_sweep(run: Run) -> None:
+    """Screen every direction, refine bands and a fitted edit, score the finalists' text."""
+    with trial_session(run) as session:
+
+        def fit(source: DirectionKey) -> str | None:
+            layer, point, position = source
+            start = run.directions[Site(layer, point), position, MAIN_METHOD]  # type: ignore[arg-type]
+            try:
+                name = run.fitter.fit(source, start)
+            except NothingToFitError as error:
+                run.note(str(error))
+                return None
+            session.space.fits = load_fitted_edits(run.out / "fits")
+            return name
+
+        grid = ScreenedGrid(
+            run.directions.of(MAIN_METHOD),
+            run.model.n_layers,
+            run.bench.n_prompts,
+            fit,
+            max_kl=run.configuration.max_kl,
+            seed=run.configuration.seed,
+        )
+        session.write_table(*grid.propose(session.score))
 
 
 def run_evaluate(run: Run) -> None:
     """Choose on validation, then report once on the test split, beside controls treated the same way."""
-    from interp_ablate.search.trial_table import read_trials
-
-    c = run.configuration
     trials = read_trials(run.out / "trials.csv")
-    finals = trials[trials["stage"] == "finalist"]
-    bench = bench_of(run)
-    choice = least_behaviour_under_kl(
-        finals,
-        max_kl=c.max_kl,
-        at_most={
-            "repetition": bench.repetition + 0.1,
-            "empty": float(Empty()(bench.positive, bench.positive).mean()),
-        },
-        tolerance=0.5 / c.n_validation,
-    )
-
-    def plans(row: dict[str, Any]) -> tuple[Plan, Direction, list[tuple[str, Plan]]]:
-        candidate, fits, writers = Candidate.from_row(row), fits_of(run), run.model.writers
-        direction = run.directions[candidate.site, candidate.position, candidate.method]
-        controls = [
-            (name, candidate.control(other, writers, fits))
-            for name, other in measure_controls(run, candidate)
-        ]
-        added = run.directions[candidate.site, candidate.position]
-        return candidate.plan(direction, writers, fits), added, controls
-
-    report_on_test(run, choice, plans)
+    of_concept = trials["control"].fillna("") == ""  # not of a search's control directions
+    finalists = trials[(trials["stage"] == "finalist") & of_concept]
+    choose_and_test(run, finalists, repetition_slack=REPETITION_SLACK)
 
 
 def run_export(run: Run) -> None:
@@ -151,3 +177,14 @@ def run_report(run: Run) -> None:
     from interp_ablate.runs.report import write_report
 
     write_report(run.out)
+
+
+STAGE_FUNCTIONS: dict[str, Callable[[Run], None]] = {
+    "collect": run_collect,
+    "directions": run_directions,
+    "sweep": run_sweep,
+    "evaluate": run_evaluate,
+    "export": run_export,
+    "plot": run_plot,
+    "report": run_report,
+}

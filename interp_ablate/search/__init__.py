@@ -1,6 +1,7 @@
-"""Which plan? Candidates, trials, rules of choice, the gradient fit.
+"""Which plan? The space of edits, proposers, trials, rules of choice, the gradient fit.
 
-May import: errors, sites, storage, jobs, stats, prompts, scoring, directions, edits, models, activations, evaluation. To add a selection rule: `selection.py`.
+May import: errors, sites, storage, jobs, stats, prompts, scoring, directions, edits, models, activations, evaluation.
+To add a selection rule: `selection.py`. To add a proposer: a file here like `grid.py`.
 """
 
 import lazy_loader

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from functools import cached_property
 
 import torch
 
@@ -27,7 +26,8 @@ from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.settings import MAX_NEW_TOKENS
 from interp_ablate.stats.intervals import bootstrap_interval
 
-KL_LEVEL = 0.8  # the KL limit is held against the upper end of this interval (90%, one-sided)
+# Level of the KL's bootstrap interval whose upper end must stay below `max_kl` (90%, one-sided).
+KL_LEVEL = 0.8
 
 
 class ValidationBench:
@@ -49,10 +49,13 @@ class ValidationBench:
         self.max_new_tokens = max_new_tokens
         generate_outputs_together([self.positive, self.negative])
         self.unedited_answer_logprob = UneditedAnswerLogProb(expression)
+        self._repetition: float | None = None
+        self._baseline: dict[str, float] | None = None
+        self._head: tuple[int, ValidationBench] | None = None
 
     @property
     def n_prompts(self) -> int:
-        """Of the longer side."""
+        """Number of prompts on the larger of the two sides."""
         return max(len(self.positive.rows), len(self.negative.rows))
 
     def head(self, n: int) -> ValidationBench:
@@ -61,28 +64,34 @@ class ValidationBench:
         The first ones; of the positive those first whose own answers express the behaviour, which alone tell
         what becomes of it (`UneditedAnswerLogProb`).
         """
-        expressed = self.expression.score_texts(self.positive.texts).bool().tolist()
-        telling = sorted(range(len(expressed)), key=lambda i: not expressed[i])[:n]
-        small = copy.copy(self)
-        for known in ("repetition", "baseline"):
-            small.__dict__.pop(known, None)
-        small.positive, small.negative = (
-            self.positive.subset(sorted(telling)),
-            self.negative.head(n),
-        )
-        return small
+        if n >= self.n_prompts:
+            return self
+        if self._head is None or self._head[0] != n:
+            expressed = self.expression.score_texts(self.positive.texts).bool().tolist()
+            telling = sorted(range(len(expressed)), key=lambda i: not expressed[i])[:n]
+            small = copy.copy(self)
+            small.positive = self.positive.subset(sorted(telling))
+            small.negative = self.negative.head(n)
+            small._repetition = small._baseline = small._head = None
+            self._head = n, small
+        return self._head[1]
 
-    @cached_property
+    @property
     def repetition(self) -> float:
         """Repetition of the unedited model's answers to all prompts."""
-        return _repetition(self.positive, self.negative)
+        if self._repetition is None:
+            self._repetition = _repetition(self.positive, self.negative)
+        return self._repetition
 
-    @cached_property
+    @property
     def baseline(self) -> dict[str, float]:
-        """The unedited model's own soft scores, under the names the trials' table uses."""
-        soft = self._soft_scores(self.positive)
-        addition = float(self.target(self.negative, self.negative).mean())
-        return {**{f"{k}_baseline": v for k, v in soft.items()}, "addition_baseline": addition}
+        """The unedited model's own soft scores, under the names that the table of trials uses."""
+        if self._baseline is None:
+            soft = self._soft_scores(self.positive)
+            addition = float(self.target(self.negative, self.negative).mean())
+            self._baseline = {f"{name}_baseline": value for name, value in soft.items()}
+            self._baseline["addition_baseline"] = addition
+        return self._baseline
 
     def _soft_scores(self, on_positive: ModelOutputs) -> dict[str, float]:
         """Target log-odds and own words from one pass over prompts and their answers' first tokens."""
@@ -98,44 +107,30 @@ class ValidationBench:
     def score(self, plan: Plan, *, generate: bool) -> dict[str, float]:
         """Means over prompts: behaviour and KL under the plan; with `generate` also text scores."""
         on_positive, on_negative = self.outputs_under(plan)
-        found = {**self._soft_scores(on_positive), **bounded_kl(on_negative, self.negative)}
-        return found | self.text_scores(on_positive, on_negative) if generate else found
+        scores = {**self._soft_scores(on_positive), **bounded_kl(on_negative, self.negative)}
+        return scores | self.text_scores(on_positive, on_negative) if generate else scores
 
-    def objectives(self, plan: Plan | None) -> dict[str, float]:
+    def objectives_of(self, plans: Sequence[Plan]) -> list[dict[str, float]]:
         """What a search makes small, at the least cost: answers to positive prompts, KL on negative ones.
 
-        `repetition` and `length` are those of the answers to positive prompts.
+        The answers under all the plans are written in one batch.
         """
-        return self.objectives_of([plan])[0]
-
-    def objectives_of(self, plans: Sequence[Plan | None]) -> list[dict[str, float]]:
-        """`objectives` of several plans, whose answers are written in one batch."""
         sides = [self.outputs_under(plan) for plan in plans]
         generate_outputs_together([on_positive for on_positive, _ in sides])
-        return [self._objectives(*both) for both in sides]
+        return [
+            {**self._positive_scores(on_positive), **bounded_kl(on_negative, self.negative)}
+            for on_positive, on_negative in sides
+        ]
 
-    def _objectives(self, on_positive: ModelOutputs, on_negative: ModelOutputs) -> dict[str, float]:
+    def _positive_scores(self, on_positive: ModelOutputs) -> dict[str, float]:
         return {
             "expression_rate": float(self.expression(on_positive, self.positive).mean()),
-            **bounded_kl(on_negative, self.negative),
-            "repetition": float(Repetition()(on_positive, self.positive).mean()),
-            "length": float(Length()(on_positive, self.positive).mean()),
+            "positive_repetition": float(Repetition()(on_positive, self.positive).mean()),
             "empty": float(Empty()(on_positive, self.positive).mean()),
         }
 
-    def beside(self, plan: Plan | None) -> dict[str, float]:
-        """What `objectives` leaves out: own words, and what answers to negative prompts say."""
-        on_positive, on_negative = self.outputs_under(plan)
-        return {
-            "unedited_answer_logprob": self._soft_scores(on_positive)["unedited_answer_logprob"],
-            "negative_expression_rate": float(self.expression(on_negative, self.negative).mean()),
-            "negative_repetition": float(Repetition()(on_negative, self.negative).mean()),
-        }
-
-    def outputs_under(self, plan: Plan | None) -> tuple[ModelOutputs, ModelOutputs]:
-        """The positive and the negative prompts under a plan (None: the baselines); nothing is run yet."""
-        if plan is None:
-            return self.positive, self.negative
+    def outputs_under(self, plan: Plan) -> tuple[ModelOutputs, ModelOutputs]:
+        """The positive and the negative prompts under a plan; nothing is run yet."""
         return self.positive.with_plan(plan), self.negative.with_plan(plan)
 
     def text_scores(self, on_positive: ModelOutputs, on_negative: ModelOutputs) -> dict[str, float]:
@@ -146,12 +141,15 @@ class ValidationBench:
             for on, base in ((on_positive, self.positive), (on_negative, self.negative))
         ]
         return {
-            "expression_rate": float(self.expression(on_positive, self.positive).mean()),
+            **self._positive_scores(on_positive),
             "negative_expression_rate": float(self.expression(on_negative, self.negative).mean()),
             "repetition": _repetition(on_positive, on_negative),
             "length": sum(lengths) / 2,
-            "empty": float(Empty()(on_positive, self.positive).mean()),
         }
+
+    def unedited_text_scores(self) -> dict[str, float]:
+        """`text_scores` of the unedited model's own answers."""
+        return self.text_scores(self.positive, self.negative)
 
     def addition(self, plan: Plan) -> float:
         """Target log-odds on negative prompts under an addition: run from its layer on."""

@@ -1,14 +1,14 @@
-"""Search: plans drawn from a space of directions, kernels of strengths and fitted edits, and their scores.
+"""The space of edits: directions, kernels of strengths and fitted edits, and the plans that they make.
 
-Knows: what the parameters are, how they become a plan, what a plan scores. Does not know: who draws the
-parameters or keeps the trials (`study` does), run folders, or the test prompts.
+Knows: the parameters, their ranges, how they become a plan. Does not know: who draws them, scores, run folders.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeAlias
 
 import torch
 
@@ -24,49 +24,63 @@ from interp_ablate.edits.kinds import Ablate, Erase
 from interp_ablate.edits.plan import Plan
 from interp_ablate.edits.presets import band
 from interp_ablate.errors import RunError
-from interp_ablate.search.bench import ValidationBench
-from interp_ablate.search.candidates import Fits, scaled
-from interp_ablate.search.study.parameters import Choice, Float, Int, Space
+from interp_ablate.search.derived_edits import scaled
+from interp_ablate.search.parameters import Choice, Float, Int, Space
 from interp_ablate.sites import Point, Site
 
-# What the search makes small; repetition is that of answers to positive prompts, where loops are.
-OBJECTIVES = ("expression_rate", "kl", "repetition")
+DirectionKey: TypeAlias = tuple[int, str, str]
+"""Layer, point and position of a direction."""
+
 PLAIN, ORTHOGONAL = "difference_in_means", "difference_in_means_orthogonalized"
 METHODS = (PLAIN, ORTHOGONAL, "winsorized", "pca", "subspace", "leace")
 POINT: Point = "resid_post"
-# Where layers, strengths and widths are drawn from; layers and widths as fractions of the depth.
-LAYERS, _CENTRE, _WIDTH = (0.3, 1.0), (0.4, 1.0), (0.2, 1.6)
-_ATTENTION, _MLP, _SCALE = (0.4, 2.0), (0.0, 1.5), (0.5, 1.3)
+COMPONENT_SCALES = ("attention_scale", "mlp_scale", "embed_scale")
+KERNEL = ("attention_strength", "attention_layer", "mlp_strength", "mlp_layer", "width")
+# Ranges of a kernel, layers and widths as fractions of the depth: one set for the bands that a sweep draws and
+# for a search. They are the sweep's, whose seeded draws and the plans published from them stay what they
+# were; the search's own were alike (attention 0.4 to 2.0, MLP 0.0 to 1.5, centre 0.4 to 1.0, width 0.2 to 1.6).
+ATTENTION, MLP, CENTRE, WIDTH = (0.6, 2.2), (0.0, 1.4), (0.45, 0.95), (0.25, 1.5)
+# Directions of a search come from these layers; fitted edits are taken at these multiples of their strengths.
+LAYERS, SCALE = (0.3, 1.0), (0.5, 1.3)
 
 
 @dataclass(eq=False)
 class EditSpace:
     """What plans are made of: labelled training activations, directions by method, fitted edits.
 
-    `control`: "shuffled" estimates everything from shuffled labels; "random" takes one random direction
-    at every layer, with the norms of the real ones.
+    Raises:
+        RunError: activations without labels.
     """
 
-    train: Activations
+    activations: Activations
     writers: tuple[Site, ...]
+    """Sites that write to the stream (`model.writers`)."""
     position: str = "-1"
-    fits: Fits = field(default_factory=dict)
+    """Position of the directions that a search estimates."""
+    saved: Directions | None = None
+    """Plain and orthogonalized directions that are estimated already, at any site and position."""
+    fits: dict[str, Ablate | Erase] = field(default_factory=dict)
     control: str | None = None
+    """"shuffled" estimates everything from shuffled labels; "random" takes one random direction at every
+    layer, with the norms of the real ones."""
     seed: int = 0
-    _known: dict[str, Directions] = field(default_factory=dict)
-    _found: dict[tuple[str, Site, int], Any] = field(default_factory=dict)
+    _by_method: dict[str, Directions] = field(default_factory=dict)
+    _by_site: dict[tuple[str, Site, int], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        labels = self.train.labels
-        if labels is None:
+        if self.activations.labels is None:
             raise RunError("a search needs labelled activations: collect a ContrastSet")
+
+    @cached_property
+    def train(self) -> Activations:
+        """The activations at the searched point and position."""
+        labels = self.activations.labels
+        assert labels is not None
         if self.control == "shuffled":
             labels = shuffled_labels(labels, seed=self.seed)
-        sites = [site for site in self.train.sites if site.point == POINT]
-        values = [self.train.at(site, self.position) for site in sites]
-        self.train = Activations(
-            torch.stack(values, 1)[:, None], tuple(sites), (self.position,), labels
-        )
+        sites = tuple(site for site in self.activations.sites if site.point == POINT)
+        values = [self.activations.at(site, self.position) for site in sites]
+        return Activations(torch.stack(values, 1)[:, None], sites, (self.position,), labels)
 
     @property
     def n_layers(self) -> int:
@@ -79,9 +93,9 @@ class EditSpace:
 
     def directions(self, method: str) -> Directions:
         """Directions of a method at the end of every layer; estimated once."""
-        if method not in self._known:
-            self._known[method] = self._estimated(method)
-        return self._known[method]
+        if method not in self._by_method:
+            self._by_method[method] = self._estimated(method)
+        return self._by_method[method]
 
     def _estimated(self, method: str) -> Directions:
         if self.control == "random":
@@ -93,143 +107,168 @@ class EditSpace:
             return estimate_with(method, self.train)
         train = self.train
         if method == "winsorized":
-            train = Activations(
-                winsorized(train.values), train.sites, train.positions, train.labels
-            )
+            values = winsorized(train.values)
+            train = Activations(values, train.sites, train.positions, train.labels)
             method = PLAIN
         return estimate_directions(train).of(method)
 
     def at(self, method: str, site: Site, rank: int = 1) -> Any:
         """A subspace or eraser at one site; fitted once."""
         key = (method, site, rank)
-        if key not in self._found:
+        if key not in self._by_site:
             values, labels = self.train.at(site, self.position), self.train.labels
             assert labels is not None
             both = (values[labels], values[~labels], site)
             made = leace(*both) if method == "leace" else subspace(*both, rank=rank)
-            self._found[key] = made
-        return self._found[key]
+            self._by_site[key] = made
+        return self._by_site[key]
+
+    def direction(self, params: Mapping[str, Any]) -> Direction:
+        """The direction of an ablation or a band; of methods of more than one vector the plain one.
+
+        Raises:
+            DirectionError: none at this place.
+        """
+        method, layer = params["method"], params["layer"]
+        method = PLAIN if method in ("subspace", "leace") else method
+        point, position = params.get("point", POINT), params.get("position", self.position)
+        is_saved = method in (PLAIN, ORTHOGONAL) and layer == int(layer)
+        if self.control is None and self.saved is not None and is_saved:
+            return self.saved[Site(int(layer), point), position, method]
+        return interpolated(self.directions(method), layer, point, method=None)
+
+    def source(self, params: Mapping[str, Any]) -> Direction:
+        """The plain saved direction that a plan comes from, or that is nearest to it: what is added.
+
+        Raises:
+            DirectionError: none at this place.
+        """
+        layer, point, position = source_of(params, self.position)
+        assert self.saved is not None
+        return self.saved[Site(layer, point), position, PLAIN]  # type: ignore[arg-type]
 
 
-def space_of(ground: EditSpace) -> Space:
-    """The parameters of a plan; depths are in layers."""
-    if ground.n_layers < 3:
-        raise RunError(f"a search over layers needs three of them; the model has {ground.n_layers}")
+def fit_name(source: DirectionKey, direction: Direction) -> str:
+    """What an edit fitted from a direction on is kept under."""
+    return "-".join(map(str, (*source, direction.fingerprint[:8])))
 
-    def deep(name: str, share: tuple[float, float], **more: Any) -> Float:
-        low, high = (_depth(ground, each) for each in share)
-        return Float(name, low, high, **more)
 
+def source_of(params: Mapping[str, Any], position: str = "-1") -> DirectionKey:
+    """Layer, point and position of the direction that a plan comes from; the layer is the nearest one."""
+    if params["edit"] == "fitted":
+        layer, point, rest = params["fit"].split("-", 2)
+        return int(layer), point, rest.rpartition("-")[0]
+    layer = int(params["layer"] + 0.5)
+    return layer, params.get("point", POINT), params.get("position", position)
+
+
+def kernel_ranges(n_layers: int) -> dict[str, tuple[float, float]]:
+    """From each parameter of a kernel to its range; layers and widths in layers."""
+    layers = {"attention_layer": CENTRE, "mlp_layer": CENTRE, "width": WIDTH}
+    scaled_ranges = {
+        name: (low * n_layers, high * n_layers) for name, (low, high) in layers.items()
+    }
+    ranges = {"attention_strength": ATTENTION, "mlp_strength": MLP, **scaled_ranges}
+    return {name: ranges[name] for name in KERNEL}
+
+
+def space_of(space: EditSpace) -> Space:
+    """The parameters of a search's plans; depths are in layers."""
+    if space.n_layers < 3:
+        raise RunError(f"a search over layers needs three of them; the model has {space.n_layers}")
     drawn: dict[str, Any] = {"when": ("edit", "band")}
-    parameters: list[Any] = [Choice("edit", ("band", "fitted") if ground.fits else ("band",))]
-    parameters += [
-        Choice("method", ground.methods, **drawn),
-        deep("layer", LAYERS, **drawn),
-        Float("attention_strength", *_ATTENTION, **drawn),
-        deep("attention_layer", _CENTRE, **drawn),
-        Float("mlp_strength", *_MLP, **drawn),
-        deep("mlp_layer", _CENTRE, **drawn),
-        deep("width", _WIDTH, log=True, **drawn),
-    ]
-    if "subspace" in ground.methods:
+    low, high = (_depth(space, share) for share in LAYERS)
+    parameters: list[Any] = [Choice("edit", ("band", "fitted") if space.fits else ("band",))]
+    parameters += [Choice("method", space.methods, **drawn), Float("layer", low, high, **drawn)]
+    for name, limits in kernel_ranges(space.n_layers).items():
+        parameters.append(Float(name, *limits, log=name == "width", **drawn))
+    if "subspace" in space.methods:
         parameters.append(Int("rank", 2, 3, when=("method", "subspace")))
-    if ground.fits:
+    if space.fits:
         fitted: dict[str, Any] = {"when": ("edit", "fitted")}
-        parameters += [
-            Choice("fit", tuple(ground.fits), **fitted),
-            Float("attention_scale", *_SCALE, **fitted),
-            Float("mlp_scale", *_SCALE, **fitted),
-            Float("embed_scale", 0.0, _SCALE[1], **fitted),
-        ]
+        parameters.append(Choice("fit", tuple(space.fits), **fitted))
+        for name in COMPONENT_SCALES:
+            least = 0.0 if name == "embed_scale" else SCALE[0]
+            parameters.append(Float(name, least, SCALE[1], **fitted))
     return Space(tuple(parameters))
 
 
-def _depth(ground: EditSpace, share: float) -> float:
+def _depth(space: EditSpace, share: float) -> float:
     """A share of the depth in layers, as the space holds it."""
-    return round(share * (ground.n_layers - 1), 3)
+    return round(share * (space.n_layers - 1), 3)
 
 
-def plan_of(params: Mapping[str, Any], ground: EditSpace) -> Plan:
-    """The plan that parameters of `space_of` stand for.
+def plan_of(params: Mapping[str, Any], space: EditSpace) -> Plan:
+    """The plan that parameters stand for.
+
+    "ablate" is full strength at every writer of the stream; "band" gives attention and MLP outputs strengths
+    that fall off linearly from a centre layer (see `edits.presets.band`); "fitted" is an edit found by gradient
+    (see `gradient_fit`), times a factor at attention, MLP and embedding.
 
     Raises:
         PlanError: a band that reaches no layer.
         DirectionError: nothing to estimate at this layer.
     """
     if params["edit"] == "fitted":
-        return _scaled_by_component(ground.fits[params["fit"]], params)
-    method, layer = params["method"], params["layer"]
-    attention, mlp = (site.point for site in ground.writers[-2:])
-    flat = method if method not in ("subspace", "leace") else PLAIN
-    direction = interpolated(ground.directions(flat), layer, POINT, method=None)
+        return _scaled_by_component(space.fits[params["fit"]], params)
+    direction = space.direction(params)
+    if params["edit"] == "ablate":
+        return Plan((Ablate(direction, space.writers),))
+    attention, mlp = (site.point for site in space.writers[-2:])
     kernel = band(
         direction,
-        ground.n_layers,
+        space.n_layers,
         attention=(params["attention_strength"], params["attention_layer"]),
         mlp=(params["mlp_strength"], params["mlp_layer"]),
         width=params["width"],
         points=(attention, mlp),
     )
-    if flat == method:
+    method = params["method"]
+    if method not in ("subspace", "leace"):
         return kernel
-    found = ground.at(method, direction.site, params.get("rank", 1))
-    return Plan(tuple(_along(found, method, edit) for edit in kernel))
+    vectors = space.at(method, direction.site, params.get("rank", 1))
+    return Plan(tuple(_along(vectors, method, edit) for edit in kernel))
 
 
-def _along(found: Any, method: str, edit: Any) -> Ablate | Erase:
+def _along(vectors: Any, method: str, edit: Any) -> Ablate | Erase:
     """A kernel's strengths along something of more than one vector.
 
     Of LEACE the linear part only, which takes what is read to zero: kept at its centre, it would need biases.
     """
     if method == "leace":
-        return Erase(found.write, found.read, edit.sites, strength=edit.amounts, label=found.name)
-    return Ablate(found.vectors, edit.sites, strength=edit.amounts, label=found.name)
+        return Erase(
+            vectors.write, vectors.read, edit.sites, strength=edit.amounts, label=vectors.name
+        )
+    return Ablate(vectors.vectors, edit.sites, strength=edit.amounts, label=vectors.name)
 
 
 def _scaled_by_component(edit: Ablate | Erase, params: Mapping[str, Any]) -> Plan:
-    """A fitted edit with other strengths, relative to its own, at attention, MLP and embedding."""
-    parts = []
-    for name in ("embed", "attn", "mlp"):
-        places = [i for i, site in enumerate(edit.sites) if name in site.point]
-        if not places:
-            continue
-        factor = params[f"{'attention' if name == 'attn' else name}_scale"]
-        some = scaled(edit, factor, places)
-        if some is not None:
-            parts.append(some)
-    return Plan(tuple(parts))
+    """A fitted edit with other strengths; parts of the same factor stay one edit."""
+    by_factor: dict[float, list[int]] = {}
+    for i, site in enumerate(edit.sites):
+        name = "embed" if "embed" in site.point else "attention" if "attn" in site.point else "mlp"
+        by_factor.setdefault(params[f"{name}_scale"], []).append(i)
+    parts = (scaled(edit, factor, places) for factor, places in by_factor.items())
+    return Plan(tuple(part for part in parts if part is not None))
 
 
-def score(params: Mapping[str, Any], ground: EditSpace, bench: ValidationBench) -> dict[str, float]:
-    """What the bench says of a plan: expression rate, KL, repetition, length."""
-    return score_together([params], ground, bench)[0]
-
-
-def score_together(
-    some: Sequence[Mapping[str, Any]], ground: EditSpace, bench: ValidationBench
-) -> list[dict[str, float]]:
-    """`score` of several plans, whose answers are written in one batch."""
-    return bench.objectives_of([plan_of(params, ground) for params in some])
-
-
-def initial_trials(ground: EditSpace, layers: Sequence[float]) -> list[dict[str, Any]]:
-    """Where to begin: every fitted edit as it is and a little weaker, wide bands at promising layers."""
-    found: list[dict[str, Any]] = []
+def initial_params(space: EditSpace, layers: Sequence[float]) -> list[dict[str, Any]]:
+    """Where a search begins: every fitted edit as it is and weaker, wide bands at promising layers."""
+    params: list[dict[str, Any]] = []
     for scale in (1.0, 0.85, 0.7):
-        for name in ground.fits:
-            scales = dict.fromkeys(("attention_scale", "mlp_scale", "embed_scale"), scale)
-            found.append({"edit": "fitted", "fit": name, **scales})
+        for name in space.fits:
+            params.append({"edit": "fitted", "fit": name, **dict.fromkeys(COMPONENT_SCALES, scale)})
     for layer in layers:
-        found.append(
+        params.append(
             {
                 "edit": "band",
                 "method": ORTHOGONAL,
-                "layer": min(max(float(layer), _depth(ground, LAYERS[0])), _depth(ground, 1)),
+                "layer": min(max(float(layer), _depth(space, LAYERS[0])), _depth(space, 1)),
                 "attention_strength": 1.0,
-                "attention_layer": _depth(ground, 0.7),
+                "attention_layer": _depth(space, 0.7),
                 "mlp_strength": 0.5,
-                "mlp_layer": _depth(ground, 0.7),
-                "width": _depth(ground, 0.6),
+                "mlp_layer": _depth(space, 0.7),
+                "width": _depth(space, 0.6),
             }
         )
-    return found
+    return params

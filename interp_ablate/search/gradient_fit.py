@@ -199,7 +199,6 @@ def fit_data(
 def fit_edit(
     model: Model,
     direction: Direction,
-    sites: Sequence[Site],
     data: FitData,
     *,
     kl_weight: float = KL_WEIGHT,
@@ -208,7 +207,7 @@ def fit_edit(
     start: Erase | Ablate | None = None,
     on_step: Callable[[], None] | None = None,
 ) -> Erase | Ablate:
-    """A strength for every site and, with `vectors`, what is read and written, from a direction on.
+    """A strength for every writer of the stream and, with `vectors`, what is read and written, from a direction on.
 
     Adam on the log-probability of the expressing answers plus `kl_weight` times the KL of what follows
     other prompts (half of it the first token's, half the mean over the first tokens), plus the
@@ -219,6 +218,7 @@ def fit_edit(
     before, of the same sites. The idea of finding a direction by gradient is that of Wollschlaeger et al. 2025,
     https://arxiv.org/abs/2502.17420.
     """
+    sites = model.writers
     read, write, strengths = _live(model, direction, sites, start)
     groups = [{"params": [strengths], "rate": STRENGTH_RATE}]
     if vectors:

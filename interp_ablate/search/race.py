@@ -6,21 +6,55 @@ Knows: rungs and merit. Does not know: plans.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import TypeAlias
 
 import pandas as pd
 
+from interp_ablate.directions.direction import Direction
 from interp_ablate.errors import RunError
-from interp_ablate.search.bench import ValidationBench
-from interp_ablate.search.candidates import Candidate, DirectionKey, Trial
+from interp_ablate.search.edit_space import DirectionKey
 from interp_ablate.search.trial_table import to_frame
+from interp_ablate.search.trials import Trial
+from interp_ablate.sites import Site
 
-# Fits: how many directions, how many layers apart at least, and the multiples of the edit tried.
+Score: TypeAlias = Callable[[str, Sequence[Trial]], list[Trial]]
+"""Scores trials, whose step has a name; returns them finished, in order."""
+
+# Fits: how many directions, and how many layers apart they are at least.
 N_FITS, FIT_DISTANCE = 1, 3
 # Prompts a side and candidates of each rung of the screening, which ranks directions and selects no plan.
-# With 60 candidates and 32 prompts that is 0.23 of all on all (benchmarks/screening.py).
+# With 60 candidates and 32 prompts that is 0.23 of all on all.
 RUNGS = ((3, 10**9), (12, 14), (32, 3))
+
+
+def distinct(directions: Iterable[Direction]) -> list[Direction]:
+    """Directions without repeats: resid_pre of a layer is resid_post of the layer before."""
+    every = list(directions)
+    sites = {item.site for item in every}
+
+    def is_repeat(site: Site) -> bool:
+        before = Site(site.layer - 1, "resid_post") if site.layer else None
+        return site.point == "resid_pre" and before in sites
+
+    return [item for item in every if not is_repeat(item.site)]
+
+
+def screening_trials(directions: Iterable[Direction]) -> list[Trial]:
+    """One trial for each distinct direction: full ablation everywhere (and addition at its own site)."""
+    return [
+        Trial(
+            {
+                "edit": "ablate",
+                "method": item.method,
+                "layer": item.site.layer,
+                "point": item.site.point,
+                "position": item.position,
+            }
+        )
+        for item in distinct(directions)
+    ]
 
 
 def removal_per_kl(rows: pd.DataFrame) -> pd.Series:
@@ -32,16 +66,16 @@ def removal_per_kl(rows: pd.DataFrame) -> pd.Series:
 
 
 def race_directions(
-    bench: ValidationBench,
-    candidates: Sequence[Candidate],
-    score: Callable[[ValidationBench, Sequence[Candidate]], list[Trial]],
+    n_prompts: int,
+    candidates: Sequence[Trial],
+    score: Score,
     *,
     rungs: Sequence[tuple[int, int]] = RUNGS,
 ) -> pd.DataFrame:
     """Race the candidates: all on a few prompts a side, the best of them on more, and so on.
 
     Args:
-        score: scores candidates on a bench of the first prompts (`run_trials`).
+        n_prompts: that there are, on the larger side.
         rungs: (prompts a side, how many candidates go on to it); the first takes them all. One that has
             no more prompts than the one before it is left out.
 
@@ -50,31 +84,32 @@ def race_directions(
     """
     alive = list(candidates)
     tables: list[pd.DataFrame] = []
-    for prompts, most in usable_rungs(rungs, bench.n_prompts):
+    for prompts, most in usable_rungs(rungs, n_prompts):
         if not alive:
             break
-        small = bench.head(prompts)
-        trials = score(small, [replace(c, prompts=prompts) for c in alive[:most]])
-        table = to_frame(trials, small)
+        trials = score(
+            f"screen, {prompts} prompts", [replace(c, prompts=prompts) for c in alive[:most]]
+        )
+        table = to_frame(trials)
         out = [] if not tables else tables[-1].iloc[len(trials) :]
         order = removal_per_kl(table).where(table["status"] == "ok", -math.inf)
         places = order.sort_values(ascending=False, kind="stable").index
         tables.append(
             pd.concat([table.loc[places], *([out] if len(out) else [])], ignore_index=True)
         )
-        whole = [trials[i] for i in places if trials[i].status == "ok"]
-        alive = [replace(trial.candidate, prompts=None) for trial in whole]
+        ok = [trials[i] for i in places if trials[i].status == "ok"]
+        alive = [Trial(trial.params) for trial in ok]
     return tables[-1]
 
 
 def usable_rungs(rungs: Sequence[tuple[int, int]], n_prompts: int) -> list[tuple[int, int]]:
-    """The rungs where there are so many prompts."""
-    found: list[tuple[int, int]] = []
+    """The rungs that have more prompts than the one before, of the prompts that there are."""
+    usable: list[tuple[int, int]] = []
     for prompts, most in rungs:
         here = min(prompts, n_prompts)
-        if not found or here > found[-1][0]:
-            found.append((here, most))
-    return found
+        if not usable or here > usable[-1][0]:
+            usable.append((here, most))
+    return usable
 
 
 def rank_directions(screened: pd.DataFrame, *, n: int = 8) -> list[DirectionKey]:

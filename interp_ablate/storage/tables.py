@@ -26,7 +26,7 @@ def read_table(
     numbers: Sequence[str] = (),
     complete: bool = False,
 ) -> pd.DataFrame:
-    """A CSV of the run folder; `layer` and `trial` become integers, the columns of `numbers` floats.
+    """A CSV of the run folder; `layer` and `trial` become integers where they are whole, the columns of `numbers` floats.
 
     With `complete`, a row without a finite value in one of `numbers` is corrupt.
 
@@ -56,7 +56,8 @@ def read_table(
         if bad.any():
             row = int(np.flatnonzero(bad)[0])
             raise corrupt_row(path, row, f"{name} is {text.iloc[row]!r}, not a number")
-        frame[name] = values.astype(int) if name in _WHOLE else values
+        whole = name in _WHOLE and (values % 1 == 0).all()  # a search draws between layers
+        frame[name] = values.astype(int) if whole else values
     return frame
 
 

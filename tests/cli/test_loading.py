@@ -11,7 +11,7 @@ import pytest
 from interp_ablate.cli.main import main
 from interp_ablate.errors import ModelError
 from interp_ablate.runs.configuration import Configuration
-from interp_ablate.runs.sweep_stage import make_worker
+from interp_ablate.runs.trial_session import make_worker
 
 
 @pytest.fixture

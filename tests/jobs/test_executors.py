@@ -20,17 +20,15 @@ from typing import Any
 import pytest
 
 from interp_ablate.errors import DirectionError, RunError
-from interp_ablate.jobs.ray_executor import (
+from interp_ablate.jobs.ray_cluster import (
     OBJECT_STORE,
     PASSED_ON,
-    LocalExecutor,
-    RayExecutor,
-    _bound_to,
-    _limit,
-    _share,
-    _start_ray,
-    executor_of,
+    cores_a_worker,
+    cores_bound_to,
+    start_ray,
+    worker_limit,
 )
+from interp_ablate.jobs.ray_executor import RayExecutor, RaySettings
 
 PATIENCE = 40.0  # seconds until a test that waits gives up
 
@@ -185,7 +183,11 @@ def on_ray(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> On:
     """Two workers that share the GPU: without one each would import torch, which takes seconds."""
     for name in PASSED_ON:  # the cluster has them; a list of their own delays every worker by 1 s
         monkeypatch.delenv(name, raising=False)
-    return partial(RayExecutor, workers=2, gpus=0.5)
+
+    def executor(make: Any, **changes: Any) -> RayExecutor:
+        return RayExecutor(make, RaySettings(**{"workers": 2, "gpus": 0.5, **changes}))
+
+    return executor
 
 
 def gone(folder: Path) -> bool:
@@ -201,31 +203,9 @@ def gone(folder: Path) -> bool:
 # --------------------------------------------------------------------------------- results
 
 
-def test_local_builds_once_when_needed_and_keeps_the_order(tmp_path: Path) -> None:
-    with LocalExecutor(partial(squares, tmp_path)) as executor:
-        assert list(executor.run([])) == []
-        assert not noted(tmp_path, "builds")
-        assert list(executor.run([3, 1, 2])) == [(3, 9), (1, 1), (2, 4)]
-        assert list(executor.run([4])) == [(4, 16)]
-        assert noted(tmp_path, "builds") == [str(os.getpid())]
-
-
-def test_local_needs_no_ray() -> None:
-    code = (
-        "import sys;  from interp_ablate.jobs.ray_executor import executor_of\n"
-        "with executor_of('local', lambda: abs) as e: assert list(e.run([-1])) == [(-1, 1)]\n"
-        "sys.exit(' '.join({'ray', 'torch'} & set(sys.modules)) or 0)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def test_ray_gives_what_local_gives_and_builds_once_a_worker(on_ray: On, tmp_path: Path) -> None:
+def test_every_job_is_done_and_a_worker_built_once(on_ray: On, tmp_path: Path) -> None:
     jobs = list(range(12))
     expected = {job: job**2 for job in jobs}
-    (tmp_path / "local").mkdir()
-    with LocalExecutor(partial(squares, tmp_path / "local")) as local:
-        assert dict(local.run(jobs)) == expected
     with on_ray(partial(squares, tmp_path)) as executor:
         first = list(executor.run(jobs))
         again = list(executor.run(jobs))  # the workers are still there
@@ -253,21 +233,16 @@ def test_results_come_as_they_finish(on_ray: On, tmp_path: Path) -> None:
     assert seen == [("a", "A"), ("b", "B"), ("held", True)]
 
 
-@pytest.mark.parametrize("name", ["local", "ray"])
-def test_jobs_are_read_when_a_worker_is_free(
-    name: str, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
+def test_jobs_are_read_when_a_worker_is_free(cluster: Any, tmp_path: Path) -> None:
     results = [1]
 
     def jobs() -> Iterator[int]:
         for _ in range(4):
             yield 1 + results[-1]  # needs the result before it
 
-    settings: dict[str, Any] = {}
-    if name == "ray":
-        request.getfixturevalue("cluster")
-        settings = {"workers": 1, "gpus": 1.0, "address": None}
-    with executor_of(name, partial(squares, tmp_path), **settings) as executor:  # type: ignore[arg-type]
+    settings = RaySettings(workers=1, gpus=1.0)
+    with RayExecutor(partial(squares, tmp_path), settings) as executor:
+        assert executor.n_workers == 1
         for _, result in executor.run(jobs()):
             results.append(result)
     assert results == [1, 4, 25, 26**2, (26**2 + 1) ** 2]
@@ -420,15 +395,15 @@ NODES = [{"CPU": 8.0}, {"CPU": 6.0, "GPU": 2.0}]
 
 
 def test_how_many_workers_fit() -> None:
-    assert _limit(NODES, None, 1.0, 0.0) == 14
-    assert _limit(NODES, None, 4.0, 0.0) == 3  # not 14 // 4: a worker is on one machine
-    assert _limit(NODES, None, 0.1, 0.0) == 140
-    assert _limit(NODES, None, 1.0, 1.0) == 2
-    assert _limit(NODES, None, 1.0, 0.5) == 4
-    assert _limit(NODES, None, 4.0, 0.5) == 1
-    assert _limit(NODES, 2, 1.0, 0.0) == 2
-    assert _share(NODES, 3.0) == 3.0
-    assert _share(NODES, 20.0) == 8.0
+    assert worker_limit(NODES, None, 1.0, 0.0) == 14
+    assert worker_limit(NODES, None, 4.0, 0.0) == 3  # not 14 // 4: a worker is on one machine
+    assert worker_limit(NODES, None, 0.1, 0.0) == 140
+    assert worker_limit(NODES, None, 1.0, 1.0) == 2
+    assert worker_limit(NODES, None, 1.0, 0.5) == 4
+    assert worker_limit(NODES, None, 4.0, 0.5) == 1
+    assert worker_limit(NODES, 2, 1.0, 0.0) == 2
+    assert cores_a_worker(NODES, 3.0) == 3.0
+    assert cores_a_worker(NODES, 20.0) == 8.0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux binds a process to cores")
@@ -438,10 +413,10 @@ def test_only_the_cores_this_process_is_bound_to() -> None:
         pytest.skip("there is only one core")
     os.sched_setaffinity(0, {min(before)})
     try:
-        assert _bound_to() == 1
+        assert cores_bound_to() == 1
     finally:
         os.sched_setaffinity(0, before)
-    assert _bound_to() in (None, len(before))
+    assert cores_bound_to() in (None, len(before))
 
 
 @pytest.mark.parametrize(
@@ -456,7 +431,7 @@ def test_workers_that_do_not_fit(
     workers: int | None, cpus: float, gpus: float, wanted: str
 ) -> None:
     with pytest.raises(RunError, match=wanted):
-        _limit(NODES, workers, cpus, gpus)
+        worker_limit(NODES, workers, cpus, gpus)
 
 
 def test_workers_that_do_not_fit_are_not_waited_for(on_ray: On) -> None:
@@ -532,7 +507,7 @@ def nobody() -> str:
 def test_an_address_where_there_is_no_cluster(address: str, reason: str) -> None:
     ray = pytest.importorskip("ray")
     with pytest.raises(RunError, match=f"does not start or connect.*{reason}"):
-        _start_ray(
+        start_ray(
             ray, address.format(nobody())
         )  # the executors of this module have a cluster already
 
@@ -546,18 +521,7 @@ def test_without_ray_the_error_says_how_to_install_it(monkeypatch: pytest.Monkey
         pass
 
 
-def test_an_unknown_executor() -> None:
-    with pytest.raises(RunError, match="no executor 'slurm': expected one of local, ray"):
-        executor_of("slurm", surroundings)  # type: ignore[arg-type]
-
-
 def test_settings_are_checked() -> None:
-    assert isinstance(executor_of("local", surroundings, workers=None), LocalExecutor)
-    with pytest.raises(RunError, match="workers=2: settings of the ray executor"):
-        executor_of("local", surroundings, workers=2)
-    executor = executor_of("ray", surroundings, workers=4, cpus=None, retries=0)
-    assert isinstance(executor, RayExecutor)
-    assert (executor.workers, executor.cpus, executor.retries) == (4, 1.0, 0)
     for wrong in ({"workers": 0}, {"cpus": 0.0}, {"gpus": -1.0}, {"retries": -1}):
         with pytest.raises(RunError, match="expected at least one worker"):
-            executor_of("ray", surroundings, **wrong)
+            RaySettings(**wrong)  # type: ignore[arg-type]

@@ -539,7 +539,7 @@ def test_search_front_marks_loops_the_limit_and_the_choice(ax):
             "edit": ["band", "band", "fitted", "band"],
             "expression_rate": [0.5, 0.1, 0.2, np.nan],
             "kl": [0.01, 0.2, 0.05, 0.1],
-            "repetition": [0.0, 0.3, 0.0, 0.0],
+            "positive_repetition": [0.0, 0.3, 0.0, 0.0],
         }
     )
     chosen = {"trial": 2, "kl": 0.05, "expression_rate": 0.2}

@@ -20,9 +20,9 @@ from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import InterpAblateError, RunError
 from interp_ablate.runs.configuration import Configuration
 from interp_ablate.runs.run_folder import STAGES, Run
-from interp_ablate.runs.sweep_stage import WORK
+from interp_ablate.search.grid import SCALES
 from interp_ablate.search.race import RUNGS, rank_directions, usable_rungs
-from interp_ablate.search.sweep import SCALES
+from interp_ablate.search.trials import Trial
 
 
 @pytest.fixture(scope="session")
@@ -69,19 +69,25 @@ class Trials:
         self.patches, self.most, self.keys = monkeypatch, most, []  # type: ignore[var-annotated]
 
     def __enter__(self) -> None:
-        from interp_ablate.search import sweep
+        from interp_ablate.search import trials
 
-        self.real = sweep.run_trial
-        self.patches.setattr(sweep, "run_trial", self.run)
+        self.real = trials.score_trial
+        self.patches.setattr(trials, "score_trial", self.run)
 
     def __exit__(self, *_: object) -> None:
-        self.patches.setattr("interp_ablate.search.sweep.run_trial", self.real)
+        self.patches.setattr("interp_ablate.search.trials.score_trial", self.real)
 
-    def run(self, bench: Any, directions: Any, candidate: Any, fits: Any = None) -> Any:
+    def run(self, bench: Any, planned: Any) -> Any:
         if len(self.keys) == self.most:
             raise KeyboardInterrupt
-        self.keys.append(candidate.key)
-        return self.real(bench, directions, candidate, fits)
+        self.keys.append(planned.trial.key)
+        return self.real(bench, planned)
+
+
+def finished_lines(out: Path) -> list[dict[str, Any]]:
+    """The log's lines of finished trials."""
+    lines = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
+    return [line for line in lines if "params" in line]
 
 
 @pytest.fixture(scope="session")
@@ -179,7 +185,7 @@ def test_changed_prompts_are_refused(finished: Path, tmp_path: Path) -> None:
     run["contrast"]["fingerprint"] = "another"
     (copy / "run.json").write_text(json.dumps(run))
     with pytest.raises(RunError, match="other prompts"):
-        Run(copy, Configuration.from_dict(run["configuration"]), work=WORK.__getitem__)
+        Run(copy, Configuration.from_dict(run["configuration"]))
 
 
 def test_killed_sweep_goes_on(
@@ -191,15 +197,15 @@ def test_killed_sweep_goes_on(
     with calls:
         assert main(["--quiet", "sweep", *flags, "--out", str(out)]) == 130
     lines = (out / "trials.jsonl").read_bytes().splitlines()
-    assert len(lines) == 1 + 7
+    assert len(finished_lines(out)) == 7
     with open(out / "trials.jsonl", "ab") as file:
-        file.write(b'{"candidate": {"layer"')  # and one that was being written
+        file.write(b'{"params": {"layer"')  # and one that was being written
     with again:
         assert main(["--quiet", "sweep", "--out", str(out)]) == 0
     assert again.keys and not set(again.keys) & set(calls.keys)
     after = (out / "trials.jsonl").read_bytes().splitlines()
-    assert after[:8] == lines
-    keys = [json.dumps(json.loads(line)["candidate"], sort_keys=True) for line in after[1:]]
+    assert after[: len(lines)] == lines
+    keys = [Trial.from_dict(line).key for line in finished_lines(out)]
     assert len(keys) == len(set(keys))
 
 
@@ -219,11 +225,11 @@ def mild(fit_edit: Any) -> Any:
 @pytest.fixture(scope="session")
 def fitted_run(behaving: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run with a fitted edit, made once."""
-    from interp_ablate.runs import stages as experiment
+    from interp_ablate.runs import fits
 
     out = tmp_path_factory.mktemp("fitted") / "out"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(experiment, "fit_edit", mild(experiment.fit_edit))
+        patched.setattr(fits, "fit_edit", mild(fits.fit_edit))
         assert main(["--quiet", "run", *behaving, "--out", str(out)]) == 0
     return out
 
@@ -237,14 +243,16 @@ def test_a_fitted_edit_is_kept_and_tried_at_every_scale(fitted_run: Path) -> Non
     (edit,) = Plan.load(path)
     assert isinstance(edit, Erase) and edit.label.endswith(", fitted")
     frame = trials_of(fitted_run)
-    fits = frame[(frame.operation == "fitted") & (frame.stage == "refine")]
-    assert fits.scale.tolist() == list(SCALES) and set(fits.fit) == {path.stem}
+    fits = frame[(frame.edit == "fitted") & (frame.stage == "refine")]
+    for component in ("attention", "mlp", "embed"):
+        assert fits[f"{component}_scale"].tolist() == list(SCALES)
+    assert set(fits.fit) == {path.stem}
     # from the most promising direction on, whose name it has
     best = rank_directions(frame[frame.stage == "screen"])[0]
     assert {(row.layer, row.point, str(row.position)) for row in fits.itertuples()} == {best}
     assert path.stem.startswith("-".join(map(str, best)) + "-")
     # it was fitted to lower own words on other prompts: so it does on these
-    full = fits[fits.scale == 1.0].iloc[0]
+    full = fits[fits.mlp_scale == 1.0].iloc[0]
     assert full.unedited_answer_logprob < full.unedited_answer_logprob_baseline and full.kl > 0
 
 
@@ -257,36 +265,35 @@ def test_the_screening_is_a_race(fitted_run: Path) -> None:
     assert not screened.duplicated(["layer", "point", "position"]).any()
     assert frame[frame.stage != "screen"].prompts.isna().all()
     assert frame.trial.tolist() == list(range(len(frame)))
-    lines = (fitted_run / "trials.jsonl").read_text().splitlines()[1:]
     count = sum(min(len(screened), most) for _, most in rungs)
-    tried = [json.loads(line)["candidate"] for line in lines]
-    assert sum(c["stage"] == "screen" for c in tried) == count
+    assert sum(line["stage"] == "screen" for line in finished_lines(fitted_run)) == count
 
 
 def test_a_fitted_edit_that_is_chosen_is_controlled_and_exported(
     behaving: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from interp_ablate.runs import stages as experiment
+    from interp_ablate.runs import final_test, fits
+    from interp_ablate.search import grid
 
-    monkeypatch.setattr(experiment, "bands", lambda *_, **__: [])  # so that a fitted one is
-    monkeypatch.setattr(experiment, "fit_edit", mild(experiment.fit_edit))
+    monkeypatch.setattr(grid, "bands", lambda *_, **__: [])  # so that a fitted one is
+    monkeypatch.setattr(fits, "fit_edit", mild(fits.fit_edit))
     planned: list[tuple[str, Plan]] = []
-    real = experiment._control
+    real = final_test._control
 
-    def noting(run: Any, name: str, plan: Plan, *rest: Any) -> Any:
+    def noting(name: str, plan: Plan, *rest: Any) -> Any:
         planned.append((name, plan))
-        return real(run, name, plan, *rest)
+        return real(name, plan, *rest)
 
-    monkeypatch.setattr(experiment, "_control", noting)
+    monkeypatch.setattr(final_test, "_control", noting)
     out = tmp_path / "out"
     assert main(["--quiet", "run", *behaving, "--out", str(out)]) == 0
     selected = json.loads((out / "selected.json").read_text())
     chosen = selected["trial"]
-    assert (chosen["stage"], chosen["operation"]) == ("finalist", "fitted")
+    assert (chosen["stage"], chosen["edit"]) == ("finalist", "fitted")
     (edit,) = Plan.from_dict(selected["plan"])
     (kept,) = Plan.load(out / "fits" / f"{chosen['fit']}.json")
     assert isinstance(edit, Erase) and isinstance(kept, Erase)
-    want = {s: chosen["scale"] * a for s, a in zip(kept.sites, kept.amounts) if a}
+    want = {s: chosen["mlp_scale"] * a for s, a in zip(kept.sites, kept.amounts) if a}
     assert dict(zip(edit.sites, edit.amounts)) == pytest.approx(want, abs=1e-6)
     # the controls read and write elsewhere, as far apart and as strongly
     assert [name for name, _ in planned] == ["random 0", "random 1", "shuffled labels"]
@@ -309,9 +316,10 @@ def test_a_run_killed_around_the_fit_fits_once(
     when: str,
 ) -> None:
     """A fit that was saved is not made again; one that was not is; the results are the unbroken run's."""
-    from interp_ablate.runs import stages as experiment
+    from interp_ablate.runs import fits as fitting
+    from interp_ablate.search import grid
 
-    out, real = tmp_path / "out", mild(experiment.fit_edit)
+    out, real = tmp_path / "out", mild(fitting.fit_edit)
     fits: list[int] = []
 
     def counting(*given: Any, **options: Any) -> Any:
@@ -323,14 +331,14 @@ def test_a_run_killed_around_the_fit_fits_once(
     def dies(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(experiment, "fit_edit", counting)
+    monkeypatch.setattr(fitting, "fit_edit", counting)
     with monkeypatch.context() as patched:
         if when == "after the fit":
-            patched.setattr(experiment, "fitted", dies)
+            patched.setattr(grid, "fitted", dies)
         if when == "while it is tried":
-            patched.setattr("interp_ablate.search.sweep.run_trial", dies_at_second_fitted())
+            patched.setattr("interp_ablate.search.trials.score_trial", dies_at_second_fitted())
         assert main(["--quiet", "sweep", *behaving, "--out", str(out)]) == 130
-    rounds = [steps for steps, _ in experiment.FIT_ROUNDS]
+    rounds = [steps for steps, _ in fitting.FIT_ROUNDS]
     saved = when != "between the rounds"
     before = rounds if saved else rounds[:2]
     assert fits == before
@@ -345,16 +353,16 @@ def test_a_run_killed_around_the_fit_fits_once(
 
 
 def dies_at_second_fitted() -> Any:
-    from interp_ablate.search import sweep
+    from interp_ablate.search import trials
 
-    real, seen = sweep.run_trial, []
+    real, seen = trials.score_trial, []
 
-    def dying(bench: Any, directions: Any, candidate: Any, fits: Any = None) -> Any:
-        if candidate.operation == "fitted":
-            seen.append(candidate)
+    def dying(bench: Any, planned: Any) -> Any:
+        if planned.trial.params["edit"] == "fitted":
+            seen.append(planned)
         if len(seen) == 2:
             raise KeyboardInterrupt
-        return real(bench, directions, candidate, fits)
+        return real(bench, planned)
 
     return dying
 
@@ -364,8 +372,8 @@ def test_behaviour_that_is_never_there_is_noted_and_not_fitted(finished: Path) -
     notes = json.loads((finished / "run.json").read_text())["notes"]
     assert any("no training prompt's answer expresses the behaviour" in note for note in notes)
     assert not (finished / "fits").exists()
-    operations = set(pd.read_csv(finished / "trials.csv").operation)
-    assert operations == {"ablate", "band"}
+    edits = set(pd.read_csv(finished / "trials.csv").edit)
+    assert edits == {"ablate", "band"}
 
 
 def test_nothing_passes(
@@ -397,8 +405,7 @@ def test_nan_scores_are_failed_trials_and_never_chosen(
     monkeypatch.setattr(ValidationBench, "score", sometimes_nan)
     out = tmp_path / "out"
     assert main(["--quiet", "sweep", *flags, "--out", str(out)]) in (0, 2)
-    lines = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()[1:]]
-    failed = [line for line in lines if line["status"] == "failed"]
+    failed = [line for line in finished_lines(out) if line["status"] == "failed"]
     assert failed and all("unedited_answer_logprob" in line["reason"] for line in failed)
 
 
@@ -474,3 +481,13 @@ def test_folders_that_are_not_runs(flags: list[str], tmp_path: Path) -> None:
     (corrupt / "run.json").write_text("{")
     assert main(["run", *flags, "--out", str(corrupt)]) == 2
     assert (corrupt / "run.json").read_text() == "{"
+
+
+def test_a_folder_of_another_version_is_refused_in_words(
+    finished: Path, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = json.loads((finished / "run.json").read_text())
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "run.json").write_text(json.dumps(run | {"format": "interp_ablate.run/1"}))
+    assert main(["run", *flags, "--out", str(tmp_path / "old")]) == 2
+    assert "another version of this package" in capsys.readouterr().err

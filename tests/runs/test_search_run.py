@@ -1,4 +1,4 @@
-"""A search in a run folder, on a tiny model: what it leaves, kills, two processes, controls; trials on Ray."""
+"""A search in a run folder, on a tiny model: what it leaves, kills, controls; trials on Ray."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -57,44 +58,90 @@ def searched(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def finished(out: Path) -> pd.DataFrame:
-    table = pd.read_csv(out / "search.csv")
-    return table[table["state"].isin(("COMPLETE", "FAIL"))]
+    table = pd.read_csv(out / "trials.csv")
+    return table[table["stage"] == "search"]
+
+
+def logged(out: Path) -> list[dict[str, Any]]:
+    """The log's lines of finished trials."""
+    lines = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
+    return [line for line in lines if "params" in line]
 
 
 def test_what_a_search_leaves(searched: Path) -> None:
     table = finished(searched)
-    assert len(table) == TRIALS and {"expression_rate", "kl", "repetition"} <= set(table)
-    assert set(table["edit"]) <= {"band", "fitted"} and (table["state"] == "COMPLETE").sum() > 8
-    front = pd.read_csv(searched / "front.csv")
-    done = table[table["state"] == "COMPLETE"]
-    want = pareto_front(done, objectives=("expression_rate", "kl", "repetition"))
-    assert set(front["number"]) <= set(want["number"]) and len(front)
-    for number in front["number"]:
+    objectives = ["expression_rate", "kl", "positive_repetition"]
+    assert len(table) == TRIALS and table["number"].tolist() == list(range(TRIALS))
+    assert set(table["edit"]) <= {"band", "fitted"} and (table["status"] == "ok").sum() > 8
+    every = pd.read_csv(searched / "trials.csv")
+    finalists = every[every["stage"] == "finalist"].set_index("trial")
+    front = pareto_front(table[table["status"] == "ok"], objectives=objectives)
+    params = [
+        "edit",
+        "method",
+        "layer",
+        "attention_layer",
+        "mlp_layer",
+        "width",
+        "fit",
+        "mlp_scale",
+    ]
+    tried = set(finalists[params].astype(str).itertuples(index=False, name=None))
+    assert set(front[params].astype(str).itertuples(index=False, name=None)) <= tried
+    assert {int(path.stem) for path in (searched / "plans").iterdir()} == set(finalists.index)
+    for number in finalists.index:
         assert len(Plan.load(searched / "plans" / f"{number}.json"))
     selected = json.loads((searched / "selected.json").read_text())
     unedited = selected["validation_baseline"]
-    assert selected["control"] is None
-    assert front["negative_repetition"].notna().all()
+    assert selected["control"] is None and every["control"].isna().all()
+    text = ["negative_expression_rate", "repetition", "length", "unedited_answer_logprob"]
+    assert finalists[text].notna().all(axis=None)
     if selected["plan"] is not None:
-        finalists = pd.read_csv(searched / "finalists.csv")
-        assert set(front["number"]) <= set(finalists["number"])
-        row = finalists[finalists["number"] == selected["trial"]["number"]].iloc[0]
+        row = finalists.loc[selected["trial"]["trial"]]
         assert row["kl_high"] <= 50
-        for name in ("repetition_of_all", "empty"):
+        for name in ("repetition", "empty"):
             assert row[name] <= unedited[name]
         assert "positive_repetition_after" in selected["test"]
-        assert [c["name"] for c in selected["test"]["controls"]] == ["random 0", "random 1"]
-    screening = pd.read_csv(searched / "screening.csv")
-    assert set(screening["prompts"]) <= {3, 6} and len(screening) >= 1
+        names = [control["name"] for control in selected["test"]["controls"]]
+        assert names == ["random 0", "random 1", "shuffled labels"]
+    screened = every[every["stage"] == "screen"]
+    assert set(screened["prompts"]) <= {3, 6} and len(screened) >= 1
+    assert list(every["trial"]) == list(range(len(every)))
+
+
+def test_a_search_and_a_run_have_one_table(flags: list[str], tmp_path: Path) -> None:
+    """Both leave the same columns; in one folder the second goes on with what the first tried."""
+    out = tmp_path / "run"
+    assert main(["--quiet", "sweep", *flags, "--out", str(out)]) == 0
+    swept, before = pd.read_csv(out / "trials.csv"), logged(out)
+    assert main(command(flags, out)) in (0, 1)
+    both = pd.read_csv(out / "trials.csv")
+    assert list(both) == list(swept)
+    assert len(finished(out)) == TRIALS and logged(out)[: len(before)] == before
+    kept = both[both["stage"] == "refine"].drop(columns="trial").reset_index(drop=True)
+    want = swept[swept["stage"] == "refine"].drop(columns="trial").reset_index(drop=True)
+    pd.testing.assert_frame_equal(kept, want, check_dtype=False)
 
 
 def test_a_finished_search_repeats_nothing(flags: list[str], searched: Path) -> None:
-    before = (searched / "search" / "study.jsonl").read_text()
-    journal = (searched / "trials.jsonl").read_text()
+    before = (searched / "trials.jsonl").read_text()
+    table = pd.read_csv(searched / "trials.csv")
     main(command(flags, searched))
-    assert (searched / "search" / "study.jsonl").read_text().startswith(before)
-    assert len(finished(searched)) == TRIALS
-    assert (searched / "trials.jsonl").read_text() == journal
+    assert (searched / "trials.jsonl").read_text() == before
+    pd.testing.assert_frame_equal(pd.read_csv(searched / "trials.csv"), table)
+
+
+def test_a_search_that_is_longer_goes_on(flags: list[str], tmp_path: Path, searched: Path) -> None:
+    out = tmp_path / "run"
+    for trials in ("5", str(TRIALS)):
+        assert main([*command(flags, out), "--trials", trials]) in (0, 1)
+        assert len(finished(out)) == int(trials)
+    numbers = [line["number"] for line in logged(out) if line["stage"] == "search"]
+    assert sorted(numbers) == list(range(TRIALS)), "a trial was lost or repeated"
+    columns = ["expression_rate", "kl", "positive_repetition"]
+    # drawn in other rounds: the random ones are the same
+    got, want = finished(out)[columns][:10], finished(searched)[columns][:10]
+    assert got.to_numpy() == pytest.approx(want.to_numpy(), abs=1e-5, nan_ok=True)
 
 
 def test_killed_at_any_moment_and_run_again(
@@ -102,46 +149,34 @@ def test_killed_at_any_moment_and_run_again(
 ) -> None:
     """No finished trial is lost or repeated, and in the end it is the search that was never killed."""
     out = tmp_path / "run"
-    arguments = [sys.executable, "-m", "interp_ablate.cli", *command(flags, out)]
-    study = out / "search" / "study.jsonl"
+    arguments = [sys.executable, "-m", "interp_ablate.cli.main", *command(flags, out)]
+    log = out / "trials.jsonl"
     for wanted in (3, 7):
         process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and process.poll() is None:
-            if study.exists() and study.read_text().count('"scores"') >= wanted:
+            if log.exists() and log.read_text().count('"stage": "search"') >= wanted:
                 break
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.wait()
     subprocess.run(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=300)
-    killed, whole = finished(out), finished(searched)
-    done = killed[killed["state"] == "COMPLETE"].reset_index(drop=True)
-    want = whole[whole["state"] == "COMPLETE"].reset_index(drop=True)
-    assert len(done) == len(want) == len(done.drop_duplicates("number"))
-    for name in ("expression_rate", "kl", "repetition", "length"):
-        assert done[name].tolist() == pytest.approx(want[name].tolist(), abs=1e-5), name
+    trials = [line for line in logged(out) if line["stage"] == "search"]
+    assert sorted(line["number"] for line in trials) == list(range(TRIALS))
+    columns = ["number", "status", "expression_rate", "kl", "positive_repetition"]
+    killed, whole = (finished(each)[columns].reset_index(drop=True) for each in (out, searched))
+    pd.testing.assert_frame_equal(killed, whole, atol=1e-5)
 
 
-def test_two_processes_search_one_folder(flags: list[str], tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    arguments = [sys.executable, "-m", "interp_ablate.cli", *command(flags, out)]
-    both = [
-        subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in "ab"
-    ]
-    for process in both:
-        _, err = process.communicate(timeout=300)
-        assert process.returncode in (0, 1), err.decode()
-    table = finished(out)
-    assert len(table) == TRIALS and table["number"].is_unique
-    workers = {
-        json.loads(line)["user_attr"]["asked"]["worker"]
-        for line in (out / "search" / "study.jsonl").read_text().splitlines()
-        if '"asked"' in line
-    }
-    assert 1 <= len(workers) <= 2  # a process that comes late may find nothing left to do
-    assert (out / "trials.jsonl").read_text().count('"prompts"') == len(
-        {line for line in (out / "trials.jsonl").read_text().splitlines() if '"prompts"' in line}
-    )
+def test_a_second_process_in_the_folder_is_refused_in_words(
+    flags: list[str], searched: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import fcntl
+
+    with open(searched / "trials.jsonl", "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert main(command(flags, searched)) == 2
+    assert "in use by another process" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("control", ("random", "shuffled"))
@@ -151,7 +186,8 @@ def test_controls_are_searched_the_same_way(
     out = tmp_path / "run"
     assert main(command(flags, out, "--control", control)) in (0, 1)
     table = finished(out)
-    assert len(table) == TRIALS and not (out / "screening.csv").exists()
+    assert len(table) == TRIALS and set(table["control"]) == {control}
+    assert not any(line["stage"] == "screen" for line in logged(out))
     if control == "random":
         assert set(table["method"].dropna()) <= {
             "difference_in_means",
@@ -186,12 +222,14 @@ def test_bad_input(
     assert reason in capsys.readouterr().err
 
 
-def test_trials_on_ray_are_those_here(flags: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ("sweep", "search"))
+def test_trials_on_ray_are_those_here(flags: list[str], tmp_path: Path, name: str) -> None:
     pytest.importorskip("ray")
-    here, there = tmp_path / "here", tmp_path / "there"
-    assert main(["--quiet", "sweep", *flags, "--out", str(here)]) == 0
+    more = ("--trials", "9", "--sampler", "random") if name == "search" else ()
     ray = ("--executor", "ray", "--workers", "2", "--cpus", "1")
-    assert main(["--quiet", "sweep", *flags, "--out", str(there), *ray]) == 0
+    here, there = tmp_path / "here", tmp_path / "there"
+    assert main(["--quiet", name, *flags, "--out", str(here), *more]) in (0, 1)
+    assert main(["--quiet", name, *flags, "--out", str(there), *more, *ray]) in (0, 1)
     tables = [pd.read_csv(out / "trials.csv").drop(columns="seconds") for out in (here, there)]
     pd.testing.assert_frame_equal(*tables, atol=1e-6)
 

@@ -24,20 +24,20 @@ from interp_ablate.errors import PlanError, RunError
 from interp_ablate.evaluation.metrics import TargetLogOdds
 from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.search.bench import ValidationBench
-from interp_ablate.search.candidates import scaled
+from interp_ablate.search.derived_edits import scaled
 from interp_ablate.search.edit_space import (
     METHODS,
     ORTHOGONAL,
     PLAIN,
     POINT,
     EditSpace,
-    initial_trials,
+    initial_params,
+    kernel_ranges,
     plan_of,
-    score,
-    score_together,
+    source_of,
     space_of,
 )
-from interp_ablate.search.study.parameters import Float, Int
+from interp_ablate.search.parameters import Float, Int
 
 pytest.importorskip("concept_erasure")
 WRITERS = everywhere(N_LAYERS)
@@ -52,12 +52,12 @@ PARAMS: dict[str, Any] = {
     "method": PLAIN,
     "layer": 1.4,
     "attention_strength": 1.3,
-    "attention_layer": 1.25,
+    "attention_layer": 1.4,
     "mlp_strength": 0.6,
     "mlp_layer": 1.75,
     "width": 1.5,
 }
-KERNEL: dict[str, Any] = {"attention": (1.3, 1.25), "mlp": (0.6, 1.75), "width": 1.5}
+KERNEL: dict[str, Any] = {"attention": (1.3, 1.4), "mlp": (0.6, 1.75), "width": 1.5}
 
 
 def activations(n_layers: int = N_LAYERS, *, points: Sequence[str] = (POINT,)) -> Activations:
@@ -147,7 +147,7 @@ def test_parameters_outside_are_refused() -> None:
         ({"layer": 0.1}, "layer"),
         ({"attention_strength": 0.1}, "attention_strength"),
         ({"mlp_strength": -0.1}, "mlp_strength"),
-        ({"attention_layer": 2.5}, "attention_layer"),
+        ({"attention_layer": 2.9}, "attention_layer"),
         ({"width": 0.0}, "width"),
         ({"method": "lda"}, "method"),
         ({"edit": "add"}, "edit"),
@@ -169,11 +169,13 @@ def test_depths_are_in_layers() -> None:
     """The same fractions of another depth; strengths and scales do not depend on it."""
     writers = everywhere(21)
     few, many = space_of(ground_of()), space_of(EditSpace(activations(21), writers, fits=FITS))
-    deep = {"layer", "attention_layer", "mlp_layer", "width"}
+    assert {"attention_layer", "mlp_layer", "width"} < set(kernel_ranges(21))
+    factors = {"layer": 20 / (N_LAYERS - 1)}
+    factors |= dict.fromkeys(("attention_layer", "mlp_layer", "width"), 21 / N_LAYERS)
     for a, b in zip(few.parameters, many.parameters):
         assert a.name == b.name
         if isinstance(a, Float) and isinstance(b, Float):
-            factor = 20 / (N_LAYERS - 1) if a.name in deep else 1
+            factor = factors.get(a.name, 1)
             assert (b.low, b.high) == pytest.approx((factor * a.low, factor * a.high), abs=2e-3)
     layer = next(p for p in many.parameters if p.name == "layer")
     assert isinstance(layer, Float) and layer.high == 20
@@ -208,10 +210,10 @@ def test_strengths_are_the_bands(method: str) -> None:
     want = band(ground.directions(PLAIN)[SITES[1]], N_LAYERS, **KERNEL)
     assert strengths(plan) == strengths(want)
     assert [edit.sites[0].point for edit in plan] == ["attn_out", "mlp_out"]
-    # by hand: a triangle of half width 1.5 around layer 1.25
+    # by hand: a triangle of half width 1.5 around layer 1.4
     attention = dict(zip(plan.edits[0].sites, plan.edits[0].amounts))
     assert attention == pytest.approx(
-        {Site(i, "attn_out"): 1.3 * (1 - abs(i - 1.25) / 1.5) for i in range(3)}
+        {Site(i, "attn_out"): 1.3 * (1 - abs(i - 1.4) / 1.5) for i in range(3)}
     )
 
 
@@ -388,7 +390,7 @@ def test_priors_are_in_the_space(n_layers: int, control: str | None) -> None:
     """At every depth, also for layers near the embedding, where no direction is searched."""
     ground = EditSpace(activations(n_layers), everywhere(n_layers), fits=FITS, control=control)
     space, layers = space_of(ground), (0, n_layers // 2, n_layers - 1, n_layers + 3)
-    found = initial_trials(ground, layers)
+    found = initial_params(ground, layers)
     for params in found:
         assert space.admit(params) == params
         assert plan_of(params, ground).sites
@@ -399,7 +401,7 @@ def test_priors_are_in_the_space(n_layers: int, control: str | None) -> None:
 
 def test_priors_begin_with_every_fitted_edit_as_it_is() -> None:
     ground = ground_of()
-    found = initial_trials(ground, [])
+    found = initial_params(ground, [])
     assert [p["fit"] for p in found[:2]] == ["a", "b"]
     assert {p["edit"] for p in found} == {"fitted"} and len(found) == 6
     for params in found[:2]:
@@ -411,10 +413,10 @@ def test_priors_begin_with_every_fitted_edit_as_it_is() -> None:
     assert half is not None
     got = {site: amount for e in weaker for site, amount in zip(e.sites, e.amounts)}
     assert got == pytest.approx(dict(zip(half.sites, half.amounts)), abs=1e-6)
-    assert initial_trials(ground_of(fits={}), []) == []
+    assert initial_params(ground_of(fits={}), []) == []
 
 
-def test_a_score_is_the_benchs_of_the_plan() -> None:
+def test_objectives_are_the_benchs_scores_of_the_plan() -> None:
     model = shared(eos_token_id=None)
     bench = ValidationBench(
         model,
@@ -425,23 +427,43 @@ def test_a_score_is_the_benchs_of_the_plan() -> None:
         max_new_tokens=6,
     )
     ground = EditSpace(activations(), model.writers, fits=FITS)
-    got = score(PARAMS, ground, bench)
     plan = plan_of(PARAMS, ground)
-    whole, other = bench.score(plan, generate=True), bench.beside(plan)
-    for name in ("expression_rate", "kl", "kl_high"):
-        assert got[name] == pytest.approx(whole[name])
-    # repetition of all answers is the mean of both sides', weighted by their prompts
-    both = (3 * got["repetition"] + 2 * other["negative_repetition"]) / 5
-    assert both == pytest.approx(whole["repetition"])
-    for name in ("negative_expression_rate", "unedited_answer_logprob"):
-        assert other[name] == pytest.approx(whole[name])
+    [got], whole = bench.objectives_of([plan]), bench.score(plan, generate=True)
+    assert set(got) == {"expression_rate", "positive_repetition", "empty", "kl", "kl_high"}
+    assert got == pytest.approx({name: whole[name] for name in got})
     assert got["kl"] > 1e-3
     # several at once, each as alone
     fitted = {"edit": "fitted", "fit": "a"}
     fitted |= dict.fromkeys(("attention_scale", "mlp_scale", "embed_scale"), 0.7)
     some = [PARAMS, fitted, {**PARAMS, "method": "subspace", "rank": 2}]
-    for one, params in zip(score_together(some, ground, bench), some):
-        assert one == pytest.approx(score(params, ground, bench))
+    plans = [plan_of(params, ground) for params in some]
+    for one, each in zip(bench.objectives_of(plans), plans):
+        assert one == pytest.approx(bench.objectives_of([each])[0])
+
+
+def test_the_source_of_a_plan_is_the_nearest_direction() -> None:
+    assert source_of(PARAMS) == (1, POINT, "-1")
+    assert source_of({**PARAMS, "layer": 1.6, "position": "-2"}) == (2, POINT, "-2")
+    fitted = {"edit": "fitted", "fit": "21-resid_mid--1-0123abcd"}
+    assert source_of(fitted) == (21, "resid_mid", "-1")
+    fitted["fit"] = "4-resid_post-response_mean-0123abcd"
+    assert source_of(fitted) == (4, "resid_post", "response_mean")
+
+
+def test_saved_directions_are_taken_as_they_are() -> None:
+    """At any site and position; between layers they are estimated."""
+    every = activations(points=("resid_pre", POINT))
+    saved = estimate_directions(every)
+    ground = EditSpace(every, WRITERS, saved=saved)
+    place = {**PARAMS, "layer": 2, "point": "resid_pre", "position": "-2"}
+    for method in (PLAIN, ORTHOGONAL):
+        want = saved[Site(2, "resid_pre"), "-2", method]
+        assert ground.direction({**place, "method": method}) is want
+    assert ground.source({**place, "method": "pca"}) is saved[Site(2, "resid_pre"), "-2", PLAIN]
+    between = ground.direction({**PARAMS, "layer": 1.4})
+    low, high = (saved[site, "-1", PLAIN].vector for site in SITES[1:3])
+    vector = 0.6 * low + 0.4 * high
+    torch.testing.assert_close(between.vector, vector / vector.norm(), rtol=0, atol=1e-10)
 
 
 def test_the_ground_of_a_models_own_activations() -> None:

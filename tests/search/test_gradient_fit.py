@@ -461,7 +461,7 @@ def test_a_fit_breaks_loops() -> None:
     looping = replace(data, loops=[loop for loop in loops if loop])
     found = []
     for given in (data, looping):
-        edit = fit_edit(model, direction, SITES, given, kl_weight=0.1, steps=6)
+        edit = fit_edit(model, direction, given, kl_weight=0.1, steps=6)
         with model.applied(Plan((edit,))):
             found.append(float(_unwanted(model, looping)))
     assert found[1] < found[0] - 0.02
@@ -492,7 +492,6 @@ def test_a_fit_lowers_own_words_and_minds_the_kl(backend: str) -> None:
         found = fit_edit(
             model,
             direction,
-            SITES,
             data,
             kl_weight=kl_weight,
             steps=20,
@@ -512,8 +511,8 @@ def test_vectors_find_more_than_strengths() -> None:
     """What is read and written moves away from the direction, and the loss is lower for it."""
     model = sure("bridge")
     data, direction = data_of(model), Direction(unit(3), 1.0, Site(1, "resid_post"))
-    flat = fit_edit(model, direction, SITES, data, vectors=False, kl_weight=1.0)
-    found = fit_edit(model, direction, SITES, data, kl_weight=1.0)
+    flat = fit_edit(model, direction, data, vectors=False, kl_weight=1.0)
+    found = fit_edit(model, direction, data, kl_weight=1.0)
     assert isinstance(flat, Ablate) and isinstance(found, Erase)
     plain = Ablate(direction, SITES, strength=flat.amounts, label=f"{direction.name}, fitted")
     assert Plan((flat,)) == Plan((plain,))  # along the direction itself, every bit
@@ -531,7 +530,7 @@ def test_vectors_find_more_than_strengths() -> None:
 
 def test_without_a_step_it_is_the_direction() -> None:
     model = shared(eos_token_id=None)
-    found = fit_edit(model, DIRECTION, SITES, data_of(model), steps=0)
+    found = fit_edit(model, DIRECTION, data_of(model), steps=0)
     assert isinstance(found, Erase) and found.label == f"{DIRECTION.name}, fitted"
     for vector in found.vectors:
         torch.testing.assert_close(vector, DIRECTION.vector, atol=1e-6, rtol=0)
@@ -550,11 +549,11 @@ def test_a_fit_goes_on_from_an_edit(start: Erase | Ablate) -> None:
     model = shared(eos_token_id=None)
     data = data_of(model)
     kept = start.vectors.clone(), start.amounts
-    same = fit_edit(model, DIRECTION, SITES, data, steps=0, start=start)
+    same = fit_edit(model, DIRECTION, data, steps=0, start=start)
     assert same.sites == start.sites
     for got, want in zip(oblique_map(same), oblique_map(start)):
         torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
-    on = fit_edit(model, DIRECTION, SITES, data, steps=3, start=start, kl_weight=1.0)
+    on = fit_edit(model, DIRECTION, data, steps=3, start=start, kl_weight=1.0)
     moved = max(float((a - b).abs().max()) for a, b in zip(oblique_map(on), oblique_map(start)))
     assert 1e-3 < moved < 1
     assert torch.equal(start.vectors, kept[0]) and start.amounts == kept[1]
@@ -564,14 +563,14 @@ def test_two_rounds_go_further_than_one() -> None:
     model = sure("bridge")
     data = data_of(model)
     direction = read_by_answers(model, data)
-    first = fit_edit(model, direction, SITES, data, steps=3, kl_weight=1.0)
-    again = fit_edit(model, direction, SITES, data, steps=6, kl_weight=1.0, start=first)
+    first = fit_edit(model, direction, data, steps=3, kl_weight=1.0)
+    again = fit_edit(model, direction, data, steps=6, kl_weight=1.0, start=first)
 
     def loss(edit: Erase | Ablate) -> float:
         unedited_answer_logprob, kl = scores_under(model, data, edit)
         return max(unedited_answer_logprob, UNLIKELY) + kl  # further down there is nothing to win
 
-    plain = fit_edit(model, direction, SITES, data, steps=0)
+    plain = fit_edit(model, direction, data, steps=0)
     assert loss(again) < loss(first) < loss(plain)
 
 
@@ -582,7 +581,7 @@ def test_directions_are_not_written_into(dtype: torch.dtype) -> None:
     direction = Direction(unit(3), 1.0, Site(1, "resid_post"))
     object.__setattr__(direction, "vector", direction.vector.to(dtype))
     vector, weights = direction.vector.clone(), model.fingerprint
-    found = fit_edit(model, direction, SITES, data_of(model), steps=3)
+    found = fit_edit(model, direction, data_of(model), steps=3)
     assert torch.equal(direction.vector, vector) and not direction.vector.requires_grad
     assert model.fingerprint == weights
     assert not any(v.requires_grad for v in found.vectors)
@@ -594,8 +593,8 @@ def test_fits_on_other_architectures(kind: str) -> None:
     model = shared(kind, eos_token_id=None)
     data = data_of(model)
     direction = Direction(unit(6), 1.0, Site(1, "resid_post"))
-    none = fit_edit(model, direction, model.writers, data, steps=0, kl_weight=1.0)
-    found = fit_edit(model, direction, model.writers, data, steps=8, kl_weight=1.0)
+    none = fit_edit(model, direction, data, steps=0, kl_weight=1.0)
+    found = fit_edit(model, direction, data, steps=8, kl_weight=1.0)
 
     def loss(edit: Erase | Ablate) -> float:
         unedited_answer_logprob, kl = scores_under(model, data, edit)

@@ -5,17 +5,14 @@ Knows: ranges and choices. Does not know: Optuna.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal, Protocol, TypeAlias
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
 
 from interp_ablate.errors import RunError
-from interp_ablate.search.study.trials import TRIAL_COLUMNS
 
 Scalar: TypeAlias = str | int | float | bool | None
-Goal = Literal["minimize", "maximize"]
 
 # --------------------------------------------------------------------------------- the space
 
@@ -23,20 +20,16 @@ Goal = Literal["minimize", "maximize"]
 class Suggests(Protocol):
     """What a space needs of an Optuna trial."""
 
-    def suggest_float(
-        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
-    ) -> float: ...
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
 
-    def suggest_int(
-        self, name: str, low: int, high: int, *, step: int = 1, log: bool = False
-    ) -> int: ...
+    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int: ...
 
     def suggest_categorical(self, name: str, choices: Sequence[Scalar]) -> Scalar: ...
 
 
 @dataclass(frozen=True)
 class Float:
-    """A number between two bounds, both included; on a logarithmic scale, or in steps from `low`.
+    """A number between two bounds, both included; perhaps on a logarithmic scale.
 
     `when`: the name of an earlier parameter and the values of it for which this one exists.
     """
@@ -45,20 +38,19 @@ class Float:
     low: float
     high: float
     log: bool = False
-    step: float | None = None
     when: tuple[Scalar, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_range(self, self.step)
+        _check_range(self)
 
     def suggest(self, trial: Suggests) -> float:
-        return trial.suggest_float(self.name, self.low, self.high, step=self.step, log=self.log)
+        return trial.suggest_float(self.name, self.low, self.high, log=self.log)
 
     def admit(self, value: Any) -> float:
         """The value as this parameter holds it.
 
         Raises:
-            RunError: not a number, out of range, or between two steps.
+            RunError: not a number, or out of range.
         """
         return _admit_number(self, float, value)
 
@@ -71,14 +63,13 @@ class Int:
     low: int
     high: int
     log: bool = False
-    step: int = 1
     when: tuple[Scalar, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_range(self, None if self.log and self.step == 1 else self.step)
+        _check_range(self)
 
     def suggest(self, trial: Suggests) -> int:
-        return trial.suggest_int(self.name, self.low, self.high, step=self.step, log=self.log)
+        return trial.suggest_int(self.name, self.low, self.high, log=self.log)
 
     def admit(self, value: Any) -> int:
         """As `Float.admit`."""
@@ -116,19 +107,13 @@ class Choice:
 Parameter: TypeAlias = Float | Int | Choice
 
 
-def _check_range(parameter: Float | Int, step: float | None) -> None:
+def _check_range(parameter: Float | Int) -> None:
     low, high = parameter.low, parameter.high
     place = f"{parameter.name} from {low} to {high}"
     if not (math.isfinite(low) and math.isfinite(high) and low <= high):
         raise RunError(f"{place}: the bounds are finite numbers, the lower one first")
-    if parameter.log and (low <= 0 or step is not None):
-        raise RunError(f"{place}: a logarithmic scale starts above 0 and has no steps")
-    if step is not None and (step <= 0 or not _whole((high - low) / step)):
-        raise RunError(f"{place}: steps of {step} do not lead from one bound to the other")
-
-
-def _whole(value: float) -> bool:
-    return abs(value - round(value)) < 1e-8
+    if parameter.log and low <= 0:
+        raise RunError(f"{place}: a logarithmic scale starts above 0")
 
 
 def _admit_number(parameter: Float | Int, kind: type, value: Any) -> Any:
@@ -141,8 +126,6 @@ def _admit_number(parameter: Float | Int, kind: type, value: Any) -> Any:
         raise RunError(f"{place}: it is a number of type {kind.__name__}")
     if not parameter.low <= number <= parameter.high:
         raise RunError(f"{place}: it lies between {parameter.low} and {parameter.high}")
-    if parameter.step and not _whole((number - parameter.low) / parameter.step):
-        raise RunError(f"{place}: it goes from {parameter.low} in steps of {parameter.step}")
     return number
 
 
@@ -210,35 +193,9 @@ class Space:
             admitted[each.name] = each.admit(params[each.name])
         return admitted
 
-    def describe(self) -> dict[str, Any]:
-        """Plain data, by parameter name."""
-        return {
-            each.name: {
-                "kind": type(each).__name__.lower(),
-                **{f.name: getattr(each, f.name) for f in fields(each) if f.name != "name"},
-            }
-            for each in self.parameters
-        }
-
 
 def _exists(parameter: Parameter, params: Mapping[str, Any]) -> bool:
     if not parameter.when:
         return True
     parent, *values = parameter.when
     return str(parent) in params and params[str(parent)] in values
-
-
-def parameter_key(params: Mapping[str, Any]) -> str:
-    """The same for the same parameters; floats to 12 digits, for a grid's points are sums of steps."""
-    rounded = {k: float(f"{v:.12g}") if isinstance(v, float) else v for k, v in params.items()}
-    return json.dumps(rounded, sort_keys=True)
-
-
-def check_names_apart(space: Space, scores: Sequence[str]) -> None:
-    """Parameters and scores are columns of one table."""
-    taken = sorted((set(scores) | set(space.names)) & set(TRIAL_COLUMNS))
-    taken += sorted(set(scores) & set(space.names))
-    if taken:
-        raise RunError(
-            f"{', '.join(taken)}: named twice in the table of trials. Rename the parameter or score"
-        )

@@ -1,4 +1,4 @@
-"""Sweep: the journal through every accident, candidates as data, trials against a bench of numbers.
+"""Trials: the log through every accident, plans as data, trials against a bench of numbers.
 
 The race of the screening by hand-made scores; the bench itself on a tiny model.
 """
@@ -10,7 +10,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -30,34 +30,32 @@ from interp_ablate.evaluation.metrics import FirstTokenKL, TargetLogOdds, repeti
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.search.bench import ValidationBench
-from interp_ablate.search.candidates import (
-    Candidate,
-    Trial,
-    along_control_direction,
-    distinct,
-    scaled,
-    screening,
-)
-from interp_ablate.search.journal import Journal
+from interp_ablate.search.derived_edits import along_control_direction, control_plan, scaled
+from interp_ablate.search.edit_space import EditSpace, plan_of
+from interp_ablate.search.grid import SCALES, bands, finalists, fitted
 from interp_ablate.search.race import (
     FIT_DISTANCE,
     RUNGS,
+    distinct,
     layers_apart,
     race_directions,
     rank_directions,
     removal_per_kl,
+    screening_trials,
 )
-from interp_ablate.search.sweep import SCALES, bands, finalists, fitted, run_trial, run_trials
-from interp_ablate.search.trial_table import to_frame
+from interp_ablate.search.trial_table import params_of, read_trials, to_frame
+from interp_ablate.search.trials import KILLS, Trial, TrialLog, run_trials, score_trials
 from interp_ablate.sites import Point, Site
 
 D, N_LAYERS = 6, 8
 WRITERS = everywhere(N_LAYERS)
 IDENTITY = {"model": "abc", "max_kl": 0.1, "layers": [1, 2]}
-BAND = Candidate(
-    3, "resid_post", "-2", stage="refine", operation="band", attention_strength=1.2,
-    attention_layer=3.5, mlp_strength=0.9, mlp_layer=2.0, width=2.5,
-)  # fmt: skip
+PLACE = {"method": "difference_in_means", "layer": 3, "point": "resid_post", "position": "-2"}
+KERNEL = {
+    "attention_strength": 1.2, "attention_layer": 3.5, "mlp_strength": 0.9, "mlp_layer": 2.0,
+    "width": 2.5,
+}  # fmt: skip
+BAND = Trial({"edit": "band", **PLACE, **KERNEL}, "refine")
 
 
 def direction(layer: int, point: Point = "resid_post", **kwargs: Any) -> Direction:
@@ -66,19 +64,21 @@ def direction(layer: int, point: Point = "resid_post", **kwargs: Any) -> Directi
     return Direction(vector, 2.0, Site(layer, point), **kwargs)
 
 
-FITTED = Candidate(5, "resid_mid", stage="refine", operation="fitted", fit="5-resid_mid", scale=1.1)
+FIT, FLAT = "5-resid_mid--1-abcdef12", "5-resid_post--1-12abcdef"
+ALL_SCALES = ("attention_scale", "mlp_scale", "embed_scale")
+FITTED = Trial({"edit": "fitted", "fit": FIT, **dict.fromkeys(ALL_SCALES, 1.1)}, "refine")
 STRENGTHS = tuple(i / 10 for i in range(2 * N_LAYERS + 1))
 FITS: dict[str, Ablate | Erase] = {
-    "5-resid_mid": Erase(
+    FIT: Erase(
         direction(5).vector + 0.4 * direction(6).vector,
         direction(5).vector,
         WRITERS,
         strength=STRENGTHS,
         label="it",
     ),
-    "flat": Ablate(direction(5), WRITERS, strength=STRENGTHS),
+    FLAT: Ablate(direction(5), WRITERS, strength=STRENGTHS),
 }
-EDIT = FITS["5-resid_mid"]
+EDIT = FITS[FIT]
 METHODS = ("difference_in_means", "difference_in_means_orthogonalized")
 DIRECTIONS = Directions(
     tuple(
@@ -89,6 +89,20 @@ DIRECTIONS = Directions(
     )
 )
 PLAIN = DIRECTIONS.of(METHODS[0])
+
+
+def space(directions: Directions = DIRECTIONS, writers: tuple[Site, ...] = WRITERS) -> EditSpace:
+    """A space over saved directions; its activations are not looked at."""
+    labelled: Any = SimpleNamespace(labels=torch.tensor([True, False]))
+    return EditSpace(labelled, writers, saved=directions, fits=dict(FITS))
+
+
+def ablation(layer: int, **changes: Any) -> Trial:
+    return Trial({"edit": "ablate", **PLACE, "layer": layer, "position": "-1"}, **changes)
+
+
+def plan(trial: Trial, **options: Any) -> Plan:
+    return plan_of(trial.params, space(**options))
 
 
 class FakeBench:
@@ -104,6 +118,11 @@ class FakeBench:
         self.added: list[Plan] = []
         self.spoil = spoil
         self.n_prompts = 32
+        self.together: list[int] = []
+
+    def objectives_of(self, plans: Sequence[Plan]) -> list[dict[str, float]]:
+        self.together.append(len(plans))
+        return [self.score(each, generate=True) for each in plans]
 
     def score(self, plan: Plan, *, generate: bool) -> dict[str, float]:
         self.scored.append(plan)
@@ -136,89 +155,79 @@ class Dying(FakeBench):
 
 
 def run(
-    path: Path, bench: Any, candidates: Sequence[Candidate], directions: Directions = DIRECTIONS
+    path: Path,
+    bench: Any,
+    trials: Sequence[Trial],
+    directions: Directions = DIRECTIONS,
+    **options: Any,
 ) -> list[Trial]:
-    journal = Journal(path, IDENTITY)
-    with journal.open() as done:
-        return run_trials(bench, directions, candidates, journal, done, fits=FITS)
+    with TrialLog(path, IDENTITY).open() as log:
+        return run_trials(trials, space(directions), bench, log, **options)
 
 
 def trial(layer: int, **scores: float) -> Trial:
-    return Trial(Candidate(layer, "resid_post"), scores or {"behaviour": layer / 3}, 0.25)
+    return ablation(layer).scored(scores or {"behaviour": layer / 3}, 0.25)
 
 
 def write(path: Path, trials: Sequence[Trial]) -> None:
-    journal = Journal(path, IDENTITY)
-    with journal.open():
+    with TrialLog(path, IDENTITY).open() as log:
         for each in trials:
-            journal.append(each)
+            log.finish(each)
 
 
 def read(path: Path) -> dict[str, Trial]:
-    with Journal(path, IDENTITY).open() as done:
-        return dict(done)
+    with TrialLog(path, IDENTITY).open() as log:
+        return dict(log.done)
 
 
 # --------------------------------------------------------------------------------- candidates
 
 
-def test_a_candidates_key_is_its_content() -> None:
-    varied: dict[str, Any] = {
-        "layer": 4, "point": "resid_mid", "position": "-1", "stage": "screen", "method": "random",
-        "operation": "ablate", "attention_strength": 1.0, "attention_layer": 3.0,
-        "mlp_strength": 0.5, "mlp_layer": 1.0, "width": 9.0, "fit": "other", "scale": 0.5,
-        "prompts": 4,
-    }  # fmt: skip
-    assert set(varied) == {field.name for field in fields(Candidate)}
-    others = [replace(BAND, **{name: value}) for name, value in varied.items()]
-    assert len({BAND.key, *(other.key for other in others)}) == len(varied) + 1
-    assert replace(BAND).key == BAND.key
-    assert Candidate(**json.loads(BAND.key)) == BAND
-    assert BAND.site == Site(3, "resid_post")
+def test_a_trials_key_is_what_is_tried() -> None:
+    changes: dict[str, Any] = {"stage": "finalist", "prompts": 4, "number": 2}
+    others = [replace(BAND, **{name: value}) for name, value in changes.items()]
+    others += [replace(BAND, params={**BAND.params, name: 0.7}) for name in KERNEL]
+    assert len({BAND.key, *(other.key for other in others)}) == len(others) + 1
+    assert replace(BAND).key == BAND.key == BAND.scored({"kl": 1.0}, 2.0).key
+    assert BAND.failed("why").key == BAND.key
 
 
-def test_a_candidates_plan() -> None:
-    found = direction(3)
-    full = Candidate(3, "resid_post").plan(found, WRITERS)
-    assert full == Plan((Ablate(found, WRITERS),))
+def test_a_trials_plan() -> None:
+    found = DIRECTIONS[Site(3, "resid_post"), "-2", METHODS[0]]
+    assert plan(Trial({"edit": "ablate", **PLACE})) == Plan((Ablate(found, WRITERS),))
     expected = band(found, N_LAYERS, attention=(1.2, 3.5), mlp=(0.9, 2.0), width=2.5)
-    assert BAND.plan(found, WRITERS) == expected
-    control = direction(5)  # another direction in its place: same sites, same strengths
-    other = BAND.plan(control, WRITERS)
-    assert other != expected and other.sites == expected.sites
-    assert [edit.amounts for edit in other] == [edit.amounts for edit in expected]
+    assert plan(BAND) == expected
 
 
-def test_a_candidates_plan_is_at_the_writers_of_its_model() -> None:
+def test_a_plan_is_at_the_writers_of_its_model() -> None:
     """Learned positions are ablated too; where a norm follows a projection, the projection is."""
-    found = direction(3)
     positions = (Site(0, "embed"), Site(0, "pos_embed"), *WRITERS[1:])
-    assert Candidate(3, "resid_post").plan(found, positions).sites == positions
-    assert BAND.plan(found, positions) == BAND.plan(found, WRITERS)
+    assert plan(ablation(3), writers=positions).sites == positions
+    assert plan(BAND, writers=positions) == plan(BAND)
     names: dict[str, Point] = {"attn_out": "attn_proj", "mlp_out": "mlp_proj", "embed": "embed"}
     projections = tuple(Site(site.layer, names[site.point]) for site in WRITERS)
     expected = [
         (tuple(Site(site.layer, names[site.point]) for site in edit.sites), edit.amounts)
-        for edit in BAND.plan(found, WRITERS)
+        for edit in plan(BAND)
     ]
-    assert [(e.sites, e.amounts) for e in BAND.plan(found, projections)] == expected
+    found = plan(BAND, writers=projections)
+    assert [(edit.sites, edit.amounts) for edit in found] == expected
     # a fitted edit knows its own sites, which were its model's writers
-    assert FITTED.plan(found, projections, FITS) == FITTED.plan(found, WRITERS, FITS)
+    assert plan(FITTED, writers=projections) == plan(FITTED)
 
 
 def test_a_fitted_plan_is_the_scaled_edit() -> None:
-    """Whatever the direction: the edit that is kept under the name, at its own sites."""
-    plan = FITTED.plan(direction(5), WRITERS, FITS)
-    (edit,) = plan.edits
+    """At its own sites; scales that are alike leave one edit."""
+    (edit,) = plan(FITTED).edits
     assert isinstance(edit, Erase) and edit.label == "it"
     want = {site: 1.1 * i / 10 for i, site in enumerate(WRITERS) if i}
     assert dict(zip(edit.sites, edit.amounts)) == pytest.approx(want)
     torch.testing.assert_close(edit.vectors, EDIT.vectors, rtol=0, atol=1e-14)
-    assert FITTED.plan(direction(2), WRITERS, FITS) == plan
-    flat = replace(FITTED, fit="flat").plan(direction(5), WRITERS, FITS)
+    flat = plan(replace(FITTED, params={**FITTED.params, "fit": FLAT}))
     assert flat == Plan((Ablate(direction(5), want, strength=tuple(edit.amounts)),))
-    assert replace(FITTED, scale=0.0).plan(direction(5), WRITERS, FITS) == Plan()
-    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    nothing = {**FITTED.params, **dict.fromkeys(ALL_SCALES, 0.0)}
+    assert plan_of(nothing, space()) == Plan()
+    assert Plan.from_dict(json.loads(json.dumps(plan(FITTED).to_dict()))) == plan(FITTED)
 
 
 @pytest.mark.parametrize("name", FITS)
@@ -286,57 +295,56 @@ def test_an_edit_turned_to_its_own_direction(sign: float) -> None:
         assert float(control.vectors[0] @ control.vectors[-1]) == pytest.approx(1.0)
 
 
-def test_a_candidates_control() -> None:
-    """The plan of the candidate along a direction that is none of the concept's."""
+def test_a_plans_control() -> None:
+    """The same plan along a direction that is none of the concept's."""
     other = direction(2)
-    for candidate in (Candidate(3, "resid_post"), BAND):
-        control = candidate.control(other, WRITERS, FITS)
-        assert control == candidate.plan(other, WRITERS)
-    (control,) = FITTED.control(other, WRITERS, FITS).edits
-    (chosen,) = FITTED.plan(direction(5), WRITERS, FITS).edits
-    assert isinstance(control, Erase)
-    assert (control.sites, control.amounts) == (chosen.sites, chosen.amounts)
-    want = along_control_direction(EDIT, other).vectors
-    torch.testing.assert_close(control.vectors, want, rtol=0, atol=1e-12)
-    torch.testing.assert_close(control.write, other.vector, rtol=0, atol=1e-12)
+    (full,) = control_plan(plan(ablation(3)), other).edits
+    torch.testing.assert_close(full.vectors[0], other.vector, rtol=0, atol=1e-12)
+    assert full.sites == WRITERS
+    control = control_plan(plan(BAND), other)
+    want = band(other, N_LAYERS, attention=(1.2, 3.5), mlp=(0.9, 2.0), width=2.5)
+    assert [(e.sites, e.amounts) for e in control] == [(e.sites, e.amounts) for e in want]
+    for got, wanted in zip(control, want):
+        torch.testing.assert_close(got.vectors, wanted.vectors, rtol=0, atol=1e-12)
+    (turned,) = control_plan(plan(FITTED), other).edits
+    (chosen,) = plan(FITTED).edits
+    assert isinstance(turned, Erase)
+    assert (turned.sites, turned.amounts) == (chosen.sites, chosen.amounts)
+    torch.testing.assert_close(turned.write, other.vector, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
     "given",
     [
-        Trial(BAND, {"behaviour": 0.1 + 0.2, "kl": 1e-17}, 1 / 3),
-        Trial(BAND, {}, 0.0, "failed", "not finite: kl"),
-        Trial(FITTED, {"kl": 0.5}, 1.5),
-        Trial(replace(FITTED, stage="finalist", prompts=12), {"kl": 0.5}, 1.5),
+        BAND.scored({"behaviour": 0.1 + 0.2, "kl": 1e-17}, 1 / 3),
+        BAND.failed("not finite: kl"),
+        FITTED.scored({"kl": 0.5}, 1.5),
+        replace(FITTED, stage="search", prompts=12, number=3).scored({"kl": 0.5}, 1.5),
         trial(0),
     ],
 )
 def test_trials_survive_json(given: Trial) -> None:
-    assert Trial.from_dict(json.loads(json.dumps(given.to_dict(), allow_nan=False))) == given
+    assert Trial.from_dict(json.loads(json.dumps(asdict(given), allow_nan=False))) == given
 
 
-def test_candidates_survive_the_table() -> None:
-    few = Trial(replace(trial(2).candidate, prompts=4), {})
-    trials = [Trial(BAND, {"kl": 0.5}), trial(4), Trial(FITTED, {}, 0.0), few]
+def test_trials_survive_the_table(tmp_path: Path) -> None:
+    """As the next stage reads it: fitted ones find their edit again, and have their direction's place."""
+    search = Trial({"edit": "band", **PLACE, **KERNEL, "layer": 2.4, "rank": 2}, "search", number=1)
+    control = Trial({**FITTED.params, "control": "random"}, "finalist")
+    trials = [BAND.scored({"kl": 0.5}, 0.1), trial(4), FITTED.failed("no"), search, control]
+    trials = [each if each.status != "proposed" else each.scored({}, 0.0) for each in trials]
+    trials.append(replace(trials[1], prompts=4))
     frame = to_frame(trials)
-    assert [Candidate.from_row(row) for _, row in frame.iterrows()] == [t.candidate for t in trials]
-    assert list(frame["trial"]) == [0, 1, 2, 3]
+    assert list(frame["trial"]) == list(range(6))
     assert frame["kl"][0] == 0.5 and math.isnan(frame["kl"][1])
-    assert set(asdict(BAND)) <= set(frame) and {"status", "reason", "seconds"} <= set(frame)
-
-
-def test_candidates_survive_the_file(tmp_path: Path) -> None:
-    """As the next stage reads the table: fitted ones find their edit again."""
-    from interp_ablate.search.trial_table import read_trials
-
-    trials = [Trial(BAND, {"kl": 0.5}), trial(4), Trial(replace(FITTED, stage="finalist"), {})]
+    assert {"status", "reason", "seconds"} <= set(frame)
+    assert (frame["layer"][2], frame["point"][2], frame["position"][2]) == (5, "resid_mid", "-1")
     path = tmp_path / "trials.csv"
-    to_frame(trials, FakeBench()).to_csv(path, index=False)  # type: ignore[arg-type]
-    found = [Candidate.from_row(row) for _, row in read_trials(path).iterrows()]
-    assert found == [each.candidate for each in trials]
-    assert [each.key for each in found] == [each.candidate.key for each in trials]
-    one, other = found[2], FITTED
-    assert one.plan(direction(5), WRITERS, FITS) == other.plan(direction(5), WRITERS, FITS)
+    frame.to_csv(path, index=False)
+    for table in (frame, read_trials(path)):
+        rows = [row for _, row in table.iterrows()]
+        assert [params_of(row) for row in rows] == [each.params for each in trials]
+        assert list(table["prompts"].fillna(0)) == [0, 0, 0, 0, 0, 4]
 
 
 def test_distinct_leaves_out_what_the_layer_before_already_is() -> None:
@@ -351,40 +359,41 @@ def test_distinct_leaves_out_what_the_layer_before_already_is() -> None:
 
 
 def test_screening_is_one_candidate_a_distinct_direction() -> None:
-    found = screening(PLAIN)
-    assert len({candidate.key for candidate in found}) == len(found) == 2 * N_LAYERS
-    assert {(c.site, c.position) for c in found} == {(i.site, i.position) for i in PLAIN}
-    assert {(c.stage, c.operation) for c in found} == {("screen", "ablate")}
+    found = screening_trials(PLAIN)
+    assert len({each.key for each in found}) == len(found) == 2 * N_LAYERS
+    places = {
+        (each.params["layer"], each.params["point"], each.params["position"]) for each in found
+    }
+    assert places == {(i.site.layer, i.site.point, i.position) for i in PLAIN}
+    assert {(each.stage, each.params["edit"]) for each in found} == {("screen", "ablate")}
 
 
 def test_screening_keeps_the_method() -> None:
-    found = screening(DIRECTIONS)
-    assert {candidate.method for candidate in found} == set(METHODS)
+    assert {each.params["method"] for each in screening_trials(DIRECTIONS)} == set(METHODS)
 
 
 # --------------------------------------------------------------------------------- the journal
 
 
-def test_a_journal_is_a_header_and_a_line_a_trial(tmp_path: Path) -> None:
+def test_a_log_is_a_header_and_a_line_a_trial(tmp_path: Path) -> None:
     path = tmp_path / "new" / "trials.jsonl"
-    trials = [trial(0), Trial(BAND, {"kl": 0.1 + 0.2}, 1.5), Trial(BAND, {}, 0.0, "failed", "why")]
+    trials = [trial(0), BAND.scored({"kl": 0.1 + 0.2}, 1.5), BAND.failed("why")]
     write(path, trials[:2])
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert lines[0] == {"format": "interp_ablate.journal/1", **IDENTITY} and len(lines) == 3
-    assert read(path) == {each.candidate.key: each for each in trials[:2]}
+    assert lines[0] == {"format": "interp_ablate.trials/2", **IDENTITY} and len(lines) == 3
+    assert read(path) == {each.key: each for each in trials[:2]}
     before = path.read_bytes()
     assert read(path) and path.read_bytes() == before  # reading changes nothing
     write(path, trials[2:])
     assert path.read_bytes().startswith(before)
-    assert read(path)[BAND.key] == trials[2]  # the last word on a candidate
+    assert read(path)[BAND.key] == trials[2]  # the last word on a trial
 
 
-def test_a_trial_is_on_disk_when_append_returns(tmp_path: Path) -> None:
+def test_a_trial_is_on_disk_when_it_is_finished(tmp_path: Path) -> None:
     path = tmp_path / "trials.jsonl"
-    journal = Journal(path, IDENTITY)
-    with journal.open():
+    with TrialLog(path, IDENTITY).open() as log:
         for layer in range(3):
-            journal.append(trial(layer))
+            log.finish(trial(layer))
             assert len(path.read_text().splitlines()) == layer + 2
 
 
@@ -407,16 +416,16 @@ def test_resume_after_every_possible_torn_end(tmp_path: Path) -> None:
     [
         (1, b"not JSON"),
         (1, b"[]"),
-        (1, b'{"format": "interp_ablate.journal/0"}'),
+        (1, b'{"format": "interp_ablate.trials/1"}'),
         (2, b"{"),
         (3, b'"text"'),
         (3, b""),
         (2, b"\xff\xfe"),
         (2, b'{"scores": {}}'),
-        (3, b'{"candidate": {"layer": 1}}'),
-        (3, b'{"candidate": {"layer": 1, "point": "resid_pre", "depth": 2}}'),
-        (2, b'{"candidate": 3}'),
-        (2, b'{"candidate": {"layer": 1, "point": "resid_pre"}, "colour": "red"}'),
+        (3, b'{"params": [1]}'),
+        (3, b'{"params": {}, "stage": "first"}'),
+        (2, b'{"params": 3}'),
+        (2, b'{"params": {}, "colour": "red"}'),
     ],
 )
 def test_a_corrupt_line_is_named(tmp_path: Path, line: int, content: bytes) -> None:
@@ -438,7 +447,7 @@ def test_another_configuration_is_refused_with_what_differs(tmp_path: Path) -> N
     for change in ({"model": "other"}, {"layers": [1]}, {"seed": 1}):
         with (
             pytest.raises(RunError, match=rf"other work.*{next(iter(change))}") as caught,
-            Journal(path, IDENTITY | change).open(),
+            TrialLog(path, IDENTITY | change).open(),
         ):
             pass
         others = set(IDENTITY) - set(change)
@@ -449,13 +458,13 @@ def test_another_configuration_is_refused_with_what_differs(tmp_path: Path) -> N
 def test_one_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "trials.jsonl"
     with (
-        Journal(path, IDENTITY).open(),
+        TrialLog(path, IDENTITY).open(),
         pytest.raises(RunError, match=r"in use by another process.*--out"),
-        Journal(path, IDENTITY).open(),
+        TrialLog(path, IDENTITY).open(),
     ):
         pass
     assert read(path) == {}
-    with pytest.raises(KeyError), Journal(path, IDENTITY).open():
+    with pytest.raises(KeyError), TrialLog(path, IDENTITY).open():
         raise KeyError  # whatever ends the block, the journal is free again
     assert read(path) == {}
 
@@ -463,7 +472,10 @@ def test_one_at_a_time(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file" / "trials.jsonl", tmp_path):
-        with pytest.raises(RunError, match="cannot write the journal"), Journal(path, {}).open():
+        with (
+            pytest.raises(RunError, match="cannot write the log of trials"),
+            TrialLog(path, {}).open(),
+        ):
             pass
 
 
@@ -478,16 +490,14 @@ def test_a_full_disk(tmp_path: Path, room: int) -> None:
     code = (
         "import resource, signal, sys\n"
         "from interp_ablate.errors import RunError\n"
-        "from interp_ablate.search.candidates import Candidate, Trial\n"
-        "from interp_ablate.search.journal import Journal\n"
+        "from interp_ablate.search.trials import Trial, TrialLog\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size + room}, resource.RLIM_INFINITY))\n"
         "try:\n"
-        f"    journal = Journal({str(path)!r}, {IDENTITY!r})\n"
-        "    with journal.open():\n"
-        "        journal.append(Trial(Candidate(1, 'resid_pre')))\n"
+        f"    with TrialLog({str(path)!r}, {IDENTITY!r}).open() as log:\n"
+        "        log.finish(Trial({'edit': 'ablate', 'layer': 1}))\n"
         "except RunError as error:\n"
-        "    sys.exit(0 if 'cannot write the journal' in str(error) else 3)\n"
+        "    sys.exit(0 if 'cannot write the log of trials' in str(error) else 3)\n"
         "sys.exit(4)"
     )
     root = Path(__file__).parents[2]
@@ -498,31 +508,70 @@ def test_a_full_disk(tmp_path: Path, room: int) -> None:
 
 def test_an_identity_may_hold_tuples(tmp_path: Path) -> None:
     for _ in range(2):
-        with Journal(tmp_path / "trials.jsonl", {"layers": (1, 2)}).open() as done:
-            assert done == {}
+        with TrialLog(tmp_path / "trials.jsonl", {"layers": (1, 2)}).open() as log:
+            assert log.done == {}
 
 
 # --------------------------------------------------------------------------------- trials
 
 
-def test_every_candidate_is_scored_once_in_order(tmp_path: Path) -> None:
-    bench = FakeBench()
+def test_every_trial_is_scored_once_in_order(tmp_path: Path) -> None:
+    bench, path, proposed = FakeBench(), tmp_path / "trials.jsonl", screening_trials(PLAIN)
     seen: list[Trial] = []
-    candidates = screening(PLAIN)
-    journal = Journal(tmp_path / "trials.jsonl", IDENTITY)
-    with journal.open() as done:
-        trials = run_trials(bench, DIRECTIONS, candidates, journal, done, on_trial=seen.append)  # type: ignore[arg-type]
-    assert [each.candidate for each in trials] == candidates and seen == trials
-    assert read(journal.path) == {each.candidate.key: each for each in trials}
-    plans = [c.plan(DIRECTIONS[c.site, c.position], WRITERS) for c in candidates]
-    assert bench.scored == plans
-    expected = [Plan((Add(DIRECTIONS[c.site, c.position], c.site),)) for c in candidates]
-    assert bench.added == expected  # screening also adds, at the direction's own site
+    trials = run(path, bench, proposed, on_trial=seen.append)
+    assert [each.params for each in trials] == [each.params for each in proposed]
+    assert seen == trials and read(path) == {each.key: each for each in trials}
+    assert bench.scored == [plan(each) for each in proposed]
+    items = [space().direction(each.params) for each in proposed]
+    # screening also adds, at the direction's own site
+    assert bench.added == [Plan((Add(item, item.site),)) for item in items]
     assert all(each.status == "ok" and each.scores["addition"] == 1.0 for each in trials)
+    assert all(each.scores["behaviour_baseline"] == 0.0 for each in trials)
+
+
+def numbered(n: int) -> list[Trial]:
+    return [Trial({**BAND.params, "width": 2.0 + i}, "search", number=i) for i in range(n)]
+
+
+def test_a_searchs_trials_are_scored_together(tmp_path: Path) -> None:
+    bench = FakeBench()
+    trials = run(tmp_path / "a.jsonl", bench, numbered(7), batch_size=3)
+    assert bench.together == [3, 3, 1]
+    alone = run(tmp_path / "b.jsonl", FakeBench(), numbered(7))
+    assert [each.scores for each in trials] == [each.scores for each in alone]
+
+
+def test_where_several_fail_each_is_scored_alone(tmp_path: Path) -> None:
+    wrong = plan(numbered(2)[1])
+
+    def broken(one: Plan) -> dict[str, float]:
+        if one == wrong:
+            raise InterpAblateError("this one")
+        return {}
+
+    bench = FakeBench(broken)
+    trials = run(tmp_path / "trials.jsonl", bench, numbered(3), batch_size=3)
+    assert [each.status for each in trials] == ["ok", "failed", "ok"]
+    assert trials[1].reason == "this one" and bench.together == [3, 1, 1, 1]
+
+
+def test_trials_that_kill_their_process_are_given_up(tmp_path: Path) -> None:
+    """A trial that was begun and never finished counts; one that was interrupted does not."""
+    path, poison = tmp_path / "trials.jsonl", ablation(3)
+    for _ in range(KILLS):
+        with pytest.raises(KeyboardInterrupt):
+            run(path, Dying(0), [poison])
+    for kill in range(KILLS):
+        with TrialLog(path, IDENTITY).open() as log:
+            assert log.kills[poison.key] == kill
+            log.begin([poison])
+    [given_up, other] = run(path, FakeBench(), [poison, ablation(4)])
+    assert given_up.status == "failed" and f"killed {KILLS} times" in given_up.reason
+    assert other.status == "ok"
 
 
 def test_a_killed_sweep_goes_on_and_repeats_nothing(tmp_path: Path) -> None:
-    path, candidates = tmp_path / "trials.jsonl", screening(PLAIN)
+    path, candidates = tmp_path / "trials.jsonl", screening_trials(PLAIN)
 
     first = Dying(5)
     with pytest.raises(KeyboardInterrupt):
@@ -540,51 +589,43 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(tmp_path: Path) -> None:
 class Backwards:
     """An executor that finishes the last job first, and is read as it goes."""
 
-    def __init__(self, work: Callable[[Candidate], Trial]) -> None:
-        self.work, self.jobs = work, list[Candidate]()
+    n_workers = 1
+
+    def __init__(self, work: Callable[[Any], list[Trial]]) -> None:
+        self.work, self.jobs = work, list[Any]()
 
     def __enter__(self) -> Backwards:
         return self
 
     def __exit__(self, *_: object) -> None: ...
 
-    def run(self, jobs: Iterable[Candidate]) -> Iterator[tuple[Candidate, Trial]]:
+    def run(self, jobs: Iterable[Any]) -> Iterator[tuple[Any, list[Trial]]]:
         self.jobs += list(jobs)
         for job in reversed(self.jobs):
             yield job, self.work(job)
 
 
 def test_an_executor_scores_what_is_not_known(tmp_path: Path) -> None:
-    """Trials come in any order and are journalled as they come; the answer is in the candidates' order."""
-    path, candidates, bench = tmp_path / "trials.jsonl", screening(PLAIN), FakeBench()
-    first = run(path, FakeBench(), candidates[:4])
-    executor = Backwards(lambda candidate: run_trial(bench, DIRECTIONS, candidate))  # type: ignore[arg-type]
+    """Trials come in any order and are logged as they come; the answer is in the order proposed."""
+    path, proposed, bench = tmp_path / "trials.jsonl", screening_trials(PLAIN), FakeBench()
+    first = run(path, FakeBench(), proposed[:4])
+    executor = Backwards(lambda batch: score_trials(bench, batch))  # type: ignore[arg-type]
     seen: list[Trial] = []
-    journal = Journal(path, IDENTITY)
-    with journal.open() as done, executor:
-        trials = run_trials(
-            None,  # type: ignore[arg-type]
-            DIRECTIONS,
-            candidates,
-            journal,
-            done,
-            executor=executor,
-            on_trial=seen.append,
-        )
-    assert executor.jobs == candidates[4:] and len(bench.scored) == len(candidates) - 4
-    assert [each.candidate for each in trials] == candidates and trials[:4] == first
+    trials = run(path, None, proposed, executor=executor, on_trial=seen.append)
+    assert [each.trial for (each,) in executor.jobs] == proposed[4:]
+    assert len(bench.scored) == len(proposed) - 4 and trials[:4] == first
+    assert [each.key for each in trials] == [each.key for each in proposed]
     assert seen == [*first, *trials[:3:-1]]
-    assert list(read(path)) == [each.candidate.key for each in seen]
-    assert [each.scores for each in trials] == [
-        each.scores for each in run(tmp_path / "other.jsonl", FakeBench(), candidates)
-    ]
+    assert list(read(path)) == [each.key for each in seen]
+    alone = run(tmp_path / "other.jsonl", FakeBench(), proposed)
+    assert [each.scores for each in trials] == [each.scores for each in alone]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_score_that_is_not_finite_is_a_failed_trial(tmp_path: Path, bad: float) -> None:
-    path, candidates = tmp_path / "trials.jsonl", screening(PLAIN)[:3]
-    spoiled = candidates[1].plan(PLAIN.items[1], WRITERS)
-    bench = FakeBench(lambda plan: {"kl": bad} if plan == spoiled else {})
+    path, candidates = tmp_path / "trials.jsonl", screening_trials(PLAIN)[:3]
+    spoiled = plan(candidates[1])
+    bench = FakeBench(lambda one: {"kl": bad} if one == spoiled else {})
     trials = run(path, bench, candidates)
     assert [each.status for each in trials] == ["ok", "failed", "ok"]
     assert trials[1].reason == "not finite: kl" and "kl" not in trials[1].scores
@@ -599,13 +640,16 @@ def test_a_model_that_breaks_is_a_failed_trial(tmp_path: Path) -> None:
     def broken(plan: Plan) -> dict[str, float]:
         raise InterpAblateError("first-token logits hold NaN")
 
-    [failed] = run(tmp_path / "trials.jsonl", FakeBench(broken), screening(PLAIN)[:1])
+    [failed] = run(tmp_path / "trials.jsonl", FakeBench(broken), screening_trials(PLAIN)[:1])
     assert (failed.status, failed.reason) == ("failed", "first-token logits hold NaN")
 
 
 def test_a_direction_that_is_not_there_is_a_failed_trial(tmp_path: Path) -> None:
-    candidates = screening(PLAIN)[:2]
-    missing = replace(candidates[0], method="difference_in_means_orthogonalized")
+    candidates = screening_trials(PLAIN)[:2]
+    missing = replace(
+        candidates[0],
+        params={**candidates[0].params, "method": "difference_in_means_orthogonalized"},
+    )
     bench = FakeBench()
     trials = run(tmp_path / "trials.jsonl", bench, [missing, *candidates], PLAIN)
     assert [each.status for each in trials] == ["failed", "ok", "ok"]
@@ -616,10 +660,7 @@ def test_a_direction_that_is_not_there_is_a_failed_trial(tmp_path: Path) -> None
 
 
 def screened(path: Path) -> Any:
-    frame = to_frame(run(path, FakeBench(), screening(PLAIN)))
-    return frame.assign(
-        behaviour_baseline=0.0, unedited_answer_logprob_baseline=0.0, addition_baseline=0.0
-    )
+    return to_frame(run(path, FakeBench(), screening_trials(PLAIN)))
 
 
 def test_promising_directions_work_both_ways(tmp_path: Path) -> None:
@@ -628,7 +669,7 @@ def test_promising_directions_work_both_ways(tmp_path: Path) -> None:
     frame.loc[1, "addition"] = -1.0
     found = rank_directions(frame, n=4)
     assert len(found) == len(set(found)) == 4
-    known = {(c.layer, c.point, c.position) for c in screening(PLAIN)}
+    known = {(item.site.layer, item.site.point, item.position) for item in PLAIN}
     assert set(found) <= known
     for row in (0, 1):
         gone = (frame["layer"][row], frame["point"][row], frame["position"][row])
@@ -644,7 +685,8 @@ def test_bands_follow_from_the_seed(tmp_path: Path) -> None:
     drawn = bands(sources, N_LAYERS, seed=0)
     assert drawn == bands(sources, N_LAYERS, seed=0) != bands(sources, N_LAYERS, seed=1)
     assert len({candidate.key for candidate in drawn}) == len(drawn)
-    assert {(c.layer, c.point, c.position) for c in drawn} <= set(sources)
+    places = {(c.params["layer"], c.params["point"], c.params["position"]) for c in drawn}
+    assert places <= set(sources)
 
 
 def test_fits_are_of_directions_that_are_layers_apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -655,22 +697,30 @@ def test_fits_are_of_directions_that_are_layers_apart(monkeypatch: pytest.Monkey
     assert layers_apart([*sources, far]) == [sources[0], far]
 
 
-def test_multiples_of_a_fitted_edit_resume_from_the_journal(tmp_path: Path) -> None:
-    source, path = (5, "resid_post", "-1"), tmp_path / "a.jsonl"
-    candidates = fitted(source, "5-resid_mid")
-    assert [c.scale for c in candidates] == list(SCALES) and 1.0 in SCALES
-    assert {(c.layer, c.point, c.position) for c in candidates} == {source}
-    assert {(c.operation, c.stage, c.fit) for c in candidates} == {
-        ("fitted", "refine", "5-resid_mid")
+def test_bands_are_inside_the_space_of_a_search(tmp_path: Path) -> None:
+    """One set of ranges for both."""
+    from interp_ablate.search.edit_space import kernel_ranges
+
+    for n_layers in (3, 30):
+        for each in bands([(1, "resid_post", "-1")], n_layers, seed=4):
+            for name, (low, high) in kernel_ranges(n_layers).items():
+                assert low - 0.005 <= each.params[name] <= high + 0.005
+
+
+def test_multiples_of_a_fitted_edit_resume_from_the_log(tmp_path: Path) -> None:
+    path, proposed = tmp_path / "a.jsonl", fitted(FIT)
+    for name in ALL_SCALES:
+        assert [each.params[name] for each in proposed] == list(SCALES)
+    assert 1.0 in SCALES and {(each.stage, each.params["fit"]) for each in proposed} == {
+        ("refine", FIT)
     }
     first, second = FakeBench(), FakeBench()
-    run(path, first, candidates[:2])
-    trials = run(path, second, candidates)
-    assert first.scored + second.scored == [c.plan(direction(5), WRITERS, FITS) for c in candidates]
-    assert [t.candidate for t in trials] == candidates
-    assert run(path, FakeBench(), fitted(source, "5-resid_mid")) == trials
+    run(path, first, proposed[:2])
+    trials = run(path, second, proposed)
+    assert first.scored + second.scored == [plan(each) for each in proposed]
+    assert run(path, FakeBench(), fitted(FIT)) == trials
     others = FakeBench()
-    run(path, others, fitted(source, "flat"))
+    run(path, others, fitted(FLAT))
     assert len(others.scored) == len(SCALES)  # another edit: nothing of it is known
 
 
@@ -678,7 +728,7 @@ def test_finalists_are_the_best_within_the_limit(tmp_path: Path) -> None:
     trials = search(tmp_path / "a.jsonl", FakeBench(), screened(tmp_path / "screen.jsonl"))
     found = finalists(trials, max_kl=0.1)
     assert found and {candidate.stage for candidate in found} == {"finalist"}
-    by_key = {replace(t.candidate, stage="finalist").key: t for t in trials}
+    by_key = {Trial(t.params, "finalist").key: t for t in trials}
     assert all(by_key[candidate.key].scores["kl_high"] <= 0.1 for candidate in found)
     # where nothing is within the limit, the nearest to it, so that the report has something to show
     nearest = finalists(trials, max_kl=-1.0)
@@ -702,25 +752,24 @@ class Race:
         self, *, quality: Sequence[float], failing: Sequence[tuple[int, int]] = ()
     ) -> None:
         self.quality, self.failing = quality, set(failing)
-        self.calls: list[tuple[int, list[Candidate]]] = []
+        self.calls: list[tuple[int, list[Trial]]] = []
         self.n_prompts = 32
-        self.candidates = [Candidate(layer, "resid_post") for layer in range(len(quality))]
+        self.candidates = [ablation(layer) for layer in range(len(quality))]
 
-    def head(self, n: int) -> Any:
-        return SimpleNamespace(prompts=n, baseline=FakeBench.baseline)
+    def score(self, name: str, candidates: Sequence[Trial]) -> list[Trial]:
+        (prompts,) = {candidate.prompts for candidate in candidates}
+        assert prompts is not None and str(prompts) in name
+        self.calls.append((prompts, list(candidates)))
+        return [self.trial(candidate, prompts) for candidate in candidates]
 
-    def score(self, small: Any, candidates: Sequence[Candidate]) -> list[Trial]:
-        self.calls.append((small.prompts, list(candidates)))
-        return [self.trial(candidate, small.prompts) for candidate in candidates]
-
-    def trial(self, candidate: Candidate, prompts: int) -> Trial:
-        if (candidate.layer, prompts) in self.failing:
-            return Trial(candidate, {}, 0.0, "failed", "not finite: kl")
-        value = self.quality[candidate.layer]
-        return Trial(candidate, {"unedited_answer_logprob": -value, "kl": 0.1, "addition": 1.0})
+    def trial(self, candidate: Trial, prompts: int) -> Trial:
+        if (candidate.params["layer"], prompts) in self.failing:
+            return candidate.failed("not finite: kl")
+        scores = {"unedited_answer_logprob": -self.quality[candidate.params["layer"]], "kl": 0.1}
+        return candidate.scored(scores | {"addition": 1.0} | FakeBench.baseline, 0.0)
 
     def run(self, *rungs: tuple[int, int]) -> pd.DataFrame:
-        return race_directions(self, self.candidates, self.score, rungs=rungs)  # type: ignore[arg-type]
+        return race_directions(self.n_prompts, self.candidates, self.score, rungs=rungs)
 
     @property
     def cost(self) -> int:
@@ -749,7 +798,7 @@ def test_the_race_is_won_by_the_best(rungs: list[tuple[int, int]], cost: int) ->
     last = list(race.calls[-1][1])
     assert table["layer"][0] == whole["layer"][0] == 1
     assert list(table["layer"][: len(last)]) == [
-        layer for layer in whole["layer"] if layer in {c.layer for c in last}
+        layer for layer in whole["layer"] if layer in {c.params["layer"] for c in last}
     ]
     assert race.cost == cost
     assert [prompts for prompts, _ in race.calls] == [prompts for prompts, _ in rungs]
@@ -770,9 +819,9 @@ def test_a_rung_is_judged_by_its_own_scores() -> None:
     """Few prompts may be wrong about one: more prompts correct it among those that go on."""
 
     class Noisy(Race):
-        def trial(self, candidate: Candidate, prompts: int) -> Trial:
+        def trial(self, candidate: Trial, prompts: int) -> Trial:
             found = super().trial(candidate, prompts)
-            if candidate.layer == 9 and prompts == 4:
+            if candidate.params["layer"] == 9 and prompts == 4:
                 return replace(found, scores=found.scores | {"unedited_answer_logprob": -99.0})
             return found
 
@@ -787,7 +836,7 @@ def test_failed_trials_never_go_on(most: int) -> None:
     failing = [(layer, 4) for layer in (1, 5, 3, 7, 0)]
     race = Race(quality=QUALITY, failing=failing)
     table = race.run((4, ALL), (12, most))
-    went_on = [c.layer for c in race.calls[1][1]]
+    went_on = [c.params["layer"] for c in race.calls[1][1]]
     assert went_on == [9, 4, 6, 2, 8][:most]
     assert sorted(table["layer"]) == list(range(10))
     assert table["layer"].tolist()[: len(went_on)] == went_on
@@ -815,7 +864,7 @@ def test_those_of_the_last_rung_are_the_most_promising() -> None:
     """What few prompts say of the others is not compared with what more prompts say."""
 
     class Worse(Race):
-        def trial(self, candidate: Candidate, prompts: int) -> Trial:
+        def trial(self, candidate: Trial, prompts: int) -> Trial:
             found = super().trial(candidate, prompts)
             scores = found.scores | {
                 "unedited_answer_logprob": found.scores["unedited_answer_logprob"] * 4 / prompts
@@ -828,16 +877,15 @@ def test_those_of_the_last_rung_are_the_most_promising() -> None:
 
 
 def test_a_killed_race_goes_on_and_repeats_nothing(tmp_path: Path) -> None:
-    path, candidates = tmp_path / "trials.jsonl", screening(PLAIN)
+    path, candidates = tmp_path / "trials.jsonl", screening_trials(PLAIN)
     rungs = ((4, ALL), (12, 5))
 
     def race(path: Path, bench: FakeBench) -> pd.DataFrame:
-        journal = Journal(path, IDENTITY)
-        with journal.open() as done:
+        with TrialLog(path, IDENTITY).open() as log:
             return race_directions(
-                bench,  # type: ignore[arg-type]
+                bench.n_prompts,
                 candidates,
-                lambda small, some: run_trials(small, DIRECTIONS, some, journal, done),
+                lambda _, some: run_trials(some, space(), bench, log),  # type: ignore[arg-type]
                 rungs=rungs,
             )
 
@@ -919,7 +967,7 @@ def test_repetition_counts_loops_on_either_side() -> None:
         for name in ("positive", "negative"):
             side = getattr(bench, name)
             side.generations = [loop if name == looping else plain] * len(side.rows)
-        bench.__dict__.pop("repetition", None)
+        bench._repetition = None
         share = {"positive": 5 / 9, "negative": 4 / 9}[looping]
         assert bench.repetition == pytest.approx(share * 7 / 8)
 

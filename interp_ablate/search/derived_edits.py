@@ -1,0 +1,113 @@
+"""Edits made of other edits: weaker ones, and controls that write along other directions.
+
+Knows: how an edit is rescaled and turned. Does not know: parameters, scores or trials.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from interp_ablate.directions.direction import Direction, orthogonalized, random_direction
+from interp_ablate.directions.mean_difference import difference_in_means, shuffled_labels
+from interp_ablate.edits.kinds import Ablate, Erase
+from interp_ablate.edits.plan import Plan
+from interp_ablate.sites import Site
+
+N_RANDOM_CONTROLS = 2
+
+
+def scaled(
+    edit: Ablate | Erase, factor: float, places: Sequence[int] | None = None
+) -> Ablate | Erase | None:
+    """The edit, or its part at some places, with every strength times a factor.
+
+    Sites with strength 0 are left out; None where none is left.
+    """
+    chosen = range(len(edit.sites)) if places is None else places
+    amounts = {edit.sites[i]: round(factor * edit.amounts[i], 6) for i in chosen}
+    strengths = {site: amount for site, amount in amounts.items() if amount}
+    return _rebuilt(edit, edit.vectors, strengths) if strengths else None
+
+
+def along_control_direction(edit: Ablate | Erase, direction: Direction) -> Ablate | Erase:
+    """A control: the edit along another direction; lengths, angles, sites and strengths stay.
+
+    An `Ablate`'s vectors are reflected so that the first is the direction. An `Erase` writes along the
+    direction and reads it too, with a random rest of the same length: reflected, its `read` would still
+    read most of what it was fitted to read, and be no control.
+    """
+    unit = direction.vector.to(edit.vectors)
+    strengths = dict(zip(edit.sites, edit.amounts))
+    if isinstance(edit, Erase):
+        beside = float((edit.read - edit.write).norm())
+        generator = torch.Generator().manual_seed(0x7E57)  # not a seed of random_direction
+        rest = torch.randn(len(unit), generator=generator, dtype=unit.dtype)
+        rest = rest - (rest @ unit) * unit
+        return _rebuilt(edit, torch.stack([unit, unit + beside * rest / rest.norm()]), strengths)
+    axis = edit.vectors[0] - unit
+    length = float(axis.norm())
+    if length < 1e-9:
+        return edit
+    axis = axis / length
+    reflected = edit.vectors - 2 * (edit.vectors @ axis)[:, None] * axis
+    return _rebuilt(edit, reflected, strengths)
+
+
+def _rebuilt(edit: Ablate | Erase, vectors: Tensor, strengths: dict[Site, float]) -> Ablate | Erase:
+    same: dict[str, Any] = {
+        "strength": tuple(strengths.values()),
+        "positions": edit.positions,
+        "label": edit.label,
+    }
+    if isinstance(edit, Erase):
+        values = dict(zip(edit.sites, edit.values))
+        return Erase(
+            vectors[0], vectors[1], strengths, value=[values[site] for site in strengths], **same
+        )
+    return Ablate(vectors, strengths, norm_preserving=edit.norm_preserving, **same)
+
+
+def random_directions(like: Direction, *, seed: int) -> list[tuple[str, Direction]]:
+    """Random directions of equal norm, by name; the same ones for one seed."""
+    seeds = [1000 * seed + i for i in range(N_RANDOM_CONTROLS)]
+    return [(f"random {i}", random_direction(like, seed=each)) for i, each in enumerate(seeds)]
+
+
+def shuffled_labels_direction(
+    values: Float[Tensor, "prompt d_model"],
+    labels: Bool[Tensor, " prompt"],
+    like: Direction,
+    *,
+    orthogonal: bool,
+    seed: int,
+) -> Direction | None:
+    """The difference in means of prompts whose labels were shuffled; None where there is none.
+
+    Args:
+        orthogonal: whether what lies along the negative mean is taken out, as of the direction it controls.
+
+    Raises:
+        DirectionError: nothing is left of it.
+    """
+    shuffled = shuffled_labels(labels, seed=seed)
+    null = difference_in_means(
+        values[shuffled],
+        values[~shuffled],
+        like.site,
+        position=like.position,
+        method="shuffled_labels",
+    )
+    if null is None or not orthogonal:
+        return null
+    return orthogonalized(null, values[~shuffled].double().mean(0))
+
+
+def control_plan(plan: Plan, direction: Direction) -> Plan:
+    """The plan turned to write along another direction, all its strengths kept."""
+    edits = [edit for edit in plan if isinstance(edit, (Ablate, Erase))]
+    return Plan(tuple(along_control_direction(edit, direction) for edit in edits))
