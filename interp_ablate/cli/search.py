@@ -29,5 +29,7 @@ def run(args: Namespace) -> int:
         return NO_PLAN
     print(f"chosen: trial {int(selected['trial']['trial'])}; on the test split:")
     print_test(selected["test"])
-    print(f"plans of the finalists: {opened.out / 'plans'}; export: interp-ablate export {opened.out}")
+    print(
+        f"plans of the finalists: {opened.out / 'plans'}; export: interp-ablate export {opened.out}"
+    )
     return 0
