@@ -39,7 +39,7 @@ def works(module: str, name: str) -> bool:
 def test_imports_in_texts_work(folder: str) -> None:
     broken = []
     for path, text in texts():
-        if path.relative_to(ROOT).parts[0] != folder:
+        if path.relative_to(ROOT).parts[0] != folder or path.name == "test_typing.py":
             continue
         for found in IMPORT.finditer(text):
             names = re.sub(r"[()]|#[^\n]*", "", found[2]).replace("\\n", " ").split(",")
