@@ -1,6 +1,7 @@
 from .compare import evaluate as evaluate
 from .harness import Tasks as Tasks
 from .measures import EvaluationConfig as EvaluationConfig
+from .measures import read_prompts as read_prompts
 from .metrics import FirstTokenKL as FirstTokenKL
 from .metrics import TargetLogOdds as TargetLogOdds
 from .metrics import UneditedAnswerLogProb as UneditedAnswerLogProb
@@ -8,3 +9,4 @@ from .metrics import answer_metrics as answer_metrics
 from .metrics import find_target_tokens as find_target_tokens
 from .outputs import ModelOutputs as ModelOutputs
 from .results import Evaluation as Evaluation
+from .results import cells as cells

@@ -1,5 +1,6 @@
 from .baking import bake as bake
 from .extraction import extract as extract
+from .monitoring import graded_prompts as graded_prompts
 from .monitoring import monitor_trait as monitor_trait
 from .persona import Persona as Persona
 from .persona import load_persona as load_persona

@@ -5,8 +5,10 @@ from .evaluation import before_after as before_after
 from .evaluation import evaluation_changes as evaluation_changes
 from .evaluation import evaluation_divergences as evaluation_divergences
 from .evaluation import evaluation_shares as evaluation_shares
+from .evaluation import save_evaluation as save_evaluation
 from .monitoring import monitoring_scatter as monitoring_scatter
 from .monitoring import token_strip as token_strip
+from .monitoring import tokens_figure as tokens_figure
 from .persona import readout_by_layer as readout_by_layer
 from .persona import steering_by_layer as steering_by_layer
 from .persona import steering_curve as steering_curve
