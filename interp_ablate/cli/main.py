@@ -21,7 +21,7 @@ from typing import Any
 from interp_ablate import __version__
 from interp_ablate.errors import InterpAblateError
 from interp_ablate.settings import suggestion
-from interp_ablate.storage.entry_points import RegisteredEntry, entry_points_of
+from interp_ablate.storage.entry_points import entry_named, entry_names, entry_points_of
 
 BAD_INPUT = 2
 ENTRY_POINTS = "interp_ablate.commands"
@@ -71,7 +71,7 @@ class _Parser(argparse.ArgumentParser):
 
 def command_names() -> list[str]:
     """Every command, those of other packages included; a part of a group has the group's name before it."""
-    return [*COMMANDS, *(name for name in entry_points_of(ENTRY_POINTS) if name not in COMMANDS)]
+    return entry_names(COMMANDS, ENTRY_POINTS)
 
 
 def parser_for(argv: Sequence[str]) -> argparse.ArgumentParser:
@@ -95,15 +95,15 @@ def parser_for(argv: Sequence[str]) -> argparse.ArgumentParser:
         if name in COMMANDS and not COMMANDS[name][0]:
             groups[name] = part.add_subparsers(metavar="PART", required=True)
         elif chosen:
-            _fill(part, name, others.get(name))
+            _fill(part, name)
     _check_name(parser, words)
     return parser
 
 
-def _fill(part: argparse.ArgumentParser, name: str, other: RegisteredEntry | None) -> None:
-    module: Any = (
-        other.load() if other else importlib.import_module(f"interp_ablate.cli.{COMMANDS[name][0]}")
-    )
+def _fill(part: argparse.ArgumentParser, name: str) -> None:
+    module: Any = entry_named(name, COMMANDS, ENTRY_POINTS, what="command", error=InterpAblateError)
+    if name in COMMANDS:
+        module = importlib.import_module(f"interp_ablate.cli.{COMMANDS[name][0]}")
     module.add(part)
     part.set_defaults(work=module.run, command=name)
     part.add_argument(

@@ -30,7 +30,7 @@ from interp_ablate.directions.mean_difference import (
 from interp_ablate.directions.subspaces import pca
 from interp_ablate.errors import DirectionError
 from interp_ablate.sites import Site
-from interp_ablate.storage.entry_points import entry_points_of
+from interp_ablate.storage.entry_points import entry_named, entry_names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,15 +67,10 @@ def estimator_named(method: str) -> Estimator:
         DirectionError: no such name.
         InterpAblateError: the package that registers it fails to load.
     """
-    if method in ESTIMATORS:
-        return ESTIMATORS[method]
-    others = entry_points_of(GROUP)
-    if method not in others:
-        raise DirectionError(
-            f"unknown estimator {method!r}: accepted are {', '.join([*ESTIMATORS, *others])} (subspace and "
-            "leace give more than one direction: call them for one site)"
-        )
-    return others[method].load()
+    advice = " (subspace and leace give more than one direction: call them for one site)"
+    return entry_named(
+        method, ESTIMATORS, GROUP, what="estimator", error=DirectionError, advice=advice
+    )
 
 
 def estimate_with(
@@ -164,7 +159,7 @@ def _side_by_side(
 ) -> list[tuple[str, Direction | None, str]]:
     """The rows of the comparison: a name, and its direction or the reason why there is none."""
     site, position = means.site, means.position
-    mean, *others = [*ESTIMATORS, *entry_points_of(GROUP)]
+    mean, *others = entry_names(ESTIMATORS, GROUP)
     leace_rows = ("leace_write", "leace_read")
     rows: list[tuple[str, Direction | None, str]] = []
     for method in (mean, f"{mean}_orthogonalized", *others, leace_rows):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from interp_ablate.errors import ExportError
-from interp_ablate.storage.entry_points import entry_points_of
+from interp_ablate.storage.entry_points import entry_named
 
 if TYPE_CHECKING:
     from interp_ablate.edits.plan import Plan
@@ -135,11 +135,4 @@ def format_named(name: str) -> ExportFormat:
         ExportError: no such name.
         InterpAblateError: the package that registers it fails to load.
     """
-    if name in FORMATS:
-        return FORMATS[name]
-    others = entry_points_of(GROUP)
-    if name not in others:
-        raise ExportError(
-            f"unknown export format {name!r}: accepted are {', '.join([*FORMATS, *others])}"
-        )
-    return others[name].load()
+    return entry_named(name, FORMATS, GROUP, what="export format", error=ExportError)

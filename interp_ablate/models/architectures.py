@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from interp_ablate.errors import ExportError
 from interp_ablate.sites import Point, Site
-from interp_ablate.storage.entry_points import entry_points_of
+from interp_ablate.storage.entry_points import entry_named, entry_names
 
 # Which axis of a writer's tensor is d_model: linear [d_model, in], conv1d [in, d_model],
 # embedding [entry, d_model], experts [expert, d_model, in], bias [d_model].
@@ -287,18 +287,11 @@ def declared_architecture(model_type: str) -> Architecture | None:
         InterpAblateError: the package that registers it fails to load.
         ExportError: that package registers something else than an `Architecture`.
     """
-    if model_type in ARCHITECTURES:
-        return ARCHITECTURES[model_type]
-    registered = entry_points_of(GROUP).get(model_type)
-    if registered is None:
+    if model_type not in declared_types():
         return None
-    entry = registered.load()
-    if not isinstance(entry, Architecture):
-        raise ExportError(
-            f"the package {registered.package} registers {model_type!r} under {GROUP} as "
-            f"{registered.target}, a {type(entry).__name__}: an Architecture is needed"
-        )
-    return entry
+    return entry_named(
+        model_type, ARCHITECTURES, GROUP, what="model type", error=ExportError, kind=Architecture
+    )
 
 
 def architecture_of(hf_config: Any) -> Architecture:
@@ -321,7 +314,7 @@ def architecture_of(hf_config: Any) -> Architecture:
 
 def declared_types() -> list[str]:
     """Every model type that has an entry, this package's first."""
-    return list(dict.fromkeys([*ARCHITECTURES, *entry_points_of(GROUP)]))
+    return entry_names(ARCHITECTURES, GROUP)
 
 
 def table() -> Iterator[dict[str, str]]:

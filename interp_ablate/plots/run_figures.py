@@ -36,7 +36,7 @@ from interp_ablate.plots.style import (
 )
 from interp_ablate.plots.trials import Value, pareto, search_front, sweep_heatmap
 from interp_ablate.search.trial_table import read_trials
-from interp_ablate.storage.entry_points import entry_points_of
+from interp_ablate.storage.entry_points import entry_named, entry_names
 from interp_ablate.storage.tables import read_json, read_table
 
 if TYPE_CHECKING:
@@ -64,9 +64,12 @@ def save_figures(folder: str | Path) -> list[Path]:
         raise RunError(
             f"no run folder at {folder}: make one with `interp-ablate run --out {folder}`"
         )
-    others = {name: entry.load() for name, entry in entry_points_of(GROUP).items()}
+    names = entry_names(RUN_FIGURES, GROUP)
+    drawers = {
+        name: entry_named(name, RUN_FIGURES, GROUP, what="figure", error=RunError) for name in names
+    }
     written = []
-    for name, draw in {**others, **RUN_FIGURES}.items():
+    for name, draw in drawers.items():
         figures = draw(folder)
         if not figures:
             logger.info("skipped %s: no data yet in %s", name, folder)

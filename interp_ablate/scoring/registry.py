@@ -13,7 +13,7 @@ from interp_ablate.errors import RunError
 from interp_ablate.scoring import classifier, expression_text, judge, lexicon
 from interp_ablate.scoring.scorer_kind import ScorerKind
 from interp_ablate.scoring.verdicts import ExplainingScorer, ReversedScorer
-from interp_ablate.storage.entry_points import entry_points_of
+from interp_ablate.storage.entry_points import entry_named, entry_names
 
 GROUP = "interp_ablate.scorers"
 SCORERS: dict[str, ScorerKind] = {
@@ -32,18 +32,9 @@ def scorer_kind(name: str) -> ScorerKind | None:
     Raises:
         InterpAblateError: an entry point that fails to load, or that is no `ScorerKind`.
     """
-    if name in SCORERS:
-        return SCORERS[name]
-    entry = entry_points_of(GROUP).get(name)
-    if entry is None:
+    if name not in entry_names(SCORERS, GROUP):
         return None
-    kind = entry.load()
-    if not isinstance(kind, ScorerKind):
-        raise RunError(
-            f"the package {entry.package} registers {name!r} under {GROUP} as {entry.target}, a "
-            f"{type(kind).__name__}: it has to be a ScorerKind (interp_ablate.scoring)"
-        )
-    return kind
+    return entry_named(name, SCORERS, GROUP, what="scorer", error=RunError, kind=ScorerKind)
 
 
 def make_scorer(
@@ -80,8 +71,8 @@ def make_scorer(
     name, _, rest = named.partition(":")
     kind = scorer_kind(name)
     if kind is None or rest in ("", "-"):
-        forms = [each.form for each in SCORERS.values()]
-        forms += [f"{other}:..." for other in entry_points_of(GROUP) if other not in SCORERS]
+        names = entry_names(SCORERS, GROUP)
+        forms = [SCORERS[each].form if each in SCORERS else f"{each}:..." for each in names]
         raise RunError(
             f"no scorer {named!r}: give {', '.join(forms)}; a - before the name reverses it"
         )

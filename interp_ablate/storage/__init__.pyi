@@ -1,5 +1,7 @@
 from .bundled_data import bundled as bundled
 from .entry_points import RegisteredEntry as RegisteredEntry
+from .entry_points import entry_named as entry_named
+from .entry_points import entry_names as entry_names
 from .entry_points import entry_points_of as entry_points_of
 from .json_rows import RowFileError as RowFileError
 from .jsonl_log import JsonlLog as JsonlLog

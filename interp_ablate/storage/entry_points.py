@@ -10,11 +10,14 @@ Knows: how installed packages are asked what they register. Does not know: what 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
+from typing import Any, TypeVar
 
 from interp_ablate.errors import InterpAblateError
+
+Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True)
@@ -62,3 +65,45 @@ def entry_points_of(group: str) -> dict[str, RegisteredEntry]:
             )
         entries[entry.name] = RegisteredEntry(entry.name, group, entry.value, package, entry)
     return entries
+
+
+def entry_names(built_in: Mapping[str, Any], group: str) -> list[str]:
+    """Every name of a table, and those that installed packages register besides."""
+    return list(dict.fromkeys([*built_in, *entry_points_of(group)]))
+
+
+def entry_named(
+    name: str,
+    built_in: Mapping[str, Entry],
+    group: str,
+    *,
+    what: str,
+    error: type[InterpAblateError],
+    kind: type = object,
+    advice: str = "",
+) -> Entry:
+    """The entry of this name in a table of this package, else the one that another package registers.
+
+    Args:
+        what: the thing that is named, for the messages.
+        kind: the class of which another package's object must be an instance.
+        advice: stands behind the accepted names where there is no such name.
+
+    Raises:
+        InterpAblateError: the package that registers it fails to load. As `error`: no such name, or an
+            object of another class.
+    """
+    if name in built_in:
+        return built_in[name]
+    registered = entry_points_of(group).get(name)
+    if registered is None:
+        names = ", ".join(entry_names(built_in, group))
+        raise error(f"unknown {what} {name!r}: accepted are {names}{advice}")
+    entry = registered.load()
+    if not isinstance(entry, kind):
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        raise error(
+            f"the package {registered.package} registers {name!r} under {group} as "
+            f"{registered.target}, a {type(entry).__name__}: {article} {kind.__name__} is needed"
+        )
+    return entry

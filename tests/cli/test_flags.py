@@ -209,7 +209,9 @@ def test_another_package_adds_a_command(
 
     module = SimpleNamespace(add=lambda parser: parser.add_argument("who"), run=run)
     entry = SimpleNamespace(package="outside", load=lambda: module)
-    monkeypatch.setattr("interp_ablate.cli.main.entry_points_of", lambda group: {"greet": entry})
+    for file in ("cli.main", "storage.entry_points"):
+        name = f"interp_ablate.{file}.entry_points_of"
+        monkeypatch.setattr(name, lambda group: {"greet": entry})
     assert main(["greet", "you"]) == 0
     assert capsys.readouterr().out == "hello you\n"
     with pytest.raises(SystemExit):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from interp_ablate.errors import InterpAblateError
-from interp_ablate.storage.entry_points import entry_points_of
+from interp_ablate.errors import InterpAblateError, RunError
+from interp_ablate.storage.entry_points import entry_named, entry_names, entry_points_of
 
 GROUP = "interp_ablate.scorers"
 
@@ -45,3 +46,16 @@ def test_two_packages_with_one_name_are_refused(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(InterpAblateError, match="both register 'same'"):
         entry_points_of(GROUP)
+
+
+def test_a_built_in_name_goes_first_and_an_unknown_one_lists_all(tmp_path, monkeypatch):
+    install(tmp_path, "outside", "polite = outside_named:it", "rude = outside_named:it")
+    (tmp_path / "outside_named.py").write_text("it = 3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    named = partial(entry_named, built_in={"rude": 1}, group=GROUP, what="scorer", error=RunError)
+    assert entry_names({"rude": 1}, GROUP) == ["rude", "polite"]
+    assert (named("rude"), named("polite")) == (1, 3)
+    with pytest.raises(RunError, match=r"unknown scorer 'odd': accepted are rude, polite, so there"):
+        named("odd", advice=", so there")
+    with pytest.raises(RunError, match=r"outside registers 'polite'.*a int: a str is needed"):
+        named("polite", kind=str)
