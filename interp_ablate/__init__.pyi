@@ -11,8 +11,8 @@ from .edits.kinds import Add as Add
 from .edits.kinds import Clamp as Clamp
 from .edits.kinds import Erase as Erase
 from .edits.plan import Plan as Plan
-from .edits.presets import band as band
-from .edits.presets import everywhere as everywhere
+from .edits.plan import band as band
+from .edits.plan import everywhere as everywhere
 from .errors import InterpAblateError as InterpAblateError
 from .evaluation.compare import evaluate as evaluate
 from .export.auditing import audit as audit

@@ -31,7 +31,9 @@ def test_a_type_checker_knows_the_public_names(tmp_path: Path) -> None:
     )  # fmt: skip
     revealed = [line for line in done.stdout.splitlines() if "Revealed type" in line]
     assert len(revealed) == 4, done.stdout + done.stderr
-    assert not [line for line in revealed if "Any" in line.split("Revealed type is")[1].split("->")[-1]]
+    assert not [
+        line for line in revealed if "Any" in line.split("Revealed type is")[1].split("->")[-1]
+    ]
     for line, name in zip(revealed, ("Model", "Model", "Activations", "Trait")):
         assert name in line, line
 

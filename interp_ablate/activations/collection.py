@@ -25,7 +25,7 @@ from interp_ablate.activations.activations import (
     response_mean,
 )
 from interp_ablate.errors import InterpAblateError, ModelError
-from interp_ablate.models.batches import Batch
+from interp_ablate.models.forward import Batch
 from interp_ablate.models.model import Model
 from interp_ablate.prompts.chat_template import suffix_length
 from interp_ablate.prompts.contrast_set import ContrastSet

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from interp_ablate.budget.sizes import Dimensions
 from interp_ablate.errors import InterpAblateError
+from interp_ablate.models.backends.bridge_shortcuts import SPARE
 from interp_ablate.models.forward import DECODED_ROWS, MIN_SHARED_PREFIX, STREAM_ROWS
-from interp_ablate.models.kv_cache import SPARE
 from interp_ablate.search.gradient_fit import STEP_ROWS
 from interp_ablate.settings import MAX_NEW_TOKENS, setting
 

@@ -22,10 +22,10 @@ from interp_ablate.budget.costs import (
     saved_bytes,
 )
 from interp_ablate.budget.sizes import Dimensions, dimensions_of
-from interp_ablate.models.kv_cache import SPARE
+from interp_ablate.models.backends.bridge_shortcuts import SPARE
 from interp_ablate.search.gradient_fit import N_KEPT, N_TOKENS, PASSAGE_TOKENS
 from interp_ablate.storage.output_folder import WAITING
-from interp_ablate.weights.edited_tensors import BLOCK
+from interp_ablate.weights.plan_to_weights import BLOCK
 
 if TYPE_CHECKING:
     import pandas as pd

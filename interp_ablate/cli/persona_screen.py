@@ -171,7 +171,7 @@ def _check(
     direction: Any,
     screened: tuple[Any, Any, Any],
 ) -> list[dict[str, Any]]:
-    from interp_ablate.activations.projections import project_responses
+    from interp_ablate.activations.pooling import project_responses
     from interp_ablate.datasets.screening_check import bag_of_words, check_screening, rollout_texts
     from interp_ablate.scoring.registry import make_scorer
 

@@ -241,7 +241,7 @@ class ProjectionRule(_Limits):
         return _asked(turns, self._ask)
 
     def _ask(self, exchanges: Sequence[PromptResponse]) -> list[RuleValue]:
-        from interp_ablate.activations.projections import project_responses
+        from interp_ablate.activations.pooling import project_responses
 
         return [
             RuleValue(value) for value in project_responses(self.model, exchanges, self.direction)

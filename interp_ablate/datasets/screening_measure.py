@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from interp_ablate.activations.projections import project_responses
+from interp_ablate.activations.pooling import project_responses
 from interp_ablate.datasets.chat_reader import read_samples
 from interp_ablate.datasets.conversations import Sample
 from interp_ablate.datasets.screening_settings import ScreeningSettings

@@ -1,7 +1,7 @@
 """Edits of the residual stream as data, and their algebra.
 
 May import: errors, sites, storage, directions. To add an edit: a class in `kinds.py`; hooks and weights read its affine map. To
-add a rule that places edits: a function in `presets.py`.
+add a rule that places edits: a function in `plan.py`.
 """
 
 import lazy_loader

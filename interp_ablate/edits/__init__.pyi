@@ -5,8 +5,8 @@ from .kinds import Clamp as Clamp
 from .kinds import Edit as Edit
 from .kinds import Erase as Erase
 from .plan import Plan as Plan
-from .presets import ablate_layers as ablate_layers
-from .presets import add_to_layers as add_to_layers
-from .presets import band as band
-from .presets import everywhere as everywhere
-from .presets import layers_of as layers_of
+from .plan import ablate_layers as ablate_layers
+from .plan import add_to_layers as add_to_layers
+from .plan import band as band
+from .plan import everywhere as everywhere
+from .plan import layers_of as layers_of

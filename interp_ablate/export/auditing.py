@@ -22,8 +22,7 @@ from interp_ablate.models.architectures import Architecture, architecture_of, is
 from interp_ablate.models.sources import read_hf_config
 from interp_ablate.storage.provenance import MANIFEST
 from interp_ablate.storage.safetensors_reader import INDEX, Checkpoint
-from interp_ablate.weights.edited_tensors import edited_tensor
-from interp_ablate.weights.plan_to_weights import Tied, WeightPlan, weight_plan
+from interp_ablate.weights.plan_to_weights import Tied, WeightPlan, edited_tensor, weight_plan
 
 # Files beside the weights that change what a model does, and have to be there if they are in the source.
 BEHAVIOUR_FILES = (

@@ -42,17 +42,15 @@ from interp_ablate.prompts.prompt import PromptLike
 from interp_ablate.storage.output_folder import StreamedFolder, check_output_path, streamed_folder
 from interp_ablate.storage.safetensors_reader import INDEX, SINGLE, Checkpoint, TensorSource
 from interp_ablate.storage.safetensors_writer import NewTensor, TensorEditor, copy_checkpoint
-from interp_ablate.weights.edited_tensors import (
-    BLOCK,
-    edited_blocks,
-    edited_state_dict,
-    edited_tensor,
-)
 from interp_ablate.weights.plan_to_weights import (
+    BLOCK,
     AddedTensor,
     TensorEdit,
     Tied,
     WeightPlan,
+    edited_blocks,
+    edited_state_dict,
+    edited_tensor,
     weight_plan,
 )
 

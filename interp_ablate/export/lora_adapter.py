@@ -16,8 +16,7 @@ from torch import Tensor
 
 from interp_ablate.edits.affine import Affine
 from interp_ablate.errors import ExportError
-from interp_ablate.weights.edited_tensors import BLOCK
-from interp_ablate.weights.plan_to_weights import Read, TensorEdit, WeightPlan
+from interp_ablate.weights.plan_to_weights import BLOCK, Read, TensorEdit, WeightPlan
 
 PREFIX = "base_model.model."
 # Biases: none moves, PEFT adds a bias of its own, or the base's are replaced.

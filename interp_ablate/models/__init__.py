@@ -1,6 +1,6 @@
 """Load a model, run it, hook it; `backends/` alone knows TransformerLens.
 
-`load.py` makes a `Model` (`model.py`), whose parts are `site_map.py` (which sites it has), `applied_plans.py` (plans as
+`load.py` makes a `Model` (`model.py`), whose parts are `backends/backend.py` (which sites it has), `applied_plans.py` (plans as
 hooks), `forward.py` (passes in batches), `generation.py` (answers) and `residual_cache.py` (passes that start late).
 
 May import: errors, sites, settings, storage, prompts, directions, edits. To add an architecture: an entry in `architectures.py`, or

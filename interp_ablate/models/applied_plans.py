@@ -18,9 +18,8 @@ from interp_ablate.edits.affine import Affine, rescale_rows
 from interp_ablate.edits.kinds import Edit
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import PlanError
-from interp_ablate.models.backends.backend import Backend, ForwardCall
+from interp_ablate.models.backends.backend import Backend, ForwardCall, SiteMap
 from interp_ablate.models.plan_hooks import SiteWriter
-from interp_ablate.models.site_map import SiteMap
 from interp_ablate.precision import to_float64
 from interp_ablate.sites import EMBEDDING_POINTS, PROJECTION_POINTS, Site
 

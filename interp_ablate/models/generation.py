@@ -17,8 +17,14 @@ from interp_ablate.directions.direction import Direction
 from interp_ablate.errors import ModelError, PlanError
 from interp_ablate.models.applied_plans import InstalledPlans
 from interp_ablate.models.backends.backend import ForwardCall
-from interp_ablate.models.batches import Batch, batches, in_parts
-from interp_ablate.models.forward import DECODED_ROWS, ForwardPasses, SharedPrefix
+from interp_ablate.models.forward import (
+    DECODED_ROWS,
+    Batch,
+    ForwardPasses,
+    SharedPrefix,
+    batches,
+    in_parts,
+)
 from interp_ablate.sites import Site
 
 Choose = Callable[[Float[Tensor, "batch d_vocab"]], Int[Tensor, " batch"]]

@@ -20,10 +20,9 @@ from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import DirectionError, ModelError
 from interp_ablate.models.applied_plans import AppliedPlans
 from interp_ablate.models.architectures import Architecture
-from interp_ablate.models.backends.backend import Backend
+from interp_ablate.models.backends.backend import Backend, SiteMap
 from interp_ablate.models.backends.registry import backend_of
-from interp_ablate.models.batches import Batch
-from interp_ablate.models.forward import Capture, ForwardPasses
+from interp_ablate.models.forward import Batch, Capture, ForwardPasses
 from interp_ablate.models.generation import (
     Decoding,
     Generation,
@@ -33,7 +32,6 @@ from interp_ablate.models.generation import (
 )
 from interp_ablate.models.loading import BackendName
 from interp_ablate.models.residual_cache import ResidualCache, ResidualCaching
-from interp_ablate.models.site_map import SiteMap
 from interp_ablate.models.sources import ModelSource, weights_fingerprint
 from interp_ablate.prompts.chat_template import encode
 from interp_ablate.prompts.prompt import Prompt, PromptLike, as_prompts

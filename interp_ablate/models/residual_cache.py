@@ -14,10 +14,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from interp_ablate.errors import PlanError
-from interp_ablate.models.backends.backend import ResumePoint
-from interp_ablate.models.batches import Batch, batches, common_prefix, in_parts
-from interp_ablate.models.forward import STREAM_ROWS, Capture, ForwardPasses, Resume, SharedPrefix
-from interp_ablate.models.site_map import SiteMap
+from interp_ablate.models.backends.backend import ResumePoint, SiteMap
+from interp_ablate.models.forward import (
+    STREAM_ROWS,
+    Batch,
+    Capture,
+    ForwardPasses,
+    Resume,
+    SharedPrefix,
+    batches,
+    common_prefix,
+    in_parts,
+)
 from interp_ablate.models.sources import free_memory
 from interp_ablate.sites import Site
 

@@ -21,8 +21,7 @@ from interp_ablate.directions.leace_eraser import leace
 from interp_ablate.directions.mean_difference import estimate_directions, shuffled_labels
 from interp_ablate.directions.subspaces import subspace
 from interp_ablate.edits.kinds import Ablate, Erase
-from interp_ablate.edits.plan import Plan
-from interp_ablate.edits.presets import band
+from interp_ablate.edits.plan import Plan, band
 from interp_ablate.errors import RunError
 from interp_ablate.search.derived_edits import scaled
 from interp_ablate.search.parameters import Choice, Float, Int, Space
@@ -202,7 +201,7 @@ def plan_of(params: Mapping[str, Any], space: EditSpace) -> Plan:
     """The plan that parameters stand for.
 
     "ablate" is full strength at every writer of the stream; "band" gives attention and MLP outputs strengths
-    that fall off linearly from a centre layer (see `edits.presets.band`); "fitted" is an edit found by gradient
+    that fall off linearly from a centre layer (see `edits.plan.band`); "fitted" is an edit found by gradient
     (see `gradient_fit`), times a factor at attention, MLP and embedding.
 
     Raises:

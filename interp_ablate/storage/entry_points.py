@@ -79,7 +79,7 @@ def entry_named(
     *,
     what: str,
     error: type[InterpAblateError],
-    kind: type = object,
+    kind: type[Any] = object,
     advice: str = "",
 ) -> Entry:
     """The entry of this name in a table of this package, else the one that another package registers.

@@ -39,7 +39,7 @@ from interp_ablate.budget.stages import (
 )
 from interp_ablate.errors import InterpAblateError, ModelError
 from interp_ablate.evaluation.outputs import ModelOutputs
-from interp_ablate.models.kv_cache import SPARE
+from interp_ablate.models.backends.bridge_shortcuts import SPARE
 from interp_ablate.models.load import from_hf
 from interp_ablate.models.model import Model
 from interp_ablate.scoring.expressions import ExpressionScorer

@@ -45,9 +45,15 @@ from interp_ablate.models.architectures import (
 )
 from interp_ablate.models.model import Model
 from interp_ablate.sites import RESIDUAL_POINTS
-from interp_ablate.weights import edited_tensors
-from interp_ablate.weights.edited_tensors import edited_blocks, edited_state_dict, edited_tensor
-from interp_ablate.weights.plan_to_weights import TensorEdit, WeightPlan, weight_plan
+from interp_ablate.weights import plan_to_weights
+from interp_ablate.weights.plan_to_weights import (
+    TensorEdit,
+    WeightPlan,
+    edited_blocks,
+    edited_state_dict,
+    edited_tensor,
+    weight_plan,
+)
 from interp_ablate.weights.weight_form import writers_only_form
 
 TOLERANCE = 1e-5  # fp32, logits of size 1
@@ -1056,7 +1062,7 @@ def test_blocks_are_the_whole_tensor(
         read.append((start, stop))
         return tensor[start:stop]
 
-    monkeypatch.setattr(edited_tensors, "BLOCK", 128)
+    monkeypatch.setattr(plan_to_weights, "BLOCK", 128)
     blocks = list(edited_blocks(rows, shape, edit))
     joined = torch.cat(blocks)
     assert torch.equal(joined, edited_tensor(tensor, edit))

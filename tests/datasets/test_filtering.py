@@ -724,7 +724,7 @@ def test_projection_on_a_direction(tmp_path: Path) -> None:
     import torch
     from tiny import shared, unit
 
-    from interp_ablate.activations.projections import project_responses
+    from interp_ablate.activations.pooling import project_responses
     from interp_ablate.directions.direction import Direction
     from interp_ablate.directions.direction_set import Directions
     from interp_ablate.sites import Site

@@ -16,7 +16,7 @@ from tiny import D_MODEL, forward, make, shared, source_of, tiny, unit
 from torch import Tensor
 
 from interp_ablate import Add, Direction, Directions, Plan, Prompt, Site, collect
-from interp_ablate.activations.projections import project_responses, response_means
+from interp_ablate.activations.pooling import project_responses, response_means
 from interp_ablate.cli.main import main
 from interp_ablate.datasets.chat_reader import read_samples
 from interp_ablate.datasets.labelled_mixtures import (

@@ -17,8 +17,7 @@ from torch.testing import assert_close
 from interp_ablate.directions.direction import Direction
 from interp_ablate.edits.affine import Affine, rescale_rows, through_gain
 from interp_ablate.edits.kinds import Ablate, Add, Clamp, Edit, Erase
-from interp_ablate.edits.plan import Plan
-from interp_ablate.edits.presets import band, everywhere
+from interp_ablate.edits.plan import Plan, band, everywhere
 from interp_ablate.errors import PlanError
 from interp_ablate.sites import RESIDUAL_POINTS, WRITER_POINTS, Point, Site
 

@@ -11,8 +11,7 @@ from torch.testing import assert_close
 
 from interp_ablate.directions.direction import Direction
 from interp_ablate.edits.kinds import Ablate, Add
-from interp_ablate.edits.plan import Plan
-from interp_ablate.edits.presets import ablate_layers, add_to_layers, layers_of
+from interp_ablate.edits.plan import Plan, ablate_layers, add_to_layers, layers_of
 from interp_ablate.errors import PlanError
 from interp_ablate.sites import Site
 

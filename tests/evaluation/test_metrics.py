@@ -16,8 +16,7 @@ from torch.nn.functional import kl_div
 from torch.testing import assert_close
 
 from interp_ablate.edits.kinds import Ablate, Add, Erase
-from interp_ablate.edits.plan import Plan
-from interp_ablate.edits.presets import everywhere
+from interp_ablate.edits.plan import Plan, everywhere
 from interp_ablate.errors import InterpAblateError
 from interp_ablate.evaluation.metrics import (
     FirstTokenKL,

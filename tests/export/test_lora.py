@@ -20,9 +20,8 @@ from interp_ablate import Ablate, Add, Clamp, Plan, Site
 from interp_ablate.edits.affine import Affine
 from interp_ablate.edits.kinds import Erase
 from interp_ablate.errors import ExportError
-from interp_ablate.export.lora import WEIGHTS, export_lora
+from interp_ablate.export.lora import WEIGHTS, export_lora, untied_base
 from interp_ablate.export.lora_adapter import PREFIX, lora_adapter, minimal_adapter
-from interp_ablate.export.lora_certificate import untied_base
 from interp_ablate.weights.plan_to_weights import WeightPlan, weight_plan
 
 peft = pytest.importorskip("peft")

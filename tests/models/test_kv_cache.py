@@ -11,7 +11,7 @@ from tiny import tiny
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from interp_ablate.models.kv_cache import SPARE, GrowingLayer, growing_cache
+from interp_ablate.models.backends.bridge_shortcuts import SPARE, GrowingLayer, growing_cache
 
 HEADS, WIDTH = 2, 4
 Layers = Sequence[DynamicLayer]

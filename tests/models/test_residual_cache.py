@@ -26,7 +26,7 @@ from torch.testing import assert_close
 
 from interp_ablate import Ablate, Add, Clamp, Plan, Site, collect
 from interp_ablate.edits.kinds import Erase
-from interp_ablate.edits.presets import everywhere
+from interp_ablate.edits.plan import everywhere
 from interp_ablate.errors import ModelError, PlanError
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.models.model import Model

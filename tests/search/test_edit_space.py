@@ -19,7 +19,7 @@ from interp_ablate.directions.leace_eraser import leace
 from interp_ablate.directions.mean_difference import estimate_directions
 from interp_ablate.directions.subspaces import subspace
 from interp_ablate.edits.kinds import Erase
-from interp_ablate.edits.presets import band
+from interp_ablate.edits.plan import band
 from interp_ablate.errors import PlanError, RunError
 from interp_ablate.evaluation.metrics import TargetLogOdds
 from interp_ablate.scoring.expressions import ExpressionScorer

@@ -23,8 +23,7 @@ import torch
 from interp_ablate.directions.direction import Direction
 from interp_ablate.directions.direction_set import Directions
 from interp_ablate.edits.kinds import Ablate, Add, Erase
-from interp_ablate.edits.plan import Plan
-from interp_ablate.edits.presets import band, everywhere
+from interp_ablate.edits.plan import Plan, band, everywhere
 from interp_ablate.errors import InterpAblateError, RunError
 from interp_ablate.evaluation.metrics import FirstTokenKL, TargetLogOdds, repetition
 from interp_ablate.evaluation.outputs import ModelOutputs

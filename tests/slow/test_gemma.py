@@ -27,8 +27,7 @@ from interp_ablate.export.auditing import AuditSource, audit
 from interp_ablate.export.certification import PROBES
 from interp_ablate.models.model import Model
 from interp_ablate.sites import sites_of
-from interp_ablate.weights.edited_tensors import edited_tensor
-from interp_ablate.weights.plan_to_weights import TensorEdit
+from interp_ablate.weights.plan_to_weights import TensorEdit, edited_tensor
 
 FOLDER = Path(__file__).parents[2] / ".models" / "gemma-3-270m"
 pytestmark = [

@@ -55,7 +55,9 @@ def test_a_built_in_name_goes_first_and_an_unknown_one_lists_all(tmp_path, monke
     named = partial(entry_named, built_in={"rude": 1}, group=GROUP, what="scorer", error=RunError)
     assert entry_names({"rude": 1}, GROUP) == ["rude", "polite"]
     assert (named("rude"), named("polite")) == (1, 3)
-    with pytest.raises(RunError, match=r"unknown scorer 'odd': accepted are rude, polite, so there"):
+    with pytest.raises(
+        RunError, match=r"unknown scorer 'odd': accepted are rude, polite, so there"
+    ):
         named("odd", advice=", so there")
     with pytest.raises(RunError, match=r"outside registers 'polite'.*a int: a str is needed"):
         named("polite", kind=str)

@@ -290,8 +290,7 @@ def test_projected_keeps_the_direction_out_and_free_does_not(edited: Path, tmp_p
 def test_projecting_is_the_edit_of_the_trained_original(tmp_path: Path) -> None:
     """M (W0 + B A) for an oblique edit of partial strengths, which is not idempotent."""
     from interp_ablate.training.merging import merge
-    from interp_ablate.weights.edited_tensors import edited_state_dict
-    from interp_ablate.weights.plan_to_weights import weight_plan
+    from interp_ablate.weights.plan_to_weights import edited_state_dict, weight_plan
 
     tiny.folder_of(tmp_path / "original", tied=False)
     sites = make().writers

@@ -31,8 +31,7 @@ from interp_ablate.models.architectures import ARCHITECTURES, architecture_of
 from interp_ablate.models.load import from_hf
 from interp_ablate.models.model import Model
 from interp_ablate.sites import RESIDUAL_POINTS, WRITER_POINTS
-from interp_ablate.weights.edited_tensors import edited_state_dict
-from interp_ablate.weights.plan_to_weights import WeightPlan, weight_plan
+from interp_ablate.weights.plan_to_weights import WeightPlan, edited_state_dict, weight_plan
 from interp_ablate.weights.weight_form import writers_only_form
 
 TOLERANCE = 1e-5  # fp32, logits of size 1

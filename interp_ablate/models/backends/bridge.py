@@ -134,7 +134,7 @@ class BridgeBackend:
         return inner, weight.T if layout == "conv1d" else weight
 
     def new_cache(self, batch: int) -> Any:
-        from interp_ablate.models.kv_cache import growing_cache
+        from interp_ablate.models.backends.bridge_shortcuts import growing_cache
 
         return growing_cache(self.hf_config)
 

@@ -1,6 +1,6 @@
-"""Two ways in which a Bridge runs less than its whole forward pass, with the same result.
+"""Three ways in which a Bridge does less than its whole forward pass, with the same result.
 
-Knows: how a Bridge's blocks, attentions and norms wrap the checkpoint's modules, and whose hooks are in them. Does not know: sites, plans or prompts.
+Knows: transformers' dynamic cache layer; how a Bridge's blocks, attentions and norms wrap the checkpoint's modules, and whose hooks are in them. Does not know: sites, plans or prompts.
 """
 
 from __future__ import annotations
@@ -12,10 +12,68 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from interp_ablate.models.backends.backend import ForwardCall, ResumePoint
 from interp_ablate.models.backends.checks import logit_difference
+
+SPARE = 64  # places for further tokens that a buffer is made with
+
+
+class GrowingLayer(DynamicLayer):
+    """A dynamic layer over a buffer with room to grow; transformers' own copies the whole cache every step."""
+
+    _buffers: tuple[Tensor, Tensor] | None = None
+
+    def update(
+        self,
+        key_states: Float[Tensor, "batch head new d_head"],
+        value_states: Float[Tensor, "batch head new d_head"],
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values; what is returned is all there is so far."""
+        if torch.is_grad_enabled() or not self.get_seq_length():
+            self._buffers = None  # gradients need tensors that nobody writes into
+            return super().update(key_states, value_states, *args, **kwargs)
+        held, new = self.get_seq_length(), key_states.shape[-2]
+        if self._buffers is None or self._buffers[0].shape[-2] < held + new:
+            assert self.keys is not None and self.values is not None
+            self._buffers = _with_room(self.keys, new), _with_room(self.values, new)
+        for buffer, states in zip(self._buffers, (key_states, value_states)):
+            buffer[..., held : held + new, :] = states
+        self.keys, self.values = (buffer[..., : held + new, :] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Int[Tensor, " row"]) -> None:
+        """Keep some rows, in tensors of their own: a copy of this layer must not write into its buffer."""
+        super().batch_select_indices(indices)
+        self._buffers = None
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._buffers = None
+
+    def reorder_cache(self, beam_idx: Int[Tensor, " row"]) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self._buffers = None
+
+
+def _with_room(states: Tensor, new: int) -> Tensor:
+    *outer, held, width = states.shape
+    buffer = states.new_empty(*outer, held + new + SPARE, width)
+    buffer[..., :held, :] = states
+    return buffer
+
+
+def growing_cache(config: Any) -> DynamicCache:
+    """transformers' cache for a config, its plain layers growing in place (sliding windows stay as they are)."""
+    cache = DynamicCache(config=config)
+    cache.layers = [GrowingLayer() if type(x) is DynamicLayer else x for x in cache.layers]
+    return cache
+
 
 Forward = Callable[[ForwardCall, int], Tensor | None]
 FixedCalls = Callable[[], Iterator[ForwardCall]]
@@ -247,7 +305,7 @@ def _is_plain_cache(layer: Any) -> bool:
     """True for a cache layer that holds keys and values by position and nothing else."""
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-    from interp_ablate.models.kv_cache import GrowingLayer
+    from interp_ablate.models.backends.bridge_shortcuts import GrowingLayer
 
     return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, GrowingLayer)
 
