@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from interp_ablate.errors import InterpAblateError
+from interp_ablate.errors import InterpAblateError, ModelError
 from interp_ablate.models.forward import Batch
 from interp_ablate.precision import to_float64
 from interp_ablate.sites import Site
@@ -73,6 +73,17 @@ class Activations:
                 f"{self.sites[0]} to {self.sites[-1]}, positions {', '.join(self.positions)}"
             )
         return self.values[:, self.positions.index(str(position)), self.sites.index(site)]
+
+
+def check_finite(
+    values: Tensor, place: str = "", *, error: type[InterpAblateError] = ModelError
+) -> None:
+    """Refuse NaN and infinity in activations, as `error`; `place` says where they are."""
+    if not torch.isfinite(values).all():
+        raise error(
+            f"NaN or infinity in the activations{place}: float16 overflows on many models; use --dtype "
+            "bfloat16 or float32"
+        )
 
 
 def masked_mean(

@@ -22,9 +22,10 @@ from interp_ablate.activations.activations import (
     Activations,
     Moments,
     Position,
+    check_finite,
     response_mean,
 )
-from interp_ablate.errors import InterpAblateError, ModelError
+from interp_ablate.errors import InterpAblateError
 from interp_ablate.models.forward import Batch
 from interp_ablate.models.model import Model
 from interp_ablate.prompts.chat_template import suffix_length
@@ -245,21 +246,12 @@ def _blocks(
     )
     for batch, _, captured in stream:
         block = torch.stack([captured[site] for site in request.sites], 2)
-        _check_finite(block, batch, request)
+        bad = (~torch.isfinite(block)).nonzero()
+        if len(bad):
+            row, position, site, _ = bad[0].tolist()
+            place = f"{request.sites[site]}[{request.positions[position]}]"
+            check_finite(block, f" at {place}, first for prompt {batch.index[row]}")
         yield batch, block.cpu()
-
-
-def _check_finite(block: Tensor, batch: Batch, request: _Request) -> None:
-    bad = ~torch.isfinite(block)
-    if bool(bad.any()):
-        row, position, site, _ = bad.nonzero()[0].tolist()
-        raise ModelError(
-            f"NaN or infinity in the activations at {request.sites[site]}[{request.positions[position]}], first for prompt "
-            f"{batch.index[row]}: float16 overflows on many models; use --dtype bfloat16 or float32"
-        )
-
-
-# ---- cache on disk ------------------------------------------------------------------------------
 
 
 def _write_cache(path: Path, values: Tensor, moments: Moments) -> None:

@@ -14,7 +14,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp_ablate.activations.activations import RESPONSE_MEAN, Moments, masked_mean, response_mean
+from interp_ablate.activations.activations import (
+    RESPONSE_MEAN,
+    Moments,
+    check_finite,
+    masked_mean,
+    response_mean,
+)
 from interp_ablate.directions.direction import Direction
 from interp_ablate.errors import DirectionError, InterpAblateError, ModelError
 from interp_ablate.models.forward import Batch
@@ -114,11 +120,7 @@ def _blocks(
     )
     for batch, _, captured in stream:
         block = torch.stack([captured[site] for site in sites], -2).cpu()
-        if not torch.isfinite(block).all():
-            raise DirectionError(
-                "NaN or infinity in the activations: float16 overflows on many models; use --dtype "
-                "bfloat16 or float32"
-            )
+        check_finite(block, error=DirectionError)
         yield torch.as_tensor(batch.index), block
         if on_batch:
             on_batch(len(batch.index))
@@ -200,11 +202,7 @@ def response_means(
         for site, values in captured.items():
             columns = [j for j, item in enumerate(directions) if item.site == site]
             means[at[:, None], torch.tensor(columns)] = values
-            if not torch.isfinite(values).all():
-                raise ModelError(
-                    f"NaN or infinity in the activations at {site}: float16 overflows on many models; "
-                    "use --dtype bfloat16 or float32"
-                )
+            check_finite(values, f" at {site}")
     return means
 
 

@@ -101,11 +101,9 @@ def _looked_up(
     directions: Directions, site: Site, position: str | None, method: str | None
 ) -> Direction:
     at_point = [
-        item
-        for item in directions
-        if item.site.point == site.point
-        and position in (None, item.position)
-        and method in (None, item.method)
+        each
+        for each in directions
+        if each.site.point == site.point and each.is_of(position, method)
     ]
     if not at_point:
         raise DirectionError(

@@ -112,6 +112,10 @@ class Direction:
         """Readable label: method, hook name and position."""
         return f"{self.method}@{self.site}[{self.position}]"
 
+    def is_of(self, position: str | None, method: str | None) -> bool:
+        """True if it was read at this position with this method; None stands for any."""
+        return position in (None, self.position) and method in (None, self.method)
+
     @property
     def fingerprint(self) -> str:
         """sha256 of the vector, its norm and where it came from."""

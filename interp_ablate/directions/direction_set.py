@@ -62,11 +62,7 @@ class Directions:
     def __getitem__(self, key: Site | tuple[Site, str] | tuple[Site, str, str]) -> Direction:
         site, position, method = (*(key if isinstance(key, tuple) else (key,)), None, None)[:3]
         for item in self.items:
-            if (
-                item.site == site
-                and position in (None, item.position)
-                and method in (None, item.method)
-            ):
+            if item.site == site and item.is_of(position, method):
                 return item
         place = f"{site}[{position or '-1'}]"
         reason = self.left_out.get(place)
@@ -188,9 +184,6 @@ def from_record(record: dict[str, Any], vector: Float[Tensor, " d_model"]) -> Di
         raise DirectionError(f"the vector at {direction.site} is not a unit vector in float64")
     object.__setattr__(direction, "vector", vector)  # the stored unit vector, bit for bit
     return direction
-
-
-# ---- one tensor a direction ----------------------------------------------------------------------
 
 
 def write_directions(

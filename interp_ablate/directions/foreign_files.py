@@ -113,9 +113,6 @@ def read_directions(
     return Directions(items, every.left_out, every.source)
 
 
-# --------------------------------------------------------------------------------- one file's tensors
-
-
 def _tensors_of(path: Path) -> list[_FileTensor]:
     """Every tensor of a file, by its ending."""
     if path.suffix in PICKLES:
@@ -280,9 +277,6 @@ def _is_a_directions_file(path: Path) -> bool:
         return json.loads(beside.read_text(encoding="utf-8")).get("format") == DIRECTIONS_FORMAT
     except (OSError, ValueError, AttributeError):
         return False
-
-
-# --------------------------------------------------------------------------------- where they live
 
 
 def _named(name: str, tensor: Tensor) -> _FileTensor:

@@ -88,8 +88,6 @@ def estimate_directions(
     return directions
 
 
-# ---- over all sites ------------------------------------------------------------------------------
-
 # The difference in means at a place, the positive set, the negative set -> a direction there, or none.
 Estimate = Callable[[Direction, Tensor, Tensor], Direction | None]
 
@@ -175,9 +173,6 @@ def with_separation(
             "out; collect both with the same model"
         )
     return replace(item, separation=separation(as_float64(values) @ item.vector, labels.cpu()))
-
-
-# ---- what the other estimators share -------------------------------------------------------------
 
 
 def as_float64(values: PerPrompt) -> PerPrompt:

@@ -106,6 +106,19 @@ class EditBase:
     positions: Positions
     label: str
 
+    def _place(
+        self,
+        direction: Direction | Tensor,
+        sites: Site | Iterable[Site],
+        amounts: float | Sequence[float],
+        **values: Any,
+    ) -> None:
+        """Set the fields that every edit has: the sites, a number for each, positions, label, vectors."""
+        places = as_sites(sites)
+        values["label"] = values["label"] or joined_label(direction)
+        amounts = strength_per_site(amounts, places, self.amount)
+        self._set(sites=places, amounts=amounts, **values)
+
     def _set(self, **values: Any) -> None:
         for name, value in values.items():
             object.__setattr__(self, name, value)

@@ -70,14 +70,11 @@ class Ablate(EditBase):
         places = as_sites(sites)
         if norm_preserving:
             _check_norm_preserving(places, positions)
-        self._set(
+        vectors = orthonormal_rows(as_vectors(direction))
+        self._place(
+            direction, places, strength, positions=positions, label=label, vectors=vectors,
             norm_preserving=bool(norm_preserving),
-            sites=places,
-            vectors=orthonormal_rows(as_vectors(direction)),
-            amounts=strength_per_site(strength, places, self.amount),
-            positions=positions,
-            label=label or joined_label(direction),
-        )
+        )  # fmt: skip
 
     def _map(self, i: int) -> Affine:
         return projection_map(self.vectors, self.amounts[i])
@@ -120,14 +117,10 @@ class Add(EditBase):
         positions: Positions = "all",
         label: str | None = None,
     ) -> None:
-        places = as_sites(sites)
         raw = direction.raw if isinstance(direction, Direction) else direction
-        self._set(
-            sites=places,
-            vectors=one_row(as_vectors(raw), "add"),
-            amounts=strength_per_site(coefficient, places, self.amount),
-            positions=positions,
-            label=label or joined_label(direction),
+        vectors = one_row(as_vectors(raw), "add")
+        self._place(
+            direction, sites, coefficient, positions=positions, label=label, vectors=vectors
         )
 
     def _map(self, i: int) -> Affine:
@@ -151,14 +144,8 @@ class Clamp(EditBase):
         positions: Positions = "all",
         label: str | None = None,
     ) -> None:
-        places = as_sites(sites)
-        self._set(
-            sites=places,
-            vectors=orthonormal_rows(one_row(as_vectors(direction), "clamp")),
-            amounts=strength_per_site(value, places, self.amount),
-            positions=positions,
-            label=label or joined_label(direction),
-        )
+        vectors = orthonormal_rows(one_row(as_vectors(direction), "clamp"))
+        self._place(direction, sites, value, positions=positions, label=label, vectors=vectors)
 
     def _map(self, i: int) -> Affine:
         basis = self.vectors.T
@@ -247,16 +234,9 @@ class Erase(EditBase):
                 f"an eraser has read and centre of one shape [d_model]; got {tuple(read.shape)} and "
                 f"{tuple(centre.shape)}"
             )
+        options: dict[str, Any] = {"strength": strength, "positions": positions, "label": label}
         value = float((read * centre).sum())
-        return cls(
-            eraser.write,
-            eraser.read,
-            sites,
-            strength=strength,
-            value=value,
-            positions=positions,
-            label=label,
-        )
+        return cls(eraser.write, eraser.read, sites, value=value, **options)
 
     @property
     def write(self) -> Float[Tensor, " d_model"]:
@@ -304,15 +284,8 @@ class Erase(EditBase):
                 f'"write" and "read" of an edit are lists of numbers; got shapes {shapes}'
             )
         sites = tuple(Site.parse(name) for name in entry["sites"])
-        edit = cls(
-            rows[0],
-            rows[1],
-            sites,
-            strength=entry["strength"],
-            value=entry["value"],
-            positions=entry["positions"],
-            label=entry["label"],
-        )
+        options = {name: entry[name] for name in ("strength", "value", "positions", "label")}
+        edit = cls(rows[0], rows[1], sites, **options)
         edit._take_stored(torch.stack(rows))
         edit._set(values=strength_per_site(entry["value"], sites, "value"))
         return edit

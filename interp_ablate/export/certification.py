@@ -295,23 +295,24 @@ def certify(
     limits = limits_for(dtype, numbers["max_abs_logit"])
     if unembed_map is not None:
         numbers["cost_of_accept"] = logit_distance(hooked_logits(model, plan, rows), want)
-    failed = beyond_limits(numbers, limits)
-    return {
-        **numbers,
-        "limits": limits,
-        "dtype": dtype,
-        "compared": {"stored": stored, "hooked": computed, "reloaded": computed},
-        "failed": failed,
-        "passed": not failed,
-    }
+    return verdict(numbers, limits, dtype, stored=stored, computed=computed)
 
 
-def beyond_limits(numbers: Mapping[str, Any], limits: Mapping[str, float]) -> list[str]:
-    """Names of the numbers beyond their limits, and of the one that says that nothing was tested."""
+def verdict(
+    numbers: Mapping[str, Any],
+    limits: Mapping[str, float],
+    dtype: str,
+    *,
+    stored: str,
+    computed: str,
+) -> dict[str, Any]:
+    """A certificate: numbers, limits, and the names of those beyond, or of the one by which nothing was tested."""
     failed = [name for name in limits if not numbers[name] <= limits[name]]
     if numbers["edited_sites"] and not numbers["edited_sites_told_from_rounding"]:
         failed.append("edited_sites_told_from_rounding")
-    return failed
+    compared = {"stored": stored, "hooked": computed, "reloaded": computed}
+    outcome = {"failed": failed, "passed": not failed}
+    return {**numbers, "limits": limits, "dtype": dtype, "compared": compared, **outcome}
 
 
 def _eps(dtype: str) -> float:

@@ -26,7 +26,6 @@ from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import ExportError
 from interp_ablate.export.certification import PROBES, certify, coarsest_dtype, require_passed
 from interp_ablate.export.checkpoint_files import (
-    embedding_names,
     float_dtype_of,
     write_config,
     write_side_files,
@@ -92,9 +91,6 @@ def atomic_folder(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-# ---- from a model in memory -----------------------------------------------------------------------
-
-
 def export_checkpoint(
     model: Model,
     plan: Plan | None,
@@ -139,7 +135,9 @@ def export_checkpoint(
             write_source_files(source.folder, folder.path, weights.config)
             return _certified(model, weights, written, folder.path, prompts, report)
     state = _untied_or_not(model)
-    weights = _memory_plan(model, plan, state, tied)
+    weights = weight_plan(
+        plan, model.hf_config, state, state.__getitem__, tied=tied, entry=model.architecture
+    )
     state, _ = edited_state_dict(state, weights)
     with atomic_folder(out, overwrite=overwrite, source=model.source) as place:
         write_weights(state, place)
@@ -156,14 +154,6 @@ class Written:
     names: tuple[str, ...]
     dtype: str
     """Dtype of the floating tensors; the certificate's limits follow it."""
-
-
-def _memory_plan(model: Model, plan: Plan, state: dict[str, Tensor], tied: Tied) -> WeightPlan:
-    if not len(plan):
-        return WeightPlan(plan)
-    return weight_plan(
-        plan, model.hf_config, state, state.__getitem__, tied=tied, entry=model.architecture
-    )
 
 
 def _certified(
@@ -197,13 +187,10 @@ def _manifest(
 def _untied_or_not(model: Model) -> dict[str, Tensor]:
     """The model's tensors; the unembedding only where it is not the embedding itself."""
     state = model.hf_state_dict()
-    embed, unembed = embedding_names(model)
+    embed, unembed = model.architecture.embed, model.architecture.unembed
     if is_tied(model.hf_config) and unembed in state and torch.equal(state[embed], state[unembed]):
         del state[unembed]
     return state
-
-
-# ---- from a folder, never loaded --------------------------------------------------------------------
 
 
 def export_folder(

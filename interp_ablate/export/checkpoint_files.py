@@ -28,11 +28,6 @@ _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", ".
 _WRITTEN = ("config.json", "README.md", MANIFEST, CERTIFICATE)
 
 
-def embedding_names(model: Model) -> tuple[str, str]:
-    """Names of the embedding's and the unembedding's tensors."""
-    return model.architecture.embed, model.architecture.unembed
-
-
 def float_dtype_of(tensors: Iterable[Tensor]) -> str:
     """Name of the first floating tensor's dtype, such as "bfloat16"."""
     dtype = next(tensor.dtype for tensor in tensors if tensor.is_floating_point())
@@ -72,7 +67,7 @@ def write_config(model: Model, state: dict[str, Tensor], weights: WeightPlan, fo
     config["model_type"] = model.hf_config.model_type
     config.pop("quantization_config", None)
     config.pop("_name_or_path", None)
-    if is_tied(model.hf_config) and embedding_names(model)[1] in state:
+    if is_tied(model.hf_config) and model.architecture.unembed in state:
         config["tie_word_embeddings"] = False
     write_json(folder / "config.json", {**config, **weights.config})
 

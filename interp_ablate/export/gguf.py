@@ -135,9 +135,6 @@ def export_gguf(
     }
 
 
-# ------------------------------------------------------------------------------------- config
-
-
 def _read_config(folder: Path) -> Any:
     """The config as transformers understands it (defaults filled in), if its model has a form here."""
     from transformers import AutoConfig
@@ -238,9 +235,6 @@ def _rope_factors(config: Any) -> Float[Tensor, " head_dim/2"] | None:
     turns = rope["original_max_position_embeddings"] / wavelength
     unscaled = ((turns - low) / (high - low)).clamp(0, 1)  # share of the unscaled frequency
     return (1 / (unscaled + (1 - unscaled) / rope["factor"])).float()
-
-
-# ------------------------------------------------------------------------------------- tensors
 
 
 def _entries(checkpoint: Checkpoint, config: Any, arch: LlamaCppArchitecture) -> list[_Entry]:

@@ -121,9 +121,6 @@ def _advice(error: Exception) -> str:
     return f"{advice.get(status, other)} (the hub answered {status}: {answer})"
 
 
-# --------------------------------------------------------------------------------- the folder
-
-
 def _files_to_publish(folder: Path, *, force: bool) -> list[str]:
     """The names of the files to upload, once the folder is fit for it."""
     if not folder.is_dir() or folder.name.endswith(_TEMPORARY):
@@ -222,9 +219,6 @@ def _public_manifest(path: Path) -> bytes:
     if isinstance(source, dict) and isinstance(source.get("path"), str):
         manifest["source"] = {**source, "path": None}
     return json.dumps(manifest, indent=1).encode()
-
-
-# --------------------------------------------------------------------------------- the hub
 
 
 def _checked(published: list[str], repo_id: str, *, force: bool) -> list[str]:

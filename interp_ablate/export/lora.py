@@ -21,13 +21,13 @@ from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import ExportError
 from interp_ablate.export.certification import (
     PROBES,
-    beyond_limits,
     compare,
     hooked_logits,
     limits_for,
     logit_distance,
     plain_logits,
     require_passed,
+    verdict,
 )
 from interp_ablate.export.checkpoint import atomic_folder
 from interp_ablate.export.checkpoint_files import write_json
@@ -35,7 +35,6 @@ from interp_ablate.export.lora_adapter import Adapter, lora_adapter
 from interp_ablate.export.model_card import export_manifest, write_documents
 from interp_ablate.models.load import from_hf
 from interp_ablate.models.model import Model
-from interp_ablate.models.sources import ModelSource
 from interp_ablate.prompts.prompt import PromptLike
 from interp_ablate.weights.plan_to_weights import Tied, WeightPlan, weight_plan
 
@@ -78,7 +77,9 @@ def export_lora(
     )
     adapter = lora_adapter(weights, list(state), state.__getitem__, dtype=dtype)
     with atomic_folder(out, overwrite=overwrite, source=model.source) as folder:
-        _write(peft, adapter, folder, base=_base_name(model.source))
+        # a folder's path is nobody else's: PEFT loads the base by another name, or by none
+        hub_name = model.source.name if model.source.kind == "hub" else model.source.base_model
+        _write(peft, adapter, folder, base=hub_name)
         certificate = certify_lora(model, weights, folder, prompts=prompts)
         require_passed(certificate, "adapter")
         manifest = export_manifest(
@@ -89,11 +90,6 @@ def export_lora(
         manifest["versions"]["peft"] = peft.__version__
         write_documents(folder, manifest, certificate)
     return certificate
-
-
-def _base_name(source: ModelSource) -> str | None:
-    """The name by which PEFT loads the base; None for a folder, whose path is nobody else's."""
-    return source.name if source.kind == "hub" else source.base_model
 
 
 def _write(peft: Any, adapter: Adapter, folder: Path, *, base: str | None) -> None:
@@ -203,7 +199,10 @@ def certify_lora(
             adapted = peft.PeftModel.from_pretrained(untied_base(adapted.unload()), folder)
         whole = adapted.merge_and_unload()
         merged = plain_logits(whole, rows)
-    numbers = {**logit_distance(want, unmerged), **logit_distance(meant, merged, "merged_")}
+    numbers: dict[str, Any] = {
+        **logit_distance(want, unmerged),
+        **logit_distance(meant, merged, "merged_"),
+    }
     dtype = str(model.dtype).removeprefix("torch.")
     inside = compare(
         model, plan.plan, from_hf(whole, model.tokenizer), rows, unembed_map=plan.unembed_map
@@ -211,20 +210,13 @@ def certify_lora(
     logit_limit, kl_limit, _, edit_limit = limits_for(dtype, inside["max_abs_logit"]).values()
     limits = dict(zip(numbers, (logit_limit, kl_limit) * 2)) | {"share_of_edit_missed": edit_limit}
     numbers |= {name: inside[name] for name in inside if "edit" in name}
-    failed = beyond_limits(numbers, limits)
     cost = {"cost_of_accept": logit_distance(want, meant)} if plan.unembed_map is not None else {}
-    return {
-        **numbers,
-        **cost,
-        "max_abs_logit_effect_of_plan": logit_distance(want, plain)["max_abs_logit_difference"],
-        "prompts": len(rows),
-        "positions": sum(map(len, rows)),
-        "limits": limits,
-        "dtype": dtype,
-        "compared": {"stored": dtype, "hooked": dtype, "reloaded": dtype},
-        "failed": failed,
-        "passed": not failed,
+    numbers |= cost
+    numbers |= {
+        "max_abs_logit_effect_of_plan": logit_distance(want, plain)["max_abs_logit_difference"]
     }
+    numbers |= {"prompts": len(rows), "positions": sum(map(len, rows))}
+    return verdict(numbers, limits, dtype, stored=dtype, computed=dtype)
 
 
 @contextmanager

@@ -64,8 +64,6 @@ class AppliedPlans:
         """The forward call that runs now; whoever runs one sets it. It says which rows and positions are which."""
         self.with_gradients = False
 
-    # ---- which plans are applied ---------------------------------------------------------------
-
     @property
     def is_edited(self) -> bool:
         """True while a plan is applied or an erasure is fitted."""
@@ -98,8 +96,6 @@ class AppliedPlans:
                 "(or None) a prompt, in the prompts' order"
             )
         return list(each)
-
-    # ---- applying them -------------------------------------------------------------------------
 
     @contextmanager
     def applied(self, plan: Plan | Edit) -> Iterator[None]:
@@ -245,8 +241,6 @@ class AppliedPlans:
         before, attention = Site(site.layer, "resid_pre"), Site(site.layer, "attn_out")
         plans.resid_mid_handles.append(self._hook(before, hold))
         plans.resid_mid_handles.append(self._hook(attention, write))
-
-    # ---- hooks that are no plan ----------------------------------------------------------------
 
     @contextmanager
     def unembedding_through(self, affine: Affine | None) -> Iterator[None]:

@@ -258,8 +258,6 @@ class ForwardPasses:
         outputs = captured * cfg.d_model * size + keep * cfg.d_vocab * (size + 8)
         return max(1, min(most, free_memory(self.device) // (2 * (cache + activations + outputs))))
 
-    # ---- shared prefixes -----------------------------------------------------------------------
-
     def shared_length(
         self,
         rows: Sequence[Sequence[int]],

@@ -102,8 +102,6 @@ class Model:
             f"d_model={self.d_model}, dtype={self.dtype})"
         )
 
-    # ---- what it is -------------------------------------------------------------------------
-
     @property
     def tl(self) -> Any:
         """The HookedTransformer or TransformerBridge itself."""
@@ -182,8 +180,6 @@ class Model:
             tokens.update([value] if isinstance(value, int) else value or [])
         return frozenset(tokens)
 
-    # ---- prompts ------------------------------------------------------------------------------
-
     def encode(self, prompt: PromptLike) -> list[int]:
         """Token ids of one prompt, through the chat template; token lists pass through."""
         if isinstance(prompt, str):
@@ -218,8 +214,6 @@ class Model:
             )
         return rows
 
-    # ---- plans ------------------------------------------------------------------------------
-
     @contextmanager
     def applied(self, plan: Plan | Edit) -> Iterator[Model]:
         """Run everything inside the block under the plan, generation with a KV cache included.
@@ -253,8 +247,6 @@ class Model:
             PlanError: rows are under different plans (`applied_each`).
         """
         return self.plans.active_plan
-
-    # ---- running ----------------------------------------------------------------------------
 
     def stream(
         self,

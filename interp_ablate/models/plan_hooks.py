@@ -41,12 +41,6 @@ def _in_order(maps: Sequence[Maps]) -> list[_Step]:
     return steps
 
 
-def _only(maps: list[Affine | None]) -> Affine:
-    (affine,) = maps
-    assert affine is not None
-    return affine
-
-
 @dataclass(eq=False)
 class _Slot:
     """The maps of all plans at one step, stacked: ranks are filled up with zeros."""
@@ -129,16 +123,18 @@ class _NormKept:
     (So that rounding is not scaled up.) For one plan only.
     """
 
-    affine: Affine
+    maps: list[Affine | None]
     kind: Positions = "all"
 
     def at(self, x: Tensor, call: ForwardCall | None) -> _NormKept:
         return self
 
     def __call__(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        (affine,) = self.maps
+        assert affine is not None
         wide = to_float64(x) if x.element_size() >= 4 else x.float()
-        rescaled = rescale_rows(wide, self.affine, eps=torch.finfo(x.dtype).eps)[0]
-        return (rescaled + self.affine.shift.to(rescaled)).to(x)
+        rescaled = rescale_rows(wide, affine, eps=torch.finfo(x.dtype).eps)[0]
+        return (rescaled + affine.shift.to(rescaled)).to(x)
 
 
 class SiteWriter:
@@ -156,9 +152,7 @@ class SiteWriter:
     ) -> None:
         self.site = site
         self.slots: list[_Slot | _NormKept] = [
-            _NormKept(_only(step.maps))
-            if norm_kept and step.kind == "all"
-            else _Slot.of(step, d_model)
+            _NormKept(step.maps) if norm_kept and step.kind == "all" else _Slot.of(step, d_model)
             for step in _in_order(maps)
         ]
 

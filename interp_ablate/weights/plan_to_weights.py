@@ -33,9 +33,6 @@ Describe = Callable[[str], tuple[torch.dtype, tuple[int, ...]]]
 EDITABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-# ---- what a plan does to each tensor --------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class TensorEdit:
     """The change of one tensor."""

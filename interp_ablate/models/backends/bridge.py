@@ -21,7 +21,7 @@ from interp_ablate.models.architectures import (
     declared_types,
 )
 from interp_ablate.models.backends.backend import ForwardCall
-from interp_ablate.models.backends.bridge_shortcuts import BlockSkipping, OwnParts
+from interp_ablate.models.backends.bridge_shortcuts import BlockSkipping, OwnParts, growing_cache
 from interp_ablate.models.backends.checks import (
     check_logits,
     fixed_calls,
@@ -134,8 +134,6 @@ class BridgeBackend:
         return inner, weight.T if layout == "conv1d" else weight
 
     def new_cache(self, batch: int) -> Any:
-        from interp_ablate.models.backends.bridge_shortcuts import growing_cache
-
         return growing_cache(self.hf_config)
 
     def gathered_cache(self, cache: Any, rows: Int[Tensor, " row"]) -> Any:

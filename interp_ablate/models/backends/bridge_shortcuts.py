@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from interp_ablate.models.backends.backend import ForwardCall, ResumePoint
 from interp_ablate.models.backends.checks import logit_difference
@@ -303,10 +303,6 @@ def _has_foreign_hooks(module: nn.Module) -> bool:
 
 def _is_plain_cache(layer: Any) -> bool:
     """True for a cache layer that holds keys and values by position and nothing else."""
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
-    from interp_ablate.models.backends.bridge_shortcuts import GrowingLayer
-
     return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, GrowingLayer)
 
 
