@@ -44,7 +44,7 @@ def test_the_tables_of_coming_from_name_what_there_is() -> None:
     text = (ROOT / "docs" / "coming_from.md").read_text(encoding="utf-8")
     modules = [
         "edits", "sites", "scoring", "scoring.registry", "scoring.expressions", "directions",
-        "export", "export.hub", "edits.presets",
+        "export", "export.hub", "edits.plan",
     ]  # fmt: skip
     places = [interp_ablate, *(import_module(f"interp_ablate.{name}") for name in modules)]
     ours = {
