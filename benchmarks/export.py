@@ -161,7 +161,7 @@ def main() -> None:
         total = make_checkpoint(source, sizes, shard)
         make_plan(plan, sizes)
         ours = [
-            sys.executable, "-m", "interp_ablate.cli", "export", "--source", str(source),
+            sys.executable, "-m", "interp_ablate", "export", "--source", str(source),
             "--plan", str(plan), "--out", str(root / "ours"),
         ]  # fmt: skip
         commands = {
