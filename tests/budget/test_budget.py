@@ -323,7 +323,9 @@ def test_peak_memory_of_every_stage(prefix: int) -> None:
     """The table's memory holds what is needed and, within a third, no more."""
     model, n = wide(), 60
     sizes, rows = dimensions_of(model.hf_config), rows_of(*[n] * 32, prefix=prefix)
-    work = Workload(16, 16, 8, tokens=n, prefix=prefix, max_new_tokens=32, dtype_bytes=4)
+    work = Workload(
+        prompts=16, scored=16, fitted=8, tokens=n, prefix=prefix, max_new_tokens=32, dtype_bytes=4
+    )
     step = Step(model, steps_data(model, 8, n, prefix))
     found = {
         "collect": (peak(lambda: collect(model, rows, batch_size=32)), collect_stage(sizes, work)),
