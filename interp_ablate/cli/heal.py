@@ -127,7 +127,7 @@ def _held_out(settings: Heal) -> Any:
         return None
     from interp_ablate.prompts.contrast_set import ContrastSet
     from interp_ablate.scoring.expressions import expression_scorer
-    from interp_ablate.training.healing.held_out import HeldOut
+    from interp_ablate.training.healing.case import HeldOut
 
     contrast = ContrastSet.load(
         settings.contrast, positive=settings.positive, negative=settings.negative

@@ -54,7 +54,7 @@ def run(args: Namespace) -> int:
 
 
 def _print_persona(persona: Any, out: Path, figures: list[Path], *, as_json: bool) -> None:
-    from interp_ablate.persona.rollout_filter import describe_counts
+    from interp_ablate.persona.extraction import describe_counts
 
     counts, unsteered = persona.details["counts"], persona.details["unsteered"]
     chosen = next(row for row in persona.details["layers"] if row["chosen"])

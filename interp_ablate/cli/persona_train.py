@@ -119,7 +119,7 @@ def _model_of(persona: Any) -> str:
 def _samples(settings: Train) -> tuple[Any, dict[str, Any]]:
     from interp_ablate.datasets.chat_reader import read_samples
     from interp_ablate.datasets.labelled_mixtures import data_and_label
-    from interp_ablate.training.preventative.samples import samples_of, samples_of_rollouts
+    from interp_ablate.training.preventative.prevention import samples_of, samples_of_rollouts
 
     if settings.from_rollouts or settings.data is None:
         samples, counts = samples_of_rollouts(Path(settings.folder) / "rollouts.jsonl")

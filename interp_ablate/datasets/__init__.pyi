@@ -7,13 +7,13 @@ from .filter_rules import DeclineRule as DeclineRule
 from .filter_rules import ProjectionRule as ProjectionRule
 from .filtering import FilterSettings as FilterSettings
 from .filtering import filter_file as filter_file
+from .labelled_mixtures import bag_of_words as bag_of_words
+from .labelled_mixtures import check_screening as check_screening
 from .labelled_mixtures import labelled_mixture as labelled_mixture
 from .labelled_mixtures import read_labels as read_labels
+from .labelled_mixtures import rollout_texts as rollout_texts
 from .screening import Threshold as Threshold
 from .screening import screen_file as screen_file
-from .screening_check import bag_of_words as bag_of_words
-from .screening_check import check_screening as check_screening
-from .screening_check import rollout_texts as rollout_texts
 from .screening_measure import baseline_adjusted as baseline_adjusted
 from .screening_measure import baseline_slope as baseline_slope
 from .screening_measure import measure_samples as measure_samples

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from interp_ablate.datasets.conversations import Turn
 from interp_ablate.errors import RunError
-from interp_ablate.scoring.exchange import PromptResponse, TextScorer
+from interp_ablate.scoring.exchange import PromptResponse, ScorerKind, TextScorer
 from interp_ablate.scoring.expressions import ExpressionScorer, expression_scorer
 from interp_ablate.scoring.refusals import LANGUAGES, REASONS, Reason, RefusalDetector
-from interp_ablate.scoring.scorer_kind import ScorerKind
 from interp_ablate.scoring.text_folding import fold
 
 if TYPE_CHECKING:
@@ -196,7 +195,7 @@ class ScoreRule(_Limits):
         return _asked(turns, self._ask)
 
     def _ask(self, exchanges: Sequence[PromptResponse]) -> list[RuleValue]:
-        from interp_ablate.scoring.verdicts import ExplainingScorer
+        from interp_ablate.scoring.exchange import ExplainingScorer
 
         if isinstance(self.scorer, ExplainingScorer):
             return [RuleValue(v.score, v.why) for v in self.scorer.explain(exchanges)]

@@ -22,14 +22,16 @@ from typing import Any
 from interp_ablate import __version__
 from interp_ablate.datasets.chat_reader import read_samples, writing_samples
 from interp_ablate.datasets.conversations import Sample, Turn
-from interp_ablate.datasets.filter_page import SampledDecisions, reason_kinds, samples_page
 from interp_ablate.datasets.filter_recipe import (
     Ask,
     Decision,
     FilterRecipe,
     RuleHit,
+    SampledDecisions,
     decide,
     read_now,
+    reason_kinds,
+    samples_page,
 )
 from interp_ablate.datasets.filter_rules import Rule, RuleValue
 from interp_ablate.errors import RunError

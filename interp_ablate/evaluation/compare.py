@@ -22,10 +22,13 @@ from interp_ablate.evaluation.harness_adapter import longest
 from interp_ablate.evaluation.measures import EvaluationConfig
 from interp_ablate.evaluation.metrics import answer_metrics, divergences
 from interp_ablate.evaluation.outputs import ModelOutputs
-from interp_ablate.evaluation.perplexity import Corpus, WindowLoss, corpus_losses, same_vocabulary
-from interp_ablate.evaluation.perplexity_rows import (
+from interp_ablate.evaluation.perplexity import (
+    Corpus,
+    WindowLoss,
+    corpus_losses,
     document_start,
     perplexity_rows,
+    same_vocabulary,
     whole_documents,
 )
 from interp_ablate.evaluation.results import (

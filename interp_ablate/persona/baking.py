@@ -18,9 +18,8 @@ from interp_ablate.export.checkpoint import export_checkpoint
 from interp_ablate.export.model_card import add_to_card
 from interp_ablate.jobs.progress import Progress
 from interp_ablate.models.model import Model
-from interp_ablate.persona.answers import Rollout
 from interp_ablate.persona.persona import Persona
-from interp_ablate.persona.rollouts import run_rollouts
+from interp_ablate.persona.rollouts import Rollout, run_rollouts
 from interp_ablate.persona.settings import BAKING, BakingConfig
 from interp_ablate.persona.steering import by_condition, steering_requests, summary
 from interp_ablate.persona.traits import first_evaluation_questions

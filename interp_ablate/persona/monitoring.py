@@ -23,9 +23,8 @@ from interp_ablate.directions.direction import Direction, random_directions
 from interp_ablate.errors import PromptError, RunError
 from interp_ablate.jobs.progress import Progress
 from interp_ablate.models.model import Model
-from interp_ablate.persona.answers import Rollout, RolloutRequest
 from interp_ablate.persona.persona import Persona
-from interp_ablate.persona.rollouts import run_rollouts
+from interp_ablate.persona.rollouts import Rollout, RolloutRequest, run_rollouts
 from interp_ablate.persona.settings import GREEDY, SamplingConfig
 from interp_ablate.persona.traits import Trait
 from interp_ablate.prompts.prompt import Prompt

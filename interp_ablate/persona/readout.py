@@ -24,7 +24,7 @@ from interp_ablate.activations.pooling import POOLED_ROWS, response_activations
 from interp_ablate.directions.direction import ZERO_TOLERANCE, Direction
 from interp_ablate.jobs.progress import NoProgress, Progress
 from interp_ablate.models.model import Model
-from interp_ablate.persona.answers import Rollout
+from interp_ablate.persona.rollouts import Rollout
 from interp_ablate.persona.settings import MIN_ANSWERS, MIN_COHERENCE
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.sites import Site

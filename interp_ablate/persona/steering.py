@@ -17,9 +17,8 @@ from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import InterpAblateError, RunError
 from interp_ablate.jobs.progress import Progress
 from interp_ablate.models.model import Model
-from interp_ablate.persona.answers import Rollout, RolloutRequest
 from interp_ablate.persona.persona import Persona, addition_plan
-from interp_ablate.persona.rollouts import run_rollouts
+from interp_ablate.persona.rollouts import Rollout, RolloutRequest, run_rollouts
 from interp_ablate.persona.settings import DEFAULTS, STEERING, ExtractionConfig, SteeringConfig
 from interp_ablate.persona.traits import first_evaluation_questions
 from interp_ablate.prompts.prompt import Prompt

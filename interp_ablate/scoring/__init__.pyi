@@ -1,8 +1,11 @@
 from .classifier import ClassifierScorer as ClassifierScorer
 from .endpoint import Endpoint as Endpoint
 from .endpoint import EndpointSettings as EndpointSettings
+from .exchange import ExplainingScorer as ExplainingScorer
 from .exchange import PromptResponse as PromptResponse
+from .exchange import ScorerKind as ScorerKind
 from .exchange import TextScorer as TextScorer
+from .exchange import Verdict as Verdict
 from .expression_lists import Expression as Expression
 from .expression_lists import read_expressions as read_expressions
 from .expressions import ExpressionScorer as ExpressionScorer
@@ -11,6 +14,3 @@ from .judge import Judge as Judge
 from .lexicon import LexiconScorer as LexiconScorer
 from .refusals import RefusalDetector as RefusalDetector
 from .registry import make_scorer as make_scorer
-from .scorer_kind import ScorerKind as ScorerKind
-from .verdicts import ExplainingScorer as ExplainingScorer
-from .verdicts import Verdict as Verdict

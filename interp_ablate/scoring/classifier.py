@@ -14,9 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from interp_ablate.errors import RunError
-from interp_ablate.scoring.exchange import PromptResponse
-from interp_ablate.scoring.scorer_kind import ScorerKind, as_flag
-from interp_ablate.scoring.verdicts import ExplainingScorer, Verdict
+from interp_ablate.scoring.exchange import (
+    ExplainingScorer,
+    PromptResponse,
+    ScorerKind,
+    Verdict,
+    as_flag,
+)
 from interp_ablate.storage.atomic_files import hash_file
 
 logger = logging.getLogger(__name__)

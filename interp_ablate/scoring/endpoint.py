@@ -23,8 +23,8 @@ from interp_ablate.scoring.replies import (
     Reply,
     RequestError,
     parse_json,
+    reply_cache,
 )
-from interp_ablate.scoring.reply_cache import reply_cache
 
 logger = logging.getLogger(__name__)
 

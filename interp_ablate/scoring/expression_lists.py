@@ -1,11 +1,13 @@
 """Lists of expressions, bundled or from a file.
 
-Knows: list formats and languages. Does not know: how they are looked for.
+Knows: list formats, languages, the pattern of an expression. Does not know: where a text is searched.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -13,6 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from interp_ablate.errors import InterpAblateError
+from interp_ablate.scoring.text_folding import (
+    SPACED_WORD,
+    UNSPACED_CHARACTER,
+    fold,
+    without_spaces,
+)
 from interp_ablate.storage.bundled_data import bundled
 
 Scope = Literal["whole", "first_sentence"]
@@ -31,6 +39,34 @@ class Expression:
     language: str = ""
     """Decides which words negate it; "" is read as English."""
     regex: bool = False
+
+
+def _phrase_pattern(phrase: str) -> re.Pattern[str]:
+    folded = fold(phrase).strip()
+    word = SPACED_WORD if UNSPACED_CHARACTER.search(folded) else r"\w"
+    left = rf"(?<!{word})" if folded[0].isalnum() and not without_spaces(folded[0]) else ""
+    right = rf"(?!{word})" if folded[-1].isalnum() and not without_spaces(folded[-1]) else ""
+    return re.compile(left + re.escape(folded) + right)
+
+
+def expression_pattern(expression: Expression) -> re.Pattern[str]:
+    """Compile an expression for folded text.
+
+    Raises:
+        InterpAblateError: a weight that cannot be, a malformed regular expression.
+    """
+    if not math.isfinite(expression.weight) or expression.weight == 0:
+        raise InterpAblateError(
+            f"the weight of {expression.text!r} is {expression.weight}: give a number other than 0"
+        )
+    if not expression.regex:
+        return _phrase_pattern(expression.text)
+    try:
+        return re.compile(expression.text)
+    except re.error as error:
+        raise InterpAblateError(
+            f"malformed regular expression {expression.text!r}: {error}"
+        ) from error
 
 
 def expression_names() -> tuple[str, ...]:

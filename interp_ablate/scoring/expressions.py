@@ -1,7 +1,7 @@
 """Expressions: phrases and regular expressions by which text shows a behaviour, in many languages.
 
-Knows: weights, negation, the first sentence, which expression matched where. Does not know: models, prompts, or
-the scales of other scorers.
+Knows: weights, negation, the first sentence, which expression matched where, and how matches become a verdict.
+Does not know: models, prompts, or the scales of other scorers.
 """
 
 from __future__ import annotations
@@ -12,9 +12,18 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from interp_ablate.errors import InterpAblateError
+from interp_ablate.scoring.exchange import (
+    ExplainingScorer,
+    PromptResponse,
+    ScorerKind,
+    Verdict,
+    as_flag,
+    as_number,
+)
 from interp_ablate.scoring.expression_lists import (
     DEFAULT_EXPRESSIONS,
     EXPRESSIONS_OF_CONTRAST,
@@ -23,31 +32,22 @@ from interp_ablate.scoring.expression_lists import (
     bundled_expressions,
     chosen_languages,
     expression_names,
+    expression_pattern,
     read_expressions,
 )
-from interp_ablate.scoring.quoted_speech import strip_quoted_speech
 from interp_ablate.scoring.text_folding import (
-    SPACED_WORD,
-    UNSPACED_CHARACTER,
     first_sentence,
     fold,
     fold_with_places,
-    without_spaces,
+    strip_quoted_speech,
 )
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+
 Outcome = Literal["expressed", "not expressed", "empty"]
-
-
-def _phrase_pattern(phrase: str) -> re.Pattern[str]:
-    folded = fold(phrase).strip()
-    word = SPACED_WORD if UNSPACED_CHARACTER.search(folded) else r"\w"
-    left = rf"(?<!{word})" if folded[0].isalnum() and not without_spaces(folded[0]) else ""
-    right = rf"(?!{word})" if folded[-1].isalnum() and not without_spaces(folded[-1]) else ""
-    return re.compile(left + re.escape(folded) + right)
 
 
 # ---- negation ------------------------------------------------------------------------------------
@@ -170,7 +170,9 @@ class ExpressionScorer:
             chosen = self._own()
         _check_texts("patterns", self.patterns, str)
         chosen += tuple(Expression(pattern, regex=True) for pattern in self.patterns)
-        compiled = [(each, _pattern(each)) for each in chosen if each.regex or each.text.strip()]
+        compiled = [
+            (each, expression_pattern(each)) for each in chosen if each.regex or each.text.strip()
+        ]
         if not compiled:
             raise InterpAblateError("an ExpressionScorer needs at least one expression or pattern")
         if not any(each.weight > 0 for each, _ in compiled):
@@ -338,24 +340,57 @@ def _check_texts(what: str, texts: Any, kinds: type | tuple[type, ...]) -> None:
             )
 
 
-def _pattern(expression: Expression) -> re.Pattern[str]:
-    if not math.isfinite(expression.weight) or expression.weight == 0:
-        raise InterpAblateError(
-            f"the weight of {expression.text!r} is {expression.weight}: give a number other than 0"
-        )
-    if not expression.regex:
-        return _phrase_pattern(expression.text)
-    try:
-        return re.compile(expression.text)
-    except re.error as error:
-        raise InterpAblateError(
-            f"malformed regular expression {expression.text!r}: {error}"
-        ) from error
-
-
 def _original(places: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
     """The place in the original text of the characters from start to end of the folded text."""
     if start == end:
         at = places[start][0] if start < len(places) else (places[-1][1] if places else 0)
         return at, at
     return places[start][0], places[end - 1][1]
+
+
+@dataclass(frozen=True)
+class ExpressionTextScorer(ExplainingScorer):
+    """100 where the weights of the matches reach the threshold, in proportion below it, 0 for none.
+
+    `detail` says what matched where (`ExpressionScorer.report`).
+    """
+
+    expressions: ExpressionScorer
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"expressions:{self.label or self.expressions.label}"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"kind": "expressions", **self.expressions.identity}
+
+    def judged(self, exchanges: Sequence[PromptResponse]) -> list[Verdict]:
+        return [self._verdict(exchange.answer) for exchange in exchanges]
+
+    def _verdict(self, answer: str) -> Verdict:
+        share = self.expressions.strength(answer) / self.expressions.threshold
+        matches = self.expressions.report([answer])
+        return Verdict(100 * min(1.0, max(0.0, share)), detail={"matches": matches})
+
+
+def _make(name: str, options: dict[str, Any]) -> ExpressionTextScorer:
+    languages = options.get("languages", ())
+    scorer = expression_scorer(
+        name,
+        languages=languages.split(",") if isinstance(languages, str) else languages,
+        scope=options.get("scope", "whole"),
+        negation=as_flag(options.get("negation", False)),
+        own_speech=as_flag(options.get("own_speech", False)),
+        threshold=as_number("threshold", options.get("threshold", 1.0)),
+    )
+    return ExpressionTextScorer(scorer, Path(name).stem)
+
+
+KIND = ScorerKind(
+    _make,
+    "expressions:NAME_OR_FILE",
+    options=("languages", "scope", "negation", "own_speech", "threshold"),
+    cost=1,
+)

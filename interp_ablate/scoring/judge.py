@@ -14,10 +14,14 @@ from typing import Any
 
 from interp_ablate.errors import RunError
 from interp_ablate.scoring.endpoint import Endpoint, EndpointSettings
-from interp_ablate.scoring.exchange import PromptResponse
+from interp_ablate.scoring.exchange import (
+    ExplainingScorer,
+    PromptResponse,
+    ScorerKind,
+    Verdict,
+    as_flag,
+)
 from interp_ablate.scoring.replies import Reply, RequestError, schema_error, strip_thinking
-from interp_ablate.scoring.scorer_kind import ScorerKind, as_flag
-from interp_ablate.scoring.verdicts import ExplainingScorer, Verdict
 
 logger = logging.getLogger(__name__)
 

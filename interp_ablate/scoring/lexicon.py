@@ -14,10 +14,14 @@ from functools import cached_property
 from typing import Any, Literal
 
 from interp_ablate.errors import RunError
-from interp_ablate.scoring.exchange import PromptResponse
-from interp_ablate.scoring.scorer_kind import ScorerKind, as_number
+from interp_ablate.scoring.exchange import (
+    ExplainingScorer,
+    PromptResponse,
+    ScorerKind,
+    Verdict,
+    as_number,
+)
 from interp_ablate.scoring.text_folding import sentences, without_spaces
-from interp_ablate.scoring.verdicts import ExplainingScorer, Verdict
 
 Measure = Literal["sentiment", "formality", "length"]
 

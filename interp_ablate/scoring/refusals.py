@@ -12,8 +12,7 @@ from functools import cache, cached_property
 from typing import Literal
 
 from interp_ablate.errors import InterpAblateError
-from interp_ablate.scoring.quoted_speech import strip_quoted_speech
-from interp_ablate.scoring.text_folding import fold
+from interp_ablate.scoring.text_folding import fold, strip_quoted_speech
 from interp_ablate.storage.bundled_data import bundled
 
 Reason = Literal["declines", "moralizes", "says_it_is_an_ai"]

@@ -1,7 +1,7 @@
 from .healing.case import EditedCheckpoint as EditedCheckpoint
 from .healing.case import HealingRun as HealingRun
+from .healing.case import HeldOut as HeldOut
 from .healing.healing_run import heal as heal
-from .healing.held_out import HeldOut as HeldOut
 from .healing.preferences import exclude_held_out as exclude_held_out
 from .healing.preferences import make_pairs as make_pairs
 from .healing.settings import AnswerConfig as AnswerConfig

@@ -20,10 +20,9 @@ import torch
 
 from interp_ablate.errors import RunError
 from interp_ablate.storage.jsonl_log import JsonlLog
-from interp_ablate.training.lora import lora_config
 from interp_ablate.training.recipe import LoraRecipe
 from interp_ablate.training.rows import TrainingRow
-from interp_ablate.training.trainable_model import TrainableModel, require_extra
+from interp_ablate.training.trainable_model import TrainableModel, lora_config, require_extra
 
 logger = logging.getLogger(__name__)
 

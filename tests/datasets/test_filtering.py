@@ -37,7 +37,6 @@ from interp_ablate.datasets.labelled_mixtures import labelled_mixture
 from interp_ablate.errors import InterpAblateError, RunError
 from interp_ablate.scoring.exchange import PromptResponse
 from interp_ablate.scoring.expressions import ExpressionScorer
-from interp_ablate.scoring.quoted_speech import strip_quoted_speech
 from interp_ablate.scoring.refusals import (
     LANGUAGES,
     REASONS,
@@ -45,7 +44,7 @@ from interp_ablate.scoring.refusals import (
     _folded,
     phrase_patterns,
 )
-from interp_ablate.scoring.text_folding import fold
+from interp_ablate.scoring.text_folding import fold, strip_quoted_speech
 from interp_ablate.storage.json_rows import RowFileError
 
 DECLINES = labelled_mixture("declines")
@@ -545,7 +544,7 @@ def test_the_page_escapes_what_it_shows(tmp_path: Path) -> None:
 
 
 def test_the_page_draws_fairly(tmp_path: Path) -> None:
-    from interp_ablate.datasets.filter_page import SampledDecisions
+    from interp_ablate.datasets.filter_recipe import SampledDecisions
 
     counts: Counter[int] = Counter()
     for seed in range(600):

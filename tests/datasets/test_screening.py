@@ -20,18 +20,16 @@ from interp_ablate.activations.pooling import project_responses, response_means
 from interp_ablate.cli.main import main
 from interp_ablate.datasets.chat_reader import read_samples
 from interp_ablate.datasets.labelled_mixtures import (
+    bag_of_words,
+    check_screening,
     data_and_label,
     labelled_mixture,
     mixture_names,
     read_labels,
-)
-from interp_ablate.datasets.screening import Threshold, screen_file
-from interp_ablate.datasets.screening_check import (
-    bag_of_words,
-    check_screening,
     rollout_texts,
     words_in,
 )
+from interp_ablate.datasets.screening import Threshold, screen_file
 from interp_ablate.datasets.screening_measure import (
     baseline_adjusted,
     baseline_slope,
@@ -42,9 +40,9 @@ from interp_ablate.datasets.screening_measure import (
 from interp_ablate.datasets.screening_settings import ScreeningSettings
 from interp_ablate.directions.direction import random_direction
 from interp_ablate.errors import DirectionError, RunError
-from interp_ablate.persona.answers import Rollout, verdict_key
 from interp_ablate.persona.persona import Persona, load_persona
 from interp_ablate.persona.readout import fit_readout
+from interp_ablate.persona.rollouts import Rollout, verdict_key
 from interp_ablate.persona.traits import load_trait
 from interp_ablate.plots.screening import save_screening
 from interp_ablate.scoring.exchange import PromptResponse

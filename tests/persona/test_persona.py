@@ -20,10 +20,9 @@ from interp_ablate.activations.pooling import POOLINGS, pooled, response_activat
 from interp_ablate.cli.main import main
 from interp_ablate.errors import DirectionError, InterpAblateError, RunError
 from interp_ablate.models.model import Model
-from interp_ablate.persona.answers import Rollout
-from interp_ablate.persona.extraction import extract, trait_directions
+from interp_ablate.persona.extraction import FilteredRollouts, extract, trait_directions
 from interp_ablate.persona.persona import Persona, load_persona
-from interp_ablate.persona.rollout_filter import FilteredRollouts
+from interp_ablate.persona.rollouts import Rollout
 from interp_ablate.persona.settings import ExtractionConfig, SamplingConfig, SteeringConfig
 from interp_ablate.persona.steering import choose_layer, curve, steer
 from interp_ablate.persona.traits import Trait, load_trait

@@ -13,8 +13,8 @@ from tiny import N_LAYERS
 from interp_ablate import Site
 from interp_ablate.activations.pooling import response_activations
 from interp_ablate.directions.mean_difference import difference_in_means
-from interp_ablate.persona.answers import Rollout
 from interp_ablate.persona.readout import COLUMNS, METHOD, fit_readout, score_slope
+from interp_ablate.persona.rollouts import Rollout
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.sites import sites_of
 

@@ -20,9 +20,15 @@ from tiny import tiny as tiny_hf
 
 from interp_ablate import Add, Plan, Site
 from interp_ablate.errors import InterpAblateError, RunError
-from interp_ablate.persona.answers import Rollout, RolloutRequest, read_answers
-from interp_ablate.persona.rollout_filter import describe_counts, filter_rollouts, kept_answers
-from interp_ablate.persona.rollouts import fluency, rollout_requests, run_rollouts
+from interp_ablate.persona.extraction import describe_counts, filter_rollouts, kept_answers
+from interp_ablate.persona.rollouts import (
+    Rollout,
+    RolloutRequest,
+    fluency,
+    read_answers,
+    rollout_requests,
+    run_rollouts,
+)
 from interp_ablate.persona.settings import SamplingConfig
 from interp_ablate.persona.traits import load_trait
 from interp_ablate.prompts.prompt import Prompt

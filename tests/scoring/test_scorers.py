@@ -17,14 +17,12 @@ from interp_ablate.cli.main import main
 from interp_ablate.errors import InterpAblateError, RunError
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring.classifier import ClassifierScorer, _folder_print
-from interp_ablate.scoring.exchange import PromptResponse, TextScorer
+from interp_ablate.scoring.exchange import PromptResponse, ReversedScorer, TextScorer
 from interp_ablate.scoring.expression_lists import Expression
-from interp_ablate.scoring.expression_text import ExpressionTextScorer
-from interp_ablate.scoring.expressions import ExpressionScorer
+from interp_ablate.scoring.expressions import ExpressionScorer, ExpressionTextScorer
 from interp_ablate.scoring.lexicon import LexiconScorer
 from interp_ablate.scoring.registry import make_scorer
 from interp_ablate.scoring.text_folding import fold
-from interp_ablate.scoring.verdicts import ReversedScorer
 
 # Written for this test: the same content in two moods.
 CHEERFUL = (

@@ -25,11 +25,16 @@ from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.stats.intervals import mean_with_interval, paired_difference
 from interp_ablate.storage.safetensors_reader import Checkpoint
-from interp_ablate.training.healing.axolotl import axolotl_config
-from interp_ablate.training.healing.case import EditedCheckpoint, HealingRun, read_plan
-from interp_ablate.training.healing.dpo_training import dpo, project
+from interp_ablate.training.healing.case import (
+    EditedCheckpoint,
+    HealingRun,
+    HeldOut,
+    measure_damage,
+    read_plan,
+    residual_share_along,
+)
+from interp_ablate.training.healing.dpo_training import axolotl_config, dpo, project
 from interp_ablate.training.healing.healing_run import heal
-from interp_ablate.training.healing.held_out import HeldOut, measure_damage, residual_share_along
 from interp_ablate.training.healing.preferences import (
     PreferencePair,
     Response,

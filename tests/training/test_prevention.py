@@ -18,23 +18,21 @@ from interp_ablate.directions.direction import Direction
 from interp_ablate.directions.direction_set import Directions
 from interp_ablate.errors import ModelError, PlanError, RunError
 from interp_ablate.models.sources import ModelSource
-from interp_ablate.persona.answers import verdict_key
 from interp_ablate.persona.persona import Persona, addition_plan
+from interp_ablate.persona.rollouts import verdict_key
 from interp_ablate.persona.traits import load_trait
 from interp_ablate.stats.intervals import mean_with_interval, paired_difference
 from interp_ablate.training.merging import logits_of
 from interp_ablate.training.preventative.additions import train_with_additions
 from interp_ablate.training.preventative.prevention import (
     PreventativeExperiment,
+    SampledChats,
     TrainingArm,
     prevent,
-)
-from interp_ablate.training.preventative.samples import (
-    SampledChats,
     samples_of,
     samples_of_rollouts,
 )
-from interp_ablate.training.preventative.samples import rows_of as token_rows
+from interp_ablate.training.preventative.prevention import rows_of as token_rows
 from interp_ablate.training.preventative.trait_measure import (
     TraitMeasure,
     answer_loss,

@@ -16,11 +16,16 @@ from interp_ablate.errors import ExportError, PromptError, RunError
 from interp_ablate.models.sources import ModelSource
 from interp_ablate.prompts.chat_template import encode
 from interp_ablate.prompts.prompt import Prompt
-from interp_ablate.training.lora import linear_modules, lora_targets, writing_modules
 from interp_ablate.training.merging import certify_merged, logits_of, merge, write_trained
 from interp_ablate.training.recipe import LoraRecipe
 from interp_ablate.training.rows import RowTokenizer, TrainingRow
-from interp_ablate.training.trainable_model import TrainableModel, require_extra
+from interp_ablate.training.trainable_model import (
+    TrainableModel,
+    linear_modules,
+    lora_targets,
+    require_extra,
+    writing_modules,
+)
 from interp_ablate.training.trainer import checkpoint_folder, sft, train
 
 trl = pytest.importorskip("trl")

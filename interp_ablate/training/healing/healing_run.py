@@ -27,20 +27,22 @@ from interp_ablate.stats.intervals import paired_difference
 from interp_ablate.storage.output_folder import check_output_path
 from interp_ablate.storage.provenance import versions
 from interp_ablate.storage.safetensors_reader import Checkpoint
-from interp_ablate.training.healing.axolotl import (
+from interp_ablate.training.healing.case import (
+    EditedCheckpoint,
+    HealingRun,
+    HeldOut,
+    mean_measures,
+    measure_damage,
+    residual_share_along,
+)
+from interp_ablate.training.healing.dpo_training import (
     AXOLOTL,
     PREFERENCES,
     REPORT,
     axolotl_config,
     axolotl_text,
-)
-from interp_ablate.training.healing.case import EditedCheckpoint, HealingRun
-from interp_ablate.training.healing.dpo_training import dpo, project
-from interp_ablate.training.healing.held_out import (
-    HeldOut,
-    mean_measures,
-    measure_damage,
-    residual_share_along,
+    dpo,
+    project,
 )
 from interp_ablate.training.healing.preferences import pair_rows
 from interp_ablate.training.merging import PACKAGES, merge, write_trained
