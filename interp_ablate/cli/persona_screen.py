@@ -171,17 +171,12 @@ def _check(
     direction: Any,
     screened: tuple[Any, Any, Any],
 ) -> list[dict[str, Any]]:
-<<<<<<< HEAD
     from interp_ablate.activations.pooling import project_responses
-    from interp_ablate.datasets.screening_check import bag_of_words, check_screening, rollout_texts
-=======
-    from interp_ablate.activations.projections import project_responses
     from interp_ablate.datasets.labelled_mixtures import (
         bag_of_words,
         check_screening,
         rollout_texts,
     )
->>>>>>> 2f0735d (One subject, one file: scorers' protocol, rollouts, DPO, healing's inputs, preventative samples, checks of mixtures)
     from interp_ablate.scoring.registry import make_scorer
 
     data, table, labels = screened

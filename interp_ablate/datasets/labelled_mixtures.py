@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from interp_ablate.activations.projections import response_means
+from interp_ablate.activations.pooling import response_means
 from interp_ablate.datasets.chat_reader import read_samples
 from interp_ablate.datasets.screening_measure import last_exchange
 from interp_ablate.datasets.screening_settings import MEASURES

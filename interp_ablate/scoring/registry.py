@@ -10,16 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from interp_ablate.errors import RunError
-<<<<<<< HEAD
-from interp_ablate.scoring import classifier, expression_text, judge, lexicon
-from interp_ablate.scoring.scorer_kind import ScorerKind
-from interp_ablate.scoring.verdicts import ExplainingScorer, ReversedScorer
-from interp_ablate.storage.entry_points import entry_named, entry_names
-=======
 from interp_ablate.scoring import classifier, expressions, judge, lexicon
 from interp_ablate.scoring.exchange import ExplainingScorer, ReversedScorer, ScorerKind
-from interp_ablate.storage.entry_points import entry_points_of
->>>>>>> 2f0735d (One subject, one file: scorers' protocol, rollouts, DPO, healing's inputs, preventative samples, checks of mixtures)
+from interp_ablate.storage.entry_points import entry_named, entry_names
 
 GROUP = "interp_ablate.scorers"
 SCORERS: dict[str, ScorerKind] = {
