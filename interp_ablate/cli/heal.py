@@ -21,8 +21,7 @@ from interp_ablate.cli.training import (
 )
 from interp_ablate.errors import ModelError, RunError
 from interp_ablate.settings import setting
-from interp_ablate.training.healing.settings import OWN_ANSWERS, AnswerConfig, HealingConfig
-from interp_ablate.training.recipe import LoraRecipe
+from interp_ablate.training.recipe import OWN_ANSWERS, AnswerConfig, HealingConfig, LoraRecipe
 
 EVERYDAY = "everyday"  # the bundled prompts
 

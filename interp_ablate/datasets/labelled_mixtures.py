@@ -26,7 +26,7 @@ from interp_ablate.models.model import Model
 from interp_ablate.persona.extraction import kept_answers
 from interp_ablate.persona.persona import load_persona
 from interp_ablate.scoring.exchange import PromptResponse
-from interp_ablate.stats.roc import auc, auc_interval
+from interp_ablate.stats.intervals import auc, auc_interval
 from interp_ablate.storage.bundled_data import bundled
 from interp_ablate.storage.row_files import RowFile
 

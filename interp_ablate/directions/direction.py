@@ -17,7 +17,7 @@ from torch import Tensor
 
 from interp_ablate.errors import DirectionError
 from interp_ablate.sites import Site
-from interp_ablate.stats.roc import auc
+from interp_ablate.stats.intervals import auc
 
 # A difference of means shorter than this fraction of the activations' own norm is rounding, not signal.
 ZERO_TOLERANCE = 1e-6

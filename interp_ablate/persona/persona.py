@@ -193,6 +193,3 @@ def addition_plan(
         label=f"{direction.method}@{direction.site}",
     )
     return Plan((edit,))
-
-
-# ---- extraction -----------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ def lint(contrast: ContrastSet) -> LintReport:
     pairs stay in one fold). Prompts with different system prompts are not duplicates; lengths and
     bags of words include the system prompt.
     """
-    from interp_ablate.stats.roc import auc
+    from interp_ablate.stats.intervals import auc
 
     prompts = contrast.positive + contrast.negative
     words = [_words(f"{prompt.system or ''}\n{prompt.text}") for prompt in prompts]
@@ -160,7 +160,7 @@ def _bag_of_words_auc(
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedGroupKFold
 
-    from interp_ablate.stats.roc import auc
+    from interp_ablate.stats.intervals import auc
 
     y = np.array(labels)
     if min(y.sum(), (~y).sum()) < 5 or len(set(groups)) < 5 or not any(words):

@@ -4,12 +4,12 @@ from .healing.case import HeldOut as HeldOut
 from .healing.healing_run import heal as heal
 from .healing.preferences import exclude_held_out as exclude_held_out
 from .healing.preferences import make_pairs as make_pairs
-from .healing.settings import AnswerConfig as AnswerConfig
-from .healing.settings import HealingConfig as HealingConfig
-from .merging import certify_merged as certify_merged
-from .merging import merge as merge
 from .preventative.prevention import prevent as prevent
+from .recipe import AnswerConfig as AnswerConfig
+from .recipe import HealingConfig as HealingConfig
 from .recipe import LoraRecipe as LoraRecipe
+from .trainable_model import certify_merged as certify_merged
 from .trainable_model import load_base as load_base
+from .trainable_model import merge as merge
 from .trainer import sft as sft
 from .trainer import train as train

@@ -1,27 +1,39 @@
-"""The model that is trained, the modules of it that a LoRA adapts, and the packages that training needs.
+"""The model that is trained: the modules of it that a LoRA adapts, the adapter merged, certified and written.
 
-Knows: how it is loaded onto one device and copied, module names. Does not know: data, or how it is trained.
+Knows: how it is loaded onto one device and copied, module names, the comparison of the merged model with the
+unmerged adapter. Does not know: data, or how it is trained.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from interp_ablate.errors import ExportError, RunError
+from interp_ablate.evaluation.metrics import kl_divergence
+from interp_ablate.export.certification import PROBES, limits_for
+from interp_ablate.export.checkpoint import export_checkpoint
+from interp_ablate.export.checkpoint_files import write_json
+from interp_ablate.export.model_card import CERTIFICATE
 from interp_ablate.models.architectures import architecture_of
 from interp_ablate.models.load import from_hf, hf_from_name
 from interp_ablate.models.loading import DEFAULTS as LOADING
 from interp_ablate.models.model import Model
 from interp_ablate.models.sources import ModelSource, weights_fingerprint
+from interp_ablate.prompts.chat_template import encode
+from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.sites import sites_of
+from interp_ablate.storage.provenance import MANIFEST, versions
 from interp_ablate.training.recipe import LoraRecipe
 
 INSTALL = "pip install 'interp-ablate[train]'"
@@ -168,3 +180,152 @@ def lora_config(hf: Any, recipe: LoraRecipe, *, where: Where = "all") -> Any:
         fan_in_fan_out=any(isinstance(part, Conv1D) for part in hf.modules()),
         task_type="CAUSAL_LM",
     )
+
+
+ADAPTER = "adapter"  # the folder of a training's adapter, in its output
+PACKAGES = ("trl", "peft", "datasets", "accelerate")
+
+
+@torch.no_grad()
+def logits_of(hf: Any, rows: Sequence[Sequence[int]]) -> list[Float[Tensor, "pos d_vocab"]]:
+    """Logits of each row at every position, a row at a time, in plain transformers."""
+    device = next(hf.parameters()).device
+    hf.eval()
+    return [
+        hf(input_ids=torch.tensor([row], device=device)).logits[0].float().cpu() for row in rows
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A merged model, and what its certificate needs."""
+
+    base: TrainableModel
+    """The merged model in plain transformers."""
+    adapter: dict[str, Tensor] = field(repr=False)
+    config: Any = field(repr=False)
+    """The adapter's configuration."""
+    probes: list[list[int]] = field(repr=False)
+    """Token rows on which logits are compared."""
+    unmerged: list[Tensor] = field(repr=False)
+    """The unmerged adapter's logits on the probes."""
+    before: list[Tensor] = field(repr=False)
+    """Logits on the probes without the adapter."""
+
+
+def merge(base: TrainableModel, peft_model: Any, *, probes: Sequence[str] = PROBES) -> Trained:
+    """Add the adapter to the weights, in place.
+
+    Raises:
+        RunError: the merged weights are not finite.
+    """
+    from peft import get_peft_model_state_dict
+
+    rows = [encode(Prompt(text), base.tokenizer, template=base.template) for text in probes]
+    unmerged = logits_of(peft_model, rows)
+    with peft_model.disable_adapter():
+        before = logits_of(peft_model, rows)
+    adapter = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.items()}
+    config = peft_model.peft_config["default"]
+    try:
+        hf = peft_model.merge_and_unload(safe_merge=True)
+    except ValueError as error:  # PEFT found NaN
+        raise RunError(
+            f"the adapter cannot be merged: {error}. Train with a smaller rate"
+        ) from error
+    vars(hf).pop("forward", None)  # TRL's own forward, over the class's
+    hf.eval().requires_grad_(False)
+    return Trained(
+        TrainableModel(hf, base.tokenizer, base.source, base.template),
+        stored,
+        config,
+        rows,
+        unmerged,
+        before,
+    )
+
+
+def certify_merged(trained: Trained, folder: str | Path) -> dict[str, Any]:
+    """Reload a folder in plain transformers, with no option, and compare it with the unmerged adapter.
+
+    Returns the largest logit difference and KL at any position of the probes, the limits, which follow
+    the dtype and the logits' size, and whether both hold; `tells_from_the_base` is false where the adapter
+    moves logits so little that the base would pass as well.
+
+    Raises:
+        ExportError: transformers cannot load the folder.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        reloaded: Any = AutoModelForCausalLM.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ExportError(f"transformers cannot load {folder}: {error}") from error
+    got = logits_of(reloaded.to(trained.base.device), trained.probes)
+    gap = kl = 0.0
+    for want, found in zip(trained.unmerged, got, strict=True):
+        gap = max(gap, float((want - found).abs().max()))
+        pair = (want.cpu().double().log_softmax(-1), found.cpu().double().log_softmax(-1))
+        kl = max(kl, float(kl_divergence(*pair).max()))
+    dtype = str(trained.base.dtype).removeprefix("torch.")
+    largest = max(float(logits.abs().max()) for logits in trained.unmerged)
+    effect = max(float((a - b).abs().max()) for a, b in zip(trained.unmerged, trained.before))
+    numbers = {"max_abs_logit_difference": gap, "kl": kl}
+    limits = {name: limits_for(dtype, largest)[name] for name in numbers}
+    failed = [name for name in limits if not numbers[name] <= limits[name]]
+    return {
+        "compared": "merged checkpoint, reloaded, with the unmerged adapter",
+        **numbers,
+        "max_abs_logit_effect_of_adapter": effect,
+        "tells_from_the_base": effect > 2 * limits["max_abs_logit_difference"],
+        "limits": limits,
+        "dtype": dtype,
+        "prompts": len(got),
+        "failed": failed,
+        "passed": not failed,
+    }
+
+
+def write_adapter(trained: Trained, folder: Path) -> None:
+    """The adapter as PEFT loads it; a base that only this machine has is not named."""
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    source = trained.base.source
+    trained.config.base_model_name_or_path = (
+        source.name if source.kind == "hub" else source.base_model
+    )
+    trained.config.inference_mode = True
+    trained.config.save_pretrained(folder)
+    save_file(trained.adapter, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_model.safetensors").chmod(0o644)
+
+
+def write_trained(trained: Trained, place: Path, what: Mapping[str, Any]) -> dict[str, Any]:
+    """The merged checkpoint and `adapter/` into an empty folder, certified twice; returns the certificate.
+
+    The checkpoint is held against the model in memory (as every export) and, under "adapter", against
+    the unmerged adapter. `what` goes into the manifest as "trained".
+
+    Raises:
+        ExportError: one of the two comparisons failed, or the place cannot be written.
+    """
+    inside = place / "merged"
+    certificate = export_checkpoint(trained.base.model, None, inside)
+    certificate["adapter"] = certify_merged(trained, inside)
+    if not certificate["adapter"]["passed"]:
+        raise ExportError(
+            f"the merged checkpoint is not the trained adapter: {certificate['adapter']}. Nothing was "
+            "left on disk; merge in --dtype float32"
+        )
+    for path in sorted(inside.iterdir()):
+        os.replace(path, place / path.name)
+    inside.rmdir()
+    write_adapter(trained, place / ADAPTER)
+    manifest = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
+    manifest["trained"] = dict(what)
+    manifest["versions"] = versions(*PACKAGES)
+    write_json(place / MANIFEST, manifest)
+    write_json(place / CERTIFICATE, certificate)
+    return certificate

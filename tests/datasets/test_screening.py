@@ -47,7 +47,7 @@ from interp_ablate.persona.traits import load_trait
 from interp_ablate.plots.screening import save_screening
 from interp_ablate.scoring.exchange import PromptResponse
 from interp_ablate.scoring.registry import make_scorer
-from interp_ablate.stats.roc import auc, auc_interval
+from interp_ablate.stats.intervals import auc, auc_interval
 from interp_ablate.storage.json_rows import RowFileError
 
 TOLERANCE = 5e-5

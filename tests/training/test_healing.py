@@ -43,8 +43,7 @@ from interp_ablate.training.healing.preferences import (
     pair_rows,
     read_pairs,
 )
-from interp_ablate.training.healing.settings import AnswerConfig, HealingConfig
-from interp_ablate.training.recipe import LoraRecipe
+from interp_ablate.training.recipe import AnswerConfig, HealingConfig, LoraRecipe
 from interp_ablate.training.rows import RowTokenizer
 from interp_ablate.training.trainable_model import TrainableModel, load_base
 from interp_ablate.training.trainer import train
@@ -294,7 +293,7 @@ def test_projected_keeps_the_direction_out_and_free_does_not(edited: Path, tmp_p
 
 def test_projecting_is_the_edit_of_the_trained_original(tmp_path: Path) -> None:
     """M (W0 + B A) for an oblique edit of partial strengths, which is not idempotent."""
-    from interp_ablate.training.merging import merge
+    from interp_ablate.training.trainable_model import merge
     from interp_ablate.weights.plan_to_weights import edited_state_dict, weight_plan
 
     tiny.folder_of(tmp_path / "original", tied=False)

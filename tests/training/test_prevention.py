@@ -22,7 +22,6 @@ from interp_ablate.persona.persona import Persona, addition_plan
 from interp_ablate.persona.rollouts import verdict_key
 from interp_ablate.persona.traits import load_trait
 from interp_ablate.stats.intervals import mean_with_interval, paired_difference
-from interp_ablate.training.merging import logits_of
 from interp_ablate.training.preventative.additions import train_with_additions
 from interp_ablate.training.preventative.prevention import (
     PreventativeExperiment,
@@ -40,7 +39,7 @@ from interp_ablate.training.preventative.trait_measure import (
 )
 from interp_ablate.training.recipe import LoraRecipe
 from interp_ablate.training.rows import RowTokenizer
-from interp_ablate.training.trainable_model import TrainableModel
+from interp_ablate.training.trainable_model import TrainableModel, logits_of
 from interp_ablate.training.trainer import sft, train
 
 pytest.importorskip("trl")

@@ -16,14 +16,17 @@ from interp_ablate.errors import ExportError, PromptError, RunError
 from interp_ablate.models.sources import ModelSource
 from interp_ablate.prompts.chat_template import encode
 from interp_ablate.prompts.prompt import Prompt
-from interp_ablate.training.merging import certify_merged, logits_of, merge, write_trained
 from interp_ablate.training.recipe import LoraRecipe
 from interp_ablate.training.rows import RowTokenizer, TrainingRow
 from interp_ablate.training.trainable_model import (
     TrainableModel,
+    certify_merged,
     linear_modules,
+    logits_of,
     lora_targets,
+    merge,
     require_extra,
+    write_trained,
     writing_modules,
 )
 from interp_ablate.training.trainer import checkpoint_folder, sft, train

@@ -29,8 +29,7 @@ from interp_ablate.sites import sites_of
 from interp_ablate.stats.intervals import mean_with_interval
 from interp_ablate.storage.provenance import MANIFEST
 from interp_ablate.training.healing.preferences import PreferencePair
-from interp_ablate.training.healing.settings import DEFAULTS, HealingConfig
-from interp_ablate.training.recipe import RECIPE, LoraRecipe
+from interp_ablate.training.recipe import HEALING, RECIPE, HealingConfig, LoraRecipe
 from interp_ablate.training.trainable_model import TrainableModel
 from interp_ablate.weights.plan_to_weights import WeightPlan, weight_plan
 
@@ -185,7 +184,7 @@ class HealingRun:
     """The preferences that are learned, the settings, and the prompts that are measured before and after."""
 
     pairs: Sequence[PreferencePair]
-    healing: HealingConfig = DEFAULTS
+    healing: HealingConfig = HEALING
     recipe: LoraRecipe = RECIPE
     held_out: HeldOut | None = None
     details: Mapping[str, Any] = field(default_factory=dict)

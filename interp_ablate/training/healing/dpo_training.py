@@ -16,8 +16,7 @@ from torch import Tensor
 
 from interp_ablate.errors import PlanError, RunError
 from interp_ablate.training.healing.case import EditedCheckpoint, HealingRun
-from interp_ablate.training.healing.settings import HealingConfig
-from interp_ablate.training.recipe import RECIPE, LoraRecipe
+from interp_ablate.training.recipe import HEALING, RECIPE, HealingConfig, LoraRecipe
 from interp_ablate.training.rows import TrainingRow
 from interp_ablate.training.trainable_model import Where, lora_config, require_extra
 from interp_ablate.training.trainer import common_arguments, make_trainer, without_telemetry
@@ -31,7 +30,7 @@ def dpo(
     rows: Sequence[tuple[TrainingRow, TrainingRow]],
     work: Path,
     *,
-    healing: HealingConfig = HealingConfig(),  # noqa: B008
+    healing: HealingConfig = HEALING,
     recipe: LoraRecipe = RECIPE,
 ) -> Any:
     """TRL's DPOTrainer with a fresh adapter over the edited model; its reference is the model without it.
@@ -155,7 +154,14 @@ def axolotl_config(
             }
         ],
         "val_set_size": 0.0,
-        **_axolotl_lora(recipe, targets, treatment.qlora),
+        "adapter": "qlora" if treatment.qlora else "lora",
+        "load_in_4bit": treatment.qlora,
+        "load_in_8bit": False,
+        "lora_r": recipe.rank,
+        "lora_alpha": recipe.alpha,
+        "lora_dropout": 0.0,
+        "lora_target_modules": list(targets),
+        "peft_use_rslora": recipe.rslora,
         "sequence_len": recipe.max_length,
         "sample_packing": False,
         "micro_batch_size": recipe.batch_size,
@@ -176,19 +182,6 @@ def axolotl_config(
         config["dpo_loss_type"] = ["sigmoid", "sft"]
         config["dpo_loss_weights"] = [1.0, healing.sft_weight]
     return config
-
-
-def _axolotl_lora(recipe: LoraRecipe, targets: Sequence[str], quantized: bool) -> dict[str, Any]:
-    return {
-        "adapter": "qlora" if quantized else "lora",
-        "load_in_4bit": quantized,
-        "load_in_8bit": False,
-        "lora_r": recipe.rank,
-        "lora_alpha": recipe.alpha,
-        "lora_dropout": 0.0,
-        "lora_target_modules": list(targets),
-        "peft_use_rslora": recipe.rslora,
-    }
 
 
 def axolotl_text(config: Mapping[str, Any], healing: HealingConfig) -> str:

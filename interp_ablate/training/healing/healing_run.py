@@ -45,9 +45,8 @@ from interp_ablate.training.healing.dpo_training import (
     project,
 )
 from interp_ablate.training.healing.preferences import pair_rows
-from interp_ablate.training.merging import PACKAGES, merge, write_trained
 from interp_ablate.training.rows import RowTokenizer, TrainingRow
-from interp_ablate.training.trainable_model import TrainableModel
+from interp_ablate.training.trainable_model import PACKAGES, TrainableModel, merge, write_trained
 from interp_ablate.training.trainer import checkpoint_folder, train
 from interp_ablate.weights.plan_to_weights import WeightPlan
 

@@ -15,7 +15,7 @@ from interp_ablate.datasets.conversations import Message
 from interp_ablate.errors import RunError
 from interp_ablate.models.model import Model
 from interp_ablate.prompts.prompt import Prompt, normalised
-from interp_ablate.training.healing.settings import AnswerConfig
+from interp_ablate.training.recipe import AnswerConfig
 from interp_ablate.training.rows import RowTokenizer, TrainingRow
 
 

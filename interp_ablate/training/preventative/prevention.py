@@ -27,7 +27,6 @@ from interp_ablate.persona.persona import load_persona
 from interp_ablate.stats.intervals import mean_with_interval, paired_difference
 from interp_ablate.storage.output_folder import check_output_path
 from interp_ablate.storage.provenance import MANIFEST, versions
-from interp_ablate.training.merging import PACKAGES, Trained, merge, write_trained
 from interp_ablate.training.preventative.additions import train_with_additions
 from interp_ablate.training.preventative.trait_measure import (
     MeasuredTrait,
@@ -37,7 +36,13 @@ from interp_ablate.training.preventative.trait_measure import (
 )
 from interp_ablate.training.recipe import RECIPE, LoraRecipe
 from interp_ablate.training.rows import RowTokenizer, TrainingRow
-from interp_ablate.training.trainable_model import TrainableModel
+from interp_ablate.training.trainable_model import (
+    PACKAGES,
+    TrainableModel,
+    Trained,
+    merge,
+    write_trained,
+)
 from interp_ablate.training.trainer import checkpoint_folder, sft, train
 
 
