@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from interp_ablate.datasets.conversations import Turn
 from interp_ablate.errors import RunError
-from interp_ablate.scoring.exchange import PromptResponse, ScorerKind, TextScorer
+from interp_ablate.scoring.exchange import ExplainingScorer, PromptResponse, ScorerKind, TextScorer
 from interp_ablate.scoring.expressions import ExpressionScorer, expression_scorer
 from interp_ablate.scoring.refusals import LANGUAGES, REASONS, Reason, RefusalDetector
 from interp_ablate.scoring.text_folding import fold
@@ -76,6 +76,13 @@ class _Phrases:
     match: dict[str, Any] = {}  # noqa: RUF012  (never written)
     cost, stored = 1, False
 
+    def read(self, turns: Sequence[Turn]) -> list[RuleValue]:
+        answers = [turn.answer for turn in turns]
+        return [self._read(a) if a.strip() else RuleValue(None, EMPTY) for a in answers]
+
+    def _read(self, text: str) -> RuleValue:
+        raise NotImplementedError
+
     def matches(self, value: float) -> bool:
         return value >= 1
 
@@ -97,12 +104,7 @@ class DeclineRule(_Phrases):
             "phrases": hashlib.sha256(patterns.encode()).hexdigest()[:16],
         }
 
-    def read(self, turns: Sequence[Turn]) -> list[RuleValue]:
-        return [self._read(turn.answer) for turn in turns]
-
     def _read(self, text: str) -> RuleValue:
-        if not text.strip():
-            return RuleValue(None, EMPTY)
         phrases = tuple((f"{m.reason} ({m.language})", m.phrase) for m in self.detector.find(text))
         return RuleValue(float(len(phrases)), phrases=phrases)
 
@@ -128,12 +130,7 @@ class ExpressionRule(_Phrases):
             dict.fromkeys(fold(text).strip() for text, weight, _, _ in entries if weight > 0)
         )
 
-    def read(self, turns: Sequence[Turn]) -> list[RuleValue]:
-        return [self._read(turn.answer) for turn in turns]
-
     def _read(self, text: str) -> RuleValue:
-        if not text.strip():
-            return RuleValue(None, EMPTY)
         if self._words is not None:
             folded = fold(text)
             if not any(word in folded for word in self._words):
@@ -195,8 +192,6 @@ class ScoreRule(_Limits):
         return _asked(turns, self._ask)
 
     def _ask(self, exchanges: Sequence[PromptResponse]) -> list[RuleValue]:
-        from interp_ablate.scoring.exchange import ExplainingScorer
-
         if isinstance(self.scorer, ExplainingScorer):
             return [RuleValue(v.score, v.why) for v in self.scorer.explain(exchanges)]
         return [RuleValue(score) for score in self.scorer(exchanges)]
