@@ -160,7 +160,7 @@ def test_only_backends_know_transformer_lens() -> None:
 
 LIGHT = (
     "sites settings runs.configuration models.loading prompts.contrast_set prompts.readers prompts.linting prompts.chat_template scoring.exchange "
-    "scoring.expressions scoring.refusals storage.row_files storage.row_writers datasets.chat_reader persona.traits"
+    "scoring.expressions scoring.refusals storage.row_files datasets.chat_reader persona.traits"
 )
 
 

@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from interp_ablate.budget.costs import (
     Call,
+    Dimensions,
     Machine,
     Workload,
     activation_bytes,
+    dimensions_of,
     forward_flops,
     gradient_flops,
     kv_bytes,
     kv_places,
     saved_bytes,
 )
-from interp_ablate.budget.sizes import Dimensions, dimensions_of
 from interp_ablate.models.backends.bridge_shortcuts import SPARE
 from interp_ablate.search.gradient_fit import N_KEPT, N_TOKENS, PASSAGE_TOKENS
 from interp_ablate.storage.output_folder import WAITING

@@ -32,8 +32,7 @@ def add(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Print the table of stages."""
-    from interp_ablate.budget.costs import Machine, Workload
-    from interp_ablate.budget.sizes import config_at
+    from interp_ablate.budget.costs import Machine, Workload, config_at
     from interp_ablate.budget.stages import as_text, budget
     from interp_ablate.models.sources import torch_dtype
 

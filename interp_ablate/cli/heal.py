@@ -63,7 +63,7 @@ def run(args: Namespace) -> int:
             "--samples and --max-new-tokens are of answers that --make-preferences makes"
         )
     prepare(settings)
-    from interp_ablate.plots.training import save_costs
+    from interp_ablate.plots.evaluation import save_costs
     from interp_ablate.training.healing.case import EditedCheckpoint, HealingRun
     from interp_ablate.training.healing.healing_run import heal
 

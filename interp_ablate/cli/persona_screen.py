@@ -62,7 +62,7 @@ def run(args: Namespace) -> int:
     from interp_ablate.datasets.screening import Threshold, save_summary, screen_file
     from interp_ablate.datasets.screening_measure import summarise_file
     from interp_ablate.persona.persona import load_persona
-    from interp_ablate.plots.screening import save_screening
+    from interp_ablate.plots.monitoring import save_screening
 
     screen, settings = settings_from(args, Screen), settings_from(args, ScreeningSettings)
     persona = load_persona(screen.folder)

@@ -56,7 +56,7 @@ def run(args: Namespace) -> int:
         raise RunError("give DATA, or --from-rollouts for the persona's own answers: one of them")
     prepare(settings)
     from interp_ablate.persona.persona import load_persona
-    from interp_ablate.plots.training import save_trait
+    from interp_ablate.plots.evaluation import save_trait
     from interp_ablate.training.preventative.prevention import PreventativeExperiment, prevent
     from interp_ablate.training.preventative.trait_measure import TraitMeasure
 

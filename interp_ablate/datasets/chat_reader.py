@@ -28,8 +28,7 @@ from interp_ablate.datasets.conversations import (
     Sample,
 )
 from interp_ablate.storage.json_rows import FileRow, MalformedRow, OnMalformed, RowFileError
-from interp_ablate.storage.row_files import RowFile
-from interp_ablate.storage.row_writers import as_json, writing_rows
+from interp_ablate.storage.row_files import RowFile, as_json, writing_rows
 
 
 def read_samples(

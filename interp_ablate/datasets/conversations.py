@@ -12,7 +12,7 @@ from typing import Any, Literal
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring.exchange import PromptResponse
 from interp_ablate.storage.json_rows import RowFileError
-from interp_ablate.storage.row_writers import as_json
+from interp_ablate.storage.row_files import as_json
 
 Role = Literal["system", "user", "assistant", "tool"]
 Turns = Literal["any", "last", "first"]

@@ -12,24 +12,7 @@ import numpy as np
 import pandas as pd
 
 from interp_ablate.errors import RunError
-from interp_ablate.plots.style import (
-    CONTROL,
-    FAINT,
-    INK,
-    LINE_STYLES,
-    NEGATIVE,
-    POINT_STYLE,
-    POSITIVE,
-    add_colour_bar,
-    add_legend,
-    colour_patch,
-    finish_axes,
-    point_order,
-    position_key,
-    require_columns,
-    require_rows,
-    set_layer_axis,
-)
+from interp_ablate.plots import style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,7 +36,7 @@ def projections(frame: pd.DataFrame, ax: Axes) -> Axes:
     Raises:
         RunError: a missing column, no rows, or rows of several points or positions.
     """
-    require_columns(frame, PROJECTION_COLUMNS, "projections")
+    style.require_columns(frame, PROJECTION_COLUMNS, "projections")
     for column in ("point", "position"):
         if column in frame and frame[column].nunique() > 1:
             raise RunError(
@@ -63,30 +46,35 @@ def projections(frame: pd.DataFrame, ax: Axes) -> Axes:
     held_out = frame[frame["split"] == "validation"]
     rows = held_out if len(held_out) else frame
     rows = rows[np.isfinite(rows["projection"].astype(float))]
-    require_rows(rows, "projections with finite values")
+    style.require_rows(rows, "projections with finite values")
     layers = sorted(rows["layer"].unique())
     half_width = 0.46 * min(np.diff(layers), default=1)
     everything = []
     for layer in layers:
         groups = standardised_projections(rows[rows["layer"] == layer])
-        for values, colour, side in zip(groups, (NEGATIVE, POSITIVE), (-1, 1)):
+        for values, colour, side in zip(groups, (style.NEGATIVE, style.POSITIVE), (-1, 1)):
             _half_violin(ax, float(layer), values, colour, side * half_width)
         everything += list(groups)
     cut = _limit_outliers(ax, np.concatenate(everything))
     counts = [int((rows[rows["layer"] == layers[0]]["label"] == name).sum()) for name in SIDES]
     splits = " + ".join(sorted(map(str, rows["split"].unique())))
     caption = f"{splits} split, {counts[1]} positive + {counts[0]} negative prompts a layer"
-    finish_axes(
+    style.finish_axes(
         ax,
         f"Projections at {rows['point'].iloc[0]}, on each layer's own direction",
         caption + (f"; {cut} values beyond the frame" if cut else ""),
         "layer",
         "projection\n(pooled SDs of its layer)",
     )
-    set_layer_axis(ax, layers)
-    ax.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
-    handles = [colour_patch(POSITIVE, "positive"), colour_patch(NEGATIVE, "negative")]
-    add_legend(ax, handles, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderpad=0.1)
+    style.set_layer_axis(ax, layers)
+    ax.axhline(0, color=style.FAINT, linewidth=0.8, zorder=0)
+    handles = [
+        style.colour_patch(style.POSITIVE, "positive"),
+        style.colour_patch(style.NEGATIVE, "negative"),
+    ]
+    style.add_legend(
+        ax, handles, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderpad=0.1
+    )
     return ax
 
 
@@ -113,14 +101,14 @@ def separation_by_layer(
         raise RunError(
             "no direction has a separation: run `interp-ablate directions` with held-out prompts"
         )
-    positions = sorted({position for _, position in lines}, key=position_key)
-    for point, position in sorted(lines, key=lambda key: (point_order(key[0]), key[1])):
+    positions = sorted({position for _, position in lines}, key=style.position_key)
+    for point, position in sorted(lines, key=lambda key: (style.point_order(key[0]), key[1])):
         line = lines[point, position]
-        colour, marker = POINT_STYLE[point]
+        colour, marker = style.POINT_STYLE[point]
         ax.plot(
             sorted(line),
             [line[layer] for layer in sorted(line)],
-            linestyle=LINE_STYLES[positions.index(position) % len(LINE_STYLES)],
+            linestyle=style.LINE_STYLES[positions.index(position) % len(style.LINE_STYLES)],
             color=colour,
             marker=marker,
             markersize=4,
@@ -131,17 +119,17 @@ def separation_by_layer(
         "d_prime": (0.0, "d′ (gap of the means\nin pooled SDs)"),
         "auc": (0.5, "AUC (chance = 0.5)"),
     }[measure]
-    ax.axhline(chance, color=CONTROL, linewidth=0.9, linestyle=(0, (4, 3)))
+    ax.axhline(chance, color=style.CONTROL, linewidth=0.9, linestyle=(0, (4, 3)))
     count = sum(len(line) for line in lines.values())
-    finish_axes(
+    style.finish_axes(
         ax,
         f"Separation of held-out prompts by layer ({'AUC' if measure == 'auc' else 'd′'})",
         f"{count} directions; dashed line: no separation",
         "layer",
         ylabel,
     )
-    set_layer_axis(ax, [layer for line in lines.values() for layer in line])
-    add_legend(ax, loc="best", ncols=1 if len(lines) <= 3 else 2)
+    style.set_layer_axis(ax, [layer for line in lines.values() for layer in line])
+    style.add_legend(ax, loc="best", ncols=1 if len(lines) <= 3 else 2)
     return ax
 
 
@@ -153,7 +141,9 @@ def cosine_similarity(directions: Iterable[Direction], ax: Axes) -> Axes:
     """
     from interp_ablate.directions.direction import cosine_similarities
 
-    items = sorted(directions, key=lambda item: (position_key(item.position), item.site.order))
+    items = sorted(
+        directions, key=lambda item: (style.position_key(item.position), item.site.order)
+    )
     if not items:
         raise RunError("no directions to compare: run `interp-ablate directions` first")
     matrix = cosine_similarities(items).numpy()
@@ -173,12 +163,12 @@ def cosine_similarity(directions: Iterable[Direction], ax: Axes) -> Axes:
         axis.set_ticklabels([str(items[tick].site.layer) for tick in ticks])
     for index in range(1, len(items)):
         if items[index].position != items[index - 1].position:
-            ax.axhline(index - 0.5, color=INK, linewidth=0.8)
-            ax.axvline(index - 0.5, color=INK, linewidth=0.8)
-    points = sorted({item.site.point for item in items}, key=point_order)
-    positions = sorted({item.position for item in items}, key=position_key)
+            ax.axhline(index - 0.5, color=style.INK, linewidth=0.8)
+            ax.axvline(index - 0.5, color=style.INK, linewidth=0.8)
+    points = sorted({item.site.point for item in items}, key=style.point_order)
+    positions = sorted({item.position for item in items}, key=style.position_key)
     order = ", ".join(points) + (f"; positions {', '.join(positions)}" if positions[1:] else "")
-    finish_axes(
+    style.finish_axes(
         ax,
         "Cosine similarity of the directions",
         f"{len(items)} sites in forward order; within a layer: {order}",
@@ -186,7 +176,7 @@ def cosine_similarity(directions: Iterable[Direction], ax: Axes) -> Axes:
         "layer",
         grid="",
     )
-    add_colour_bar(image, ax, "cosine", fraction=0.046, pad=0.03)
+    style.add_colour_bar(image, ax, "cosine", fraction=0.046, pad=0.03)
     return ax
 
 

@@ -1,12 +1,12 @@
-"""Plots of what was before and what is after an edit: an evaluation's table, and a run's test report.
+"""Plots of before and after: an evaluation's table, a run's test report, fine-tuning and recovery.
 
-Knows: shares side by side, relative changes, divergences and rates, each with its interval. Does not know: any model,
-or how a number was measured.
+Knows: shares, changes, divergences, rates and means, each with its interval. Does not know: any model, or how a
+number was measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,22 +14,12 @@ import numpy as np
 import pandas as pd
 
 from interp_ablate.errors import RunError
-from interp_ablate.plots.style import (
-    CONTROL,
-    INK,
-    NEGATIVE,
-    POSITIVE,
-    add_legend,
-    finish_axes,
-    new_figure,
-    save_figure,
-    set_row_axis,
-    whisker,
-)
+from interp_ablate.plots import style
 from interp_ablate.storage.tables import read_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
 
 COLUMNS = ("measure", "on", "unit", "n", "before", "after", "difference")
 _ENDS = ("", "_low", "_high")
@@ -44,17 +34,17 @@ def evaluation_shares(frame: pd.DataFrame, ax: Axes) -> Axes:
     for place, row in enumerate(rows.to_dict("records")):
         low, high = row["difference_low"], row["difference_high"]
         differs = pd.notna(low) and (low > 0 or high < 0)
-        for key, colour, up in (("before", NEGATIVE, -0.13), ("after", POSITIVE, 0.13)):
+        for key, colour, up in (("before", style.NEGATIVE, -0.13), ("after", style.POSITIVE, 0.13)):
             interval = [row[f"{key}_low"], row[f"{key}_high"]]
-            whisker(ax, place + up, row[key], interval, colour, hollow=not differs)
-    for key, colour in (("before", NEGATIVE), ("after", POSITIVE)):
+            style.whisker(ax, place + up, row[key], interval, colour, hollow=not differs)
+    for key, colour in (("before", style.NEGATIVE), ("after", style.POSITIVE)):
         ax.plot([], [], "o", color=colour, label=key)
-    set_row_axis(ax, _names(rows))
+    style.set_row_axis(ax, _names(rows))
     ax.set_xlim(-0.03, 1.03)
     caption = "filled where the 95% interval of the difference excludes 0"
     xlabel = "share of prompts, of 3-grams or of items"
-    finish_axes(ax, "Shares before and after", caption, xlabel, "", grid="x")
-    add_legend(ax, loc="best")
+    style.finish_axes(ax, "Shares before and after", caption, xlabel, "", grid="x")
+    style.add_legend(ax, loc="best")
     return ax
 
 
@@ -66,16 +56,16 @@ def evaluation_changes(frame: pd.DataFrame, ax: Axes) -> Axes:
         value, low, high = (100 * row[f"difference{end}"] / abs(row["before"]) for end in _ENDS)
         text = f"{row['before']:.3g} → {row['after']:.3g}"
         differs = pd.notna(low) and (low > 0 or high < 0)
-        whisker(ax, place, value, [low, high], POSITIVE, text=text, hollow=not differs)
-    ax.axvline(0, color=INK, linewidth=0.9, linestyle=":")
-    set_row_axis(ax, _names(rows))
+        style.whisker(ax, place, value, [low, high], style.POSITIVE, text=text, hollow=not differs)
+    ax.axvline(0, color=style.INK, linewidth=0.9, linestyle=":")
+    style.set_row_axis(ax, _names(rows))
     low, high = ax.get_xlim()
     ax.set_xlim(low, high + 0.22 * (high - low))  # room for the numbers
     caption, xlabel = (
         "intervals of the paired differences, over the value before",
         "after / before - 1, percent",
     )
-    finish_axes(ax, "Change of what has a scale of its own", caption, xlabel, "", grid="x")
+    style.finish_axes(ax, "Change of what has a scale of its own", caption, xlabel, "", grid="x")
     return ax
 
 
@@ -84,11 +74,11 @@ def evaluation_divergences(frame: pd.DataFrame, ax: Axes) -> Axes:
     rows = _rows_with_units(frame, ("nats",))
     for place, row in enumerate(rows.to_dict("records")):
         interval = [row["after_low"], row["after_high"]]
-        whisker(ax, place, row["after"], interval, POSITIVE, text=f"{row['after']:.3f}")
-    set_row_axis(ax, _names(rows))
+        style.whisker(ax, place, row["after"], interval, style.POSITIVE, text=f"{row['after']:.3f}")
+    style.set_row_axis(ax, _names(rows))
     ax.set_xlim(left=min(0.0, ax.get_xlim()[0]), right=ax.get_xlim()[1] * 1.08)
     caption, xlabel = "0: the two answer alike", "KL to the first model, nats"
-    finish_axes(ax, "Divergence", caption, xlabel, "", grid="x")
+    style.finish_axes(ax, "Divergence", caption, xlabel, "", grid="x")
     return ax
 
 
@@ -119,11 +109,11 @@ def save_evaluation(folder: str | Path) -> Path:
     if not panels:
         raise RunError(f"{path} has no row with numbers to draw")
     heights = [0.9 + 0.34 * counts[draw] for draw in panels]
-    figure = new_figure(height=0.3 + sum(heights))
+    figure = style.new_figure(height=0.3 + sum(heights))
     grid = figure.add_gridspec(len(panels), 1, height_ratios=heights)
     for place, draw in enumerate(panels):
         draw(frame, figure.add_subplot(grid[place]))
-    return save_figure(figure, Path(folder) / "figures" / "evaluation.png")
+    return style.save_figure(figure, Path(folder) / "figures" / "evaluation.png")
 
 
 def _rows_with_units(frame: pd.DataFrame, units: tuple[str, ...]) -> pd.DataFrame:
@@ -139,11 +129,11 @@ def _names(rows: pd.DataFrame) -> list[str]:
 
 
 _RATES: tuple[tuple[str, str, str], ...] = (
-    ("behaviour_before", "positive prompts, unedited", POSITIVE),
-    ("behaviour_after", "positive prompts, ablated", POSITIVE),
-    ("negative_before", "negative prompts, unedited", NEGATIVE),
-    ("negative_after", "negative prompts, ablated", NEGATIVE),
-    ("addition_after", "negative prompts, added", NEGATIVE),
+    ("behaviour_before", "positive prompts, unedited", style.POSITIVE),
+    ("behaviour_after", "positive prompts, ablated", style.POSITIVE),
+    ("negative_before", "negative prompts, unedited", style.NEGATIVE),
+    ("negative_after", "negative prompts, ablated", style.NEGATIVE),
+    ("addition_after", "negative prompts, added", style.NEGATIVE),
 )
 
 
@@ -160,14 +150,14 @@ def before_after(test: Mapping[str, Any], ax: Axes) -> Axes:
             f"{', '.join(key for key, _, _ in _RATES)}; came {sorted(test)[:8]}"
         )
     for place, (_, value, interval, colour) in enumerate(rows):
-        whisker(ax, place, value, interval, colour, text=f"{value:.2f}")
-    set_row_axis(ax, [name for name, *_ in rows])
+        style.whisker(ax, place, value, interval, colour, text=f"{value:.2f}")
+    style.set_row_axis(ax, [name for name, *_ in rows])
     ax.set_xlim(-0.03, 1.09)
     ax.set_xticks(np.linspace(0, 1, 6))
     drawn = any(interval for _, _, interval, _ in rows)
     caption = "test split; " + ("whiskers: bootstrap intervals" if drawn else "no intervals given")
     title, xlabel = "How often answers express the behaviour", "share of generated answers"
-    finish_axes(ax, title, caption, xlabel, "", grid="x")
+    style.finish_axes(ax, title, caption, xlabel, "", grid="x")
     return ax
 
 
@@ -186,7 +176,7 @@ def rate_rows(test: Mapping[str, Any]) -> list[tuple[str, float, list[float] | N
             if key == "behaviour_after":
                 rates += [
                     (f"control: {control.get('name', '?')}, ablated",
-                     float(control["behaviour_after"]), _interval(control.get("interval")), CONTROL)
+                     float(control["behaviour_after"]), _interval(control.get("interval")), style.CONTROL)
                     for control in test.get("controls") or []
                     if control.get("behaviour_after") is not None
                 ]  # fmt: skip
@@ -200,3 +190,121 @@ def _interval(ends: Any) -> list[float] | None:
         return None
     low, high = (float(end) for end in ends)
     return [low, high]
+
+
+_CONDITIONS = {
+    "before": ("before", style.CONTROL),
+    "plain": ("fine-tuned, plain", style.POSITIVE),
+    "preventative": ("fine-tuned, vector added\nwhile training", style.NEGATIVE),
+    "random": ("the same, random vector", style.CONTROL),
+}
+_TRAIT = {
+    "score": ("Trait score of the answers", "score (0 to 100)"),
+    "projection": ("Projection of the answers", "on the trait's vector, in its own lengths"),
+    "prompt_projection": (
+        "Projection of the prompt's end",
+        "on the trait's vector, in its lengths",
+    ),
+}
+_MODELS = {"original": style.CONTROL, "edited": style.POSITIVE, "healed": style.NEGATIVE}
+_COSTS = {
+    "behaviour": ("Behaviour, held-out requests", "share of answers"),
+    "kl_first_token": ("KL to the original, first token", "nats"),
+    "kl_continuation": ("KL to the original, a token", "nats, over its own answers"),
+}
+
+
+def _whiskers(
+    rows: Sequence[tuple[str, Mapping[str, Any], str]], ax: Axes, *, digits: int = 2
+) -> None:
+    """A dot and its interval a row, from the top: (label, {"mean", "interval"}, colour).
+
+    Raises:
+        RunError: no row has a mean.
+    """
+    rows = [row for row in rows if row[1]["mean"] is not None]
+    if not rows:
+        raise RunError("there is no mean to draw: every value is missing")
+    for place, (_, value, colour) in enumerate(rows):
+        text = f"{value['mean']:.{digits}f}"
+        style.whisker(ax, place, value["mean"], value["interval"], colour, text=text)
+    style.set_row_axis(ax, [label for label, *_ in rows])
+    ax.margins(x=0.22)
+
+
+def trait_after_training(report: Mapping[str, Any], ax: Axes, *, measure: str = "score") -> Axes:
+    """One measure of the trait before, after plain and after preventative fine-tuning, with intervals.
+
+    Raises:
+        RunError: an unknown measure, or one without a value.
+    """
+    if measure not in _TRAIT:
+        raise RunError(f"unknown measure {measure!r}: accepted are {', '.join(_TRAIT)}")
+    conditions = report["conditions"]
+    rows = [
+        (label, conditions[name][measure], colour)
+        for name, (label, colour) in _CONDITIONS.items()
+        if name in conditions
+    ]
+    _whiskers(rows, ax, digits=0 if measure == "score" else 2)
+    title, xlabel = _TRAIT[measure]
+    n = max(value["n"] for _, value, _ in rows)
+    style.finish_axes(ax, title, f"{n} held-out questions, 95% intervals", xlabel, "", grid="x")
+    return ax
+
+
+def recovery_cost(report: Mapping[str, Any], ax: Axes, *, measure: str = "kl_continuation") -> Axes:
+    """One number of the original, the edited and the healed model, with intervals.
+
+    Raises:
+        RunError: an unknown measure; a report without measurements.
+    """
+    if measure not in _COSTS:
+        raise RunError(f"unknown measure {measure!r}: accepted are {', '.join(_COSTS)}")
+    if not report.get("measured"):
+        raise RunError("the report holds no measurements: heal with --contrast")
+    rows = [
+        (name, report["measured"][name][measure], colour)
+        for name, colour in _MODELS.items()
+        if measure in report["measured"].get(name, {})
+    ]
+    if not rows:
+        raise RunError(f"the report has no {measure}: heal with --original")
+    _whiskers(rows, ax, digits=2 if measure == "behaviour" else 3)
+    title, xlabel = _COSTS[measure]
+    style.finish_axes(ax, title, f"{rows[0][1]['n']} prompts, 95% intervals", xlabel, "", grid="x")
+    if measure == "behaviour":
+        ax.set_xlim(-0.05, 1.12)
+    else:
+        ax.set_xlim(left=0)
+    return ax
+
+
+def save_trait(report: Mapping[str, Any], path: str | Path) -> Path:
+    """Score and projections side by side, as PNG.
+
+    Raises:
+        RunError: nothing to draw, or a place that cannot be written.
+    """
+    figure = style.new_figure(height=2.9, width=10.4)
+    axes = figure.subplots(1, 2)
+    for ax, measure in zip(axes, ("score", "projection"), strict=True):
+        trait_after_training(report, ax, measure=measure)
+    axes[1].set_yticklabels([])
+    return style.save_figure(figure, path)
+
+
+def save_costs(report: Mapping[str, Any], path: str | Path) -> Path:
+    """Behaviour and the two KLs side by side, as PNG; a measure that the report lacks is left out.
+
+    Raises:
+        RunError: nothing to draw, or a place that cannot be written.
+    """
+    measured = report.get("measured") or {}
+    names = [name for name in _COSTS if any(name in values for values in measured.values())]
+    if not names:
+        raise RunError("the report holds no measurements: heal with --contrast")
+    figure = style.new_figure(height=2.5, width=3.6 * len(names))
+    for ax, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        recovery_cost(report, ax, measure=name)
+    return style.save_figure(figure, path)

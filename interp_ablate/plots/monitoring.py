@@ -1,6 +1,7 @@
-"""Plots of monitoring: projections against scores, and a text with each token coloured by its projection.
+"""Plots of projections of text: against scores, token by token, and over a screened data set.
 
-Knows: how a monitoring table and a generated text are drawn. Does not know: any model, or how a number was measured.
+Knows: how a monitoring table, a generated text and scores of samples are drawn. Does not know: any model, or how a
+number was measured.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.font_manager import findfont, get_font
@@ -17,18 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from interp_ablate.errors import RunError
-from interp_ablate.plots.style import (
-    FAINT,
-    INK,
-    NEGATIVE,
-    POSITIVE,
-    add_legend,
-    finish_axes,
-    new_figure,
-    require_columns,
-    require_rows,
-    save_figure,
-)
+from interp_ablate.plots import style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,12 +28,13 @@ if TYPE_CHECKING:
     from interp_ablate.persona.monitoring import Monitoring
     from interp_ablate.stats.correlation import Correlation
 
+
 MonitoredAnswer = tuple["MonitoredToken", float]
 _WIDTH_IN_CHARACTERS, _CHARACTER = 92, 0.602  # of a monospaced line; its width in units of its size
 _NUMBERS = (0.48, 0.2)  # share of the axes that the numbers in a corner take: width, height
 _AXES_POINTS = 545  # width of the only axes of a figure
 # From the one label's colour through grey to the other's.
-GRADES = LinearSegmentedColormap.from_list("grades", (NEGATIVE, "#E4E4E4", POSITIVE))
+GRADES = LinearSegmentedColormap.from_list("grades", (style.NEGATIVE, "#E4E4E4", style.POSITIVE))
 
 
 def monitoring_scatter(monitoring: Monitoring, ax: Axes) -> Axes:
@@ -54,28 +46,30 @@ def monitoring_scatter(monitoring: Monitoring, ax: Axes) -> Axes:
     Raises:
         RunError: no answer has a score.
     """
-    require_columns(monitoring.table, ("level", "projection", "score"), "answers")
+    style.require_columns(monitoring.table, ("level", "projection", "score"), "answers")
     rows = monitoring.table[monitoring.table["score"].notna()]
-    require_rows(rows, "answers with a score")
+    style.require_rows(rows, "answers with a score")
     x, y = rows["projection"].to_numpy(float), rows["score"].to_numpy(float)
     levels = sorted(monitoring.table["level"].unique())
     colours = {level: GRADES(i / max(1, len(levels) - 1)) for i, level in enumerate(levels)}
     ax.scatter(
-        x, y, s=16, c=[colours[level] for level in rows["level"]], edgecolors=INK, linewidths=0.3,
+        x, y, s=16, c=[colours[level] for level in rows["level"]], edgecolors=style.INK, linewidths=0.3,
         alpha=0.8, zorder=2,
     )  # fmt: skip
     for level, group in rows.groupby("level"):
         means = group["projection"].mean(), group["score"].mean()
         ax.plot(
-            *means, marker="o", markersize=11, color=colours[level], markeredgecolor=INK,
+            *means, marker="o", markersize=11, color=colours[level], markeredgecolor=style.INK,
             markeredgewidth=1.2, zorder=4,
         )  # fmt: skip
     if monitoring.overall.r is not None:
         ends = np.array([x.min(), x.max()])
-        ax.plot(ends, np.polyval(np.polyfit(x, y, 1), ends), color=INK, linewidth=1.2, zorder=3)
+        ax.plot(
+            ends, np.polyval(np.polyfit(x, y, 1), ends), color=style.INK, linewidth=1.2, zorder=3
+        )
     missing = f"; {monitoring.no_verdict} without a score left out" if monitoring.no_verdict else ""
     trait = monitoring.details.get("trait", "trait")
-    finish_axes(
+    style.finish_axes(
         ax,
         f"Before the first word: projection on '{trait}' against the answer's score",
         f"{len(rows)} answers under {len(levels)} system prompts (large: their means){missing}",
@@ -83,12 +77,19 @@ def monitoring_scatter(monitoring: Monitoring, ax: Axes) -> Axes:
         "score of the answer (0 to 100)",
     )
     _add_numbers(ax, "\n".join(_lines(monitoring)), x, y)
-    look: dict[str, Any] = {"marker": "o", "linestyle": "", "markeredgecolor": INK, "markersize": 7}
+    look: dict[str, Any] = {
+        "marker": "o",
+        "linestyle": "",
+        "markeredgecolor": style.INK,
+        "markersize": 7,
+    }
     handles = [
         Line2D([], [], color=colours[levels[i]], label=name, **look)
         for i, name in ((0, "against"), (-1, "towards"))
     ]
-    add_legend(ax, handles, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderpad=0.1)
+    style.add_legend(
+        ax, handles, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderpad=0.1
+    )
     return ax
 
 
@@ -125,10 +126,15 @@ def _add_numbers(ax: Axes, text: str, x: np.ndarray, y: np.ndarray) -> None:
         return int((across & along).sum())
 
     left, top = min(corners, key=hidden)
-    box = {"facecolor": "white", "edgecolor": FAINT, "alpha": 0.9, "boxstyle": "round,pad=0.4"}
+    box = {
+        "facecolor": "white",
+        "edgecolor": style.FAINT,
+        "alpha": 0.9,
+        "boxstyle": "round,pad=0.4",
+    }
     ax.text(
         0.015 if left else 0.985, 0.97 if top else 0.035, text, transform=ax.transAxes,
-        va="top" if top else "bottom", ha="left" if left else "right", fontsize=8, color=INK,
+        va="top" if top else "bottom", ha="left" if left else "right", fontsize=8, color=style.INK,
         family="monospace", bbox=box, zorder=6, multialignment="left",
     )  # fmt: skip
 
@@ -156,13 +162,15 @@ def token_strip(readings: Sequence[MonitoredAnswer], ax: Axes, *, title: str, li
                 continue
             ground = Rectangle((column, -line - 0.5), len(text), 1, color=GRADES(scale(projection)))
             ax.add_patch(ground)
-            ax.text(column, -line, text, family="monospace", fontsize=size, va="center", color=INK)
+            ax.text(
+                column, -line, text, family="monospace", fontsize=size, va="center", color=style.INK
+            )
             column += len(text)
     ax.set_xlim(0, _WIDTH_IN_CHARACTERS)
     ax.set_ylim(-line - 0.6, 0.6)
     values = np.array([projection for _, projection in readings])
     caption = f"{len(values)} tokens, mean projection {values.mean():+.2f}"
-    finish_axes(ax, title, caption, "", "", grid="")
+    style.finish_axes(ax, title, caption, "", "", grid="")
     ax.set_axis_off()
     return ax
 
@@ -191,7 +199,7 @@ def tokens_figure(answers: Mapping[str, Sequence[MonitoredAnswer]], path: str | 
         + sum(piece.text.count("\n") for piece, _ in readings)
         for readings in shown.values()
     ]  # fmt: skip
-    figure = new_figure(height=0.9 + sum(0.55 + 0.22 * n for n in lines))
+    figure = style.new_figure(height=0.9 + sum(0.55 + 0.22 * n for n in lines))
     axes = figure.subplots(len(shown), 1, squeeze=False, height_ratios=[n + 1 for n in lines])[:, 0]
     for ax, (name, readings) in zip(axes, shown.items()):
         token_strip(readings, ax, title=name, limit=limit)
@@ -201,7 +209,7 @@ def tokens_figure(answers: Mapping[str, Sequence[MonitoredAnswer]], path: str | 
     )
     bar.set_label("projection of the token on the direction", fontsize=9)
     bar.ax.tick_params(labelsize=8)
-    return save_figure(figure, path)
+    return style.save_figure(figure, path)
 
 
 def save_monitoring(monitoring: Monitoring, path: str | Path) -> Path:
@@ -210,6 +218,107 @@ def save_monitoring(monitoring: Monitoring, path: str | Path) -> Path:
     Raises:
         RunError: see `monitoring_scatter`; a place that cannot be written.
     """
-    figure = new_figure(height=5.0)
+    figure = style.new_figure(height=5.0)
     monitoring_scatter(monitoring, figure.add_subplot())
-    return save_figure(figure, path)
+    return style.save_figure(figure, path)
+
+
+def screening_histogram(
+    values: Sequence[float] | np.ndarray,
+    ax: Axes,
+    *,
+    threshold: float,
+    by: str = "projection",
+    trait: str = "",
+    labels: Sequence[bool] | np.ndarray | None = None,
+    reference: Sequence[float] | np.ndarray | None = None,
+) -> Axes:
+    """Samples by projection (or difference), with the threshold; those above it are flagged.
+
+    Samples without a value are left out and counted.
+
+    Args:
+        labels: where they are known, they colour the bars instead.
+        reference: values of a clean set, drawn as a line scaled to the same area.
+
+    Raises:
+        RunError: no sample has a value.
+    """
+    array = np.asarray(values, float)
+    finite = np.isfinite(array)
+    if not finite.any():
+        raise RunError("there are no samples with a value to draw")
+    array = array[finite]
+    count = int(np.clip(np.sqrt(len(array)) * 2, 12, 80))
+    bins = np.histogram_bin_edges(np.append(array, threshold), bins=count).tolist()
+    if labels is None:
+        orange, names = array > threshold, ("kept", "flagged")
+    else:
+        orange, names = np.asarray(labels, bool)[finite], ("not planted", "planted")
+    for part, colour, name in zip(
+        (array[~orange], array[orange]), (style.NEGATIVE, style.POSITIVE), names
+    ):
+        ax.hist(
+            part, bins=bins, color=colour, alpha=0.65, label=f"{name} ({len(part)})",
+            edgecolor="white", linewidth=0.5,
+        )  # fmt: skip
+    if reference is not None:
+        _outline(ax, np.asarray(reference, float), bins, len(array))
+    ax.axvline(threshold, color=style.INK, linewidth=1.2, linestyle=(0, (4, 3)), label="threshold")
+    lost, above = int((~finite).sum()), int((array > threshold).sum())
+    style.finish_axes(
+        ax,
+        f"Training samples by {by if by != 'adjusted' else 'adjusted projection'}"
+        + (f": {trait!r}" if trait else ""),
+        f"{len(array)} samples, {above} of them above the threshold {threshold:.3g}"
+        + (f"; {lost} without a value left out" if lost else ""),
+        _MEASURES.get(by, by),
+        "samples",
+    )
+    style.add_legend(ax, loc="best")
+    return ax
+
+
+_MEASURES = {
+    "difference": "projection of the answer minus that of the model's own answer",
+    "adjusted": "projection of the answer minus the part that the model's own answer explains",
+    "projection": "projection of the answer (mean over its tokens)",
+}
+
+
+def _outline(ax: Axes, values: np.ndarray, bins: list[float], n: int) -> None:
+    """A reference as a line, scaled to the area of n samples; what lies beyond the bins is not drawn."""
+    clean = values[np.isfinite(values)]
+    weights = np.full(len(clean), n / max(1, len(clean)))
+    ax.hist(
+        clean, bins=bins, weights=weights, histtype="step", color=style.CONTROL, linewidth=1.4,
+        label=f"reference ({len(clean)}, scaled)",
+    )  # fmt: skip
+
+
+def save_screening(
+    table: pd.DataFrame,
+    path: str | Path,
+    *,
+    by: str,
+    threshold: float,
+    trait: str = "",
+    labels: Sequence[bool] | None = None,
+    reference: pd.DataFrame | None = None,
+) -> Path:
+    """The histogram of the column `by` as PNG; `labels` belong to the rows of `table` in their order.
+
+    Raises:
+        RunError: see `screening_histogram`; a place that cannot be written.
+    """
+    figure = style.new_figure(height=3.4)
+    screening_histogram(
+        table[by].to_numpy(float),
+        figure.add_subplot(),
+        threshold=threshold,
+        by=by,
+        trait=trait,
+        labels=labels,
+        reference=None if reference is None else reference[by].to_numpy(float),
+    )
+    return style.save_figure(figure, path)

@@ -12,19 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import pandas as pd
 
 from interp_ablate.errors import RunError
-from interp_ablate.plots.style import (
-    CONTROL,
-    INK,
-    NEGATIVE,
-    POSITIVE,
-    add_legend,
-    finish_axes,
-    new_figure,
-    require_columns,
-    require_rows,
-    save_figure,
-    set_layer_axis,
-)
+from interp_ablate.plots import style
 from interp_ablate.storage.tables import read_json, read_table
 
 if TYPE_CHECKING:
@@ -38,10 +26,10 @@ _CURVE_COLUMNS = (
     "condition", "coefficient", "score", "score_low", "score_high", "coherence", "coherence_low",
     "coherence_high", "questions",
 )  # fmt: skip
-_COLOURS = ("#56B4E9", POSITIVE, "#009E73", "#CC79A7", "#E69F00")
+_COLOURS = ("#56B4E9", style.POSITIVE, "#009E73", "#CC79A7", "#E69F00")
 _VALUES: dict[Value, tuple[str, str, str]] = {
-    "score": ("Trait in the answers", "trait score (0 to 100)", POSITIVE),
-    "coherence": ("Coherence of the answers", "coherence (0 to 100)", NEGATIVE),
+    "score": ("Trait in the answers", "trait score (0 to 100)", style.POSITIVE),
+    "coherence": ("Coherence of the answers", "coherence (0 to 100)", style.NEGATIVE),
 }
 
 
@@ -62,9 +50,9 @@ def steering_by_layer(
     Raises:
         RunError: a missing column, or no row with a score.
     """
-    require_columns(frame, _LAYER_COLUMNS, "layers")
+    style.require_columns(frame, _LAYER_COLUMNS, "layers")
     rows = frame[frame["score"].notna()]
-    require_rows(rows, "layers with a score")
+    style.require_rows(rows, "layers with a score")
     for place, (coefficient, some) in enumerate(rows.groupby("coefficient")):
         line = some.sort_values("layer")
         _layer_line(
@@ -73,17 +61,17 @@ def steering_by_layer(
     _star(ax, rows, "score")
     if unsteered is not None:
         ax.axhline(
-            unsteered, color=CONTROL, linewidth=0.9, linestyle=(0, (4, 3)), label="unsteered"
+            unsteered, color=style.CONTROL, linewidth=0.9, linestyle=(0, (4, 3)), label="unsteered"
         )
-    finish_axes(
+    style.finish_axes(
         ax,
         f"Steering towards {trait!r} by layer",
         f"questions that made no vector; bands: 95% intervals; hollow: coherence below {min_coherence:g}",
         "layer (resid_post)",
         "trait score of the answers\n(0 to 100)",
     )
-    set_layer_axis(ax, rows["layer"])
-    add_legend(ax, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=4)
+    style.set_layer_axis(ax, rows["layer"])
+    style.add_legend(ax, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=4)
     return ax
 
 
@@ -91,7 +79,7 @@ def _star(ax: Axes, rows: pd.DataFrame, value: str) -> None:
     """The row that was chosen."""
     for _, row in rows[rows["chosen"].astype(str) == "True"].iterrows():
         ax.plot(
-            row["layer"], row[value], "*", color=INK, markersize=14, markeredgecolor="white",
+            row["layer"], row[value], "*", color=style.INK, markersize=14, markeredgecolor="white",
             linewidth=0, label="chosen", zorder=5,
         )  # fmt: skip
 
@@ -118,17 +106,17 @@ def readout_by_layer(frame: pd.DataFrame, ax: Axes, *, trait: str = "trait") -> 
     Raises:
         RunError: a missing column, or no row with a correlation.
     """
-    require_columns(frame, _READOUT_COLUMNS, "readout")
+    style.require_columns(frame, _READOUT_COLUMNS, "readout")
     rows = frame[frame["r"].notna()].sort_values("layer")
-    require_rows(rows, "layers with a correlation")
+    style.require_rows(rows, "layers with a correlation")
     ax.fill_between(
-        rows["layer"], rows["r_low"], rows["r_high"], color=POSITIVE, alpha=0.15, linewidth=0
+        rows["layer"], rows["r_low"], rows["r_high"], color=style.POSITIVE, alpha=0.15, linewidth=0
     )
-    ax.plot(rows["layer"], rows["r"], color=POSITIVE, linewidth=1.5, marker="o", markersize=5)
+    ax.plot(rows["layer"], rows["r"], color=style.POSITIVE, linewidth=1.5, marker="o", markersize=5)
     _star(ax, rows, "r")
-    ax.axhline(0, color=CONTROL, linewidth=0.9, linestyle=(0, (4, 3)))
+    ax.axhline(0, color=style.CONTROL, linewidth=0.9, linestyle=(0, (4, 3)))
     first = rows.iloc[0]
-    finish_axes(
+    style.finish_axes(
         ax,
         f"Reading {trait!r} off answers by layer",
         f"{first['answers']:.0f} answers, each read by what the other {first['questions'] - 1:.0f} questions "
@@ -136,8 +124,8 @@ def readout_by_layer(frame: pd.DataFrame, ax: Axes, *, trait: str = "trait") -> 
         "layer (resid_post)",
         "Pearson's r of projection\nand score",
     )
-    set_layer_axis(ax, rows["layer"])
-    add_legend(ax, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=4)
+    style.set_layer_axis(ax, rows["layer"])
+    style.add_legend(ax, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=4)
     return ax
 
 
@@ -154,9 +142,9 @@ def steering_curve(
     """
     if value not in get_args(Value):
         raise RunError(f"unknown value {value!r}: accepted are {', '.join(get_args(Value))}")
-    require_columns(frame, _CURVE_COLUMNS, "curve")
+    style.require_columns(frame, _CURVE_COLUMNS, "curve")
     rows = frame[frame[value].notna()]
-    require_rows(rows[rows["condition"] == "persona"], f"{value}s of the persona's direction")
+    style.require_rows(rows[rows["condition"] == "persona"], f"{value}s of the persona's direction")
     title, ylabel, colour = _VALUES[value]
     zero = rows[(rows["condition"] == "persona") & (rows["coefficient"] == 0)]
     drawn = False
@@ -164,9 +152,9 @@ def steering_curve(
         control = condition != "persona"
         # at coefficient 0 every direction is the unedited model
         line = (pd.concat([some, zero]) if control else some).sort_values("coefficient")
-        _band(ax, line, value, CONTROL if control else colour, control)
+        _band(ax, line, value, style.CONTROL if control else colour, control)
         ax.plot(
-            line["coefficient"], line[value], color=CONTROL if control else colour,
+            line["coefficient"], line[value], color=style.CONTROL if control else colour,
             linewidth=1.2 if control else 1.8, marker="s" if control else "o",
             markersize=3.5 if control else 5, linestyle="--" if control else "-",
             label=None if control and drawn else
@@ -174,10 +162,12 @@ def steering_curve(
         )  # fmt: skip
         drawn = drawn or control
     if chosen is not None:
-        ax.axvline(chosen, color=INK, linewidth=0.9, linestyle=":", label=f"chosen: {chosen:g}")
+        ax.axvline(
+            chosen, color=style.INK, linewidth=0.9, linestyle=":", label=f"chosen: {chosen:g}"
+        )
     ax.set_ylim(-3, 103)
     count = int(rows["questions"].max())
-    finish_axes(
+    style.finish_axes(
         ax,
         title,
         f"{count} questions; bands: 95% intervals",
@@ -216,9 +206,9 @@ def save_figures(folder: str | Path) -> list[Path]:
         if (folder / f"{name}.csv").exists() and (name != "readout" or has_readout):
             numbers = [column for column in columns if column not in ("condition", "chosen")]
             frame = read_table(folder / f"{name}.csv", columns, numbers=numbers)
-            figure = new_figure(height=3.9)
+            figure = style.new_figure(height=3.9)
             draw(frame, figure, persona, trait)
-            written.append(save_figure(figure, folder / "figures" / f"{name}.png"))
+            written.append(style.save_figure(figure, folder / "figures" / f"{name}.png"))
     return written
 
 
@@ -247,6 +237,6 @@ def _draw_curve(
     for ax, value in zip(axes, values):
         steering_curve(frame, ax, value=value, chosen=persona.get("coefficient"))
     axes[0].set_title(f"{trait.capitalize()}: {axes[0].get_title(loc='left').lower()}",
-                      loc="left", fontsize=10.5, fontweight="bold", color=INK, pad=19)  # fmt: skip
+                      loc="left", fontsize=10.5, fontweight="bold", color=style.INK, pad=19)  # fmt: skip
     handles = axes[0].get_legend_handles_labels()[0]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8.5, frameon=False)

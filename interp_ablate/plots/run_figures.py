@@ -18,6 +18,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from interp_ablate.errors import RunError
+from interp_ablate.plots import style
 from interp_ablate.plots.directions import (
     PROJECTION_COLUMNS,
     Measure,
@@ -26,14 +27,6 @@ from interp_ablate.plots.directions import (
     separation_by_layer,
 )
 from interp_ablate.plots.evaluation import before_after, rate_rows
-from interp_ablate.plots.style import (
-    finished_trials,
-    new_figure,
-    point_order,
-    position_key,
-    save_figure,
-    set_layer_axis,
-)
 from interp_ablate.plots.trials import Value, pareto, search_front, sweep_heatmap
 from interp_ablate.search.trial_table import read_trials
 from interp_ablate.storage.entry_points import entry_named, entry_names
@@ -74,7 +67,7 @@ def save_figures(folder: str | Path) -> list[Path]:
         if not figures:
             logger.info("skipped %s: no data yet in %s", name, folder)
         for file, figure in figures.items():
-            written.append(save_figure(figure, folder / "figures" / file))
+            written.append(style.save_figure(figure, folder / "figures" / file))
     return written
 
 
@@ -88,14 +81,16 @@ def _draw_projections(folder: Path) -> dict[str, Figure]:
     if "position" not in frame:
         frame = frame.assign(position="-1")
     figures = {}
-    for place, position in enumerate(sorted(frame["position"].unique(), key=position_key)):
+    for place, position in enumerate(sorted(frame["position"].unique(), key=style.position_key)):
         rows = frame[frame["position"] == position]
-        points = sorted(rows["point"].unique(), key=point_order)
-        figure = new_figure(height=0.3 + 2.75 * len(points))
+        points = sorted(rows["point"].unique(), key=style.point_order)
+        figure = style.new_figure(height=0.3 + 2.75 * len(points))
         for index, point in enumerate(points):
             ax = figure.add_subplot(len(points), 1, index + 1)
             projections(rows[rows["point"] == point], ax)
-            set_layer_axis(ax, rows["layer"])  # the same layers at the same place in every panel
+            style.set_layer_axis(
+                ax, rows["layer"]
+            )  # the same layers at the same place in every panel
         suffix = re.sub(r"[^\w.-]", "_", f"_at_{position}") if place else ""
         figures[f"projections{suffix}.png"] = figure
     return figures
@@ -116,7 +111,7 @@ def _draw_separation(folder: Path) -> dict[str, Figure]:
     items = [item for item in _directions(folder) if item.separation is not None]
     if not items:
         return {}
-    figure = new_figure(height=6.2)
+    figure = style.new_figure(height=6.2)
     measures: tuple[Measure, ...] = get_args(Measure)
     for index, measure in enumerate(measures):
         separation_by_layer(items, figure.add_subplot(2, 1, index + 1), measure=measure)
@@ -127,7 +122,7 @@ def _draw_cosine(folder: Path) -> dict[str, Figure]:
     items = _directions(folder)
     if not items:
         return {}
-    figure = new_figure(height=6.6)
+    figure = style.new_figure(height=6.6)
     cosine_similarity(items, figure.add_subplot())
     return {"cosine_similarity.png": figure}
 
@@ -136,7 +131,7 @@ def _draw_sweep(folder: Path) -> dict[str, Figure]:
     trials = _trials(folder)
     if trials is None or not (trials["stage"] == "screen").any():
         return {}
-    figure = new_figure(height=2.8 + 0.14 * max(trials["layer"].nunique(), 8))
+    figure = style.new_figure(height=2.8 + 0.14 * max(trials["layer"].nunique(), 8))
     values: tuple[Value, ...] = get_args(Value)
     for index, value in enumerate(values):
         sweep_heatmap(trials, figure.add_subplot(1, 3, index + 1), value=value)
@@ -145,12 +140,12 @@ def _draw_sweep(folder: Path) -> dict[str, Figure]:
 
 def _draw_pareto(folder: Path) -> dict[str, Figure]:
     trials = _trials(folder)
-    if trials is None or not finished_trials(trials, ("behaviour", "kl")).any():
+    if trials is None or not style.finished_trials(trials, ("behaviour", "kl")).any():
         return {}
     trials = trials[trials["stage"] != "search"]  # which have no target log-odds
     selected, max_kl = _choice(folder)
     chosen = selected.get("trial") if selected.get("plan") else None
-    figure = new_figure(height=5.4)
+    figure = style.new_figure(height=5.4)
     pareto(trials, figure.add_subplot(), selected=chosen, max_kl=max_kl)
     return {"pareto.png": figure}
 
@@ -170,7 +165,7 @@ def _draw_search(folder: Path) -> dict[str, Figure]:
         return {}
     selected, max_kl = _choice(folder)
     repetition = selected.get("validation_baseline", {}).get("positive_repetition")
-    figure = new_figure(height=5.4)
+    figure = style.new_figure(height=5.4)
     search_front(
         trials,
         figure.add_subplot(),
@@ -185,7 +180,7 @@ def _draw_before_after(folder: Path) -> dict[str, Figure]:
     test = (read_json(folder / "selected.json") or {}).get("test")
     if not test or not rate_rows(test):
         return {}
-    figure = new_figure(height=1.4 + 0.36 * len(rate_rows(test)))
+    figure = style.new_figure(height=1.4 + 0.36 * len(rate_rows(test)))
     before_after(test, figure.add_subplot())
     return {"before_after.png": figure}
 

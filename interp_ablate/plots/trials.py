@@ -15,18 +15,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from interp_ablate.errors import RunError
-from interp_ablate.plots.style import (
-    INK,
-    POSITIVE,
-    add_colour_bar,
-    add_legend,
-    finish_axes,
-    finished_trials,
-    point_order,
-    position_key,
-    require_columns,
-    require_rows,
-)
+from interp_ablate.plots import style
 from interp_ablate.search.selection import pareto_front
 from interp_ablate.search.trial_table import TRIAL_COLUMNS
 
@@ -66,15 +55,15 @@ def sweep_heatmap(trials: pd.DataFrame, ax: Axes, *, value: Value) -> Axes:
     """
     if value not in _HEAT:
         raise RunError(f"unknown value {value!r}: accepted are {', '.join(_HEAT)}")
-    require_columns(trials, TRIAL_COLUMNS, "trials")
+    style.require_columns(trials, TRIAL_COLUMNS, "trials")
     screen = trials[trials["stage"] == "screen"]
-    require_rows(screen, "screening trials")
-    positions = sorted(map(str, screen["position"].unique()), key=position_key)
+    style.require_rows(screen, "screening trials")
+    positions = sorted(map(str, screen["position"].unique()), key=style.position_key)
     layers = sorted(screen["layer"].unique())
-    points = sorted(screen["point"].unique(), key=point_order)
+    points = sorted(screen["point"].unique(), key=style.point_order)
     columns = [(point, position) for position in positions for point in points]
     grid = np.full((len(layers), len(columns)), np.nan)
-    for _, row in screen[finished_trials(screen, (value,))].iterrows():
+    for _, row in screen[style.finished_trials(screen, (value,))].iterrows():
         place = layers.index(row["layer"]), columns.index((row["point"], str(row["position"])))
         grid[place] = row[value]
     title, label, colours = _HEAT[value]
@@ -87,7 +76,9 @@ def sweep_heatmap(trials: pd.DataFrame, ax: Axes, *, value: Value) -> Axes:
     names = [p if not positions[1:] else f"{p}\n{where}" for p, where in columns]
     ax.set_xticklabels(names, rotation=90 if len(columns) > 3 else 30, ha="center")
     done = int(np.isfinite(grid).sum())
-    finish_axes(ax, title, f"{done} of {grid.size} sites; light = better", "", "layer", grid="")
+    style.finish_axes(
+        ax, title, f"{done} of {grid.size} sites; light = better", "", "layer", grid=""
+    )
     return ax
 
 
@@ -109,9 +100,9 @@ def pareto(
     Raises:
         RunError: a missing column, no finished trial, or a chosen trial without numbers.
     """
-    require_columns(trials, TRIAL_COLUMNS, "trials")
-    rows = trials[finished_trials(trials, ("behaviour", "kl"))]
-    require_rows(rows, "finished trials with both a behaviour and a KL")
+    style.require_columns(trials, TRIAL_COLUMNS, "trials")
+    rows = trials[style.finished_trials(trials, ("behaviour", "kl"))]
+    style.require_rows(rows, "finished trials with both a behaviour and a KL")
     rows = rows.assign(kl=rows["kl"].clip(lower=_SMALLEST_KL))
     screened = rows["stage"] == "screen"
     for mask, colour, marker, name in (
@@ -132,12 +123,12 @@ def pareto(
     if "expression_rate" in rows:
         _points(
             ax, rows[rows["expression_rate"].notna()], "behaviour",
-            "finalist: its answers were generated", s=42, facecolors="none", edgecolors=INK,
+            "finalist: its answers were generated", s=42, facecolors="none", edgecolors=style.INK,
             linewidths=0.9,
         )  # fmt: skip
     _front_and_limits(ax, rows, "behaviour", selected, max_kl)
     left_out = len(trials) - len(rows)
-    finish_axes(
+    style.finish_axes(
         ax,
         "Behaviour against damage, validation split",
         f"{len(rows)} of {len(trials)} trials"
@@ -166,11 +157,11 @@ def search_front(
     Raises:
         RunError: a missing column, no finished trial, or a chosen trial without numbers.
     """
-    require_columns(
+    style.require_columns(
         trials, ("edit", "expression_rate", "kl", "positive_repetition"), "the search's trials"
     )
     rows = trials[trials[["expression_rate", "kl"]].notna().all(axis=1)]
-    require_rows(rows, "finished trials")
+    style.require_rows(rows, "finished trials")
     rows = rows.assign(kl=rows["kl"].clip(lower=_SMALLEST_KL))
     loops = rows["positive_repetition"] > (math.inf if repetition is None else repetition)
     for kind, colour, marker, name in (
@@ -187,7 +178,7 @@ def search_front(
             )  # fmt: skip
     _front_and_limits(ax, rows, "expression_rate", selected, max_kl)
     ax.set_ylim(bottom=-0.03)
-    finish_axes(
+    style.finish_axes(
         ax,
         "Plans of the search, validation split",
         f"{len(rows)} of {len(trials)} trials scored",
@@ -218,10 +209,10 @@ def _front_and_limits(
     )  # fmt: skip
     ax.set_xscale("log")
     if max_kl is not None and max_kl > 0:
-        ax.axvline(max_kl, color=POSITIVE, linewidth=1.2, linestyle=(0, (4, 3)),
+        ax.axvline(max_kl, color=style.POSITIVE, linewidth=1.2, linestyle=(0, (4, 3)),
                    label=f"limit: KL {max_kl:g}")  # fmt: skip
         right = max(ax.get_xlim()[1], max_kl * 1.3)
-        ax.axvspan(max_kl, right, color=POSITIVE, alpha=0.06, linewidth=0)
+        ax.axvspan(max_kl, right, color=style.POSITIVE, alpha=0.06, linewidth=0)
         ax.set_xlim(right=right)
     if selected and selected.get(score) is not None and selected.get("kl") is not None:
         try:
@@ -229,13 +220,13 @@ def _front_and_limits(
         except (TypeError, ValueError) as error:
             raise RunError(f"the selected trial's scores are not numbers: {error}") from error
         ax.plot(
-            x, y, "*", markersize=17, color=POSITIVE, markeredgecolor="white", linestyle="none",
+            x, y, "*", markersize=17, color=style.POSITIVE, markeredgecolor="white", linestyle="none",
             label=f"chosen: trial {selected.get('trial', '?')}", zorder=5,
         )  # fmt: skip
     # Plain numbers, also between decades: the KLs of one sweep often span only one or two.
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
-    add_legend(ax, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
+    style.add_legend(ax, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
 
 
 def _heat_cells(ax: Axes, grid: np.ndarray, value: Value, label: str, colours: str) -> None:
@@ -249,7 +240,7 @@ def _heat_cells(ax: Axes, grid: np.ndarray, value: Value, label: str, colours: s
         np.ma.masked_invalid(grid), cmap=colours, aspect="auto", origin="lower",
         interpolation="nearest", **scale,
     )  # fmt: skip
-    bar = add_colour_bar(image, ax, label, location="bottom", fraction=0.05, pad=0.02)
+    bar = style.add_colour_bar(image, ax, label, location="bottom", fraction=0.05, pad=0.02)
     if value == "kl":
         low, high = image.get_clim()
         assert low is not None and high is not None  # set by the norm above

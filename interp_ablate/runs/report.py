@@ -18,15 +18,17 @@ from typing import Any
 import pandas as pd
 
 from interp_ablate.errors import RunError
-from interp_ablate.runs.report_claims import headline, is_number, tiles
-from interp_ablate.runs.report_wording import (
+from interp_ablate.runs.report_claims import (
     duration,
+    headline,
+    is_number,
     number,
     objects,
     part_of,
     plain,
     rate,
     span_text,
+    tiles,
 )
 from interp_ablate.search.trial_table import read_trials
 from interp_ablate.storage.atomic_files import write_atomic

@@ -7,5 +7,5 @@ from .json_rows import RowFileError as RowFileError
 from .jsonl_log import JsonlLog as JsonlLog
 from .output_folder import StreamedFolder as StreamedFolder
 from .row_files import RowFile as RowFile
-from .row_writers import writing_rows as writing_rows
+from .row_files import writing_rows as writing_rows
 from .safetensors_header import TensorFile as TensorFile

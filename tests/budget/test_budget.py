@@ -20,14 +20,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from interp_ablate import collect, load_model
 from interp_ablate.budget.costs import (
+    DTYPE_BYTES,
+    TRAITS,
+    Dimensions,
     Machine,
     Workload,
+    config_at,
+    dimensions_of,
     forward_flops,
     kv_bytes,
     kv_places,
     saved_bytes,
 )
-from interp_ablate.budget.sizes import DTYPE_BYTES, TRAITS, Dimensions, config_at, dimensions_of
 from interp_ablate.budget.stages import (
     as_text,
     budget,

@@ -44,7 +44,7 @@ from interp_ablate.persona.persona import Persona, load_persona
 from interp_ablate.persona.readout import fit_readout
 from interp_ablate.persona.rollouts import Rollout, verdict_key
 from interp_ablate.persona.traits import load_trait
-from interp_ablate.plots.screening import save_screening
+from interp_ablate.plots.monitoring import save_screening
 from interp_ablate.scoring.exchange import PromptResponse
 from interp_ablate.scoring.registry import make_scorer
 from interp_ablate.stats.intervals import auc, auc_interval

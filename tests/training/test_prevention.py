@@ -410,7 +410,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
 
 
 def test_the_figure_is_drawn(tmp_path: Path) -> None:
-    from interp_ablate.plots.training import save_trait
+    from interp_ablate.plots.evaluation import save_trait
 
     value = {"mean": 1.0, "interval": [0.5, 2.0], "n": 4}
     entry = {"score": value, "projection": value}
