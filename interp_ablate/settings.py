@@ -14,6 +14,10 @@ from difflib import get_close_matches
 from typing import Any
 
 MAX_NEW_TOKENS = 32  # of an answer, at most, where nobody asks for another number
+# More rows a batch bring nothing: forward passes are bound by arithmetic, and wide batches pad more;
+# decoding gains until the weights' reading is shared by some hundred rows.
+STREAM_ROWS, DECODED_ROWS = 32, 96
+STEP_ROWS = 16  # of each kind that a gradient step sees; half as many passages, of them up to half late ones
 
 
 def setting(default: Any = MISSING, help: str = "", **options: Any) -> Any:

@@ -182,6 +182,17 @@ def test_package_doors_and_command_line_start_without_torch(module: str) -> None
     assert not loaded, f"import interp_ablate{module} imports {', '.join(loaded)}"
 
 
+def test_help_of_every_command_is_shown_without_torch() -> None:
+    code = (
+        "import sys\nfrom interp_ablate.cli.main import COMMANDS, parser_for\n"
+        "for name in COMMANDS: parser_for(name.split())\n"
+        "print(*[m for m in ('torch', 'transformers', 'pandas') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert not done.stdout.split(), f"a command's flags import {done.stdout}"
+
+
 def loads(module: str, heavy: list[str]) -> list[str]:
     """Which heavy packages importing a module loads, in a process of its own."""
     code = f"import sys, {module}\nprint(*[name for name in {heavy} if name in sys.modules])"

@@ -13,11 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from interp_ablate.errors import InterpAblateError, ModelError
-from interp_ablate.models.forward import DECODED_ROWS, MIN_SHARED_PREFIX, STREAM_ROWS
-from interp_ablate.models.backends.bridge_shortcuts import SPARE
 from interp_ablate.models.sources import read_hf_config, resolve
-from interp_ablate.search.gradient_fit import STEP_ROWS
-from interp_ablate.settings import MAX_NEW_TOKENS, setting
+from interp_ablate.settings import DECODED_ROWS, MAX_NEW_TOKENS, STEP_ROWS, STREAM_ROWS, setting
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -227,6 +224,8 @@ class Workload:
 
     def shared(self, rows: int) -> int:
         """Number of tokens in front that are run once for `rows` prompts; 0 for one prompt, or for few tokens."""
+        from interp_ablate.models.forward import MIN_SHARED_PREFIX
+
         return self.prefix if rows > 1 and self.prefix >= MIN_SHARED_PREFIX else 0
 
 
@@ -301,6 +300,8 @@ def kv_places(*, tokens: int, max_new_tokens: int, prefix: int = 0) -> int:
 
     A cache behind a shared prefix is made with spare places; another one gets them when decoding adds to it.
     """
+    from interp_ablate.models.backends.bridge_shortcuts import SPARE
+
     made_with = SPARE if prefix else 0
     grown = math.ceil(max(0, max_new_tokens - 1 - made_with) / (SPARE + 1))
     return tokens + made_with + (SPARE + 1) * grown

@@ -5,10 +5,11 @@ Knows: flags and what is printed. Does not know: the arithmetic.
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from dataclasses import dataclass, replace
 
-from interp_ablate.cli.settings import flags_from, settings_from
+from interp_ablate.budget.costs import Machine, Workload, config_at
+from interp_ablate.cli.settings import adding, settings_from
 from interp_ablate.settings import setting
 
 
@@ -23,16 +24,11 @@ class Budget:
     json: bool = setting(False, "the table as JSON")
 
 
-def add(parser: ArgumentParser) -> None:
-    """Declare the flags."""
-    from interp_ablate.budget.costs import Machine, Workload
-
-    flags_from(parser, Budget, Workload, Machine)
+add = adding(Budget, Workload, Machine)
 
 
 def run(args: Namespace) -> int:
     """Print the table of stages."""
-    from interp_ablate.budget.costs import Machine, Workload, config_at
     from interp_ablate.budget.stages import as_text, budget
     from interp_ablate.models.sources import torch_dtype
 

@@ -15,6 +15,7 @@ from typing import Any
 from interp_ablate.cli.options import PLAN, RUBRIC, load, rubric_of, tell
 from interp_ablate.cli.settings import flags_from, given_flags, settings_from
 from interp_ablate.errors import RunError
+from interp_ablate.evaluation.measures import EvaluationConfig, read_prompts
 from interp_ablate.models.loading import LoadingOptions
 from interp_ablate.settings import setting
 
@@ -60,8 +61,6 @@ class Evaluate(LoadingOptions):
 
 def add(parser: ArgumentParser) -> None:
     """Declare the flags."""
-    from interp_ablate.evaluation.measures import EvaluationConfig
-
     parser.description = (
         "Perplexity of text, KL, scores of answers and lm-evaluation-harness tasks, before and after, with "
         "intervals of the paired differences."
@@ -71,15 +70,15 @@ def add(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Measure what is not measured yet, and print the table."""
+    from interp_ablate.edits.plan import Plan
     from interp_ablate.evaluation.compare import evaluate
     from interp_ablate.evaluation.results import as_text
+    from interp_ablate.plots.evaluation import save_evaluation
 
     settings, plan = settings_from(args, Evaluate), None
     if settings.after is None and settings.plan is None:
         raise RunError("nothing to compare: give a second model B, or --plan")
     if settings.plan:
-        from interp_ablate.edits.plan import Plan
-
         plan = Plan.load(settings.plan)
     measures = _measures(args, settings)
     before = load(settings, settings.before)
@@ -94,8 +93,6 @@ def run(args: Namespace) -> int:
         out=settings.out,
         on_part=lambda part: tell(args, f"{time.perf_counter() - began:6.1f} s  {part}"),
     )
-    from interp_ablate.plots.evaluation import save_evaluation
-
     figure = save_evaluation(settings.out)
     print(as_text(results))
     print(f"\n{Path(settings.out) / 'evaluation.md'}, evaluation.csv, items.csv; {figure}")
@@ -105,7 +102,6 @@ def run(args: Namespace) -> int:
 def _measures(args: Namespace, settings: Evaluate) -> Any:
     """What the flags ask for; everything that can be wrong in them is found before a model is loaded."""
     from interp_ablate.evaluation.harness import BUNDLED_TASK, Tasks, is_installed
-    from interp_ablate.evaluation.measures import EvaluationConfig, read_prompts
     from interp_ablate.evaluation.perplexity import read_corpus, windows
 
     numbers = given_flags(args, EvaluationConfig)

@@ -10,15 +10,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from interp_ablate.errors import RunError
-from interp_ablate.evaluation.perplexity import Corpus, read_corpus
 from interp_ablate.prompts.contrast_set import ContrastSet
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.prompts.readers import LABEL_COLUMNS, bundled_names, read_side
 from interp_ablate.scoring.exchange import TextScorer
 from interp_ablate.settings import MAX_NEW_TOKENS, setting
+
+if TYPE_CHECKING:
+    from interp_ablate.evaluation.perplexity import Corpus
 
 
 def read_prompts(spec: str | Path, *, seed: int = 0) -> dict[str, tuple[Prompt, ...]]:
@@ -55,11 +57,17 @@ def _is_one_side(path: Path) -> bool:
     return isinstance(first, dict) and not sided & {str(key).lower() for key in first}
 
 
+def _bundled_text() -> Corpus:
+    from interp_ablate.evaluation.perplexity import read_corpus  # which needs torch
+
+    return read_corpus()
+
+
 @dataclass(frozen=True)
 class EvaluationConfig:
     """The parts of an evaluation and their settings; give nothing for a part to leave it out."""
 
-    text: Corpus | None = field(default_factory=read_corpus)
+    text: Corpus | None = field(default_factory=lambda: _bundled_text())
     """Text whose perplexity is measured."""
     prompts: Mapping[str, tuple[Prompt, ...]] = field(
         default_factory=lambda: read_prompts("declining")
@@ -99,7 +107,7 @@ class EvaluationConfig:
             return self
         if self.limit < 1:
             raise RunError(f"--limit {self.limit}: at least 1")
-        text = self.text and Corpus(self.text.name, self.text.documents[: self.limit])
+        text = self.text and replace(self.text, documents=self.text.documents[: self.limit])
         return replace(
             self, text=text, prompts={k: v[: self.limit] for k, v in self.prompts.items()}
         )

@@ -20,6 +20,7 @@ from interp_ablate.errors import ModelError
 from interp_ablate.models.applied_plans import AppliedPlans
 from interp_ablate.models.backends.backend import Backend, ForwardCall, ResumePoint, SiteMap
 from interp_ablate.models.sources import free_memory
+from interp_ablate.settings import STREAM_ROWS
 from interp_ablate.sites import Site
 
 logger = logging.getLogger(__name__)
@@ -151,9 +152,6 @@ Resume = Callable[[Sequence[int], Int[Tensor, "batch new"]], ResumePoint]
 
 # Sharing a prefix costs one more forward call; below this many tokens it is not worth it.
 MIN_SHARED_PREFIX = 8
-# More rows a batch bring nothing: forward passes are bound by arithmetic, and wide batches pad more;
-# decoding gains until the weights' reading is shared by some hundred rows.
-STREAM_ROWS, DECODED_ROWS = 32, 96
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ from interp_ablate.errors import ModelError, PlanError
 from interp_ablate.models.applied_plans import InstalledPlans
 from interp_ablate.models.backends.backend import ForwardCall
 from interp_ablate.models.forward import (
-    DECODED_ROWS,
     Batch,
     ForwardPasses,
     SharedPrefix,
     batches,
     in_parts,
 )
+from interp_ablate.settings import DECODED_ROWS
 from interp_ablate.sites import Site
 
 Choose = Callable[[Float[Tensor, "batch d_vocab"]], Int[Tensor, " batch"]]

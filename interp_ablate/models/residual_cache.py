@@ -16,7 +16,6 @@ from torch import Tensor
 from interp_ablate.errors import PlanError
 from interp_ablate.models.backends.backend import ResumePoint, SiteMap
 from interp_ablate.models.forward import (
-    STREAM_ROWS,
     Batch,
     Capture,
     ForwardPasses,
@@ -27,6 +26,7 @@ from interp_ablate.models.forward import (
     in_parts,
 )
 from interp_ablate.models.sources import free_memory
+from interp_ablate.settings import STREAM_ROWS
 from interp_ablate.sites import Site
 
 logger = logging.getLogger(__name__)

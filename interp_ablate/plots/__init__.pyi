@@ -5,8 +5,8 @@ from .evaluation import before_after as before_after
 from .evaluation import evaluation_changes as evaluation_changes
 from .evaluation import evaluation_divergences as evaluation_divergences
 from .evaluation import evaluation_shares as evaluation_shares
-from .evaluation import save_evaluation as save_evaluation
 from .evaluation import recovery_cost as recovery_cost
+from .evaluation import save_evaluation as save_evaluation
 from .evaluation import trait_after_training as trait_after_training
 from .monitoring import monitoring_scatter as monitoring_scatter
 from .monitoring import screening_histogram as screening_histogram

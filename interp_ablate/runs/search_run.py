@@ -13,7 +13,6 @@ from typing import Any
 import pandas as pd
 
 from interp_ablate.errors import RunError
-from interp_ablate.models.forward import DECODED_ROWS
 from interp_ablate.runs.configuration import MAIN_METHOD
 from interp_ablate.runs.final_test import choose_and_test
 from interp_ablate.runs.fits import load_fitted_edits
@@ -41,6 +40,7 @@ from interp_ablate.search.race import (
 from interp_ablate.search.selection import pareto_front
 from interp_ablate.search.trial_table import read_trials, to_frame
 from interp_ablate.search.trials import Trial
+from interp_ablate.settings import DECODED_ROWS
 from interp_ablate.sites import Site
 
 N_SOURCES = 3  # promising layers that bands start at

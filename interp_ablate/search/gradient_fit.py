@@ -23,6 +23,7 @@ from interp_ablate.evaluation.metrics import kl_divergence, repeats
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.models.model import Model
 from interp_ablate.scoring.expressions import ExpressionScorer
+from interp_ablate.settings import STEP_ROWS
 from interp_ablate.sites import Site
 
 N_TOKENS = 4  # tokens of each expressing answer that are made unlikely
@@ -31,7 +32,6 @@ N_KEPT = 8  # tokens of each other answer whose distribution is kept
 UNLIKELY = -9.0
 # Tokens of unwanted passages are made less likely than this; how far answers are read for passages.
 PASSAGE_LIMIT, PASSAGE_TOKENS, PASSAGE_WEIGHT = -3.0, 32, 1.0
-STEP_ROWS = 16  # of each kind that a step sees; half as many passages, of them up to half late ones
 STRONGEST = 2.0
 START = 0.3  # strength at every site before the first step
 # Steps of Adam at the start of a fit (they fall along a cosine): of a strength, and of a unit vector's length.

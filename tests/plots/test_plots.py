@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from interp_ablate.directions.direction import Direction, Separation
 from interp_ablate.directions.direction_set import Directions
 from interp_ablate.errors import InterpAblateError, RunError
-from interp_ablate.plots import run_figures
+from interp_ablate.plots import style
 from interp_ablate.plots.directions import (
     PROJECTION_COLUMNS,
     cosine_similarity,
@@ -168,9 +168,7 @@ def make_run(folder: Path, n_layers: int = 30) -> Path:
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch):
     """Fewer pixels and no layout engine, which is most of the time: what is drawn is the same."""
-    monkeypatch.setattr(
-        run_figures, "new_figure", lambda *, height: Figure(figsize=(8, height), dpi=30)
-    )
+    monkeypatch.setattr(style, "new_figure", lambda *, height: Figure(figsize=(8, height), dpi=30))
 
 
 @pytest.fixture

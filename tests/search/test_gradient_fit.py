@@ -21,7 +21,6 @@ from interp_ablate.search.gradient_fit import (
     N_TOKENS,
     PASSAGE_LIMIT,
     PASSAGE_TOKENS,
-    STEP_ROWS,
     STRONGEST,
     UNLIKELY,
     FitData,
@@ -35,6 +34,7 @@ from interp_ablate.search.gradient_fit import (
     fit_edit,
     loop_of,
 )
+from interp_ablate.settings import STEP_ROWS
 
 SITES = everywhere(N_LAYERS)
 DIRECTION = Direction(unit(3), 1.0, Site(1, "resid_post"))
