@@ -101,9 +101,6 @@ class _Test(argparse.Action):
         setattr(namespace, self.dest, tests)
 
 
-# ---- what the command does -------------------------------------------------------------------------
-
-
 def run(args: Namespace) -> int:
     """Filter the file, and print what was kept and why."""
     from interp_ablate.datasets.filtering import filter_file

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -60,7 +61,13 @@ def run(args: Namespace) -> int:
     """Project every sample, and print and write which are flagged."""
     from interp_ablate.datasets.labelled_mixtures import data_and_label, read_labels
     from interp_ablate.datasets.screening import Threshold, save_summary, screen_file
-    from interp_ablate.datasets.screening_measure import summarise_file
+    from interp_ablate.datasets.labelled_mixtures import check_screening
+    from interp_ablate.datasets.screening_measure import (
+        baseline_adjusted,
+        baseline_slope,
+        measure_samples,
+        summarise_file,
+    )
     from interp_ablate.persona.persona import load_persona
     from interp_ablate.plots.monitoring import save_screening
 
@@ -78,11 +85,18 @@ def run(args: Namespace) -> int:
     persona.check(model)
 
     def measured(path: Any, store: str, total: int) -> Any:
-        return _measure(args, (model, direction, path, out / store, settings), layout, total)
+        tell = _counting(args, path, total)
+        return measure_samples(
+            model, direction, path, out / store, settings=settings, layout=layout, on_rows=tell
+        )
 
     reference = measured(screen.reference, "reference.jsonl", clean.samples) if clean else None
     table = measured(data, "scores.jsonl", contents.samples)
-    table, reference, slope = _adjusted(table, reference, settings)
+    slope = None
+    if settings.own:  # both tables are adjusted by one slope: the reference's, if there is one
+        slope = baseline_slope(table if reference is None else reference)
+        table = baseline_adjusted(table, slope)
+        reference = None if reference is None else baseline_adjusted(reference, slope)
     screened = screen_file(
         table, data, out, by=by, threshold=threshold, reference=reference, layout=layout
     )
@@ -104,8 +118,11 @@ def run(args: Namespace) -> int:
         "without_an_answer": contents.unanswered,
     }
     if labels is not None:
-        checked = (model, direction, (data, table, labels))
-        summary["check"] = _check(screen, settings.response_tokens, persona, *checked)
+        baselines = _baselines(screen, settings.response_tokens, persona, model, direction)
+        summary["check"] = check_screening(
+            model, direction, data, table, labels, baselines=baselines, layout=layout,
+            response_tokens=settings.response_tokens,
+        ).to_dict("records")  # fmt: skip
     save_summary(summary, out)
     _print_screening(summary, persona.name)
     print(f"ranked: {out / 'ranked.csv'}; figure: {figure}")
@@ -130,56 +147,28 @@ def _asked_direction(persona: Any, kind: str, layer: int | None) -> Any:
     return persona.directions[site, chosen.position, chosen.method]
 
 
-def _adjusted(table: Any, reference: Any, settings: Any) -> tuple[Any, Any, float | None]:
-    """Both tables adjusted by one slope: the reference's, if there is one."""
-    from interp_ablate.datasets.screening_measure import baseline_adjusted, baseline_slope
-
-    if not settings.own:
-        return table, reference, None
-    slope = baseline_slope(table if reference is None else reference)
-    return (
-        baseline_adjusted(table, slope),
-        None if reference is None else baseline_adjusted(reference, slope),
-        slope,
-    )
-
-
-def _measure(args: Namespace, what: tuple[Any, ...], layout: str | None, total: int) -> Any:
-    from interp_ablate.datasets.screening_measure import measure_samples
-
-    model, direction, path, store, settings = what
+def _counting(args: Namespace, path: Any, total: int) -> Callable[[int], None]:
+    """A function that is told of further rows and shows their count on a terminal."""
     done = 0
-    shown = sys.stderr.isatty() and not args.quiet
 
     def tell(n: int) -> None:
         nonlocal done
         done += n
-        if shown:
+        if sys.stderr.isatty() and not args.quiet:
             end = "\n" if done == total else "\r"
             print(f"{path}: {done} of {total} samples", end=end, file=sys.stderr, flush=True)
 
-    return measure_samples(
-        model, direction, path, store, settings=settings, layout=layout, on_rows=tell
-    )
+    return tell
 
 
-def _check(
-    screen: Screen,
-    response_tokens: int | None,
-    persona: Any,
-    model: Any,
-    direction: Any,
-    screened: tuple[Any, Any, Any],
-) -> list[dict[str, Any]]:
+def _baselines(
+    screen: Screen, response_tokens: int | None, persona: Any, model: Any, direction: Any
+) -> dict[str, Any]:
+    """Other scores that the labels are checked against, by name."""
     from interp_ablate.activations.pooling import project_responses
-    from interp_ablate.datasets.labelled_mixtures import (
-        bag_of_words,
-        check_screening,
-        rollout_texts,
-    )
+    from interp_ablate.datasets.labelled_mixtures import bag_of_words, rollout_texts
     from interp_ablate.scoring.registry import make_scorer
 
-    data, table, labels = screened
     baselines: dict[str, Any] = {}
     for name, other in (("readout", persona.readout_direction), ("steering", persona.direction)):
         if other.method != direction.method:
@@ -191,16 +180,7 @@ def _check(
     texts = rollout_texts(Path(screen.folder) / "rollouts.jsonl")
     if all(texts):
         baselines["bag of words of the persona's rollouts"] = bag_of_words(*texts)
-    return check_screening(
-        model,
-        direction,
-        data,
-        table,
-        labels,
-        baselines=baselines,
-        layout=screen.layout,
-        response_tokens=response_tokens,
-    ).to_dict("records")  # type: ignore[return-value]
+    return baselines
 
 
 def _print_screening(summary: dict[str, Any], trait: str) -> None:

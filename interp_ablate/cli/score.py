@@ -87,9 +87,9 @@ def run(args: Namespace) -> int:
     rubric = rubric_of(settings.rubric)
     scorers = [make_scorer(spec, rubric=rubric, cache=cache) for spec in settings.scorer]
     names = _distinct(settings.scorer, [scorer.name for scorer in scorers])
-    rows, tallies = _rows(settings), {}  # type: ignore[var-annotated]
+    rows, done = _rows(settings), 0
+    tallies: dict[tuple[str, str], _Tally] = {}
     with _writing(out) as write:
-        done = 0
         while chunk := list(islice(rows, CHUNK)):
             exchanges = [row.exchange for row in chunk]
             verdicts = {name: s.explain(exchanges) for name, s in zip(names, scorers)}
@@ -113,9 +113,6 @@ def _distinct(specs: Sequence[str], names: Sequence[str]) -> list[str]:
     return chosen
 
 
-# ---- reading -------------------------------------------------------------------------------------
-
-
 def _rows(settings: Score) -> Iterator[_Row]:
     from interp_ablate.datasets.chat_reader import read_samples
     from interp_ablate.storage.row_files import RowFile
@@ -123,12 +120,9 @@ def _rows(settings: Score) -> Iterator[_Row]:
     path = Path(settings.file)
     if (path / "generations.jsonl").is_file():
         path = path / "generations.jsonl"
-    file = RowFile.at(path)
-    key = settings.answer
-    if key is None:
-        first = next(file.rows()).values
-        if {"prompt", "text", "condition"} <= set(first):
-            key = "text"
+    file, key = RowFile.at(path), settings.answer
+    if key is None and {"prompt", "text", "condition"} <= set(next(file.rows()).values):
+        key = "text"
     if key is not None:
         yield from _plain(file, key)
         return
@@ -158,9 +152,6 @@ def _plain(file: Any, key: str) -> Iterator[_Row]:
         except InterpAblateError as error:
             raise RunError(f"{file.place(row.number)}: {error}") from error
         yield _Row(row.number, row.values, exchange)
-
-
-# ---- writing -------------------------------------------------------------------------------------
 
 
 def _record(row: _Row, verdicts: dict[str, Any]) -> dict[str, Any]:
@@ -220,14 +211,8 @@ def _flat(value: Any) -> Any:
     )
 
 
-# ---- the table -----------------------------------------------------------------------------------
-
-
 def _count(
-    tallies: dict[tuple[str, ...], _Tally],
-    row: _Row,
-    verdicts: dict[str, Any],
-    by: Sequence[str],
+    tallies: dict[tuple[str, str], _Tally], row: _Row, verdicts: dict[str, Any], by: Sequence[str]
 ) -> None:
     keys = by or [key for key in GROUPS if key in row.fields]
     lacking = [key for key in keys if key not in row.fields]
@@ -246,7 +231,13 @@ def _count(
 
 
 def _line(scorer: str, group: str, tally: _Tally) -> dict[str, Any]:
-    low, high = _interval(tally.scores)
+    """A line of the table; a mean's 95% interval needs two scores."""
+    from interp_ablate.stats.intervals import bootstrap_interval
+
+    low = high = None
+    if len(tally.scores) > 1:
+        shares = [score / 100 for score in tally.scores]
+        low, high = (100 * end for end in bootstrap_interval(shares, proportion=True))
     return {
         "scorer": scorer,
         "of": group,
@@ -256,16 +247,6 @@ def _line(scorer: str, group: str, tally: _Tally) -> dict[str, Any]:
         "high": high,
         "no verdict": dict(tally.why.most_common()),
     }
-
-
-def _interval(scores: Sequence[float]) -> tuple[float | None, float | None]:
-    """The mean's 95% interval; none for fewer than two scores."""
-    if len(scores) < 2:
-        return None, None
-    from interp_ablate.stats.intervals import bootstrap_interval
-
-    low, high = bootstrap_interval([score / 100 for score in scores], proportion=True)
-    return 100 * low, 100 * high
 
 
 def _print(tallies: dict[tuple[str, str], _Tally], *, json_lines: bool) -> None:

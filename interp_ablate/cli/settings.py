@@ -83,9 +83,6 @@ def read_toml(path: str, cls: type) -> dict[str, Any]:
     return {accepted[key]: value for key, value in table.items()}
 
 
-# ---- a field -------------------------------------------------------------------------------------
-
-
 def _settings_of(cls: type) -> list[Field[Any]]:
     return [field for field in fields(cls) if "help" in field.metadata]  # type: ignore[arg-type]
 

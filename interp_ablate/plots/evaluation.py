@@ -61,10 +61,8 @@ def evaluation_changes(frame: pd.DataFrame, ax: Axes) -> Axes:
     style.set_row_axis(ax, _names(rows))
     low, high = ax.get_xlim()
     ax.set_xlim(low, high + 0.22 * (high - low))  # room for the numbers
-    caption, xlabel = (
-        "intervals of the paired differences, over the value before",
-        "after / before - 1, percent",
-    )
+    caption = "intervals of the paired differences, over the value before"
+    xlabel = "after / before - 1, percent"
     style.finish_axes(ax, "Change of what has a scale of its own", caption, xlabel, "", grid="x")
     return ax
 

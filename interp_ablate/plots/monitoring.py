@@ -95,7 +95,8 @@ def monitoring_scatter(monitoring: Monitoring, ax: Axes) -> Axes:
 
 def _lines(monitoring: Monitoring) -> list[str]:
     lines = [
-        f"{name:<8} {_short(getattr(monitoring, name))}, random {_number(monitoring.control.get(name))}"
+        f"{name:<8} {_short(getattr(monitoring, name))}, random "
+        + ("undefined" if (limit := monitoring.control.get(name)) is None else f"{limit:.2f}")
         for name in ("overall", "within", "across")
     ]
     return [*lines, "(random: 95% of random directions have |r| below)"]
@@ -107,10 +108,6 @@ def _short(correlation: Correlation) -> str:
     if correlation.low is None or correlation.high is None:
         return f"r = {correlation.r:.2f}"
     return f"r = {correlation.r:.2f} [{correlation.low:.2f}, {correlation.high:.2f}]"
-
-
-def _number(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.2f}"
 
 
 def _add_numbers(ax: Axes, text: str, x: np.ndarray, y: np.ndarray) -> None:

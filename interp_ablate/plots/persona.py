@@ -152,7 +152,10 @@ def steering_curve(
         control = condition != "persona"
         # at coefficient 0 every direction is the unedited model
         line = (pd.concat([some, zero]) if control else some).sort_values("coefficient")
-        _band(ax, line, value, style.CONTROL if control else colour, control)
+        ax.fill_between(
+            line["coefficient"], line[f"{value}_low"], line[f"{value}_high"],
+            color=style.CONTROL if control else colour, alpha=0.08 if control else 0.17, linewidth=0,
+        )  # fmt: skip
         ax.plot(
             line["coefficient"], line[value], color=style.CONTROL if control else colour,
             linewidth=1.2 if control else 1.8, marker="s" if control else "o",
@@ -177,13 +180,6 @@ def steering_curve(
     return ax
 
 
-def _band(ax: Axes, line: pd.DataFrame, value: Value, colour: str, control: bool) -> None:
-    ax.fill_between(
-        line["coefficient"], line[f"{value}_low"], line[f"{value}_high"], color=colour,
-        alpha=0.08 if control else 0.17, linewidth=0,
-    )  # fmt: skip
-
-
 def save_figures(folder: str | Path) -> list[Path]:
     """Draw what the persona folder has data for: figures/layers.png, readout.png, curve.png.
 
@@ -199,7 +195,7 @@ def save_figures(folder: str | Path) -> list[Path]:
     trait, written = str(persona.get("trait", "trait")), []
     for name, columns, draw in (
         ("layers", _LAYER_COLUMNS, _draw_layers),
-        ("readout", _READOUT_COLUMNS, _draw_readout),
+        ("readout", _READOUT_COLUMNS, None),
         ("curve", _CURVE_COLUMNS, _draw_curve),
     ):
         has_readout = (persona.get("readout") or {}).get("layers")
@@ -207,7 +203,10 @@ def save_figures(folder: str | Path) -> list[Path]:
             numbers = [column for column in columns if column not in ("condition", "chosen")]
             frame = read_table(folder / f"{name}.csv", columns, numbers=numbers)
             figure = style.new_figure(height=3.9)
-            draw(frame, figure, persona, trait)
+            if draw is None:
+                readout_by_layer(frame, figure.add_subplot(), trait=trait)
+            else:
+                draw(frame, figure, persona, trait)
             written.append(style.save_figure(figure, folder / "figures" / f"{name}.png"))
     return written
 
@@ -221,12 +220,6 @@ def _draw_layers(
     steering_by_layer(
         frame, figure.add_subplot(), trait=trait, unsteered=unsteered, min_coherence=min_coherence
     )
-
-
-def _draw_readout(
-    frame: pd.DataFrame, figure: Figure, persona: Mapping[str, Any], trait: str
-) -> None:
-    readout_by_layer(frame, figure.add_subplot(), trait=trait)
 
 
 def _draw_curve(

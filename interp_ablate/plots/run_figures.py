@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from interp_ablate.directions.direction import Direction
 
 logger = logging.getLogger(__name__)
-
-
 GROUP = "interp_ablate.plots"
 
 
@@ -165,14 +163,9 @@ def _draw_search(folder: Path) -> dict[str, Figure]:
         return {}
     selected, max_kl = _choice(folder)
     repetition = selected.get("validation_baseline", {}).get("positive_repetition")
-    figure = style.new_figure(height=5.4)
-    search_front(
-        trials,
-        figure.add_subplot(),
-        repetition=repetition,
-        selected=selected.get("trial"),
-        max_kl=max_kl,
-    )
+    figure, chosen = style.new_figure(height=5.4), selected.get("trial")
+    ax = figure.add_subplot()
+    search_front(trials, ax, repetition=repetition, selected=chosen, max_kl=max_kl)
     return {"search.png": figure}
 
 

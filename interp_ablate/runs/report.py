@@ -167,13 +167,17 @@ def _context(folder: Path) -> dict[str, Any]:
     directions = read_json(folder / "directions.json") or {}
     configuration = part_of(run, "configuration")
     test, limits = part_of(selected, "test"), part_of(selected, "limits")
+    behaviour = str(
+        part_of(run, "contrast").get("name") or configuration.get("contrast") or "the behaviour"
+    )
+    model = part_of(run, "model").get("name") or configuration.get("model")
     estimated = {**directions, **part_of(run, "directions")}
     return {
-        "title": _title(run, configuration),
+        "title": behaviour[:1].upper() + behaviour[1:] + (f" in {model}" if model else ""),
         "model": part_of(run, "model"),
         "contrast": part_of(run, "contrast"),
-        "behaviour": _behaviour(run, configuration),
-        "headline": headline(_behaviour(run, configuration), configuration, selected, certificate),
+        "behaviour": behaviour,
+        "headline": headline(behaviour, configuration, selected, certificate),
         "tiles": tiles(test, certificate, configuration),
         "results": _results(test),
         "controls": objects(test.get("controls")),
@@ -181,7 +185,7 @@ def _context(folder: Path) -> dict[str, Any]:
         "trial": part_of(selected, "trial"),
         "rule": (selected or {}).get("rule"),
         "limits": limits and {**limits, "removed": part_of(limits, "removed")},
-        "advice": _advice(selected),
+        "advice": str(limits.get("relax") or (selected or {}).get("relax") or ""),
         "has_plan": bool((selected or {}).get("plan")),
         "figures": _figures(folder),
         "trials": _trials(folder, selected, configuration),
@@ -195,20 +199,8 @@ def _context(folder: Path) -> dict[str, Any]:
         "versions": part_of(run, "versions"),
         "stages": _stages(run),
         "notes": [str(note) for note in run.get("notes") or []],
-        "missing": _missing(folder),
+        "missing": [(n, stage) for n, stage in _STAGE_OF.items() if not any(folder.glob(n))],
     }
-
-
-def _title(run: Mapping[str, Any], configuration: Mapping[str, Any]) -> str:
-    model = part_of(run, "model").get("name") or configuration.get("model")
-    title = _behaviour(run, configuration)
-    title = title[:1].upper() + title[1:]
-    return f"{title} in {model}" if model else title
-
-
-def _behaviour(run: Mapping[str, Any], configuration: Mapping[str, Any]) -> str:
-    name = part_of(run, "contrast").get("name") or configuration.get("contrast")
-    return str(name) if name else "the behaviour"
 
 
 def _results(test: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -259,11 +251,6 @@ def _places(sites: list[Any]) -> str:
     if len(sites) <= 3:
         return ", ".join(map(str, sites))
     return f"{len(sites)} sites, {sites[0]} to {sites[-1]}"
-
-
-def _advice(selected: Mapping[str, Any] | None) -> str:
-    """The advice on what to relax, from beside the limits or the top of the file."""
-    return str(part_of(selected, "limits").get("relax") or (selected or {}).get("relax") or "")
 
 
 def _figures(folder: Path) -> list[dict[str, str]]:
@@ -320,7 +307,9 @@ def _trials(
         {
             "chosen": str(row["trial"]) == chosen,
             "outside": bool(row["_outside"]),
-            "cells": [_cell(name, row[name]) for name in columns],
+            "cells": [
+                (rate if name == "expression_rate" else number)(row[name]) for name in columns
+            ],
         }
         for _, row in top.iterrows()
     ]
@@ -347,10 +336,6 @@ def _estimators(folder: Path) -> dict[str, Any] | None:
     return (
         {"rows": rows, "site": rows[0]["site"], "position": rows[0]["position"]} if rows else None
     )
-
-
-def _cell(name: str, value: Any) -> str:
-    return rate(value) if name == "expression_rate" else number(value)
 
 
 def _generations(folder: Path) -> list[dict[str, Any]] | None:
@@ -388,7 +373,3 @@ def _stages(run: Mapping[str, Any]) -> list[tuple[str, Any]]:
         (str(name), stage.get("seconds") if isinstance(stage, Mapping) else stage)
         for name, stage in part_of(run, "stages").items()
     ]
-
-
-def _missing(folder: Path) -> list[tuple[str, str]]:
-    return [(name, stage) for name, stage in _STAGE_OF.items() if not any(folder.glob(name))]
