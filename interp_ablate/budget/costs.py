@@ -16,8 +16,6 @@ from interp_ablate.errors import InterpAblateError, ModelError
 from interp_ablate.models.sources import read_hf_config, resolve
 from interp_ablate.settings import DECODED_ROWS, MAX_NEW_TOKENS, STEP_ROWS, STREAM_ROWS, setting
 
-DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-
 
 @dataclass(frozen=True)
 class ConfigTraits:

@@ -168,12 +168,10 @@ def _progress(args: Namespace) -> Callable[[int], None] | None:
 
 def _print(manifest: dict[str, Any], out: Path) -> None:
     counts = manifest["counts"]
-    rows = counts["rows"]
     print(
-        f"{rows} rows of {manifest['layout']}: {counts['kept']} kept, {counts['dropped']} dropped",
-        end="",
+        f"{counts['rows']} rows of {manifest['layout']}: {counts['kept']} kept, {counts['dropped']} dropped"
+        + (f", {counts['cut']} kept without a round" if counts["cut"] else "")
     )
-    print(f", {counts['cut']} kept without a round" if counts["cut"] else "")
     for kind, number in manifest["why"].items():
         print(f"{number:>8}  {kind}")
     if counts["no_verdict"]:

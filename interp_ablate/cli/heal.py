@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from interp_ablate.cli.options import tell
-from interp_ablate.cli.settings import adding, settings_from
-from interp_ablate.cli.training import (
+from interp_ablate.cli.options import (
     TrainingSettings,
     estimate_text,
     load_trainable,
     prepare,
+    tell,
 )
+from interp_ablate.cli.settings import adding, settings_from
 from interp_ablate.errors import ModelError, RunError
 from interp_ablate.settings import setting
 from interp_ablate.training.recipe import OWN_ANSWERS, AnswerConfig, HealingConfig, LoraRecipe
@@ -64,12 +64,14 @@ def run(args: Namespace) -> int:
         )
     prepare(settings)
     from interp_ablate.plots.evaluation import save_costs
-    from interp_ablate.training.healing.case import EditedCheckpoint, HealingRun
+    from interp_ablate.training.healing.case import EditedCheckpoint, HealingRun, read_plan
     from interp_ablate.training.healing.healing_run import heal
 
     # faults in files come before any model is loaded
     held_out, rows = _held_out(settings), _rows(settings)
-    plan, source = _plan_of(settings.checkpoint)
+    if not (Path(settings.checkpoint) / "config.json").is_file():
+        raise RunError(f"{settings.checkpoint} is not an exported checkpoint (no config.json)")
+    plan, source = read_plan(settings.checkpoint)
     # for answers of the two models, the settings under which the original itself is best
     under = OWN_ANSWERS if settings.make_preferences else {}
     healing, recipe = (
@@ -94,14 +96,6 @@ def run(args: Namespace) -> int:
     results = {"preferences": report["preferences"], "edit": report["edit"]}
     print(json.dumps({"out": settings.out, **results, "merged_is_adapter_within": within}))
     return 0
-
-
-def _plan_of(checkpoint: str) -> tuple[Any, dict[str, Any]]:
-    from interp_ablate.training.healing.case import read_plan
-
-    if not (Path(checkpoint) / "config.json").is_file():
-        raise RunError(f"{checkpoint} is not an exported checkpoint (no config.json)")
-    return read_plan(checkpoint)
 
 
 def _original(args: Namespace, settings: Heal, source: dict[str, Any], *, needed: bool) -> Any:

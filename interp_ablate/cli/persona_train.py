@@ -10,10 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from interp_ablate.cli.options import tell, trait_scorer
+from interp_ablate.cli.options import (
+    TrainingSettings,
+    estimate_text,
+    load_trainable,
+    prepare,
+    tell,
+    trait_scorer,
+)
 from interp_ablate.cli.persona_options import asked_questions
 from interp_ablate.cli.settings import adding, settings_from
-from interp_ablate.cli.training import TrainingSettings, estimate_text, load_trainable, prepare
 from interp_ablate.errors import RunError
 from interp_ablate.settings import setting
 from interp_ablate.training.recipe import LoraRecipe
@@ -86,21 +92,16 @@ def run(args: Namespace) -> int:
 def _arms(settings: Train, persona: Any, coefficient: float, seed: int) -> list[Any]:
     from interp_ablate.directions.direction import random_directions
     from interp_ablate.persona.persona import addition_plan
-    from interp_ablate.training.preventative.prevention import (
-        PLAIN,
-        PREVENTATIVE,
-        RANDOM,
-        TrainingArm,
-    )
+    from interp_ablate.training.preventative import prevention
 
     def plan(direction: Any) -> Any:
         return addition_plan(direction, coefficient, positions=settings.positions)
 
-    arms = [TrainingArm(PLAIN)] if settings.plain_too else []
-    arms.append(TrainingArm(PREVENTATIVE, plan(persona.direction)))
+    arms = [prevention.TrainingArm(prevention.PLAIN)] if settings.plain_too else []
+    arms.append(prevention.TrainingArm(prevention.PREVENTATIVE, plan(persona.direction)))
     if settings.control:
         (control,) = random_directions(persona.direction, 1, seed=seed)
-        arms.append(TrainingArm(RANDOM, plan(control)))
+        arms.append(prevention.TrainingArm(prevention.RANDOM, plan(control)))
     return arms
 
 

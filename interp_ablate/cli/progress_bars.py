@@ -26,14 +26,10 @@ class ProgressBars:
             return
         from rich import progress
 
-        columns = (
-            progress.BarColumn(),
-            progress.MofNCompleteColumn(),
-            progress.TimeRemainingColumn(),
-        )
         self.bar = progress.Progress(
-            "{task.description}", *columns, console=self.console, transient=True
-        )
+            "{task.description}", progress.BarColumn(), progress.MofNCompleteColumn(),
+            progress.TimeRemainingColumn(), console=self.console, transient=True,
+        )  # fmt: skip
         self.bar.start()
         self.task = self.bar.add_task(f"{stage:<24}", total=total)
 

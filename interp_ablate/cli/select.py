@@ -33,24 +33,19 @@ add = adding(Select)
 
 def run(args: Namespace) -> int:
     """Print the chosen row, or every row of the front, as JSON."""
-    from interp_ablate.search.selection import (
-        arditi,
-        least_behaviour_under_kl,
-        pareto_front,
-        read_evaluations,
-    )
+    from interp_ablate.search import selection
 
     settings = settings_from(args, Select)
-    frame = read_evaluations(settings.evaluations)
+    frame = selection.read_evaluations(settings.evaluations)
     if settings.rule == "pareto":
-        for row in pareto_front(frame).to_dict("records"):
+        for row in selection.pareto_front(frame).to_dict("records"):
             print(json.dumps(row))
         return 0
     if settings.rule == "arditi":
         if settings.n_layers is None:
             raise RunError("--rule arditi needs --n-layers: how many layers the model has")
-        choice = arditi(frame, n_layers=settings.n_layers, max_kl=settings.max_kl)
+        choice = selection.arditi(frame, n_layers=settings.n_layers, max_kl=settings.max_kl)
     else:
-        choice = least_behaviour_under_kl(frame, max_kl=settings.max_kl)
+        choice = selection.least_behaviour_under_kl(frame, max_kl=settings.max_kl)
     print(json.dumps({**(choice.row or {}), "rule": choice.rule, **choice.limits()}))
     return 0 if choice.row is not None else NO_PLAN

@@ -123,9 +123,6 @@ def _names(rows: pd.DataFrame) -> list[str]:
     return [f"{row['on']}: {row['measure']}" for row in rows.to_dict("records")]
 
 
-# ---- the test split of a run -------------------------------------------------------------------------
-
-
 _RATES: tuple[tuple[str, str, str], ...] = (
     ("behaviour_before", "positive prompts, unedited", style.POSITIVE),
     ("behaviour_after", "positive prompts, ablated", style.POSITIVE),

@@ -217,9 +217,6 @@ def _hub_rows(text: str, split: str | None) -> list[_Row]:
     return rows
 
 
-# --------------------------------------------------------------------------------- rows to prompts
-
-
 def _columns(rows: Sequence[_Row]) -> list[str]:
     return list(dict.fromkeys(key for _, row in rows for key in row))
 

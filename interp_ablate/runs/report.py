@@ -197,7 +197,10 @@ def _context(folder: Path) -> dict[str, Any]:
         "generations": _generations(folder),
         "configuration": configuration,
         "versions": part_of(run, "versions"),
-        "stages": _stages(run),
+        "stages": [
+            (str(name), stage.get("seconds") if isinstance(stage, Mapping) else stage)
+            for name, stage in part_of(run, "stages").items()
+        ],
         "notes": [str(note) for note in run.get("notes") or []],
         "missing": [(n, stage) for n, stage in _STAGE_OF.items() if not any(folder.glob(n))],
     }
@@ -366,10 +369,3 @@ def _generations(folder: Path) -> list[dict[str, Any]] | None:
             }
         )
     return groups
-
-
-def _stages(run: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    return [
-        (str(name), stage.get("seconds") if isinstance(stage, Mapping) else stage)
-        for name, stage in part_of(run, "stages").items()
-    ]

@@ -162,8 +162,7 @@ def _export(certificate: Mapping[str, Any] | None) -> dict[str, str]:
     if certificate is None:
         return _claim("Nothing has been exported yet.")
     numbers = (
-        f"largest logit difference to the hooked model "
-        f"{number(certificate.get('max_abs_logit_difference'))}, "
+        f"largest logit difference to the hooked model {number(certificate.get('max_abs_logit_difference'))}, "
         f"KL {number(certificate.get('kl'))}, "
         f"residual along the direction {number(certificate.get('residual_along_direction'))}"
     )

@@ -66,9 +66,6 @@ class WorkerThread:
             self._settle()
 
 
-# --------------------------------------------------------------------------------- folders
-
-
 @dataclass
 class StreamedFolder:
     """A hidden folder that grows file by file, with a journal of those that are whole.

@@ -198,9 +198,6 @@ def _json_rows(file: RowFile, malformed: OnMalformed) -> Iterator[FileRow]:
         yield from json_list(stream, file.path, malformed)
 
 
-# ---- tables ----------------------------------------------------------------------------------------
-
-
 def _csv_rows(file: RowFile, malformed: OnMalformed) -> Iterator[FileRow]:
     """Rows under a header; a .tsv file has tabs between its cells."""
     with _binary(file) as stream:

@@ -53,9 +53,6 @@ DTYPES: dict[str, torch.dtype] = {
 PER_ITEM = {"F4": 2}  # values that one torch item holds, along the last axis
 
 
-# --------------------------------------------------------------------------------- nouns
-
-
 @dataclass(frozen=True)
 class TensorInfo:
     """Where one tensor lies: `nbytes` bytes of `file` from `offset`, counted from the file's start."""
@@ -96,9 +93,6 @@ class TensorFile:
     @property
     def metadata(self) -> dict[str, str] | None:
         return self.header.get("__metadata__")
-
-
-# --------------------------------------------------------------------------------- headers
 
 
 def read_tensor_file(path: Path) -> TensorFile:
@@ -245,9 +239,6 @@ def _check_layout(entries: Sequence[TensorInfo], path: Path, start: int, size: i
 def shortened(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
-
-
-# --------------------------------------------------------------------------------- bytes
 
 
 def read_up_to(handle: int, offset: int, nbytes: int) -> bytes:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
 from interp_ablate.errors import ExportError
+from interp_ablate.settings import suggestion
 from interp_ablate.storage.safetensors_header import (
     DTYPES,
     MAX_HEADER,
@@ -78,7 +78,9 @@ class Checkpoint:
             ExportError: there is no such tensor.
         """
         if name not in self.tensors:
-            raise ExportError(f"no tensor {name!r} in {self.folder}{_nearest(name, self.tensors)}")
+            raise ExportError(
+                f"no tensor {name!r} in {self.folder}{suggestion(name, self.tensors)}"
+            )
         return TensorSource(self.tensors[name])
 
     def describe(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
@@ -130,9 +132,6 @@ class TensorSource:
             yield slice(first, last), data.view(info.dtype).reshape(-1, *info.shape[1:])
 
 
-# --------------------------------------------------------------------------------- the index
-
-
 def _read_index(folder: Path) -> dict[str, Any] | None:
     """The index of a sharded folder, its names checked; None for a single file."""
     path = folder / INDEX
@@ -176,10 +175,7 @@ def _is_plain(name: Any) -> bool:
 def _no_weights(folder: Path) -> ExportError:
     if not folder.is_dir():
         return ExportError(f"{folder} is not a folder")
-    pickles = sorted(
-        path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")
-    )
-    if pickles:
+    if pickles := sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")):
         return ExportError(
             f"{folder} has its weights as {pickles[0]}, a pickle, which is not read here. Convert it "
             "first: transformers.AutoModelForCausalLM.from_pretrained(folder)"
@@ -213,10 +209,3 @@ def _check_weight_map(
             f"{folder / INDEX} does not name {unnamed[0]!r} (in {place[unnamed[0]]}) and "
             f"{len(unnamed) - 1} more tensors: download the folder again"
         )
-
-
-def _nearest(name: str, tensors: Mapping[str, TensorInfo]) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(name, list(tensors), 1)
-    return f"; did you mean {close[0]!r}?" if close else ""

@@ -113,9 +113,6 @@ def _copy_in_kernel(source: int, target: int, nbytes: int, place: int, offset: i
         return 0
 
 
-# --------------------------------------------------------------------------------- copying
-
-
 @dataclass(frozen=True)
 class _Piece:
     """A run of bytes of a new file: given, copied from a file, or yielded by a function."""

@@ -20,7 +20,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from interp_ablate import collect, load_model
 from interp_ablate.budget.costs import (
-    DTYPE_BYTES,
     TRAITS,
     Dimensions,
     Machine,
@@ -290,7 +289,7 @@ def test_gradient_step_of_a_real_model(dtype: str, bundled_model: str) -> None:
     model.__dict__["eos_token_ids"] = frozenset()
     sizes = dimensions_of(model.hf_config)
     step = Step(model, steps_data(model, 4, tokens, prefix))
-    size = DTYPE_BYTES[dtype]
+    size = getattr(torch, dtype).itemsize
     for side in ("own", "kl"):
         expected = expected_saved(
             sizes, side, rows=4, tokens=tokens, prefix=prefix, dtype_bytes=size
