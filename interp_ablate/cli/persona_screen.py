@@ -61,13 +61,7 @@ def run(args: Namespace) -> int:
     """Project every sample, and print and write which are flagged."""
     from interp_ablate.datasets.labelled_mixtures import data_and_label, read_labels
     from interp_ablate.datasets.screening import Threshold, save_summary, screen_file
-    from interp_ablate.datasets.labelled_mixtures import check_screening
-    from interp_ablate.datasets.screening_measure import (
-        baseline_adjusted,
-        baseline_slope,
-        measure_samples,
-        summarise_file,
-    )
+    from interp_ablate.datasets.screening_measure import measure_samples, summarise_file
     from interp_ablate.persona.persona import load_persona
     from interp_ablate.plots.monitoring import save_screening
 
@@ -93,10 +87,8 @@ def run(args: Namespace) -> int:
     reference = measured(screen.reference, "reference.jsonl", clean.samples) if clean else None
     table = measured(data, "scores.jsonl", contents.samples)
     slope = None
-    if settings.own:  # both tables are adjusted by one slope: the reference's, if there is one
-        slope = baseline_slope(table if reference is None else reference)
-        table = baseline_adjusted(table, slope)
-        reference = None if reference is None else baseline_adjusted(reference, slope)
+    if settings.own:
+        table, reference, slope = _adjusted(table, reference)
     screened = screen_file(
         table, data, out, by=by, threshold=threshold, reference=reference, layout=layout
     )
@@ -118,11 +110,9 @@ def run(args: Namespace) -> int:
         "without_an_answer": contents.unanswered,
     }
     if labels is not None:
-        baselines = _baselines(screen, settings.response_tokens, persona, model, direction)
-        summary["check"] = check_screening(
-            model, direction, data, table, labels, baselines=baselines, layout=layout,
-            response_tokens=settings.response_tokens,
-        ).to_dict("records")  # fmt: skip
+        tokens = settings.response_tokens
+        checked = _check(screen, tokens, persona, model, direction, data, table, labels)
+        summary["check"] = checked.to_dict("records")
     save_summary(summary, out)
     _print_screening(summary, persona.name)
     print(f"ranked: {out / 'ranked.csv'}; figure: {figure}")
@@ -147,6 +137,15 @@ def _asked_direction(persona: Any, kind: str, layer: int | None) -> Any:
     return persona.directions[site, chosen.position, chosen.method]
 
 
+def _adjusted(table: Any, reference: Any) -> tuple[Any, Any, float]:
+    """Both tables adjusted by one slope: the reference's, if there is one."""
+    from interp_ablate.datasets.screening_measure import baseline_adjusted, baseline_slope
+
+    slope = baseline_slope(table if reference is None else reference)
+    adjusted = None if reference is None else baseline_adjusted(reference, slope)
+    return baseline_adjusted(table, slope), adjusted, slope
+
+
 def _counting(args: Namespace, path: Any, total: int) -> Callable[[int], None]:
     """A function that is told of further rows and shows their count on a terminal."""
     done = 0
@@ -161,12 +160,13 @@ def _counting(args: Namespace, path: Any, total: int) -> Callable[[int], None]:
     return tell
 
 
-def _baselines(
-    screen: Screen, response_tokens: int | None, persona: Any, model: Any, direction: Any
-) -> dict[str, Any]:
-    """Other scores that the labels are checked against, by name."""
+def _check(
+    screen: Screen, response_tokens: int | None, persona: Any, model: Any, direction: Any,
+    data: Any, table: Any, labels: Any,
+) -> Any:  # fmt: skip
+    """How well the projections, and other scores, find what is labelled."""
     from interp_ablate.activations.pooling import project_responses
-    from interp_ablate.datasets.labelled_mixtures import bag_of_words, rollout_texts
+    from interp_ablate.datasets.labelled_mixtures import bag_of_words, check_screening, rollout_texts
     from interp_ablate.scoring.registry import make_scorer
 
     baselines: dict[str, Any] = {}
@@ -180,7 +180,10 @@ def _baselines(
     texts = rollout_texts(Path(screen.folder) / "rollouts.jsonl")
     if all(texts):
         baselines["bag of words of the persona's rollouts"] = bag_of_words(*texts)
-    return baselines
+    return check_screening(
+        model, direction, data, table, labels, baselines=baselines, layout=screen.layout,
+        response_tokens=response_tokens,
+    )  # fmt: skip
 
 
 def _print_screening(summary: dict[str, Any], trait: str) -> None:
