@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -18,7 +19,6 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from interp_ablate.errors import ExportError
-from interp_ablate.settings import suggestion
 from interp_ablate.storage.safetensors_header import (
     DTYPES,
     MAX_HEADER,
