@@ -79,9 +79,9 @@ class Checkpoint:
             ExportError: there is no such tensor.
         """
         if name not in self.tensors:
-            raise ExportError(
-                f"no tensor {name!r} in {self.folder}{suggestion(name, self.tensors)}"
-            )
+            close = get_close_matches(name, list(self.tensors), 1)
+            nearest = f"; did you mean {close[0]!r}?" if close else ""
+            raise ExportError(f"no tensor {name!r} in {self.folder}{nearest}")
         return TensorSource(self.tensors[name])
 
     def describe(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
