@@ -166,7 +166,11 @@ def _check(
 ) -> Any:  # fmt: skip
     """How well the projections, and other scores, find what is labelled."""
     from interp_ablate.activations.pooling import project_responses
-    from interp_ablate.datasets.labelled_mixtures import bag_of_words, check_screening, rollout_texts
+    from interp_ablate.datasets.labelled_mixtures import (
+        bag_of_words,
+        check_screening,
+        rollout_texts,
+    )
     from interp_ablate.scoring.registry import make_scorer
 
     baselines: dict[str, Any] = {}
