@@ -88,8 +88,9 @@ def parser_for(argv: Sequence[str]) -> argparse.ArgumentParser:
     for name in command_names():
         group, _, last = name.rpartition(" ")
         text = COMMANDS[name][1] if name in COMMANDS else f"of the package {others[name].package}"
+        end = "" if text.endswith("?") else "."
         part = groups[group].add_parser(
-            last, help=text, description=f"{text[0].upper()}{text[1:]}."
+            last, help=text, description=f"{text[0].upper()}{text[1:]}{end}"
         )
         chosen = words[: len(name.split())] == name.split()
         if name in COMMANDS and not COMMANDS[name][0]:

@@ -1,4 +1,4 @@
-"""A plan as a checkpoint, a LoRA adapter, a GGUF file or a control vector, each with a certificate.
+"""A plan as a checkpoint, a LoRA adapter, a GGUF file or a control vector; checkpoints and adapters with a certificate.
 
 May import: errors, sites, storage, prompts, directions, edits, models, evaluation, weights.
 To add a format: a file here and a line in

@@ -229,3 +229,14 @@ def test_the_module_runs_as_a_program() -> None:
 def test_a_command_is_a_file_with_add_and_run(name: str) -> None:
     module = importlib.import_module(f"interp_ablate.cli.{COMMANDS[name][0]}")
     assert callable(module.add) and callable(module.run)
+
+
+def test_a_description_that_is_a_question_ends_in_one_mark() -> None:
+    text = subprocess.run(
+        [sys.executable, "-m", "interp_ablate.cli.main", "persona", "screen", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "carry the trait?" in text
+    assert "?." not in text
