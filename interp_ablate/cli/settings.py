@@ -123,6 +123,8 @@ def _default_text(field: Field[Any]) -> str:
     default = field.default
     if isinstance(default, tuple):
         default = ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in default)
+    elif isinstance(default, float) and default >= 1e6:
+        default = f"{default:g}".replace("e+", "e")
     return f" (default {default})"
 
 

@@ -1,6 +1,6 @@
 """Persona vectors: traits, rollouts, extraction, steering, monitoring.
 
-May import: every wing above it in this list. To add a trait: a file in `data/traits/`.
+May import: every wing in the rows below it. To add a trait: a file in `data/traits/`.
 """
 
 import lazy_loader

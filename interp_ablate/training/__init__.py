@@ -1,6 +1,6 @@
 """LoRA training: healing after an edit, preventative steering.
 
-May import: every wing above it in this list. To add a kind of training: a folder here.
+May import: every wing in the rows below it. To add a kind of training: a folder here.
 """
 
 import lazy_loader

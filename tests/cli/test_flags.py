@@ -231,6 +231,17 @@ def test_a_command_is_a_file_with_add_and_run(name: str) -> None:
     assert callable(module.add) and callable(module.run)
 
 
+def test_a_large_default_is_short() -> None:
+    text = subprocess.run(
+        [sys.executable, "-m", "interp_ablate.cli.main", "budget", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "4e14" in text
+    assert "400000000000000" not in text
+
+
 def test_a_description_that_is_a_question_ends_in_one_mark() -> None:
     text = subprocess.run(
         [sys.executable, "-m", "interp_ablate.cli.main", "persona", "screen", "--help"],
