@@ -34,10 +34,10 @@ def read(folder: Path, name: str) -> dict:
 def test_main_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from interp_ablate.runs import stages as experiment
+    from interp_ablate.runs import fits
 
     # fewer steps of the fit: minutes less, and the behaviour still falls
-    monkeypatch.setattr(experiment, "FIT_ROUNDS", ((6, 120.0), (4, 160.0)))
+    monkeypatch.setattr(fits, "FIT_ROUNDS", ((6, 120.0), (4, 160.0)))
     out = tmp_path / "run"
     command = ["--quiet", "run", "--model", "smollm2", "--contrast", "declining"]
     assert main([*command, *SMALL, "--out", str(out)]) == 0
