@@ -40,7 +40,7 @@ types: $(VENV)/.ready
 	$(BIN)/mypy interp_ablate
 
 # What touches TransformerLens, on the newest 4.x, which has no HookedTransformer.
-TL_TESTS := $(addprefix tests/,models contract activations weights export/test_checkpoint.py \
+TL_TESTS := $(addprefix tests/,models/test_model.py contract activations weights export/test_checkpoint.py \
 	persona/test_monitoring.py slow/test_real.py::test_main_path)
 test-tl4: .venv-tl4/.ready
 	.venv-tl4/bin/python -m pytest $(TWO) -m "not slow and not llama" $(TL_TESTS)
