@@ -150,7 +150,7 @@ def before_after(test: Mapping[str, Any], ax: Axes) -> Axes:
     ax.set_xlim(-0.03, 1.09)
     ax.set_xticks(np.linspace(0, 1, 6))
     drawn = any(interval for _, _, interval, _ in rows)
-    caption = "test split; " + ("whiskers: bootstrap intervals" if drawn else "no intervals given")
+    caption = "test split; " + ("whiskers: 95% intervals" if drawn else "no intervals given")
     title, xlabel = "How often answers express the behaviour", "share of generated answers"
     style.finish_axes(ax, title, caption, xlabel, "", grid="x")
     return ax

@@ -445,7 +445,7 @@ def test_before_after_draws_rates_controls_and_intervals(ax):
     values = [text.get_text() for text in ax.texts]
     assert "0.81" in values and "0.72" in values
     assert [0.69, 0.91] in [list(line.get_xdata()) for line in ax.lines]
-    assert "bootstrap" in everything_said(ax)
+    assert "95%" in everything_said(ax)
 
 
 def test_before_after_takes_what_there_is(ax):
