@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from interp_ablate.cli.options import NO_PLAN
 from interp_ablate.cli.settings import adding, settings_from
 from interp_ablate.errors import RunError
-from interp_ablate.runs.configuration import MAX_KL
-from interp_ablate.settings import setting
+from interp_ablate.settings import MAX_KL, setting
 
 
 @dataclass(frozen=True)

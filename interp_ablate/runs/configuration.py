@@ -11,11 +11,10 @@ from typing import Any
 
 from interp_ablate.errors import RunError
 from interp_ablate.models.loading import LoadingOptions
-from interp_ablate.settings import MAX_NEW_TOKENS, setting, suggestion
+from interp_ablate.settings import MAX_KL, MAX_NEW_TOKENS, setting, suggestion
 from interp_ablate.sites import POINTS, RESIDUAL_POINTS
 
 MAIN_METHOD = "difference_in_means"
-MAX_KL = 0.1  # first-token KL budget of a plan, in nats
 NO_MODEL = "no model: give --model (a bundled alias such as smollm2, a folder, a hub name)"
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from interp_ablate.errors import RunError
+from interp_ablate.settings import MAX_KL
 
 # How published evaluation files name what the trials here call behaviour, addition and kl.
 PUBLISHED_COLUMNS = {
@@ -137,7 +138,7 @@ def arditi(
     frame: pd.DataFrame,
     *,
     n_layers: int,
-    max_kl: float = 0.1,
+    max_kl: float = MAX_KL,
     min_addition: float = 0.0,
     prune_layers: float = 0.2,
 ) -> Selection:
@@ -166,7 +167,7 @@ def arditi(
 def least_behaviour_under_kl(
     frame: pd.DataFrame,
     *,
-    max_kl: float = 0.1,
+    max_kl: float = MAX_KL,
     at_most: Mapping[str, float] | None = None,
     behaviour: str = "expression_rate",
     tolerance: float = 0.0,
