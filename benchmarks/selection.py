@@ -22,7 +22,7 @@ from typing import Any
 
 import common
 
-METRICS = ("behaviour", "addition", "kl")
+METRICS = ("target_log_odds", "addition", "kl")
 # The paper's limit first; a small model may have no direction within it.
 MAX_KL = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 CHUNK = 3

@@ -138,7 +138,7 @@ def _draw_sweep(folder: Path) -> dict[str, Figure]:
 
 def _draw_pareto(folder: Path) -> dict[str, Figure]:
     trials = _trials(folder)
-    if trials is None or not style.finished_trials(trials, ("behaviour", "kl")).any():
+    if trials is None or not style.finished_trials(trials, ("target_log_odds", "kl")).any():
         return {}
     trials = trials[trials["stage"] != "search"]  # which have no target log-odds
     selected, max_kl = _choice(folder)

@@ -22,9 +22,9 @@ from interp_ablate.search.trial_table import TRIAL_COLUMNS
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Value = Literal["behaviour", "kl", "addition"]
+Value = Literal["target_log_odds", "kl", "addition"]
 _HEAT: dict[Value, tuple[str, str, str]] = {
-    "behaviour": (
+    "target_log_odds": (
         "Behaviour, ablated",
         "target log-odds, positive prompts\nlow = removed",
         "viridis_r",
@@ -101,8 +101,8 @@ def pareto(
         RunError: a missing column, no finished trial, or a chosen trial without numbers.
     """
     style.require_columns(trials, TRIAL_COLUMNS, "trials")
-    rows = trials[style.finished_trials(trials, ("behaviour", "kl"))]
-    style.require_rows(rows, "finished trials with both a behaviour and a KL")
+    rows = trials[style.finished_trials(trials, ("target_log_odds", "kl"))]
+    style.require_rows(rows, "finished trials with both target log-odds and a KL")
     rows = rows.assign(kl=rows["kl"].clip(lower=_SMALLEST_KL))
     screened = rows["stage"] == "screen"
     for mask, colour, marker, name in (
@@ -112,7 +112,7 @@ def pareto(
         _points(
             ax,
             rows[mask],
-            "behaviour",
+            "target_log_odds",
             name,
             s=18,
             c=colour,
@@ -122,11 +122,11 @@ def pareto(
         )
     if "expression_rate" in rows:
         _points(
-            ax, rows[rows["expression_rate"].notna()], "behaviour",
+            ax, rows[rows["expression_rate"].notna()], "target_log_odds",
             "finalist: its answers were generated", s=42, facecolors="none", edgecolors=style.INK,
             linewidths=0.9,
         )  # fmt: skip
-    _front_and_limits(ax, rows, "behaviour", selected, max_kl)
+    _front_and_limits(ax, rows, "target_log_odds", selected, max_kl)
     left_out = len(trials) - len(rows)
     style.finish_axes(
         ax,

@@ -110,7 +110,7 @@ _TRIAL_COLUMNS = {
     "stage": "stage",
     "site": "direction of",
     "edit": "edit",
-    "behaviour": "behaviour (log-odds)",
+    "target_log_odds": "behaviour (log-odds)",
     "kl": "KL (nats)",
     "addition": "addition (log-odds)",
     "expression_rate": "expressed",
@@ -295,7 +295,7 @@ def _trials(
     finished = frame[frame["status"] == "ok"]
     limit = configuration.get("max_kl")
     within = finished["kl"] <= float(limit) if is_number(limit) else finished["kl"].notna()
-    ranked = finished.assign(_outside=~within).sort_values(["_outside", "behaviour"])
+    ranked = finished.assign(_outside=~within).sort_values(["_outside", "target_log_odds"])
     is_chosen = ranked["trial"].astype(str) == chosen
     top = pd.concat([ranked[is_chosen], ranked[~is_chosen]]).head(TOP_TRIALS)
     top = top.assign(

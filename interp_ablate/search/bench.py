@@ -98,7 +98,7 @@ class ValidationBench:
         logprobs = self.unedited_answer_logprob.logprobs(on_positive, self.positive)
         first = torch.stack([rows[0] for rows in logprobs])
         return {
-            "behaviour": float(self.target.of_logprobs(first).mean()),
+            "target_log_odds": float(self.target.of_logprobs(first).mean()),
             "unedited_answer_logprob": float(
                 self.unedited_answer_logprob.of_logprobs(logprobs, self.positive).mean()
             ),

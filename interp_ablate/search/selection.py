@@ -20,7 +20,7 @@ from interp_ablate.settings import MAX_KL
 
 # How published evaluation files name what the trials here call behaviour, addition and kl.
 PUBLISHED_COLUMNS = {
-    "refusal_score": "behaviour",
+    "refusal_score": "target_log_odds",
     "steering_score": "addition",
     "kl_div_score": "kl",
 }
@@ -152,8 +152,8 @@ def arditi(
     """
     if n_layers < 1:
         raise RunError(f"n_layers must be at least 1; got {n_layers}")
-    rows = _require(frame, ["layer", "behaviour", "addition", "kl"])
-    scores = rows[["behaviour", "addition", "kl"]]
+    rows = _require(frame, ["layer", "target_log_odds", "addition", "kl"])
+    scores = rows[["target_log_odds", "addition", "kl"]]
     last = int(n_layers * (1 - prune_layers))
     limits = {
         "not finite": np.isfinite(scores).all(axis=1),
@@ -161,7 +161,7 @@ def arditi(
         f"kl > {max_kl:g}": rows["kl"] <= max_kl,
         f"addition < {min_addition:g}": rows["addition"] >= min_addition,
     }
-    return _choose("arditi", rows, limits, ["behaviour"])
+    return _choose("arditi", rows, limits, ["target_log_odds"])
 
 
 def least_behaviour_under_kl(
@@ -198,7 +198,7 @@ def least_behaviour_under_kl(
 
 
 def pareto_front(
-    frame: pd.DataFrame, *, objectives: Sequence[str] = ("behaviour", "kl")
+    frame: pd.DataFrame, *, objectives: Sequence[str] = ("target_log_odds", "kl")
 ) -> pd.DataFrame:
     """Rows that no other row beats: none is at least as low in every objective and lower in one."""
     rows = _require(frame, list(objectives))

@@ -19,14 +19,14 @@ from interp_ablate.storage.tables import corrupt_row, read_table
 
 # What a table of trials must have.
 TRIAL_COLUMNS = (
-    "trial", "stage", "layer", "point", "position", "behaviour", "addition", "kl", "status",
+    "trial", "stage", "layer", "point", "position", "target_log_odds", "addition", "kl", "status",
 )  # fmt: skip
 _PLACE = ("method", "layer", "point", "position")
 _FIT = ("fit", *COMPONENT_SCALES)
 # From the kind of an edit to its parameters.
 PARAMS = {"ablate": _PLACE, "band": (*_PLACE, "rank", *KERNEL), "fitted": _FIT}
 SCORES = (
-    "behaviour",
+    "target_log_odds",
     "unedited_answer_logprob",
     "addition",
     "kl",
@@ -37,7 +37,7 @@ SCORES = (
     "positive_repetition",
     "length",
     "empty",
-    "behaviour_baseline",
+    "target_log_odds_baseline",
     "unedited_answer_logprob_baseline",
     "addition_baseline",
 )

@@ -102,7 +102,7 @@ def make_trials(n_layers: int = 30, n_refine: int = 120, seed: int = 0) -> pd.Da
             rows.append(
                 {
                     "stage": "screen", "layer": layer, "point": point, "operation": "ablate",
-                    "behaviour": 3 - 2.2 * gap + rng.normal(0, 0.6),
+                    "target_log_odds": 3 - 2.2 * gap + rng.normal(0, 0.6),
                     "addition": -7 + 1.9 * gap + rng.normal(0, 0.6),
                     "kl": float(np.exp(rng.normal(-1.6 + 0.25 * gap, 0.5))),
                 }
@@ -115,7 +115,7 @@ def make_trials(n_layers: int = 30, n_refine: int = 120, seed: int = 0) -> pd.Da
                 "attention_strength": 0.4 + power, "attention_layer": rng.integers(15, 29),
                 "mlp_strength": 0.3 + power, "mlp_layer": rng.integers(10, 29),
                 "width": rng.integers(4, 20), "addition": 3.0,
-                "behaviour": 3 - 13 * power ** 0.5 + rng.normal(0, 1.3),
+                "target_log_odds": 3 - 13 * power ** 0.5 + rng.normal(0, 1.3),
                 "kl": float(np.exp(-4.4 + 3.2 * power + rng.normal(0, 0.6))),
             }
         )  # fmt: skip
@@ -125,10 +125,10 @@ def make_trials(n_layers: int = 30, n_refine: int = 120, seed: int = 0) -> pd.Da
         position="-1", status="ok", reason="", seconds=0.9, repetition=np.nan, length=np.nan,
         expression_rate=np.nan,
     )  # fmt: skip
-    finalists = frame[frame["stage"] == "refine"].nsmallest(8, "behaviour").index
+    finalists = frame[frame["stage"] == "refine"].nsmallest(8, "target_log_odds").index
     frame.loc[finalists, "expression_rate"] = np.linspace(0, 0.2, len(finalists))
     failed = frame.index[[0, min(44, len(frame) - 1)]]
-    frame.loc[failed, ["behaviour", "addition", "kl"]] = np.nan
+    frame.loc[failed, ["target_log_odds", "addition", "kl"]] = np.nan
     frame.loc[failed, "status"] = "failed"
     frame.loc[failed, "reason"] = "no direction: the difference is zero"
     return frame
@@ -158,7 +158,7 @@ def make_run(folder: Path, n_layers: int = 30) -> Path:
     trials = make_trials(n_layers)
     trials.to_csv(folder / "trials.csv", index=False)
     good = trials[(trials["status"] == "ok") & (trials["kl"] <= 0.1)]
-    chosen = json.loads(good.loc[good["behaviour"].idxmin()].to_json())
+    chosen = json.loads(good.loc[good["target_log_odds"].idxmin()].to_json())
     selected = {"plan": {"format": "x", "edits": []}, "trial": chosen, "test": TEST}
     (folder / "selected.json").write_text(json.dumps(selected))
     (folder / "run.json").write_text(json.dumps({"configuration": {"max_kl": 0.1}}))
@@ -348,7 +348,7 @@ def test_cosine_of_several_positions_and_of_none(ax):
 # Trials
 
 
-@pytest.mark.parametrize("value", ["behaviour", "kl", "addition"])
+@pytest.mark.parametrize("value", ["target_log_odds", "kl", "addition"])
 def test_heatmap_puts_each_screening_score_in_its_cell(ax, value):
     trials = make_trials(5)
     sweep_heatmap(trials, ax, value=value)
@@ -369,10 +369,10 @@ def test_heatmap_has_a_column_for_each_position(ax):
 
 
 def test_heatmap_of_failures_only_is_all_hatched(ax):
-    trials = make_trials(3).assign(status="failed", behaviour=np.nan, kl=np.nan)
-    for value in ("behaviour", "kl"):
+    trials = make_trials(3).assign(status="failed", target_log_odds=np.nan, kl=np.nan)
+    for value in ("target_log_odds", "kl"):
         sweep_heatmap(trials, Figure().add_subplot(), value=value)
-    sweep_heatmap(trials, ax, value="behaviour")
+    sweep_heatmap(trials, ax, value="target_log_odds")
     assert "0 of 9 sites" in everything_said(ax)
     ax.figure.canvas.draw()
 
@@ -404,7 +404,7 @@ def test_no_trial_beats_the_pareto_front(ax):
     trials = make_trials()
     pareto(trials, ax)
     front = np.column_stack(lines_of(ax, "Pareto front").get_data())
-    good = trials[trials["status"] == "ok"][["kl", "behaviour"]].to_numpy()
+    good = trials[trials["status"] == "ok"][["kl", "target_log_odds"]].to_numpy()
     for kl, behaviour in front:
         better = (good <= (kl, behaviour)).all(1) & (good < (kl, behaviour)).any(1)
         assert not better.any()
@@ -415,7 +415,7 @@ def test_no_trial_beats_the_pareto_front(ax):
 def test_pareto_counts_what_it_leaves_out_and_marks_the_choice(ax):
     trials = make_trials()
     trials.loc[trials.index[-1], "kl"] = np.nan
-    chosen = {"trial": 7, "kl": 0.04, "behaviour": -8.0}
+    chosen = {"trial": 7, "kl": 0.04, "target_log_odds": -8.0}
     pareto(trials, ax, selected=chosen, max_kl=0.1)
     said = everything_said(ax)
     assert "207 of 210 trials; 3 failed or NaN" in said
@@ -427,11 +427,13 @@ def test_pareto_counts_what_it_leaves_out_and_marks_the_choice(ax):
 
 def test_pareto_takes_a_zero_kl_and_a_choice_without_scores(ax):
     trials = make_trials(2).assign(kl=0.0, status="ok").drop(columns="expression_rate")
-    pareto(trials.fillna({"behaviour": 0.0}), ax, selected={"trial": 1, "kl": None}, max_kl=0)
+    pareto(trials.fillna({"target_log_odds": 0.0}), ax, selected={"trial": 1, "kl": None}, max_kl=0)
     ax.figure.canvas.draw()
     assert "chosen" not in everything_said(ax)
     with pytest.raises(RunError, match="not numbers"):
-        pareto(make_trials(2), Figure().add_subplot(), selected={"kl": "low", "behaviour": 1.0})
+        pareto(
+            make_trials(2), Figure().add_subplot(), selected={"kl": "low", "target_log_odds": 1.0}
+        )
 
 
 # The test report

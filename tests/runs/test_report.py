@@ -78,7 +78,7 @@ ADDITION = {
     ],
 }  # fmt: skip
 SELECTED = {
-    "plan": PLAN, "addition_plan": ADDITION, "trial": {"trial": 2, "behaviour": -9.5, "kl": 0.04},
+    "plan": PLAN, "addition_plan": ADDITION, "trial": {"trial": 2, "target_log_odds": -9.5, "kl": 0.04},
     "rule": "constrained", "test": TEST,
     "limits": {"considered": 210, "removed": {"kl > 0.1": 120, "addition < 0": 31}, "kept": 59},
 }  # fmt: skip
@@ -94,7 +94,7 @@ CERTIFICATE = {
     "passed": True, "limits": {"max_abs_logit_difference": 1e-3, "kl": 1e-6},
 }  # fmt: skip
 TRIALS = """\
-trial,stage,layer,point,position,operation,attention_strength,behaviour,addition,kl,\
+trial,stage,layer,point,position,operation,attention_strength,target_log_odds,addition,kl,\
 expression_rate,status,reason,seconds
 0,screen,0,resid_pre,-1,ablate,,,,,,failed,no direction here,0.1
 1,screen,22,resid_mid,-1,ablate,,-11.5,3.1,0.41,,ok,,0.9

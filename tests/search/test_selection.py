@@ -43,7 +43,7 @@ def test_the_published_choice(model: str, n_layers: int) -> None:
     assert choice.considered == len(rows)
     assert choice.kept == len(kept) == len(rows) - sum(choice.removed.values())
     # the published filtered file is sorted: its first entry is the choice, number for number
-    assert choice.row["behaviour"] == kept[0]["refusal_score"]
+    assert choice.row["target_log_odds"] == kept[0]["refusal_score"]
     assert choice.row["kl"] == kept[0]["kl_div_score"]
     assert choice.row["addition"] == kept[0]["steering_score"]
     json.dumps(choice.row, allow_nan=False)
@@ -58,7 +58,11 @@ def test_the_choice_depends_on_neither_order_nor_names(
     frame = pd.DataFrame(published(model, "direction_evaluations"))
     expected = arditi(frame, n_layers=n_layers)
     renamed = frame.rename(
-        columns={"refusal_score": "behaviour", "steering_score": "addition", "kl_div_score": "kl"}
+        columns={
+            "refusal_score": "target_log_odds",
+            "steering_score": "addition",
+            "kl_div_score": "kl",
+        }
     )
     found = arditi(renamed.sample(frac=1, random_state=seed), n_layers=n_layers)
     assert found == expected
@@ -70,27 +74,29 @@ def test_the_rule_against_a_loop(seed: int) -> None:
     frame = pd.DataFrame(
         {
             "layer": rng.integers(0, 20, 80),
-            "behaviour": rng.normal(size=80),
+            "target_log_odds": rng.normal(size=80),
             "addition": rng.normal(size=80),
             "kl": rng.exponential(0.1, 80),
         }
     )
-    frame.loc[rng.random(80) < 0.1, "behaviour"] = np.nan
+    frame.loc[rng.random(80) < 0.1, "target_log_odds"] = np.nan
     frame.loc[rng.random(80) < 0.1, "kl"] = np.inf
     best = None
     passed = 0
     for row in frame.itertuples():
-        scores = (row.behaviour, row.addition, row.kl)
+        scores = (row.target_log_odds, row.addition, row.kl)
         if not all(math.isfinite(value) for value in scores):
             continue
         if row.layer >= 16 or row.kl > 0.1 or row.addition < 0:
             continue
         passed += 1
-        if best is None or row.behaviour < best.behaviour:
+        if best is None or row.target_log_odds < best.target_log_odds:
             best = row
     choice = arditi(frame, n_layers=20)
     assert choice.kept == passed and best is not None and choice.row is not None
-    assert choice.row["behaviour"] == best.behaviour and choice.row["layer"] == best.layer
+    assert (
+        choice.row["target_log_odds"] == best.target_log_odds and choice.row["layer"] == best.layer
+    )
 
 
 def test_the_choice_keeps_integers() -> None:
@@ -103,22 +109,22 @@ def test_the_choice_keeps_integers() -> None:
 def test_limits_are_counted_in_order_and_their_edges_are_inside() -> None:
     frame = table(
         layer=[7, 8, 7, 7, 7, 9],
-        behaviour=[1.0, -9, -9, -9, -9, math.nan],
+        target_log_odds=[1.0, -9, -9, -9, -9, math.nan],
         addition=[0.0, 1, -1e-9, 1, 1, 1],
         kl=[0.1, 0, 0, 0.1 + 1e-9, math.nan, 5],
     )
     choice = arditi(frame, n_layers=10)
-    assert choice.row is not None and choice.row["behaviour"] == 1.0
+    assert choice.row is not None and choice.row["target_log_odds"] == 1.0
     assert list(choice.removed.values()) == [2, 1, 1, 1]
     assert list(choice.removed) == ["not finite", "layer >= 8", "kl > 0.1", "addition < 0"]
     other = arditi(frame, n_layers=10, prune_layers=0.0, max_kl=1.0, min_addition=-1.0)
-    assert other.row is not None and other.row["behaviour"] == -9 and other.kept == 4
+    assert other.row is not None and other.row["target_log_odds"] == -9 and other.kept == 4
 
 
-@pytest.mark.parametrize("column", ["behaviour", "addition", "kl"])
+@pytest.mark.parametrize("column", ["target_log_odds", "addition", "kl"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_rows_that_are_not_finite_are_never_chosen(column: str, bad: float) -> None:
-    frame = table(layer=[1, 2], behaviour=[-5.0, 5], addition=[1.0, 1], kl=[0.0, 0.0])
+    frame = table(layer=[1, 2], target_log_odds=[-5.0, 5], addition=[1.0, 1], kl=[0.0, 0.0])
     frame.loc[0, column] = bad
     choice = arditi(frame, n_layers=10)
     assert choice.row is not None and choice.row["layer"] == 2
@@ -128,19 +134,22 @@ def test_rows_that_are_not_finite_are_never_chosen(column: str, bad: float) -> N
 
 def test_no_candidate_says_what_removed_them_and_what_to_relax() -> None:
     frame = table(
-        layer=[1, 1, 1, 9], behaviour=[1.0, 2, 3, 4], addition=[1.0, 1, -1, 1], kl=[5.0, 6, 0, 0]
+        layer=[1, 1, 1, 9],
+        target_log_odds=[1.0, 2, 3, 4],
+        addition=[1.0, 1, -1, 1],
+        kl=[5.0, 6, 0, 0],
     )
     choice = arditi(frame, n_layers=10)
     assert choice.row is None and choice.kept == 0 and choice.considered == 4
     assert choice.removed == {"not finite": 0, "layer >= 8": 1, "kl > 0.1": 2, "addition < 0": 1}
     assert "kl > 0.1" in choice.relax and "2 candidates" in choice.relax
     assert choice.limits()["relax"] == choice.relax
-    hopeless = table(layer=[9], behaviour=[1.0], addition=[-1.0], kl=[5.0])
+    hopeless = table(layer=[9], target_log_odds=[1.0], addition=[-1.0], kl=[5.0])
     assert "several" in arditi(hopeless, n_layers=10).relax
 
 
 def test_input_that_cannot_be_selected_from() -> None:
-    frame = table(layer=[1], behaviour=[1.0], addition=[1.0], kl=[0.0])
+    frame = table(layer=[1], target_log_odds=[1.0], addition=[1.0], kl=[0.0])
     for missing in frame:
         with pytest.raises(RunError, match=f"no column {missing}.*refusal_score"):
             arditi(frame.drop(columns=missing), n_layers=10)
@@ -159,15 +168,21 @@ def test_input_that_cannot_be_selected_from() -> None:
 def test_a_table_that_has_both_names_is_refused_or_read() -> None:
     frame = pd.DataFrame(published("gemma-2b-it", "direction_evaluations"))
     try:
-        arditi(frame.assign(behaviour=frame["refusal_score"]), n_layers=18)
+        arditi(frame.assign(target_log_odds=frame["refusal_score"]), n_layers=18)
     except RunError as error:
-        assert "behaviour" in str(error)
+        assert "target_log_odds" in str(error)
 
 
 def test_columns_of_both_names_keep_their_own_values() -> None:
-    frame = table(layer=[0, 0], behaviour=[1.0, 2.0], refusal_score=[9.0, 8.0], addition=[1.0] * 2)
+    frame = table(
+        layer=[0, 0], target_log_odds=[1.0, 2.0], refusal_score=[9.0, 8.0], addition=[1.0] * 2
+    )
     row = arditi(frame.assign(kl_div_score=0.0), n_layers=4).row  # the package's own name decides
-    assert row is not None and (row["behaviour"], row["refusal_score"], row["kl"]) == (1.0, 9.0, 0)
+    assert row is not None and (row["target_log_odds"], row["refusal_score"], row["kl"]) == (
+        1.0,
+        9.0,
+        0,
+    )
 
 
 # --------------------------------------------------------------------------------- within a budget
@@ -241,13 +256,15 @@ def test_constrained_against_a_loop(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("objectives", [("behaviour", "kl"), ("behaviour", "kl", "repetition")])
+@pytest.mark.parametrize(
+    "objectives", [("target_log_odds", "kl"), ("target_log_odds", "kl", "repetition")]
+)
 def test_pareto_front_against_brute_force(seed: int, objectives: tuple[str, ...]) -> None:
     rng = np.random.default_rng(seed)
     values = rng.integers(0, 8, (50, 3)).astype(float)  # many ties
     values[rng.random((50, 3)) < 0.05] = np.nan
     values[rng.random((50, 3)) < 0.05] = -np.inf  # as low as can be, and no result either
-    frame = pd.DataFrame(values, columns=["behaviour", "kl", "repetition"])
+    frame = pd.DataFrame(values, columns=["target_log_odds", "kl", "repetition"])
     rows = frame[list(objectives)].to_numpy()
     finite = [i for i in range(50) if np.isfinite(rows[i]).all()]
     expected = {
@@ -264,10 +281,12 @@ def test_pareto_front_against_brute_force(seed: int, objectives: tuple[str, ...]
 
 
 def test_pareto_front_of_little() -> None:
-    one = table(behaviour=[3.0], kl=[1.0])
+    one = table(target_log_odds=[3.0], kl=[1.0])
     assert pareto_front(one).equals(one)
-    assert len(pareto_front(table(behaviour=[1.0, 1], kl=[2.0, 2]))) == 2  # equals do not beat
-    assert pareto_front(table(behaviour=[math.nan], kl=[1.0])).empty
+    assert (
+        len(pareto_front(table(target_log_odds=[1.0, 1], kl=[2.0, 2]))) == 2
+    )  # equals do not beat
+    assert pareto_front(table(target_log_odds=[math.nan], kl=[1.0])).empty
     with pytest.raises(RunError, match="no column kl"):
         pareto_front(one.drop(columns="kl"))
 

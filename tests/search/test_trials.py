@@ -108,7 +108,7 @@ class FakeBench:
     """Numbers made from the plan's own JSON; counts how often it was asked."""
 
     baseline: ClassVar[dict[str, float]] = dict.fromkeys(
-        ("behaviour_baseline", "unedited_answer_logprob_baseline", "addition_baseline"), 0.0
+        ("target_log_odds_baseline", "unedited_answer_logprob_baseline", "addition_baseline"), 0.0
     )
 
     def __init__(self, spoil: Callable[[Plan], dict[str, float]] = lambda plan: {}) -> None:
@@ -126,7 +126,11 @@ class FakeBench:
     def score(self, plan: Plan, *, generate: bool) -> dict[str, float]:
         self.scored.append(plan)
         number = int(plan.fingerprint[:6], 16) / 16**6
-        found = {"behaviour": -number, "unedited_answer_logprob": -9 * number, "kl": number / 5}
+        found = {
+            "target_log_odds": -number,
+            "unedited_answer_logprob": -9 * number,
+            "kl": number / 5,
+        }
         found["kl_high"] = number / 4
         if generate:
             found |= {"expression_rate": number, "repetition": 0.1, "length": 9.0}
@@ -165,7 +169,7 @@ def run(
 
 
 def trial(layer: int, **scores: float) -> Trial:
-    return ablation(layer).scored(scores or {"behaviour": layer / 3}, 0.25)
+    return ablation(layer).scored(scores or {"target_log_odds": layer / 3}, 0.25)
 
 
 def write(path: Path, trials: Sequence[Trial]) -> None:
@@ -315,7 +319,7 @@ def test_a_plans_control() -> None:
 @pytest.mark.parametrize(
     "given",
     [
-        BAND.scored({"behaviour": 0.1 + 0.2, "kl": 1e-17}, 1 / 3),
+        BAND.scored({"target_log_odds": 0.1 + 0.2, "kl": 1e-17}, 1 / 3),
         BAND.failed("not finite: kl"),
         FITTED.scored({"kl": 0.5}, 1.5),
         replace(FITTED, stage="search", prompts=12, number=3).scored({"kl": 0.5}, 1.5),
@@ -525,7 +529,7 @@ def test_every_trial_is_scored_once_in_order(tmp_path: Path) -> None:
     # screening also adds, at the direction's own site
     assert bench.added == [Plan((Add(item, item.site),)) for item in items]
     assert all(each.status == "ok" and each.scores["addition"] == 1.0 for each in trials)
-    assert all(each.scores["behaviour_baseline"] == 0.0 for each in trials)
+    assert all(each.scores["target_log_odds_baseline"] == 0.0 for each in trials)
 
 
 def numbered(n: int) -> list[Trial]:
@@ -950,7 +954,7 @@ def test_text_scores_are_of_both_sides_answers() -> None:
     before = [*bench.positive.generations, *bench.negative.generations]
     assert bench.repetition == pytest.approx(sum(repetition(g.tokens) for g in before) / 9)
     quick = bench.score(PLAN, generate=False)
-    assert set(quick) == {"behaviour", "unedited_answer_logprob", "kl", "kl_high"}
+    assert set(quick) == {"target_log_odds", "unedited_answer_logprob", "kl", "kl_high"}
     assert {name: found[name] for name in quick} == pytest.approx(quick)
     kl = FirstTokenKL()(ModelOutputs(bench.model, NEGATIVE, PLAN), bench.negative)
     assert found["kl"] == pytest.approx(float(kl.mean()), rel=1e-3)
