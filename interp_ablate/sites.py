@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -110,22 +111,45 @@ class Site:
         return Site(self.layer, _PROJECTIONS.get(self.point, self.point))
 
     @classmethod
-    def parse(cls, text: str) -> Site:
-        """Read `blocks.3.hook_resid_mid`, `hook_embed`, or the short forms `3.resid_mid`, `embed`."""
+    def parse(cls, text: SiteLike) -> Site:
+        """Read `blocks.3.hook_resid_mid`, `hook_embed`, or the short forms `3.resid_mid`, `embed`.
+
+        A `Site` is taken as it is.
+
+        Raises:
+            InterpAblateError: anything else.
+        """
+        if isinstance(text, Site):
+            return text
+        name = text if isinstance(text, str) else ""
         for point in EMBEDDING_POINTS:
-            if text in (f"hook_{point}", point):
+            if name in (f"hook_{point}", point):
                 return cls(0, point)
         for point in PROJECTION_POINTS:
-            named = re.fullmatch(rf"blocks\.(\d+)\.{re.escape(_OWN_NAMES[point])}", text)
+            named = re.fullmatch(rf"blocks\.(\d+)\.{re.escape(_OWN_NAMES[point])}", name)
             if named:
                 return cls(int(named[1]), point)
-        match = _BLOCK_NAME.fullmatch(text) or re.fullmatch(r"(\d+)\.(\w+)", text)
+        match = _BLOCK_NAME.fullmatch(name) or re.fullmatch(r"(\d+)\.(\w+)", name)
         if match is None or match[2] not in POINTS:
             raise InterpAblateError(
                 f"cannot read {text!r} as a site: write a TransformerLens name such as "
                 f"'blocks.3.hook_resid_mid', or '3.resid_mid'; points are {', '.join(POINTS)}"
             )
         return cls(int(match[1]), match[2])  # type: ignore[arg-type]
+
+
+SiteLike = Site | str
+"""A site, or its name (see `Site.parse`)."""
+
+
+def as_sites(sites: SiteLike | Iterable[SiteLike]) -> tuple[Site, ...]:
+    """One site or several, each a `Site` or its name.
+
+    Raises:
+        InterpAblateError: something else.
+    """
+    one = isinstance(sites, (str, Site)) or not isinstance(sites, Iterable)
+    return tuple(Site.parse(site) for site in ((sites,) if one else sites))  # type: ignore[arg-type, union-attr]
 
 
 def sites_of(

@@ -14,7 +14,7 @@ from torch import Tensor
 from interp_ablate.errors import InterpAblateError, ModelError
 from interp_ablate.models.forward import Batch
 from interp_ablate.precision import to_float64
-from interp_ablate.sites import Site
+from interp_ablate.sites import Site, SiteLike
 
 RESPONSE_MEAN = "response_mean"
 # every offset of the chat template's tokens after the instruction
@@ -61,12 +61,13 @@ class Activations:
     """True for positive prompts; None where the prompts were no ContrastSet."""
     moments: Moments | None = field(default=None, compare=False)
 
-    def at(self, site: Site, position: Position = -1) -> Float[Tensor, "prompt d_model"]:
+    def at(self, site: SiteLike, position: Position = -1) -> Float[Tensor, "prompt d_model"]:
         """Activations at one site and position.
 
         Raises:
             InterpAblateError: a site or position that was not collected.
         """
+        site = Site.parse(site)
         if site not in self.sites or str(position) not in self.positions:
             raise InterpAblateError(
                 f"no activations at {site}[{position}]: collected were {len(self.sites)} sites from "

@@ -32,14 +32,14 @@ from interp_ablate.prompts.chat_template import suffix_length
 from interp_ablate.prompts.contrast_set import ContrastSet
 from interp_ablate.prompts.prompt import PromptLike, as_prompts
 from interp_ablate.settings import MAX_NEW_TOKENS
-from interp_ablate.sites import Site, sites_of
+from interp_ablate.sites import Site, SiteLike, as_sites, sites_of
 from interp_ablate.storage.atomic_files import atomic_path
 
 
 def collect(
     model: Model,
     prompts: ContrastSet | PromptLike | Sequence[PromptLike],
-    sites: Sequence[Site] | None = None,
+    sites: SiteLike | Sequence[SiteLike] | None = None,
     positions: Position | Sequence[Position] = (-1,),
     *,
     responses: Sequence[str] | None = None,
@@ -50,7 +50,7 @@ def collect(
     """Run the prompts once and keep activations of the sites at the positions; no logits are computed.
 
     Args:
-        sites: default: resid_pre, resid_mid (not in parallel blocks) and resid_post of every layer.
+        sites: `Site`s or their names; default: resid_pre, resid_mid (not in parallel blocks) and resid_post of every layer.
         positions: offsets from the end of the prompt (-1 is its last token; offsets reach back over
             the tokens that follow the instruction in the chat template), "after_instruction" for all
             of these (as in Arditi et al. 2024, https://arxiv.org/abs/2406.11717), and "response_mean".
@@ -87,7 +87,7 @@ def collect(
 def collect_moments(
     model: Model,
     prompts: ContrastSet | PromptLike | Sequence[PromptLike],
-    sites: Sequence[Site] | None = None,
+    sites: SiteLike | Sequence[SiteLike] | None = None,
     positions: Position | Sequence[Position] = (-1,),
     *,
     responses: Sequence[str] | None = None,
@@ -128,14 +128,15 @@ class _Request:
 def _request(
     model: Model,
     prompts: ContrastSet | PromptLike | Sequence[PromptLike],
-    sites: Sequence[Site] | None,
+    sites: SiteLike | Sequence[SiteLike] | None,
     positions: Position | Sequence[Position],
     responses: Sequence[str] | None,
 ) -> tuple[_Request, Bool[Tensor, " prompt"] | None]:
     """The checked request, and True for the positive prompts of a contrast set."""
     if sites is None:
         sites = sites_of(model.residual_points, range(model.n_layers))
-    for site in sites:
+    chosen = as_sites(sites)
+    for site in chosen:
         model.hook_point(site)
     flat, labels = _flatten(prompts)
     rows = model.encode_all(flat)
@@ -143,7 +144,7 @@ def _request(
     lengths = [len(row) for row in rows]
     if RESPONSE_MEAN in names:
         rows = _with_responses(model, flat, rows, responses)
-    return _Request(rows, lengths, tuple(sites), names), labels
+    return _Request(rows, lengths, chosen, names), labels
 
 
 def _flatten(

@@ -27,7 +27,7 @@ from interp_ablate.models.forward import Batch
 from interp_ablate.models.model import Model
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring.exchange import PromptResponse
-from interp_ablate.sites import Site
+from interp_ablate.sites import SiteLike, as_sites
 
 
 class TokenizedAnswer(Protocol):
@@ -54,7 +54,7 @@ POOLED_ROWS = 16  # always: a sum's last bits depend on it, and name the plans t
 def pooled(
     model: Model,
     answers: Sequence[TokenizedAnswer],
-    sites: Sequence[Site],
+    sites: Sequence[SiteLike],
     *,
     batch_size: int | None = None,
     on_batch: Callable[[int], None] | None = None,
@@ -75,7 +75,7 @@ def pooled(
 def response_activations(
     model: Model,
     answers: Sequence[TokenizedAnswer],
-    sites: Sequence[Site],
+    sites: Sequence[SiteLike],
     *,
     batch_size: int | None = None,
     on_batch: Callable[[int], None] | None = None,
@@ -95,7 +95,7 @@ def response_activations(
 def _blocks(
     model: Model,
     answers: Sequence[TokenizedAnswer],
-    sites: Sequence[Site],
+    sites: Sequence[SiteLike],
     pool: Callable[[Tensor, Batch], Tensor],
     batch_size: int | None,
     on_batch: Callable[[int], None] | None,
@@ -108,18 +108,19 @@ def _blocks(
     """
     if not answers or not all(answer.tokens for answer in answers):
         raise InterpAblateError(f"{len(answers)} answers, one of them empty: nothing to pool over")
+    places = as_sites(sites)
     prompts = model.encode_all([answer.prompt for answer in answers])
     rows = [row + list(answer.tokens) for row, answer in zip(prompts, answers)]
     stream = model.stream(
         rows,
         keep=0,
         prompt_lengths=[len(row) for row in prompts],
-        capture=dict.fromkeys(sites, pool),
+        capture=dict.fromkeys(places, pool),
         batch_size=batch_size,
         tail=max(map(len, rows)) if whole else max(len(answer.tokens) for answer in answers),
     )
     for batch, _, captured in stream:
-        block = torch.stack([captured[site] for site in sites], -2).cpu()
+        block = torch.stack([captured[site] for site in places], -2).cpu()
         check_finite(block, error=DirectionError)
         yield torch.as_tensor(batch.index), block
         if on_batch:

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 from interp_ablate.cli.options import ModelSettings, chosen_in_run, load
 from interp_ablate.cli.settings import adding, settings_from
-from interp_ablate.errors import RunError
 from interp_ablate.settings import setting
 
 
@@ -22,7 +20,9 @@ class Generate(ModelSettings):
     """Which prompts are answered, and under which plan."""
 
     prompts: tuple[str, ...] = setting(
-        help="prompts, or @FILE with a prompt a line", positional=True, nargs="+"
+        help="prompts, or @FILE of prompts (a prompt a line, or a table)",
+        positional=True,
+        nargs="+",
     )
     run: str | None = setting(None, "run folder: its model and chosen plan")
     plan: str | None = setting(None, "plan JSON")
@@ -37,14 +37,13 @@ add = adding(Generate)
 def run(args: Namespace) -> int:
     """Print each prompt's answers."""
     from interp_ablate.edits.plan import Plan
-    from interp_ablate.prompts.prompt import Prompt
 
     settings = settings_from(args, Generate)
     if settings.run:
         stored, selected = chosen_in_run(settings.run)
         settings = settings_from(args, Generate, under={**stored, "plan": selected})
     plan = Plan.load(settings.plan) if settings.plan else None
-    prompts = [Prompt(text, settings.system) for text in _prompt_texts(settings.prompts)]
+    prompts = _prompts(settings)
     model = load(settings, settings.model)
     limit = settings.max_new_tokens
     conditions = {"baseline": model.generate(prompts, max_new_tokens=limit)}
@@ -62,15 +61,12 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def _prompt_texts(arguments: Sequence[str]) -> list[str]:
-    texts: list[str] = []
-    for argument in arguments:
-        if not argument.startswith("@"):
-            texts.append(argument)
-            continue
-        try:
-            lines = Path(argument[1:]).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise RunError(f"cannot read prompts from {argument[1:]}: {error}") from error
-        texts += [line for line in lines if line.strip()]
-    return texts
+def _prompts(settings: Generate) -> list[Any]:
+    from interp_ablate.prompts.prompt import Prompt
+    from interp_ablate.prompts.readers import Reading, read_side
+
+    how, prompts = Reading(system=settings.system), []
+    for argument in settings.prompts:
+        file = argument.startswith("@")
+        prompts += read_side(argument[1:], how) if file else [Prompt(argument, settings.system)]
+    return prompts

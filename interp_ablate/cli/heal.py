@@ -155,12 +155,12 @@ def _pairs(
 
 def read_prompts(spec: str) -> list[Any]:
     """The prompts of a file, each once; `everyday` is a bundled one."""
-    from interp_ablate.prompts.prompt import Prompt, distinct
+    from interp_ablate.prompts.prompt import distinct
     from interp_ablate.prompts.readers import read_side
     from interp_ablate.storage.bundled_data import bundled
 
     path = str(bundled("prompts", f"{EVERYDAY}.txt")) if spec == EVERYDAY else spec
-    return list(distinct(read_side(path, lambda place, text, system: Prompt(text, system))))
+    return list(distinct(read_side(path)))
 
 
 def _print_costs(report: dict[str, Any]) -> None:

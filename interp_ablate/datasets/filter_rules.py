@@ -320,7 +320,6 @@ def direction_at(place: str) -> Direction:
         InterpAblateError: nothing that can be read there, or several directions.
     """
     from interp_ablate.directions.direction_set import Directions
-    from interp_ablate.sites import Site
 
     if Path(place).is_dir():
         from interp_ablate.persona.persona import load_persona
@@ -329,7 +328,7 @@ def direction_at(place: str) -> Direction:
     path, _, site = place.partition("#")
     directions = Directions.load(path)
     if site:
-        return directions[Site.parse(site)]
+        return directions[site]
     if len(directions) != 1:
         sites = ", ".join(sorted({str(item.site) for item in directions})[:4])
         raise RunError(

@@ -98,6 +98,7 @@ class Direction:
                 "nothing can be ablated or added along it"
             )
         object.__setattr__(self, "vector", vector / length)
+        object.__setattr__(self, "site", Site.parse(self.site))
 
     @property
     def raw(self) -> Float[Tensor, " d_model"]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from interp_ablate.directions.direction import Direction, Separation
 from interp_ablate.errors import DirectionError
-from interp_ablate.sites import Site
+from interp_ablate.sites import Site, SiteLike, as_sites
 from interp_ablate.storage.atomic_files import write_atomic
 
 FORMAT, PLAIN_FORMAT = "interp_ablate.directions/1", "interp_ablate.vectors/1"
@@ -36,7 +36,7 @@ class HasActivations(Protocol):
     @property
     def labels(self) -> Bool[Tensor, " prompt"] | None: ...
 
-    def at(self, site: Site, position: str = "-1") -> Float[Tensor, "prompt d_model"]: ...
+    def at(self, site: SiteLike, position: str = "-1") -> Float[Tensor, "prompt d_model"]: ...
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,11 @@ class Directions:
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, key: Site | tuple[Site, str] | tuple[Site, str, str]) -> Direction:
-        site, position, method = (*(key if isinstance(key, tuple) else (key,)), None, None)[:3]
+    def __getitem__(
+        self, key: SiteLike | tuple[SiteLike, str] | tuple[SiteLike, str, str]
+    ) -> Direction:
+        place, position, method = (*(key if isinstance(key, tuple) else (key,)), None, None)[:3]
+        site = Site.parse(place)
         for item in self.items:
             if item.site == site and item.is_of(position, method):
                 return item
@@ -81,9 +84,9 @@ class Directions:
         """Only the directions of one method."""
         return replace(self, items=tuple(item for item in self.items if item.method == method))
 
-    def where(self, keep: Iterable[Site]) -> Directions:
+    def where(self, keep: SiteLike | Iterable[SiteLike]) -> Directions:
         """Only the directions at the given sites."""
-        wanted = set(keep)
+        wanted = set(as_sites(keep))
         return replace(self, items=tuple(item for item in self.items if item.site in wanted))
 
     def save(self, path: str | Path) -> None:

@@ -29,7 +29,7 @@ from interp_ablate.directions.mean_difference import (
 )
 from interp_ablate.directions.subspaces import pca
 from interp_ablate.errors import DirectionError
-from interp_ablate.sites import Site
+from interp_ablate.sites import Site, SiteLike, as_sites
 from interp_ablate.storage.entry_points import entry_named, entry_names
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def estimate_with(
     train: HasActivations,
     held_out: HasActivations | None = None,
     *,
-    sites: Iterable[Site] | None = None,
+    sites: SiteLike | Iterable[SiteLike] | None = None,
     source: str = "",
 ) -> Directions:
     """One estimator at every site and position; where it finds no direction, the reason.
@@ -107,11 +107,13 @@ def estimate_with(
     return directions
 
 
-def _chosen(sites: Iterable[Site] | None, collected: tuple[Site, ...]) -> tuple[Site, ...]:
+def _chosen(
+    sites: SiteLike | Iterable[SiteLike] | None, collected: tuple[Site, ...]
+) -> tuple[Site, ...]:
     """The sites asked for, in the order in which they were collected."""
     if sites is None:
         return collected
-    wanted = set(sites)
+    wanted = set(as_sites(sites))
     unknown = sorted(str(site) for site in wanted - set(collected))
     if unknown:
         raise DirectionError(
@@ -122,7 +124,7 @@ def _chosen(sites: Iterable[Site] | None, collected: tuple[Site, ...]) -> tuple[
 
 
 def comparison(
-    train: HasActivations, held_out: HasActivations, site: Site, position: str | int = "-1"
+    train: HasActivations, held_out: HasActivations, site: SiteLike, position: str | int = "-1"
 ) -> pd.DataFrame:
     """One row an estimator: AUC and d' on held-out prompts, cosine to the difference in means, norm.
 
@@ -137,7 +139,7 @@ def comparison(
     import pandas as pd
 
     labels, held_labels = labels_of(train), labels_of(held_out)
-    place = str(position)
+    site, place = Site.parse(site), str(position)
     values, held = train.at(site, place), held_out.at(site, place)
     means = checked_means(values[labels], values[~labels], site, place)
     rows = []

@@ -31,7 +31,7 @@ from interp_ablate.directions.direction_set import (
 )
 from interp_ablate.directions.gguf_vectors import read_gguf_vectors
 from interp_ablate.errors import DirectionError, InterpAblateError
-from interp_ablate.sites import POINTS, Point, Site
+from interp_ablate.sites import POINTS, Point, Site, SiteLike
 
 UNKNOWN = "unknown"  # the position of a vector whose file does not tell it
 METADATA = "direction_metadata.json"
@@ -65,7 +65,7 @@ class _FileTensor:
 def read_directions(
     path: str | Path,
     *,
-    site: Site | None = None,
+    site: SiteLike | None = None,
     point: Point | None = None,
     position: str | None = None,
     d_model: int | None = None,
@@ -86,7 +86,7 @@ def read_directions(
         DirectionError: a file that cannot be read or would have to be unpickled, a vector without a
             site, NaN, zeros, a wrong shape or dtype, or nothing at the site and position asked for.
     """
-    path = Path(path)
+    path, site = Path(path), site if site is None else Site.parse(site)
     if point is not None and point not in POINTS:
         raise DirectionError(f"unknown point {point!r}: accepted are {', '.join(POINTS)}")
     if path.suffix == ".safetensors" and _is_a_directions_file(path):

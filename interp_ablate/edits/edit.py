@@ -17,23 +17,24 @@ from torch import Tensor
 
 from interp_ablate.directions.direction import Direction
 from interp_ablate.edits.affine import Affine
-from interp_ablate.errors import PlanError
-from interp_ablate.sites import Site
+from interp_ablate.errors import InterpAblateError, PlanError
+from interp_ablate.sites import Site, SiteLike, as_sites
 
 Positions = Literal["all", "prompt", "generated"]
 
 
-def as_sites(sites: Site | Iterable[Site]) -> tuple[Site, ...]:
-    """One site or several as a tuple.
+def written_sites(sites: SiteLike | Iterable[SiteLike]) -> tuple[Site, ...]:
+    """The sites of an edit, in the order given.
 
     Raises:
         PlanError: no site, something else, or a site twice.
     """
-    value: Any = sites
-    several = isinstance(value, Iterable) and not isinstance(value, str)
-    checked: tuple[Site, ...] = tuple(value) if several else (value,)
-    if not checked or not all(isinstance(site, Site) for site in checked):
-        raise PlanError(f"an edit needs one or more Site values; got {checked!r}")
+    try:
+        checked = as_sites(sites)
+    except InterpAblateError as error:
+        raise PlanError(str(error)) from error
+    if not checked:
+        raise PlanError("an edit needs one or more sites; got none")
     if len(set(checked)) != len(checked):
         raise PlanError(f"the same site is named twice in one edit: {[str(s) for s in checked]}")
     return checked
@@ -109,12 +110,12 @@ class EditBase:
     def _place(
         self,
         direction: Direction | Tensor,
-        sites: Site | Iterable[Site],
+        sites: SiteLike | Iterable[SiteLike],
         amounts: float | Sequence[float],
         **values: Any,
     ) -> None:
         """Set the fields that every edit has: the sites, a number for each, positions, label, vectors."""
-        places = as_sites(sites)
+        places = written_sites(sites)
         values["label"] = values["label"] or joined_label(direction)
         amounts = strength_per_site(amounts, places, self.amount)
         self._set(sites=places, amounts=amounts, **values)
@@ -141,7 +142,7 @@ class EditBase:
     def d_model(self) -> int:
         return self.vectors.shape[1]
 
-    def map_at(self, site: Site, gain: Float[Tensor, " d_model"] | None = None) -> Affine:
+    def map_at(self, site: SiteLike, gain: Float[Tensor, " d_model"] | None = None) -> Affine:
         """The affine map of this edit at one of its sites.
 
         Args:
@@ -152,6 +153,7 @@ class EditBase:
         Raises:
             PlanError: a site that this edit does not write; an addition or a clamp before a norm.
         """
+        site = Site.parse(site)
         if site not in self.sites:
             raise PlanError(
                 f"{self!r} has no map at {site}: it writes {', '.join(map(str, self.sites[:4]))}"
@@ -174,7 +176,7 @@ class EditBase:
         """The same edit at other sites: its map at the first site of each pair, written at the second."""
         edit = copy.copy(self)
         edit._set(
-            sites=as_sites(new for _, new in pairs),
+            sites=written_sites(new for _, new in pairs),
             amounts=tuple(self.amounts[self.sites.index(old)] for old, _ in pairs),
         )
         return edit
@@ -196,7 +198,7 @@ class EditBase:
         make: Any = cls
         edit = make(
             vectors,
-            [Site.parse(name) for name in entry["sites"]],
+            entry["sites"],
             positions=entry["positions"],
             label=entry["label"],
             **{cls.amount: entry[cls.amount]},

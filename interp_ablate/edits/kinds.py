@@ -26,14 +26,14 @@ from interp_ablate.edits.affine import (
 from interp_ablate.edits.edit import (
     EditBase,
     Positions,
-    as_sites,
     joined_label,
     one_or_many,
     range_text,
     strength_per_site,
+    written_sites,
 )
 from interp_ablate.errors import PlanError
-from interp_ablate.sites import WRITER_POINTS, Site
+from interp_ablate.sites import WRITER_POINTS, Site, SiteLike
 
 
 @dataclass(frozen=True, eq=False, init=False, repr=False)
@@ -60,14 +60,14 @@ class Ablate(EditBase):
     def __init__(
         self,
         direction: Direction | Float[Tensor, "*k d_model"],
-        sites: Site | Iterable[Site],
+        sites: SiteLike | Iterable[SiteLike],
         *,
         strength: float | Sequence[float] = 1.0,
         positions: Positions = "all",
         label: str | None = None,
         norm_preserving: bool = False,
     ) -> None:
-        places = as_sites(sites)
+        places = written_sites(sites)
         if norm_preserving:
             _check_norm_preserving(places, positions)
         vectors = orthonormal_rows(as_vectors(direction))
@@ -111,7 +111,7 @@ class Add(EditBase):
     def __init__(
         self,
         direction: Direction | Float[Tensor, " d_model"],
-        sites: Site | Iterable[Site],
+        sites: SiteLike | Iterable[SiteLike],
         *,
         coefficient: float | Sequence[float] = 1.0,
         positions: Positions = "all",
@@ -138,7 +138,7 @@ class Clamp(EditBase):
     def __init__(
         self,
         direction: Direction | Float[Tensor, " d_model"],
-        sites: Site | Iterable[Site],
+        sites: SiteLike | Iterable[SiteLike],
         *,
         value: float | Sequence[float],
         positions: Positions = "all",
@@ -194,14 +194,14 @@ class Erase(EditBase):
         self,
         write: Direction | Float[Tensor, " d_model"],
         read: Direction | Float[Tensor, " d_model"],
-        sites: Site | Iterable[Site],
+        sites: SiteLike | Iterable[SiteLike],
         *,
         strength: float | Sequence[float] = 1.0,
         value: float | Sequence[float] = 0.0,
         positions: Positions = "all",
         label: str | None = None,
     ) -> None:
-        places = as_sites(sites)
+        places = written_sites(sites)
         vectors, scale = oblique_rows(write, read)
         values = [scale * number for number in strength_per_site(value, places, "value")]
         self._set(
@@ -217,7 +217,7 @@ class Erase(EditBase):
     def of(
         cls,
         eraser: EraserLike,
-        sites: Site | Iterable[Site],
+        sites: SiteLike | Iterable[SiteLike],
         *,
         strength: float | Sequence[float] = 1.0,
         positions: Positions = "all",
@@ -283,7 +283,7 @@ class Erase(EditBase):
             raise PlanError(
                 f'"write" and "read" of an edit are lists of numbers; got shapes {shapes}'
             )
-        sites = tuple(Site.parse(name) for name in entry["sites"])
+        sites = written_sites(entry["sites"])
         options = {name: entry[name] for name in ("strength", "value", "positions", "label")}
         edit = cls(rows[0], rows[1], sites, **options)
         edit._take_stored(torch.stack(rows))

@@ -24,7 +24,7 @@ from interp_ablate.edits.affine import Affine
 from interp_ablate.edits.edit import EditBase, Positions, is_number
 from interp_ablate.edits.kinds import Ablate, Add, Clamp, Edit, edit_from_dict
 from interp_ablate.errors import PlanError
-from interp_ablate.sites import EMBEDDING_POINTS, WRITER_POINTS, Point, Site, sites_of
+from interp_ablate.sites import EMBEDDING_POINTS, WRITER_POINTS, Point, Site, SiteLike, sites_of
 from interp_ablate.storage.atomic_files import write_atomic
 
 logger = logging.getLogger(__name__)
@@ -83,12 +83,13 @@ class Plan:
         """Every site that is written, in forward order, once."""
         return tuple(sorted({site for edit in self.edits for site in edit.sites}))
 
-    def norm_preserving_at(self, site: Site) -> Ablate | None:
+    def norm_preserving_at(self, site: SiteLike) -> Ablate | None:
         """The norm-preserving edit of a site, if there is one; additions may stand beside it.
 
         Raises:
             PlanError: another edit than an addition shares its site.
         """
+        site = Site.parse(site)
         edits = [e for e in self.edits if site in e.sites and not isinstance(e, Add)]
         norm_preserving = [e for e in edits if isinstance(e, Ablate) and e.norm_preserving]
         if norm_preserving and len(edits) > 1:
@@ -99,12 +100,13 @@ class Plan:
         return norm_preserving[0] if norm_preserving else None
 
     def maps_at(
-        self, site: Site, gain: Float[Tensor, " d_model"] | None = None
+        self, site: SiteLike, gain: Float[Tensor, " d_model"] | None = None
     ) -> list[tuple[Positions, Affine]]:
         """The maps at one site in order, neighbours of equal positions composed into one.
 
         `gain`: of the norm that follows the site, as for `map_at`.
         """
+        site = Site.parse(site)
         maps: list[tuple[Positions, Affine]] = []
         for edit in self.edits:
             if site not in edit.sites:

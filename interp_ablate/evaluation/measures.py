@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from interp_ablate.errors import RunError
 from interp_ablate.prompts.contrast_set import ContrastSet
 from interp_ablate.prompts.prompt import Prompt
-from interp_ablate.prompts.readers import LABEL_COLUMNS, bundled_names, read_side
+from interp_ablate.prompts.readers import bundled_names, is_one_side, read_side
 from interp_ablate.scoring.exchange import TextScorer
 from interp_ablate.settings import MAX_NEW_TOKENS, setting
 
@@ -28,14 +28,14 @@ def read_prompts(spec: str | Path, *, seed: int = 0) -> dict[str, tuple[Prompt, 
 
     A bundled contrast set's name stands for the test part of its split, which made no direction and no
     choice in a run with default sizes and the same `seed`; another contrast set (see `ContrastSet.load`) for all of its
-    prompts, side by side; a text file with a prompt a line, or JSONL without labels, for one list.
+    prompts, side by side; a text file with a prompt a line, or a table without labels, for one list.
 
     Raises:
         PromptError: nothing there, or something that cannot be read.
     """
     name, path = str(spec), Path(spec)
-    if name not in bundled_names() and _is_one_side(path):
-        prompts = read_side(path, lambda place, text, system: Prompt(text, system))
+    if name not in bundled_names() and is_one_side(path):
+        prompts = read_side(path)
         return {path.stem: tuple(prompts)}
     contrast = ContrastSet.load(spec)
     if name in bundled_names():
@@ -44,17 +44,6 @@ def read_prompts(spec: str | Path, *, seed: int = 0) -> dict[str, tuple[Prompt, 
         f"{contrast.name}, positive": contrast.positive,
         f"{contrast.name}, negative": contrast.negative,
     }
-
-
-def _is_one_side(path: Path) -> bool:
-    if path.suffix != ".jsonl" or not path.is_file():
-        return path.suffix in (".txt", ".md")
-    try:
-        first = json.loads(path.read_text(encoding="utf-8").split("\n", 1)[0])
-    except ValueError:
-        return False  # read as a contrast set, which names the line
-    sided = {*LABEL_COLUMNS, "positive", "negative"}
-    return isinstance(first, dict) and not sided & {str(key).lower() for key in first}
 
 
 def _bundled_text() -> Corpus:
@@ -116,9 +105,7 @@ class EvaluationConfig:
     def identity(self) -> dict[str, Any]:
         """Everything that the numbers depend on, but for models, scorers and tasks."""
         sides = {
-            name: hashlib.sha256(
-                json.dumps([[p.text, p.system] for p in side]).encode()
-            ).hexdigest()
+            name: hashlib.sha256(json.dumps([p.parts for p in side]).encode()).hexdigest()
             for name, side in self.prompts.items()
         }
         return {

@@ -19,7 +19,8 @@ from interp_ablate.errors import InterpAblateError
 from interp_ablate.models.generation import Generation
 from interp_ablate.models.model import Model
 from interp_ablate.models.residual_cache import ResidualCache
-from interp_ablate.prompts.prompt import Prompt, PromptLike, as_prompts
+from interp_ablate.prompts.messages import is_chat
+from interp_ablate.prompts.prompt import Prompt, PromptLike, as_prompt, as_prompts
 from interp_ablate.scoring.exchange import PromptResponse
 from interp_ablate.settings import MAX_NEW_TOKENS
 
@@ -145,12 +146,11 @@ class ModelOutputs:
         """
         exchanges = []
         for each, text in zip(self.prompts, self.texts, strict=True):
-            prompt = Prompt(each) if isinstance(each, str) else each
-            if not isinstance(prompt, Prompt):
+            if not (isinstance(each, (str, Prompt)) or is_chat(each)):
                 raise InterpAblateError(
-                    "prompts of token ids have no text to score: give texts or Prompts"
+                    "prompts of token ids have no text to score: give texts, Prompts or chats"
                 )
-            exchanges.append(PromptResponse(prompt, text))
+            exchanges.append(PromptResponse(as_prompt(each), text))
         return exchanges
 
     @property

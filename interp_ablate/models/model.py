@@ -5,7 +5,7 @@ Knows: how its parts fit together, prompts as tokens. Does not know: how passes 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -34,9 +34,10 @@ from interp_ablate.models.loading import BackendName
 from interp_ablate.models.residual_cache import ResidualCache, ResidualCaching
 from interp_ablate.models.sources import ModelSource, weights_fingerprint
 from interp_ablate.prompts.chat_template import encode
-from interp_ablate.prompts.prompt import Prompt, PromptLike, as_prompts
+from interp_ablate.prompts.messages import is_chat
+from interp_ablate.prompts.prompt import Prompt, PromptLike, as_prompt, as_prompts
 from interp_ablate.settings import MAX_NEW_TOKENS
-from interp_ablate.sites import Point, Site
+from interp_ablate.sites import Point, Site, SiteLike
 
 
 class Model:
@@ -138,13 +139,13 @@ class Model:
         """The points of the residual stream that its blocks have: parallel ones have no resid_mid."""
         return self.site_map.residual_points
 
-    def hook_point(self, site: Site) -> nn.Module:
+    def hook_point(self, site: SiteLike) -> nn.Module:
         """The TransformerLens HookPoint of a site.
 
         Raises:
             ModelError: a layer beyond the last, or a site this architecture does not have.
         """
-        return self.site_map.hook_point(site)
+        return self.site_map.hook_point(Site.parse(site))
 
     @property
     def architecture(self) -> Architecture:
@@ -182,16 +183,14 @@ class Model:
 
     def encode(self, prompt: PromptLike) -> list[int]:
         """Token ids of one prompt, through the chat template; token lists pass through."""
-        if isinstance(prompt, str):
-            prompt = Prompt(prompt)
-        if isinstance(prompt, Prompt):
+        if isinstance(prompt, (str, Prompt)) or is_chat(prompt):
             if self.tokenizer is None:
                 raise ModelError(
                     f"{self.source.name} was wrapped without a tokenizer: give token ids, or "
                     "Model.wrap(..., tokenizer)"
                 )
-            return encode(prompt, self.tokenizer, template=self.template)
-        return list(prompt)
+            return encode(as_prompt(prompt), self.tokenizer, template=self.template)
+        return list(prompt)  # type: ignore[arg-type]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens, special ones left out; empty without a tokenizer."""
@@ -254,7 +253,7 @@ class Model:
         *,
         keep: int = 1,
         prompt_lengths: Sequence[int] | None = None,
-        capture: dict[Site, Capture] | None = None,
+        capture: Mapping[SiteLike, Capture] | None = None,
         batch_size: int | None = None,
         tail: int = 1,
         residual_cache: ResidualCache | None = None,
@@ -264,7 +263,7 @@ class Model:
         Yields for each batch: the batch (its `index` says which rows), the logits of its last `keep`
         positions [batch, keep, d_vocab] (None for 0: no logits are computed; fewer where the batch is
         shorter, and values before a row's first token mean nothing), and what each capture function
-        returned for its site. Captures see the last positions of the rows; `tail` says how many of them
+        returned for its site (a `Site`). Captures see the last positions of the rows; `tail` says how many of them
         at least. The tokens all rows share in front are run once for all (once a plan).
 
         Args:
@@ -273,14 +272,15 @@ class Model:
             residual_cache: what `cache_residuals` kept of these rows: blocks below the first that is
                 edited or captured are not run again.
         """
+        sites = {Site.parse(site): read for site, read in (capture or {}).items()}
         yield from self._passes.stream(
             rows,
             keep=keep,
             prompt_lengths=prompt_lengths,
-            capture=capture,
+            capture=sites,
             batch_size=batch_size,
             tail=tail,
-            resume=self._residuals.resume(residual_cache, rows, capture or ()),
+            resume=self._residuals.resume(residual_cache, rows, sites),
         )
 
     def logits(

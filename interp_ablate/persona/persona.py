@@ -24,7 +24,7 @@ from interp_ablate.models.model import Model
 from interp_ablate.persona.readout import COLUMNS as READOUT_COLUMNS
 from interp_ablate.persona.readout import METHOD as READOUT_METHOD
 from interp_ablate.persona.traits import Trait, load_trait
-from interp_ablate.sites import Site
+from interp_ablate.sites import Site, SiteLike
 from interp_ablate.storage.atomic_files import write_atomic
 
 logger = logging.getLogger(__name__)
@@ -70,9 +70,9 @@ class Persona:
         found none.
         """
         site = (self.details.get("readout") or {}).get("site")
-        return self.direction if site is None else self.readout_direction_at(Site.parse(site))
+        return self.direction if site is None else self.readout_direction_at(site)
 
-    def readout_direction_at(self, site: Site) -> Direction:
+    def readout_direction_at(self, site: SiteLike) -> Direction:
         """The direction to project text on at another layer's resid_post.
 
         Raises:

@@ -27,7 +27,7 @@ from interp_ablate.models.model import Model
 from interp_ablate.persona.rollouts import Rollout
 from interp_ablate.persona.settings import MIN_ANSWERS, MIN_COHERENCE
 from interp_ablate.prompts.prompt import Prompt
-from interp_ablate.sites import Site
+from interp_ablate.sites import Site, SiteLike, as_sites
 from interp_ablate.stats.correlation import overall
 
 METHOD = "score_slope"
@@ -81,9 +81,9 @@ def score_slope(
 def fit_readout(
     model: Model,
     answers: Sequence[Rollout],
-    sites: Sequence[Site],
+    sites: Sequence[SiteLike],
     *,
-    candidates: Collection[Site] | None = None,
+    candidates: Collection[SiteLike] | None = None,
     min_coherence: float = MIN_COHERENCE,
     min_answers: int = 2 * MIN_ANSWERS,
     source: str = "",
@@ -103,7 +103,7 @@ def fit_readout(
     Raises:
         DirectionError: NaN or infinity in the activations.
     """
-    listener = listener or NoProgress()
+    sites, listener = as_sites(sites), listener or NoProgress()
     usable = _usable(answers, min_coherence)
     questions = np.array([answer.prompt.text for answer in usable])
     n_questions = len(set(questions.tolist()))
@@ -128,7 +128,7 @@ def fit_readout(
                 _row(direction, _unseen(x[:, s], scores, questions, site), scores, questions)
             )
     chosen, why = _choose(
-        rows, {str(site) for site in (sites if candidates is None else candidates)}
+        rows, {str(site) for site in (sites if candidates is None else as_sites(candidates))}
     )
     if chosen is not None:
         rows[chosen]["chosen"] = True

@@ -8,10 +8,12 @@ one of Hugging Face's; transformers is never imported here.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from interp_ablate.errors import PromptError
+from interp_ablate.prompts.messages import split_thought
 from interp_ablate.prompts.prompt import Prompt, quote
 
 # Anything with `chat_template`, `apply_chat_template` and `__call__(text, add_special_tokens=)`.
@@ -33,51 +35,104 @@ def render(
 
     `template` is None (the tokenizer's chat template, or raw text where it has none), "none" (raw
     text), or the Jinja text of a chat template. A template that refuses or drops the system role
-    gets the system text at the start of the user turn, before a blank line; raw text likewise.
+    gets the system text at the start of the first user turn, before a blank line; raw text likewise.
 
     Raises:
-        PromptError: the template fails, or drops the prompt's text.
+        PromptError: the template fails, or drops a text; turns before the prompt without a template.
     """
-    folded = f"{prompt.system}\n\n{prompt.text}" if prompt.system else prompt.text
-    if template == "none" or (template is None and not getattr(tokenizer, "chat_template", None)):
-        return Rendered(folded + response, templated=False)
-    user = {"role": "user", "content": prompt.text}
-    text: str | None = None
-    if prompt.system is not None:
-        messages = [{"role": "system", "content": prompt.system}, user]
-        text, _ = _apply_template(messages, tokenizer, template)
-        if text is not None and (prompt.system.strip() not in text or _lost(prompt, text)):
-            text = None
-    if text is None:
-        text, reason = _apply_template([{"role": "user", "content": folded}], tokenizer, template)
-        if text is None:
+    if not has_template(tokenizer, template):
+        if prompt.history:
             raise PromptError(
-                f"the chat template cannot render {quote(prompt)}: {reason}; mend it, or pass "
-                'template="none" for raw text'
+                f"the prompt {quote(prompt)} has turns before it, which only a chat template can write, "
+                "and the model has none: give --template, or prompts of one turn"
             )
-    if _lost(prompt, text):
-        raise PromptError(
-            f"the chat template dropped the prompt {quote(prompt)} and gave {text[:60]!r}: it "
-            'must be Jinja text that writes the content of `messages`; "none" stands for raw text'
-        )
+        folded = f"{prompt.system}\n\n{prompt.text}" if prompt.system else prompt.text
+        return Rendered(folded + response, templated=False)
+    text = render_messages(prompt.messages, tokenizer, template=template)
     return Rendered(text + response, templated=True)
 
 
-def _lost(prompt: Prompt, text: str) -> bool:
-    return prompt.text.strip() not in text
+def has_template(tokenizer: Tokenizer, template: str | None) -> bool:
+    """True if prompts go through a chat template, False for raw text."""
+    return template != "none" and bool(template or getattr(tokenizer, "chat_template", None))
+
+
+def render_messages(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    *,
+    template: str | None = None,
+    open_ended: bool = True,
+) -> str:
+    """The text of a chat, open for the assistant's answer or (not `open_ended`) with its last turn ended.
+
+    Templates differ in what they take: tried are the messages as they are, with contents as lists of
+    parts, and both with the system text at the start of the first user turn.
+
+    Raises:
+        PromptError: none of these gives a text with every message in it.
+    """
+    reason = ""
+    for way in _ways(messages):
+        text, failure = _apply_template(way, tokenizer, template, open_ended)
+        lost = None if text is None else _lost(messages, text)
+        if text is not None and lost is None:
+            return text
+        reason = reason or failure or f"it drops {lost!r:.80} and gives {str(text)[:60]!r}"
+    roles = ", ".join(str(message["role"]) for message in messages)
+    last = messages[-1]["content"]
+    raise PromptError(
+        f"the chat template cannot render {last if len(last) <= 80 else last[:77] + '...'!r} ({roles}): "
+        f"{reason}. It must be Jinja text that writes every one of `messages`; mend the template or the "
+        'prompt, or pass template="none" for raw text'
+    )
+
+
+def _ways(messages: Sequence[Mapping[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The same chat in the forms that templates take, the plain one first."""
+    plain = [dict(message) for message in messages]
+    forms = [plain]
+    users = [i for i, message in enumerate(plain) if message["role"] == "user"]
+    if plain[0]["role"] == "system" and users:
+        system, first = plain[0]["content"], plain[users[0]]
+        text = f"{system}\n\n{first['content']}" if system else first["content"]
+        forms.append([{**m, "content": text} if m is first else m for m in plain[1:]])
+    for form in forms:
+        yield form
+        yield [{**m, "content": _parts(m["content"])} for m in form]
+
+
+def _parts(content: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": content}]
+
+
+def _lost(messages: Sequence[Mapping[str, Any]], text: str) -> str | None:
+    """The first message's text that is not in the rendered one, or the first tool that is called.
+
+    Templates may drop the thoughts of earlier answers, and no other words. A list of parts written as
+    Python shows it is none.
+    """
+    for message in messages:
+        content = str(message["content"])
+        words = split_thought(content)[1] if message["role"] == "assistant" else content
+        if words.strip() not in text or str(_parts(content)) in text:
+            return words
+        for call in message.get("tool_calls") or ():
+            name = str((call.get("function") or call).get("name", ""))
+            if name not in text:
+                return name
+    return None
 
 
 def _apply_template(
-    messages: list[dict[str, str]], tokenizer: Tokenizer, template: str | None
+    messages: list[dict[str, Any]], tokenizer: Tokenizer, template: str | None, open_ended: bool
 ) -> tuple[str | None, str]:
     """The rendered text, or None and the template's complaint."""
-    from jinja2.exceptions import TemplateError
-
     try:
         text = tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+            messages, chat_template=template, tokenize=False, add_generation_prompt=open_ended
         )
-    except TemplateError as error:
+    except Exception as error:  # a template is a program of somebody else: it may raise anything
         return None, f"{type(error).__name__}: {error}"
     return str(text), ""
 

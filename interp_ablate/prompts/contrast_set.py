@@ -14,8 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from interp_ablate.errors import PromptError
-from interp_ablate.prompts.prompt import Prompt, distinct, normalised, quote, repeated
-from interp_ablate.prompts.readers import bundled_names, read_side, read_spec, stem
+from interp_ablate.prompts.prompt import (
+    Prompt,
+    PromptLike,
+    as_prompt,
+    as_prompts,
+    distinct,
+    normalised,
+    quote,
+    repeated,
+)
+from interp_ablate.prompts.readers import Reading, bundled_names, read_side, read_spec, stem
 
 logger = logging.getLogger(__name__)
 
@@ -63,25 +72,28 @@ class ContrastSet:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the prompts of both sides in their order; name and source do not count."""
-        sides = [[[p.text, p.system] for p in side] for side in (self.positive, self.negative)]
+        sides = [[p.parts for p in side] for side in (self.positive, self.negative)]
         return hashlib.sha256(json.dumps(sides, ensure_ascii=True).encode()).hexdigest()
 
     @classmethod
     def from_texts(
         cls,
-        positive: Iterable[str],
-        negative: Iterable[str],
+        positive: Iterable[PromptLike],
+        negative: Iterable[PromptLike],
         *,
         name: str = "texts",
         system: str | None = None,
         source: str = "memory",
     ) -> ContrastSet:
-        """Two lists of strings as a contrast set, all with the same system prompt.
+        """Two lists of texts or chats as a contrast set; `system` is for those without their own.
 
         Raises:
             PromptError: see `Prompt` and `ContrastSet`.
         """
-        sides = [tuple(Prompt(text, system) for text in texts) for texts in (positive, negative)]
+        sides = [
+            tuple(as_prompt(text, system) for text in as_prompts(texts))  # type: ignore[arg-type]
+            for texts in (positive, negative)
+        ]
         return cls(name, sides[0], sides[1], source)
 
     @classmethod
@@ -94,22 +106,23 @@ class ContrastSet:
         column: str | None = None,
         split: str | None = None,
         system: str | None = None,
+        comments: bool = False,
         name: str | None = None,
     ) -> ContrastSet:
         """Read a contrast set.
 
         Args:
             spec: a bundled name (see `bundled_names`; to read a folder of that name write `./name`), a folder
-                holding `positive.*` and `negative.*`, one .jsonl, .json, .csv, .tsv or .parquet file, or a
-                Hugging Face dataset written `hf:owner/name` or `hf:owner/name:configuration`. A single file has
-                a prompt column and a label column (one of LABEL_COLUMNS; positive, pos, 1, true or negative,
-                neg, 0, false), or the columns `positive` and `negative`, a matched pair a row. A column `system`
-                (or `system_prompt`) gives prompts their own system prompts.
-            positive, negative: instead of `spec`, one side each: every row of such a file or dataset, or every
-                line of a text file. Blank lines and comments (`#` alone, or `# ` at the start) are skipped.
-            column: the prompt column; by default the first there is of `PROMPT_COLUMNS`.
-            split: of an `hf:` dataset; by default the only one, or `train`.
-            system: for every prompt without its own.
+                holding `positive.*` and `negative.*`, one .jsonl, .json, .csv, .tsv or .parquet file (also as
+                .gz or .zst), a folder of datasets' `save_to_disk`, or a Hugging Face dataset written
+                `hf:owner/name` or `hf:owner/name:configuration`. A single file has a prompt column and a label
+                column (one of LABEL_COLUMNS; positive, pos, 1, true or negative, neg, 0, false), or the columns
+                `positive` and `negative`, a matched pair a row. A prompt is a text, or a chat (a list of
+                messages, of which an answer at the end is left out). A column `system` (or `system_prompt`)
+                gives prompts their own system prompts.
+            positive, negative: instead of `spec`, one side each: every row of such a file or dataset, every text
+                of a JSON list, or every line of a text file that is not blank.
+            column, split, system, comments: see `Reading`.
 
         Prompts that their own side already had (normalised) are dropped with a logged warning.
 
@@ -117,19 +130,11 @@ class ContrastSet:
             PromptError: nothing, or something unreadable, at the given place; a malformed line or row (named);
                 a missing column; an unreachable hub; a set that `ContrastSet` refuses.
         """
-
-        def build(place: str, text: str, own: str | None) -> Prompt:
-            try:
-                return Prompt(text, system if own is None else own)
-            except PromptError as error:
-                raise PromptError(f"{place}: {error}") from error
-
+        how = Reading(column, split, system, comments)
         if spec is not None and positive is None and negative is None:
-            own_name, source, sides = read_spec(spec, build, column=column, split=split)
+            own_name, source, sides = read_spec(spec, how)
         elif spec is None and positive is not None and negative is not None:
-            first, second = (
-                read_side(side, build, column=column, split=split) for side in (positive, negative)
-            )
+            first, second = (read_side(side, how) for side in (positive, negative))
             own_name, sides = f"{stem(positive)}-vs-{stem(negative)}", (first, second)
             source = f"{positive} | {negative}"
         else:

@@ -1,16 +1,19 @@
-"""One prompt with its system message, and text helpers.
+"""One prompt with its system message and the turns before it, and text helpers.
 
-Knows: texts as they are compared. Does not know: contrast sets.
+Knows: texts as they are compared, and chats as prompts. Does not know: contrast sets.
 """
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from interp_ablate.errors import PromptError
+from interp_ablate.prompts.messages import Message, is_chat, message_of
 
+_UNSEEN = ("Cc", "Cf", "Zs", "Zl", "Zp")  # control, zero-width and space characters
 _SHOWN = 3  # how many offending prompts a message quotes
 
 
@@ -27,6 +30,8 @@ class Prompt:
 
     text: str
     system: str | None = None
+    history: tuple[Message, ...] = ()
+    """The turns of the chat between the system prompt and the text."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str) or not isinstance(self.system, (str, type(None))):
@@ -34,20 +39,59 @@ class Prompt:
                 f"a prompt is text with an optional system text, got {self.text!r} "
                 f"({type(self.text).__name__}) and {self.system!r}: pass strings"
             )
-        if not self.text.strip():
-            raise PromptError("an empty prompt: every prompt needs some text; remove the blank one")
+        if all(unicodedata.category(c) in _UNSEEN for c in self.text):
+            raise PromptError(
+                f"an empty prompt ({self.text!r}): every prompt needs some text that can be seen; remove "
+                "the blank one"
+            )
         try:
-            f"{self.system}{self.text}".encode()
+            "".join((str(self.system), self.text, *(m.content for m in self.history))).encode()
         except UnicodeEncodeError as error:
             raise PromptError(
                 f"the prompt {quote(self)} is not valid Unicode ({error.reason}): "
                 "remove the lone surrogate, most often half of an emoji"
             ) from error
 
+    @property
+    def parts(self) -> list[Any]:
+        """Plain data that tells prompts apart: text, system prompt, and the turns before."""
+        return [self.text, self.system, *(m.as_dict for m in self.history)]
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The whole prompt as chat templates take it."""
+        system = [] if self.system is None else [Message("system", self.system)]
+        return [m.as_dict for m in (*system, *self.history, Message("user", self.text))]
+
+    @classmethod
+    def from_messages(cls, messages: Sequence[Mapping[str, Any]]) -> Prompt:
+        """A chat that is open for an answer: a list of {"role": ..., "content": ...}.
+
+        A system message in front is the prompt's own; the user's last message is its text.
+
+        Raises:
+            PromptError: no message, an unknown role, something else than text; a chat that does not end
+                with the user.
+        """
+        if not is_chat(messages):
+            raise PromptError(
+                f"a chat is a list of messages, each with 'role' and 'content'; got {messages!r:.120}"
+            )
+        chat = [message_of(entry, f"messages[{i}]") for i, entry in enumerate(messages)]
+        *before, last = chat
+        if last.role != "user":
+            raise PromptError(
+                f"the chat ends with the {last.role}'s message: a prompt ends with the user's, and the "
+                "answer is left out"
+            )
+        system = before.pop(0).content if before and before[0].role == "system" else None
+        return cls(last.content, system, tuple(before))
+
 
 def normalised(prompt: Prompt) -> str:
     """The key under which two prompts are the same: case, Unicode form and white space folded."""
-    parts = (prompt.system or "", prompt.text)
+    before = (part for m in prompt.history for part in (m.role, m.content))
+    parts = (prompt.system or "", *before, prompt.text)
     return "\x1f".join(
         " ".join(unicodedata.normalize("NFC", part).casefold().split()) for part in parts
     )
@@ -79,9 +123,24 @@ def repeated(prompts: Iterable[Prompt]) -> tuple[Prompt, ...]:
     return tuple(again)
 
 
-PromptLike = Prompt | str | Sequence[int]
+PromptLike = Prompt | str | Sequence[Mapping[str, Any]] | Sequence[int]
+"""A prompt: its text, a `Prompt`, a chat (a list of messages), or token ids."""
 
 
 def as_prompts(prompts: PromptLike | Sequence[PromptLike]) -> list[PromptLike]:
-    """A list of prompts; one text or Prompt is one prompt, not a list of its characters."""
-    return [prompts] if isinstance(prompts, (str, Prompt)) else list(prompts)  # type: ignore[arg-type]
+    """A list of prompts; one text, `Prompt` or chat is one prompt, not a list of its parts."""
+    one = isinstance(prompts, (str, Prompt)) or is_chat(prompts)
+    return [prompts] if one else list(prompts)  # type: ignore[arg-type, list-item]
+
+
+def as_prompt(prompt: PromptLike, system: str | None = None) -> Prompt:
+    """A text, `Prompt` or chat as a `Prompt`; `system` is for those without their own.
+
+    Raises:
+        PromptError: see `Prompt`.
+    """
+    if is_chat(prompt):
+        prompt = Prompt.from_messages(prompt)  # type: ignore[arg-type]
+    if isinstance(prompt, Prompt):
+        return replace(prompt, system=system) if prompt.system is None else prompt
+    return Prompt(prompt, system)  # type: ignore[arg-type]

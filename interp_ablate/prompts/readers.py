@@ -1,28 +1,37 @@
 """Prompt files: text files, tables, folders, Hugging Face datasets and the bundled sets, read as two sides.
 
-Knows: which column holds the prompts, and which the labels. Does not know: what a usable prompt or set is.
+Knows: which column holds the prompts, and which the labels. Does not know: what a usable set is.
 """
 
 from __future__ import annotations
 
 import difflib
-import logging
+import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from interp_ablate.errors import PromptError
+from interp_ablate.prompts.messages import is_chat, message_of
+from interp_ablate.prompts.prompt import Prompt, as_prompt
 from interp_ablate.storage.bundled_data import bundled
-from interp_ablate.storage.json_rows import RowFileError
-from interp_ablate.storage.row_files import Format, RowFile, decode_utf8
+from interp_ablate.storage.json_rows import MalformedRow, RowFileError
+from interp_ablate.storage.row_files import (
+    COMPRESSIONS,
+    SUFFIXES,
+    Format,
+    RowFile,
+    compression_of,
+    load_dataset_folder,
+)
 
-logger = logging.getLogger(__name__)
-
-
+CHAT_COLUMNS = ("messages", "conversations", "conversation")
 PROMPT_COLUMNS = (
     "prompt", "text", "instruction", "question", "request", "query", "input", "sentence", "content",
+    *CHAT_COLUMNS,
 )  # fmt: skip
 LABEL_COLUMNS = ("label", "labels", "class", "target", "side")
 SYSTEM_COLUMNS = ("system", "system_prompt")
@@ -31,23 +40,34 @@ _LABELS = {
     **dict.fromkeys(("negative", "neg", "0", "0.0", "false"), False),
 }
 
+_SIDES = ("positive", "negative")
 _TEXT_SUFFIXES = ("", ".txt", ".text")
-_FORMATS: dict[str, Format] = {
-    ".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
-}  # fmt: skip
+_TABLES: dict[str, Format] = {".csv": "csv", ".tsv": "csv"}
+_FORMATS = (*SUFFIXES, *_TABLES)
 
 # A row and where it came from ("file.jsonl, line 3").
 _Row = tuple[str, dict[str, Any]]
-T = TypeVar("T")
-# Makes whatever the caller wants from a row's place, text and own system text (None: it has none;
-# else as the file has it, whatever its type).
-Build = Callable[[str, str, Any], T]
-Sides = tuple[list[T], list[T]]
+Sides = tuple[list[Prompt], list[Prompt]]
 
 
-def read_spec(
-    spec: str | Path, build: Build[T], *, column: str | None = None, split: str | None = None
-) -> tuple[str, str, Sides[T]]:
+@dataclass(frozen=True)
+class Reading:
+    """How prompt files are read."""
+
+    column: str | None = None
+    """The prompt column; by default the first there is of PROMPT_COLUMNS."""
+    split: str | None = None
+    """Of an `hf:` dataset; by default the only one, or `train`."""
+    system: str | None = None
+    """For every prompt without its own system prompt."""
+    comments: bool = False
+    """Lines of text files that begin with `# `, or are `#`, are comments and no prompts."""
+
+
+AS_THEY_ARE = Reading()
+
+
+def read_spec(spec: str | Path, how: Reading = AS_THEY_ARE) -> tuple[str, str, Sides]:
     """Read the name, the source and both sides of a contrast set from one `spec` (see `ContrastSet.load`).
 
     Raises:
@@ -55,30 +75,28 @@ def read_spec(
     """
     text = str(spec)
     if text.startswith("hf:"):
-        return text[3:], text, _labelled(_hub_rows(text, split), text, build, column)
-    _refuse_split(text, split)
+        return text[3:], text, _labelled(_hub_rows(text, how.split), text, how)
+    _refuse_split(text, how.split)
     if isinstance(spec, str) and text in bundled_names():
         rows = _file_rows(bundled("contrast_sets", f"{text}.jsonl"))
-        return text, f"bundled:{text}", _labelled(rows, text, build, column)
+        return text, f"bundled:{text}", _labelled(rows, text, how)
     path = Path(spec)
-    if os.path.isdir(path):
+    if os.path.isdir(path) and not _is_dataset(path):
         files = (_side_file(path, "positive"), _side_file(path, "negative"))
-        positive, negative = (read_side(file, build, column=column) for file in files)
+        positive, negative = (read_side(file, how) for file in files)
         return path.resolve().name, text, (positive, negative)
-    if not os.path.isfile(path):
+    if not os.path.exists(path):
         raise PromptError(_nothing_there(text))
-    if path.suffix.lower() not in _FORMATS:
+    if os.path.isfile(path) and _suffix(path) not in _FORMATS:
         raise PromptError(
             f"cannot read both sides from {path}: one file for both sides is "
             f"{', '.join(_FORMATS)} with a label column; text files come in two, "
             "positive=FILE and negative=FILE (--positive FILE --negative FILE)"
         )
-    return path.stem, text, _labelled(_file_rows(path), text, build, column)
+    return _stem(path), text, _labelled(_file_rows(path), text, how)
 
 
-def read_side(
-    spec: str | Path, build: Build[T], *, column: str | None = None, split: str | None = None
-) -> list[T]:
+def read_side(spec: str | Path, how: Reading = AS_THEY_ARE) -> list[Prompt]:
     """Read every prompt of one file or dataset, whatever its labels.
 
     Raises:
@@ -86,23 +104,39 @@ def read_side(
     """
     text = str(spec)
     if text.startswith("hf:"):
-        rows = _hub_rows(text, split)
+        rows = _hub_rows(text, how.split)
     else:
-        _refuse_split(text, split)
+        _refuse_split(text, how.split)
         path = Path(spec)
-        if not os.path.isfile(path):
+        if not (os.path.isfile(path) or _is_dataset(path)):
             folder = (
                 f"{path} is a folder; " if os.path.isdir(path) else f"there is no file {path}; "
             )
             raise PromptError(
                 f"{folder}one side is a text file with a prompt a line, a "
-                f"{', '.join(_FORMATS)} file with a prompt column, or hf:owner/name"
+                f"{', '.join(_FORMATS)} file with a prompt column (each also as .gz or .zst), a folder "
+                "written by datasets' save_to_disk, or hf:owner/name"
             )
-        if path.suffix.lower() in _TEXT_SUFFIXES:
-            return [build(str(path), line, None) for line in _text_lines(path)]
+        if os.path.isfile(path) and _suffix(path) in _TEXT_SUFFIXES:
+            place = str(path)
+            return [_prompt(place, line, None, how) for line in _text_lines(path, how.comments)]
         rows = _file_rows(path)
-    chosen = _column(rows, text, column, PROMPT_COLUMNS)
-    return [_built(row, chosen, build) for row in rows]
+    column = _column(rows, text, how.column, PROMPT_COLUMNS)
+    return [prompt for row in rows for prompt in _prompts(row, column, how)]
+
+
+def is_one_side(path: Path) -> bool:
+    """True for a text file, or a table without labels: a list of prompts and no contrast set.
+
+    Raises:
+        PromptError: a table that cannot be read.
+    """
+    if not os.path.isfile(path) and not _is_dataset(path):
+        return False
+    if os.path.isfile(path) and _suffix(path) in _TEXT_SUFFIXES:
+        return True
+    columns = set(_columns(_file_rows(path)))
+    return not columns & set(LABEL_COLUMNS) and not set(_SIDES) <= columns
 
 
 def bundled_names() -> tuple[str, ...]:
@@ -118,13 +152,35 @@ def _refuse_split(text: str, split: str | None) -> None:
         )
 
 
+def _inner(path: Path) -> Path:
+    """The path without the ending of a compression."""
+    return Path(path.stem) if path.suffix.lower() in COMPRESSIONS else path
+
+
+def _suffix(path: Path) -> str:
+    return _inner(path).suffix.lower()
+
+
+def _stem(path: Path) -> str:
+    return _inner(path).stem
+
+
+def _is_dataset(path: Path) -> bool:
+    """True for a folder that `datasets` wrote."""
+    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
 def _side_file(folder: Path, side: str) -> Path:
     accepted = (".txt", *_FORMATS)
     try:
         entries = sorted(folder.iterdir())
     except OSError as error:
         raise PromptError(f"cannot list {folder}: {error.strerror}; check permissions") from error
-    files = [f for f in entries if f.stem == side and f.suffix.lower() in accepted]
+    files = [
+        entry
+        for entry in entries
+        if _stem(entry) == side and (_suffix(entry) in accepted or _is_dataset(entry))
+    ]
     if len(files) != 1:
         listing = ", ".join(f.name for f in entries[:12]) or "nothing"
         raise PromptError(
@@ -147,37 +203,61 @@ def _nothing_there(text: str) -> str:
 
 
 def stem(spec: str | Path) -> str:
-    return str(spec)[3:] if str(spec).startswith("hf:") else Path(spec).stem
+    """The name of a file or dataset, for the set that is made of it."""
+    return str(spec)[3:] if str(spec).startswith("hf:") else _stem(Path(spec))
 
 
-def _text_lines(path: Path) -> list[str]:
+def _text_lines(path: Path, comments: bool) -> list[str]:
     try:
-        text = decode_utf8(path.read_bytes(), str(path))
-    except OSError as error:
-        raise PromptError(f"cannot read {path}: {error.strerror}; check its permissions") from error
+        text = RowFile(path, "jsonl", compression_of(path)).text()
     except RowFileError as error:
         raise PromptError(str(error)) from error
     # Not str.splitlines, which also splits at characters that occur inside a prompt (U+2028, \f).
-    lines = [line.strip() for line in re.split(r"\r\n|\n|\r", text) if line.strip()]
-    prompts = [line for line in lines if line != "#" and not line.startswith("# ")]
-    if len(prompts) < len(lines):
-        logger.info("%s: skipped %d comment lines", path, len(lines) - len(prompts))
+    prompts = [line.strip() for line in re.split(r"\r\n|\n|\r", text) if line.strip()]
+    if comments:
+        prompts = [line for line in prompts if line != "#" and not line.startswith("# ")]
     if not prompts:
         raise PromptError(f"{path} holds no prompt: write one prompt a line")
     return prompts
 
 
 def _file_rows(path: Path) -> list[_Row]:
-    format = _FORMATS.get(path.suffix.lower())
-    if format is None:
-        raise PromptError(
-            f"cannot read {path}: known are .txt (a prompt a line) and {', '.join(_FORMATS)}"
-        )
-    file = RowFile(path, format)
+    """The rows of a file; a bare text among them is a row with a `text`."""
+    rows: list[_Row] = []
+
+    def bare_text(row: MalformedRow) -> None:
+        try:
+            value = json.loads(row.line)
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, str):
+            raise RowFileError(f"{file.place(row.number)}: {row.why}")
+        rows.append((file.place(row.number), {"text": value}))
+
     try:
-        return [(file.place(row.number), row.values) for row in file.rows(required=False)]
+        if os.path.isdir(path):
+            return _table_rows(load_dataset_folder(RowFile(path, "folder")), str(path))
+        whole = _two_lists(path)
+        if whole is not None:
+            return [(str(path), whole)]
+        file = RowFile.at(path, tables=_TABLES)
+        for row in file.rows(bare_text, required=False):
+            rows.append((file.place(row.number), row.values))
     except RowFileError as error:
         raise PromptError(str(error)) from error
+    return rows
+
+
+def _two_lists(path: Path) -> dict[str, Any] | None:
+    """The one object of a .json file that holds both sides as lists."""
+    if path.suffix.lower() != ".json":
+        return None
+    try:
+        value = json.loads(RowFile(path, "json").text())
+    except (ValueError, RecursionError, RowFileError):
+        return None  # read as rows, which names the line
+    lists = isinstance(value, dict) and all(isinstance(value.get(side), list) for side in _SIDES)
+    return value if lists else None
 
 
 def _hub_rows(text: str, split: str | None) -> list[_Row]:
@@ -202,7 +282,13 @@ def _hub_rows(text: str, split: str | None) -> list[_Row]:
         raise PromptError(
             f"{text} has no split {chosen!r}: it has {', '.join(splits)}; pass split="
         )
-    table = dataset[chosen]
+    return _table_rows(dataset[chosen], f"{text} ({chosen})")
+
+
+def _table_rows(table: Any, where: str) -> list[_Row]:
+    """The rows of a table of `datasets`; labels that it names go by their names."""
+    import datasets
+
     names = {
         column: feature.names
         for column, feature in table.features.items()
@@ -213,7 +299,7 @@ def _hub_rows(text: str, split: str | None) -> list[_Row]:
     for number, row in enumerate(table, start=1):
         # -1 stands for "no label" and stays as it is: it is then refused.
         named = {c: names[c][row[c]] for c in names if row[c] is not None and row[c] >= 0}
-        rows.append((f"{text} ({chosen}), row {number}", {**row, **named}))
+        rows.append((f"{where}, row {number}", {**row, **named}))
     return rows
 
 
@@ -236,25 +322,25 @@ def _column(rows: Sequence[_Row], where: str, wanted: str | None, usual: tuple[s
     return usable[0]
 
 
-def _labelled(rows: list[_Row], where: str, build: Build[T], wanted: str | None) -> Sides[T]:
+def _labelled(rows: list[_Row], where: str, how: Reading) -> Sides:
     """Both sides of rows with a label column, or with the columns `positive` and `negative`."""
     columns = _columns(rows)
     labels = [column for column in LABEL_COLUMNS if column in columns]
-    if rows and not labels and {"positive", "negative"} <= set(columns) and wanted is None:
-        return (
-            [_built(row, "positive", build) for row in rows],
-            [_built(row, "negative", build) for row in rows],
-        )
-    column = _column(rows, where, wanted, PROMPT_COLUMNS)
+    sides: Sides = ([], [])
+    if rows and not labels and set(_SIDES) <= set(columns) and how.column is None:
+        for row in rows:
+            for side, column in zip(sides, _SIDES):
+                side += _prompts(row, column, how)
+        return sides
+    column = _column(rows, where, how.column, PROMPT_COLUMNS)
     if not labels:
         raise PromptError(
             f"{where} has no label column ({', '.join(LABEL_COLUMNS)}): its columns are "
             f"{', '.join(columns)}; add one with positive / negative, or give one source for "
             "each side with positive= and negative="
         )
-    sides: Sides[T] = ([], [])
     for row in rows:
-        sides[0 if _label(row, labels[0]) else 1].append(_built(row, column, build))
+        sides[0 if _label(row, labels[0]) else 1].extend(_prompts(row, column, how))
     if not sides[0] or not sides[1]:
         raise PromptError(
             f"{where} is one-sided: column {labels[0]!r} labels {len(sides[0])} prompts positive "
@@ -274,16 +360,37 @@ def _label(row: _Row, column: str) -> bool:
     return label
 
 
-def _built(row: _Row, column: str, build: Build[T]) -> T:
+def _prompts(row: _Row, column: str, how: Reading) -> list[Prompt]:
+    """The prompt in a row's column, or those of a list there.
+
+    Of a chat the answer at its end is left out, as it is no part of the prompt.
+    """
     place, values = row
-    text = values.get(column)
-    if not isinstance(text, str) or not text.strip():
-        came = "an empty prompt" if column in values else f"no {column!r}"
-        if text is not None and not isinstance(text, str):
-            came = f"{type(text).__name__} {str(text)[:40]!r} as the prompt"
-        raise PromptError(
-            f"{place}: {came} (it has {', '.join(map(str, values))}): every row needs some text in "
-            f"{column!r}; mend or remove the row"
-        )
+    value = values.get(column)
+    several = isinstance(value, list) and column in _SIDES and not is_chat(value)
     own = next((values[c] for c in SYSTEM_COLUMNS if values.get(c) not in (None, "")), None)
-    return build(place, text, own)
+    prompts = []
+    for each in value if several else [value]:  # type: ignore[union-attr]
+        if not (is_chat(each) or (isinstance(each, str) and each.strip())):
+            came = "an empty prompt" if column in values else f"no {column!r}"
+            if each is not None and not isinstance(each, str):
+                came = f"{type(each).__name__} {str(each)[:40]!r} as the prompt"
+            raise PromptError(
+                f"{place}: {came} (it has {', '.join(map(str, values))}): every row needs some text, or "
+                f"a chat, in {column!r}; mend or remove the row"
+            )
+        prompts.append(_prompt(place, each, own, how))
+    return prompts
+
+
+def _prompt(place: str, value: Any, own: Any, how: Reading) -> Prompt:
+    """A prompt of a text or a chat, with the row's own system prompt or the one for all."""
+    try:
+        if is_chat(value):
+            chat = [message_of(entry, f"message {i}") for i, entry in enumerate(value, 1)]
+            while chat and chat[-1].role == "assistant":
+                chat.pop()
+            value = [message.as_dict for message in chat]
+        return as_prompt(value, how.system if own is None else own)
+    except PromptError as error:
+        raise PromptError(f"{place}: {error}") from error

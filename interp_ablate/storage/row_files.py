@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +48,8 @@ ACCEPTED = (
 )
 BATCH = 1024  # rows of a parquet batch
 _BUFFER = 1 << 20  # bytes
+_DELIMITERS = ",;\t"
+_LONGEST_CELL = 1 << 30  # characters
 
 
 def decode_utf8(data: bytes, where: str) -> str:
@@ -69,6 +71,11 @@ def decode_utf8(data: bytes, where: str) -> str:
     return text
 
 
+def compression_of(path: Path) -> Compression:
+    """The compression that a file's name ends in."""
+    return next((c for c in COMPRESSIONS if path.suffix.lower() == c), "")
+
+
 @dataclass(frozen=True)
 class RowFile:
     """A file or folder of rows. `at` finds the format by the name and the first bytes."""
@@ -78,10 +85,13 @@ class RowFile:
     compression: Compression = ""
 
     @classmethod
-    def at(cls, path: str | Path) -> RowFile:
+    def at(cls, path: str | Path, tables: Mapping[str, Format] = {}) -> RowFile:
         """Open a file by its suffix and first bytes, or a folder.
 
         A .json file that starts with an object is read as JSON lines, as many published sets are so named.
+
+        Args:
+            tables: further suffixes that the caller reads.
 
         Raises:
             RowFileError: nothing there, a suffix that is not known, an unreadable or empty file.
@@ -91,9 +101,9 @@ class RowFile:
             return cls(path, "folder")
         if not path.is_file():
             raise RowFileError(f"there is no file or folder {path}: give {ACCEPTED}")
-        compression: Compression = next((c for c in COMPRESSIONS if path.suffix.lower() == c), "")
+        compression = compression_of(path)
         inner = Path(path.stem) if compression else path
-        format = SUFFIXES.get(inner.suffix.lower())
+        format = {**SUFFIXES, **tables}.get(inner.suffix.lower())
         if format is None or (compression and format == "parquet"):
             raise RowFileError(f"cannot read {path} by its name: give {ACCEPTED}")
         if path.stat().st_size == 0:
@@ -101,6 +111,15 @@ class RowFile:
         if format == "json" and _first_byte(cls(path, format, compression)) == b"{":
             format = "jsonl"
         return cls(path, format, compression)
+
+    def text(self) -> str:
+        """The whole file as text, decompressed.
+
+        Raises:
+            RowFileError: it cannot be read, or is not UTF-8.
+        """
+        with _binary(self) as stream:
+            return decode_utf8(stream.read(), str(self.path))
 
     @property
     def suffix(self) -> str:
@@ -199,10 +218,11 @@ def _json_rows(file: RowFile, malformed: OnMalformed) -> Iterator[FileRow]:
 
 
 def _csv_rows(file: RowFile, malformed: OnMalformed) -> Iterator[FileRow]:
-    """Rows under a header; a .tsv file has tabs between its cells."""
-    with _binary(file) as stream:
-        text = decode_utf8(stream.read(), str(file.path))
-    delimiter = "\t" if file.path.suffix.lower() == ".tsv" else ","
+    """Rows under a header, between whose cells are commas, semicolons or tabs."""
+    text = file.text()
+    header_line = text.lstrip().partition("\n")[0]
+    delimiter = max(_DELIMITERS, key=header_line.count)
+    csv.field_size_limit(_LONGEST_CELL)  # Python's own limit is 131072 characters
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] = []
     empty = True

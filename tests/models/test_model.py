@@ -30,7 +30,11 @@ from tiny import (
 )
 from torch import Tensor
 
-from interp_ablate import Ablate, Add, Plan, Site, collect, everywhere, load_model
+from interp_ablate import Ablate, Add, ContrastSet, Plan, Site, collect, everywhere, load_model
+from interp_ablate.directions.direction import Direction
+from interp_ablate.directions.estimators import comparison, estimate_with
+from interp_ablate.directions.foreign_files import read_directions
+from interp_ablate.directions.mean_difference import difference_in_means, estimate_directions
 from interp_ablate.errors import InterpAblateError, ModelError, PlanError
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.models.architectures import ARCHITECTURES
@@ -591,3 +595,60 @@ def test_one_text_is_one_prompt() -> None:
             assert torch.equal(values, collect(model, ["hello"], positions=[positions]).values)
     with pytest.raises(InterpAblateError, match=r"unknown position 'all'"):
         collect(model, "hello", positions="all")
+
+
+def test_a_chat_is_one_prompt() -> None:
+    """A list of messages reads as the chat it is, alone and among others."""
+    model = shared()
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    row = model.encode(chat)
+    assert row == model.encode(Prompt("Hello", "Be brief."))
+    assert model.encode_all(chat) == [row] and model.encode_all([chat, "Hi"])[0] == row
+    assert model.generate(chat, max_new_tokens=2) == model.generate([row], max_new_tokens=2)
+    contrast = ContrastSet.from_texts([chat, "Hi"], ["Hello"], system="Sing.")
+    assert contrast.positive == (Prompt("Hello", "Be brief."), Prompt("Hi", "Sing."))
+    assert ContrastSet.from_texts("a", [chat]).positive == (Prompt("a"),)
+    several = [*chat, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Go"}]
+    whole = model.tokenizer.apply_chat_template(several, tokenize=False, add_generation_prompt=True)
+    assert model.tokenizer.decode(model.encode(several)) == whole
+    values = collect(model, several, "1.resid_post").values
+    torch.testing.assert_close(
+        values, collect(model, [model.encode(several)], "1.resid_post").values
+    )
+    (exchange,) = ModelOutputs(model, [several], max_new_tokens=1).exchanges
+    assert exchange.prompt.text == "Go" and exchange.prompt.system == "Be brief."
+
+
+def test_a_sites_name_stands_for_the_site(tmp_path: Path) -> None:
+    """Wherever a site is asked for, its TransformerLens name or its short form is enough."""
+    model, site, name = shared(), Site(1, "resid_post"), "blocks.1.hook_resid_post"
+    contrast = ContrastSet.from_texts(["a b", "c d", "e"], ["x y", "z", "q r"])
+    acts = collect(model, contrast, name)
+    assert acts.sites == (site,) and collect(model, contrast, ["1.resid_post"]).sites == (site,)
+    assert torch.equal(acts.at(name), acts.at(site))
+    directions = estimate_directions(acts)
+    direction = directions[name]
+    assert direction is directions[site] and direction is directions[name, "-1"]
+    assert directions.where(name).items == directions.where([site]).items != ()
+    assert estimate_with("pca", acts, sites=name).items[0].site == site
+    comparison(acts, acts, name)
+    by_name = difference_in_means(acts.values[:3, 0, 0], acts.values[3:, 0, 0], name)  # type: ignore[arg-type]
+    assert (
+        by_name is not None
+        and by_name.fingerprint == Direction(direction.raw, direction.norm, site).fingerprint
+    )
+    for edit in (Ablate, Add):
+        assert edit(direction, name).to_dict() == edit(direction, site).to_dict()
+    plan = Plan((Ablate(direction, [name, "hook_embed"]),))
+    assert plan == Plan((Ablate(direction, [site, Site(0, "embed")]),))
+    assert len(plan.maps_at(name)) == len(plan.maps_at(site)) == 1
+    assert torch.equal(plan.edits[0].map_at(name).left, plan.edits[0].map_at(site).left)
+    assert model.hook_point(name) is model.hook_point(site)
+    (batch,) = model.stream([[5, 6]], keep=0, capture={name: lambda x, batch: x})  # type: ignore[dict-item]
+    assert set(batch[2]) == {site}
+    torch.save(torch.ones(model.d_model), tmp_path / "v.pt")
+    assert next(iter(read_directions(tmp_path / "v.pt", site=name))).site == site
+    with pytest.raises(InterpAblateError, match=r"cannot read 'blocks.x' as a site"):
+        collect(model, contrast, "blocks.x")
+    with pytest.raises(PlanError, match="cannot read 3 as a site"):
+        Ablate(direction, 3)  # type: ignore[arg-type]

@@ -120,3 +120,102 @@ def test_suffix_length() -> None:
     assert suffix_length(make_tokenizer(), template=IGNORES_SYSTEM, system="Be kind.") == 8
     for text in ("one", "Another one?"):
         assert encode(Prompt(text), tokenizer)[-13:] == suffix
+
+
+PARTS = (
+    "{% for m in messages %}{{ '<|start|>' + m['role'] }}{% for part in m['content'] %}"
+    "{% if part['type'] == 'text' %}{{ ' ' + part['text'] }}{% endif %}{% endfor %}{{ '<|end|> ' }}{% endfor %}"
+)
+ALTERNATING = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{{ m['content'] + '<|end|>' }}{% endfor %}"
+)
+CHAT = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "<think>Who?</think>Hello"},
+    {"role": "user", "content": "Bye"},
+]
+
+
+def test_a_template_that_iterates_over_content_parts() -> None:
+    tokenizer = make_tokenizer(PARTS)
+    text = render(Prompt("Hello?", "Be kind."), tokenizer).text
+    assert text == "<|start|>system Be kind.<|end|> <|start|>user Hello?<|end|> "
+    # a template that only prints what it is given is not handed a list
+    printed = render(
+        Prompt("Hi", "Be kind."), make_tokenizer(), template="{{ messages[-1].content }}"
+    )
+    assert printed.text == "Be kind.\n\nHi"
+
+
+def test_a_chat_is_a_prompt() -> None:
+    """Every turn is in it; a template may leave out the thoughts of earlier answers, and no other words."""
+    prompt = Prompt.from_messages([{"role": "system", "content": "Be kind."}, *CHAT])
+    assert (prompt.text, prompt.system, len(prompt.history)) == ("Bye", "Be kind.", 2)
+    text = render(prompt, make_tokenizer(CHATML)).text
+    assert "system Be kind.<|end|> <|start|>user Hi" in text and text.count("<|start|>") == 5
+    assert render(prompt, make_tokenizer(NO_SYSTEM)).text.startswith(
+        "<s><|start|>user Be kind.\n\nHi"
+    )
+    forgetful = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
+    assert "Who?" not in render(prompt, make_tokenizer(forgetful)).text
+    with pytest.raises(PromptError, match="drops 'Be kind"):
+        render(prompt, make_tokenizer(IGNORES_SYSTEM))
+    with pytest.raises(PromptError, match="only a chat template can write"):
+        render(prompt, make_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("messages", "match"),
+    [
+        ([], "list of messages"),
+        ("Hi", "list of messages"),
+        ([{"role": "wizard", "content": "x"}], "'wizard' is not known"),
+        ([{"role": "user", "content": 3}], "text, or a list of text parts"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "only text parts"),
+        (CHAT[:2], "ends with the assistant's message"),
+        ([{"role": "user", "content": " "}], "empty prompt"),
+    ],
+)
+def test_what_is_no_chat(messages: object, match: str) -> None:
+    with pytest.raises(PromptError, match=match):
+        Prompt.from_messages(messages)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ 1 // 0 }}", "{{ messages[9].content.x }}", "{{ messages | map('nope') }}", ALTERNATING],
+)
+def test_a_template_that_fails_in_any_way_is_one_message(template: str) -> None:
+    """Jinja's errors and Python's, and a refusal of two turns of one role."""
+    twice = Prompt.from_messages([CHAT[0], CHAT[0]])
+    with pytest.raises(PromptError, match="the chat template cannot render 'Hi'"):
+        render(twice, make_tokenizer(), template=template)
+
+
+def test_a_template_that_writes_the_date() -> None:
+    dated = "{{ strftime_now('%d %b %Y') + '. ' }}" + CHATML
+    tokenizer = make_tokenizer(dated)
+    assert encode(Prompt("Hi"), tokenizer) == encode(Prompt("Hi"), tokenizer)
+    assert suffix_length(tokenizer) == 13
+
+
+@pytest.mark.parametrize("text", ["\u200b", " \u200b\ufeff\n", "\x00", "\u3000"])
+def test_a_prompt_that_nobody_can_see(text: str) -> None:
+    with pytest.raises(PromptError, match="empty prompt"):
+        Prompt(text)
+
+
+@pytest.mark.parametrize("text", ["<|end|>", "<s>", "<|start|><|end|>"])
+def test_a_prompt_of_special_tokens_only(text: str) -> None:
+    tokenizer = make_tokenizer(CHATML)
+    ids = encode(Prompt(text), tokenizer)
+    assert tokenizer.decode(ids) == f"<|start|>user {text}<|end|> <|start|>assistant "
+    assert encode(Prompt(text), make_tokenizer(), template="none")
+
+
+def test_no_bos_token_at_all() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = None
+    tokenizer.backend_tokenizer.post_processor = None
+    assert tokenizer.decode(encode(Prompt("Hi", "Be kind."), tokenizer)) == "Be kind.\n\nHi"

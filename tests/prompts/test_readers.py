@@ -12,6 +12,7 @@ from interp_ablate.errors import PromptError
 from interp_ablate.prompts.contrast_set import ContrastSet
 from interp_ablate.prompts.linting import lint
 from interp_ablate.prompts.prompt import Prompt
+from interp_ablate.prompts.readers import read_side
 from interp_ablate.storage import row_files
 
 
@@ -85,11 +86,14 @@ def test_columns_of_pairs(tmp_path: Path) -> None:
 
 def test_two_text_files(tmp_path: Path) -> None:
     positive = write(
-        tmp_path / "p.txt", "\ufeff# a comment\nfirst\r\n\n  #tag is a prompt\n#\nlast\u2028x"
+        tmp_path / "p.txt", "\ufeff# a heading\nfirst\r\n\n  #tag is a prompt\n#\nlast\u2028x"
     )
     negative = write(tmp_path / "n", "other")
     contrast = ContrastSet.load(positive=positive, negative=str(negative))
-    assert texts(contrast.positive) == ["first", "#tag is a prompt", "last\u2028x"]
+    every = ["# a heading", "first", "#tag is a prompt", "#", "last\u2028x"]
+    assert texts(contrast.positive) == every
+    commented = ContrastSet.load(positive=positive, negative=negative, comments=True)
+    assert texts(commented.positive) == every[1:3] + every[4:]
     assert texts(contrast.negative) == ["other"]
     assert contrast.name == "p-vs-n" and str(positive) in contrast.source
 
@@ -169,6 +173,7 @@ def test_a_hugging_face_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     [
         (".jsonl", '{"prompt": "a", "label": 1}\n{"prompt": \n', ["line 2", "is not JSON"]),
         (".jsonl", '["a"]', ["line 1", "not an object"]),
+        (".jsonl", '"a"', ["no label column"]),
         (
             ".jsonl",
             '{"prompt": "a", "prompt": "b", "label": 1}',
@@ -189,15 +194,21 @@ def test_a_hugging_face_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             '{"prompt": "a", "label": 1}\n{"prompt": "A", "label": 0}',
             ["both sets", "'a'"],
         ),
-        (".jsonl", "", ["holds no prompt"]),
-        (".json", '{"prompt": "a"}', ["not an array"]),
+        (".jsonl", '{"messages": [{"role": "wizard", "content": "a"}], "label": 1}', ["wizard"]),
+        (".jsonl", '{"messages": [{"role": "assistant", "content": "a"}], "label": 1}', ["line 1"]),
+        (".jsonl", '{"messages": ["a"], "label": 1}', ["line 1", "list"]),
+        (".jsonl", "", ["is empty"]),
+        (".json", '{"prompt": "a"}', ["no label column"]),
+        (".json", '{"positive": ["a"], "negative": [3]}', ["int '3'"]),
         (".json", '[{"prompt": "a",]', ["line 1 is not JSON"]),
-        (".json", '["a"]', ["entry 1", "not an object"]),
+        (".json", '["a"]', ["no label column"]),
+        (".json", "[3]", ["entry 1", "not an object"]),
         (".csv", "prompt,label\na,b,positive\n", ["line 2", "3 fields", "double quotes"]),
         (".csv", "prompt,label\n", ["a header (prompt, label) and no row"]),
-        (".csv", "", ["holds no prompt"]),
+        (".csv", "", ["is empty"]),
         (".csv", 'prompt,label\n"a"b,1\n', ["line 2", "not CSV"]),
-        (".csv", "words;label\na;1\n", ["words;label"]),
+        (".csv", "words;label\na;1\n", ["no column prompt", "words, label"]),
+        (".csv.gz", "a;1\n", ["cannot read", "gz"]),
         (".parquet", "not parquet", ["as parquet"]),
         (".txt", "a\nb", ["positive=FILE and negative=FILE"]),
         (".xlsx", "a", [".jsonl", ".parquet"]),
@@ -220,7 +231,8 @@ def test_bad_places(tmp_path: Path) -> None:
     refused("there is no file", "hf:owner/name", positive=tmp_path / "no.txt", negative=good)
     refused("is a folder", positive=tmp_path, negative=good)
     refused("cannot read", positive=write(tmp_path / "a.pdf", "x"), negative=good)
-    refused("holds no prompt", positive=write(tmp_path / "empty.txt", "\n# only\n"), negative=good)
+    empty = write(tmp_path / "empty.txt", "\n# only\n")
+    refused("holds no prompt", positive=empty, negative=good, comments=True)
     refused("holds no prompt", positive=write(tmp_path / "e.jsonl", "\n"), negative=good)
     refused("only Hugging Face datasets have splits", spec="declining", split="train")
     refused("no column 'body'", "prompt, label", spec="declining", column="body")
@@ -238,5 +250,89 @@ def test_an_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     path, text = write(tmp_path / "a.jsonl", "{}"), write(tmp_path / "a.txt", "x")
     monkeypatch.setattr(row_files, "open", deny, raising=False)
     refused("cannot read", "Permission denied", spec=path)
-    monkeypatch.setattr(Path, "read_bytes", deny)
     refused("cannot read", "Permission denied", positive=text, negative=text)
+
+
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+MORE = [
+    {"from": "system", "value": "Sing."},
+    {"from": "human", "value": "go"},
+    {"from": "gpt", "value": "la"},
+]
+
+
+def test_chat_files_are_prompt_sets(tmp_path: Path) -> None:
+    """The answer at the end is no part of the prompt; turns before it are."""
+    rows = [
+        {"messages": CHAT, "label": 1},
+        {"conversations": MORE, "label": 0},
+        {
+            "messages": [*CHAT, {"role": "user", "content": [{"type": "text", "text": "bye"}]}],
+            "label": 0,
+        },
+    ]
+    path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
+    refused("line 2", "no 'messages'", spec=path)
+    path = write(tmp_path / "a.jsonl", "\n".join(json.dumps(row) for row in (rows[0], rows[2])))
+    contrast = ContrastSet.load(path)
+    assert contrast.positive == (Prompt("hi"),)
+    (last,) = contrast.negative
+    assert last.messages == [*CHAT, {"role": "user", "content": "bye"}]
+    assert last != Prompt("bye")
+    assert read_side(write(tmp_path / "b.jsonl", json.dumps(rows[1]))) == [Prompt("go", "Sing.")]
+
+
+def test_lists_of_texts(tmp_path: Path) -> None:
+    sides = {"positive": ["a", "b"], "negative": ["c", [CHAT[0]]]}
+    indented = write(tmp_path / "two.json", json.dumps(sides, indent=2))
+    lines = write(tmp_path / "lines.jsonl", '"a"\n{"text": "b"}\n')
+    listed = write(tmp_path / "list.json", '["c", "hi"]')
+    for contrast in (ContrastSet.load(indented), ContrastSet.load(positive=lines, negative=listed)):
+        assert (texts(contrast.positive), texts(contrast.negative)) == (["a", "b"], ["c", "hi"])
+
+
+@pytest.mark.parametrize("compression", [".gz", ".zst"])
+def test_compressed_files(tmp_path: Path, compression: str) -> None:
+    import pyarrow
+
+    def packed(name: str, text: str) -> Path:
+        path = tmp_path / f"{name}{compression}"
+        codec = {".gz": "gzip", ".zst": "zstd"}[compression]
+        with pyarrow.output_stream(str(path), compression=codec) as stream:
+            stream.write(text.encode())
+        return path
+
+    table = packed("set.csv", "text,label\nyes,1\nno,0\n")
+    rows = packed("rows.jsonl", '{"text": "no"}')
+    lines = packed("lines.txt", "yes\n")
+    for contrast in (ContrastSet.load(table), ContrastSet.load(positive=lines, negative=rows)):
+        assert (texts(contrast.positive), texts(contrast.negative)) == (["yes"], ["no"])
+    assert ContrastSet.load(table).name == "set"
+
+
+def test_a_csv_with_semicolons_and_long_cells(tmp_path: Path) -> None:
+    long = "word " * 40_000 + "end"
+    path = write(tmp_path / "a.csv", f'text;label\n"one, two";1\n{long};0\n')
+    contrast = ContrastSet.load(path)
+    assert (texts(contrast.positive), texts(contrast.negative)) == (["one, two"], [long])
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_folder_of_datasets(tmp_path: Path, named: bool) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({
+        "text": datasets.Value("string"),
+        "label": datasets.ClassLabel(names=["pos", "neg"]) if named else datasets.Value("int64"),
+    })  # fmt: skip
+    labels = [0, 1] if named else [1, 0]
+    table = datasets.Dataset.from_dict({"text": ["yes", "no"], "label": labels}, features=features)
+    table.save_to_disk(tmp_path / "saved")
+    contrast = ContrastSet.load(tmp_path / "saved")
+    assert (texts(contrast.positive), texts(contrast.negative)) == (["yes"], ["no"])
+    both = tmp_path / "both"
+    table.select([0]).save_to_disk(both / "positive")
+    table.select([1]).save_to_disk(both / "negative")
+    assert ContrastSet.load(both).fingerprint == contrast.fingerprint
+    datasets.DatasetDict(train=table).save_to_disk(tmp_path / "splits")
+    refused("holds the splits train", spec=tmp_path / "splits")
+    assert texts(ContrastSet.load(tmp_path / "splits" / "train").negative) == ["no"]

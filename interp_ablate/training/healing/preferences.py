@@ -112,12 +112,8 @@ def make_pairs(
         elif chosen.text == rejected.text:
             counts["same"] += 1
         else:
-            system = (
-                () if prompt.system is None else ({"role": "system", "content": prompt.system},)
-            )
-            messages = (*system, {"role": "user", "content": prompt.text})
             responses = (Response(g.text, g.finished) for g in (chosen, rejected))
-            pairs.append(PreferencePair(messages, *responses))
+            pairs.append(PreferencePair(tuple(prompt.messages), *responses))
     counts["used"] = len(pairs)
     if not pairs:
         raise RunError(
