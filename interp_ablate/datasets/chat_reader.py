@@ -16,17 +16,16 @@ from interp_ablate.datasets.conversations import (
     CONVERSATIONS,
     LAYOUTS,
     LIST_KEYS,
+    MORE_KEYS,
     PREFERENCE_PROMPTS,
-    ROLES,
     SYSTEM_KEYS,
-    TEXT_PART_TYPES,
     AnswerLayout,
     Conversation,
-    Message,
     Preference,
-    Role,
     Sample,
 )
+from interp_ablate.errors import PromptError
+from interp_ablate.prompts.messages import Message, Role, is_message, message_of, text_of
 from interp_ablate.storage.json_rows import FileRow, MalformedRow, OnMalformed, RowFileError
 from interp_ablate.storage.row_files import RowFile, as_json, writing_rows
 
@@ -82,17 +81,13 @@ def _read(
     for row in file.rows(malformed):
         try:
             parsed = parse(row)
-        except _RowError as error:
+        except PromptError as error:
             if malformed is None:
                 raise RowFileError(f"{file.place(row.number)}: {error}") from error
             line = as_json(row.values) if row.line is None else row.line
             malformed(MalformedRow(row.number, str(error), line))
             continue
         yield parsed
-
-
-class _RowError(ValueError):
-    """A row that cannot be used; the message does not say where it is."""
 
 
 # ---- rows to samples -------------------------------------------------------------------------------
@@ -107,10 +102,10 @@ class _SampleParser:
 
     def __call__(self, row: FileRow) -> Sample:
         if any(row.values.get(key) == [] for key in LIST_KEYS):
-            raise _RowError("a conversation without messages: remove the row")
+            raise PromptError("a conversation without messages: remove the row")
         layouts = [name for name in _matching(row.values) if self.layout in (None, name)]
         if len(layouts) != 1:
-            raise _RowError(self._why(row.values, layouts))
+            raise PromptError(self._why(row.values, layouts))
         [layout] = layouts
         messages = _BY_NAME[layout](row.values)
         if self.layout is None:
@@ -153,49 +148,16 @@ def _matching(values: dict[str, Any]) -> list[str]:
 def _conversation(layout: Conversation, values: dict[str, Any]) -> tuple[Message, ...]:
     keys = [key for key in layout.lists if isinstance(values.get(key), list)]
     if len(keys) > 1:
-        raise _RowError(f"both {' and '.join(keys)} hold a list: leave one")
-    messages = _messages(values[keys[0]], keys[0], layout)
+        raise PromptError(f"both {' and '.join(keys)} hold a list: leave one")
+    messages = _messages(values[keys[0]], keys[0])
     own = _system(values)
     if own is None or any(m.role == "system" for m in messages):
         return messages
     return (Message("system", own), *messages)
 
 
-def _messages(entries: list[Any], key: str, layout: Conversation) -> tuple[Message, ...]:
-    return tuple(_message(entry, f"{key}[{i}]", layout) for i, entry in enumerate(entries))
-
-
-def _message(entry: Any, place: str, layout: Conversation) -> Message:
-    if not isinstance(entry, dict) or layout.role not in entry:
-        came = (
-            f"has the keys {', '.join(entry)}" if isinstance(entry, dict) else f"is {entry!r:.60}"
-        )
-        raise _RowError(f"{place} {came}: a message has {layout.role!r} and {layout.text!r}")
-    name = entry[layout.role]
-    role = ROLES.get(name.casefold()) if isinstance(name, str) else None
-    if role is None:
-        raise _RowError(
-            f"{place}: the role {name!r:.60} is not known; known are {', '.join(ROLES)}"
-        )
-    content = entry.get(layout.text)
-    if content is None and entry.get("tool_calls"):
-        content = ""  # its words are in the calls
-    return Message(role, _text(content, f"{place}.{layout.text}"))
-
-
-def _text(content: Any, place: str) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise _RowError(f"{place} is {content!r:.60}: text, or a list of text parts, belongs there")
-    parts = []
-    for i, part in enumerate(content):
-        if isinstance(part, dict) and part.get("type", "text") in TEXT_PART_TYPES:
-            part = part.get("text")
-        if not isinstance(part, str):
-            raise _RowError(f"{place}[{i}] is {part!r:.60}: only text parts are read")
-        parts.append(part)
-    return "\n".join(parts)
+def _messages(entries: list[Any], key: str) -> tuple[Message, ...]:
+    return tuple(message_of(entry, f"{key}[{i}]") for i, entry in enumerate(entries))
 
 
 def _pair(layout: AnswerLayout, values: dict[str, Any]) -> tuple[Message, ...]:
@@ -203,10 +165,10 @@ def _pair(layout: AnswerLayout, values: dict[str, Any]) -> tuple[Message, ...]:
     answer = _side(values[layout.answer], layout.answer, "assistant")
     more = values.get(layout.more) if layout.more else None
     if more not in (None, ""):
-        text = "\n\n".join((prompt[-1].content, _text(more, str(layout.more))))
+        text = "\n\n".join((prompt[-1].content, text_of(more, str(layout.more))))
         prompt = (*prompt[:-1], replace(prompt[-1], content=text))
     if values.get("history"):
-        raise _RowError("a history of earlier rounds: write such rows in the messages layout")
+        raise PromptError("a history of earlier rounds: write such rows in the messages layout")
     own = _system(values)
     system = () if own is None or prompt[0].role == "system" else (Message("system", own),)
     return (*system, *prompt, *answer)
@@ -214,15 +176,15 @@ def _pair(layout: AnswerLayout, values: dict[str, Any]) -> tuple[Message, ...]:
 
 def _side(value: Any, key: str, role: Role) -> tuple[Message, ...]:
     """A text as one message, or a list of messages as it is."""
-    if isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0]:
-        return _messages(value, key, CONVERSATIONS[1])
-    return (Message(role, _text(value, key)),)
+    if isinstance(value, list) and value and is_message(value[0]):
+        return _messages(value, key)
+    return (Message(role, text_of(value, key)),)
 
 
 def _system(values: dict[str, Any]) -> str | None:
     """The system prompt that a row holds under a key of its own; an empty one is none."""
     key = next((key for key in SYSTEM_KEYS if values.get(key) not in (None, "")), None)
-    return None if key is None else _text(values[key], key)
+    return None if key is None else text_of(values[key], key)
 
 
 def _preference(row: FileRow) -> Preference:
@@ -230,7 +192,7 @@ def _preference(row: FileRow) -> Preference:
     missing = [key for key in ("chosen", "rejected") if values.get(key) is None]
     if missing:
         came = ", ".join(map(str, values)) or "none"
-        raise _RowError(
+        raise PromptError(
             f"its keys are {came}: a preference has chosen and rejected, and a prompt "
             f"({', '.join(PREFERENCE_PROMPTS)})"
         )
@@ -240,21 +202,47 @@ def _preference(row: FileRow) -> Preference:
     while alike < min(len(chosen), len(rejected)) and chosen[alike] == rejected[alike]:
         alike += 1
     alike = min(alike, len(chosen) - 1, len(rejected) - 1)
-    prompt, key = chosen[:alike], next((k for k in PREFERENCE_PROMPTS if k in values), None)
-    if not prompt and key is None:
-        raise _RowError(f"no prompt: it belongs in {', '.join(PREFERENCE_PROMPTS)}")
-    if not prompt and key is not None:
-        prompt = _side(values[key], key, "user")
+    prompt = _prompt_of(values, chosen[:alike])
     own = _system(values)
     if own is not None and prompt[0].role != "system":
         prompt = (Message("system", own), *prompt)
     sides = (chosen[alike:], rejected[alike:])
     if any(side[0].role not in ("assistant", "tool") for side in sides):
-        raise _RowError("chosen and rejected do not start with the same prompt")
+        raise PromptError("chosen and rejected do not start with the same prompt")
     if sides[0] == sides[1]:
-        raise _RowError("chosen and rejected say the same: remove the row")
+        raise PromptError("chosen and rejected say the same: remove the row")
     _check_unicode(row, (*prompt, *sides[0], *sides[1]))
     return Preference(row.number, prompt, *sides, values, row.line)
+
+
+def _prompt_of(values: dict[str, Any], alike: tuple[Message, ...]) -> tuple[Message, ...]:
+    """A preference's prompt: that under its own key, with its `input`, or what both answers begin with.
+
+    Raises:
+        PromptError: neither is there, or they say different things.
+    """
+    key = next((k for k in PREFERENCE_PROMPTS if values.get(k) not in (None, "", [])), None)
+    if values.get("history"):
+        raise PromptError(
+            "a history of earlier rounds: write such rows with a list of messages as the prompt"
+        )
+    if key is None:
+        if not alike:
+            raise PromptError(f"no prompt: it belongs in {', '.join(PREFERENCE_PROMPTS)}")
+        return alike
+    prompt = _side(values[key], key, "user")
+    more = [values[k] for k in MORE_KEYS if k != key and values.get(k) not in (None, "")]
+    if more:
+        text = "\n\n".join((prompt[-1].content, *(text_of(each, MORE_KEYS[0]) for each in more)))
+        prompt = (*prompt[:-1], replace(prompt[-1], content=text))
+    said = [message for message in alike if message.role != "system"]
+    if not alike or list(prompt[-len(said) :]) == said:
+        return prompt
+    if prompt[-1].content.strip() in {message.content.strip() for message in said}:
+        return alike
+    raise PromptError(
+        f"the prompt under {key!r} is not the one that chosen and rejected begin with: leave one of them"
+    )
 
 
 def _check_unicode(row: FileRow, messages: tuple[Message, ...]) -> None:
@@ -264,7 +252,7 @@ def _check_unicode(row: FileRow, messages: tuple[Message, ...]) -> None:
         try:
             message.content.encode()
         except UnicodeEncodeError as error:
-            raise _RowError(
+            raise PromptError(
                 f"half a character (a lone surrogate) at {error.start + 1} of the {message.role}'s text, "
                 "most often half of an emoji: remove it"
             ) from error

@@ -9,25 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from interp_ablate.prompts.prompt import Prompt
+from interp_ablate.prompts.messages import Message, split_thought
+from interp_ablate.prompts.prompt import Prompt, is_blank
 from interp_ablate.scoring.exchange import PromptResponse
 from interp_ablate.storage.json_rows import RowFileError
 from interp_ablate.storage.row_files import as_json
 
-Role = Literal["system", "user", "assistant", "tool"]
 Turns = Literal["any", "last", "first"]
-
-ROLES: dict[str, Role] = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(
-        ("assistant", "gpt", "chatgpt", "model", "bot", "chatbot", "ai", "function_call"),
-        "assistant",
-    ),
-    **dict.fromkeys(
-        ("tool", "function", "observation", "tool_response", "function_response", "ipython"), "tool"
-    ),
-}  # type: ignore[dict-item]
 
 
 @dataclass(frozen=True)
@@ -70,16 +58,9 @@ ANSWER_LAYOUTS = (
 LAYOUTS = tuple(layout.name for layout in (*CONVERSATIONS, *ANSWER_LAYOUTS))
 SYSTEM_KEYS = ("system", "system_prompt")
 PREFERENCE_PROMPTS = ("prompt", "question", "instruction")
+MORE_KEYS = ("input", "context")
+"""Keys of text that follows a preference's prompt."""
 LIST_KEYS = tuple(dict.fromkeys(name for layout in CONVERSATIONS for name in layout.lists))
-TEXT_PART_TYPES = ("text", "input_text", "output_text")
-
-
-@dataclass(frozen=True)
-class Message:
-    """One message: who says it, and what."""
-
-    role: Role
-    content: str
 
 
 @dataclass(frozen=True)
@@ -89,9 +70,16 @@ class Turn:
     index: int
     """Number of the message, from 0."""
     prompt: str | None
-    """The user's message before it."""
+    """The user's message, or messages, before it."""
     system: str | None
+    """The system message that was the last before it."""
     answer: str
+    """Its words, without the thought in front of them."""
+
+    @property
+    def is_asked(self) -> bool:
+        """True if there is a prompt that can be seen."""
+        return self.prompt is not None and not is_blank(self.prompt)
 
     @property
     def exchange(self) -> PromptResponse:
@@ -100,9 +88,9 @@ class Turn:
         Raises:
             RowFileError: nobody asked anything before this answer.
         """
-        if self.prompt is None or not self.prompt.strip():
+        if not self.is_asked:
             raise RowFileError(f"the answer {self.answer[:60]!r} has no prompt before it")
-        return PromptResponse(Prompt(self.prompt, self.system), self.answer)
+        return PromptResponse(Prompt(str(self.prompt), self.system), self.answer)
 
 
 @dataclass(frozen=True)
@@ -124,14 +112,19 @@ class Sample:
         return next((m.content for m in self.messages if m.role == "system"), None)
 
     def turns(self, which: Turns = "any") -> tuple[Turn, ...]:
-        """The assistant's answers: all of them, the last or the first."""
+        """The assistant's answers: all of them, the last or the first. A message of tool calls is none."""
         turns: list[Turn] = []
-        prompt, system = None, self.system
+        asked: list[str] = []
+        system, before = None, ""
         for index, message in enumerate(self.messages):
             if message.role == "user":
-                prompt = message.content
-            elif message.role == "assistant":
-                turns.append(Turn(index, prompt, system, message.content))
+                asked = [*asked, message.content] if before == "user" else [message.content]
+            elif message.role == "system":
+                system = message.content
+            elif message.role == "assistant" and (message.content or not message.calls_tools):
+                prompt = "\n\n".join(asked) if asked else None
+                turns.append(Turn(index, prompt, system, split_thought(message.content)[1]))
+            before = before if message.role == "system" else message.role
         chosen = {"any": slice(None), "last": slice(-1, None), "first": slice(1)}[which]
         return tuple(turns[chosen])
 
@@ -148,9 +141,9 @@ class Sample:
         return turns[0].exchange
 
     @property
-    def as_dicts(self) -> list[dict[str, str]]:
+    def as_dicts(self) -> list[dict[str, Any]]:
         """Messages as chat templates and trainers take them."""
-        return [{"role": m.role, "content": m.content} for m in self.messages]
+        return [message.as_dict for message in self.messages]
 
     def without(self, indices: Iterable[int]) -> Sample | None:
         """The sample without the rounds of some messages; None where no answer is left.
@@ -192,13 +185,10 @@ class Preference:
     line: bytes | None = field(default=None, repr=False)
 
     @property
-    def as_dict(self) -> dict[str, list[dict[str, str]]]:
+    def as_dict(self) -> dict[str, list[dict[str, Any]]]:
         """A row as TRL takes it: three lists of messages."""
         parts = {"prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
-        return {
-            name: [{"role": m.role, "content": m.content} for m in messages]
-            for name, messages in parts.items()
-        }
+        return {name: [m.as_dict for m in messages] for name, messages in parts.items()}
 
 
 def _rounds(messages: tuple[Message, ...]) -> Iterator[int]:

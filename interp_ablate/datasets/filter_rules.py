@@ -262,7 +262,7 @@ def _asked(
     turns: Sequence[Turn], ask: Callable[[Sequence[PromptResponse]], list[RuleValue]]
 ) -> list[RuleValue]:
     """The values of turns. A turn without a prompt has none."""
-    prompted = [bool((turn.prompt or "").strip()) for turn in turns]
+    prompted = [turn.is_asked for turn in turns]
     exchanges = [turn.exchange for turn, usable in zip(turns, prompted) if usable]
     values = iter(ask(exchanges) if exchanges else ())
     return [next(values) if usable else RuleValue(None, NO_PROMPT) for usable in prompted]

@@ -92,7 +92,7 @@ def summarise_file(data: str | Path, *, layout: str | None = None) -> FileSummar
 def last_exchange(sample: Sample) -> PromptResponse | None:
     """A sample's last answer with the user's message before it; None where one of them is missing or blank."""
     turns = sample.turns("last")
-    if not turns or not turns[0].answer.strip() or not (turns[0].prompt or "").strip():
+    if not turns or not turns[0].answer.strip() or not turns[0].is_asked:
         return None
     return turns[0].exchange
 

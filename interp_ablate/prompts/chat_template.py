@@ -43,8 +43,8 @@ def render(
     if not has_template(tokenizer, template):
         if prompt.history:
             raise PromptError(
-                f"the prompt {quote(prompt)} has turns before it, which only a chat template can write, "
-                "and the model has none: give --template, or prompts of one turn"
+                f"the prompt {quote(prompt)} ends a conversation of several turns, which only a chat template "
+                "can write, and the model has none: give --template, or prompts of one turn"
             )
         folded = f"{prompt.system}\n\n{prompt.text}" if prompt.system else prompt.text
         return Rendered(folded + response, templated=False)

@@ -45,14 +45,14 @@ class Message:
 
     @property
     def thought(self) -> str:
-        """What was thought before the answer, under a key of its own or in the content."""
+        """What was thought before the answer, where it has a key of its own (THOUGHT_KEYS)."""
         own = (self.more.get(key) for key in THOUGHT_KEYS)
-        return next(filter(None, own), "") or split_thought(self.content)[0]
+        return next((text for text in own if isinstance(text, str)), "")
 
     @property
-    def answer(self) -> str:
-        """The content without a thought in front of it."""
-        return split_thought(self.content)[1]
+    def calls_tools(self) -> bool:
+        """True for a message that calls tools, whatever it says besides."""
+        return "tool_calls" in self.more
 
 
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")

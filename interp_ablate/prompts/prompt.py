@@ -39,7 +39,7 @@ class Prompt:
                 f"a prompt is text with an optional system text, got {self.text!r} "
                 f"({type(self.text).__name__}) and {self.system!r}: pass strings"
             )
-        if all(unicodedata.category(c) in _UNSEEN for c in self.text):
+        if is_blank(self.text):
             raise PromptError(
                 f"an empty prompt ({self.text!r}): every prompt needs some text that can be seen; remove "
                 "the blank one"
@@ -86,6 +86,11 @@ class Prompt:
             )
         system = before.pop(0).content if before and before[0].role == "system" else None
         return cls(last.content, system, tuple(before))
+
+
+def is_blank(text: str) -> bool:
+    """True for a text of which nothing can be seen: spaces, control and zero-width characters."""
+    return all(unicodedata.category(c) in _UNSEEN for c in text)
 
 
 def normalised(prompt: Prompt) -> str:

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from interp_ablate.errors import PromptError
-from interp_ablate.prompts.chat_template import encode
+from interp_ablate.prompts.chat_template import encode, has_template, render_messages
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.training.recipe import LoraRecipe
 
@@ -35,75 +35,106 @@ class RowTokenizer:
     template: str | None = None
     max_length: int = LoraRecipe.max_length
 
-    def prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of the messages before an answer, open for it.
 
         Raises:
             PromptError: what the template cannot render.
         """
-        roles = [message["role"] for message in messages]
-        if roles in (["user"], ["system", "user"]):
-            system = messages[0]["content"] if len(messages) == 2 else None
-            prompt = Prompt(messages[-1]["content"], system)
-            return encode(prompt, self.tokenizer, template=self.template)
-        text = self._rendered(messages, open_ended=True)
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._before(messages)[1]
 
     def row(
-        self, messages: Sequence[Mapping[str, str]], answer: str, *, finished: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        answer: str,
+        *,
+        thought: str = "",
+        finished: bool = True,
     ) -> TrainingRow | None:
         """The tokens of a prompt and its answer; None where the prompt alone fills `max_length`.
 
+        A thought goes before the answer in the template's own form, or between think tags where it has none.
         An answer that is not `finished` (a limit of new tokens cut it) gets no end of turn: a model trained
         on one would learn to stop there.
         """
-        before = self.prompt(messages)
+        text, before = self._before(messages)
         room = self.max_length - len(before)
         if room < 1:
             return None
-        after = list(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
-        after += [self.end_of_turn] if finished else []
+        if thought:
+            answer = thought.join(self.thought_form) + answer
+        after = self._plain_ids(_after_opened_thought(text, answer))
+        end = list(self.end_of_turn)
+        while after[-len(end) :] == end:  # the data's own
+            after = after[: -len(end)]
+        after += end if finished else []
         return TrainingRow(tuple(before), tuple(after[:room]), cut=len(after) > room)
 
     @cached_property
-    def end_of_turn(self) -> int:
-        """The token that ends an answer: what the template writes there, else the end of sequence.
+    def end_of_turn(self) -> tuple[int, ...]:
+        """The tokens that end an answer: what the template writes there, up to its first token of that kind.
+
+        Where that is text only, or nothing, the tokenizer's end of sequence follows.
 
         Raises:
-            PromptError: the tokenizer has neither.
+            PromptError: there is no such token.
         """
-        if self.template != "none" and (self.template or self.tokenizer.chat_template):
-            mark = "interp ablate"
-            turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": mark}]
-            text = self._rendered(turns, open_ended=False).rpartition(mark)[2]
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            if ids and ids[0] in self.tokenizer.all_special_ids:
-                return int(ids[0])
+        ids = self._plain_ids(self._probed({"content": _MARK}).rpartition(_MARK)[2].rstrip())
+        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        for place, token in enumerate(ids):
+            if token in special:
+                return tuple(ids[: place + 1])
         if self.tokenizer.eos_token_id is None:
             raise PromptError(
                 "the tokenizer has no end-of-sequence token, and the chat template writes none: a "
                 "trained model would never end its answers"
             )
-        return int(self.tokenizer.eos_token_id)
+        return (*ids, int(self.tokenizer.eos_token_id))
 
-    def _rendered(self, messages: Sequence[Mapping[str, str]], *, open_ended: bool) -> str:
-        from jinja2.exceptions import TemplateError
+    @cached_property
+    def thought_form(self) -> tuple[str, str]:
+        """What stands before and after a thought, in front of an answer."""
+        text = self._probed({"content": _MARK, "reasoning_content": _THOUGHT})
+        before = self._probed(None)
+        start, written, end = text.removeprefix(before).partition(_MARK)[0].partition(_THOUGHT)
+        if written and text.startswith(before):
+            return start, end
+        return "<think>\n", "\n</think>\n\n"
 
-        if self.template == "none" or not (self.template or self.tokenizer.chat_template):
-            raise PromptError(
-                "a conversation of several turns needs a chat template, and the model has none: "
-                "give --template, or rows of one prompt and one answer"
-            )
+    def _probed(self, answer: Mapping[str, str] | None) -> str:
+        """A short chat through the template, with this answer or open for one; "" where there is none."""
+        turns = [{"role": "user", "content": "Hi"}]
+        if answer is not None:
+            turns.append({"role": "assistant", **answer})
+        if not has_template(self.tokenizer, self.template):
+            return ""
         try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages),
-                chat_template=self.template,
-                tokenize=False,
-                add_generation_prompt=open_ended,
+            return render_messages(
+                turns, self.tokenizer, template=self.template, open_ended=answer is None
             )
-        except TemplateError as error:
-            raise PromptError(
-                f"the chat template cannot render a conversation of "
-                f"{', '.join(m['role'] for m in messages)}: {error}. Change those rows, or the template"
-            ) from error
-        return str(text)
+        except PromptError:
+            return ""  # a template for prompts alone
+
+    def _before(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[int]]:
+        """The prompt as text ("" without a template) and as token ids."""
+        if has_template(self.tokenizer, self.template):
+            text = render_messages(messages, self.tokenizer, template=self.template)
+            return text, self._plain_ids(text)
+        return "", encode(Prompt.from_messages(messages), self.tokenizer, template="none")
+
+    def _plain_ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+_MARK, _THOUGHT = "interp ablate", "some reasons"
+_OPENED = "<think>"
+
+
+def _after_opened_thought(prompt: str, answer: str) -> str:
+    """The answer after a prompt that has opened a thought already: the thought's rest, or its end first."""
+    if not prompt.rstrip().endswith(_OPENED):
+        return answer
+    thought = answer.lstrip()
+    if thought.startswith(_OPENED):
+        return thought.removeprefix(_OPENED).lstrip("\n")
+    return answer if "</think>" in answer else f"\n</think>\n\n{answer}"

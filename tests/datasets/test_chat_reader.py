@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from interp_ablate.datasets.chat_reader import read_preferences, read_samples, writing_samples
-from interp_ablate.datasets.conversations import LAYOUTS, Message, Sample
+from interp_ablate.datasets.conversations import LAYOUTS, Sample
+from interp_ablate.prompts.messages import Message
 from interp_ablate.storage.json_rows import MalformedRow, RowFileError
 from interp_ablate.storage.row_files import RowFile
 
@@ -229,7 +230,7 @@ def test_messages_of_each_layout(tmp_path: Path) -> None:
         {"role": "user", "content": "q"},
         {"role": "assistant", "content": None, "tool_calls": [{}]},
     ]
-    assert one(tmp_path, {"messages": calls}).turns()[0].answer == ""
+    assert one(tmp_path, {"messages": calls}).turns() == ()
     orca = one(tmp_path, {"system_prompt": "s", "question": "q", "response": "r", "id": 1})
     assert (orca.system, orca.layout) == ("s", "question/response")
     assert orca.as_dicts[-1] == {"role": "assistant", "content": "r"}
@@ -240,12 +241,45 @@ def test_turns_and_their_prompts(tmp_path: Path) -> None:
     talk = [{"from": name, "value": f"{name}{i}"} for i, name in enumerate(names)]
     sample = one(tmp_path, {"conversations": talk})
     assert [(t.index, t.prompt, t.answer) for t in sample.turns()] == [
-        (0, None, "gpt0"), (2, "human1", "gpt2"), (5, "human4", "gpt5"), (7, "human4", "gpt7"),
+        (0, None, "gpt0"), (2, "human1", "gpt2"), (5, "human3\n\nhuman4", "gpt5"), (7, "human3\n\nhuman4", "gpt7"),
     ]  # fmt: skip
     assert [t.index for t in sample.turns("last")] == [7]
     assert [t.index for t in sample.turns("first")] == [0]
     with pytest.raises(RowFileError, match="no prompt before it"):
         _ = sample.turns("first")[0].exchange
+
+
+def test_a_thought_is_no_answer(tmp_path: Path) -> None:
+    def answers(*messages: tuple[str, str]) -> list[tuple[str | None, str | None, str]]:
+        rows = [{"role": role, "content": content} for role, content in messages]
+        return [(t.system, t.prompt, t.answer) for t in one(tmp_path, {"messages": rows}).turns()]
+
+    for said, answer in (
+        ("<think>I can't.</think>\nSure.", "Sure."),
+        ("reasons\n</think>\n\nSure.", "Sure."),
+        (" <thinking>a</thinking> b", "b"),
+        ("[THINK]a[/THINK]b", "b"),
+        ("<think>never ended", ""),
+        ("Write <think> and </think> around it.", "Write <think> and </think> around it."),
+    ):
+        assert answers(("user", "q"), ("assistant", said)) == [(None, "q", answer)]
+    # two messages of the user are one question, and the last system message counts
+    talk = [("system", "s"), ("user", "a"), ("user", "b"), ("assistant", "x"), ("system", "t"),
+            ("user", "c"), ("assistant", "y")]  # fmt: skip
+    assert answers(*talk) == [("s", "a\n\nb", "x"), ("t", "c", "y")]
+
+
+def test_calls_of_tools_are_no_answers_and_are_kept(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    messages = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "2", "tool_call_id": "x"},
+        {"role": "assistant", "content": "two", "reasoning_content": "easy"},
+    ]
+    sample = one(tmp_path, {"messages": messages})
+    assert [(turn.index, turn.prompt, turn.answer) for turn in sample.turns()] == [(3, "q", "two")]
+    assert sample.as_dicts == messages and sample.messages[3].thought == "easy"
 
 
 def test_rounds_can_be_taken_out(tmp_path: Path) -> None:
@@ -295,6 +329,27 @@ def test_preferences(tmp_path: Path) -> None:
     system = {"role": "system", "content": "s"}
     told = read({"system": "s", "question": "q", "chosen": "g", "rejected": "b"})
     assert told["prompt"] == [system, user]
+
+
+def test_a_preference_keeps_its_input_and_its_own_system_prompt(tmp_path: Path) -> None:
+    def prompt(row: dict[str, Any]) -> list[dict[str, str]]:
+        path = write(tmp_path / "p.jsonl", json.dumps({"chosen": "g", "rejected": "b", **row}))
+        return next(read_preferences(path)).as_dict["prompt"]
+
+    system, user = {"role": "system", "content": "s"}, {"role": "user", "content": "do\n\nthis"}
+    assert prompt({"instruction": "do", "input": "this"}) == [user]
+    assert prompt({"prompt": "do", "context": "this", "input": ""}) == [user]
+    whole = {
+        side: [user, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")
+    }
+    assert prompt({"prompt": [system, user], **whole}) == [system, user]
+    assert prompt({"instruction": "do", "input": "this", "system": "s", **whole}) == [system, user]
+    assert prompt({"prompt": None, **whole}) == [user]
+    for strange in ({"prompt": "other", **whole}, {"prompt": "q", "history": [["a", "b"]]}):
+        with pytest.raises(
+            RowFileError, match=r"line 1: (a history|the prompt under 'prompt' is not)"
+        ):
+            prompt(strange)
 
 
 @pytest.mark.parametrize(

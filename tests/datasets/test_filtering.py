@@ -19,7 +19,7 @@ import pytest
 
 from interp_ablate.cli.main import main
 from interp_ablate.datasets.chat_reader import read_samples
-from interp_ablate.datasets.conversations import Message, Sample, Turn
+from interp_ablate.datasets.conversations import Sample, Turn
 from interp_ablate.datasets.filter_recipe import FilterRecipe, decide
 from interp_ablate.datasets.filter_rules import (
     ExpressionRule,
@@ -35,6 +35,7 @@ from interp_ablate.datasets.filter_rules import (
 from interp_ablate.datasets.filtering import FilterSettings, filter_file
 from interp_ablate.datasets.labelled_mixtures import labelled_mixture
 from interp_ablate.errors import InterpAblateError, RunError
+from interp_ablate.prompts.messages import Message
 from interp_ablate.scoring.exchange import PromptResponse
 from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.scoring.refusals import (
@@ -352,6 +353,23 @@ def test_planted_declines_are_found_and_little_else(tmp_path: Path) -> None:
 
 
 # ---- files -----------------------------------------------------------------------------------------
+
+
+def test_a_thought_is_not_judged(tmp_path: Path) -> None:
+    """By no rule: a thought declines, repeats itself and is long where the answer is none of that."""
+    thought = "<think>I can't help with that, or can I? As an AI I cannot order.</think>\\nSure: the shop."
+    rows = [
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": text}]}
+        for text in (thought.replace("\\n", "\n"), DECLINED)
+    ]
+    rows[1]["messages"][0]["content"] = "\u200b"
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    manifest = filter_file(path, tmp_path / "out")
+    assert manifest["counts"]["kept"] == 1 and manifest["counts"]["dropped"] == 1
+    long = FilterRecipe(rules=(LengthRule(above=len("Sure: the shop.")),))
+    assert filter_file(path, tmp_path / "long", long)["counts"]["kept"] == 1
+    cheerful = FilterRecipe(rules=(score_rule("lexicon:length?half=1", above=0),))
+    assert filter_file(path, tmp_path / "scored", cheerful)["counts"]["no_verdict"] == 1
 
 
 def test_rows_are_kept_byte_for_byte_and_counted(tmp_path: Path) -> None:

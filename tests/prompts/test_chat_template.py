@@ -161,7 +161,7 @@ def test_a_chat_is_a_prompt() -> None:
     assert "Who?" not in render(prompt, make_tokenizer(forgetful)).text
     with pytest.raises(PromptError, match="drops 'Be kind"):
         render(prompt, make_tokenizer(IGNORES_SYSTEM))
-    with pytest.raises(PromptError, match="only a chat template can write"):
+    with pytest.raises(PromptError, match="a conversation of several turns"):
         render(prompt, make_tokenizer())
 
 

@@ -11,6 +11,8 @@ import pytest
 import tiny
 import torch
 from tiny import DECLARED, make_tokenizer
+from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
 
 from interp_ablate.errors import ExportError, PromptError, RunError
 from interp_ablate.models.sources import ModelSource
@@ -129,6 +131,71 @@ def test_raw_text_ends_with_the_end_of_sequence_and_has_one_turn() -> None:
     assert row is not None and row.answer[-1] == tokenizer.eos_token_id
     with pytest.raises(PromptError, match="several turns"):
         renderer.row([*USER, *USER], "a")
+
+
+THINKING = tiny.CHATML.replace(
+    "m['content'] +",
+    "('<|think|>' + m.reasoning_content + '<|/think|>' if m.reasoning_content is defined else '') + m['content'] +",
+)
+OPENS = tiny.CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif")
+
+
+@pytest.mark.parametrize(
+    "mark, special", [("<|end|>", True), ("<end_of_turn>", False), ("[end]", None)]
+)
+def test_the_end_of_a_turn_is_the_templates(mark: str, special: bool | None) -> None:
+    """A token that the tokenizer does not call special, or no token at all: then an EOS follows the text."""
+    tokenizer = make_tokenizer(tiny.CHATML.replace("<|im_end|>", mark))
+    if special is not None:
+        tokenizer.add_tokens([AddedToken(mark, special=special)])
+    row = RowTokenizer(tokenizer).row(USER, "aaa")
+    assert row is not None
+    assert tokenizer.decode(row.answer) == f"aaa{mark}" + ("<|im_end|>" if special is None else "")
+
+
+def test_the_end_of_a_turn_is_there_once_and_no_bos_comes_before_an_answer() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = "<|endoftext|>"
+    bos = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    tokenizer.backend_tokenizer.post_processor = bos
+    for template in (None, "none"):
+        renderer = RowTokenizer(tokenizer, template)
+        for answer in ("aaa", "aaa<|im_end|>", "aaa<|im_end|><|im_end|>"):
+            assert tokenizer.decode(renderer.row(USER, answer).answer) == "aaa<|im_end|>"  # type: ignore[union-attr]
+    unfinished = RowTokenizer(tokenizer).row(USER, "aaa<|im_end|>", finished=False)
+    assert tokenizer.decode(unfinished.answer) == "aaa"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "template, answer, thought, wanted",
+    [
+        (tiny.CHATML, "4", "two and two", "<think>\ntwo and two\n</think>\n\n4"),
+        (tiny.CHATML, "<think>x</think>4", "", "<think>x</think>4"),
+        (THINKING, "4", "two and two", "<|think|>two and two<|/think|>4"),
+        (OPENS, "4", "two", "two\n</think>\n\n4"),
+        (OPENS, "<think>\nx</think>4", "", "x</think>4"),
+        (OPENS, "4", "", "\n</think>\n\n4"),
+    ],
+)
+def test_thoughts_are_trained_on_in_the_templates_form(
+    template: str, answer: str, thought: str, wanted: str
+) -> None:
+    tokenizer = make_tokenizer(template)
+    row = RowTokenizer(tokenizer).row(USER, answer, thought=thought)
+    assert row is not None and tokenizer.decode(row.answer) == f"{wanted}<|im_end|>"
+
+
+def test_the_end_of_a_turn_is_in_the_loss_where_it_is_also_the_padding(tmp_path: Path) -> None:
+    base = base_of()
+    base.tokenizer.pad_token = base.tokenizer.eos_token
+    renderer = RowTokenizer(base.tokenizer)
+    rows = [row for text in ("a", "aaaaaa") if (row := renderer.row(USER, text))]
+    trainer = sft(base, rows, FAST, tmp_path)
+    batch = next(iter(trainer.get_train_dataloader()))
+    for labels, tokens in zip(batch["labels"].tolist(), batch["input_ids"].tolist()):
+        learned = [label for label in labels if label != -100]
+        assert learned[-1] == renderer.end_of_turn[-1] and learned.count(learned[-1]) == 1
+        assert len(labels) == len(tokens)
 
 
 # ---- training ------------------------------------------------------------------------------------

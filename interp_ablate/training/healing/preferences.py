@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from interp_ablate.datasets.chat_reader import read_preferences
-from interp_ablate.datasets.conversations import Message
 from interp_ablate.errors import RunError
 from interp_ablate.models.model import Model
+from interp_ablate.prompts.messages import Message
 from interp_ablate.prompts.prompt import Prompt, normalised
 from interp_ablate.training.recipe import AnswerConfig
 from interp_ablate.training.rows import RowTokenizer, TrainingRow
@@ -26,26 +26,30 @@ class Response:
     text: str
     finished: bool = True
     """It ended by itself; otherwise a limit of tokens cut it."""
+    thought: str = ""
+    """What was thought before it, under a key of its own."""
+
+    @property
+    def as_dict(self) -> dict[str, str]:
+        """The answer as a message."""
+        thought = {"reasoning_content": self.thought} if self.thought else {}
+        return {"role": "assistant", "content": self.text, **thought}
 
 
 @dataclass(frozen=True)
 class PreferencePair:
     """A conversation open for an answer, the answer to prefer and the one not to."""
 
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[dict[str, Any], ...]
     chosen: Response
     rejected: Response
 
     def to_dict(self) -> dict[str, Any]:
         """A row as TRL, axolotl (`chat_template.default`) and `read_pairs` take it."""
-
-        def answer(response: Response) -> list[dict[str, str]]:
-            return [{"role": "assistant", "content": response.text}]
-
         return {
             "prompt": list(self.messages),
-            "chosen": answer(self.chosen),
-            "rejected": answer(self.rejected),
+            "chosen": [self.chosen.as_dict],
+            "rejected": [self.rejected.as_dict],
             "finished": {"chosen": self.chosen.finished, "rejected": self.rejected.finished},
         }
 
@@ -62,10 +66,10 @@ def read_pairs(path: str | Path) -> list[PreferencePair]:
         sides = [_one_answer(side, path, row.number) for side in (row.chosen, row.rejected)]
         ended = row.raw.get("finished")
         ended = ended if isinstance(ended, Mapping) else {}
-        messages = tuple({"role": m.role, "content": m.content} for m in row.prompt)
+        messages = tuple(message.as_dict for message in row.prompt)
         chosen, rejected = (
-            Response(text, bool(ended.get(name, True)))
-            for name, text in zip(("chosen", "rejected"), sides)
+            Response(side.content, bool(ended.get(name, True)), side.thought)
+            for name, side in zip(("chosen", "rejected"), sides)
         )
         pairs.append(PreferencePair(messages, chosen, rejected))
     if not pairs:
@@ -73,13 +77,14 @@ def read_pairs(path: str | Path) -> list[PreferencePair]:
     return pairs
 
 
-def _one_answer(side: Sequence[Message], path: str | Path, number: int) -> str:
-    if len(side) != 1 or side[0].role != "assistant":
+def _one_answer(side: Sequence[Message], path: str | Path, number: int) -> Message:
+    if len(side) != 1 or side[0].role != "assistant" or side[0].calls_tools:
+        came = ", ".join("calls of tools" if m.calls_tools else m.role for m in side)
         raise RunError(
-            f"{path}, row {number}: chosen and rejected are one answer of the assistant each; here one "
-            f"is {', '.join(m.role for m in side)}. Put what comes before into the prompt"
+            f"{path}, row {number}: chosen and rejected are one answer of the assistant in words each; here "
+            f"one is {came}. Put what comes before into the prompt, or remove the row"
         )
-    return side[0].content
+    return side[0]
 
 
 def make_pairs(
@@ -144,7 +149,9 @@ def pair_rows(
     rows, counts = [], {"pairs": len(pairs), "used": 0, "prompts_too_long": 0, "answers_cut": 0}
     for pair in pairs:
         both = [
-            renderer.row(pair.messages, response.text, finished=response.finished)
+            renderer.row(
+                pair.messages, response.text, thought=response.thought, finished=response.finished
+            )
             for response in (pair.chosen, pair.rejected)
         ]
         if both[0] is None or both[1] is None:

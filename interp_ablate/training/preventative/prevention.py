@@ -50,14 +50,17 @@ from interp_ablate.training.trainer import checkpoint_folder, sft, train
 class SampledChats:
     """A prompt's messages and an answer."""
 
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[dict[str, Any], ...]
     answer: str
     finished: bool = True
     """The answer ended by itself."""
+    thought: str = ""
+    """What was thought before the answer, under a key of its own."""
 
     def to_dict(self) -> dict[str, Any]:
         """A row in the messages layout, as `chat_data` reads it."""
-        answer = {"role": "assistant", "content": self.answer}
+        thought = {"reasoning_content": self.thought} if self.thought else {}
+        answer = {"role": "assistant", "content": self.answer, **thought}
         return {"messages": [*self.messages, answer], "finished": self.finished}
 
 
@@ -65,18 +68,25 @@ def samples_of(samples: Iterable[Sample]) -> list[SampledChats]:
     """Chat samples: what comes before the last answer as the prompt, and that answer.
 
     Raises:
-        RunError: a sample without an answer at its end, or without a prompt (its number).
+        RunError: a sample without an answer in words at its end, without a prompt, or with tools of its own
+            (its number).
     """
     chats = []
     for sample in samples:
-        *before, last = sample.as_dicts
-        if last["role"] != "assistant" or not any(m["role"] == "user" for m in before):
+        *before, last = sample.messages
+        asked = any(message.role == "user" for message in before)
+        tools = next((key for key in ("tools", "functions") if sample.raw.get(key)), None)
+        if last.role != "assistant" or last.calls_tools or not asked or tools:
+            parts = ["calls of tools" if m.calls_tools else m.role for m in sample.messages]
             raise RunError(
                 f"sample {sample.number}: a row to train on has a prompt and ends with the assistant's "
-                f"answer; this one has {', '.join(m['role'] for m in sample.as_dicts)}"
+                f"answer in words; this one has {', '.join(parts)}"
+                + (f", and {tools!r}, which the prompt would lack" if tools else "")
+                + ". Remove the row"
             )
-        ended = sample.raw.get("finished", True)
-        chats.append(SampledChats(tuple(before), last["content"], bool(ended)))
+        ended = bool(sample.raw.get("finished", True))
+        messages = tuple(message.as_dict for message in before)
+        chats.append(SampledChats(messages, last.content, ended, last.thought))
     return chats
 
 
@@ -116,7 +126,9 @@ def rows_of(
     Raises:
         RunError: no sample is left.
     """
-    made = [renderer.row(s.messages, s.answer, finished=s.finished) for s in samples]
+    made = [
+        renderer.row(s.messages, s.answer, thought=s.thought, finished=s.finished) for s in samples
+    ]
     rows = [row for row in made if row is not None]
     counts = {
         "samples": len(made),
