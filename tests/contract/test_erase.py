@@ -325,7 +325,7 @@ def test_bad_json(changes: dict[str, Any], said: str) -> None:
         (lambda: Erase(WRITE, unit(k=2), PRE), "erase takes one vector"),
         (lambda: Erase(0 * WRITE, READ, PRE), "zero"),
         (lambda: Erase(WRITE, math.nan * READ, PRE), "NaN"),
-        (lambda: Erase(WRITE, READ, []), "one or more Site"),
+        (lambda: Erase(WRITE, READ, []), "one or more sites"),
         (lambda: Erase(WRITE, READ, PRE, strength=math.nan), "strength must be finite"),
         (lambda: Erase(WRITE, READ, PRE, value="1"), "value is a number"),  # type: ignore[arg-type]
         (lambda: Erase(WRITE, READ, PRE, value=[1, 2]), "2 values of value for 1 sites"),

@@ -433,8 +433,8 @@ UNIT = torch.eye(D, dtype=torch.float64)
 @pytest.mark.parametrize(
     ("make", "parts"),
     [
-        (lambda: Ablate(UNIT[0], []), ["one or more Site"]),
-        (lambda: Ablate(UNIT[0], "blocks.0.hook_resid_pre"), ["Site"]),  # type: ignore[arg-type]
+        (lambda: Ablate(UNIT[0], []), ["one or more sites"]),
+        (lambda: Ablate(UNIT[0], "blocks.0.hook_resid"), ["as a site"]),  # type: ignore[arg-type]
         (lambda: Ablate(UNIT[0], [PRE, POST, PRE]), ["twice", "blocks.2.hook_resid_pre"]),
         (lambda: Ablate(torch.zeros(2, 3, D), PRE), ["[d_model]", "(2, 3, 12)"]),
         (lambda: Ablate(torch.zeros(0, D), PRE), ["(0, 12)"]),
@@ -487,7 +487,7 @@ def spoiled(**changes: Any) -> dict[str, Any]:
         (spoiled(vectors=...), ["'vectors'"]),
         (spoiled(strength=...), ["'strength'"]),
         (spoiled(sites=["blocks.0.hook_q"]), ["cannot be read", "hook_q"]),
-        (spoiled(sites=[]), ["Site"]),
+        (spoiled(sites=[]), ["sites"]),
         (spoiled(sites=3), ["cannot be read"]),
         (spoiled(vectors=[]), ["cannot be read"]),
         (spoiled(vectors=[["a"]]), ["cannot be read"]),

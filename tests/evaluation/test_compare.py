@@ -462,8 +462,8 @@ def test_contrast_set(tmp_path: Path) -> None:
     sides = read_prompts("declining")
     assert list(sides) == ["declining, positive", "declining, negative"]
     assert [len(side) for side in sides.values()] == [32, 32]
-    (tmp_path / "mine.txt").write_text("One\n# a comment\nTwo\n")
-    assert [p.text for p in read_prompts(tmp_path / "mine.txt")["mine"]] == ["One", "Two"]
+    (tmp_path / "mine.txt").write_text("One\n# two\nTwo\n")
+    assert [p.text for p in read_prompts(tmp_path / "mine.txt")["mine"]] == ["One", "# two", "Two"]
     (tmp_path / "rows.jsonl").write_text('{"prompt": "One", "id": 1}\n{"prompt": "Two"}\n')
     assert list(read_prompts(tmp_path / "rows.jsonl")) == ["rows"]
     (tmp_path / "both.jsonl").write_text(
