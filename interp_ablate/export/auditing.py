@@ -14,27 +14,30 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import ExportError
+from interp_ablate.export.checkpoint_files import published_layout
 from interp_ablate.export.model_card import CERTIFICATE
+from interp_ablate.export.older_transformers import OLD_ROPE_FIELDS, ORIGINS, config_for_both
+from interp_ablate.export.side_files import (
+    BEHAVIOUR_FILES,
+    TOKENIZER_CONFIG,
+    may_be_weights,
+    spelled_tokenizer,
+)
 from interp_ablate.models.architectures import Architecture, architecture_of, is_tied
 from interp_ablate.models.sources import read_hf_config
 from interp_ablate.storage.provenance import MANIFEST
 from interp_ablate.storage.safetensors_reader import INDEX, Checkpoint
 from interp_ablate.weights.plan_to_weights import Tied, WeightPlan, edited_tensor, weight_plan
 
-# Files beside the weights that change what a model does, and have to be there if they are in the source.
-BEHAVIOUR_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
-    "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
-)  # fmt: skip
 # Files that an export writes itself, or that no program reads.
 _MAY_DIFFER = ("README.md", "config.json", MANIFEST, CERTIFICATE, ".gitattributes")
-# Files that loaders act on where they find them: adapters, code, other weights, other templates.
-_ACTED_ON = (".json", ".jinja", ".model", ".py", ".safetensors", ".bin", ".pt", ".pth", ".txt")
-_NOT_COMPARED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
+# Files that loaders act on where they find them: code, settings, vocabularies, templates.
+_ACTED_ON = (".json", ".jinja", ".model", ".py", ".txt")
+_NOT_COMPARED = (*ORIGINS, "transformers_version", "dtype", "torch_dtype")
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class AuditSource:
         state, entry = model.hf_state_dict(), model.architecture
         if is_tied(model.hf_config):
             state.pop(entry.unembed, None)
+        state = published_layout(model, state)
         return cls(state, state.__getitem__, model.hf_config, entry)
 
 
@@ -143,12 +147,12 @@ def audit(
         elif name in expected:
             _check_tensor(report, name, source, result)
     report.problems += _config_problems(source.hf_config, config, weights)
+    before = source.hf_config.to_diff_dict()
     if source.folder is not None:
-        report.problems += _json_problems(
-            source.folder, result.folder, compared=_comparable(config)
-        )
+        before = _read_config(source.folder)
     else:
         report.not_compared = ["tokenizer and generation config: the source is no folder"]
+    report.problems += _json_problems(before, result.folder, compared=_comparable(config))
     report.problems += _file_problems(source.folder, result)
     return report
 
@@ -258,29 +262,62 @@ def _config_problems(before: Any, after: Any, weights: WeightPlan) -> list[str]:
     ]
 
 
-def _json_problems(source: Path, folder: Path, *, compared: Collection[str]) -> list[str]:
+def _read_config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def _json_problems(before: dict[str, Any], folder: Path, *, compared: Collection[str]) -> list[str]:
     """Fields of config.json that the config class drops, and other programs or generation read."""
-    before, after = (
-        json.loads((place / "config.json").read_text(encoding="utf-8"))
-        for place in (source, folder)
-    )
-    return [
+    after, spelled = _read_config(folder), config_for_both(before)
+    problems = [
         f"config.json has {key} = {value!r}; the source's has {before.get(key)!r}"
         for key, value in after.items()
-        if key not in compared and key not in _NOT_COMPARED and value != before.get(key)
+        if key not in compared
+        and key not in _NOT_COMPARED
+        and value not in (before.get(key), spelled.get(key))
     ]
+    if after.get("torch_dtype", after.get("dtype")) != after.get("dtype", after.get("torch_dtype")):
+        problems.append("config.json has a dtype and another torch_dtype")
+    return problems
 
 
 def _comparable(config: Any) -> dict[str, Any]:
-    values = {k: v for k, v in config.to_dict().items() if k not in _NOT_COMPARED}
-    return json.loads(json.dumps(values, default=str))
+    """A config as plain data, without what repeats its `rope_parameters` for older programs."""
+    values = json.loads(json.dumps(config.to_dict(), default=str))
+    values["architectures"] = values.get("architectures") or [
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    ]
+    return _without_repeats(values)
+
+
+def _without_repeats(values: dict[str, Any]) -> dict[str, Any]:
+    rope = values.get("rope_parameters")
+    repeated = OLD_ROPE_FIELDS if isinstance(rope, dict) else ()
+    kept = {k: v for k, v in values.items() if k not in (*_NOT_COMPARED, *repeated)}
+    for key, value in kept.items():
+        if isinstance(value, dict):
+            kept[key] = _without_repeats(value)
+    if isinstance(rope, dict) and rope.get("type") == rope.get("rope_type"):
+        kept["rope_parameters"] = {k: v for k, v in rope.items() if k != "type"}
+    return kept
+
+
+def _same_file(before: Path, after: Path) -> bool:
+    """True for equal bytes, and for a tokenizer's configuration that says the same for transformers 4 too."""
+    if before.read_bytes() == after.read_bytes():
+        return True
+    if after.name != TOKENIZER_CONFIG:
+        return False
+    one, other = (json.loads(path.read_text(encoding="utf-8")) for path in (before, after))
+    return spelled_tokenizer(one, before.parent) == other
 
 
 def _file_problems(source: Path | None, result: Checkpoint) -> list[str]:
     """Files that are not the source's, and behaviour files that are missing.
 
+    Weights other than the audited ones are refused wherever they lie: another loader would take them.
     Without a source folder (a model in memory) its own side files cannot be compared; what a loader would
-    act on besides is still report.
+    act on besides is still reported.
     """
     folder, problems = result.folder, []
     weights = {file.name for file in result.files} | {INDEX}
@@ -290,10 +327,15 @@ def _file_problems(source: Path | None, result: Checkpoint) -> list[str]:
         if not path.is_file() or name in ignored:
             continue
         before = source / name if source is not None else None
-        if before is None or not before.is_file():
+        if may_be_weights(path, name):
+            problems.append(
+                f"{name} may hold or name weights that nothing here checked, and programs load such files: "
+                "take it out of the folder"
+            )
+        elif before is None or not before.is_file():
             if path.suffix in _ACTED_ON:
                 problems.append(f"{name} is only in {folder}, and programs act on such files")
-        elif before.read_bytes() != path.read_bytes():
+        elif not _same_file(before, path):
             problems.append(f"{name} differs from the source's")
     if source is not None:
         problems += [

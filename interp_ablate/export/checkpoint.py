@@ -27,18 +27,21 @@ from interp_ablate.errors import ExportError
 from interp_ablate.export.certification import PROBES, certify, coarsest_dtype, require_passed
 from interp_ablate.export.checkpoint_files import (
     float_dtype_of,
+    published_layout,
     write_config,
     write_side_files,
     write_source_files,
     write_weights,
 )
-from interp_ablate.export.model_card import export_manifest, write_documents
+from interp_ablate.export.model_card import CARD, CERTIFICATE, export_manifest, write_documents
+from interp_ablate.export.older_transformers import note_on_4
 from interp_ablate.models.architectures import is_tied
 from interp_ablate.models.backends.hooked_to_hf import CONVERTIBLE
 from interp_ablate.models.model import Model
 from interp_ablate.models.sources import ModelSource, read_hf_config
 from interp_ablate.prompts.prompt import PromptLike
 from interp_ablate.storage.output_folder import StreamedFolder, check_output_path, streamed_folder
+from interp_ablate.storage.provenance import MANIFEST
 from interp_ablate.storage.safetensors_reader import INDEX, SINGLE, Checkpoint, TensorSource
 from interp_ablate.storage.safetensors_writer import NewTensor, TensorEditor, copy_checkpoint
 from interp_ablate.weights.plan_to_weights import (
@@ -132,7 +135,6 @@ def export_checkpoint(
             out, source=source, fingerprint=_fingerprint(weights), overwrite=overwrite
         ) as folder:
             written = _write_streamed(source, weights, folder)
-            write_source_files(source.folder, folder.path, weights.config)
             return _certified(model, weights, written, folder.path, prompts, report)
     state = _untied_or_not(model)
     weights = weight_plan(
@@ -142,8 +144,8 @@ def export_checkpoint(
     with atomic_folder(out, overwrite=overwrite, source=model.source) as place:
         write_weights(state, place)
         write_config(model, state, weights, place)
-        write_side_files(model, place)
-        written = Written(tuple(state), float_dtype_of(state.values()))
+        left_out = write_side_files(model, place, own=_own_files(_opened(model.source)))
+        written = Written(tuple(state), float_dtype_of(state.values()), left_out)
         return _certified(model, weights, written, place, prompts, report)
 
 
@@ -154,6 +156,8 @@ class Written:
     names: tuple[str, ...]
     dtype: str
     """Dtype of the floating tensors; the certificate's limits follow it."""
+    left_out: Sequence[str] = ()
+    """Files of the source that nothing here edits or checks, and that therefore stay behind."""
 
 
 def _certified(
@@ -170,17 +174,24 @@ def _certified(
         unembed_map=weights.unembed_map,
     )  # fmt: skip
     require_passed(certificate, "export")
-    manifest = _manifest(model.source, weights, written, report, backend=model.backend)
+    manifest = _manifest(model.source, weights, written, folder, report, backend=model.backend)
     write_documents(folder, manifest, certificate)
     return certificate
 
 
 def _manifest(
-    source: ModelSource, weights: WeightPlan, written: Written, report: Any, **more: Any
+    source: ModelSource,
+    weights: WeightPlan,
+    written: Written,
+    folder: Path,
+    report: Any,
+    **more: Any,
 ) -> dict[str, Any]:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return export_manifest(
         "checkpoint", source, weights, written.names, written.dtype, report,
-        untied=weights.tied == "untie", config_changed=weights.config, added=[*weights.added], **more,
+        untied=weights.tied == "untie", config_changed=weights.config, added=[*weights.added],
+        left_out=[*written.left_out], transformers_4=note_on_4(config), **more,
     )  # fmt: skip
 
 
@@ -190,7 +201,7 @@ def _untied_or_not(model: Model) -> dict[str, Tensor]:
     embed, unembed = model.architecture.embed, model.architecture.unembed
     if is_tied(model.hf_config) and unembed in state and torch.equal(state[embed], state[unembed]):
         del state[unembed]
-    return state
+    return published_layout(model, state)
 
 
 def export_folder(
@@ -223,8 +234,7 @@ def export_folder(
         out, source=checkpoint, fingerprint=_fingerprint(weights), overwrite=overwrite
     ) as folder:
         written = _write_streamed(checkpoint, weights, folder)
-        write_source_files(checkpoint.folder, folder.path, weights.config)
-        manifest = _manifest(origin, weights, written, report)
+        manifest = _manifest(origin, weights, written, folder.path, report)
         write_documents(folder.path, manifest, {"compared": "no", "passed": None, "limits": {}})
     return manifest
 
@@ -235,6 +245,12 @@ def _opened(source: ModelSource) -> Checkpoint | None:
     if source.kind != "folder" or not any((folder / n).is_file() for n in (INDEX, SINGLE)):
         return None
     return Checkpoint.open(folder)
+
+
+def _own_files(source: Checkpoint | None) -> set[str]:
+    """Names of a source folder's files that an export writes anew."""
+    weights = [file.name for file in source.files] if source else []
+    return {*weights, INDEX, "config.json", CARD, CERTIFICATE, MANIFEST}
 
 
 def _streamed_plan(
@@ -274,7 +290,10 @@ def _write_streamed(source: Checkpoint, weights: WeightPlan, folder: StreamedFol
     edits = {name: _edit(edit) for name, edit in weights.edits.items()}
     extra = [_new_tensor(source, name, added) for name, added in weights.added.items()]
     written = copy_checkpoint(source, folder, edit=edits, extra=extra)
-    return Written(tuple(written.tensors), coarsest_dtype(source, weights))
+    left_out = write_source_files(
+        source.folder, folder.path, weights.config, own=_own_files(source)
+    )
+    return Written(tuple(written.tensors), coarsest_dtype(source, weights), left_out)
 
 
 def _edit(edit: TensorEdit) -> TensorEditor:

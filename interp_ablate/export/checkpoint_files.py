@@ -5,27 +5,23 @@ Knows: the names and contents of these files. Does not know: plans.
 
 from __future__ import annotations
 
+import copy
 import json
-import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from interp_ablate.export.model_card import CERTIFICATE
+from interp_ablate.export.older_transformers import config_for_both
+from interp_ablate.export.side_files import copy_side_files, spell_tokenizer
 from interp_ablate.models.architectures import is_tied
 from interp_ablate.models.model import Model
-from interp_ablate.storage.provenance import MANIFEST
 from interp_ablate.storage.safetensors_reader import INDEX
 from interp_ablate.weights.plan_to_weights import WeightPlan
 
 MAX_SHARD = "5GB"
-TEMPLATES = "additional_chat_templates"  # folder of a tokenizer with several templates
-# Files of a source folder that are weights, or that are written anew.
-_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", ".onnx", ".h5")
-_WRITTEN = ("config.json", "README.md", MANIFEST, CERTIFICATE)
 
 
 def float_dtype_of(tensors: Iterable[Tensor]) -> str:
@@ -37,6 +33,24 @@ def float_dtype_of(tensors: Iterable[Tensor]) -> str:
 def write_json(path: Path, value: Any) -> None:
     """JSON as every file of an export has it."""
     path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+
+
+def published_layout(model: Model, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A model's tensors under the names and shapes of published checkpoints, which every transformers reads.
+
+    Version 5 fuses the experts of a mixture in memory; files hold them one by one. Of an architecture
+    without a declared entry the names in memory are the ones that are known, and stay.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import revert_weight_conversion
+
+    kinds = (model.hf_config.model_type, *_architectures(model))
+    if model.architecture.discovered or not any(map(get_checkpoint_conversion_mapping, kinds)):
+        return state
+    with torch.device("meta"):
+        hf = AutoModelForCausalLM.from_config(copy.deepcopy(model.hf_config))
+    return revert_weight_conversion(hf, state)
 
 
 def write_weights(state: dict[str, Tensor], folder: Path) -> None:
@@ -61,15 +75,14 @@ def write_weights(state: dict[str, Tensor], folder: Path) -> None:
 
 def write_config(model: Model, state: dict[str, Tensor], weights: WeightPlan, folder: Path) -> None:
     """config.json of a model in memory, with the tie undone where lm_head has values of its own."""
-    config = model.hf_config.to_diff_dict()
+    config = {"tie_word_embeddings": is_tied(model.hf_config), **model.hf_config.to_diff_dict()}
     config["dtype"] = float_dtype_of(state.values())
     config["architectures"] = _architectures(model)
     config["model_type"] = model.hf_config.model_type
     config.pop("quantization_config", None)
-    config.pop("_name_or_path", None)
     if is_tied(model.hf_config) and model.architecture.unembed in state:
         config["tie_word_embeddings"] = False
-    write_json(folder / "config.json", {**config, **weights.config})
+    write_json(folder / "config.json", config_for_both({**config, **weights.config}))
 
 
 def _architectures(model: Model) -> list[str]:
@@ -81,29 +94,29 @@ def _architectures(model: Model) -> list[str]:
         return [type(AutoModelForCausalLM.from_config(model.hf_config)).__name__]
 
 
-def write_side_files(model: Model, folder: Path) -> None:
-    """Tokenizer, chat template, generation config of a model in memory."""
+def write_side_files(model: Model, folder: Path, *, own: Collection[str] = ()) -> list[str]:
+    """Tokenizer, chat template, generation config of a model in memory; returns what stays behind.
+
+    Args:
+        own: as for `copy_side_files`.
+    """
     if model.source.kind == "folder":
-        _copy_side_files(Path(model.source.path or ""), folder)
-        return
+        return copy_side_files(Path(model.source.path or ""), folder, own=own)
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(folder)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
+        spell_tokenizer(folder)
+    if (
+        model.generation_config is not None
+    ):  # its own `save_pretrained` refuses what loading accepts
+        text = model.generation_config.to_json_string()
+        (folder / "generation_config.json").write_text(text, encoding="utf-8")
+    return []
 
 
-def write_source_files(source: Path, folder: Path, changes: dict[str, Any]) -> None:
-    """The source folder's config with the changes, and its other files as they are."""
-    _copy_side_files(source, folder)
+def write_source_files(
+    source: Path, folder: Path, changes: dict[str, Any], *, own: Collection[str]
+) -> list[str]:
+    """The source folder's config with the changes, and its other files as they are; returns what stays behind."""
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    write_json(folder / "config.json", {**config, **changes})
-
-
-def _copy_side_files(source: Path, folder: Path) -> None:
-    """Copy the model's files beside its weights; hidden files (.env, .cache) are left out."""
-    for file in source.iterdir():
-        if file.name == TEMPLATES and file.is_dir():
-            shutil.copytree(file, folder / TEMPLATES)
-        ours = file.name in _WRITTEN or file.name.endswith(_NOT_COPIED) or file.name.startswith(".")
-        if file.is_file() and not ours:
-            shutil.copy2(file, folder / file.name)
+    write_json(folder / "config.json", config_for_both({**config, **changes}))
+    return copy_side_files(source, folder, own=own)

@@ -273,6 +273,13 @@ def _edits(manifest: Mapping[str, Any], certificate: Mapping[str, Any]) -> list[
     # An adapter leaves the unembedding alone until it is merged: "Merging" says what happens then.
     if tied and (manifest.get("kind") != "lora" or tied == "skip-embedding"):
         lines += ["", _TIED[tied]]
+    left_out = manifest.get("left_out")
+    if left_out:
+        names = ", ".join(map(_code, left_out))
+        lines += [
+            "",
+            f"Left behind in the source, because nothing here edits or checks it: {names}.",
+        ]
     cost = certificate.get("cost_of_accept")
     if cost:
         numbers = ", ".join(f"{name} {value:.3g}" for name, value in cost.items())
@@ -371,7 +378,21 @@ def _certificate(certificate: Mapping[str, Any], manifest: Mapping[str, Any]) ->
     text = f"Certificate: **{verdict}** (`certificate.json`), with the limits of {dtype} weights"
     text += f", on {prompts} prompts" if prompts else ""
     text += f"; the plan itself moves logits by up to {effect:.3g}" if effect else ""
-    return [*rows, "", f"{text}."]
+    return [*rows, "", f"{text}.", *_compared(certificate, manifest)]
+
+
+def _compared(certificate: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
+    """What was compared in which precision, and in which version of transformers."""
+    precisions = certificate.get("compared")
+    if not isinstance(precisions, Mapping):
+        return []
+    version = manifest.get("versions", {}).get("transformers")
+    text = (
+        f"Weights stored in {_line(precisions['stored'])}, loaded in {_line(precisions['reloaded'])}"
+        + (f" by transformers {_line(version)}" if version else "")
+        + f"; the hooked model computed in {_line(precisions['hooked'])}."
+    )
+    return ["", text]
 
 
 def _commands(manifest: Mapping[str, Any], base: Any) -> list[str]:
@@ -385,6 +406,7 @@ def _commands(manifest: Mapping[str, Any], base: Any) -> list[str]:
         "THIS is this repository or folder, SOURCE the model it was made from:",
         "",
         "\n".join(["```", *lines, "```"]),
+        *filter(None, [manifest.get("transformers_4")]),
     ]
 
 

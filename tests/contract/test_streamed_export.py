@@ -76,7 +76,8 @@ def test_layout_metadata_and_what_is_untouched_stay(tmp_path: Path) -> None:
     assert (tmp_path / "b" / "LICENSE").read_text() == "free"
     for name in ("config.json", "tokenizer.json", "generation_config.json"):
         one, two = (json.loads((p / name).read_text()) for p in (source, tmp_path / "b"))
-        assert one == two
+        assert one == {key: value for key, value in two.items() if key in one}
+        assert set(two) - set(one) <= {"rope_theta", "torch_dtype"}  # for transformers 4
 
 
 def test_untied_and_with_new_biases(tmp_path: Path) -> None:

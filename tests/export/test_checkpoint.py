@@ -29,8 +29,11 @@ from interp_ablate import Ablate, Plan, Site, certify, everywhere, export_checkp
 from interp_ablate.errors import ExportError
 from interp_ablate.export import certification as verify
 from interp_ablate.export import checkpoint, checkpoint_files
+from interp_ablate.export.auditing import AuditSource, audit
+from interp_ablate.export.checkpoint import export_folder
 from interp_ablate.export.lora import export_lora
 from interp_ablate.export.model_card import SAFETY_NOTICE
+from interp_ablate.models.load import from_hf
 from interp_ablate.models.model import Model
 
 PLAN = Plan((Ablate(unit(), everywhere(N_LAYERS), label="a direction"),))
@@ -91,8 +94,11 @@ def test_from_a_folder(tmp_path: Path, backend: str, sharded: bool) -> None:
     assert torch.equal(hf.lm_head.weight, tiny(tied=True)[0].lm_head.weight)
     assert not torch.equal(hf.lm_head.weight, hf.model.embed_tokens.weight)
     assert (out / "LICENSE").read_text() == "free"
-    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+    for file in ("tokenizer.json", "generation_config.json"):
         assert (out / file).read_bytes() == (source / file).read_bytes()
+    assert json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"] == (
+        "PreTrainedTokenizerFast"
+    )
     assert hf.generation_config.eos_token_id == [2, 0]
     assert json.loads((out / "certificate.json").read_text()) == certificate
     assert certificate["passed"] and certificate["largest_projection_left"] < 1e-5
@@ -376,3 +382,64 @@ def test_templates_come_along_and_secrets_do_not(tmp_path: Path) -> None:
     export_checkpoint(load_model(source), PLAN, tmp_path / "out", prompts=ROWS)
     assert (tmp_path / "out" / "additional_chat_templates" / "tool.jinja").is_file()
     assert not (tmp_path / "out" / ".env").exists()
+
+
+# --------------------------------------------------------------------------------- what travels
+
+OTHERS = (
+    "flax_model.msgpack", "rust_model.ot", "tf_model.h5", "model.onnx", "model-q4.gguf", "last.ckpt", "a.npz",
+    "consolidated.00.pth", "pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_config.json",
+    "adapter_model.safetensors", "weights.of-tomorrow", "original/model.pt",
+)  # fmt: skip
+TAKEN = (
+    "LICENSE",
+    "USE_POLICY.md",
+    "modeling_own.py",
+    "vocab.json",
+    "additional_chat_templates/rag.jinja",
+)
+
+
+@pytest.mark.parametrize("how", ("memory", "streamed under a plan", "never loaded"))
+def test_nothing_unedited_travels_and_it_is_said(tmp_path: Path, how: str) -> None:
+    source, out = save_source(tmp_path / "source"), tmp_path / "out"
+    model = load_model(source)
+    for name in (*OTHERS, *TAKEN, ".env"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_bytes(b"{}")
+    if how == "never loaded":
+        export_folder(source, PLAN, out)
+    else:
+        export_checkpoint(model, PLAN if "plan" in how else None, out, prompts=ROWS)
+    assert all((out / name).read_bytes() == b"{}" for name in TAKEN)
+    assert not [name for name in (*OTHERS, ".env", "original") if (out / name).exists()]
+    left_out = json.loads((out / "interp_ablate.json").read_text())["left_out"]
+    assert sorted(left_out) == sorted([*OTHERS[:-1], "original/"])
+    assert "`flax_model.msgpack`" in (out / "README.md").read_text()
+    plan = PLAN if how != "memory" else Plan()
+    assert not audit(AuditSource.of_folder(source), plan, out).problems
+    for name in OTHERS:
+        (source / name).unlink()
+
+
+def test_a_generation_config_that_cannot_be_saved(tmp_path: Path) -> None:
+    """transformers loads it and refuses to save it: temperature without sampling."""
+    hf, tokenizer = tiny()
+    hf.generation_config = GenerationConfig(temperature=0.7, do_sample=False, eos_token_id=[2, 0])
+    with pytest.raises(ValueError):
+        hf.generation_config.save_pretrained(tmp_path / "refused")
+    export_checkpoint(from_hf(hf, tokenizer), None, tmp_path / "out", prompts=ROWS)
+    again = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (again.temperature, again.eos_token_id) == (0.7, [2, 0])
+
+
+@pytest.mark.parametrize("kind", ("mixtral", "qwen3_moe"))
+def test_experts_in_files_are_one_by_one_as_published(tmp_path: Path, kind: str) -> None:
+    model = make(kind)
+    plan = Plan((Ablate(unit(), model.writers),))
+    export_checkpoint(model, plan, tmp_path / "out", prompts=ROWS)
+    names = load_file(tmp_path / "out" / "model.safetensors")
+    assert not [name for name in names if name.endswith("experts.down_proj")]
+    manifest = json.loads((tmp_path / "out" / "interp_ablate.json").read_text())
+    assert {*manifest["edited"], *manifest["unchanged"]} == set(names)
+    assert audit(AuditSource.of_model(make(kind)), plan, tmp_path / "out").passed

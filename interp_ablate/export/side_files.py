@@ -1,0 +1,106 @@
+"""What lies beside a model's weights: which files an export takes along, and which an audit has to refuse.
+
+The list is of what travels, not of what does not: a format of weights that nobody has thought of stays behind.
+
+Knows: names of tokenizer, template, processor and licence files. Does not know: weights, plans, or who reads the files.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from interp_ablate.export.older_transformers import tokenizer_for_both
+
+logger = logging.getLogger(__name__)
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# Files beside the weights that change what a model does, and have to be there if they are in the source.
+BEHAVIOUR_FILES = (
+    "tokenizer.json", TOKENIZER_CONFIG, "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
+    "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "tekken.json", "normalizer.json", "bpe.codes", "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json", "image_processor_config.json",
+)  # fmt: skip
+TEMPLATES = "additional_chat_templates"  # folder of a tokenizer with several templates
+# Code of a model that brings its own, vocabularies in formats of their own, and the terms of use.
+_TRAVELS = re.compile(
+    rf"{TEMPLATES}/[^/]+\.jinja|[^/]+\.(py|tiktoken)|tokenizer\.model\.v\d+[^/]*|"
+    r"([^/]*[-_])?(LICEN[CS]E|NOTICE|COPYING|POLICY|TERMS)[^./]*(\.(txt|md|pdf|rst))?",
+    re.IGNORECASE,
+)
+# Files that nobody loads into a model. Any other that was not checked may be weights.
+_INERT = (
+    ".md", ".rst", ".txt", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".html", ".csv", ".tsv",
+    ".jsonl", ".json", ".jinja", ".py", ".yaml", ".yml", ".toml", ".log", ".gitattributes", ".gitignore",
+)  # fmt: skip
+_LARGE = 64 << 20  # bytes: no text beside a model is as large
+_ADAPTER = re.compile(r"(.*/)?adapter_config\.json|.+\.index\.json")
+
+
+def travels(name: str) -> bool:
+    """True for a file that an export takes along, by its path inside the source's folder."""
+    return name in BEHAVIOUR_FILES or _TRAVELS.fullmatch(name) is not None
+
+
+def may_be_weights(path: Path, name: str) -> bool:
+    """True for a file that could hold weights, or point at some: whatever is not known to be something else."""
+    if travels(name) and not name.endswith(".safetensors"):
+        return False
+    known = (path.suffix or path.name).lower() in _INERT and path.stat().st_size <= _LARGE
+    return not known or _ADAPTER.fullmatch(name) is not None
+
+
+def copy_side_files(source: Path, folder: Path, *, own: Collection[str]) -> list[str]:
+    """Copy what travels, and return the names of what does not; hidden files (.env, .cache) are not named.
+
+    The tokenizer's configuration is written so that transformers 4 reads it too.
+
+    Args:
+        own: names of the source's files that the export writes itself: weights, config, card.
+    """
+    left_out = []
+    for file in sorted(source.iterdir()):
+        if file.name.startswith(".") or file.name in own:
+            continue
+        if file.name == TEMPLATES and file.is_dir():
+            (folder / TEMPLATES).mkdir(exist_ok=True)
+            for template in sorted(file.glob("*.jinja")):
+                shutil.copy2(template, folder / TEMPLATES)
+        elif file.is_file() and travels(file.name):
+            shutil.copy2(file, folder / file.name)
+        else:
+            left_out.append(f"{file.name}/" if file.is_dir() else file.name)
+    spell_tokenizer(folder)
+    if left_out:
+        logger.warning(
+            "left behind in %s, because nothing here edits or checks them: %s",
+            source,
+            ", ".join(left_out),
+        )
+    return left_out
+
+
+def spell_tokenizer(folder: Path) -> None:
+    """Write a folder's tokenizer_config.json again where transformers 4 would not read it as 5 does."""
+    path = folder / TOKENIZER_CONFIG
+    if not path.is_file():
+        return
+    config = json.loads(path.read_text(encoding="utf-8"))
+    spelled = spelled_tokenizer(config, folder)
+    if spelled != config:
+        path.unlink()  # it may be a link
+        path.write_text(json.dumps(spelled, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def spelled_tokenizer(config: Any, folder: Path) -> Any:
+    """The content of a folder's tokenizer_config.json as an export has it."""
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return tokenizer_for_both(config, tokenizer) if isinstance(config, dict) else config
