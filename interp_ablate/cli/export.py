@@ -72,6 +72,7 @@ def run(args: Namespace) -> int:
     if not (settings.model or settings.source):
         raise RunError("no model: give --model (loaded and certified) or --source DIR (streamed)")
     check_new(settings.out, settings.force)
+    _check_before_loading(settings)
     request = ExportRequest(
         _plan(settings.plan, chosen) if settings.plan else None,
         Path(settings.out),
@@ -86,6 +87,15 @@ def run(args: Namespace) -> int:
     result = chosen.export(request)
     print(json.dumps({"out": settings.out, "format": settings.format, **result}))
     return 0
+
+
+def _check_before_loading(settings: Export) -> None:
+    """What the source's files alone already refuse, for a checkpoint of a model that would be loaded first."""
+    from interp_ablate.export.preflight import check_source_exports
+    from interp_ablate.models.sources import resolve
+
+    if settings.model and settings.format == "checkpoint":
+        check_source_exports(resolve(settings.model), str(settings.out), overwrite=settings.force)
 
 
 def _plan(path: str, chosen: ExportFormat) -> Any:

@@ -65,6 +65,7 @@ def run(args: Namespace) -> int:
     from interp_ablate.runs.stages import do_stage
 
     opened = open_run(args, settings_from(args, ExecutorSettings))
+    opened.check_export()
     if not [name for name in STAGES if do_stage(opened, name)]:
         tell(args, f"{opened.out}: everything was done already")
     return _print_summary(opened)

@@ -66,6 +66,12 @@ def resolve(name_or_path: str | Path) -> ModelSource:
                 f"{path} is a folder without config.json: expected a Hugging Face checkpoint "
                 "(config.json, *.safetensors, tokenizer files)"
             )
+        if (path / "adapter_config.json").exists():
+            raise ModelError(
+                f"{path} holds an adapter (adapter_config.json) beside a whole model: transformers would put it on "
+                "top, a second time if it is merged already. Move adapter_config.json and its weights away, or "
+                "merge the adapter (merge_and_unload) and save the result to another folder"
+            )
         return ModelSource(path.resolve().name, "folder", str(path.resolve()))
     looks_like_path = text.startswith((".", "/", "~")) or text.count("/") > 1 or path.exists()
     if looks_like_path or not text:

@@ -16,6 +16,7 @@ from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import InterpAblateError
 from interp_ablate.export.checkpoint import export_checkpoint
 from interp_ablate.export.model_card import add_to_card
+from interp_ablate.export.preflight import check_model_exports
 from interp_ablate.jobs.progress import Progress
 from interp_ablate.models.model import Model
 from interp_ablate.persona.persona import Persona
@@ -26,8 +27,6 @@ from interp_ablate.persona.traits import first_evaluation_questions
 from interp_ablate.scoring.exchange import TextScorer
 from interp_ablate.stats.intervals import paired_difference
 from interp_ablate.storage.atomic_files import write_atomic
-from interp_ablate.storage.output_folder import check_output_path
-from interp_ablate.weights.plan_to_weights import weight_plan
 
 STYLE = "style.json"  # beside the export's manifest: what the card's section was written from
 # unedited; the vector at the answer's tokens as in steering; at every token, as the weights add it
@@ -80,9 +79,7 @@ def bake(
     if not coefficient:
         raise InterpAblateError("coefficient 0 changes nothing: give another --coefficient")
     everywhere = persona.plan(coefficient, positions="all")
-    state = model.hf_state_dict()  # refuses an inexact form before hours of answers
-    weight_plan(everywhere, model.hf_config, state, state.__getitem__, entry=model.architecture)
-    check_output_path(Path(out), overwrite=settings.overwrite, source=model.source.path)
+    check_model_exports(model, out, plan=everywhere, overwrite=settings.overwrite)
     questions = first_evaluation_questions(persona.trait, settings.questions)
     plans: dict[str, Plan | None] = dict(
         zip(CONDITIONS, (None, persona.plan(coefficient), everywhere), strict=True)

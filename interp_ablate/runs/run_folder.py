@@ -162,6 +162,22 @@ class Run:
         self._check_model(model)
         return model
 
+    def check_export(self) -> None:
+        """Refuse before any work what the export at the end would refuse; the files first, then the model.
+
+        Raises:
+            ExportError, ModelError: why there would be no export.
+        """
+        from interp_ablate.export.preflight import check_model_exports, check_source_exports
+        from interp_ablate.models.sources import resolve
+
+        if "export" in self.state["stages"]:
+            return
+        out = self.out / "export"
+        self.split  # noqa: B018  (bad prompts are cheaper still)
+        check_source_exports(resolve(self.configuration.model), out, overwrite=True)
+        check_model_exports(self.model, out, overwrite=True)
+
     def _check_model(self, model: Model) -> None:
         from interp_ablate.storage.provenance import versions
 

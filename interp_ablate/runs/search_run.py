@@ -57,6 +57,7 @@ def run_search(run: Run, search: SearchSettings) -> None:
             could be scored.
     """
     begin = time.monotonic()
+    run.check_export()
     do_stage(run, "directions")
     with trial_session(run, control=search.control) as session:
         _check_same_search(run, {"control": search.control, "sampler": search.sampler})

@@ -61,6 +61,11 @@ class TrainableModel:
         """sha256 over every weight's name, shape, dtype and bytes; computed anew each time."""
         return weights_fingerprint(self.hf.state_dict())
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters, tied ones once."""
+        return sum(parameter.nbytes for parameter in self.hf.parameters())
+
     @cached_property
     def model(self) -> Model:
         """The same weights with hook points, in place: what has been measured so is not trained any more."""

@@ -22,9 +22,9 @@ from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.export.checkpoint import atomic_folder
 from interp_ablate.export.checkpoint_files import write_json
 from interp_ablate.export.model_card import CERTIFICATE
+from interp_ablate.export.preflight import check_place
 from interp_ablate.models.model import Model
 from interp_ablate.stats.intervals import paired_difference
-from interp_ablate.storage.output_folder import check_output_path
 from interp_ablate.storage.provenance import versions
 from interp_ablate.storage.safetensors_reader import Checkpoint
 from interp_ablate.training.healing.case import (
@@ -80,7 +80,7 @@ def heal(
     # read before the training: afterwards the model in memory is another one
     weights = case.weights if case.plan or reproject else None
     settings = _settings(case, treatment)
-    check_output_path(out, overwrite=overwrite, source=edited.source.path)
+    check_place(out, edited.nbytes, source=edited.source, overwrite=overwrite)
     with (  # checkpoints go last, when the result is in its place
         checkpoint_folder(out, _identity(case, settings, rows)) as work,
         atomic_folder(out, overwrite=overwrite, source=edited.source) as place,

@@ -22,10 +22,10 @@ from interp_ablate.errors import RunError
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.export.checkpoint import atomic_folder
 from interp_ablate.export.checkpoint_files import write_json
+from interp_ablate.export.preflight import check_place
 from interp_ablate.persona.extraction import kept_answers
 from interp_ablate.persona.persona import load_persona
 from interp_ablate.stats.intervals import mean_with_interval, paired_difference
-from interp_ablate.storage.output_folder import check_output_path
 from interp_ablate.storage.provenance import MANIFEST, versions
 from interp_ablate.training.preventative.additions import train_with_additions
 from interp_ablate.training.preventative.trait_measure import (
@@ -226,7 +226,7 @@ def prevent(
     """
     base = experiment.base
     rows, held_out, counts = experiment.rows()
-    check_output_path(out, overwrite=overwrite, source=base.source.path)
+    check_place(out, base.nbytes * len(experiment.arms), source=base.source, overwrite=overwrite)
     with (  # checkpoints go last, when the result is in its place
         checkpoint_folder(out, experiment.identity(rows)) as work,
         atomic_folder(out, overwrite=overwrite, source=base.source) as place,
