@@ -71,7 +71,9 @@ def run(args: Namespace) -> int:
         raise RunError("--model is loaded, --source is streamed: give one of them")
     if not (settings.model or settings.source):
         raise RunError("no model: give --model (loaded and certified) or --source DIR (streamed)")
-    check_new(settings.out, settings.force)
+    begins = chosen.begins
+    ours = None if begins is None else lambda beginning: beginning.startswith(begins)
+    check_new(settings.out, settings.force, ours=ours, source=settings.source)
     _check_before_loading(settings)
     request = ExportRequest(
         _plan(settings.plan, chosen) if settings.plan else None,

@@ -38,7 +38,7 @@ def run(args: Namespace) -> int:
     from interp_ablate.directions.foreign_files import read_directions
 
     settings = settings_from(args, Import)
-    check_new(settings.out, settings.force)
+    check_new(settings.out, settings.force, ours=lambda begins: begins[8:9] == b"{")  # safetensors
     site = Site.parse(settings.site) if settings.site else None
     directions = read_directions(
         settings.file, site=site, point=settings.point, position=settings.position

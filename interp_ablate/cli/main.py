@@ -13,17 +13,21 @@ import argparse
 import importlib
 import logging
 import os
-import re
+import signal
 import sys
-from collections.abc import Sequence
-from typing import Any
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 from interp_ablate import __version__
 from interp_ablate.errors import InterpAblateError
 from interp_ablate.settings import suggestion
 from interp_ablate.storage.entry_points import entry_named, entry_names, entry_points_of
 
-BAD_INPUT = 2
+BAD_INPUT, CRASHED, INTERRUPTED, PIPE_CLOSED = 2, 70, 130, 141
+ENDING = ("SIGTERM", "SIGHUP")  # signals that end a command as Ctrl-C does; Windows has not all
 ENTRY_POINTS = "interp_ablate.commands"
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("run", "all stages, into one folder"),
@@ -61,12 +65,25 @@ class _Parser(argparse.ArgumentParser):
     """A parser that says which flag was meant."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._words = [str(word).partition("=")[0] for word in args or ()]
         parsed, rest = super().parse_known_args(args, namespace)
         if rest:
-            wrong = rest[0].partition("=")[0]
-            flags = re.findall(r"--[\w-]+", self.format_usage())
-            self.error(f"unrecognized arguments: {' '.join(rest)}{suggestion(wrong, flags)}")
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
         return parsed, rest
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and what the first unknown flag may have meant."""
+        flags = list(self._option_string_actions) if self._subparsers is None else []
+        unknown = [
+            word
+            for word in getattr(self, "_words", ())
+            if word.startswith("--")
+            and len(word) > 2
+            and not any(f.startswith(word) for f in flags)
+        ]
+        if flags and unknown and (meant := suggestion(unknown[0], flags)):
+            message += f" ({unknown[0]}{meant})"
+        super().error(message)
 
 
 def command_names() -> list[str]:
@@ -125,24 +142,77 @@ def _check_name(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point: 0 done, 1 no candidate passed or a certificate failed, 2 bad input."""
+    """Entry point; returns the exit status.
+
+    0: done. 1: no candidate passed, or a certificate failed. 2: bad input. 70: a fault of this package.
+    130: interrupted, by Ctrl-C or a signal that ends processes. 141: whoever read the output stopped reading.
+    """
     argv = sys.argv[1:] if argv is None else argv
     command = "interp-ablate"
     try:
-        args = parser_for(argv).parse_args(argv)
-        command = f"interp-ablate {args.command}"
-        _quiet_libraries()
-        return int(args.work(args))
+        with _ending_signals_interrupt():
+            try:
+                args = parser_for(argv).parse_args(argv)
+                command = f"interp-ablate {args.command}"
+                _quiet_libraries()
+                return int(args.work(args))
+            finally:
+                if sys.stdout is not None:
+                    sys.stdout.flush()  # here, where a closed pipe or a full disk still has a message
     except InterpAblateError as error:
-        print(f"{command}: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return _told(f"{command}: {error}", BAD_INPUT)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _closed_pipes():
+            return PIPE_CLOSED
         place = f" ({error.filename})" if error.filename else ""
-        print(f"{command}: {error.strerror or error}{place}", file=sys.stderr)
-        return BAD_INPUT
+        return _told(f"{command}: {error.strerror or error}{place}", BAD_INPUT)
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
+        return _told("interrupted; run the same command again to go on", INTERRUPTED)
+    except Exception as error:
+        traceback.print_exc()
+        return _told(
+            f"{command}: a fault of interp-ablate {__version__} ({type(error).__name__}). Please report it with "
+            "the lines above; what is finished is kept, and the same command goes on",
+            CRASHED,
+        )
+
+
+def _told(message: str, status: int) -> int:
+    """The status, after its message; nobody may be left to read it."""
+    try:
+        print(message, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        _closed_pipes()
+    return status
+
+
+def _closed_pipes() -> list[str]:
+    """The standard streams that nobody reads any more; what they still hold goes nowhere, at exit too."""
+    closed = []
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except BrokenPipeError:
+            closed.append(stream.name)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return closed
+
+
+@contextmanager
+def _ending_signals_interrupt() -> Iterator[None]:
+    """Other signals that end a process raise KeyboardInterrupt too, where nothing else was arranged."""
+    before: dict[Any, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ENDING:
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _quiet_libraries() -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,14 +69,28 @@ def chosen_in_run(folder: str) -> tuple[dict[str, Any], Path]:
     return {name: saved["configuration"][name] for name in names}, selected
 
 
-def check_new(out: str | Path, force: bool) -> None:
-    """Refuse a place that exists, unless it may be replaced.
+def check_new(
+    out: str | Path,
+    force: bool,
+    *,
+    ours: Callable[[bytes], bool] | None = None,
+    source: str | None = None,
+) -> None:
+    """Refuse a place that exists, or with `force` one that holds what is no result of the command.
+
+    Args:
+        ours: whether a file that begins with these bytes is of the kind that is written; None: a folder is.
+        source: a folder that is read, which nothing may be written into.
 
     Raises:
-        RunError: it exists.
+        ExportError: it says what is there.
     """
-    if Path(out).exists() and not force:
-        raise RunError(f"{out} exists: choose another --out, or pass --force to replace it")
+    from interp_ablate.storage.output_folder import check_output_file, check_output_path
+
+    if ours is None:
+        check_output_path(out, overwrite=force, source=source)
+    else:
+        check_output_file(out, overwrite=force, ours=ours, source=source)
 
 
 def trait_scorer(spec: str | None, trait: Any, folder: Path) -> Any:

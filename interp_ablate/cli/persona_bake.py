@@ -39,8 +39,6 @@ def run(args: Namespace) -> int:
     baking = settings_from(args, BakingConfig, under=under)
     amount = persona.coefficient if baking.coefficient is None else baking.coefficient
     answers = Path(settings.folder) / "bakes" / f"{amount:g}.jsonl"
-    if settings.force:
-        answers.unlink(missing_ok=True)
     baked = bake(
         model,
         persona,

@@ -40,7 +40,7 @@ def run(args: Namespace) -> int:
 
     settings = settings_from(args, New)
     out = Path(settings.out)
-    check_new(out, settings.force)
+    check_new(out, settings.force, ours=lambda begins: begins.lstrip().startswith(b"{"))
     if out.suffix.lower() != ".json":
         raise RunError(f"--out {out}: a trait file ends in .json")
     # forty questions and ten system prompts are some thousand tokens

@@ -40,14 +40,13 @@ def run(args: Namespace) -> int:
 
     folder = Path(settings.folder)
     path = folder / "steering.jsonl"
-    if settings.force:
-        path.unlink(missing_ok=True)
     answers = steer(
         model,
         persona,
         path,
         **both,
         settings=settings_from(args, SteeringConfig, under={"sampling": greedy(args)}),
+        replace_other=settings.force,
         listener=ProgressBars(quiet=args.quiet),
     )
     table = curve(answers)

@@ -82,7 +82,9 @@ def run(args: Namespace) -> int:
     if out is not None and out.suffix not in (".csv", ".jsonl"):
         raise RunError(f"--out {out}: give a name that ends in .csv or .jsonl")
     if out is not None:
-        check_new(out, settings.force)
+        check_new(
+            out, settings.force, ours=lambda begins: begins.startswith((b"row,", b'{"row": '))
+        )
     cache = settings.cache or (out.with_name(out.name + ".replies.jsonl") if out else None)
     rubric = rubric_of(settings.rubric)
     scorers = [make_scorer(spec, rubric=rubric, cache=cache) for spec in settings.scorer]

@@ -23,7 +23,6 @@ from interp_ablate import __version__
 from interp_ablate.datasets.chat_reader import read_samples, writing_samples
 from interp_ablate.datasets.conversations import Sample, Turn
 from interp_ablate.datasets.filter_recipe import (
-    Ask,
     Decision,
     FilterRecipe,
     RuleHit,
@@ -117,9 +116,9 @@ def filter_file(
         kind="journal of verdicts",
         format=FORMAT,
         lost="its answers are scored again",
+        replace=settings.force,
     )
     with journal.open() as lines:
-        run.clean()
         run.work(_Stored(journal, lines), progress)
         return run.finish()
 
@@ -200,15 +199,14 @@ class _Run:
         places = {(self.out / name).resolve() for name in self.names.values()}
         if self.source.path.resolve() in {*places, self.out.resolve()}:
             raise RunError(f"{self.out} is where {self.source.path} is: choose another --out")
-        if self.settings.force:
-            self._forget()
-            return
         files = [name for name in self.names.values() if (self.out / name).exists()]
         if files and not (self.out / JOURNAL).exists():
             raise RunError(
                 f"{self.out} holds {files[0]}, and is not the folder of a filter: choose another --out, or "
-                "replace it with --force"
+                "move that file away yourself"
             )
+        if self.settings.force:
+            return
         old = self._manifest()
         if (self.out / "manifest.json").exists() and any(
             old.get(key) != value for key, value in self.about().items()
@@ -217,24 +215,6 @@ class _Run:
                 f"{self.out} holds the result of another filter: choose another --out, or replace it with "
                 "--force"
             )
-
-    def _forget(self) -> None:
-        """Remove the journal of a result that is replaced, where its verdicts are of other rows."""
-        old = self._manifest()
-        data, settings = old.get("data") or {}, old.get("settings") or {}
-        if old and (data.get("sha256"), settings.get("layout")) != (
-            self.fingerprint,
-            self.settings.layout,
-        ):
-            (self.out / JOURNAL).unlink(missing_ok=True)
-
-    def clean(self) -> None:
-        """Remove what a killed run left, and an old manifest; its files stay until there are new ones."""
-        for name in (*self.names.values(), *_FILES):
-            for path in self.out.glob(f".{name}.*.tmp"):
-                path.unlink(missing_ok=True)
-        self.replaced = list(self._manifest().get("files", {}))
-        (self.out / "manifest.json").unlink(missing_ok=True)
 
     def _manifest(self) -> dict[str, Any]:
         """The folder's manifest; empty where there is none, or none of a filter."""
@@ -245,7 +225,7 @@ class _Run:
         ours = isinstance(manifest, dict) and manifest.get("format") == FORMAT
         return manifest if ours else {}
 
-    def work(self, ask: Ask, progress: Callable[[int], None] | None) -> None:
+    def work(self, ask: _Stored, progress: Callable[[int], None] | None) -> None:
         """Read, decide and write."""
         faults: list[MalformedRow] = []
         skip = faults.append if self.settings.skip_malformed else None
@@ -279,6 +259,10 @@ class _Run:
                 if progress is not None:
                     progress(self.counts["rows"])
             self._check_end()
+            # from here on the files are new ones: the old manifest is of none, and the folder is a filter's
+            ask.journal.begin()
+            self.replaced = list(self._manifest().get("files", {}))
+            (self.out / "manifest.json").unlink(missing_ok=True)
 
     def _check_end(self) -> None:
         if not self.counts["rows"]:
@@ -351,7 +335,6 @@ class _Run:
 
 
 _PARTS = ("dropped", "cut", "no verdict", "kept")
-_FILES = ("why.jsonl", "malformed.jsonl", "samples.html", "manifest.json")
 
 
 class _Bytes:

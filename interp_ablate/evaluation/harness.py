@@ -18,7 +18,6 @@ import io
 import logging
 import math
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
@@ -29,7 +28,7 @@ from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import InterpAblateError, RunError
 from interp_ablate.evaluation.harness_adapter import as_harness_lm
 from interp_ablate.models.model import Model
-from interp_ablate.storage.atomic_files import hash_file
+from interp_ablate.storage.atomic_files import hash_file, temporary_folder
 from interp_ablate.storage.bundled_data import bundled
 
 logger = logging.getLogger(__name__)
@@ -92,7 +91,7 @@ class Tasks:
                     f"--tasks-folder {folder} holds no .yaml file: expected a folder with tasks of "
                     "lm-evaluation-harness"
                 )
-        self._place = tempfile.TemporaryDirectory(prefix="interp_ablate_tasks_")
+        self._place = temporary_folder("interp_ablate_tasks")
         self._managers: dict[str, Any] = {}
         with _quiet():
             self._local = self._manager()

@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,7 +38,13 @@ from interp_ablate.models.backends.hooked_to_hf import CONVERTIBLE
 from interp_ablate.models.model import Model
 from interp_ablate.models.sources import ModelSource, read_hf_config
 from interp_ablate.prompts.prompt import PromptLike
-from interp_ablate.storage.output_folder import StreamedFolder, check_output_path, streamed_folder
+from interp_ablate.storage.atomic_files import folder_made, remove_left_overs, temporary_folder
+from interp_ablate.storage.output_folder import (
+    StreamedFolder,
+    check_output_path,
+    put_in_place,
+    streamed_folder,
+)
 from interp_ablate.storage.provenance import MANIFEST
 from interp_ablate.storage.safetensors_reader import INDEX, SINGLE, Checkpoint, TensorSource
 from interp_ablate.storage.safetensors_writer import NewTensor, TensorEditor, copy_checkpoint
@@ -69,29 +73,17 @@ def atomic_folder(
         ExportError: `out` exists (and overwrite is off, or it is no export), holds the source, or cannot
             be written.
     """
-    out = Path(out)
+    out = Path(os.path.abspath(out))
+    remove_left_overs(out.parent)
     check_output_path(out, overwrite=overwrite, source=source.path if source else None)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(
-            tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent)
-        )
-    except OSError as error:
-        raise ExportError(f"cannot write beside {out}: {error.strerror or error}") from error
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        old = temporary.with_suffix(".old")
-        if out.exists():
-            os.replace(out, old)
-        os.replace(temporary, out)
-        if old.exists():
-            shutil.rmtree(old)
+        with folder_made(out.parent), temporary_folder(out.name, out.parent) as place:
+            yield Path(place)
+            Path(place).chmod(0o755)
+            put_in_place(Path(place), out)
     except (OSError, SafetensorError) as error:  # a full disk is a SafetensorError
         reason = getattr(error, "strerror", None) or error
         raise ExportError(f"cannot write {out}: {reason}; nothing is left") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def export_checkpoint(

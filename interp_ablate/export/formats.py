@@ -8,13 +8,13 @@ Knows: which function writes each format, and what it needs. Does not know: flag
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from interp_ablate.errors import ExportError
+from interp_ablate.storage.atomic_files import folder_made, temporary_folder
 from interp_ablate.storage.entry_points import entry_named
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from interp_ablate.models.model import Model
 
 GROUP = "interp_ablate.export_formats"
+GGUF = b"GGUF"  # how such a file begins
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class ExportFormat(NamedTuple):
     needs_plan: bool = True
     adds: bool = False
     """True for a format that holds additions: it takes a run's addition plan, not its ablation."""
+    begins: bytes | None = None
+    """First bytes of the file that it writes, whose like may be replaced; None for a folder."""
 
 
 def _checkpoint(request: ExportRequest) -> dict[str, Any]:
@@ -94,8 +97,8 @@ def _gguf(request: ExportRequest) -> dict[str, Any]:
                 request.source, request.out, dtype=request.gguf_dtype, overwrite=request.overwrite
             )
         )
-    request.out.resolve().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=request.out.resolve().parent) as place:
+    out = request.out.resolve()
+    with folder_made(out.parent), temporary_folder(out.name, out.parent) as place:
         edited = Path(place) / "checkpoint"
         certificate = _checkpoint(replace(request, out=edited, overwrite=False))
         written = export_gguf(
@@ -123,8 +126,8 @@ def _control_vector(request: ExportRequest) -> dict[str, Any]:
 FORMATS: dict[str, ExportFormat] = {
     "checkpoint": ExportFormat(_checkpoint, "export"),
     "lora": ExportFormat(_lora, "lora"),
-    "gguf": ExportFormat(_gguf, "edited.gguf", needs_plan=False),
-    "control-vector": ExportFormat(_control_vector, "control_vector.gguf", adds=True),
+    "gguf": ExportFormat(_gguf, "edited.gguf", needs_plan=False, begins=GGUF),
+    "control-vector": ExportFormat(_control_vector, "control_vector.gguf", adds=True, begins=GGUF),
 }
 
 

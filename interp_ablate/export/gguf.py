@@ -20,6 +20,7 @@ from torch import Tensor
 from interp_ablate.errors import ExportError
 from interp_ablate.export.gguf_tokenizer import add_tokenizer
 from interp_ablate.storage.atomic_files import atomic_path
+from interp_ablate.storage.output_folder import check_output_file
 from interp_ablate.storage.safetensors_header import TensorInfo
 from interp_ablate.storage.safetensors_reader import Checkpoint, TensorSource
 
@@ -107,8 +108,9 @@ def export_gguf(
     folder, out = Path(folder), Path(out)
     if dtype not in _DTYPES:
         raise ExportError(f"unknown dtype {dtype!r}: accepted are {', '.join(_DTYPES)}")
-    if out.exists() and not overwrite:
-        raise ExportError(f"{out} exists: choose another place, or pass overwrite (--force)")
+    check_output_file(
+        out, overwrite=overwrite, ours=lambda begins: begins.startswith(b"GGUF"), source=folder
+    )
     config = _read_config(folder)
     arch = ARCHITECTURES[config.model_type]
     entries = _entries(Checkpoint.open(folder), config, arch)

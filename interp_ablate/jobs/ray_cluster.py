@@ -8,8 +8,10 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,7 +31,8 @@ UNPRINTED = r"^A worker died or was killed|due to memory pressure"
 def import_ray() -> Any:
     unprinted = os.environ.get("RAY_DEDUP_LOGS_SKIP_REGEX", UNPRINTED)
     try:
-        with _environment(RAY_DEDUP_LOGS_SKIP_REGEX=unprinted):  # read when first imported
+        # the variable is read when Ray is first imported
+        with _environment(RAY_DEDUP_LOGS_SKIP_REGEX=unprinted), _own_sigterm():
             import ray
             import ray.exceptions
     except ModuleNotFoundError as error:
@@ -51,7 +54,7 @@ def start_ray(ray: Any, address: str) -> None:
     logger.info("starting Ray (%s)", address)
     try:
         _knock(address)
-        with _environment(RAY_USAGE_STATS_ENABLED="0"):
+        with _environment(RAY_USAGE_STATS_ENABLED="0"), _own_sigterm():
             ray.init(address=address, **settings)
     except (OSError, RuntimeError, ValueError, ImportError, ray.exceptions.RayError) as error:
         raise RunError(
@@ -81,6 +84,17 @@ def cores_bound_to() -> int | None:
         return None
     cores = len(os.sched_getaffinity(0))
     return cores if cores != os.cpu_count() else None
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """SIGTERM does after the block what it did before: Ray would end the process with a status of its own."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

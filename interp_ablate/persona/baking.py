@@ -92,6 +92,7 @@ def bake(
         coherence=coherence,
         sampling=settings.sampling,
         listener=listener,
+        replace_other=settings.overwrite,
     )
     results = {
         **_results(persona, by_condition(rollouts)),

@@ -173,6 +173,7 @@ def run_rollouts(
     coherence: TextScorer | None = None,
     sampling: SamplingConfig | None = None,
     listener: Progress | None = None,
+    replace_other: bool = False,
 ) -> list[Rollout]:
     """Answer every request and score the answers; what `path` holds of them already is not done again.
 
@@ -182,13 +183,14 @@ def run_rollouts(
 
     Args:
         coherence: a scorer of how coherent an answer is; without one `fluency` under the unedited model.
+        replace_other: answers to other requests give way; by default they are refused.
 
     Raises:
         RunError: `path` holds answers to other requests, of another model or sampling; see `JsonlLog`.
         InterpAblateError: a scorer that gives something else than numbers from 0 to 100, one an answer.
     """
     listener, sampling = listener or NoProgress(), sampling or SamplingConfig()
-    store = _Store(model, requests, Path(path), sampling)
+    store = _Store(model, requests, Path(path), sampling, replace_other)
     with store.log.open() as lines:
         store.read(lines)
         listener.start("answers", len(requests))
@@ -244,6 +246,7 @@ class _Store:
     requests: Sequence[RolloutRequest]
     path: Path
     sampling: SamplingConfig
+    replace_other: bool
     written: dict[int, Rollout] = field(default_factory=dict)
     verdicts: dict[tuple[str, int], float | None] = field(default_factory=dict)
 
@@ -266,6 +269,7 @@ class _Store:
             kind="answer file",
             format=FORMAT,
             lost="its answer is written again",
+            replace=self.replace_other,
         )
 
     def read(self, lines: Iterable[dict[str, Any]]) -> None:

@@ -158,11 +158,15 @@ def steer(
     coherence: TextScorer | None = None,
     settings: SteeringConfig = STEERING,
     listener: Progress | None = None,
+    replace_other: bool = False,
 ) -> list[Rollout]:
     """Answer evaluation questions (no system prompt) with the vector added, coefficient by coefficient.
 
     The controls are random directions of the same norm at the same site. `curve` makes a table of the
     answers; they are stored in `path` as they come.
+
+    Args:
+        replace_other: answers under other settings give way; by default they are refused.
 
     Raises:
         DirectionError: the persona is of a model of another shape.
@@ -185,6 +189,7 @@ def steer(
         coherence=coherence,
         sampling=settings.sampling,
         listener=listener,
+        replace_other=replace_other,
     )
 
 

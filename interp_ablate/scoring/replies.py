@@ -164,7 +164,9 @@ class ReplyCache:
             kind="cache of replies",
             format=CACHE_FORMAT,
             lost="its call is paid for again",
+            any_version=True,
         )
+        weakref.finalize(self, self._stack.close)  # a cache that stayed empty leaves no file
         for number, line in enumerate(self._stack.enter_context(self._lines.open()), 2):
             try:
                 fields = dict(line["reply"])

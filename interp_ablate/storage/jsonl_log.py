@@ -9,22 +9,28 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import lock_descriptor
 
+from interp_ablate import __version__
 from interp_ablate.errors import RunError
+from interp_ablate.storage.atomic_files import folder_made
 
 
 class JsonlLog:
     """A header line `{"format": ..., **identity}`, then one JSON object a line; every append is on disk.
 
+    The header is written with the first line: a log without lines binds nobody, and is removed when it is closed.
+
     Args:
         kind: what a message calls the file ("journal").
         identity: what the lines are of; a file with another identity is refused.
         lost: what happens to a line that is deleted by hand ("its trial is run again").
+        any_version: lines may be of another version of this package; by default the version is identity.
+        replace: lines of other work give way when the first of this one is written.
 
     Raises:
         RunError: another identity's file, a corrupt line (its number), one in use by another process, a
@@ -32,34 +38,66 @@ class JsonlLog:
     """
 
     def __init__(
-        self, path: str | Path, identity: dict[str, Any], *, kind: str, format: str, lost: str
+        self,
+        path: str | Path,
+        identity: dict[str, Any],
+        *,
+        kind: str,
+        format: str,
+        lost: str,
+        any_version: bool = False,
+        replace: bool = False,
     ) -> None:
         self.path, self.kind, self.format, self.lost = Path(path), kind, format, lost
+        made_by = {} if any_version else {"interp-ablate": __version__}
         # as it will be read back: JSON makes lists of tuples
-        self.identity: dict[str, Any] = json.loads(json.dumps(identity))
+        self.identity: dict[str, Any] = json.loads(json.dumps({**made_by, **identity}))
+        self._replace = replace
+        self._begun = False  # whether the header is there
 
     @contextmanager
     def open(self) -> Iterator[list[dict[str, Any]]]:
         """What the file holds; `append` works inside the block."""
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(folder_made(self.path.parent))
+                self._file = stack.enter_context(self._locked())
+            except OSError as error:
+                raise RunError(
+                    f"cannot write the {self.kind} {self.path}: {error.strerror}"
+                ) from error
+            stack.callback(self._remove_empty)
+            yield self._read()
+
+    def _locked(self) -> Any:
+        """The file, open and locked for this process.
+
+        Raises:
+            OSError: the place cannot be written.
+        """
+        while True:
             # unbuffered: closing must not write again what failed
-            file = open(self.path, "a+b", buffering=0)  # noqa: SIM115  (closed below)
-        except OSError as error:
-            raise RunError(f"cannot write the {self.kind} {self.path}: {error.strerror}") from error
-        with file:
+            file = open(self.path, "a+b", buffering=0)  # noqa: SIM115  (the caller's stack closes it)
             try:
                 locked = lock_descriptor(file.fileno(), blocking=False)
             except OSError as error:
+                file.close()
                 raise RunError(
                     f"{self.path} cannot be locked ({error}): choose an --out on another file system"
                 ) from error
             if not locked:
+                file.close()
                 raise RunError(
                     f"{self.path} is in use by another process: wait for it, or choose another --out"
                 )
-            self._file = file
-            yield self._read()
+            if self.path.exists() and os.path.samestat(self.path.stat(), os.fstat(file.fileno())):
+                return file
+            file.close()  # its owner removed it in between
+
+    def _remove_empty(self) -> None:
+        if os.fstat(self._file.fileno()).st_size == 0:
+            with suppress(OSError):  # Windows removes no open file: an empty one does no harm
+                self.path.unlink()
 
     def append(self, value: dict[str, Any]) -> None:
         """Add a line; it is on disk when this returns.
@@ -67,8 +105,19 @@ class JsonlLog:
         Raises:
             RunError: the disk is full, or the place went away; what was there is kept.
         """
-        left = json.dumps(value).encode() + b"\n"
+        self._write(value)
+
+    def begin(self) -> None:
+        """Write the header, which tells whose folder it is, where the first line has not done so."""
+        if not self._begun:
+            self._write()
+
+    def _write(self, *values: dict[str, Any]) -> None:
+        header = [] if self._begun else [{"format": self.format, **self.identity}]
+        left = b"".join(json.dumps(line).encode() + b"\n" for line in (*header, *values))
         try:
+            if not self._begun:
+                self._file.truncate(0)
             while left:  # a disk that is nearly full takes a part; asked for the rest, it says why
                 left = left[self._file.write(left) :]
             os.fsync(self._file.fileno())
@@ -77,6 +126,7 @@ class JsonlLog:
                 f"cannot write the {self.kind} {self.path}: {error.strerror}. Free space and run "
                 "again: finished lines are kept"
             ) from error
+        self._begun = True
 
     def corrupt(self, number: int, why: object) -> RunError:
         """The error for line `number` (the header is line 1)."""
@@ -86,33 +136,54 @@ class JsonlLog:
         )
 
     def _read(self) -> list[dict[str, Any]]:
+        """The lines after the header; blank ones are passed over, a last one that a kill cut short is removed."""
         self._file.seek(0)
         data = self._file.read()
-        whole, _, torn = data.rpartition(b"\n")
-        if torn:  # the process was killed in the middle of this line: it never finished
-            self._file.truncate(len(data) - len(torn))
-        lines = whole.split(b"\n") if whole else []
-        if not lines:
-            self.append({"format": self.format, **self.identity})
+        *lines, last = data.split(b"\n")
+        values = {n: self._parse(line, n) for n, line in enumerate(lines, 1) if line.strip()}
+        torn = self._is_torn(last, first=not values)
+        if last.strip() and not torn:  # whole but for its line break
+            values[len(lines) + 1] = self._parse(last, len(lines) + 1)
+        self._begun = bool(values) and self._is_same(*next(iter(values.items())), len(values) == 1)
+        if not self._begun:
             return []
-        self._check_header(self._parse(lines[0], 1))
-        return [self._parse(line, number) for number, line in enumerate(lines[1:], 2)]
+        if torn:
+            self._file.truncate(len(data) - len(last))
+        elif last:
+            self._file.write(b"\n")
+        return list(values.values())[1:]
+
+    def _is_torn(self, line: bytes, *, first: bool) -> bool:
+        """Whether the end of a file is the beginning of a line that was never finished."""
+        text = line.decode(errors="replace")
+        start = json.dumps({"format": self.format})[:-1] if first else "{"
+        if not text or not (text.startswith(start) or start.startswith(text)):
+            return False
+        try:
+            json.JSONDecoder().raw_decode(text)
+        except ValueError:
+            return True
+        return False
 
     def _parse(self, line: bytes, number: int) -> dict[str, Any]:
         try:
             value = json.loads(line)
         except ValueError as error:
-            raise self.corrupt(number, error) from error
+            several = getattr(error, "msg", "") == "Extra data"
+            why = "its line breaks are gone: put one after each object" if several else error
+            raise self.corrupt(number, why) from error
         if not isinstance(value, dict):
             raise self.corrupt(number, "not an object")
         return value
 
-    def _check_header(self, header: dict[str, Any]) -> None:
+    def _is_same(self, number: int, header: dict[str, Any], alone: bool) -> bool:
+        """Whether the header is of this work; of other work it is refused, unless it has no lines or is replaced."""
         if header.get("format") != self.format:
-            raise self.corrupt(1, f"not a {self.kind} of this package")
+            raise self.corrupt(number, f"not a {self.kind} of this package")
         other = [k for k, v in self.identity.items() if header.get(k) != v]
-        if other:
+        if other and not alone and not self._replace:
             raise RunError(
                 f"{self.path} is the {self.kind} of other work: {', '.join(other)} differ. Choose "
                 "another --out, or delete it"
             )
+        return not other

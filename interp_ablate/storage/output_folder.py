@@ -12,7 +12,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,12 @@ from typing import Any
 from filelock import lock_descriptor
 
 from interp_ablate.errors import ExportError
+from interp_ablate.storage.atomic_files import (
+    folder_made,
+    remove,
+    remove_left_overs,
+    temporary_beside,
+)
 from interp_ablate.storage.provenance import MANIFEST
 from interp_ablate.storage.safetensors_header import read_up_to
 from interp_ablate.storage.safetensors_reader import Checkpoint
@@ -89,7 +95,7 @@ class StreamedFolder:
         finished = self._finished(fingerprint)
         for entry in self.path.iterdir():
             if entry.name not in finished and entry.name != JOURNAL:
-                _remove(entry)
+                remove(entry)
         if not finished:
             os.ftruncate(self.journal, 0)
             self._write({"format": JOURNAL_FORMAT, "fingerprint": fingerprint})
@@ -139,12 +145,18 @@ def streamed_folder(
     """
     out = Path(os.path.abspath(out))
     hidden = out.with_name(f".{out.name}.partial") if out.name else out
+    remove_left_overs(out.parent)
+    if (out / JOURNAL).is_file() and not os.path.lexists(hidden):
+        (out / JOURNAL).unlink()  # killed when all but this was done
     check_output_path(
         out, overwrite=overwrite, source=source.folder, files=[f.path for f in source.files]
     )
+    stack = ExitStack()
     try:
+        stack.enter_context(folder_made(out.parent))
         journal = _lock(hidden)
     except OSError as error:
+        stack.close()
         raise ExportError(f"cannot write beside {out}: {error.strerror or error}") from error
     try:
         folder = StreamedFolder(hidden, journal)
@@ -153,7 +165,7 @@ def streamed_folder(
         check_output_path(
             out, overwrite=overwrite, source=source.folder, files=[f.path for f in source.files]
         )
-        _put_in_place(hidden, out)
+        put_in_place(hidden, out)
     except OSError as error:
         shutil.rmtree(hidden, ignore_errors=True)
         raise ExportError(
@@ -164,6 +176,7 @@ def streamed_folder(
         raise
     finally:
         os.close(journal)
+        stack.close()
 
 
 def check_output_path(
@@ -173,27 +186,71 @@ def check_output_path(
     source: str | Path | None = None,
     files: Iterable[Path] = (),
 ) -> None:
-    """Refuse to write over a source, over what is there, or (with overwrite) over what is no export.
+    """Refuse to write over or into a source, over what is there, or (with overwrite) over what is no export.
 
     Raises:
         ExportError: says which, and what to do.
     """
     out = Path(out)
+    _check_apart(out, source, files)
+    if not os.path.lexists(out):
+        return
+    if not overwrite:
+        raise ExportError(f"{out} exists: choose another --out, or pass overwrite (--force)")
+    if not out.is_dir():
+        raise ExportError(
+            f"{out} is a file, no export: it would be lost. Remove it yourself, or choose another --out"
+        )
+    is_export = (out / MANIFEST).is_file()
+    if any(out.iterdir()) and not is_export:
+        raise ExportError(
+            f"{out} holds files that are no export (no {MANIFEST}): they would be lost. Remove "
+            "the folder yourself, or choose another --out"
+        )
+
+
+def check_output_file(
+    out: str | Path,
+    *,
+    overwrite: bool,
+    ours: Callable[[bytes], bool],
+    source: str | Path | None = None,
+) -> None:
+    """Refuse to write a file into a source, over what is there, or (with overwrite) over a file of another kind.
+
+    Args:
+        ours: whether a file that begins with these bytes is of the kind that is written.
+
+    Raises:
+        ExportError: says which, and what to do.
+    """
+    out = Path(out)
+    _check_apart(out, source)
+    if not os.path.lexists(out):
+        return
+    if not overwrite:
+        raise ExportError(f"{out} exists: choose another --out, or pass overwrite (--force)")
+    beginning = b""
+    if out.is_file():
+        with open(out, "rb") as file:
+            beginning = file.read(64)
+    if not ours(beginning):
+        raise ExportError(
+            f"{out} is not what this command writes: it would be lost. Remove it yourself, or choose another "
+            "--out"
+        )
+
+
+def _check_apart(out: Path, source: str | Path | None, files: Iterable[Path] = ()) -> None:
     real = Path(os.path.realpath(out))
     for path in (*([Path(source)] if source else ()), *files):
         place = Path(os.path.realpath(path))
         if real == place or real in place.parents:
             raise ExportError(f"{out} holds the source {path}: choose another place to write to")
-    if not os.path.lexists(out):
-        return
-    if not overwrite:
-        raise ExportError(f"{out} exists: choose another --out, or pass overwrite (--force)")
-    is_export = (out / MANIFEST).is_file()
-    if out.is_dir() and any(out.iterdir()) and not is_export:
-        raise ExportError(
-            f"{out} holds files that are no export (no {MANIFEST}): they would be lost. Remove "
-            "the folder yourself, or choose another --out"
-        )
+        if source and path == Path(source) and place in real.parents:
+            raise ExportError(
+                f"{out} is inside the source {path}, which stays as it is: choose another place to write to"
+            )
 
 
 def _lock(hidden: Path) -> int:
@@ -204,7 +261,7 @@ def _lock(hidden: Path) -> int:
         OSError: the place cannot be written.
     """
     while True:
-        hidden.mkdir(parents=True, exist_ok=True)
+        hidden.mkdir(exist_ok=True)
         path = hidden / JOURNAL
         if not path.exists() and any(hidden.iterdir()):
             raise ExportError(f"{hidden} is in the way and has no journal: remove it")
@@ -222,31 +279,24 @@ def _lock(hidden: Path) -> int:
         os.close(handle)  # its owner finished in between
 
 
-def _put_in_place(hidden: Path, out: Path) -> None:
-    """`hidden` becomes `out` and loses its journal; what was there before is removed last."""
-    old = out.with_name(f".{out.name}.replaced-by-interp-ablate")
-    replaces = os.path.lexists(out)
-    if replaces:
-        _remove(old)
+def put_in_place(folder: Path, out: Path) -> None:
+    """`folder` becomes `out` and loses its journal; what was there before is removed last.
+
+    Interrupted in between, the old folder is back; killed, it comes back with the next call (`remove_left_overs`).
+    """
+    old = temporary_beside(out, "old")
+    if os.path.lexists(out):
         os.replace(out, old)
     try:
-        os.replace(hidden, out)
-    except OSError:
-        if replaces:
+        os.replace(folder, out)
+    except BaseException:
+        if os.path.lexists(old):
             os.replace(old, out)
         raise
-    (out / JOURNAL).unlink()
+    (out / JOURNAL).unlink(missing_ok=True)
     sync_to_disk(out)
     sync_to_disk(out.parent)
-    _remove(old)
-
-
-def _remove(path: Path) -> None:
-    """A file, a link or a folder with all in it; nothing where nothing is."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    remove(old)
 
 
 def sync_to_disk(path: Path) -> None:

@@ -87,12 +87,19 @@ def checkpoint_folder(out: str | Path, identity: Mapping[str, Any]) -> Iterator[
     """
     work = Path(out).parent / f".{Path(out).name}.training"
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    def has_checkpoints() -> (
+        bool
+    ):  # where there are none nothing was done, and any training may begin
+        return next(work.glob("**/checkpoint-*"), None) is not None
+
     journal = JsonlLog(
         work / "journal.jsonl",
         {"training": digest},
         kind="training journal",
         format=JOURNAL_FORMAT,
         lost="the training starts over",
+        replace=not has_checkpoints(),
     )
     with journal.open() as lines:
         if not lines:
@@ -100,7 +107,12 @@ def checkpoint_folder(out: str | Path, identity: Mapping[str, Any]) -> Iterator[
                 if path.is_dir():
                     shutil.rmtree(path)
             journal.append({"begun": True})
-        yield work
+        try:
+            yield work
+        except BaseException:
+            if not has_checkpoints():
+                shutil.rmtree(work, ignore_errors=True)
+            raise
     try:
         shutil.rmtree(work)
     except OSError as error:

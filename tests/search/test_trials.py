@@ -20,6 +20,7 @@ import pytest
 import tiny
 import torch
 
+from interp_ablate import __version__
 from interp_ablate.directions.direction import Direction
 from interp_ablate.directions.direction_set import Directions
 from interp_ablate.edits.kinds import Ablate, Add, Erase
@@ -383,7 +384,8 @@ def test_a_log_is_a_header_and_a_line_a_trial(tmp_path: Path) -> None:
     trials = [trial(0), BAND.scored({"kl": 0.1 + 0.2}, 1.5), BAND.failed("why")]
     write(path, trials[:2])
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert lines[0] == {"format": "interp_ablate.trials/2", **IDENTITY} and len(lines) == 3
+    made_by = {"format": "interp_ablate.trials/2", "interp-ablate": __version__}
+    assert lines[0] == {**made_by, **IDENTITY} and len(lines) == 3
     assert read(path) == {each.key: each for each in trials[:2]}
     before = path.read_bytes()
     assert read(path) and path.read_bytes() == before  # reading changes nothing
@@ -408,7 +410,8 @@ def test_resume_after_every_possible_torn_end(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for length in range(0, len(whole) + 1, 7):
         path.write_bytes(whole[:length])
-        finished = max(whole[:length].count(b"\n") - 1, 0)
+        # one that lacks its line break alone is whole
+        finished = max(whole[: length + 1].count(b"\n") - 1, 0)
         assert list(read(path).values()) == trials[:finished]
         write(path, trials[finished:])
         assert path.read_bytes() == whole
@@ -422,7 +425,6 @@ def test_resume_after_every_possible_torn_end(tmp_path: Path) -> None:
         (1, b'{"format": "interp_ablate.trials/1"}'),
         (2, b"{"),
         (3, b'"text"'),
-        (3, b""),
         (2, b"\xff\xfe"),
         (2, b'{"scores": {}}'),
         (3, b'{"params": [1]}'),

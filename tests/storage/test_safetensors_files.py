@@ -107,6 +107,11 @@ def run_copy(
         return copy_checkpoint(opened, folder, **{"edit": {}, **options})
 
 
+def beside(folder: Path) -> Path:
+    """A place to write to that is not inside a source."""
+    return folder.with_name(f"{folder.name}-out")
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -134,8 +139,8 @@ def test_every_dtype_is_read_as_the_library_reads_it(tmp_path: Path, dtype: torc
         blocks = [block for _, block in checkpoint.blocks(name, max_bytes=7)]
         joined = torch.cat(blocks) if value.ndim else blocks[0]
         assert joined.shape == value.shape and raw(joined) == raw(value)
-    run_copy(checkpoint, tmp_path / "out", edit=dict.fromkeys(values, lambda s: [s.read()]))
-    assert (tmp_path / "out" / SINGLE).read_bytes() == (tmp_path / SINGLE).read_bytes()
+    run_copy(checkpoint, beside(tmp_path), edit=dict.fromkeys(values, lambda s: [s.read()]))
+    assert (beside(tmp_path) / SINGLE).read_bytes() == (tmp_path / SINGLE).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -156,8 +161,8 @@ def test_small_floats_of_a_newer_torch(tmp_path: Path, name: str, dtype: str, it
         return
     assert read.dtype == theirs.dtype and read.shape == theirs.shape
     new = NewTensor.copy_of("b", Checkpoint.open(tmp_path).tensors["a"])
-    run_copy(tmp_path, tmp_path / "out", extra=[new])
-    assert load_file(tmp_path / "out" / SINGLE)["b"].shape == theirs.shape
+    run_copy(tmp_path, beside(tmp_path), extra=[new])
+    assert load_file(beside(tmp_path) / SINGLE)["b"].shape == theirs.shape
 
 
 def test_blocks_are_rows_of_at_most_the_bytes_asked_for(tmp_path: Path) -> None:
@@ -321,8 +326,8 @@ def test_what_the_library_accepts_is_accepted(tmp_path: Path, header: Any, data:
     assert set(ours.tensors) == set(theirs)
     for name, value in theirs.items():
         assert ours.read(name).shape == value.shape and raw(ours.read(name)) == raw(value)
-    run_copy(ours, tmp_path / "out", edit=dict.fromkeys(theirs, lambda source: [source.read()]))
-    assert (tmp_path / "out" / SINGLE).read_bytes() == path.read_bytes()
+    run_copy(ours, beside(tmp_path), edit=dict.fromkeys(theirs, lambda source: [source.read()]))
+    assert (beside(tmp_path) / SINGLE).read_bytes() == path.read_bytes()
 
 
 def test_a_corrupted_header_never_reads_as_something_else(tmp_path: Path) -> None:
@@ -486,8 +491,8 @@ def test_only_the_edited_tensors_change(tmp_path: Path) -> None:
 def test_an_edit_may_read_the_whole_tensor_and_yield_views(tmp_path: Path) -> None:
     value = random_tensor(torch.int16, 4, 6)
     save_file({"w": value}, tmp_path / SINGLE)
-    run_copy(tmp_path, tmp_path / "out", edit={"w": lambda s: s.read().flip(0, 1).t().t().split(3)})
-    assert torch.equal(load_file(tmp_path / "out" / SINGLE)["w"], value.flip(0, 1))
+    run_copy(tmp_path, beside(tmp_path), edit={"w": lambda s: s.read().flip(0, 1).t().t().split(3)})
+    assert torch.equal(load_file(beside(tmp_path) / SINGLE)["w"], value.flip(0, 1))
 
 
 def test_new_tensors_join_the_file_of_their_neighbour(tmp_path: Path) -> None:
@@ -528,9 +533,9 @@ def test_new_tensors_join_the_file_of_their_neighbour(tmp_path: Path) -> None:
 def test_a_new_tensor_in_a_single_file_leaves_it_single(tmp_path: Path) -> None:
     save_file({"embed": random_tensor(torch.float16, 4, 2)}, tmp_path / SINGLE)
     new = NewTensor.copy_of("head", Checkpoint.open(tmp_path).tensors["embed"])
-    run_copy(tmp_path, tmp_path / "out", edit={"embed": doubled}, extra=[new])
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [SINGLE]
-    found = load_file(tmp_path / "out" / SINGLE)
+    run_copy(tmp_path, beside(tmp_path), edit={"embed": doubled}, extra=[new])
+    assert [path.name for path in (beside(tmp_path)).iterdir()] == [SINGLE]
+    found = load_file(beside(tmp_path) / SINGLE)
     assert raw(found["head"]) == raw(load_file(tmp_path / SINGLE)["embed"])
     assert raw(found["head"]) != raw(found["embed"])
 
@@ -612,16 +617,17 @@ def test_memory_holds_a_few_blocks_not_the_tensor(tmp_path: Path) -> None:
                 yield (block.float() + 1).to(block.dtype)
 
         source = files.Checkpoint.open(folder)
-        with folders.streamed_folder(folder / "one", source=source, fingerprint="") as out:
+        with folders.streamed_folder(folder.parent / "one", source=source, fingerprint="") as out:
             copying.copy_checkpoint(source, out, edit={})
         before = peak()
-        with folders.streamed_folder(folder / "out", source=source, fingerprint="") as out:
+        with folders.streamed_folder(folder.parent / "out", source=source, fingerprint="") as out:
             copying.copy_checkpoint(source, out, edit={"w": edit})
-        written = files.Checkpoint.open(folder / "out")
+        written = files.Checkpoint.open(folder.parent / "out")
         assert all(bool((block == 1).all()) for _, block in written.blocks("w"))
         print(peak() - before)
     """
-    done = in_process(code, tmp_path)
+    (tmp_path / "in").mkdir()
+    done = in_process(code, tmp_path / "in")
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 48
 

@@ -269,7 +269,8 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None
 
 
 def test_checkpoints_of_another_training_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), checkpoint_folder(tmp_path / "out", {"seed": 0}):
+    with pytest.raises(KeyboardInterrupt), checkpoint_folder(tmp_path / "out", {"seed": 0}) as work:
+        (work / "checkpoint-1").mkdir()
         raise KeyboardInterrupt
     with (
         pytest.raises(RunError, match="other work"),

@@ -6,7 +6,6 @@ Knows: HookedTransformer, its hook names, its KV cache. Does not know: prompts, 
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ from interp_ablate.models.backends.backend import ForwardCall
 from interp_ablate.models.backends.checks import check_logits, fixed_tokens, tokenizer_copy
 from interp_ablate.models.loading import BackendName
 from interp_ablate.sites import PROJECTION_POINTS, Site
+from interp_ablate.storage.atomic_files import temporary_folder
 
 # A HookedTransformer built from a checkpoint must reproduce its logits to this, in fp32; else it is refused.
 HOOKED_TOLERANCE = 5e-3
@@ -166,7 +166,7 @@ def _hooked_from_hf(hf: Any, tokenizer: Any) -> Any:
             "the installed TransformerLens has no HookedTransformer (removed in 4.0): use "
             "backend='bridge', or pip install 'transformer-lens>=3.9,<4'"
         ) from error
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder("interp_ablate_hooked") as folder:
         config = copy.deepcopy(hf.config)
         config.architectures = [type(hf).__name__]
         if config.model_type == "gpt2":
