@@ -45,7 +45,7 @@ class Heal(TrainingSettings):
     positive: str | None = setting(None, "the same from files: requests")
     negative: str | None = setting(None, "answerable prompts")
     expressions: str | None = setting(None, "how the behaviour looks: a bundled list or a file")
-    n_test: int = setting(32, "prompts a side")
+    n_test: int | None = setting(None, "prompts a side (default: as many as a run tests on)")
     split_seed: int = setting(0, "of the split: the run's --seed")
     qlora: bool = setting(False, "axolotl.yaml loads the checkpoint in 4 bits")
 

@@ -25,6 +25,7 @@ from interp_ablate.prompts.prompt import (
     repeated,
 )
 from interp_ablate.prompts.readers import Reading, bundled_names, read_side, read_spec, stem
+from interp_ablate.settings import SPLIT_SIZES
 
 logger = logging.getLogger(__name__)
 
@@ -141,8 +142,27 @@ class ContrastSet:
             raise PromptError(_which(spec=spec, positive=positive, negative=negative))
         return _deduplicated(name or own_name, sides, source)
 
+    def split_sizes(self, **wanted: int | None) -> dict[str, int]:
+        """The sizes of a split's parts: those wanted, and for None the usual ones.
+
+        Where there are fewer prompts than that, the parts of which no size is wanted share what is left in the
+        proportion of the usual sizes. Too few prompts for that, or for what is wanted, are refused by `split`.
+        """
+        available = min(len(distinct(side)) for side in (self.positive, self.negative))
+        given = {key: size for key in SPLIT_SIZES if (size := wanted.get(key)) is not None}
+        free = {key: size for key, size in SPLIT_SIZES.items() if key not in given}
+        left = available - sum(given.values())
+        if len(free) <= left < sum(free.values()):
+            free = _in_proportion(free, left)
+        return {key: {**given, **free}[key] for key in SPLIT_SIZES}
+
     def split(
-        self, n_train: int = 64, n_validation: int = 32, n_test: int = 32, *, seed: int = 0
+        self,
+        n_train: int = SPLIT_SIZES["n_train"],
+        n_validation: int = SPLIT_SIZES["n_validation"],
+        n_test: int = SPLIT_SIZES["n_test"],
+        *,
+        seed: int = 0,
     ) -> Split:
         """Three parts without a common prompt; the numbers are prompts of each side.
 
@@ -209,10 +229,20 @@ def _too_few(contrast: ContrastSet, n_positive: int, n_negative: int, sizes: dic
     )
     if available < 3:
         return message + "three disjoint parts need at least 3 of each; add prompts"
-    fit = {key: max(1, size * available // asked) for key, size in sizes.items()}
-    while sum(fit.values()) > available:
-        fit[max(fit, key=lambda key: fit[key])] -= 1
+    fit = _in_proportion(sizes, available)
     return message + "pass " + ", ".join(f"{k}={v}" for k, v in fit.items()) + ", or add prompts"
+
+
+def _in_proportion(sizes: dict[str, int], total: int) -> dict[str, int]:
+    """Sizes of at least 1 that add up to `total`, by largest remainders."""
+    asked = sum(sizes.values())
+    fit = {key: max(1, size * total // asked) for key, size in sizes.items()}
+    by_remainder = sorted(sizes, key=lambda key: sizes[key] * total % asked, reverse=True)
+    for key in by_remainder[: max(0, total - sum(fit.values()))]:
+        fit[key] += 1
+    while sum(fit.values()) > total:
+        fit[max(fit, key=lambda key: fit[key])] -= 1
+    return fit
 
 
 def _which(**places: str | Path | None) -> str:

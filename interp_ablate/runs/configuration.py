@@ -11,11 +11,16 @@ from typing import Any
 
 from interp_ablate.errors import RunError
 from interp_ablate.models.loading import LoadingOptions
-from interp_ablate.settings import MAX_KL, MAX_NEW_TOKENS, setting, suggestion
+from interp_ablate.settings import MAX_KL, MAX_NEW_TOKENS, SPLIT_SIZES, setting, suggestion
 from interp_ablate.sites import POINTS, RESIDUAL_POINTS
 
 MAIN_METHOD = "difference_in_means"
 NO_MODEL = "no model: give --model (a bundled alias such as smollm2, a folder, a hub name)"
+_OF_SIDE = tuple(
+    f"(default {n}, or in proportion where there are fewer)" for n in SPLIT_SIZES.values()
+)
+# Settings that name a content: what it holds is part of a run's identity, the name is not.
+NAMES = ("model", "template", "contrast", "positive", "negative", "expressions")
 
 
 @dataclass(frozen=True)
@@ -43,9 +48,9 @@ class Configuration(LoadingOptions):
     positions: tuple[str, ...] = setting(
         ("-1",), "comma-separated: -1, -2, ..., after_instruction (all of these), response_mean"
     )
-    n_train: int = setting(64, "prompts a side that make the directions")
-    n_validation: int = setting(32, "prompts a side that choose the plan")
-    n_test: int = setting(32, "prompts a side that report it")
+    n_train: int | None = setting(None, f"prompts a side that make the directions {_OF_SIDE[0]}")
+    n_validation: int | None = setting(None, f"prompts a side that choose the plan {_OF_SIDE[1]}")
+    n_test: int | None = setting(None, f"prompts a side that report it {_OF_SIDE[2]}")
     seed: int = setting(0, "of the split and of everything random")
     max_new_tokens: int = setting(MAX_NEW_TOKENS, "tokens of an answer, at most")
     max_kl: float = setting(MAX_KL, "first-token KL budget in nats")
@@ -66,9 +71,9 @@ class Configuration(LoadingOptions):
             ("n_test", 1),
             ("max_new_tokens", 1),
         ):
-            if getattr(self, name) < least:
+            if (value := getattr(self, name)) is not None and value < least:
                 flag = name.replace("_", "-")
-                raise RunError(f"--{flag} must be at least {least}; got {getattr(self, name)}")
+                raise RunError(f"--{flag} must be at least {least}; got {value}")
         if not self.max_kl > 0:
             raise RunError(f"--max-kl must be above 0 (nats); got {self.max_kl}")
 

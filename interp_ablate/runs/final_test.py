@@ -78,7 +78,7 @@ def choose_and_test(
             "repetition": unedited["repetition"] + repetition_slack,
             "empty": unedited["empty"],
         },
-        tolerance=0.5 / c.n_validation,
+        tolerance=0.5 / len(bench.positive.rows),
     )
     selected: dict[str, Any] = {
         "rule": choice.rule,

@@ -197,6 +197,7 @@ def _context(folder: Path) -> dict[str, Any]:
         "generations": _generations(folder),
         "configuration": configuration,
         "versions": part_of(run, "versions"),
+        "made_by": _made_by(run),
         "stages": [
             (str(name), stage.get("seconds") if isinstance(stage, Mapping) else stage)
             for name, stage in part_of(run, "stages").items()
@@ -204,6 +205,19 @@ def _context(folder: Path) -> dict[str, Any]:
         "notes": [str(note) for note in run.get("notes") or []],
         "missing": [(n, stage) for n, stage in _STAGE_OF.items() if not any(folder.glob(n))],
     }
+
+
+def _made_by(run: Mapping[str, Any]) -> list[tuple[int, str]]:
+    """How many trials were made by which versions, by what differs from the run's; empty where nothing does."""
+    makers = objects(run.get("trials_made_by"))
+    every = [part_of(maker, "versions") for maker in makers]
+    known = [*every, part_of(run, "versions")]
+    differ = [k for k in known[-1] if len({one.get(k) for one in known}) > 1]
+    return [
+        (maker.get("trials", 0), ", ".join(f"{k} {one.get(k, 'none')}" for k in differ))
+        for maker, one in zip(makers, every)
+        if differ
+    ]
 
 
 def _results(test: Mapping[str, Any]) -> list[dict[str, str]]:

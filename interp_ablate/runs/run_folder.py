@@ -8,16 +8,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from interp_ablate import __version__
 from interp_ablate.errors import RunError
 from interp_ablate.jobs.progress import NoProgress, Progress
-from interp_ablate.runs.configuration import Configuration
+from interp_ablate.runs.configuration import NAMES, Configuration
+from interp_ablate.settings import SPLIT_SIZES
 from interp_ablate.sites import RESIDUAL_POINTS, Point, Site, sites_of
-from interp_ablate.storage.atomic_files import write_atomic
+from interp_ablate.storage.atomic_files import folder_made, remove_left_overs, write_atomic
+from interp_ablate.storage.output_folder import check_output_path
 
 if TYPE_CHECKING:
     from interp_ablate.activations.activations import Activations
@@ -29,14 +33,26 @@ if TYPE_CHECKING:
     from interp_ablate.search.edit_space import EditSpace
 
 STAGES = ("collect", "directions", "sweep", "evaluate", "export", "plot", "report")
-# 2: one log and one table of trials for runs and searches.
-FORMAT = "interp_ablate.run/2"
+# 3: `made_of`, the identity of a run by contents; the sizes of its split as they are.
+FORMAT = "interp_ablate.run/3"
+# What to say where a part of what a run was made of is another one now.
+_OTHER = {
+    "interp-ablate": "by another version of this package: use that one",
+    "contrast": "from other prompts than are given now",
+    "expressions": "with other expressions of the behaviour than are given now",
+    "model": "with other weights, another config, tokenizer or chat template than are given now",
+    "rendering": (
+        "from the same prompts, which the chat template renders otherwise now: one that writes the date does so "
+        "every day. Give a --template without it"
+    ),
+}
 
 
 class Run:
     """A run folder with its configuration; only its methods change what run.json says.
 
-    Opening a folder that holds another configuration is refused with what differs.
+    Opening a folder that holds another configuration is refused with what differs. A name may change (a model
+    or a file that was moved); what it holds may not.
 
     Args:
         ray: where trials are scored; None for this process.
@@ -54,50 +70,95 @@ class Run:
         self.configuration, self.ray = configuration, ray
         self._directions: Directions | None = None
         self.listener: Progress = listener or NoProgress()
-        self.state = self._open()
+        saved = read_run(self.out)
+        self.state: dict[str, Any] = {"format": FORMAT, "made_of": {}, "stages": {}, "notes": []}
+        if saved is not None and (saved["stages"] or self._has_files()):
+            self.state = saved
+        self._open()
 
     # ---- the folder ---------------------------------------------------------------------------
 
-    def _open(self) -> dict[str, Any]:
-        saved = read_run(self.out)
+    def _open(self) -> None:
+        """Take the configuration; bad prompts and expressions fail here, before anything is written.
+
+        Raises:
+            RunError: the folder is of another configuration, or made of something else.
+        """
+        contrast, c = self.contrast_set, self.configuration
+        self._made_of(
+            {
+                "interp-ablate": __version__,
+                "contrast": contrast.fingerprint,
+                "expressions": self.expression.identity,
+            }
+        )
+        wanted = {name: getattr(c, name) for name in SPLIT_SIZES}
+        sizes = contrast.split_sizes(**wanted)
+        if sizes != {name: wanted[name] or usual for name, usual in SPLIT_SIZES.items()}:
+            parts = ", ".join(f"{size} {name[2:]}" for name, size in sizes.items())
+            self.note(
+                f"{contrast.name} has fewer prompts than the usual split takes: {parts} a side"
+            )
+        self.configuration = replace(c, **sizes)
+        self.split  # noqa: B018  (cheap, and fails before the model is loaded)
         mine = self.configuration.to_dict()
-        if saved is None:
-            self.contrast_set  # noqa: B018  (bad prompts must fail before anything is written)
-            return {"format": FORMAT, "configuration": mine, "stages": {}, "notes": []}
-        theirs = saved["configuration"]
-        differ = [k for k in mine if theirs.get(k) != mine[k]]
+        theirs = self.state.setdefault("configuration", mine)
+        differ = [k for k in mine if k not in NAMES and theirs.get(k) != mine[k]]
         if differ:
             listed = "; ".join(f"{k}: {theirs.get(k)!r} there, {mine[k]!r} now" for k in differ)
             raise RunError(
                 f"{self.out} holds a run of another configuration ({listed}). Choose another --out, "
                 "or delete the folder"
             )
-        if saved.get("contrast", {}).get("fingerprint") not in (
-            None,
-            self.contrast_set.fingerprint,
-        ):
-            raise RunError(
-                f"{self.out} was made from other prompts than {self.contrast_set.name} holds now: "
-                "choose another --out, or delete the folder"
-            )
-        return saved
+        if theirs != mine:  # other names
+            if any(theirs[name] != mine[name] for name in ("model", "template")):
+                self.model  # noqa: B018  (it must be the same one)
+            self.state["configuration"] = mine
+            self.save()
 
-    def _save(self) -> None:
+    def _made_of(self, contents: dict[str, Any]) -> None:
+        """Keep what the run is made of; refuse what is not what it was made of before.
+
+        Raises:
+            RunError: something is another one, with what to do.
+        """
+        before, now = self.state["made_of"], json.loads(json.dumps(contents))
+        other = [name for name in now if before.get(name, now[name]) != now[name]]
+        if other:
+            raise RunError(
+                f"{self.out} was made {_OTHER[other[0]]}; or choose another --out, or delete the folder"
+            )
+        self.state["made_of"] = {**before, **now}
+
+    def save(self) -> None:
+        """Write run.json."""
         write_atomic(self.out / "run.json", json.dumps(self.state, indent=1))
 
-    def begin(self) -> None:
-        """Make the folder and write the configuration, before any work.
+    def _has_files(self) -> bool:
+        """Whether the folder holds anything but its configuration."""
+        return any(path.is_file() and path.name != "run.json" for path in self.out.rglob("*"))
+
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """The folder with its configuration, for the first stage; one that comes to nothing leaves nothing.
 
         Raises:
             RunError: the folder cannot be made or written.
         """
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(
-                f"cannot make the folder {self.out}: {error.strerror or error}"
-            ) from error
-        self._save()
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(folder_made(self.out))
+            except OSError as error:
+                raise RunError(
+                    f"cannot make the folder {self.out}: {error.strerror or error}"
+                ) from error
+            self.save()
+            try:
+                yield
+            except BaseException:
+                if not self.state["stages"] and not self._has_files():
+                    (self.out / "run.json").unlink(missing_ok=True)
+                raise
 
     def is_done(self, stage: str) -> bool:
         """Whether a stage is recorded as finished and its outputs are still there."""
@@ -109,13 +170,13 @@ class Run:
         self.listener.finish()
         self.discard_after(stage)
         self.state["stages"][stage] = {"seconds": round(seconds, 2)}
-        self._save()
+        self.save()
 
     def discard_after(self, stage: str) -> None:
         """Forget that later stages were done."""
         for later in STAGES[STAGES.index(stage) + 1 :]:
             self.state["stages"].pop(later, None)
-        self._save()
+        self.save()
 
     def record(self, **values: Any) -> None:
         """Keep facts of the run in run.json; they are on disk when the stage is."""
@@ -146,6 +207,16 @@ class Run:
         )
 
     @cached_property
+    def expression(self) -> Any:
+        """The expressions that show the behaviour."""
+        from interp_ablate.runs.validation_bench import expression_scorer
+
+        c = self.configuration
+        return expression_scorer(
+            c.expressions, self.contrast_set.name if c.contrast else "", self.note
+        )
+
+    @cached_property
     def split(self) -> Any:
         c = self.configuration
         return self.contrast_set.split(c.n_train, c.n_validation, c.n_test, seed=c.seed)
@@ -154,11 +225,11 @@ class Run:
     def model(self) -> Model:
         from interp_ablate.models.load import load_model
 
-        self.split  # noqa: B018  (cheap, and fails before the model is loaded)
         c = self.configuration
         with self.step("load model", None):
             model = load_model(c.model, **c.loading)
         c.layer_range(model.n_layers)
+        check_output_path(self.out / "export", overwrite=True, source=model.source.path)
         self._check_model(model)
         return model
 
@@ -190,12 +261,13 @@ class Run:
             "fingerprint": model.fingerprint,
             "trusted_remote_code": self.configuration.trust_remote_code,
         }
-        before = self.state.get("model", {}).get("fingerprint")
-        if before not in (None, facts["fingerprint"]):
-            raise RunError(
-                f"{self.out} was made with other weights under the name {model.source.name!r}: "
-                "choose another --out, or delete the folder"
-            )
+        rows = [
+            model.encode(prompt)
+            for part in (self.split.train, self.split.validation, self.split.test)
+            for prompt in (*part.positive, *part.negative)
+        ]
+        rendering = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        self._made_of({"model": model.fingerprint, "rendering": rendering})
         contrast = self.contrast_set
         self.record(
             model=facts,
@@ -234,20 +306,14 @@ class Run:
     @cached_property
     def bench(self) -> ValidationBench:
         """The validation prompts with scorers and unedited answers."""
-        from interp_ablate.runs.validation_bench import (
-            expression_scorer,
-            low_rate_note,
-            make_bench,
-        )
+        from interp_ablate.runs.validation_bench import low_rate_note, make_bench
 
         c = self.configuration
-        contrast = self.contrast_set.name if c.contrast else ""
-        scorer = expression_scorer(c.expressions, contrast, self.note)
         with self.step("baselines", 3) as advance:
             bench, targets = make_bench(
                 self.model,
                 self.split,
-                scorer,
+                self.expression,
                 max_new_tokens=c.max_new_tokens,
                 advance=advance,
             )
@@ -287,12 +353,13 @@ class Run:
         )
 
     def identity(self) -> dict[str, Any]:
-        """What the folder's trials depend on."""
-        text = json.dumps(self.configuration.to_dict(), sort_keys=True)
+        """What the folder's trials depend on: contents, and settings but for names."""
+        self.model  # noqa: B018  (a part of it)
+        settings = {k: v for k, v in self.configuration.to_dict().items() if k not in NAMES}
         prints = "".join(item.fingerprint for item in self.directions)
         return {
-            "configuration": hashlib.sha256(text.encode()).hexdigest(),
-            "model": self.model.fingerprint,
+            "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+            **self.state["made_of"],
             "directions": hashlib.sha256(prints.encode()).hexdigest(),
         }
 
@@ -328,6 +395,7 @@ def read_run(out: str | Path) -> dict[str, Any] | None:
     """
     out = Path(out)
     path = out / "run.json"
+    remove_left_overs(out)
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file; --out names a folder")
     if not path.exists():
@@ -340,7 +408,7 @@ def read_run(out: str | Path) -> dict[str, Any] | None:
         saved = json.loads(path.read_text(encoding="utf-8"))
         version = saved["format"]
         if version == FORMAT:
-            saved["configuration"], saved["stages"], saved["notes"]
+            saved["configuration"], saved["made_of"], saved["stages"], saved["notes"]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise RunError(
             f"{path} is corrupt ({error}): delete the folder, or choose another --out"

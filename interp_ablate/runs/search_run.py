@@ -60,10 +60,10 @@ def run_search(run: Run, search: SearchSettings) -> None:
     run.check_export()
     do_stage(run, "directions")
     with trial_session(run, control=search.control) as session:
-        _check_same_search(run, {"control": search.control, "sampler": search.sampler})
+        _check_same_search(session, {"control": search.control, "sampler": search.sampler})
         screened, layers = _prepared(session, search)
         fits = load_fitted_edits(run.out / "fits") if search.fits else {}
-        _check_same_search(run, {"fits": sorted(fits)})
+        _check_same_search(session, {"fits": sorted(fits)})
         session.space.fits = fits
         n_positive = len(run.bench.positive.rows)
         batch_size = max(1, min(AT_ONCE, DECODED_ROWS // n_positive))
@@ -83,7 +83,7 @@ def run_search(run: Run, search: SearchSettings) -> None:
                 n_trials=search.trials,
                 seconds=max(seconds, LEAST_SECONDS),
             )
-        chosen = _finalists(trials, run.configuration.max_kl, 0.5 / run.configuration.n_validation)
+        chosen = _finalists(trials, run.configuration.max_kl, 0.5 / n_positive)
         finalists = session.score("finalists", chosen)
         table = session.write_table(screened, [*trials, *finalists])
     own = table.iloc[len(table) - len(finalists) :]
@@ -101,21 +101,22 @@ def _fixed(session: TrialSession, search: SearchSettings) -> dict[str, Any]:
     return place | ({"control": search.control} if search.control else {})
 
 
-def _check_same_search(run: Run, settings: dict[str, Any]) -> None:
-    """Keep the settings of the folder's search; another search is refused with what differs.
+def _check_same_search(session: TrialSession, settings: dict[str, Any]) -> None:
+    """Keep the settings of the folder's search; one that has trials of other settings is refused with what differs.
 
     Raises:
         RunError: the folder has a search of other settings.
     """
-    before = run.state.get("search", {})
+    run, begun = session.run, any(each.stage == "search" for each in session.log.done.values())
+    before = run.state.get("search", {}) if begun else {}
     differ = [name for name in settings if name in before and before[name] != settings[name]]
     if differ:
         listed = "; ".join(f"{n}: {before[n]!r} there, {settings[n]!r} now" for n in differ)
         raise RunError(
             f"{run.out} holds another search ({listed}). Choose another --out, or delete the folder"
         )
-    run.record(search=before | settings)
-    run.begin()
+    run.record(search=run.state.get("search", {}) | settings)
+    run.save()
 
 
 def _prepared(

@@ -38,7 +38,6 @@ def do_stage(run: Run, name: str) -> bool:
         return False
     for needed in NEEDS[name]:
         do_stage(run, needed)
-    run.begin()
     start = time.perf_counter()
     STAGE_FUNCTIONS[name](run)
     run.finish(name, time.perf_counter() - start)
@@ -47,12 +46,13 @@ def do_stage(run: Run, name: str) -> bool:
 
 def run_collect(run: Run) -> None:
     """Activations of the training and validation prompts."""
-    split, _ = run.split, run.model  # loading has its own progress
-    for part in ("train", "validation"):
-        prompts = getattr(split, part)
-        total = len(prompts.positive) + len(prompts.negative)
-        with run.step(f"collect {part}", total) as advance:
-            run.activations(part, advance)
+    run.model  # noqa: B018  (loading has its own progress, and may fail: nothing is written before)
+    with run.begun():
+        for part in ("train", "validation"):
+            prompts = getattr(run.split, part)
+            total = len(prompts.positive) + len(prompts.negative)
+            with run.step(f"collect {part}", total) as advance:
+                run.activations(part, advance)
 
 
 def run_directions(run: Run) -> None:

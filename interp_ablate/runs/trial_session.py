@@ -67,6 +67,7 @@ class TrialSession:
         table = pd.concat(frames, ignore_index=True)
         table = table.assign(trial=range(len(table)))
         self.run.write("trials.csv", table)
+        self.run.record(trials_made_by=self.log.made_by)
         return table
 
 

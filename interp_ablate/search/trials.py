@@ -22,9 +22,10 @@ from interp_ablate.jobs.executors import Executor
 from interp_ablate.search.bench import ValidationBench
 from interp_ablate.search.edit_space import EditSpace, plan_of
 from interp_ablate.storage.jsonl_log import JsonlLog
+from interp_ablate.storage.provenance import versions
 
 Stage = Literal["screen", "refine", "search", "finalist"]
-FORMAT = "interp_ablate.trials/2"
+FORMAT = "interp_ablate.trials/3"
 # A trial is given up after its process was killed so often: it may be the cause (out of memory).
 KILLS = 5
 
@@ -75,7 +76,8 @@ class Trial:
 class TrialLog:
     """Finished trials on disk: a header that says what was tried, then a line a trial.
 
-    A line before it says that the trial was begun; begun ones that never finish are counted as kills.
+    A line before it says that the trial was begun; begun ones that never finish are counted as kills. Another line
+    says which versions of packages made the trials after it.
 
     Raises:
         RunError: another run's log, a corrupt line (its number), or a log in use by another process.
@@ -87,12 +89,13 @@ class TrialLog:
         )
         self.done: dict[str, Trial] = {}
         self.kills: Counter[str] = Counter()
+        self.made_by: list[dict[str, Any]] = []  # versions, and how many trials they finished
 
     @contextmanager
     def open(self) -> Iterator[TrialLog]:
         """Read what is there; the other methods work inside the block, in one process at a time."""
         with self._lines.open() as lines:
-            self.done, self.kills = {}, Counter()
+            self.done, self.kills, self.made_by = {}, Counter(), []
             for number, line in enumerate(lines, 2):
                 try:
                     self._take(line)
@@ -105,12 +108,19 @@ class TrialLog:
             self.kills.update(line["begun"])
         elif "released" in line:
             self.kills.subtract(line["released"])
+        elif "versions" in line:
+            self.made_by.append({"versions": dict(line["versions"]), "trials": 0})
         else:
             trial = Trial.from_dict(line)
             self.done[trial.key] = trial
+            if self.made_by:
+                self.made_by[-1]["trials"] += 1
 
     def begin(self, trials: Sequence[Trial]) -> None:
-        """Record that trials are being scored."""
+        """Record that trials are being scored, and by which versions where those are others than before."""
+        now = versions()
+        if not self.made_by or self.made_by[-1]["versions"] != now:
+            self._append({"versions": now})
         self._append({"begun": [trial.key for trial in trials]})
 
     def release(self, keys: Sequence[str]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import math
+import shutil
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from interp_ablate.edits.kinds import Erase
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import InterpAblateError, RunError
 from interp_ablate.runs.configuration import Configuration
-from interp_ablate.runs.run_folder import STAGES, Run
+from interp_ablate.runs.run_folder import FORMAT, STAGES, Run
 from interp_ablate.search.grid import SCALES
 from interp_ablate.search.race import RUNGS, rank_directions, usable_rungs
 from interp_ablate.search.trials import Trial
@@ -182,7 +184,7 @@ def test_changed_prompts_are_refused(finished: Path, tmp_path: Path) -> None:
     run = json.loads((finished / "run.json").read_text())
     copy = tmp_path / "copy"
     copy.mkdir()
-    run["contrast"]["fingerprint"] = "another"
+    run["made_of"]["contrast"] = "another"
     (copy / "run.json").write_text(json.dumps(run))
     with pytest.raises(RunError, match="other prompts"):
         Run(copy, Configuration.from_dict(run["configuration"]))
@@ -470,6 +472,196 @@ def test_bad_settings(change: dict, said: str) -> None:
 def test_bad_layers(layers: str) -> None:
     with pytest.raises(RunError, match="layers"):
         Configuration(model="m", contrast="declining", layers=layers).layer_range(3)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--model", "no-such-model-anywhere"],
+        ["--n-train", "900"],
+        ["--layers", "2-90"],
+        ["--positions", "one"],
+        ["--expressions", "no-such-list"],
+        ["--template", "{{ raise_exception('no') }}"],
+        ["--dtype", "float7"],
+    ],
+    ids=lambda flags: flags[0],
+)
+@pytest.mark.parametrize("command", ["run", "search", "sweep", "collect", "directions"])
+def test_a_command_that_fails_before_it_did_anything_leaves_nothing(
+    flags: list[str], tmp_path: Path, wrong: list[str], command: str
+) -> None:
+    out = tmp_path / "runs" / "new"
+    assert main(["--quiet", command, *flags, *wrong, "--out", str(out)]) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_or_killed_beginning_binds_nobody(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def interrupt(*_: Any, **__: Any) -> Any:
+        assert (out / "run.json").exists()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "activations", interrupt)
+        assert main(["--quiet", "collect", *flags, "--out", str(out)]) == 130
+    assert not out.exists()
+    out.mkdir()  # what a kill leaves: the configuration, and nothing of it done
+    begun = {
+        "format": FORMAT,
+        "configuration": {"seed": 9},
+        "made_of": {},
+        "stages": {},
+        "notes": [],
+    }
+    (out / "run.json").write_text(json.dumps(begun))
+    assert main(["--quiet", "collect", *flags, "--out", str(out)]) == 0
+
+
+def test_names_may_change_and_contents_may_not(
+    flags: list[str],
+    tmp_path: Path,
+    tiny_folder: Path,
+    prompt_files: tuple[Path, Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Moved files and a moved model go on; an edited one, or another model, is refused with what to do."""
+    place, out = tmp_path / "moved", tmp_path / "out"
+    words = tmp_path / "words.txt"
+    words.write_text("a\n")
+    small = ["--layers", "1-1", "--sites", "resid_post", "--expressions", str(words)]
+    assert main(["--quiet", "directions", *flags, *small, "--out", str(out)]) == 0
+    place.mkdir()
+    for path in (*prompt_files, words):
+        shutil.copy(path, place / path.name)
+    shutil.copytree(tiny_folder, place / "model")
+    yes, no = prompt_files
+    moved = [*flags, *small]
+    for before, after in (
+        (str(tiny_folder), place / "model"), (str(yes), place / yes.name), (str(no), place / no.name),
+        (str(words), place / "words.txt"),
+    ):  # fmt: skip
+        moved[moved.index(before)] = str(after)
+    assert main(["--quiet", "directions", *moved, "--out", str(out)]) == 0
+    assert json.loads((out / "run.json").read_text())["configuration"]["model"] == str(
+        place / "model"
+    )
+    before = files_of(out)
+    (place / "words.txt").write_text("b\n")
+    assert main(["--quiet", "sweep", *moved, "--out", str(out)]) == 2
+    assert "other expressions" in capsys.readouterr().err
+    (place / "words.txt").write_text("a\n")
+    model, tokenizer = tiny(seed=4)
+    model.save_pretrained(place / "another")
+    tokenizer.save_pretrained(place / "another")
+    assert (
+        main(["--quiet", "sweep", *moved, "--model", str(place / "another"), "--out", str(out)])
+        == 2
+    )
+    assert "other weights" in capsys.readouterr().err
+    assert files_of(out) == before
+
+
+def test_a_template_that_writes_the_date_is_another_question_tomorrow(
+    flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    template = (
+        "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}: {% endif %}"
+    )
+    small = ["--layers", "1-1", "--sites", "resid_post", "--template", template]
+    out = tmp_path / "out"
+    assert main(["--quiet", "directions", *flags, *small, "--out", str(out)]) == 0
+
+    class Tomorrow(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime(2099, 1, 1)
+
+    from transformers.utils import chat_template_utils
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Tomorrow)
+    chat_template_utils._compile_jinja_template.cache_clear()
+    assert main(["--quiet", "sweep", "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert "renders otherwise" in error and "date" in error
+    chat_template_utils._compile_jinja_template.cache_clear()
+
+
+def test_another_version_of_the_package_is_refused(
+    finished: Path, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    run = json.loads((copy / "run.json").read_text())
+    run["made_of"]["interp-ablate"] = "0.0.1"
+    (copy / "run.json").write_text(json.dumps(run))
+    assert main(["run", *flags, "--out", str(copy)]) == 2
+    assert "another version of this package" in capsys.readouterr().err
+
+
+def test_the_report_credits_trials_to_the_versions_that_made_them(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from interp_ablate.search import trials as of_trials
+    from interp_ablate.storage import provenance
+
+    out = tmp_path / "out"
+    small = ["--layers", "1-1", "--sites", "resid_post"]
+    with Trials(monkeypatch, most=2):
+        assert main(["--quiet", "sweep", *flags, *small, "--out", str(out)]) == 130
+    newer = provenance.versions() | {"torch": "99.0"}
+    with monkeypatch.context() as patched:
+        patched.setattr(of_trials, "versions", lambda: newer)
+        assert main(["--quiet", "sweep", "--out", str(out)]) == 0
+    made_by = json.loads((out / "run.json").read_text())["trials_made_by"]
+    counts = [(each["versions"]["torch"], each["trials"]) for each in made_by]
+    total = len(finished_lines(out))
+    assert counts == [(provenance.versions()["torch"], 2), ("99.0", total - 2)]
+    assert main(["--quiet", "plot", str(out)]) == 0
+    page = (out / "report.html").read_text()
+    assert f"{total - 2} trials were made by torch 99.0" in page
+
+
+def test_few_prompts_are_split_in_proportion(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usual = [word for word in flags if word not in ("--n-train", "--n-validation", "--n-test", "6")]
+    usual.remove("8")
+    out = tmp_path / "out"
+    assert main(["collect", *usual, "--out", str(out)]) == 0
+    run = json.loads((out / "run.json").read_text())
+    assert [run["configuration"][f"n_{part}"] for part in ("train", "validation", "test")] == [
+        12,
+        6,
+        6,
+    ]
+    assert any("12 train, 6 validation, 6 test" in note for note in run["notes"])
+    assert "12 train" in capsys.readouterr().err
+    again = [*usual, "--n-test", "6"]  # the same
+    assert main(["--quiet", "directions", *again, "--out", str(out)]) == 0
+    assert main(["--quiet", "collect", *usual, "--n-train", "4", "--out", str(tmp_path / "b")]) == 0
+    run = json.loads((tmp_path / "b" / "run.json").read_text())
+    assert (run["configuration"]["n_validation"], run["configuration"]["n_test"]) == (10, 10)
+
+
+def test_a_run_inside_its_own_model_is_refused(
+    flags: list[str], tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files_of(tiny_folder)
+    assert main(["--quiet", "collect", *flags, "--out", str(tiny_folder / "run")]) == 2
+    assert "inside the source" in capsys.readouterr().err
+    assert files_of(tiny_folder) == before and not (tiny_folder / "run").exists()
 
 
 def test_folders_that_are_not_runs(flags: list[str], tmp_path: Path) -> None:

@@ -384,7 +384,7 @@ def test_a_log_is_a_header_and_a_line_a_trial(tmp_path: Path) -> None:
     trials = [trial(0), BAND.scored({"kl": 0.1 + 0.2}, 1.5), BAND.failed("why")]
     write(path, trials[:2])
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    made_by = {"format": "interp_ablate.trials/2", "interp-ablate": __version__}
+    made_by = {"format": "interp_ablate.trials/3", "interp-ablate": __version__}
     assert lines[0] == {**made_by, **IDENTITY} and len(lines) == 3
     assert read(path) == {each.key: each for each in trials[:2]}
     before = path.read_bytes()

@@ -55,17 +55,19 @@ class HeldOut:
         contrast: ContrastSet,
         expression: ExpressionScorer,
         *,
-        n_test: int = 32,
+        n_test: int | None = None,
         seed: int = 0,
     ) -> HeldOut:
         """The test part of a contrast set's split: positive prompts as requests, negative ones as benign.
 
-        `seed` is the split's: that of the run that made the edit, whose test part made nothing of it.
+        `seed` and `n_test` are the split's: those of the run that made the edit, whose test part made nothing of
+        it. By default as many prompts as a run takes by default.
 
         Raises:
             PromptError: too few prompts.
         """
-        test = contrast.split(1, 1, n_test, seed=seed).test
+        size = contrast.split_sizes(n_test=n_test)["n_test"]
+        test = contrast.split(1, 1, size, seed=seed).test
         return cls(test.positive, test.negative, expression, source=test.source)
 
 
