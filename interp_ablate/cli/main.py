@@ -161,17 +161,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                     sys.stdout.flush()  # here, where a closed pipe or a full disk still has a message
     except InterpAblateError as error:
         return _told(f"{command}: {error}", BAD_INPUT)
+    except BrokenPipeError:
+        return _silenced(PIPE_CLOSED)
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and _closed_pipes():
-            return PIPE_CLOSED
         place = f" ({error.filename})" if error.filename else ""
         return _told(f"{command}: {error.strerror or error}{place}", BAD_INPUT)
     except KeyboardInterrupt:
         return _told("interrupted; run the same command again to go on", INTERRUPTED)
     except Exception as error:
-        traceback.print_exc()
         return _told(
-            f"{command}: a fault of interp-ablate {__version__} ({type(error).__name__}). Please report it with "
+            f"{traceback.format_exc()}{command}: a fault of interp-ablate {__version__} ({type(error).__name__}). Please report it with "
             "the lines above; what is finished is kept, and the same command goes on",
             CRASHED,
         )
@@ -182,21 +181,17 @@ def _told(message: str, status: int) -> int:
     try:
         print(message, file=sys.stderr, flush=True)
     except BrokenPipeError:
-        _closed_pipes()
+        _silenced(status)
     return status
 
 
-def _closed_pipes() -> list[str]:
-    """The standard streams that nobody reads any more; what they still hold goes nowhere, at exit too."""
-    closed = []
+def _silenced(status: int) -> int:
+    """The status, where nobody reads: what the standard streams still hold goes nowhere, at exit too."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
-        try:
-            if stream is not None:
-                stream.flush()
-        except BrokenPipeError:
-            closed.append(stream.name)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    return closed
+        if stream is not None:
+            os.dup2(nowhere, stream.fileno())
+    return status
 
 
 @contextmanager

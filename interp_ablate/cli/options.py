@@ -80,7 +80,7 @@ def check_new(
 
     Args:
         ours: whether a file that begins with these bytes is of the kind that is written; None: a folder is.
-        source: a folder that is read, which nothing may be written into.
+        source: a folder that is read, which no folder may be written into.
 
     Raises:
         ExportError: it says what is there.
@@ -90,7 +90,7 @@ def check_new(
     if ours is None:
         check_output_path(out, overwrite=force, source=source)
     else:
-        check_output_file(out, overwrite=force, ours=ours, source=source)
+        check_output_file(out, overwrite=force, ours=ours)
 
 
 def trait_scorer(spec: str | None, trait: Any, folder: Path) -> Any:

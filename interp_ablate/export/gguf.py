@@ -108,9 +108,7 @@ def export_gguf(
     folder, out = Path(folder), Path(out)
     if dtype not in _DTYPES:
         raise ExportError(f"unknown dtype {dtype!r}: accepted are {', '.join(_DTYPES)}")
-    check_output_file(
-        out, overwrite=overwrite, ours=lambda begins: begins.startswith(b"GGUF"), source=folder
-    )
+    check_output_file(out, overwrite=overwrite, ours=lambda begins: begins.startswith(b"GGUF"))
     config = _read_config(folder)
     arch = ARCHITECTURES[config.model_type]
     entries = _entries(Checkpoint.open(folder), config, arch)

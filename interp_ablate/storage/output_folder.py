@@ -192,7 +192,15 @@ def check_output_path(
         ExportError: says which, and what to do.
     """
     out = Path(out)
-    _check_apart(out, source, files)
+    real = Path(os.path.realpath(out))
+    for path in (*([Path(source)] if source else ()), *files):
+        place = Path(os.path.realpath(path))
+        if real == place or real in place.parents:
+            raise ExportError(f"{out} holds the source {path}: choose another place to write to")
+        if source and path == Path(source) and place in real.parents:
+            raise ExportError(
+                f"{out} is inside the source {path}, which stays as it is: choose another place to write to"
+            )
     if not os.path.lexists(out):
         return
     if not overwrite:
@@ -209,14 +217,8 @@ def check_output_path(
         )
 
 
-def check_output_file(
-    out: str | Path,
-    *,
-    overwrite: bool,
-    ours: Callable[[bytes], bool],
-    source: str | Path | None = None,
-) -> None:
-    """Refuse to write a file into a source, over what is there, or (with overwrite) over a file of another kind.
+def check_output_file(out: str | Path, *, overwrite: bool, ours: Callable[[bytes], bool]) -> None:
+    """Refuse to write a file over what is there, or (with overwrite) over a file of another kind.
 
     Args:
         ours: whether a file that begins with these bytes is of the kind that is written.
@@ -225,7 +227,6 @@ def check_output_file(
         ExportError: says which, and what to do.
     """
     out = Path(out)
-    _check_apart(out, source)
     if not os.path.lexists(out):
         return
     if not overwrite:
@@ -239,18 +240,6 @@ def check_output_file(
             f"{out} is not what this command writes: it would be lost. Remove it yourself, or choose another "
             "--out"
         )
-
-
-def _check_apart(out: Path, source: str | Path | None, files: Iterable[Path] = ()) -> None:
-    real = Path(os.path.realpath(out))
-    for path in (*([Path(source)] if source else ()), *files):
-        place = Path(os.path.realpath(path))
-        if real == place or real in place.parents:
-            raise ExportError(f"{out} holds the source {path}: choose another place to write to")
-        if source and path == Path(source) and place in real.parents:
-            raise ExportError(
-                f"{out} is inside the source {path}, which stays as it is: choose another place to write to"
-            )
 
 
 def _lock(hidden: Path) -> int:

@@ -130,7 +130,12 @@ def test_import(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (["export", "--plan", "nowhere.json", "--source", "a", "--out", "b"], "nowhere.json"),
         (["export", "--plan", "plan.json", "--source", "nowhere", "--out", "b"], "nowhere"),
-        (["export", "--plan", "plan.json", "--source", "a", "--out", "a"], "exists"),
+        (["export", "--plan", "plan.json", "--source", "a", "--out", "plan.json"], "exists"),
+        (
+            ["export", "--plan", "plan.json", "--source", "a", "--out", "plan.json", "--force"],
+            "no export",
+        ),
+        (["export", "--plan", "plan.json", "--source", "a", "--out", "a/b"], "inside the source"),
         (["export", "--plan", "plan.json", "--source", "a", "--out", "a", "--force"], "source"),
         (["verify", "a"], "interp_ablate.json"),
         (["verify", "a", "nowhere", "--plan", "plan.json"], "nowhere"),

@@ -427,7 +427,7 @@ def test_malformed_rows_stop_it_or_are_set_apart(tmp_path: Path) -> None:
     path.write_bytes(b"".join(rows))
     with pytest.raises(RowFileError, match="line 2"):
         filter_file(path, tmp_path / "out")
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"verdicts.jsonl"}  # nothing half done
+    assert not (tmp_path / "out").exists()  # nothing half done
     manifest = filter_file(path, tmp_path / "out", settings=FilterSettings(skip_malformed=True))
     assert (tmp_path / "out" / "malformed.jsonl").read_bytes() == rows[1] + rows[2]
     assert (manifest["counts"]["malformed"], manifest["counts"]["kept"]) == (2, 1)
@@ -498,14 +498,17 @@ def test_another_result_stays_until_there_is_a_new_one(tmp_path: Path) -> None:
     scorer, out, force = Counting(), tmp_path / "out", FilterSettings(force=True)
     recipe = FilterRecipe((ScoreRule(above=50, scorer=scorer),))
     filter_file(pairs(tmp_path / "a.jsonl", ["10", "60"]), out, recipe)
-    before = digests(out, "kept.jsonl", "dropped.jsonl")
+    before = digests(out)
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a", "completion": "10"}\n{"prompt": ')
     with pytest.raises(RowFileError):
         filter_file(bad, out, recipe, settings=force)
-    assert digests(out, "kept.jsonl", "dropped.jsonl") == before
-    assert not (out / "manifest.json").exists()
+    assert digests(out) == before
     (out / "verdicts.jsonl").unlink()
+    with pytest.raises(RunError, match="not the folder of a filter"):
+        filter_file(bad, out, recipe, settings=force)
+    for name in ("kept.jsonl", "dropped.jsonl"):
+        (out / name).unlink()
     filter_file(pairs(tmp_path / "a.jsonl", ["10", "60"]), out, recipe, settings=force)
     # other data in another format: other verdicts, and no file of the old result
     rows = [{"prompt": "q", "completion": "70"}]
