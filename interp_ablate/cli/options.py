@@ -167,6 +167,7 @@ def estimate_text(value: dict[str, Any], digits: int) -> str:
     """A mean with its interval, such as 1.20 [1.10, 1.30]."""
     if value["mean"] is None:
         return "no value"
-    low, high = value["interval"]
+    ends = value["interval"]
+    span = f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]" if ends else " (no interval)"
     lacking = f" ({value['no_value']} without)" if value.get("no_value") else ""
-    return f"{value['mean']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]{lacking}"
+    return f"{value['mean']:.{digits}f}{span}{lacking}"

@@ -233,13 +233,11 @@ def _count(
 
 
 def _line(scorer: str, group: str, tally: _Tally) -> dict[str, Any]:
-    """A line of the table; a mean's 95% interval needs two scores."""
-    from interp_ablate.stats.intervals import bootstrap_interval
+    """A line of the table, with the mean's 95% interval."""
+    from interp_ablate.stats.intervals import SCORE, mean_interval
 
-    low = high = None
-    if len(tally.scores) > 1:
-        shares = [score / 100 for score in tally.scores]
-        low, high = (100 * end for end in bootstrap_interval(shares, proportion=True))
+    interval = mean_interval(tally.scores, bounds=SCORE) if tally.scores else None
+    low, high = interval or (None, None)
     return {
         "scorer": scorer,
         "of": group,

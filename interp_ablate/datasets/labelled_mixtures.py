@@ -156,7 +156,7 @@ def check_screening(
 ) -> pd.DataFrame:
     """The AUC by which the measured numbers, and baselines, tell samples with the label from those without.
 
-    One row a score: `score`, `auc`, `low`, `high` (95%, bootstrap over prompts), `n`, `missing` (samples
+    One row a score: `score`, `auc`, `low`, `high` (95%, jackknife over prompts), `n`, `missing` (samples
     without a value, left out). The scores are the table's columns, answers' length in words, `baselines`,
     and the middle and the strongest of RANDOM_DIRECTIONS random directions at the same site. Each random
     direction has the sign that serves it best. All read the first `response_tokens` of an answer.

@@ -42,7 +42,7 @@ from interp_ablate.models.generation import Generation
 from interp_ablate.models.model import Model
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring.exchange import TextScorer
-from interp_ablate.stats.intervals import Estimate, mean_estimate
+from interp_ablate.stats.intervals import AT_LEAST_0, Estimate, mean_estimate
 from interp_ablate.storage.jsonl_log import JsonlLog
 
 logger = logging.getLogger(__name__)
@@ -332,7 +332,7 @@ _ANSWER_METRICS: tuple[tuple[str, str, Unit], ...] = (
 
 def _divergence_row(measure: str, on: str, values: Sequence[float | None]) -> ComparisonRow:
     counted = [value for value in values if value is not None]
-    mean = mean_estimate(counted) if counted else None
+    mean = mean_estimate(counted, bounds=AT_LEAST_0) if counted else None
     missing = len(values) - len(counted)
     return ComparisonRow(measure, on, "nats", len(counted), None, mean, None, missing)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,17 +20,26 @@ import numpy as np
 
 from interp_ablate.errors import RunError
 from interp_ablate.stats.intervals import (
-    FEWEST,
-    RESAMPLES,
+    AT_LEAST_0,
+    SCORE,
+    SHARE,
+    UNBOUNDED,
+    Bounds,
     Estimate,
     difference_estimate,
     mean_estimate,
+    mean_interval,
 )
 from interp_ablate.storage.atomic_files import write_atomic
 
 FORMAT = "interp_ablate evaluation 1"
 
 Unit = Literal["share", "score", "nats", "perplexity", "bits", "tokens", "metric"]
+_BOUNDS: dict[Unit, Bounds] = {
+    "share": SHARE,
+    "score": SCORE,
+    "metric": UNBOUNDED,
+}  # of every other unit: at least 0
 
 
 @dataclass(frozen=True)
@@ -75,15 +85,15 @@ def paired_row(
     if not pairs:
         return ComparisonRow(measure, on, unit, 0, None, None, None, missing)
     first, second = ([pair[i] for pair in pairs] for i in (0, 1))
-    rate = {*first, *second} <= {0.0, 1.0}
+    bounds = _BOUNDS.get(unit, AT_LEAST_0)
     return ComparisonRow(
         measure,
         on,
         unit,
         len(pairs),
-        mean_estimate(first, proportion=rate),
-        mean_estimate(second, proportion=rate),
-        difference_estimate(first, second, proportion=rate) if comparable else None,
+        mean_estimate(first, bounds=bounds),
+        mean_estimate(second, bounds=bounds),
+        difference_estimate(first, second, bounds=bounds) if comparable else None,
         missing,
     )
 
@@ -96,28 +106,25 @@ def ratio_row(
 ) -> ComparisonRow:
     """A ratio of sums over units (nats a token, bits a byte; perplexity is exp of the first).
 
-    The bootstrap draws units, the same ones before and after.
+    The intervals are those of the mean of each unit's influence on the ratio.
     """
-    scale: Callable[[Any], Any] = np.exp if unit == "perplexity" else (lambda x: x)
+    exp: Callable[[float], float] = float
+    if unit == "perplexity":
+        exp = lambda x: math.exp(min(x, 700.0))  # noqa: E731  (beyond it is no float)
+    ratios, influences = [], []
+    for numerators, denominators in (before, after):
+        ratio = float(numerators.sum() / denominators.sum())
+        ratios.append(ratio)
+        influences.append((numerators - ratio * denominators) / denominators.mean())
 
-    def value(sums: Sums, drawn: Any = slice(None)) -> np.ndarray:
-        return scale(sums[0][drawn].sum(-1) / sums[1][drawn].sum(-1))
+    def estimate(ratio: float, influence: np.ndarray) -> Estimate:
+        return Estimate(exp(ratio), *map(exp, mean_interval(ratio + influence) or ()))
 
-    n = len(before[0])
-    first, second = float(value(before)), float(value(after))
-    ends: list[list[float]] = [[], [], []]
-    if n >= FEWEST:
-        generator, drawn = np.random.default_rng(0), []
-        block = max(1, 4_000_000 // n)
-        for start in range(0, RESAMPLES, block):
-            size = (min(block, RESAMPLES - start), n)
-            units = generator.integers(0, n, size)
-            drawn.append((value(before, units), value(after, units)))
-        before_all, after_all = (np.concatenate(side) for side in zip(*drawn))
-        draws = (before_all, after_all, after_all - before_all)
-        ends = [np.quantile(x, [0.025, 0.975]).tolist() for x in draws]
-    b, a, change = (Estimate(v, *e) for v, e in zip((first, second, second - first), ends))
-    return ComparisonRow(measure, on, unit, n, b, a, change if comparable else None)
+    b, a = map(estimate, ratios, influences)
+    slopes = [each.value if unit == "perplexity" else 1.0 for each in (b, a)]
+    moved = a.value - b.value + slopes[1] * influences[1] - slopes[0] * influences[0]
+    change = mean_estimate(moved)
+    return ComparisonRow(measure, on, unit, len(before[0]), b, a, change if comparable else None)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from interp_ablate.persona.settings import BAKING, BakingConfig
 from interp_ablate.persona.steering import by_condition, steering_requests, summary
 from interp_ablate.persona.traits import first_evaluation_questions
 from interp_ablate.scoring.exchange import TextScorer
-from interp_ablate.stats.intervals import paired_difference
+from interp_ablate.stats.intervals import SCORE, paired_difference
 from interp_ablate.storage.atomic_files import write_atomic
 
 STYLE = "style.json"  # beside the export's manifest: what the card's section was written from
@@ -128,7 +128,7 @@ def _results(persona: Persona, groups: Mapping[str, list[Rollout]]) -> dict[str,
 
 def _difference(some: Sequence[Rollout], others: Sequence[Rollout]) -> dict[str, Any]:
     """Mean difference of trait scores, question by question; those without both verdicts are counted."""
-    change = paired_difference([a.score for a in some], [b.score for b in others])
+    change = paired_difference([a.score for a in some], [b.score for b in others], bounds=SCORE)
     low, high = change["interval"] or (None, None)
     return {"mean": change["mean"], "low": low, "high": high, "questions": change["n"]}
 

@@ -29,7 +29,14 @@ from interp_ablate.persona.settings import GREEDY, SamplingConfig
 from interp_ablate.persona.traits import Trait
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring.exchange import TextScorer
-from interp_ablate.stats.correlation import Correlation, across, overall, pearson, within
+from interp_ablate.stats.correlation import (
+    Correlation,
+    across,
+    centred_by,
+    overall,
+    pearson,
+    within,
+)
 from interp_ablate.storage.atomic_files import write_atomic
 
 COLUMNS = ("level", "question", "projection", "score", "coherence", "system", "text", "answer")
@@ -214,12 +221,15 @@ def correlate(
         )
     rows = table[scored]
     y, groups = rows["score"].to_numpy(float), rows["level"].to_numpy()
+    questions = rows["question"].to_numpy()
     x = rows["projection"].to_numpy(float)
     controls = torch.stack([each.vector for each in random_directions(direction, CONTROLS)], 1)
     noise = (stream.cpu().double()[torch.tensor(scored)] @ controls).numpy()
     strength: dict[str, list[float]] = {"overall": [], "within": [], "across": []}
+    own_y = centred_by(y, groups)
     for column in noise.T:
-        each = (pearson(column, y), within(column, y, groups), across(column, y, groups))
+        own = centred_by(column, groups)
+        each = (pearson(column, y), pearson(own, own_y), across(column, y, groups))
         for name, correlation in zip(strength, each):
             if correlation.r is not None:
                 strength[name].append(abs(correlation.r))
@@ -229,8 +239,8 @@ def correlate(
     }
     return Monitoring(
         table,
-        overall(x, y, groups),
-        within(x, y, groups),
+        overall(x, y, {"system prompt": groups, "question": questions}),
+        within(x, y, groups, {"question": questions}),
         across(x, y, groups),
         control,
         int((~scored).sum()),

@@ -94,7 +94,7 @@ def fit_readout(
     Used are all coherent answers with a score, on whichever side of a threshold. They are read as a data
     set is read: after the bare question, without the system prompt under which they were written. A site is
     judged by Pearson's r between projection and score over all answers, each projected on the slope of the
-    answers to the other questions, centred by their mean; its interval is a bootstrap over questions. The
+    answers to the other questions, centred by their mean; its interval is a jackknife over questions. The
     highest r of several candidates is a little too good. Where its interval holds 0, nothing is chosen.
 
     Args:
@@ -154,7 +154,7 @@ def _row(
 ) -> dict[str, Any]:
     """The correlation of unseen answers' projections with their scores, over answers with a projection."""
     has = np.isfinite(projections)
-    r = overall(projections[has], scores.numpy()[has], questions[has], kind="question")
+    r = overall(projections[has], scores.numpy()[has], {"question": questions[has]})
     return {
         "layer": direction.site.layer, "site": str(direction.site), "norm": direction.norm, "r": r.r,
         "r_low": r.low, "r_high": r.high, "answers": int(has.sum()),

@@ -23,7 +23,7 @@ from interp_ablate.persona.settings import DEFAULTS, STEERING, ExtractionConfig,
 from interp_ablate.persona.traits import first_evaluation_questions
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring.exchange import TextScorer
-from interp_ablate.stats.intervals import mean_estimate
+from interp_ablate.stats.intervals import SCORE, mean_estimate
 
 CURVE_COLUMNS = (
     "condition", "coefficient", "score", "score_low", "score_high", "coherence", "coherence_low",
@@ -136,7 +136,7 @@ def summary(answers: Sequence[Rollout]) -> dict[str, Any]:
 
 
 def _mean_by_question(name: str, answers: Sequence[Rollout]) -> dict[str, float | None]:
-    """The mean over questions of the mean over each one's answers; bootstrapped over questions."""
+    """The mean over questions of the mean over each one's answers, with its interval."""
     by_question: dict[int, list[float]] = {}
     for answer in answers:
         value = getattr(answer, name)
@@ -145,7 +145,7 @@ def _mean_by_question(name: str, answers: Sequence[Rollout]) -> dict[str, float 
     means = [sum(values) / len(values) for values in by_question.values()]
     if not means:
         return dict.fromkeys((name, f"{name}_low", f"{name}_high"))
-    estimate = mean_estimate(means, fewest=1)
+    estimate = mean_estimate(means, bounds=SCORE)
     return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
 
 

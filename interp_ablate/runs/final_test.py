@@ -38,18 +38,8 @@ from interp_ablate.search.derived_edits import (
 from interp_ablate.search.edit_space import PLAIN, plan_of
 from interp_ablate.search.selection import Selection, least_behaviour_under_kl
 from interp_ablate.search.trial_table import params_of
-from interp_ablate.stats.intervals import bootstrap_interval
+from interp_ablate.stats.intervals import AT_LEAST_0, SHARE, Bounds, mean_interval
 
-# Measures that are shares of prompts; the others are means of real numbers.
-RATES = (
-    "positive_empty_before",
-    "positive_empty_after",
-    "behaviour_before",
-    "behaviour_after",
-    "negative_before",
-    "negative_after",
-    "addition_after",
-)
 ADDITION_COEFFICIENTS = (1.0, 1.5, 2.0, 3.0)
 # The smallest coefficient that reaches this rate on validation prompts is taken.
 ADDITION_TARGET = 0.75
@@ -213,8 +203,9 @@ def measure_on_test(
         for name, plan in controls:
             results.append(_control(name, plan, outputs, scorer))
             advance(1)
+    most = outputs.positive.max_new_tokens
     intervals = {
-        name: list(bootstrap_interval(value.double().numpy(), seed=seed, proportion=name in RATES))
+        name: mean_interval(value.double().numpy(), bounds=_bounds_of(name, most), seed=seed)
         for name, value in values.items()
     }
     return {
@@ -223,6 +214,13 @@ def measure_on_test(
         "n": {"positive": len(outputs.positive.rows), "negative": len(outputs.negative.rows)},
         "controls": results,
     }
+
+
+def _bounds_of(measure: str, max_new_tokens: int) -> Bounds:
+    """What a measure of one prompt can be: a KL, a perplexity, a number of tokens, or a share."""
+    if measure.startswith(("kl", "perplexity")):
+        return AT_LEAST_0
+    return (0.0, max_new_tokens) if measure.startswith("length") else SHARE
 
 
 def _values(
@@ -263,7 +261,7 @@ def _control(
     return {
         "name": name,
         "behaviour_after": float(rates.mean()),
-        "interval": list(bootstrap_interval(rates.numpy(), proportion=True)),
+        "interval": mean_interval(rates.numpy(), bounds=SHARE),
         "kl_first_token": float(FirstTokenKL()(on_negative, outputs.negative).mean()),
     }
 
@@ -277,5 +275,5 @@ def _how(run: Run) -> dict[str, str]:
         "train, validation, test prompts": ", ".join(counts),
         "decoding": f"greedy, {run.configuration.max_new_tokens} new tokens",
         "behaviour": "share of answers in which a listed expression is found",
-        "intervals": "95%: exact for rates, bootstrap over prompts for means",
+        "intervals": "95%: exact for rates, studentized bootstrap over prompts for means",
     }

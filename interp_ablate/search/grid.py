@@ -91,10 +91,14 @@ def fitted(name: str) -> list[Trial]:
 def finalists(trials: Sequence[Trial], *, max_kl: float) -> list[Trial]:
     """The plans whose text is generated: the best within the KL limit, or else those nearest to it."""
     ok = [trial for trial in trials if trial.status == "ok"]
-    inside = [trial for trial in ok if trial.scores["kl_high"] <= max_kl]
+    inside = [trial for trial in ok if _kl_high(trial) <= max_kl]
     best = sorted(inside, key=lambda trial: trial.scores["unedited_answer_logprob"])
-    best = best or sorted(ok, key=lambda trial: trial.scores["kl_high"])
+    best = best or sorted(ok, key=_kl_high)
     return [as_finalist(trial) for trial in best[:N_FINALISTS]]
+
+
+def _kl_high(trial: Trial) -> float:
+    return trial.scores.get("kl_high", math.inf)
 
 
 def as_finalist(trial: Trial) -> Trial:

@@ -1,6 +1,6 @@
-"""Selection: which trial to keep, what the limits removed, and how sure a mean is.
+"""Selection: which trial to keep, and what the limits removed.
 
-Knows: the rule of Arditi et al., a rule constrained by a KL budget, the Pareto front, the bootstrap.
+Knows: the rule of Arditi et al., a rule constrained by a KL budget, the Pareto front.
 Does not know: models, prompts or plans; it reads tables of numbers.
 """
 
@@ -172,12 +172,12 @@ def least_behaviour_under_kl(
     behaviour: str = "expression_rate",
     tolerance: float = 0.0,
 ) -> Selection:
-    """The least behaviour within a KL budget, held against the bootstrap's upper bound of the KL.
+    """The least behaviour within a KL budget, held against an upper bound of the KL.
 
     Candidates whose `behaviour` is within `tolerance` of the best one count as equal; among them the
-    one with the lowest `unedited_answer_logprob` (the soft score) wins, then the lowest KL. `kl_high`, the upper
-    end of the KL's interval, is used where the table has it: a plan chosen at the limit on few prompts
-    would exceed it on others half of the time. `at_most`: limits of other columns, such as repetition.
+    one with the lowest `unedited_answer_logprob` (the soft score) wins, then the lowest KL. `kl_high`, an
+    upper bound of the mean KL (`upper_bound`), is used where the table has it: a plan chosen at the limit on few
+    prompts would exceed it on others half of the time. `at_most`: limits of other columns, such as repetition.
     """
     rows = _require(frame, [behaviour, "kl", *(at_most or {})])
     upper = rows["kl_high"] if "kl_high" in rows else rows["kl"]

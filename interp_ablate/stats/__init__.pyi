@@ -3,9 +3,10 @@ from .correlation import pearson as pearson
 from .intervals import Estimate as Estimate
 from .intervals import auc as auc
 from .intervals import auc_interval as auc_interval
-from .intervals import bootstrap_interval as bootstrap_interval
 from .intervals import difference_estimate as difference_estimate
 from .intervals import mean_estimate as mean_estimate
+from .intervals import mean_interval as mean_interval
 from .intervals import mean_with_interval as mean_with_interval
 from .intervals import paired_difference as paired_difference
 from .intervals import rate as rate
+from .intervals import upper_bound as upper_bound

@@ -1,18 +1,19 @@
-"""Pearson's r with its interval: over independent points, over points in groups, within and across groups.
+"""Pearson's r with its interval: over independent points, over points in clusters, within and across groups.
 
-Knows: Fisher's z and a bootstrap over groups. Does not know: what was measured.
+Knows: Fisher's z and a jackknife over clusters. Does not know: what was measured.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
 
 from interp_ablate.errors import RunError
+from interp_ablate.stats.jackknife import jackknife_half_width
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,8 @@ def pearson(
     y: Sequence[float] | np.ndarray,
     *,
     level: float = 0.95,
-    lost: int = 0,
 ) -> Correlation:
-    """Pearson's r with Fisher's z interval.
-
-    Args:
-        lost: degrees of freedom that were spent before (means subtracted beyond the first).
+    """Pearson's r of independent points, with Fisher's z interval.
 
     Raises:
         RunError: different lengths, or NaN among them.
@@ -56,15 +53,12 @@ def pearson(
     a, b = np.asarray(x, float), np.asarray(y, float)
     if a.shape != b.shape or a.ndim != 1 or not np.isfinite([a, b]).all():
         raise RunError("a correlation needs two finite numbers a point")
-    method = "Fisher z" + (f", {lost} degrees of freedom spent on means" if lost else "")
-    r = _r(a, b)
-    if r is None:
-        return Correlation(None, None, None, len(a), method, _why_not(a, b))
-    freedom = len(a) - 3 - lost
-    if freedom < 1:
-        return Correlation(r, None, None, len(a), method, "too few points for an interval")
-    half = NormalDist().inv_cdf((1 + level) / 2) / math.sqrt(freedom)
-    z = math.atanh(r) if abs(r) < 1 else math.copysign(math.inf, r)
+    method, r = "Fisher z", _r(a, b)
+    if r is None or abs(r) == 1 or len(a) < 4:
+        why = _why_not(a, b) or ("too few points for an interval" if len(a) < 4 else "all points lie on a line")  # fmt: skip
+        return Correlation(r, None, None, len(a), method, why)
+    half = NormalDist().inv_cdf((1 + level) / 2) / math.sqrt(len(a) - 3)
+    z = math.atanh(r)
     return Correlation(r, math.tanh(z - half), math.tanh(z + half), len(a), method)
 
 
@@ -86,49 +80,68 @@ def _why_not(a: np.ndarray, b: np.ndarray) -> str:
 
 
 def overall(
+    x: np.ndarray, y: np.ndarray, clusters: Mapping[str, np.ndarray], *, level: float = 0.95
+) -> Correlation:
+    """Pearson's r over all points, with an interval that allows for points that belong together.
+
+    A jackknife over the clusters, on Fisher's scale (`jackknife_half_width`).
+
+    Args:
+        clusters: of each kind, by its name ("question"), the cluster of every point.
+    """
+    return _clustered(x, y, clusters, None, level)
+
+
+def within(
     x: np.ndarray,
     y: np.ndarray,
     groups: np.ndarray,
+    clusters: Mapping[str, np.ndarray],
     *,
     level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-    kind: str = "system prompt",
 ) -> Correlation:
-    """Pearson's r over all points, with a percentile bootstrap over the groups as its interval.
+    """Pearson's r after each group's own mean is subtracted: do points of one group differ as foretold?
 
-    Points of one group are not independent, so whole groups are drawn. Resamples in which a side does not
-    vary are left out.
-
-    Args:
-        kind: what a group is, for the description of the interval.
+    Its interval is that of `overall`: points of several groups may belong together, such as the answers to a
+    question under several system prompts.
     """
-    points = pearson(x, y)
-    names = np.unique(groups)
-    method = f"bootstrap over {len(names)} {kind}s"
-    if points.r is None or len(names) < 2:
-        why = points.why or f"one {kind}"
-        return replace(points, low=None, high=None, interval=method, why=why)
-    members = [np.flatnonzero(groups == name) for name in names]
-    random, drawn = np.random.default_rng(seed), []
-    for _ in range(resamples):
-        rows = np.concatenate([members[i] for i in random.integers(0, len(names), len(names))])
-        r = _r(x[rows], y[rows])
-        if r is not None:
-            drawn.append(r)
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return Correlation(points.r, float(low), float(high), points.n, method)
+    return _clustered(x, y, clusters, groups, level)
 
 
-def within(x: np.ndarray, y: np.ndarray, groups: np.ndarray) -> Correlation:
-    """Pearson's r after each group's own mean is subtracted: do points of one group differ as foretold?"""
-    names = np.unique(groups)
-    a, b = x.astype(float).copy(), y.astype(float).copy()
-    for name in names:
-        rows = groups == name
-        a[rows] -= a[rows].mean()
-        b[rows] -= b[rows].mean()
-    return pearson(a, b, lost=len(names) - 1)
+def _clustered(
+    x: np.ndarray,
+    y: np.ndarray,
+    clusters: Mapping[str, np.ndarray],
+    groups: np.ndarray | None,
+    level: float,
+) -> Correlation:
+    def centred(kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        a, b = x[kept].astype(float), y[kept].astype(float)
+        if groups is None:
+            return a, b
+        return centred_by(a, groups[kept]), centred_by(b, groups[kept])
+
+    def on_fishers_scale(kept: np.ndarray) -> float | None:
+        r = _r(*centred(kept))
+        return None if r is None or abs(r) == 1 else math.atanh(r)
+
+    a, b = centred(np.ones(len(x), bool))
+    r, why = _r(a, b), _why_not(a, b)
+    counts = [f"{len(np.unique(names))} {kind}s" for kind, names in clusters.items()]
+    method = f"jackknife over {' and '.join(counts)}"
+    half = None if r is None else jackknife_half_width(on_fishers_scale, list(clusters.values()), level=level)  # fmt: skip
+    if r is None or half is None or abs(r) == 1:
+        why = why or f"{' and '.join(counts)} tell none"
+        return Correlation(r, None, None, len(a), method, why)
+    z = math.atanh(r)
+    return Correlation(r, math.tanh(z - half), math.tanh(z + half), len(a), method)
+
+
+def centred_by(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """The values without the mean of their group."""
+    numbers = np.unique(groups, return_inverse=True)[1]
+    means = np.bincount(numbers, values) / np.bincount(numbers)
+    return values - means[numbers]
 
 
 def across(x: np.ndarray, y: np.ndarray, groups: np.ndarray) -> Correlation:

@@ -1,6 +1,6 @@
-"""Means, shares, paired differences and areas under the ROC curve, each with a 95% interval.
+"""Means, shares, paired differences and areas under the ROC curve, each with a 95% interval; upper bounds of a mean.
 
-Knows: the bootstrap, exact bounds where it says nothing, ranks. Does not know: what the numbers are.
+Knows: the studentized bootstrap, bounds of bounded values, the jackknife, ranks. Does not know: what the numbers are.
 """
 
 from __future__ import annotations
@@ -14,10 +14,16 @@ from typing import Any
 import numpy as np
 
 from interp_ablate.errors import RunError
+from interp_ablate.stats.jackknife import jackknife_half_width
 
-FEWEST = 5  # an evaluation gives no interval for fewer units
+FEWEST = 5  # fewer values tell too little of their own spread
 RESAMPLES = 2000
-BOOTSTRAPPED = 20_000  # values up to which an interval is a bootstrap's; beyond it, the normal one
+BOOTSTRAPPED = 5_000  # values up to which an interval is a bootstrap's; beyond it, the normal one
+Bounds = tuple[float, float]  # what values can be at least and at most
+UNBOUNDED: Bounds = (-math.inf, math.inf)
+AT_LEAST_0: Bounds = (0.0, math.inf)
+SHARE: Bounds = (0.0, 1.0)
+SCORE: Bounds = (0.0, 100.0)
 
 
 @dataclass(frozen=True)
@@ -26,27 +32,29 @@ class Estimate:
 
     value: float
     low: float | None = None
-    """Lower end; None where there are too few units for an interval."""
+    """Lower end; None where the values tell no interval."""
     high: float | None = None
-    """Upper end; None where there are too few units for an interval."""
+    """Upper end; None where the values tell no interval."""
 
     def to_list(self) -> list[float | None]:
         return [self.value, self.low, self.high]
 
 
-def bootstrap_interval(
+def mean_interval(
     values: Sequence[float] | np.ndarray,
     *,
+    bounds: Bounds = UNBOUNDED,
     level: float = 0.95,
-    resamples: int = RESAMPLES,
     seed: int = 0,
-    proportion: bool = False,
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean; the normal interval for more than BOOTSTRAPPED values.
+) -> tuple[float, float] | None:
+    """Interval of the mean of independent values; None where they tell none.
 
-    Args:
-        proportion: where all values are 0 or 1 their mean is a rate, and the interval is the exact one of
-            Clopper and Pearson (`clopper_pearson`): the bootstrap's covers too seldom.
+    Each end is the studentized bootstrap's (Hall 1988, https://doi.org/10.1214/aos/1176350933), which covers
+    skewed means better than percentiles do. An end within `bounds` is never wider than Gaffke's, which holds for
+    any values between them (Learned-Miller and Thomas 2020, https://arxiv.org/abs/1905.06208): the only end for fewer
+    than FEWEST values, or where all are equal. Of rates, all of whose values are at a bound, it is the exact
+    interval of Clopper and Pearson. Values without bounds that are few or equal say nothing of what others may be.
+    More than BOOTSTRAPPED values have the normal interval.
 
     Raises:
         RunError: no values, or NaN among them.
@@ -54,16 +62,50 @@ def bootstrap_interval(
     array = np.asarray(values, dtype=float)
     if array.size == 0 or not np.isfinite(array).all():
         raise RunError("an interval needs at least one finite value a prompt")
-    edge = (1 - level) / 2
-    if proportion and np.isin(array, (0.0, 1.0)).all():
-        return clopper_pearson(int(array.sum()), array.size, level=level)
-    if array.size > BOOTSTRAPPED:
-        mean, spread = float(array.mean()), float(array.std(ddof=1))
-        half = NormalDist().inv_cdf(1 - edge) * spread / math.sqrt(array.size)
-        return mean - half, mean + half
-    draws = np.random.default_rng(seed).integers(0, array.size, (resamples, array.size))
-    low, high = np.quantile(array[draws].mean(axis=1), [edge, 1 - edge])
-    return float(low), float(high)
+    least, most = min(bounds[0], array.min()), max(bounds[1], array.max())  # rounding may pass them
+    n, edge = array.size, (1 - level) / 2
+    if math.isfinite(most - least) and np.isin(array, bounds).all():
+        low, high = clopper_pearson(int((array == most).sum()), n, level=level)
+        return least + (most - least) * low, least + (most - least) * high
+    if not _spread(array):
+        share, value = 1 - edge ** (1 / n), float(array.mean())
+        low, high = value - share * (value - least), value + share * (most - value)
+    elif n > BOOTSTRAPPED:
+        half = NormalDist().inv_cdf(1 - edge) * _spread(array) / math.sqrt(n)
+        low, high = array.mean() - half, array.mean() + half
+    else:
+        random = np.random.default_rng(seed)
+        low, high = _studentized(array, edge, random) if n >= FEWEST else UNBOUNDED
+        weights = random.standard_exponential((RESAMPLES, n + 1))
+        weights /= weights.sum(1, keepdims=True)
+        order = np.sort(array)
+        if math.isfinite(least):
+            low = max(low, np.quantile(weights @ np.append(least, order), edge))
+        if math.isfinite(most):
+            high = min(high, np.quantile(weights @ np.append(order, most), 1 - edge))
+    return (float(low), float(high)) if math.isfinite(low) and math.isfinite(high) else None
+
+
+def _spread(array: np.ndarray) -> float:
+    """The standard deviation; 0 where values differ by rounding only, or there is one."""
+    if np.ptp(array) <= 1e-12 * float(np.abs(array).max()):
+        return 0.0
+    return float(array.std(ddof=1))
+
+
+def _studentized(
+    array: np.ndarray, edge: float, random: np.random.Generator
+) -> tuple[float, float]:
+    """Both ends of the studentized bootstrap; infinite where too many resamples are of equal values."""
+    drawn = array[random.integers(0, array.size, (RESAMPLES, array.size))]
+    away = drawn.mean(1) - array.mean()
+    spreads = drawn.std(1, ddof=1)
+    flat = np.ptp(drawn, axis=1) <= 1e-12 * np.abs(array).max()
+    ratios = np.where(flat, np.copysign(np.inf, away), away / np.where(flat, 1.0, spreads))
+    ratios.sort()
+    place = math.ceil(edge * RESAMPLES) - 1
+    scale = _spread(array)
+    return array.mean() - ratios[-1 - place] * scale, array.mean() - ratios[place] * scale
 
 
 def clopper_pearson(hits: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
@@ -79,63 +121,63 @@ def clopper_pearson(hits: int, n: int, *, level: float = 0.95) -> tuple[float, f
     return low, high
 
 
-def mean_estimate(
-    values: Sequence[float] | np.ndarray, *, proportion: bool = False, fewest: int = FEWEST
-) -> Estimate:
-    """The mean with its `bootstrap_interval`; without an interval for fewer values than `fewest`."""
-    array = np.asarray(values, float)
-    value = float(array.mean())
-    if array.size < fewest:
-        return Estimate(value)
-    return Estimate(value, *bootstrap_interval(array, proportion=proportion))
+def upper_bound(values: Sequence[float] | np.ndarray, *, level: float = 0.9) -> float | None:
+    """One-sided upper bound of the mean of skewed values: Cantelli's inequality with their own spread.
+
+    At the level 0.9 it is the mean and three standard errors. No bound holds for all skewed values (Bahadur and
+    Savage 1956, https://doi.org/10.1214/aoms/1177728077). This one covers log-normal values of sigma 1 and exponential
+    ones in 87% to 98% of cases from 8 values on; percentiles of the bootstrap do in 69% to 85%.
+    None for fewer than two values, and for equal ones.
+    """
+    array = np.asarray(values, dtype=float)
+    if array.size < 2 or not _spread(array):
+        return None
+    return float(array.mean() + math.sqrt(level / (1 - level)) * _spread(array) / array.size**0.5)
+
+
+def mean_estimate(values: Sequence[float] | np.ndarray, *, bounds: Bounds = UNBOUNDED) -> Estimate:
+    """The mean with its `mean_interval`, if there is one."""
+    return Estimate(float(np.mean(values)), *(mean_interval(values, bounds=bounds) or ()))
 
 
 def difference_estimate(
-    before: Sequence[float], after: Sequence[float], *, proportion: bool = False
+    before: Sequence[float], after: Sequence[float], *, bounds: Bounds = UNBOUNDED
 ) -> Estimate:
-    """The mean of after - before over pairs, with a paired bootstrap interval.
-
-    The bootstrap says nothing of a rate where every pair changed alike (none of n changed, say). The
-    exact bound on the share of pairs that change then takes its place, on both sides of 0 for no change.
-    """
+    """The mean of after - before over pairs of values within `bounds`, with its interval."""
     change = np.asarray(after, float) - np.asarray(before, float)
-    if not proportion or change.size < FEWEST or change.min() < change.max():
-        return mean_estimate(change)
-    low, high = bootstrap_interval(np.abs(change), proportion=True)
-    if change[0] == 0:
-        return Estimate(0.0, -high, high)
-    ends = sorted((float(change[0]) * low, float(change[0]) * high))
-    return Estimate(float(change[0]), *ends)
+    return mean_estimate(change, bounds=_bounds_of_difference(bounds))
+
+
+def _bounds_of_difference(bounds: Bounds) -> Bounds:
+    return bounds[0] - bounds[1], bounds[1] - bounds[0]
 
 
 def mean_with_interval(
-    values: Sequence[float | None], *, proportion: bool = False
+    values: Sequence[float | None], *, bounds: Bounds = UNBOUNDED
 ) -> dict[str, Any]:
     """Mean and interval of the values that are there, how many these are, and how many are None."""
     numbers = [value for value in values if value is not None]
     summary: dict[str, Any] = {"mean": None, "interval": None, "n": len(numbers)}
     if numbers:
-        estimate = mean_estimate(numbers, proportion=proportion, fewest=1)
-        summary |= {"mean": estimate.value, "interval": [estimate.low, estimate.high]}
+        interval = mean_interval(numbers, bounds=bounds)
+        summary |= {"mean": float(np.mean(numbers)), "interval": interval and list(interval)}
     return {**summary, "no_value": len(values) - len(numbers)}
 
 
 def paired_difference(
-    some: Sequence[float | None], others: Sequence[float | None]
+    some: Sequence[float | None], others: Sequence[float | None], *, bounds: Bounds = UNBOUNDED
 ) -> dict[str, Any]:
-    """`mean_with_interval` of `some` minus `others`, over the pairs in which both have a value."""
+    """`mean_with_interval` of `some` minus `others`, within `bounds` each, over the pairs that have both."""
     pairs = zip(some, others, strict=True)
-    return mean_with_interval([None if a is None or b is None else a - b for a, b in pairs])
+    differences = [None if a is None or b is None else a - b for a, b in pairs]
+    return mean_with_interval(differences, bounds=_bounds_of_difference(bounds))
 
 
 def rate(part: int, whole: int) -> dict[str, Any]:
-    """A share of a count with its 95% interval (Wilson 1927); None where the count is 0."""
+    """A share of a count with its 95% interval (`clopper_pearson`); None where the count is 0."""
     if not whole:
         return {"value": None, "low": None, "high": None, "of": 0}
-    from scipy.stats import binomtest
-
-    interval = binomtest(part, whole).proportion_ci(method="wilson")
-    low, high = float(interval.low), float(interval.high)
+    low, high = clopper_pearson(part, whole)
     return {"value": part / whole, "low": low, "high": high, "of": whole}
 
 
@@ -154,14 +196,12 @@ def auc_interval(
     *,
     groups: Sequence[Any] | None = None,
     level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile bootstrap of `auc` over groups of samples that belong together (such as one prompt's).
+    """Interval of `auc` over groups of samples that belong together (such as one prompt's).
 
-    Resamples of one kind alone are left out. Where every pair is ordered alike (an AUC of 0 or 1), the
-    bootstrap says nothing, and the exact bound for as many independent pairs as there are of the rarer
-    kind (or groups, if fewer) takes its place.
+    A jackknife over groups on the scale of log-odds. Where every pair is ordered alike (an AUC of 0 or 1), it says
+    nothing, and the exact bound for as many independent pairs as there are of the rarer kind (or groups, if
+    fewer) takes its place. Where a single group decides, the interval is 0 to 1.
 
     Raises:
         RunError: as `auc`.
@@ -169,18 +209,17 @@ def auc_interval(
     weighted_auc = _weighted_auc(scores, labels)
     whole, positive = auc(scores, labels), np.asarray(labels, bool)
     names: Sequence[Any] = range(len(positive)) if groups is None else groups
-    number: dict[Any, int] = {}
-    group = np.array([number.setdefault(name, len(number)) for name in names])
     if whole in (0.0, 1.0):
-        pairs = min(int(positive.sum()), int((~positive).sum()), len(number))
+        pairs = min(int(positive.sum()), int((~positive).sum()), len(set(names)))
         edge = ((1 - level) / 2) ** (1 / pairs)
         return (edge, 1.0) if whole == 1.0 else (0.0, 1 - edge)
-    random, drawn = np.random.default_rng(seed), []
-    for _ in range(resamples):
-        times = np.bincount(random.integers(0, len(number), len(number)), minlength=len(number))
-        drawn.append(float(weighted_auc(times[group][None])[0]))
-    low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    half = jackknife_half_width(
+        lambda chosen: float(weighted_auc(chosen[None])[0]), [names], level=level
+    )
+    if half is None:
+        return 0.0, 1.0
+    odds, factor = whole / (1 - whole), math.exp(min(half / (whole * (1 - whole)), 700.0))
+    return odds / (odds + factor), odds * factor / (1 + odds * factor)
 
 
 def _weighted_auc(

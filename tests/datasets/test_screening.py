@@ -47,7 +47,7 @@ from interp_ablate.persona.traits import load_trait
 from interp_ablate.plots.monitoring import save_screening
 from interp_ablate.scoring.exchange import PromptResponse
 from interp_ablate.scoring.registry import make_scorer
-from interp_ablate.stats.intervals import auc, auc_interval
+from interp_ablate.stats.intervals import auc
 from interp_ablate.storage.json_rows import RowFileError
 
 TOLERANCE = 5e-5
@@ -384,32 +384,6 @@ def test_auc_is_scikit_learns_ties_included() -> None:
     for scores, labels in (([1.0, 2], [True, True]), ([1, np.nan], [True, False])):
         with pytest.raises(RunError, match="AUC needs"):
             auc(scores, labels)
-
-
-def test_its_interval_is_a_bootstrap_over_groups() -> None:
-    from sklearn.metrics import roc_auc_score
-
-    random = np.random.default_rng(1)
-    labels = np.tile([True, False], 40)
-    scores = random.normal(size=80) + 1.2 * labels
-    groups = np.repeat(np.arange(40), 2)
-    low, high = auc_interval(scores, labels, groups=groups.tolist())
-    drawn = []
-    for _ in range(2000):
-        chosen = random.integers(0, 40, 40)
-        rows = np.concatenate([np.flatnonzero(groups == g) for g in chosen])
-        drawn.append(roc_auc_score(labels[rows], scores[rows]))
-    assert (low, high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.015)
-    assert low < auc(scores, labels) < high
-    assert auc_interval(scores, labels) != (low, high)  # samples are drawn instead
-    assert auc_interval([1.0, 2, 3, 4], [False, False, True, True]) == (
-        pytest.approx(0.025**0.5),
-        1.0,
-    )
-    assert auc_interval([3.0, 4, 1, 2], [False, False, True, True]) == (
-        0.0,
-        pytest.approx(1 - 0.025**0.5),
-    )
 
 
 def test_bag_of_words_knows_words() -> None:

@@ -27,7 +27,6 @@ from interp_ablate.evaluation.results import ComparisonRow, Evaluation, paired_r
 from interp_ablate.models.model import Model
 from interp_ablate.plots.evaluation import save_evaluation
 from interp_ablate.scoring.exchange import PromptResponse
-from interp_ablate.stats.intervals import difference_estimate, mean_estimate
 
 TEXT = Corpus(
     "passages",
@@ -174,9 +173,9 @@ def test_a_plan_of_generated_positions_reaches_counted_tokens() -> None:
 
 
 def test_intervals_cover() -> None:
-    """Of perplexity, its paired difference, and a mean's: the truth is inside about 95 times of 100."""
+    """Of perplexity and its paired difference: the truth is inside about 95 times of 100."""
     generator = np.random.default_rng(0)
-    inside = {"ratio": 0, "difference": 0, "mean": 0}
+    inside = {"ratio": 0, "difference": 0}
     sims, n = 150, 60
     for _ in range(sims):
         tokens = generator.integers(50, 200, n).astype(float)
@@ -186,10 +185,6 @@ def test_intervals_cover() -> None:
         assert row.before and row.difference
         inside["ratio"] += row.before.low <= 3.0 <= row.before.high  # type: ignore[operator]
         inside["difference"] += row.difference.low <= 0.1 <= row.difference.high  # type: ignore[operator]
-        rates = (generator.random(n) < 0.5).astype(float)
-        later = np.where(generator.random(n) < 0.3, 1.0, rates)
-        found = difference_estimate(rates, later, proportion=True)
-        inside["mean"] += found.low <= 0.15 <= found.high  # type: ignore[operator]
     for name, count in inside.items():
         assert 0.88 <= count / sims <= 0.995, (name, count / sims)
 
@@ -198,21 +193,16 @@ def test_differences_are_paired() -> None:
     """A small change that every unit shares is seen through a spread that is far larger."""
     generator = np.random.default_rng(1)
     before = generator.normal(0, 10, 40)
-    row = paired_row("m", "x", "metric", list(before), list(before + 0.1))
-    assert row.difference and row.difference.low == pytest.approx(0.1, abs=1e-9)
+    change = 0.1 + generator.normal(0, 0.001, 40)
+    row = paired_row("m", "x", "metric", list(before), list(before + change))
+    assert row.difference and row.difference.low == pytest.approx(0.1, abs=1e-3)
+    assert row.difference.low < 0.1 < row.difference.high  # type: ignore[operator]
+    same = paired_row("m", "x", "metric", list(before), list(before + 0.1))
+    assert same.difference and same.difference.low is None  # no spread, and nothing that bounds it
     tokens = np.full(40, 100.0)
     nats = generator.uniform(200, 400, 40)
-    found = ratio_row("p", "x", "perplexity", (nats, tokens), (nats + 1, tokens))
+    found = ratio_row("p", "x", "perplexity", (nats, tokens), (nats + 10 * change, tokens))
     assert found.difference and found.difference.low > 0 > found.before.low - found.after.high  # type: ignore[operator,union-attr]
-
-
-def test_no_change_of_a_rate_is_no_certainty() -> None:
-    found = difference_estimate([1.0] * 20, [1.0] * 20, proportion=True)
-    assert found.value == 0 and found.high == pytest.approx(1 - 0.025 ** (1 / 20))
-    assert found.low == -found.high
-    gone = difference_estimate([1.0] * 20, [0.0] * 20, proportion=True)
-    assert gone.value == gone.low == -1 and gone.high == pytest.approx(-(0.025 ** (1 / 20)))
-    assert mean_estimate([1.0, 2.0]).low is None  # too few for an interval
 
 
 def test_units_without_a_verdict_are_left_out_and_counted() -> None:
@@ -233,7 +223,7 @@ def test_a_model_against_itself() -> None:
     found = evaluate(model, model, measures=SMALL)
     for row in found.rows:
         if row.measure.startswith("KL"):
-            assert row.after and row.after.value == row.after.low == row.after.high == 0.0
+            assert row.after and row.after.to_list() == [0.0, None, None]
         else:
             assert row.difference and row.difference.value == 0.0, row
             assert row.before == row.after
@@ -252,7 +242,10 @@ def test_a_plan_as_hooks_and_the_exported_checkpoint_give_the_same_numbers(tmp_p
             mine, theirs = getattr(one, key), getattr(other, key)
             assert (mine is None) == (theirs is None)
             if mine:
-                assert mine.to_list() == pytest.approx(theirs.to_list(), rel=2e-4, abs=2e-5)
+                ends = [
+                    [end for end in side.to_list() if end is not None] for side in (mine, theirs)
+                ]
+                assert ends[0] == pytest.approx(ends[1], rel=2e-4, abs=5e-5)
     assert [a["after"] for a in hooked.answers] == [a["after"] for a in exported.answers]
     # and the plan does something
     assert named(hooked, "KL, first token").after.value > 1e-3  # type: ignore[union-attr]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,9 @@ def points(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return x, 0.7 * shift + 0.4 * x + random.normal(size=80), groups
 
 
+QUESTIONS = np.tile(np.arange(10), 8)
+
+
 def test_pearson_is_scipys() -> None:
     stats = pytest.importorskip("scipy.stats")
     x, y, _ = points()
@@ -245,31 +249,45 @@ def test_within_is_the_partial_correlation_given_the_groups() -> None:
     def left(v: np.ndarray) -> np.ndarray:
         return v - dummies @ np.linalg.lstsq(dummies, v, rcond=None)[0]
 
-    found = within(x, y, groups)
-    want = float(np.corrcoef(left(x), left(y))[0, 1])
-    half = 1.959964 / np.sqrt(80 - 3 - 7)
-    assert found.r == pytest.approx(want)
-    ends = np.tanh([np.arctanh(want) - half, np.arctanh(want) + half])
-    assert (found.low, found.high) == pytest.approx(tuple(ends), abs=1e-6)
+    found = within(x, y, groups, {"question": QUESTIONS})
+    assert found.r == pytest.approx(float(np.corrcoef(left(x), left(y))[0, 1]))
+    assert found.interval == "jackknife over 10 questions"
 
 
-def test_across_is_that_of_the_means_and_overall_draws_groups() -> None:
+def test_across_is_that_of_the_means_and_overall_of_all() -> None:
     stats = pytest.importorskip("scipy.stats")
     x, y, groups = points()
     means = [[v[groups == g].mean() for g in range(8)] for v in (x, y)]
     assert across(x, y, groups).r == pytest.approx(stats.pearsonr(*means).statistic)
-    found = overall(x, y, groups)
-    assert found.r == pytest.approx(stats.pearsonr(x, y).statistic) and "8 system" in found.interval
+    found = overall(x, y, {"system prompt": groups, "question": QUESTIONS})
+    assert found.r == pytest.approx(stats.pearsonr(x, y).statistic)
+    assert found.interval == "jackknife over 8 system prompts and 10 questions"
+    alone = overall(x, y, {"question": np.zeros(80)})
+    assert alone.r == found.r and alone.low is None and "1 questions tell none" in alone.why
 
-    def r_of(chosen: np.ndarray) -> float:
-        rows = np.concatenate([np.flatnonzero(groups == g) for g in chosen])
-        return float(np.corrcoef(x[rows], y[rows])[0, 1])
 
-    want = stats.bootstrap(
-        (np.arange(8),), r_of, method="percentile", vectorized=False, rng=1
-    ).confidence_interval
-    assert (found.low, found.high) == pytest.approx((want.low, want.high), abs=0.03)
-    assert overall(x, y, groups) == found  # the same seed, the same interval
+def answers_to_questions(seed: int, r: float) -> tuple[np.ndarray, ...]:
+    """Projections and scores of 12 questions under 8 system prompts, from what a question adds to both."""
+    random = np.random.default_rng(seed)
+    x, noise = random.normal(size=(2, 12))
+    y = r * x + math.sqrt(1 - r * r) * noise
+    levels, questions = np.repeat(np.arange(8), 12), np.tile(np.arange(12), 8)
+    x, y = (side[questions] + 0.5 * random.normal(size=96) for side in (x, y))
+    return x + levels, y + levels, levels, questions
+
+
+def test_the_interval_within_covers_although_answers_to_a_question_go_together() -> None:
+    """Fisher's z over the 96 answers, as if they were independent, covers about half of the time."""
+    for r in (0.0, 0.6):
+        covered = fisher = 0
+        for seed in range(150):
+            x, y, levels, questions = answers_to_questions(seed, r)
+            truth = r / 1.25
+            found = within(x, y, levels, {"question": questions})
+            covered += found.low <= truth <= found.high  # type: ignore[operator]
+            z, half = np.arctanh(found.r), 1.96 / math.sqrt(96 - 3 - 7)  # type: ignore[arg-type]
+            fisher += np.tanh(z - half) <= truth <= np.tanh(z + half)
+        assert covered >= 0.91 * 150 and fisher <= 0.75 * 150, (r, covered, fisher)
 
 
 def test_no_variation_is_no_correlation() -> None:
@@ -284,7 +302,7 @@ def test_no_variation_is_no_correlation() -> None:
     assert "projections" in pearson(flat, up).why
     assert pearson(up[:3], up[:3] ** 2).low is None  # too few for an interval
     exact = pearson(up, 2 * up)
-    assert (exact.r, exact.low, exact.high) == (1.0, 1.0, 1.0)
+    assert (exact.r, exact.low, exact.high) == (1.0, None, None) and "line" in exact.why
     with pytest.raises(RunError, match="finite"):
         pearson(up, np.append(up[:-1], np.nan))
 
@@ -297,7 +315,7 @@ def test_answers_without_a_score_are_counted_not_averaged() -> None:
     )
     scores = pd.Series(y)
     scores[::4] = None
-    table = pd.DataFrame({"level": groups, "projection": x, "score": scores})
+    table = pd.DataFrame({"level": groups, "question": QUESTIONS, "projection": x, "score": scores})
     found = correlate(table, stream, direction)
     kept = scores.notna().to_numpy()
     assert found.no_verdict == 20 and found.overall.n == 60
@@ -427,7 +445,8 @@ def test_token_figure(tmp_path: Path) -> None:
 
 
 def test_scatter_of_flat_scores_says_so(tmp_path: Path) -> None:
-    table = pd.DataFrame({"level": [0, 0, 1, 1], "projection": [0.0, 1, 2, 3], "score": 50.0})
+    numbers = {"level": [0, 0, 1, 1], "question": [0, 1, 0, 1], "projection": [0.0, 1, 2, 3]}
+    table = pd.DataFrame({**numbers, "score": 50.0})
     stream = torch.randn(4, D_MODEL).double()
     found: Monitoring = correlate(table, stream, along(Site(1, "resid_post")))
     assert found.overall.r is None and found.control["overall"] is None

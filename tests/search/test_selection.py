@@ -1,4 +1,4 @@
-"""Selection: the published choices, the limits and what they removed, the front, the intervals."""
+"""Selection: the published choices, the limits and what they removed, the front."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import beta
 
 from interp_ablate.errors import RunError
 from interp_ablate.search.selection import arditi, least_behaviour_under_kl, pareto_front
-from interp_ablate.stats.intervals import bootstrap_interval
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "arditi"
 N_LAYERS = {"gemma-2b-it": 18, "qwen-1_8b-chat": 24, "meta-llama-3-8b-instruct": 32}
@@ -289,54 +287,3 @@ def test_pareto_front_of_little() -> None:
     assert pareto_front(table(target_log_odds=[math.nan], kl=[1.0])).empty
     with pytest.raises(RunError, match="no column kl"):
         pareto_front(one.drop(columns="kl"))
-
-
-# --------------------------------------------------------------------------------- intervals
-
-
-@pytest.mark.parametrize("n", [1, 2, 8, 32, 100])
-@pytest.mark.parametrize("level", [0.9, 0.95])
-def test_none_and_all_have_the_exact_bound(n: int, level: float) -> None:
-    """Clopper-Pearson at its ends: what share would still give 0 of n with the tail's probability."""
-    tail = (1 - level) / 2
-    low, high = bootstrap_interval([0] * n, level=level, proportion=True)
-    assert low == 0.0 and high == pytest.approx(beta.ppf(1 - tail, 1, n))
-    assert (1 - high) ** n == pytest.approx(tail)
-    low, high = bootstrap_interval(np.ones(n), level=level, proportion=True)
-    assert high == 1.0 and low == pytest.approx(beta.ppf(tail, n, 1))
-
-
-def test_values_that_are_all_equal_but_no_share_have_no_width() -> None:
-    assert bootstrap_interval([0.3] * 9) == (pytest.approx(0.3), pytest.approx(0.3))
-    assert bootstrap_interval([-7.5]) == (-7.5, -7.5)
-    assert bootstrap_interval([0.0] * 9) == (0.0, 0.0)  # a KL of zero, not 0 of 9
-    assert bootstrap_interval([1.0] * 9) == (1.0, 1.0)
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_intervals_hold_the_mean_and_scale_with_the_values(seed: int) -> None:
-    values = np.random.default_rng(seed).exponential(size=40)
-    low, high = bootstrap_interval(values)
-    assert values.min() <= low < values.mean() < high <= values.max()
-    wider = bootstrap_interval(values, level=0.99)
-    assert wider[0] <= low and high <= wider[1]
-    assert bootstrap_interval(values) == (low, high)  # seeded
-    assert bootstrap_interval(values, seed=1) != (low, high)
-    assert bootstrap_interval(10 * values + 3) == pytest.approx((10 * low + 3, 10 * high + 3))
-    normal = 1.96 * values.std(ddof=1) / math.sqrt(40)
-    assert high - low == pytest.approx(2 * normal, rel=0.25)
-
-
-def test_an_interval_covers_the_truth_about_as_often_as_it_says() -> None:
-    rng = np.random.default_rng(0)
-    covered = 0
-    for i in range(200):
-        low, high = bootstrap_interval(rng.normal(size=30), resamples=400, seed=i)
-        covered += low <= 0 <= high
-    assert 0.88 <= covered / 200 <= 0.99
-
-
-@pytest.mark.parametrize("values", [[], [math.nan], [1.0, math.nan], [math.inf, 0]])
-def test_no_interval_without_numbers(values: list[float]) -> None:
-    with pytest.raises(RunError, match="finite"):
-        bootstrap_interval(values)

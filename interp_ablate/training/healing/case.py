@@ -26,7 +26,7 @@ from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.settings import MAX_NEW_TOKENS
 from interp_ablate.sites import sites_of
-from interp_ablate.stats.intervals import mean_with_interval
+from interp_ablate.stats.intervals import AT_LEAST_0, SHARE, Bounds, mean_with_interval
 from interp_ablate.storage.provenance import MANIFEST
 from interp_ablate.training.healing.preferences import PreferencePair
 from interp_ablate.training.recipe import HEALING, RECIPE, HealingConfig, LoraRecipe
@@ -106,10 +106,15 @@ def residual_share_along(model: Model, plan: Plan, prompts: Sequence[Prompt]) ->
     return {"mean": float(by_layer.mean()), "largest": float(by_layer.max())}
 
 
+def bounds_of_damage(name: str) -> Bounds:
+    """What a measure can be: those of behaviours and repetition are shares, a KL is at least 0."""
+    return AT_LEAST_0 if name.startswith("kl") else SHARE
+
+
 def mean_measures(values: Mapping[str, list[float | None]]) -> dict[str, Any]:
-    """The mean and interval of every measure; those of behaviours are rates."""
+    """The mean and interval of every measure."""
     return {
-        name: mean_with_interval(per_prompt, proportion=name.startswith("behaviour"))
+        name: mean_with_interval(per_prompt, bounds=bounds_of_damage(name))
         for name, per_prompt in values.items()
     }
 

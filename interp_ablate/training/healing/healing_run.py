@@ -31,6 +31,7 @@ from interp_ablate.training.healing.case import (
     EditedCheckpoint,
     HealingRun,
     HeldOut,
+    bounds_of_damage,
     mean_measures,
     measure_damage,
     residual_share_along,
@@ -163,7 +164,7 @@ class _Damage:
         return {
             "measured": self.means,
             "healed_minus_edited": {
-                name: paired_difference(values, edited[name])
+                name: paired_difference(values, edited[name], bounds=bounds_of_damage(name))
                 for name, values in self.values["healed"].items()
             },
             "held_out": {
@@ -254,5 +255,5 @@ def _cell(value: Mapping[str, Any] | None) -> str:
         return ""
     if value["mean"] is None:
         return "no value"
-    low, high = value["interval"]
-    return f"{value['mean']:.3g} ({low:.3g} to {high:.3g})"
+    span = "({:.3g} to {:.3g})".format(*value["interval"]) if value["interval"] else "(no interval)"
+    return f"{value['mean']:.3g} {span}"

@@ -25,7 +25,13 @@ from interp_ablate.export.checkpoint_files import write_json
 from interp_ablate.export.preflight import check_place
 from interp_ablate.persona.extraction import kept_answers
 from interp_ablate.persona.persona import load_persona
-from interp_ablate.stats.intervals import mean_with_interval, paired_difference
+from interp_ablate.stats.intervals import (
+    AT_LEAST_0,
+    SCORE,
+    UNBOUNDED,
+    mean_with_interval,
+    paired_difference,
+)
 from interp_ablate.storage.provenance import MANIFEST, versions
 from interp_ablate.training.preventative.additions import train_with_additions
 from interp_ablate.training.preventative.trait_measure import (
@@ -149,7 +155,7 @@ REPORT_FORMAT = "interp_ablate.persona_training/1"
 PLAIN, PREVENTATIVE, RANDOM = "plain", "preventative", "random"
 # The arms that plain fine-tuning is compared with, under their names in the report.
 PREVENTED = {"prevented": PREVENTATIVE, "prevented_by_control": RANDOM}
-MEASURES = ("score", "projection", "prompt_projection")
+MEASURES = {"score": SCORE, "projection": UNBOUNDED, "prompt_projection": UNBOUNDED}
 
 
 @dataclass(frozen=True)
@@ -289,9 +295,12 @@ def _report(
     for name, trait in traits.items():
         plan = plans.get(name)
         report["conditions"][name] = {
-            **{each: mean_with_interval(getattr(trait, each)) for each in MEASURES},
+            **{
+                each: mean_with_interval(getattr(trait, each), bounds=MEASURES[each])
+                for each in MEASURES
+            },
             "shift": _difference(trait, traits["before"]) if name in plans else None,
-            "kl": mean_with_interval(trait.kl) if trait.kl else None,
+            "kl": mean_with_interval(trait.kl, bounds=AT_LEAST_0) if trait.kl else None,
             "added": [repr(edit) for edit in plan] if plan else [],
             **results.numbers[name],
         }
@@ -302,7 +311,10 @@ def _report(
 
 
 def _difference(one: MeasuredTrait, other: MeasuredTrait) -> dict[str, Any]:
-    return {each: paired_difference(getattr(one, each), getattr(other, each)) for each in MEASURES}
+    return {
+        each: paired_difference(getattr(one, each), getattr(other, each), bounds=bounds)
+        for each, bounds in MEASURES.items()
+    }
 
 
 def _write(
