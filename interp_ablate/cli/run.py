@@ -112,11 +112,12 @@ def selection_of(opened: Any) -> dict[str, Any]:
 def print_test(test: dict[str, Any]) -> None:
     """The chosen plan's numbers on the test split, and its controls'."""
     for name, text in TEST_ROWS.items():
-        low, high = test["intervals"][name]
-        print(f"{text:<28} {test[name]:6.3f}   [{low:.3f}, {high:.3f}]")
+        ends = test["intervals"][name]
+        span = "[{:.3f}, {:.3f}]".format(*ends) if ends else ""
+        print(f"{text:<28} {test[name]:6.3f}   {span}".rstrip())
     for control in test["controls"]:
         rate, kl = control["behaviour_after"], control["kl_first_token"]
-        print(f"control: {control['name']:<19} {rate:6.3f}   at KL {kl:.3f}")
+        print(f"control: {control['name']:<26} {rate:6.3f}   at KL {kl:.3f}")
 
 
 def _print_summary(opened: Any) -> int:

@@ -1,12 +1,14 @@
 from .compare import evaluate as evaluate
+from .float32_kl import first_token_kl_floor as first_token_kl_floor
+from .float32_kl import float32_first_token_kl as float32_first_token_kl
 from .harness import Tasks as Tasks
 from .measures import EvaluationConfig as EvaluationConfig
 from .measures import read_prompts as read_prompts
-from .metrics import FirstTokenKL as FirstTokenKL
 from .metrics import TargetLogOdds as TargetLogOdds
 from .metrics import UneditedAnswerLogProb as UneditedAnswerLogProb
 from .metrics import answer_metrics as answer_metrics
 from .metrics import find_target_tokens as find_target_tokens
+from .metrics import first_token_kl as first_token_kl
 from .outputs import ModelOutputs as ModelOutputs
 from .results import Evaluation as Evaluation
 from .results import cells as cells

@@ -52,7 +52,7 @@ def divergences(outputs: ModelOutputs, baseline: ModelOutputs) -> dict[str, list
     `kl_continuation` is the mean over the tokens of the baseline's own answer; it is None where that
     answer is empty, because there is no token at which the two could differ.
     """
-    first = kl_divergence(baseline.first_logprobs, outputs.first_logprobs)
+    first = first_token_kl(outputs, baseline)
     along = continuation_scores(outputs, baseline)["kl_continuation"].tolist()
     return {
         "kl_first_token": first.tolist(),
@@ -175,12 +175,9 @@ def kl_divergence(
     return (wide.exp() * (wide - to_float64(other))).sum(-1)
 
 
-@dataclass(frozen=True)
-class FirstTokenKL:
-    """KL of the unedited model's first-token distribution from the edited one's, nats."""
-
-    def __call__(self, outputs: ModelOutputs, baseline: ModelOutputs) -> Float[Tensor, " prompt"]:
-        return kl_divergence(baseline.first_logprobs, outputs.first_logprobs).cpu()
+def first_token_kl(outputs: ModelOutputs, baseline: ModelOutputs) -> Float[Tensor, " prompt"]:
+    """KL of the baseline's first-token distribution from the outputs', in nats."""
+    return kl_divergence(baseline.first_logprobs, outputs.first_logprobs).cpu()
 
 
 def continuation_scores(
@@ -229,27 +226,3 @@ def repeats(tokens: Sequence[int] | Int[Tensor, " pos"], n: int = 3) -> list[int
             positions.append(last)
         seen.add(gram)
     return positions
-
-
-@dataclass(frozen=True)
-class Repetition:
-    """Share of repeated 3-grams in what is generated: loops score high."""
-
-    def __call__(self, outputs: ModelOutputs, baseline: ModelOutputs) -> Float[Tensor, " prompt"]:
-        return torch.tensor([repetition(g.tokens) for g in outputs.generations])
-
-
-@dataclass(frozen=True)
-class Length:
-    """Generated tokens (without the end of sequence); an empty answer is 0."""
-
-    def __call__(self, outputs: ModelOutputs, baseline: ModelOutputs) -> Float[Tensor, " prompt"]:
-        return torch.tensor([float(len(g.tokens)) for g in outputs.generations])
-
-
-@dataclass(frozen=True)
-class Empty:
-    """1.0 for an answer without a word, else 0.0. Silence expresses nothing, and is no removal either."""
-
-    def __call__(self, outputs: ModelOutputs, baseline: ModelOutputs) -> Float[Tensor, " prompt"]:
-        return torch.tensor([float(not text.strip()) for text in outputs.texts])

@@ -54,9 +54,13 @@ class ModelOutputs:
         Its first-token scores run from the first block on that the plan's edits reach; the stream that
         enters there is cached in one pass of the unedited model, when it is first needed.
         """
-        outputs = self._of(range(len(self.rows)), plan)
+        outputs = self.fresh(plan)
         outputs._unedited = self
         return outputs
+
+    def fresh(self, plan: Plan | None) -> ModelOutputs:
+        """The same prompts under a plan, with nothing computed and no cache of the stream."""
+        return self._of(range(len(self.rows)), plan)
 
     def _of(self, index: Sequence[int], plan: Plan | None) -> ModelOutputs:
         rows = [self.rows[i] for i in index]

@@ -353,10 +353,20 @@ def _results(test: Mapping[str, Any] | None) -> list[str]:
                 value, span = test[key], _interval(intervals.get(key))
                 lines.append(f"| {name.format(edited)} | {value:.3g} | {span} |")
     if test.get("controls"):
-        lines += ["", "| control, same plan | behaviour after | 95% interval |", "|---|---|---|"]
+        lines += [
+            "",
+            "| control, same edit | behaviour after | 95% interval | KL |",
+            "|---|---|---|---|",
+        ]
     for control in test.get("controls", ()):
         value, span = control["behaviour_after"], _interval(control.get("interval"))
-        lines.append(f"| {_line(control['name'])} | {value:.3g} | {span} |")
+        kl = f"{control['kl_first_token']:.3g}" if "kl_first_token" in control else ""
+        lines.append(f"| {_line(control['name'])} | {value:.3g} | {span} | {kl} |")
+    if isinstance(test.get("kl_floor"), (int, float)):
+        lines += [
+            "",
+            f"Rounding alone gives a KL of {test['kl_floor']:.2g} nats in {_line(test['kl_dtype'])}.",
+        ]
     return lines
 
 

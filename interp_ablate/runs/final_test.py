@@ -17,14 +17,10 @@ from interp_ablate.directions.direction import Direction
 from interp_ablate.edits.kinds import Add
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import DirectionError
-from interp_ablate.evaluation.metrics import (
-    Empty,
-    FirstTokenKL,
-    Length,
-    Repetition,
-    continuation_scores,
-)
+from interp_ablate.evaluation.float32_kl import first_token_kl_floor, float32_first_token_kl
+from interp_ablate.evaluation.metrics import answer_metrics, continuation_scores
 from interp_ablate.evaluation.outputs import ModelOutputs, generate_outputs_together
+from interp_ablate.models.float32 import in_float32
 from interp_ablate.models.model import Model
 from interp_ablate.runs.fits import Step
 from interp_ablate.runs.run_folder import Run
@@ -33,6 +29,7 @@ from interp_ablate.search.bench import ValidationBench
 from interp_ablate.search.derived_edits import (
     control_plan,
     random_directions,
+    scaled_to_kl,
     shuffled_labels_direction,
 )
 from interp_ablate.search.edit_space import PLAIN, plan_of
@@ -40,6 +37,8 @@ from interp_ablate.search.selection import Selection, least_behaviour_under_kl
 from interp_ablate.search.trial_table import params_of
 from interp_ablate.stats.intervals import AT_LEAST_0, SHARE, Bounds, mean_interval
 
+# Validation prompts on which controls get the chosen plan's KL, and the KL below which there is nothing to match.
+KL_PROMPTS, LEAST_KL = 16, 1e-6
 ADDITION_COEFFICIENTS = (1.0, 1.5, 2.0, 3.0)
 # The smallest coefficient that reaches this rate on validation prompts is taken.
 ADDITION_TARGET = 0.75
@@ -113,7 +112,7 @@ def _tested(
         run.note(f"no shuffled-labels control: {error}")
     addition = addition_plan(run.bench, source, run.step)
     outputs = TestOutputs.of(run.model, run.split.test, plan, addition, c.max_new_tokens)
-    controls = [(name, control_plan(plan, other)) for name, other in directions]
+    controls = _controls(run, plan, directions)
     test = measure_on_test(outputs, run.bench.expression, controls, run.step, seed=c.seed)
     test["how"] = _how(run)
     selected = {
@@ -123,6 +122,39 @@ def _tested(
         "test": test,
     }
     return selected, outputs.generations(run.split.test, run.bench.expression)
+
+
+@dataclass(frozen=True)
+class Control:
+    """The chosen plan along another direction."""
+
+    name: str
+    plan: Plan
+    factor: float | None = None
+    """Of its strengths, where they are scaled until its KL is that of the chosen plan."""
+
+    @property
+    def matched(self) -> str:
+        """What it shares with the chosen plan."""
+        return "strength" if self.factor is None else "KL"
+
+
+def _controls(run: Run, plan: Plan, directions: Sequence[tuple[str, Direction]]) -> list[Control]:
+    """The plan along other directions: of equal strength, and of equal KL on validation prompts."""
+    unedited = run.bench.negative.head(KL_PROMPTS)
+
+    def kl_of(candidate: Plan) -> float:
+        return float(float32_first_token_kl(unedited, [candidate])[0].mean())
+
+    equal = [Control(name, control_plan(plan, other)) for name, other in directions]
+    kl, scaled = kl_of(plan), []
+    with run.step("controls of equal KL", len(equal)) as advance:
+        for control in equal if kl > LEAST_KL else ():
+            found = scaled_to_kl(control.plan, kl, kl_of)
+            if found is not None:
+                scaled.append(Control(control.name, *found))
+            advance(1)
+    return equal + scaled
 
 
 def addition_plan(bench: ValidationBench, direction: Direction, step: Step) -> Plan:
@@ -191,7 +223,7 @@ class TestOutputs:
 def measure_on_test(
     outputs: TestOutputs,
     scorer: ExpressionScorer,
-    controls: Sequence[tuple[str, Plan]],
+    controls: Sequence[Control],
     step: Step,
     *,
     seed: int,
@@ -199,10 +231,15 @@ def measure_on_test(
     """Everything that is reported of the test split: means, 95% intervals, controls."""
     with step("test split", 7 + len(controls)) as advance:
         values = _values(outputs, scorer, advance)
+        on_positive = [outputs.positive.with_plan(control.plan) for control in controls]
+        generate_outputs_together(on_positive)
+        kls = float32_first_token_kl(outputs.negative, [control.plan for control in controls])
         results = []
-        for name, plan in controls:
-            results.append(_control(name, plan, outputs, scorer))
+        for control, answered, kl in zip(controls, on_positive, kls):
+            rates = scorer(answered, outputs.positive)
+            results.append(_control(control, rates, kl))
             advance(1)
+    floor, dtype = first_token_kl_floor(outputs.negative)
     most = outputs.positive.max_new_tokens
     intervals = {
         name: mean_interval(value.double().numpy(), bounds=_bounds_of(name, most), seed=seed)
@@ -211,6 +248,8 @@ def measure_on_test(
     return {
         **{name: float(value.double().mean()) for name, value in values.items()},
         "intervals": intervals,
+        "kl_floor": floor,
+        "kl_dtype": dtype,
         "n": {"positive": len(outputs.positive.rows), "negative": len(outputs.negative.rows)},
         "controls": results,
     }
@@ -240,29 +279,32 @@ def _values(
     ):
         values[name] = scorer(on, base)
         advance(1)
-    values["kl_first_token"] = FirstTokenKL()(new_n, base_n)
-    values |= continuation_scores(new_n, base_n)
+    assert new_n.plan is not None
+    (values["kl_first_token"],) = float32_first_token_kl(base_n, [new_n.plan])
+    with in_float32(base_n.model):
+        values |= continuation_scores(new_n, base_n)
     advance(1)
-    for name, on in (("before", base_p), ("after", new_p)):
-        values[f"positive_repetition_{name}"] = Repetition()(on, base_p)
-        values[f"positive_empty_{name}"] = Empty()(on, base_p)
-    for name, on in (("before", base_n), ("after", new_n)):
-        values[f"repetition_{name}"] = Repetition()(on, base_n)
-        values[f"length_{name}"] = Length()(on, base_n)
+    for when, positive, negative in (("before", base_p, base_n), ("after", new_p, new_n)):
+        of_positive, of_negative = (
+            {name: torch.tensor(column) for name, column in answer_metrics(side).items()}
+            for side in (positive, negative)
+        )
+        values[f"positive_repetition_{when}"] = of_positive["repetition"]
+        values[f"positive_empty_{when}"] = of_positive["empty"]
+        values[f"repetition_{when}"] = of_negative["repetition"]
+        values[f"length_{when}"] = of_negative["length"]
     advance(1)
     return values
 
 
-def _control(
-    name: str, plan: Plan, outputs: TestOutputs, scorer: ExpressionScorer
-) -> dict[str, Any]:
-    on_positive, on_negative = outputs.positive.with_plan(plan), outputs.negative.with_plan(plan)
-    rates = scorer(on_positive, outputs.positive).double()
+def _control(control: Control, rates: Tensor, kl: Tensor) -> dict[str, Any]:
     return {
-        "name": name,
-        "behaviour_after": float(rates.mean()),
-        "interval": mean_interval(rates.numpy(), bounds=SHARE),
-        "kl_first_token": float(FirstTokenKL()(on_negative, outputs.negative).mean()),
+        "name": control.name + (", equal KL" if control.matched == "KL" else ""),
+        "matched": control.matched,
+        "strength_factor": control.factor,
+        "behaviour_after": float(rates.double().mean()),
+        "interval": mean_interval(rates.double().numpy(), bounds=SHARE),
+        "kl_first_token": float(kl.mean()),
     }
 
 
@@ -275,5 +317,7 @@ def _how(run: Run) -> dict[str, str]:
         "train, validation, test prompts": ", ".join(counts),
         "decoding": f"greedy, {run.configuration.max_new_tokens} new tokens",
         "behaviour": "share of answers in which a listed expression is found",
+        "KL": "weights in float32 where memory holds them",
+        "controls": "the same edit along other directions, of equal strength and of equal KL (on validation prompts)",
         "intervals": "95%: exact for rates, studentized bootstrap over prompts for means",
     }

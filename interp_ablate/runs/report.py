@@ -20,6 +20,7 @@ import pandas as pd
 from interp_ablate.errors import RunError
 from interp_ablate.runs.report_claims import (
     duration,
+    ends_text,
     headline,
     is_number,
     number,
@@ -180,7 +181,10 @@ def _context(folder: Path) -> dict[str, Any]:
         "headline": headline(behaviour, configuration, selected, certificate),
         "tiles": tiles(test, certificate, configuration),
         "results": _results(test),
-        "controls": objects(test.get("controls")),
+        "controls": [
+            {**control, "span": ends_text(control.get("interval"), as_rate=True)}
+            for control in objects(test.get("controls"))
+        ],
         "plans": _plans(selected),
         "trial": part_of(selected, "trial"),
         "rule": (selected or {}).get("rule"),

@@ -7,8 +7,10 @@ a run, or how a page is laid out.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
+
+NEAR_FLOOR = 5  # a KL below so many times what rounding gives may be rounding
 
 
 def number(value: Any) -> str:
@@ -65,7 +67,11 @@ def with_interval(test: Mapping[str, Any], key: str, *, as_rate: bool) -> str:
 
 def span_text(test: Mapping[str, Any], key: str, *, as_rate: bool) -> str:
     """The interval of the number under `key`, empty where there is none."""
-    ends = part_of(test, "intervals").get(key)
+    return ends_text(part_of(test, "intervals").get(key), as_rate=as_rate)
+
+
+def ends_text(ends: Any, *, as_rate: bool) -> str:
+    """Both ends of an interval, empty where there is none."""
     if not isinstance(ends, (list, tuple)) or len(ends) != 2:
         return ""
     show = rate if as_rate else number
@@ -136,26 +142,42 @@ def _damage(test: Mapping[str, Any], limit: Any) -> dict[str, str]:
     if limit is not None:
         text += f"; the limit in the choice was {number(limit)}"
         text += ", which the test split exceeds" if over else ""
-    return _claim(text + ".", "warn" if over else "plain")
+    text, floor = text + ".", test.get("kl_floor")
+    if not is_number(floor):
+        return _claim(text, "warn" if over else "plain")
+    near = is_number(kl) and float(kl) < NEAR_FLOOR * floor
+    text += f" Rounding alone gives {number(floor)} nats in {test.get('kl_dtype', 'this dtype')}"
+    text += ": the KL is too near to it to be told from rounding." if near else "."
+    return _claim(text, "warn" if over or near else "plain")
 
 
 def _controls(test: Mapping[str, Any]) -> dict[str, str]:
-    controls = objects(test.get("controls"))
-    rates = [float(c["behaviour_after"]) for c in controls if is_number(c.get("behaviour_after"))]
-    if not rates:
+    controls = [c for c in objects(test.get("controls")) if is_number(c.get("behaviour_after"))]
+    if not controls:
         text = "There are no controls: without them this is not evidence for a direction."
         return _claim(text, "warn")
-    low, high = rate(min(rates)), rate(max(rates))
-    between = low if low == high else f"{low} to {high}"
-    text = (
-        f"Ablating control directions in the same way leaves the behaviour in {between} of the "
-        f"answers to positive prompts ({len(rates)} control{'s' if rates[1:] else ''})"
-    )
+    equal_kl = [c for c in controls if c.get("matched") == "KL"]
+    equal_strength = [c for c in controls if c not in equal_kl]
+    text = f"The same edit along control directions leaves the behaviour in {_range_of(equal_strength or equal_kl)}"
+    if equal_strength and equal_kl:
+        text += (
+            f" at equal strength, and in {_range_of(equal_kl)} where it is scaled to the plan's KL"
+        )
     after = test.get("behaviour_after")
-    if is_number(after) and min(rates) <= float(after):
+    if is_number(after) and min(float(c["behaviour_after"]) for c in controls) <= float(after):
         text += ": a control does as much as the direction, which speaks against it."
         return _claim(text, "bad")
     return _claim(f"{text}.")
+
+
+def _range_of(controls: Sequence[Mapping[str, Any]]) -> str:
+    """The rates of some controls in words."""
+    rates = [float(control["behaviour_after"]) for control in controls]
+    low, high = rate(min(rates)), rate(max(rates))
+    between = low if low == high else f"{low} to {high}"
+    return (
+        f"{between} of answers to positive prompts ({len(rates)} control{'s' if rates[1:] else ''})"
+    )
 
 
 def _export(certificate: Mapping[str, Any] | None) -> dict[str, str]:

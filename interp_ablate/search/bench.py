@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from statistics import fmean
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from interp_ablate.edits.plan import Plan
+from interp_ablate.evaluation.float32_kl import float32_first_token_kl
 from interp_ablate.evaluation.metrics import (
-    Empty,
-    FirstTokenKL,
-    Length,
-    Repetition,
     TargetLogOdds,
     UneditedAnswerLogProb,
+    answer_metrics,
+    first_token_kl,
 )
 from interp_ablate.evaluation.outputs import ModelOutputs, generate_outputs_together
 from interp_ablate.models.model import Model
@@ -102,10 +104,16 @@ class ValidationBench:
         }
 
     def score(self, plan: Plan, *, generate: bool) -> dict[str, float]:
-        """Means over prompts: behaviour and KL under the plan; with `generate` also text scores."""
+        """Means over prompts: behaviour and KL under the plan.
+
+        With `generate` the KL is measured in float32, and text scores come with it.
+        """
         on_positive, on_negative = self.outputs_under(plan)
-        scores = {**self._soft_scores(on_positive), **bounded_kl(on_negative, self.negative)}
-        return scores | self.text_scores(on_positive, on_negative) if generate else scores
+        scores = self._soft_scores(on_positive)
+        if not generate:
+            return scores | bounded_kl(first_token_kl(on_negative, self.negative))
+        (kl,) = float32_first_token_kl(self.negative, [plan])
+        return scores | bounded_kl(kl) | self.text_scores(on_positive, on_negative)
 
     def objectives_of(self, plans: Sequence[Plan]) -> list[dict[str, float]]:
         """What a search makes small, at the least cost: answers to positive prompts, KL on negative ones.
@@ -115,15 +123,19 @@ class ValidationBench:
         sides = [self.outputs_under(plan) for plan in plans]
         generate_outputs_together([on_positive for on_positive, _ in sides])
         return [
-            {**self._positive_scores(on_positive), **bounded_kl(on_negative, self.negative)}
+            {
+                **self._positive_scores(on_positive),
+                **bounded_kl(first_token_kl(on_negative, self.negative)),
+            }
             for on_positive, on_negative in sides
         ]
 
     def _positive_scores(self, on_positive: ModelOutputs) -> dict[str, float]:
+        answers = answer_metrics(on_positive)
         return {
             "expression_rate": float(self.expression(on_positive, self.positive).mean()),
-            "positive_repetition": float(Repetition()(on_positive, self.positive).mean()),
-            "empty": float(Empty()(on_positive, self.positive).mean()),
+            "positive_repetition": _mean(answers["repetition"]),
+            "empty": _mean(answers["empty"]),
         }
 
     def outputs_under(self, plan: Plan) -> tuple[ModelOutputs, ModelOutputs]:
@@ -133,10 +145,7 @@ class ValidationBench:
     def text_scores(self, on_positive: ModelOutputs, on_negative: ModelOutputs) -> dict[str, float]:
         """What the answers say: the expression rate, repetition and length of all answers."""
         generate_outputs_together([on_positive, on_negative])
-        lengths = [
-            float(Length()(on, base).mean())
-            for on, base in ((on_positive, self.positive), (on_negative, self.negative))
-        ]
+        lengths = [_mean(answer_metrics(side)["length"]) for side in (on_positive, on_negative)]
         return {
             **self._positive_scores(on_positive),
             "negative_expression_rate": float(self.expression(on_negative, self.negative).mean()),
@@ -153,14 +162,17 @@ class ValidationBench:
         return float(self.target(self.negative.with_plan(plan), self.negative).mean())
 
 
-def bounded_kl(evidence: ModelOutputs, baseline: ModelOutputs) -> dict[str, float]:
-    """First-token KL, and what a limit is held against: its `upper_bound`, if it has one."""
-    kl = FirstTokenKL()(evidence, baseline).numpy()
-    bound = upper_bound(kl)
+def bounded_kl(kl: Float[Tensor, " prompt"]) -> dict[str, float]:
+    """The mean of first-token KLs, and what a limit is held against: its `upper_bound`, if it has one."""
+    bound = upper_bound(kl.numpy())
     return {"kl": float(kl.mean())} | ({} if bound is None else {"kl_high": bound})
 
 
 def _repetition(positive: ModelOutputs, negative: ModelOutputs) -> float:
     """Mean over the answers to both sides' prompts."""
-    both = [Repetition()(side, side) for side in (positive, negative)]
-    return float(torch.cat(both).mean())
+    both = [answer_metrics(side)["repetition"] for side in (positive, negative)]
+    return _mean([*both[0], *both[1]])
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    return fmean(value for value in values if value is not None)

@@ -5,7 +5,8 @@ Knows: how an edit is rescaled and turned. Does not know: parameters, scores or 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +15,14 @@ from torch import Tensor
 
 from interp_ablate.directions.direction import Direction, orthogonalized, random_direction
 from interp_ablate.directions.mean_difference import difference_in_means, shuffled_labels
+from interp_ablate.edits.affine import orthonormal_rows
 from interp_ablate.edits.kinds import Ablate, Erase
 from interp_ablate.edits.plan import Plan
+from interp_ablate.errors import InterpAblateError
 from interp_ablate.sites import Site
 
 N_RANDOM_CONTROLS = 2
+SCALING_STEPS, SAME_KL = 6, 1.15  # a KL within 15% counts as equal
 
 
 def scaled(
@@ -37,25 +41,20 @@ def scaled(
 def along_control_direction(edit: Ablate | Erase, direction: Direction) -> Ablate | Erase:
     """A control: the edit along another direction; lengths, angles, sites and strengths stay.
 
-    An `Ablate`'s vectors are reflected so that the first is the direction. An `Erase` writes along the
-    direction and reads it too, with a random rest of the same length: reflected, its `read` would still
-    read most of what it was fitted to read, and be no control.
+    The other directions of a subspace are random, at right angles to it: those of the edit would still remove
+    most of what it removes. An `Erase` writes along the direction and reads it too, with a random rest of the same
+    length: its own `read` would still read most of what it was fitted to read. One direction has one control.
     """
     unit = direction.vector.to(edit.vectors)
     strengths = dict(zip(edit.sites, edit.amounts))
+    generator = torch.Generator().manual_seed(int(direction.fingerprint[:8], 16))
+    others = torch.randn(len(edit.vectors), len(unit), generator=generator, dtype=unit.dtype)
+    others[0] = unit
+    frame = orthonormal_rows(others)
     if isinstance(edit, Erase):
         beside = float((edit.read - edit.write).norm())
-        generator = torch.Generator().manual_seed(0x7E57)  # not a seed of random_direction
-        rest = torch.randn(len(unit), generator=generator, dtype=unit.dtype)
-        rest = rest - (rest @ unit) * unit
-        return _rebuilt(edit, torch.stack([unit, unit + beside * rest / rest.norm()]), strengths)
-    axis = edit.vectors[0] - unit
-    length = float(axis.norm())
-    if length < 1e-9:
-        return edit
-    axis = axis / length
-    reflected = edit.vectors - 2 * (edit.vectors @ axis)[:, None] * axis
-    return _rebuilt(edit, reflected, strengths)
+        return _rebuilt(edit, torch.stack([unit, unit + beside * frame[1]]), strengths)
+    return _rebuilt(edit, frame, strengths)
 
 
 def _rebuilt(edit: Ablate | Erase, vectors: Tensor, strengths: dict[Site, float]) -> Ablate | Erase:
@@ -111,3 +110,36 @@ def control_plan(plan: Plan, direction: Direction) -> Plan:
     """The plan turned to write along another direction, all its strengths kept."""
     edits = [edit for edit in plan if isinstance(edit, (Ablate, Erase))]
     return Plan(tuple(along_control_direction(edit, direction) for edit in edits))
+
+
+def scaled_to_kl(
+    plan: Plan, kl: float, kl_of: Callable[[Plan], float]
+) -> tuple[Plan, float] | None:
+    """The plan with all its strengths times a factor, so that its KL is about `kl`; and the factor.
+
+    A KL grows about with the square of a small strength: a few steps on that scale, inside the factors known
+    to be too weak and too strong. The one that comes nearest is taken; None where no factor gives a KL.
+
+    Args:
+        kl_of: measures a plan's KL, in nats; called at most SCALING_STEPS times.
+    """
+    factor, weak, strong = 1.0, 0.0, math.inf
+    nearest: tuple[float, Plan, float] | None = None
+    for _ in range(SCALING_STEPS):
+        parts = [scaled(edit, factor) for edit in plan if isinstance(edit, (Ablate, Erase))]
+        candidate = Plan(tuple(part for part in parts if part is not None))
+        try:
+            reached = max(kl_of(candidate), 1e-12)
+        except InterpAblateError:  # so strong that nothing finite is left
+            reached = math.inf
+        off = abs(math.log(reached / kl))
+        if nearest is None or off < nearest[0]:
+            nearest = off, candidate, factor
+        if off < math.log(SAME_KL):
+            break
+        weak, strong = (factor, strong) if reached < kl else (weak, factor)
+        factor *= min(max(math.sqrt(kl / reached), 0.1), 10.0)
+        if not weak < factor < strong:
+            factor = math.sqrt(weak * strong)
+    assert nearest is not None
+    return nearest[1:] if math.isfinite(nearest[0]) else None

@@ -29,13 +29,13 @@ from interp_ablate.activations.collection import collect_moments
 from interp_ablate.directions.direction import Direction
 from interp_ablate.directions.mean_difference import difference_in_means
 from interp_ablate.edits.kinds import Clamp, Erase
+from interp_ablate.evaluation.float32_kl import first_token_kl_floor, float32_first_token_kl
 from interp_ablate.evaluation.metrics import (
-    Empty,
-    Length,
-    Repetition,
     TargetLogOdds,
     UneditedAnswerLogProb,
+    answer_metrics,
     continuation_scores,
+    first_token_kl,
 )
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.export.lora import export_lora
@@ -183,11 +183,13 @@ def test_scores(pair: Any) -> None:
         edited = base.with_plan(PLAN)
         results.append(
             [
-                bounded_kl(edited, base)["kl"],
+                bounded_kl(first_token_kl(edited, base))["kl"],
                 float(TargetLogOdds((5, 7))(edited, base).mean()),
                 float(UneditedAnswerLogProb(ANYTHING)(edited, base).mean()),
                 *(float(values.mean()) for values in continuation_scores(edited, base).values()),
-                *(float(score()(edited, base).mean()) for score in (Repetition, Length, Empty)),
+                *(sum(map(float, column)) for column in answer_metrics(edited, base).values()),  # type: ignore[arg-type]
+                *float32_first_token_kl(base, [PLAN])[0].tolist(),
+                first_token_kl_floor(base)[0],
             ]
         )
     assert results[1] == pytest.approx(results[0], abs=1e-4)

@@ -19,13 +19,11 @@ from interp_ablate.edits.kinds import Ablate, Add, Erase
 from interp_ablate.edits.plan import Plan, everywhere
 from interp_ablate.errors import InterpAblateError
 from interp_ablate.evaluation.metrics import (
-    FirstTokenKL,
-    Length,
-    Repetition,
     TargetLogOdds,
     answer_metrics,
     continuation_scores,
     find_target_tokens,
+    first_token_kl,
     kl_divergence,
     repetition,
 )
@@ -264,7 +262,7 @@ def test_first_token_kl_is_of_the_unedited_model_from_the_edited() -> None:
     edited: Any = SimpleNamespace(first_logprobs=logprobs(0, 3, 8))
     unedited: Any = SimpleNamespace(first_logprobs=logprobs(1, 3, 8))
     expected = kl_divergence(unedited.first_logprobs, edited.first_logprobs)
-    assert torch.equal(FirstTokenKL()(edited, unedited), expected)
+    assert torch.equal(first_token_kl(edited, unedited), expected)
 
 
 # --------------------------------------------------------------------------------- repetition, length
@@ -299,9 +297,12 @@ def test_repetition_of_a_tensor() -> None:
 
 def test_repetition_and_length_are_numbers_a_prompt() -> None:
     answers = [(), (1, 2), (4,) * 10]
-    evidence: Any = SimpleNamespace(generations=[SimpleNamespace(tokens=t) for t in answers])
-    assert Repetition()(evidence, evidence).tolist() == pytest.approx([0, 0, 1 - 1 / 8])
-    assert Length()(evidence, evidence).tolist() == [0.0, 2.0, 10.0]
+    evidence: Any = SimpleNamespace(
+        generations=[SimpleNamespace(tokens=t, text="x" * len(t)) for t in answers]
+    )
+    metrics = answer_metrics(evidence)
+    assert metrics["repetition"] == pytest.approx([0, 0, 1 - 1 / 8])
+    assert metrics["length"] == [0.0, 2.0, 10.0] and metrics["empty"] == [1.0, 0.0, 0.0]
 
 
 def test_answer_metrics_are_values_a_prompt_beside_the_baselines() -> None:
@@ -314,7 +315,7 @@ def test_answer_metrics_are_values_a_prompt_beside_the_baselines() -> None:
     metrics = answer_metrics(edited, unedited, scorers)
     assert metrics["repetition"] == [repetition(g.tokens) for g in edited.generations]
     assert metrics["length"] == [6.0, 6.0, 6.0] and metrics["empty"] == [0.0, 0.0, 0.0]
-    assert metrics["kl_first_token"] == FirstTokenKL()(edited, unedited).tolist()
+    assert metrics["kl_first_token"] == first_token_kl(edited, unedited).tolist()
     along = continuation_scores(edited, unedited)["kl_continuation"].tolist()
     assert metrics["kl_continuation"] == [None, *along[1:]] and min(along[1:]) > 0
     assert metrics["targets"] == TargetLogOdds((1,))(edited, unedited).tolist()

@@ -265,14 +265,19 @@ def test_how_it_was_measured() -> None:
         "intervals": {"behaviour_after": [0, 0.109]},
         "n": {"positive": 32, "negative": 31},
         "how": {"decoding": "greedy, 32 tokens", "scorer": "expressions"},
-        "controls": [{"name": "random 0", "behaviour_after": 0.5, "interval": [0.25, 0.75]}],
+        "kl_floor": 2e-9,
+        "kl_dtype": "float32",
+        "controls": [
+            {"name": "a", "behaviour_after": 0.5, "interval": [0.25, 0.75], "kl_first_token": 0.01}
+        ],
     }
     card = model_card(manifest(test=test), PASSED)
     for text in (
         "positive prompts: 32, negative prompts: 31, decoding: greedy, 32 tokens, scorer: expressions",
         "| behaviour, positive prompts, unedited | 0.75 |  |",
         "| behaviour, positive prompts, edited | 0 | 0 to 0.109 |",
-        "| random 0 | 0.5 | 0.25 to 0.75 |",
+        "| a | 0.5 | 0.25 to 0.75 | 0.01 |",
+        "Rounding alone gives a KL of 2e-09 nats in float32",
     ):
         assert text in card, text
     assert "No behaviour was measured" not in card

@@ -183,7 +183,7 @@ def test_a_whole_run_says_its_result_in_words(run):
     )
     assert "KL of 0.0423 nats [0.02 to 0.07]" in text and "0.0712 a token" in text
     assert "72% [56% to 88%] of the answers to negative prompts" in text
-    assert "66% to 75% of the answers to positive prompts (2 controls)" in text
+    assert "66% to 75% of answers to positive prompts (2 controls)" in text
     assert "passed its certificate: largest logit difference to the hooked model 0.00026" in text
 
 
@@ -339,6 +339,33 @@ def test_controls_as_strong_as_the_direction_speak_against_it(run):
     assert "speaks against it" in read(run).text
     edit(run / "selected.json", test={**TEST, "controls": []})
     assert "There are no controls" in read(run).text
+
+
+def test_controls_at_equal_strength_and_at_equal_kl_are_told_apart(run):
+    controls = [
+        {
+            "name": "random 0",
+            "matched": "strength",
+            "behaviour_after": 0.75,
+            "interval": [0.5, 1.0],
+        },
+        {"name": "random 0, equal KL", "matched": "KL", "behaviour_after": 0.5},
+    ]
+    edit(run / "selected.json", test={**TEST, "controls": controls})
+    text = read(run).text
+    assert "75% of answers to positive prompts (1 control) at equal strength, and in 50%" in text
+    assert "control, random 0: behaviour expressed, ablated 75% 50% to 100%" in text
+    controls[1]["behaviour_after"] = 0.0
+    edit(run / "selected.json", test={**TEST, "controls": controls})
+    assert "speaks against it" in read(run).text
+
+
+def test_a_kl_near_the_floor_of_rounding_is_said(run):
+    for floor, near in ((0.002, False), (0.01, True)):
+        edit(run / "selected.json", test={**TEST, "kl_floor": floor, "kl_dtype": "bfloat16"})
+        text = read(run).text
+        assert f"Rounding alone gives {floor:g} nats in bfloat16" in text
+        assert ("cannot be told" in text or "told from rounding" in text) == near
 
 
 def test_a_kl_beyond_its_limit_on_the_test_split_is_said(run):

@@ -279,12 +279,12 @@ def test_a_fitted_edit_that_is_chosen_is_controlled_and_exported(
 
     monkeypatch.setattr(grid, "bands", lambda *_, **__: [])  # so that a fitted one is
     monkeypatch.setattr(fits, "fit_edit", mild(fits.fit_edit))
-    planned: list[tuple[str, Plan]] = []
+    planned: list[final_test.Control] = []
     real = final_test._control
 
-    def noting(name: str, plan: Plan, *rest: Any) -> Any:
-        planned.append((name, plan))
-        return real(name, plan, *rest)
+    def noting(control: final_test.Control, *rest: Any) -> Any:
+        planned.append(control)
+        return real(control, *rest)
 
     monkeypatch.setattr(final_test, "_control", noting)
     out = tmp_path / "out"
@@ -298,13 +298,21 @@ def test_a_fitted_edit_that_is_chosen_is_controlled_and_exported(
     want = {s: chosen["mlp_scale"] * a for s, a in zip(kept.sites, kept.amounts) if a}
     assert dict(zip(edit.sites, edit.amounts)) == pytest.approx(want, abs=1e-6)
     # the controls read and write elsewhere, as far apart and as strongly
-    assert [name for name, _ in planned] == ["random 0", "random 1", "shuffled labels"]
-    for _, (control,) in planned:
+    names = ["random 0", "random 1", "shuffled labels"]
+    assert [each.name for each in planned if each.matched == "strength"] == names
+    equal_kl = [each for each in planned if each.matched == "KL"]
+    assert {each.name for each in equal_kl} <= set(names) and equal_kl
+    for each in planned:
+        (control,) = each.plan
         assert isinstance(control, Erase)
-        assert (control.sites, control.amounts) == (edit.sites, edit.amounts)
+        amounts = {s: (each.factor or 1) * amount for s, amount in zip(edit.sites, edit.amounts)}
+        want = {s: amount for s, amount in amounts.items() if round(amount, 6)}
+        assert dict(zip(control.sites, control.amounts)) == pytest.approx(want, abs=1e-6)
         assert float(control.read.norm()) == pytest.approx(float(edit.read.norm()))
         assert abs(float(control.write @ edit.write)) < 0.9
-    assert all(math.isfinite(c["kl_first_token"]) for c in selected["test"]["controls"])
+    test = selected["test"]
+    assert all(math.isfinite(c["kl_first_token"]) for c in test["controls"])
+    assert test["kl_dtype"] == "float32" and 0 <= test["kl_floor"] < 1e-6
     certificate = json.loads((out / "export" / "certificate.json").read_text())
     assert certificate["passed"]
 

@@ -102,7 +102,8 @@ def test_what_a_search_leaves(searched: Path) -> None:
         for name in ("repetition", "empty"):
             assert row[name] <= unedited[name]
         assert "positive_repetition_after" in selected["test"]
-        names = [control["name"] for control in selected["test"]["controls"]]
+        controls = selected["test"]["controls"]
+        names = [control["name"] for control in controls if control["matched"] == "strength"]
         assert names == ["random 0", "random 1", "shuffled labels"]
     screened = every[every["stage"] == "screen"]
     assert set(screened["prompts"]) <= {3, 6} and len(screened) >= 1

@@ -26,11 +26,16 @@ from interp_ablate.directions.direction_set import Directions
 from interp_ablate.edits.kinds import Ablate, Add, Erase
 from interp_ablate.edits.plan import Plan, band, everywhere
 from interp_ablate.errors import InterpAblateError, RunError
-from interp_ablate.evaluation.metrics import FirstTokenKL, TargetLogOdds, repetition
+from interp_ablate.evaluation.metrics import TargetLogOdds, first_token_kl, repetition
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.search.bench import ValidationBench
-from interp_ablate.search.derived_edits import along_control_direction, control_plan, scaled
+from interp_ablate.search.derived_edits import (
+    along_control_direction,
+    control_plan,
+    scaled,
+    scaled_to_kl,
+)
 from interp_ablate.search.edit_space import EditSpace, plan_of
 from interp_ablate.search.grid import SCALES, bands, finalists, fitted
 from interp_ablate.search.race import (
@@ -275,13 +280,20 @@ def test_turned_edits_are_as_strong_as_before(name: str) -> None:
         old, new = edit.read - edit.write, control.read - control.write
         assert abs(float(old @ new / old.norm() / new.norm())) < 0.7
         return
-    # a reflection is undone by another
-    back = along_control_direction(control, Direction(edit.vectors[0], 1.0, Site(1, "resid_post")))
-    torch.testing.assert_close(back.vectors, edit.vectors, rtol=0, atol=1e-12)
 
 
-def test_turned_subspaces_stay_subspaces() -> None:
+def test_the_control_of_a_subspace_keeps_none_of_its_directions() -> None:
+    """A frame turned onto the control's direction by a reflection kept k - 1 of the k."""
     edit, other = Ablate(torch.eye(D, dtype=torch.float64)[:3], WRITERS), direction(4)
+    kept = [
+        float(
+            (along_control_direction(edit, direction(seed)).vectors[1:] @ edit.vectors.T)
+            .square()
+            .sum()
+        )
+        for seed in range(40)
+    ]
+    assert sum(kept) / 40 == pytest.approx(2 * 3 / D, rel=0.25)  # of random ones; 2 of a reflection
     control = along_control_direction(edit, other)
     torch.testing.assert_close(control.vectors[0], other.vector, rtol=0, atol=1e-12)
     eye = torch.eye(3, dtype=torch.float64)
@@ -290,14 +302,42 @@ def test_turned_subspaces_stay_subspaces() -> None:
 
 @pytest.mark.parametrize("sign", (1.0, -1.0))
 def test_an_edit_turned_to_its_own_direction(sign: float) -> None:
-    """An ablation is itself; turned to the opposite one it is the same map."""
-    for edit in (edit for edit in FITS.values() if isinstance(edit, Ablate)):
+    """An ablation of one is itself; turned to the opposite one it is the same map."""
+    for edit in (
+        edit for edit in FITS.values() if isinstance(edit, Ablate) and len(edit.vectors) == 1
+    ):
         own = Direction(sign * edit.vectors[0], 1.0, Site(1, "resid_post"))
         control = along_control_direction(edit, own)
         if sign > 0:
             assert Plan((control,)) == Plan((edit,))
         torch.testing.assert_close(control.vectors[0], own.vector, rtol=0, atol=1e-12)
         assert float(control.vectors[0] @ control.vectors[-1]) == pytest.approx(1.0)
+
+
+def test_a_control_is_scaled_to_a_kl() -> None:
+    """Whether the KL is the square of the strength, flattens out or turns to NaN."""
+    control, calls = control_plan(plan(BAND), direction(2)), []
+
+    def measured(kl_of_strength: Any) -> Any:
+        def kl_of(candidate: Plan) -> float:
+            calls.append(candidate)
+            return kl_of_strength(candidate.edits[0].amounts[0] / control.edits[0].amounts[0])
+
+        return kl_of
+
+    def breaks(factor: float) -> float:
+        if factor > 20:
+            raise InterpAblateError("NaN")
+        return 1e-4 * factor**2
+
+    for law in (lambda f: 0.003 * f**2, lambda f: 0.9 * math.tanh(f**3), breaks):
+        calls.clear()
+        scaled_plan, factor = scaled_to_kl(control, 0.02, measured(law)) or (None, 0)
+        assert scaled_plan is not None and len(calls) <= 6
+        assert law(factor) == pytest.approx(0.02, rel=0.15)
+        assert [e.sites for e in scaled_plan] == [e.sites for e in control]
+    plateau, _ = scaled_to_kl(control, 0.02, measured(lambda f: 0.001)) or (None, 0)
+    assert plateau is not None  # the nearest, where the KL asked for is out of reach
 
 
 def test_a_plans_control() -> None:
@@ -959,7 +999,7 @@ def test_text_scores_are_of_both_sides_answers() -> None:
     quick = bench.score(PLAN, generate=False)
     assert set(quick) == {"target_log_odds", "unedited_answer_logprob", "kl", "kl_high"}
     assert {name: found[name] for name in quick} == pytest.approx(quick)
-    kl = FirstTokenKL()(ModelOutputs(bench.model, NEGATIVE, PLAN), bench.negative)
+    kl = first_token_kl(ModelOutputs(bench.model, NEGATIVE, PLAN), bench.negative)
     assert found["kl"] == pytest.approx(float(kl.mean()), rel=1e-3)
     assert found["kl_high"] == pytest.approx(upper_bound(kl.numpy()), rel=1e-3)
 

@@ -1,0 +1,54 @@
+"""A half-precision model in float32 for a while, so that small differences are not lost in rounding.
+
+Knows: which tensors are half, and whether their float32 copies fit into memory. Does not know: what is measured.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from interp_ablate.models.model import Model
+from interp_ablate.models.sources import free_memory
+
+logger = logging.getLogger(__name__)
+
+HALF = (torch.bfloat16, torch.float16)
+SHARE_OF_FREE = 0.7  # of a device's free memory that the copies may take; the passes need the rest
+
+
+@contextmanager
+def in_float32(model: Model) -> Iterator[None]:
+    """Hold a model's half-precision weights in float32 inside the block, if a copy fits into memory.
+
+    Each number of bfloat16 and float16 is one of float32: the model is the same but for the rounding of what it
+    computes. The weights are kept, and are the same tensors afterwards. Where memory is short, or nothing is half,
+    the model stays as it is; `model.dtype` says which.
+    """
+    tensors = [*model.tl.parameters(), *model.tl.buffers()]
+    half = list({id(each): each for each in tensors if each.dtype in HALF}.values())
+    needed: Counter[torch.device] = Counter()
+    for each in half:
+        needed[each.device] += 4 * each.numel()
+    short = [
+        device for device, size in needed.items() if size > SHARE_OF_FREE * free_memory(device)
+    ]
+    if not half or short:
+        if short:
+            logger.warning("no memory on %s for the weights in float32: measuring in %s", short[0], model.dtype)  # fmt: skip
+        yield
+        return
+    config, dtype, kept = model.tl.cfg, model.tl.cfg.dtype, [each.data for each in half]
+    try:
+        for each in half:
+            each.data = each.data.float()
+        config.dtype = torch.float32
+        yield
+    finally:
+        config.dtype = dtype
+        for each, data in zip(half, kept):
+            each.data = data
