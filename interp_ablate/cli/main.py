@@ -34,7 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "search": ("search", "search plans for little behaviour at little KL, and test the best"),
     "collect": ("stage", "one stage of a run: activations of the training and validation prompts"),
     "directions": ("stage", "one stage of a run: estimate directions and their separation"),
-    "sweep": ("sweep", "one stage of a run: screen directions, refine plans, score finalists"),
+    "sweep": ("sweep", "one stage of a run: race directions, refine plans, score finalists"),
     "plot": ("plot", "draw every figure of a run folder, and its report"),
     "select": ("select", "apply a selection rule to a table of evaluations"),
     "lint": ("lint", "faults of a contrast set that a direction would pick up"),

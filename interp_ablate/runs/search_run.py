@@ -25,8 +25,8 @@ from interp_ablate.search.edit_space import (
     POINT,
     DirectionKey,
     initial_params,
+    parameter_space,
     plan_of,
-    space_of,
 )
 from interp_ablate.search.gradient_fit import NothingToFitError
 from interp_ablate.search.grid import as_finalist
@@ -68,7 +68,7 @@ def run_search(run: Run, search: SearchSettings) -> None:
         n_positive = len(run.bench.positive.rows)
         batch_size = max(1, min(AT_ONCE, DECODED_ROWS // n_positive))
         proposer = OptunaProposer(
-            space_of(session.space),
+            parameter_space(session.space),
             fixed=_fixed(session, search),
             initial=initial_params(session.space, layers),
             sampler=search.sampler,  # type: ignore[arg-type]

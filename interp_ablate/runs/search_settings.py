@@ -24,7 +24,7 @@ class SearchSettings:
 
     minutes: float = setting(
         10.0,
-        "wall time for screening, fits and trials together (a minute of trials at least); the test follows",
+        "wall time for the race, fits and trials together (a minute of trials at least); the test follows",
     )
     trials: int | None = setting(None, "of the whole study, at most")
     control: str | None = setting(

@@ -237,8 +237,8 @@ class ExpressionScorer:
 
         return torch.tensor([float(self._reached(text)) for text in texts])
 
-    def __call__(self, evidence: HasTexts, baseline: HasTexts) -> Float[Tensor, " prompt"]:
-        return self.score_texts(evidence.texts)
+    def __call__(self, outputs: HasTexts, baseline: HasTexts) -> Float[Tensor, " prompt"]:
+        return self.score_texts(outputs.texts)
 
     def counts(self, texts: Sequence[str]) -> dict[Outcome, int]:
         """Counts of the texts that express the behaviour, do not, and are empty."""

@@ -1,4 +1,6 @@
 from .bench import ValidationBench as ValidationBench
+from .derived_edits import control_plan as control_plan
+from .derived_edits import scaled_to_kl as scaled_to_kl
 from .edit_space import EditSpace as EditSpace
 from .edit_space import plan_of as plan_of
 from .gradient_fit import fit_data as fit_data
@@ -7,7 +9,7 @@ from .grid import ScreenedGrid as ScreenedGrid
 from .optuna_proposer import OptunaProposer as OptunaProposer
 from .parameters import Float as Float
 from .parameters import Int as Int
-from .parameters import Space as Space
+from .parameters import ParameterSpace as ParameterSpace
 from .selection import Selection as Selection
 from .selection import arditi as arditi
 from .selection import least_behaviour_under_kl as least_behaviour_under_kl

@@ -24,7 +24,7 @@ from interp_ablate.edits.kinds import Ablate, Erase
 from interp_ablate.edits.plan import Plan, band
 from interp_ablate.errors import RunError
 from interp_ablate.search.derived_edits import scaled
-from interp_ablate.search.parameters import Choice, Float, Int, Space
+from interp_ablate.search.parameters import Choice, Float, Int, ParameterSpace
 from interp_ablate.sites import Point, Site
 
 DirectionKey: TypeAlias = tuple[int, str, str]
@@ -171,7 +171,7 @@ def kernel_ranges(n_layers: int) -> dict[str, tuple[float, float]]:
     return {name: ranges[name] for name in KERNEL}
 
 
-def space_of(space: EditSpace) -> Space:
+def parameter_space(space: EditSpace) -> ParameterSpace:
     """The parameters of a search's plans; depths are in layers."""
     if space.n_layers < 3:
         raise RunError(f"a search over layers needs three of them; the model has {space.n_layers}")
@@ -189,7 +189,7 @@ def space_of(space: EditSpace) -> Space:
         for name in COMPONENT_SCALES:
             least = 0.0 if name == "embed_scale" else SCALE[0]
             parameters.append(Float(name, least, SCALE[1], **fitted))
-    return Space(tuple(parameters))
+    return ParameterSpace(tuple(parameters))
 
 
 def _depth(space: EditSpace, share: float) -> float:

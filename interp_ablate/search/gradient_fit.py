@@ -62,12 +62,12 @@ class FitData:
         """All that should be unlikely beside the expressing answers: late expressions and loops."""
         return self.late + self.loops
 
-    def with_answers(self, evidence: ModelOutputs, expression: ExpressionScorer) -> FitData:
+    def with_answers(self, outputs: ModelOutputs, expression: ExpressionScorer) -> FitData:
         """The same, and answers that still express the behaviour under a plan: other words for it.
 
         What expresses it late in an answer becomes an unwanted passage of its own.
         """
-        rows, answers, late = _expressing(evidence, expression)
+        rows, answers, late = _expressing(outputs, expression)
         return replace(
             self,
             positive=self.positive + [row + end for row, end in zip(rows, answers)],
@@ -82,15 +82,15 @@ class FitData:
         def chosen(n: int, kind: int, size: int = STEP_ROWS) -> list[int]:
             if n <= size:
                 return list(range(n))
-            passes, found = step * size // n, []
+            passes, order = step * size // n, []
             for number in (
                 passes,
                 passes + 1,
             ):  # a step may end one pass over the rows and begin another
                 generator = torch.Generator().manual_seed(10 * number + kind)
-                found += torch.randperm(n, generator=generator).tolist()
+                order += torch.randperm(n, generator=generator).tolist()
             start = step * size - passes * n
-            return found[start : start + size]
+            return order[start : start + size]
 
         rows, others = chosen(len(self.positive), 0), chosen(len(self.negative), 1)
         late = chosen(len(self.late), 2, STEP_ROWS // 4)  # few, and loops are many
@@ -105,15 +105,15 @@ class FitData:
             [self.loops[i] for i in chosen(len(self.loops), 3, STEP_ROWS // 2 - len(late))],
         )
 
-    def with_loops(self, evidence: Sequence[ModelOutputs]) -> FitData:
+    def with_loops(self, outputs: Sequence[ModelOutputs]) -> FitData:
         """The same, with what repeats itself in answers under a plan."""
-        found = [
+        loops = [
             passage
-            for side in evidence
+            for side in outputs
             for row, generation in zip(side.rows, side.generations)
             if (passage := loop_of(row, generation.tokens)) is not None
         ]
-        return replace(self, loops=self.loops + found)
+        return replace(self, loops=self.loops + loops)
 
 
 @dataclass(frozen=True)
@@ -133,13 +133,13 @@ def loop_of(prompt: Sequence[int], answer: Sequence[int]) -> Passage | None:
 
 
 def expression_of(
-    evidence: ModelOutputs, number: int, expression: ExpressionScorer
+    outputs: ModelOutputs, number: int, expression: ExpressionScorer
 ) -> tuple[int, int] | None:
     """First and last token of the first expression in an answer; None where it has none."""
-    tokens = evidence.generations[number].tokens[:PASSAGE_TOKENS]
+    tokens = outputs.generations[number].tokens[:PASSAGE_TOKENS]
 
     def has(part: Sequence[int]) -> bool:
-        return bool(expression.matches(evidence.model.decode(part)))
+        return bool(expression.matches(outputs.model.decode(part)))
 
     end = next((k for k in range(1, len(tokens) + 1) if has(tokens[:k])), None)
     if end is None:
@@ -149,16 +149,16 @@ def expression_of(
 
 
 def _expressing(
-    evidence: ModelOutputs, expression: ExpressionScorer
+    outputs: ModelOutputs, expression: ExpressionScorer
 ) -> tuple[list[list[int]], list[list[int]], list[Passage]]:
     """Prompts whose answers express the behaviour, and those answers' first tokens; late expressions."""
     rows, answers, late = [], [], []
-    for i, (row, generation) in enumerate(zip(evidence.rows, evidence.generations)):
-        found = expression_of(evidence, i, expression)
+    for i, (row, generation) in enumerate(zip(outputs.rows, outputs.generations)):
+        span = expression_of(outputs, i, expression)
         tokens = list(generation.tokens)
-        if found is None or len(tokens) < N_TOKENS:
+        if span is None or len(tokens) < N_TOKENS:
             continue
-        start, end = found
+        start, end = span
         if start < N_TOKENS:
             rows.append(row)
             answers.append(tokens[:N_TOKENS])
@@ -170,7 +170,7 @@ def _expressing(
 def fit_data(
     positive: ModelOutputs, negative: ModelOutputs, expression: ExpressionScorer
 ) -> FitData:
-    """What the fit needs, from evidence of the unedited model on training prompts.
+    """What the fit needs, from outputs of the unedited model on training prompts.
 
     Raises:
         NothingToFit: no positive prompt's answer expresses the behaviour.
@@ -271,7 +271,7 @@ def _live(
 
 def _unedited_answer_logprob(model: Model, data: FitData) -> Float[Tensor, " prompt"]:
     """Log-probability of each expressing answer's first tokens."""
-    found = []
+    logprobs = []
     stream = model.stream(
         data.positive,
         keep=N_TOKENS + 1,
@@ -282,15 +282,15 @@ def _unedited_answer_logprob(model: Model, data: FitData) -> Float[Tensor, " pro
         assert logits is not None
         answers = torch.tensor([data.answers[i] for i in batch.index], device=logits.device)
         chosen = logits[:, :-1].float().log_softmax(-1).gather(-1, answers[..., None])
-        found.append(chosen[..., 0].sum(-1))
-    return torch.cat(found)
+        logprobs.append(chosen[..., 0].sum(-1))
+    return torch.cat(logprobs)
 
 
 def _unwanted(model: Model, data: FitData) -> Float[Tensor, ""]:
     """How far tokens of unwanted passages are above the limit: summed over a passage, mean over passages."""
     rows = [passage.prompt + passage.answer[:-1] for passage in data.passages]
     keep = max(len(passage.answer) for passage in data.passages)
-    found = []
+    excesses = []
     stream = model.stream(
         rows,
         keep=keep,
@@ -307,13 +307,13 @@ def _unwanted(model: Model, data: FitData) -> Float[Tensor, ""]:
                 [passage.answer[place] for place in passage.places], device=row.device
             )
             values = chosen.gather(-1, tokens[:, None])[:, 0]
-            found.append(softplus(values - PASSAGE_LIMIT).sum())
-    return torch.stack(found).mean()
+            excesses.append(softplus(values - PASSAGE_LIMIT).sum())
+    return torch.stack(excesses).mean()
 
 
 def _kl(model: Model, data: FitData) -> Float[Tensor, ""]:
     """KL of what follows other prompts: half the first token's, half the mean over the first tokens."""
-    found = []
+    kls = []
     stream = model.stream(
         data.negative,
         keep=data.reference.shape[1],
@@ -324,5 +324,5 @@ def _kl(model: Model, data: FitData) -> Float[Tensor, ""]:
         assert logits is not None
         reference = data.reference[list(batch.index)].to(logits.device)
         kl = kl_divergence(reference, logits.float().log_softmax(-1))
-        found.append((kl[:, 0] + kl.mean(-1)) / 2)
-    return torch.cat(found).mean()
+        kls.append((kl[:, 0] + kl.mean(-1)) / 2)
+    return torch.cat(kls).mean()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from interp_ablate.errors import RunError
-from interp_ablate.search.parameters import Space
+from interp_ablate.search.parameters import ParameterSpace
 from interp_ablate.search.trials import Trial
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class OptunaProposer:
     that it would have made.
     """
 
-    space: Space
+    space: ParameterSpace
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Parameters that every trial has and that are not drawn."""
     initial: Sequence[Mapping[str, Any]] = ()

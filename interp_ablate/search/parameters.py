@@ -130,7 +130,7 @@ def _admit_number(parameter: Float | Int, kind: type, value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Space:
+class ParameterSpace:
     """Parameters in the order they are suggested; a conditional one comes after what it depends on.
 
     Raises:

@@ -191,10 +191,10 @@ def least_behaviour_under_kl(
     best = kept[behaviour].min() if len(kept) else 0.0
     rows = rows.assign(_rounded=rows[behaviour].where(rows[behaviour] > best + tolerance, best))
     order = ["_rounded", *(c for c in ("unedited_answer_logprob", "kl") if c in rows)]
-    found = _choose("constrained", rows, limits, order)
-    if found.row is not None:
-        found.row.pop("_rounded")
-    return found
+    choice = _choose("constrained", rows, limits, order)
+    if choice.row is not None:
+        choice.row.pop("_rounded")
+    return choice
 
 
 def pareto_front(

@@ -33,9 +33,9 @@ from interp_ablate.search.edit_space import (
     EditSpace,
     initial_params,
     kernel_ranges,
+    parameter_space,
     plan_of,
     source_of,
-    space_of,
 )
 from interp_ablate.search.parameters import Float, Int
 
@@ -110,7 +110,7 @@ def drawn_plan(params: dict[str, Any], ground: EditSpace) -> Plan | None:
 def test_every_draw_is_a_plan(control: str | None, edges: bool) -> None:
     """Inside its space, of the model's width, at its writers; each draw survives JSON."""
     ground = ground_of(control=control)
-    space, seen, plans = space_of(ground), set(), 0
+    space, seen, plans = parameter_space(ground), set(), 0
     for seed in range(60):
         params = space.suggest(Drawing(seed, edges=edges))
         assert space.admit(params) == params
@@ -130,7 +130,7 @@ def test_every_method_runs_on_the_model(method: str) -> None:
     model = shared()
     ground = EditSpace(activations(), model.writers)
     params = PARAMS | {"method": method} | ({"rank": 2} if method == "subspace" else {})
-    assert space_of(ground).admit(params) == params
+    assert parameter_space(ground).admit(params) == params
     rows = rows_of(9, 12)
     plain = model.logits(rows)
     with model.applied(plan_of(params, ground)):
@@ -139,7 +139,7 @@ def test_every_method_runs_on_the_model(method: str) -> None:
 
 
 def test_parameters_outside_are_refused() -> None:
-    space = space_of(ground_of())
+    space = parameter_space(ground_of())
     top = N_LAYERS - 1
     assert space.admit(PARAMS) == PARAMS
     for change, said in (
@@ -168,7 +168,10 @@ def test_parameters_outside_are_refused() -> None:
 def test_depths_are_in_layers() -> None:
     """The same fractions of another depth; strengths and scales do not depend on it."""
     writers = everywhere(21)
-    few, many = space_of(ground_of()), space_of(EditSpace(activations(21), writers, fits=FITS))
+    few, many = (
+        parameter_space(ground_of()),
+        parameter_space(EditSpace(activations(21), writers, fits=FITS)),
+    )
     assert {"attention_layer", "mlp_layer", "width"} < set(kernel_ranges(21))
     factors = {"layer": 20 / (N_LAYERS - 1)}
     factors |= dict.fromkeys(("attention_layer", "mlp_layer", "width"), 21 / N_LAYERS)
@@ -182,10 +185,10 @@ def test_depths_are_in_layers() -> None:
 
 
 def test_without_fits_there_is_no_choice_of_edit() -> None:
-    space = space_of(ground_of(fits={}))
+    space = parameter_space(ground_of(fits={}))
     assert "fit" not in space.names and "attention_scale" not in space.names
     assert space.parameters[0].choices == ("band",)  # type: ignore[union-attr]
-    assert {p.name for p in space_of(ground_of()).parameters} - set(space.names) == {
+    assert {p.name for p in parameter_space(ground_of()).parameters} - set(space.names) == {
         "fit",
         "attention_scale",
         "mlp_scale",
@@ -334,9 +337,9 @@ def test_plans_are_at_the_writers_of_the_model(kind: str) -> None:
 def test_a_random_control_is_one_direction_with_the_real_norms() -> None:
     ground, real = ground_of(control="random", seed=4), ground_of()
     assert set(ground.methods) == {PLAIN, ORTHOGONAL}
-    assert space_of(ground).admit(PARAMS)
+    assert parameter_space(ground).admit(PARAMS)
     with pytest.raises(RunError, match="method"):
-        space_of(ground).admit(PARAMS | {"method": "pca"})
+        parameter_space(ground).admit(PARAMS | {"method": "pca"})
     found = [ground.directions(PLAIN)[site] for site in SITES]
     plain = [real.directions(PLAIN)[site] for site in SITES]
     assert all(torch.equal(d.vector, found[0].vector) for d in found)
@@ -389,7 +392,7 @@ def test_a_search_needs_labels() -> None:
 def test_priors_are_in_the_space(n_layers: int, control: str | None) -> None:
     """At every depth, also for layers near the embedding, where no direction is searched."""
     ground = EditSpace(activations(n_layers), everywhere(n_layers), fits=FITS, control=control)
-    space, layers = space_of(ground), (0, n_layers // 2, n_layers - 1, n_layers + 3)
+    space, layers = parameter_space(ground), (0, n_layers // 2, n_layers - 1, n_layers + 3)
     found = initial_params(ground, layers)
     for params in found:
         assert space.admit(params) == params

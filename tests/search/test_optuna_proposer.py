@@ -14,12 +14,12 @@ import pytest
 
 from interp_ablate.errors import RunError
 from interp_ablate.search.optuna_proposer import OptunaProposer
-from interp_ablate.search.parameters import Choice, Float, Int, Space
+from interp_ablate.search.parameters import Choice, Float, Int, ParameterSpace
 from interp_ablate.search.trials import Trial
 
 pytest.importorskip("optuna")
-PLANE = Space((Float("x", 0.0, 1.0), Float("y", 0.0, 1.0)))
-KERNELS = Space(
+PLANE = ParameterSpace((Float("x", 0.0, 1.0), Float("y", 0.0, 1.0)))
+KERNELS = ParameterSpace(
     (
         Choice("kernel", ("none", "linear", "gaussian")),
         Int("rank", 1, 8),
@@ -61,7 +61,7 @@ class Scoring:
 @pytest.mark.parametrize("sampler", ("tpe", "random", "nsga2"))
 @pytest.mark.parametrize("space", (PLANE, KERNELS), ids=("plane", "kernels"))
 def test_stopped_after_any_trial_it_goes_on_as_if_nothing_had_happened(
-    space: Space, sampler: Any, round_size: int
+    space: ParameterSpace, sampler: Any, round_size: int
 ) -> None:
     initial = INITIAL if space is PLANE else ()
     proposer = OptunaProposer(
@@ -105,7 +105,7 @@ def test_the_first_trials_are_the_initial_ones() -> None:
 
 
 def test_initial_trials_are_a_generation_of_nsga2() -> None:
-    space = Space(tuple(Float(name, 0.0, 1.0) for name in "abcdef"))
+    space = ParameterSpace(tuple(Float(name, 0.0, 1.0) for name in "abcdef"))
     initial = [dict.fromkeys("abcdef", 0.5 + i / 1000) for i in range(4)]
 
     def score(trials: Sequence[Trial]) -> list[Trial]:
@@ -119,7 +119,7 @@ def test_initial_trials_are_a_generation_of_nsga2() -> None:
 
 
 def test_what_all_trials_share_is_in_their_parameters() -> None:
-    space = Space((Choice("edit", ("band", "fitted")), Int("rank", 1, 8)))
+    space = ParameterSpace((Choice("edit", ("band", "fitted")), Int("rank", 1, 8)))
     fixed = {"point": "resid_post", "position": "-1", "control": "random"}
     initial = [{"edit": "band"}, {"edit": "fitted"}]
     band, fitted = OptunaProposer(space, fixed=fixed, initial=initial).propose(
@@ -234,10 +234,13 @@ def test_a_conditional_parameter_exists_with_its_parents_value_only() -> None:
         (lambda: Choice("a", ()), "at least one"),
         (lambda: Choice("a", (1, True)), "each once"),
         (lambda: Choice("a", ((1, 2),)), "text, numbers"),  # type: ignore[arg-type]
-        (lambda: Space((Int("a", 0, 1), Int("a", 0, 2))), "two parameters are named a"),
-        (lambda: Space((Int("a", 0, 1, when=("b", 1)), Int("b", 0, 1))), "an earlier parameter"),
+        (lambda: ParameterSpace((Int("a", 0, 1), Int("a", 0, 2))), "two parameters are named a"),
         (
-            lambda: Space((Int("b", 0, 1), Int("a", 0, 1, when=("b", 2)))),
+            lambda: ParameterSpace((Int("a", 0, 1, when=("b", 1)), Int("b", 0, 1))),
+            "an earlier parameter",
+        ),
+        (
+            lambda: ParameterSpace((Int("b", 0, 1), Int("a", 0, 1, when=("b", 2)))),
             "b = 2: it lies between 0 and 1",
         ),
     ],
