@@ -133,12 +133,16 @@ $(GEMMA)/config.json: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet $(GEMMA_WHEEL)
 	$(BIN)/python tests/support/make_gemma.py $(GEMMA)
 
-# Compiled once; pip's own cache would hand over a build with other flags.
+# Compiled once; pip's own cache would hand over a build with other flags. llama.cpp's converter of adapters lies in
+# the same archive, and nowhere in what is installed.
 .venv-llama/.ready:
 	$(PYTHON) -m venv .venv-llama
 	.venv-llama/bin/python -m pip install --quiet --upgrade pip
+	.venv-llama/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-python -d .venv-llama $(LLAMA_CPP)
+	tar xzf .venv-llama/llama_cpp_python-*.tar.gz -C .venv-llama --strip-components=2 --wildcards \
+		'*/vendor/llama.cpp/convert*.py' '*/vendor/llama.cpp/conversion' '*/vendor/llama.cpp/gguf-py'
 	CMAKE_ARGS="$(LLAMA_FLAGS)" .venv-llama/bin/python -m pip install --quiet --no-cache-dir \
-		--no-binary llama-cpp-python $(LLAMA_CPP)
+		--no-binary llama-cpp-python .venv-llama/llama_cpp_python-*.tar.gz
 	touch $@
 
 clean:

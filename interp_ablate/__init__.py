@@ -1,4 +1,4 @@
-"""interp_ablate: from two sets of prompts to directions, plans, trials and certified edits.
+"""interp_ablate: from two sets of prompts to directions, plans, trials and exports.
 
 The names of the core path, loaded when first used: importing the package does not import torch. The rest
 is behind the wings' doors (`interp_ablate.persona`, `interp_ablate.export`, ...).

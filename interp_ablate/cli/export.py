@@ -1,6 +1,6 @@
 """`export`: a plan as an artefact that others load.
 
-Knows: flags and what is printed. Does not know: formats, or how anything is proven.
+Knows: flags and what is printed. Does not know: formats, or how anything is compared.
 """
 
 from __future__ import annotations
@@ -37,12 +37,15 @@ class Export(ModelSettings):
     )
     plan: str | None = setting(None, PLAN)
     format: str = setting(
-        "checkpoint", f"{', '.join(FORMATS)}, or one that another package registers"
+        "checkpoint",
+        f"{', '.join(FORMATS)}, or one that another package registers. A loaded model's checkpoint and a lora are "
+        "compared with the hooked model by logits; a streamed checkpoint is not before `verify`; a gguf file and a "
+        "control-vector are not",
     )
     tied: str = setting(
         "untie",
         "an edited embedding that is the unembedding too: write the old values as lm_head (untie), leave the "
-        "embedding out of the plan, or accept that both change",
+        "embedding out of the plan (skip-embedding, whether tied or not), or accept that both change",
         choices=TIED,
     )
     gguf_dtype: str = setting("f16", "of a gguf file", choices=("f16", "f32"))

@@ -60,6 +60,7 @@ def run(args: Namespace) -> int:
             folder,
             stored_dtype=coarsest_dtype(Checkpoint.open(folder), report.weights),
             unembed_map=report.weights.unembed_map,
+            asked=report.weights.asked,
         )
         result = {**certificate, **result, "passed": report.passed and certificate["passed"]}
         if settings.write and result["passed"]:

@@ -37,6 +37,7 @@ LIMITS: dict[str, tuple[float, float, float, float]] = {
     "float16": (12, 5e-3, 5e-3, 0.25),
 }
 _NAMES = ("max_abs_logit_difference", "kl", "residual_along_direction", "share_of_edit_missed")
+SKIPPED = "cost_of_skipped_embedding"
 # An edit can be told from rounding where it moves the projection by this many steps of the dtype.
 STEPS_TO_SEE_AN_EDIT = 8
 # The default prompts: the comparison needs ordinary text, not a particular task.
@@ -252,6 +253,7 @@ def certify(
     prompts: Sequence[PromptLike] = PROBES,
     stored_dtype: str | None = None,
     unembed_map: Affine | None = None,
+    asked: Plan | None = None,
 ) -> dict[str, Any]:
     """Reload a folder in plain transformers and compare it with the model under the plan.
 
@@ -264,6 +266,8 @@ def certify(
             coarser of it and the model's.
         unembed_map: what an edited embedding that stays tied does to the unembedding; the certificate
             then holds its cost, `cost_of_accept`: how far that is from the plan itself.
+        asked: the plan that was asked for where an embedding was left out of it; the certificate then holds
+            `cost_of_skipped_embedding`: how far `plan` is from it.
 
     Returns the certificate: the numbers of `compare`, the limits, and whether all hold.
 
@@ -295,6 +299,8 @@ def certify(
     limits = limits_for(dtype, numbers["max_abs_logit"])
     if unembed_map is not None:
         numbers["cost_of_accept"] = logit_distance(hooked_logits(model, plan, rows), want)
+    if asked is not None:
+        numbers[SKIPPED] = logit_distance(hooked_logits(model, asked, rows), want)
     return verdict(numbers, limits, dtype, stored=stored, computed=computed)
 
 

@@ -163,7 +163,7 @@ def _certified(
     """Compare what was written with the hooked model; write certificate, card and manifest, or raise."""
     certificate = certify(
         model, weights.plan, folder, prompts=prompts, stored_dtype=written.dtype,
-        unembed_map=weights.unembed_map,
+        unembed_map=weights.unembed_map, asked=weights.asked,
     )  # fmt: skip
     require_passed(certificate, "export")
     manifest = _manifest(model.source, weights, written, folder, report, backend=model.backend)

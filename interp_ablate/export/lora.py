@@ -21,6 +21,7 @@ from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import ExportError
 from interp_ablate.export.certification import (
     PROBES,
+    SKIPPED,
     compare,
     hooked_logits,
     limits_for,
@@ -58,7 +59,8 @@ def export_lora(
     Args:
         tied: where the plan edits an embedding that is the unembedding too, the unmerged adapter leaves
             the unembedding alone, and PEFT's merge edits both. "untie": merge into `untied_base(base)`.
-            "skip-embedding": the embedding is left out, and merging needs no care (another plan).
+            "skip-embedding": the embedding is left out, tied or not, for servers that take adapters of layers
+            only, and merging needs no care. That is another plan, and the certificate shows what it costs.
             "accept": merge as it is; the certificate shows what that costs.
         dtype: of the stored factors.
         report: the test-split numbers for the card.
@@ -138,7 +140,21 @@ def merge_instructions(plan: WeightPlan, adapter: Adapter) -> str:
             "Loading the adapter replaces biases of the base model (PEFT's `bias='lora_only'`): "
             "`disable_adapter()` and `unload()` do not bring them back. Load the base anew for that."
         )
-    return "\n\n".join(lines)
+    return "\n\n".join([*lines, _servers(adapter)])
+
+
+def _servers(adapter: Adapter) -> str:
+    """Which servers take the adapter; read in vLLM's vllm/lora and tried with llama.cpp's own converter."""
+    fields = adapter.fields
+    if fields["target_parameters"] or fields["bias"] != "none" or fields["lora_bias"]:
+        return "Servers (vLLM, llama.cpp) take no adapter of fused experts or of biases: give them the merged model."
+    text = f"llama.cpp takes it through its `convert_lora_to_gguf.py`; vLLM needs `--max-lora-rank {fields['r']}` or more."
+    if any("embedding" in name for name in adapter.tensors):
+        text += (
+            " It edits the embedding, which vLLM takes for some architectures only: `interp-ablate export "
+            "--format lora --tied skip-embedding` leaves the embedding out, and its certificate says what that costs."
+        )
+    return text
 
 
 def import_peft() -> Any:
@@ -211,6 +227,8 @@ def certify_lora(
     limits = dict(zip(numbers, (logit_limit, kl_limit) * 2)) | {"share_of_edit_missed": edit_limit}
     numbers |= {name: inside[name] for name in inside if "edit" in name}
     cost = {"cost_of_accept": logit_distance(want, meant)} if plan.unembed_map is not None else {}
+    if plan.asked is not None:
+        cost[SKIPPED] = logit_distance(hooked_logits(model, plan.asked, rows), want)
     numbers |= cost
     numbers |= {
         "max_abs_logit_effect_of_plan": logit_distance(want, plain)["max_abs_logit_difference"]

@@ -46,7 +46,7 @@ _KINDS: dict[str, tuple[str, str | None, str]] = {
 }
 _TIED = {
     "untie": "The tied embedding was untied: `lm_head.weight` keeps the unedited values.",
-    "skip-embedding": "The tied embedding is unedited: what it writes along the direction stays.",
+    "skip-embedding": "The embedding is unedited: what it writes along the direction stays.",
     "accept": "The tied embedding was edited, and the unembedding with it: this is another function "
     "than the plan as hooks.",
 }
@@ -280,7 +280,7 @@ def _edits(manifest: Mapping[str, Any], certificate: Mapping[str, Any]) -> list[
             "",
             f"Left behind in the source, because nothing here edits or checks it: {names}.",
         ]
-    cost = certificate.get("cost_of_accept")
+    cost = certificate.get("cost_of_accept") or certificate.get("cost_of_skipped_embedding")
     if cost:
         numbers = ", ".join(f"{name} {value:.3g}" for name, value in cost.items())
         lines += [f"How far it is from the plan itself: {numbers}."]

@@ -82,6 +82,8 @@ class WeightPlan:
     """The choice for a tied embedding; None where it did not matter."""
     unembed_map: Affine | None = None
     """With tied="accept": the map through which the unembedding reads as well."""
+    asked: Plan | None = None
+    """With tied="skip-embedding": the plan with the embedding in it; None where nothing was left out."""
 
     @property
     def changed(self) -> list[str]:
@@ -105,8 +107,8 @@ def weight_plan(
         names: of all its tensors, as files or `state_dict` have them.
         read: gives a tensor by name; only norms after writers are read.
         tied: what to do where an embedding is edited that is the unembedding too. "untie" writes the
-            old values as `lm_head.weight`; "skip-embedding" leaves the embedding as it is (another
-            plan); "accept" edits both (another function, whose cost the certificate shows).
+            old values as `lm_head.weight`; "skip-embedding" leaves the embedding as it is, tied or not
+            (another plan, whose cost the certificate shows); "accept" edits both (another function, whose cost the certificate shows).
         entry: default: the declared one.
         describe: dtype and shape of a tensor by name, where `read` would be slow.
 
@@ -123,9 +125,10 @@ def weight_plan(
     _check_source(hf_config)
     exact = writers_only_form(plan, entry, hf_config)
     tie_matters = is_tied(hf_config) and Site(0, "embed") in exact.sites
-    if tie_matters and tied == "skip-embedding":
-        exact = _without_embedding(exact)
-    changes = WeightPlan(exact, tied=tied if tie_matters else None)
+    asked = exact if tied == "skip-embedding" and Site(0, "embed") in exact.sites else None
+    if asked:
+        exact = _without_embedding(asked)
+    changes = WeightPlan(exact, tied=tied if tie_matters or asked else None, asked=asked)
     for site in exact.sites:
         _edit_site(changes, site, entry, hf_config, names, read)
     for name, edit in changes.edits.items():
@@ -223,7 +226,7 @@ def _without_embedding(plan: Plan) -> Plan:
     rest = Plan(tuple(part for part in parts if part is not None))
     if not len(rest):
         raise ExportError(
-            "the plan edits the tied embedding only, and tied='skip-embedding' leaves nothing of it: "
+            "the plan edits the embedding only, and tied='skip-embedding' leaves nothing of it: "
             "choose 'untie' or 'accept'"
         )
     return rest

@@ -572,3 +572,58 @@ def test_the_folder_says_what_it_is(tmp_path: Path) -> None:
 def test_an_empty_weight_plan_is_refused() -> None:
     with pytest.raises(ExportError, match="nothing to export"):
         lora_adapter(WeightPlan(Plan()), [], {}.__getitem__)
+
+
+# --------------------------------------------------------------------------------- servers
+
+
+@pytest.mark.parametrize("tied", BOTH.values(), ids=BOTH)
+def test_the_plan_without_its_embedding_and_what_that_costs(tmp_path: Path, tied: bool) -> None:
+    """Servers that take adapters of layers only: no embedding among the targets, and the loss in numbers."""
+    model, plan = shared("llama_gqa", tied=tied), Plan((Ablate(unit(1), writers("llama_gqa")),))
+    certificate = export_lora(model, plan, tmp_path / "out", tied="skip-embedding", prompts=ROWS)
+    assert not [name for name in tensors_of(tmp_path / "out") if "embed" in name]
+    assert not [name for name in config_of(tmp_path / "out")["target_modules"] if "embed" in name]
+    lesser = Plan((Ablate(unit(1), writers("llama_gqa")[1:]),))
+    want = hooked(model, lesser)
+    assert_exact(plain(load(base_of("llama_gqa", tied), tmp_path / "out")), want)
+    apart = max(float((a - b).abs().max()) for a, b in zip(want, hooked(model, plan)))
+    cost = certificate["cost_of_skipped_embedding"]
+    assert cost["max_abs_logit_difference"] == pytest.approx(apart, abs=1e-5) and apart > 0.05
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "How far it is from the plan itself" in card and "skip-embedding" not in card
+    assert "convert_lora_to_gguf.py" in card
+
+
+def test_a_plan_without_an_embedding_costs_nothing(tmp_path: Path) -> None:
+    plan = Plan((Ablate(unit(1), writers("llama_gqa")[1:]),))
+    certificate = export_lora(
+        shared("llama_gqa"), plan, tmp_path / "out", tied="skip-embedding", prompts=ROWS
+    )
+    assert "cost_of_skipped_embedding" not in certificate
+
+
+def test_the_card_says_which_servers_take_the_adapter(tmp_path: Path) -> None:
+    for kind, said in (
+        ("llama_gqa", "--tied skip-embedding"),
+        ("mixtral", "no adapter of fused experts"),
+    ):
+        export_lora(
+            shared(kind), Plan((Ablate(unit(1), writers(kind)),)), tmp_path / kind, prompts=ROWS
+        )
+        assert said in (tmp_path / kind / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ("mixtral", "qwen3_moe", "llama_gqa"))
+def test_layer_1_is_not_layer_10(tmp_path: Path, kind: str) -> None:
+    """Names are matched whole: not inside layers.10 or layers.11, nor an expert's number."""
+    config = {"num_hidden_layers": 12}
+    plan = Plan((Ablate(unit(1, k=2), [Site(1, "attn_out"), Site(1, "mlp_out")]),
+                 Ablate(unit(3), [Site(1, "mlp_out")])))  # fmt: skip
+    model = make(kind, **config)
+    export_lora(model, plan, tmp_path / "out", prompts=ROWS)
+    base = base_of(kind, **config)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    merged = load(base, tmp_path / "out").merge_and_unload().state_dict()
+    changed = {name for name, tensor in merged.items() if not torch.equal(tensor, before[name])}
+    assert changed and all(".layers.1." in name for name in changed) and len(changed) == 2

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from interp_ablate.export.checkpoint import export_checkpoint
 from interp_ablate.export.control_vector import write_control_vector
 from interp_ablate.export.gguf import export_gguf
 from interp_ablate.export.gguf_tokenizer import PRE_TOKENIZERS
+from interp_ablate.export.lora import export_lora
 from interp_ablate.models.sources import resolve
 
 ROOT = Path(__file__).parents[2]
@@ -78,6 +80,49 @@ def llama(model: Path | str, out: Path | None = None, **job: Any) -> dict[str, A
 
 def misfit(change: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((change - wanted).norm() / wanted.norm())
+
+
+# -------------------------------------------------------------------------- adapters
+
+CONVERTER = PYTHON.parents[1] / "llama.cpp/convert_lora_to_gguf.py"
+
+
+@pytest.mark.parametrize("tied", ("untie", "skip-embedding"))
+@pytest.mark.parametrize("kind", ("llama", "qwen2", "mistral"))
+def test_an_adapter_through_llama_cpps_own_converter(tmp_path: Path, kind: str, tied: Any) -> None:
+    """With the embedding among its targets and without it, llama.cpp computes what the hooks compute."""
+    base = tmp_path / "base"
+    saved(base, kind)
+    export_gguf(base, tmp_path / "m.gguf", dtype="f32")
+    model = load_model(base)
+    plan = Plan((Ablate(unit(1), model.writers, strength=0.7),))
+    certificate = export_lora(model, plan, tmp_path / "lora", tied=tied)
+    done = subprocess.run(
+        [
+            sys.executable,
+            CONVERTER,
+            "--base",
+            base,
+            "--outfile",
+            tmp_path / "lora.gguf",
+            tmp_path / "lora",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(5, 9)
+    runs = [
+        {"name": "plain", "rows": rows},
+        {"name": "lora", "rows": rows, "lora": str(tmp_path / "lora.gguf")},
+    ]
+    got = llama(tmp_path / "m.gguf", tmp_path / "l.npz", runs=runs)["logits"]
+    sites = model.writers if tied == "untie" else model.writers[1:]
+    with model.applied(Plan((Ablate(unit(1), sites, strength=0.7),))):
+        want = torch.cat([model.logits([row], keep=len(row))[0] for row in rows])
+    torch.testing.assert_close(got["lora"], want, rtol=0, atol=1e-4)
+    assert float((got["lora"] - got["plain"]).abs().max()) > 0.1
+    assert ("cost_of_skipped_embedding" in certificate) == (tied != "untie")
 
 
 # -------------------------------------------------------------------------- control vectors

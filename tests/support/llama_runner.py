@@ -3,7 +3,7 @@
     python llama_runner.py < job.json > result.json
 
 A job: {"model": GGUF, "out": FILE.npz, "texts": [text, ...], "runs": [{"name", "rows": [[token, ...], ...],
-"max_new_tokens": 0, "control_vector": GGUF or null, "scale": 1.0}, ...]}. Logits of every position of every row
+"max_new_tokens": 0, "control_vector": GGUF or null, "scale": 1.0, "lora": GGUF or null}, ...]}. Logits of every position of every row
 go to FILE.npz as "<run>/<row number>"; the result holds the texts' tokens, with what the model adds, and
 every run's greedy continuations up to an end token.
 
@@ -74,7 +74,7 @@ def control_vector(path: str, scale: float, room: int) -> tuple[np.ndarray, int]
     return out[: size.value], width
 
 
-def load(model: str) -> llama_cpp.Llama:
+def load(model: str, lora: str | None = None) -> llama_cpp.Llama:
     """The model with float32 keys and values: the file's own precision is what is compared."""
     return llama_cpp.Llama(
         model,
@@ -85,6 +85,7 @@ def load(model: str) -> llama_cpp.Llama:
         verbose=False,
         type_k=llama_cpp.GGML_TYPE_F32,
         type_v=llama_cpp.GGML_TYPE_F32,
+        lora_path=lora,
     )
 
 
@@ -116,7 +117,9 @@ def main() -> None:
     arrays: dict[str, np.ndarray] = {}
     result: dict = {"version": llama_cpp.__version__, "runs": {}}
     for run in job.get("runs", []):
-        llama = load(job["model"])  # anew: vectors of an earlier run stay in a context
+        llama = load(
+            job["model"], run.get("lora")
+        )  # anew: vectors of an earlier run stay in a context
         if run.get("control_vector"):
             apply(llama, run["control_vector"], run.get("scale", 1.0))
         rows = [continued(llama, row, run.get("max_new_tokens", 0)) for row in run["rows"]]
