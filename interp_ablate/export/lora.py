@@ -148,7 +148,7 @@ def _servers(adapter: Adapter) -> str:
     fields = adapter.fields
     if fields["target_parameters"] or fields["bias"] != "none" or fields["lora_bias"]:
         return "Servers (vLLM, llama.cpp) take no adapter of fused experts or of biases: give them the merged model."
-    text = f"llama.cpp takes it through its `convert_lora_to_gguf.py`; vLLM needs `--max-lora-rank {fields['r']}` or more."
+    text = f"llama.cpp takes it through its `convert_lora_to_gguf.py`; vLLM needs a `max_lora_rank` of at least {fields['r']}."
     if any("embedding" in name for name in adapter.tensors):
         text += (
             " It edits the embedding, which vLLM takes for some architectures only: `interp-ablate export "
