@@ -64,7 +64,7 @@ def main() -> None:
     train = collect(model, split.train)
     directions = estimate_directions(train)
     space = EditSpace(train, model.writers, saved=directions)
-    trials = screening_trials(directions.of("difference_in_means"))
+    trials = screening_trials(directions)
     every = [planned_trial(trial, space) for trial in trials]
     # from the middle on: where the direction was read does not matter for the time
     some = every[len(every) // 2 :]

@@ -49,7 +49,7 @@ def task_of(model: Any, args: Any) -> Task:
     split = ContrastSet.load("declining").split(args.prompts, n, 1)
     train, sides = split.train, (split.train.positive[:32], split.train.negative[:32])
     found = find_target_tokens(*(ModelOutputs(model, side).first_logprobs for side in sides))
-    directions = estimate_directions(collect(model, train)).of("difference_in_means")
+    directions = estimate_directions(collect(model, train))
     return Task(
         model,
         model.encode_all(split.validation.positive),

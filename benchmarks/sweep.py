@@ -153,7 +153,7 @@ def ours(model: Any, task: Task) -> dict[int, list[Any]]:
     """The same candidates, all of them and all prompts in one batch; generations by layer."""
     from interp_ablate import Ablate, Plan, collect, estimate_directions
 
-    directions = estimate_directions(collect(model, task.contrast)).of("difference_in_means")
+    directions = estimate_directions(collect(model, task.contrast))
     pre = [d for d in directions if d.site.point == "resid_pre" and d.site.layer]
     pre.sort(key=lambda d: abs(float(d.vector.mean())), reverse=True)
     chosen = pre[: task.candidates]

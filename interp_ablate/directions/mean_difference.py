@@ -59,26 +59,31 @@ def difference_in_means(
 
 
 def estimate_directions(
-    train: HasActivations, held_out: HasActivations | None = None, *, source: str = ""
+    train: HasActivations,
+    held_out: HasActivations | None = None,
+    *,
+    orthogonalized_too: bool = False,
+    source: str = "",
 ) -> Directions:
-    """Difference in means at every site and position, each also orthogonalized to the negative mean.
+    """Difference in means at every site and position.
 
     Args:
         train: labelled activations (`collect` over a ContrastSet).
         held_out: labelled activations of other prompts; with them every direction carries how well it
             separates prompts that did not make it.
+        orthogonalized_too: a second estimator beside it: each direction also orthogonalized to the
+            negative mean.
         source: what identifies model and prompts, kept with the result.
 
     Raises:
         DirectionError: activations without labels, with NaN or of another d_model; no site with a
             direction at all.
     """
-    variants: dict[str, Estimate] = {
-        "": lambda means, positive, negative: means,
-        " orthogonalized": lambda means, positive, negative: orthogonalized(
+    variants: dict[str, Estimate] = {"": lambda means, positive, negative: means}
+    if orthogonalized_too:
+        variants[" orthogonalized"] = lambda means, positive, negative: orthogonalized(
             means, as_float64(negative).mean(0)
-        ),
-    }
+        )
     directions = directions_at(train.sites, train, held_out, variants, source=source)
     if not directions:
         raise DirectionError(

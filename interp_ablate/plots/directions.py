@@ -34,10 +34,10 @@ def projections(frame: pd.DataFrame, ax: Axes) -> Axes:
     says which. Non-finite values are left out.
 
     Raises:
-        RunError: a missing column, no rows, or rows of several points or positions.
+        RunError: a missing column, no rows, or rows of several points, positions or methods.
     """
     style.require_columns(frame, PROJECTION_COLUMNS, "projections")
-    for column in ("point", "position"):
+    for column in ("point", "position", "method"):
         if column in frame and frame[column].nunique() > 1:
             raise RunError(
                 f"projections() draws one {column}, and these rows hold "
@@ -78,6 +78,22 @@ def projections(frame: pd.DataFrame, ax: Axes) -> Axes:
     return ax
 
 
+def _of_one_method(directions: Iterable[Direction], what: str) -> list[Direction]:
+    """The directions as a list.
+
+    Raises:
+        RunError: they are of several estimators, which one line or cell a site cannot show.
+    """
+    items = list(directions)
+    methods = sorted({item.method for item in items})
+    if len(methods) > 1:
+        raise RunError(
+            f"{what} shows one estimator, and these directions are of {', '.join(methods)}: pass "
+            f"directions.of({methods[0]!r})"
+        )
+    return items
+
+
 def separation_by_layer(
     directions: Iterable[Direction], ax: Axes, *, measure: Measure = "d_prime"
 ) -> Axes:
@@ -87,12 +103,12 @@ def separation_by_layer(
     an infinite one, leave a gap.
 
     Raises:
-        RunError: no direction has a separation, or an unknown measure.
+        RunError: no direction has a separation, an unknown measure, or directions of several estimators.
     """
     if measure not in get_args(Measure):
         raise RunError(f"unknown measure {measure!r}: accepted are {', '.join(get_args(Measure))}")
     lines: dict[tuple[str, str], dict[int, float]] = {}
-    for item in directions:
+    for item in _of_one_method(directions, "separation_by_layer()"):
         if item.separation is not None:
             line = lines.setdefault((item.site.point, item.position), {})
             value = getattr(item.separation, measure)
@@ -137,12 +153,13 @@ def cosine_similarity(directions: Iterable[Direction], ax: Axes) -> Axes:
     """Cosine of every pair of directions, sites in forward order; several positions make blocks.
 
     Raises:
-        RunError: no directions.
+        RunError: no directions, or those of several estimators.
     """
     from interp_ablate.directions.direction import cosine_similarities
 
     items = sorted(
-        directions, key=lambda item: (style.position_key(item.position), item.site.order)
+        _of_one_method(directions, "cosine_similarity()"),
+        key=lambda item: (style.position_key(item.position), item.site.order),
     )
     if not items:
         raise RunError("no directions to compare: run `interp-ablate directions` first")

@@ -61,7 +61,7 @@ def run_directions(run: Run) -> None:
     source = json.dumps(
         {"model": run.model.fingerprint, "contrast": run.contrast_set.fingerprint}, sort_keys=True
     )
-    directions = estimate_directions(train, validation, source=source)
+    directions = estimate_directions(train, validation, orthogonalized_too=True, source=source)
     run.keep_directions(directions)
     main = directions.of(MAIN_METHOD)
     run.record(directions={"count": len(main), "left_out": directions.left_out})

@@ -98,7 +98,7 @@ class EditSpace:
 
     def _estimated(self, method: str) -> Directions:
         if self.control == "random":
-            plain = estimate_directions(self.train).of(PLAIN)
+            plain = estimate_directions(self.train)
             one = random_direction(next(iter(plain)), seed=self.seed)
             items = [Direction(one.vector, d.norm, d.site, d.position, method) for d in plain]
             return Directions(tuple(items))
@@ -109,7 +109,7 @@ class EditSpace:
             values = winsorized(train.values)
             train = Activations(values, train.sites, train.positions, train.labels)
             method = PLAIN
-        return estimate_directions(train).of(method)
+        return estimate_directions(train, orthogonalized_too=method == ORTHOGONAL).of(method)
 
     def at(self, method: str, site: Site, rank: int = 1) -> Any:
         """A subspace or eraser at one site; fitted once."""

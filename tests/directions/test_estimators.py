@@ -644,7 +644,7 @@ def test_every_site_and_position_is_estimated_and_measured(method: str) -> None:
 
 def test_difference_in_means_is_estimate_directions_own() -> None:
     train, held_out = activations(0), activations(1)
-    plain = estimate_directions(train, held_out, source="s").of("difference_in_means")
+    plain = estimate_directions(train, held_out, source="s")
     mine = estimate_with("difference_in_means", train, held_out, source="s")
     assert [item.fingerprint for item in mine] == [item.fingerprint for item in plain]
     assert [item.separation for item in mine] == [item.separation for item in plain]

@@ -300,9 +300,11 @@ LABELS = torch.tensor([True, False] * 4)
 
 def test_estimates_at_every_site_and_position() -> None:
     train, held_out = Collected(0, LABELS, Site(0, "resid_pre")), Collected(50, ~LABELS)
-    found = estimate_directions(train, held_out, source="here")
+    found = estimate_directions(train, held_out, orthogonalized_too=True, source="here")
+    only = estimate_directions(train, held_out, source="here")
     assert list(found.left_out) == ["blocks.0.hook_resid_pre[-1]"]
     plain = found.of("difference_in_means")
+    assert [item.fingerprint for item in only] == [item.fingerprint for item in plain]
     assert [(item.site, item.position) for item in plain] == [
         (Site(0, "resid_pre"), "-2"),
         (SITE, "-1"),
@@ -343,7 +345,7 @@ def test_a_variant_of_which_nothing_is_left_is_left_out_and_the_plain_direction_
             scale = torch.where(LABELS, 3.0, 1.0).double()
             return scale[:, None] * draw(site.layer, D)
 
-    found = estimate_directions(Parallel(0, LABELS), Parallel(1, LABELS))
+    found = estimate_directions(Parallel(0, LABELS), Parallel(1, LABELS), orthogonalized_too=True)
     assert {item.method for item in found} == {"difference_in_means"} and len(found) == 4
     key = f"{SITE}[-2] orthogonalized"
     assert len(found.left_out) == 4 and "nothing is left" in found.left_out[key]

@@ -323,6 +323,14 @@ def test_separation_needs_some(ax):
         separation_by_layer([item], ax, measure="accuracy")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("plot", [separation_by_layer, cosine_similarity])
+def test_a_mixture_of_estimators_is_refused(plot, ax):
+    vectors, site = torch.eye(4), Site(0, "resid_post")
+    both = [Direction(vectors[i], 1.0, site, method=name) for i, name in enumerate(("lda", "pca"))]
+    with pytest.raises(RunError, match=r"directions are of lda, pca: pass directions.of\('lda'\)"):
+        plot(both, ax)
+
+
 def test_cosine_is_a_matrix_in_forward_order(ax):
     directions = make_directions(5)
     shuffled = list(directions)[::-1]

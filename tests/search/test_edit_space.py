@@ -222,7 +222,7 @@ def test_strengths_are_the_bands(method: str) -> None:
 
 @pytest.mark.parametrize("layer", (1.0, 1.4, 1.8, 2.0))
 def test_directions_are_those_of_a_fractional_layer(layer: float) -> None:
-    found = estimate_directions(activations()).of(PLAIN)
+    found = estimate_directions(activations())
     low, share = int(layer), layer - int(layer)
     vector = (1 - share) * found[SITES[low], "-1"].vector
     if share:
@@ -238,11 +238,11 @@ def test_each_method_is_its_estimator(method: str) -> None:
     train = replace(activations(), positions=("-1",), values=activations().values[:, 1:])
     if method == "winsorized":
         clipped = replace(train, values=winsorized(train.values))
-        want = estimate_directions(clipped).of(PLAIN)
+        want = estimate_directions(clipped)
     elif method in ESTIMATORS and method != PLAIN:
         want = estimate_with(method, train)
     else:
-        want = estimate_directions(train).of(method)
+        want = estimate_directions(train, orthogonalized_too=True).of(method)
     found = ground_of().directions(method)
     others = [ground_of().directions(m) for m in (PLAIN, "pca") if m != method]
     for site in SITES:
@@ -276,7 +276,7 @@ def test_the_position_is_the_one_that_was_asked_for() -> None:
     vectors = {}
     for position in ("-2", "-1"):
         ground = ground_of(position=position)
-        want = estimate_directions(activations()).of(PLAIN)[SITES[1], position].vector
+        want = estimate_directions(activations())[SITES[1], position].vector
         vectors[position] = plan_of(PARAMS | {"layer": 1.0}, ground).edits[0].vectors[0]
         torch.testing.assert_close(vectors[position], want, rtol=0, atol=1e-10)
     assert (vectors["-1"] - vectors["-2"]).norm() > 1e-3
@@ -456,7 +456,7 @@ def test_the_source_of_a_plan_is_the_nearest_direction() -> None:
 def test_saved_directions_are_taken_as_they_are() -> None:
     """At any site and position; between layers they are estimated."""
     every = activations(points=("resid_pre", POINT))
-    saved = estimate_directions(every)
+    saved = estimate_directions(every, orthogonalized_too=True)
     ground = EditSpace(every, WRITERS, saved=saved)
     place = {**PARAMS, "layer": 2, "point": "resid_pre", "position": "-2"}
     for method in (PLAIN, ORTHOGONAL):
