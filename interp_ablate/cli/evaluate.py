@@ -12,7 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from interp_ablate.cli.options import PLAN, RUBRIC, load, rubric_of, tell
+from interp_ablate.cli.options import (
+    PLAN,
+    RUBRIC,
+    JudgeSettings,
+    judge_settings,
+    load,
+    rubric_of,
+    tell,
+    tell_spent,
+)
 from interp_ablate.cli.settings import flags_from, given_flags, settings_from
 from interp_ablate.errors import RunError
 from interp_ablate.evaluation.measures import EvaluationConfig, read_prompts
@@ -65,7 +74,7 @@ def add(parser: ArgumentParser) -> None:
         "Perplexity of text, KL, scores of answers and lm-evaluation-harness tasks, before and after, with "
         "intervals of the paired differences."
     )
-    flags_from(parser, Evaluate, EvaluationConfig)
+    flags_from(parser, Evaluate, EvaluationConfig, JudgeSettings)
 
 
 def run(args: Namespace) -> int:
@@ -93,6 +102,7 @@ def run(args: Namespace) -> int:
         out=settings.out,
         on_part=lambda part: tell(args, f"{time.perf_counter() - began:6.1f} s  {part}"),
     )
+    tell_spent(args, *measures.scorers)
     figure = save_evaluation(settings.out)
     print(as_text(results))
     print(f"\n{Path(settings.out) / 'evaluation.md'}, evaluation.csv, items.csv; {figure}")
@@ -124,18 +134,19 @@ def _measures(args: Namespace, settings: Evaluate) -> Any:
             "prompts": {}
             if no_prompts
             else read_prompts(settings.prompts, seed=settings.split_seed),
-            "scorers": () if no_prompts else tuple(_scorers(settings)),
+            "scorers": () if no_prompts else tuple(_scorers(args, settings)),
             "tasks": tuple(tasks),
         },
     ).limited()
 
 
-def _scorers(settings: Evaluate) -> list[Any]:
+def _scorers(args: Namespace, settings: Evaluate) -> list[Any]:
     from interp_ablate.scoring.expression_lists import DEFAULT_EXPRESSIONS
     from interp_ablate.scoring.registry import make_scorer
 
     lists = () if settings.expressions == ("none",) else settings.expressions
     names = lists if settings.expressions else (DEFAULT_EXPRESSIONS,)
-    rubric, cache = rubric_of(settings.rubric), Path(settings.out) / "judge.jsonl"
+    cache, endpoint = Path(settings.out) / "judge.jsonl", judge_settings(args)
+    options: dict[str, Any] = {"rubric": rubric_of(settings.rubric), "cache": cache}
     specs = [*(f"expressions:{name}" for name in names), *settings.scorer]
-    return [make_scorer(spec, rubric=rubric, cache=cache) for spec in specs]
+    return [make_scorer(spec, endpoint=endpoint, **options) for spec in specs]

@@ -14,7 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from interp_ablate.cli.options import REPLIES, RUBRIC, ModelSettings, load, rubric_of
+from interp_ablate.cli.options import (
+    REPLIES,
+    RUBRIC,
+    JudgeSettings,
+    ModelSettings,
+    judge_settings,
+    load,
+    rubric_of,
+    tell_spent,
+)
 from interp_ablate.cli.settings import flags_from, settings_from
 from interp_ablate.datasets.filter_recipe import FilterRecipe
 from interp_ablate.datasets.filtering import FilterSettings
@@ -56,7 +65,7 @@ def add(parser: ArgumentParser) -> None:
         "is a language model. With rules, those alone count."
     )
     parser.set_defaults(tests=[], action="drop")
-    flags_from(parser, Filter, FilterRecipe, FilterSettings)
+    flags_from(parser, Filter, FilterRecipe, FilterSettings, JudgeSettings)
     rules = parser.add_argument_group("rules with limits")
     for flag, text in (
         ("--scorer", "lexicon:, classifier:, judge: or expressions: scorer, 0 to 100"),
@@ -108,10 +117,11 @@ def run(args: Namespace) -> int:
 
     filtering = settings_from(args, Filter)
     data, label = data_and_label(filtering.data)
-    rules = tuple(_rules(filtering, args.tests))
+    rules = tuple(_rules(filtering, args.tests, judge_settings(args)))
     recipe = settings_from(args, FilterRecipe, under={"rules": rules, "action": args.action})
     settings = settings_from(args, FilterSettings, under={"labels": label})
     manifest = filter_file(data, filtering.out, recipe, settings=settings, progress=_progress(args))
+    tell_spent(args, *(rule.scorer for rule in rules if hasattr(rule, "scorer")))
     if filtering.json:
         print((Path(filtering.out) / "manifest.json").read_text(encoding="utf-8"), end="")
     else:
@@ -119,12 +129,12 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def _rules(filtering: Filter, tests: list[dict[str, Any]]) -> list[Any]:
+def _rules(filtering: Filter, tests: list[dict[str, Any]], endpoint: dict[str, Any]) -> list[Any]:
     from interp_ablate.datasets.filter_rules import LengthRule, decline_rule, expression_rule
 
     languages = filtering.language
     rules: list[Any] = [expression_rule(name, languages) for name in filtering.expressions]
-    rules += [_limited(filtering, test) for test in tests]
+    rules += [_limited(filtering, test, endpoint) for test in tests]
     lengths = (filtering.min_characters, filtering.max_characters)
     if lengths != (None, None):
         rules.append(LengthRule(below=lengths[0], above=lengths[1]))
@@ -137,7 +147,7 @@ def _rules(filtering: Filter, tests: list[dict[str, Any]]) -> list[Any]:
     return rules
 
 
-def _limited(filtering: Filter, test: dict[str, Any]) -> Any:
+def _limited(filtering: Filter, test: dict[str, Any], endpoint: dict[str, Any]) -> Any:
     """The rule of a --scorer or --direction, with its limits."""
     from interp_ablate.datasets.filter_rules import ProjectionRule, direction_at, score_rule
 
@@ -148,7 +158,12 @@ def _limited(filtering: Filter, test: dict[str, Any]) -> Any:
         direction = direction_at(test["spec"])
         return ProjectionRule(model=load(filtering, filtering.model), direction=direction, **limits)
     cache = Path(filtering.out) / REPLIES
-    return score_rule(test["spec"], rubric=rubric_of(filtering.rubric), cache=cache, **limits)
+    asked: dict[str, Any] = {
+        "rubric": rubric_of(filtering.rubric),
+        "cache": cache,
+        "endpoint": endpoint,
+    }
+    return score_rule(test["spec"], **asked, **limits)
 
 
 def _progress(args: Namespace) -> Callable[[int], None] | None:

@@ -10,12 +10,13 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from interp_ablate.errors import RunError
 from interp_ablate.models.loading import HFLoadingOptions, LoadingOptions
+from interp_ablate.scoring.endpoint import DEFAULTS as ENDPOINT
 from interp_ablate.settings import setting
 
 NO_PLAN = 1  # exit status where no candidate passed the limits
@@ -30,6 +31,31 @@ class ModelSettings(LoadingOptions):
     """Which model, and how it is loaded."""
 
     model: str | None = setting(None, "bundled alias (smollm2), HF folder, .gguf file or hub name")
+
+
+@dataclass(frozen=True)
+class JudgeSettings:
+    """How a judge's server is asked."""
+
+    concurrency: int = setting(ENDPOINT.concurrency, "calls to a judge's server at a time")
+    max_tokens: int = setting(ENDPOINT.max_tokens, "of a judge's answer, thoughts included")
+    timeout: float = setting(
+        ENDPOINT.timeout, "seconds of silence after which a call is tried again"
+    )
+
+
+def judge_settings(args: Namespace) -> dict[str, Any]:
+    """How a judge's server is asked, as `make_scorer` takes it."""
+    from interp_ablate.cli.settings import settings_from
+
+    return asdict(settings_from(args, JudgeSettings))
+
+
+def tell_spent(args: Namespace, *scorers: Any) -> None:
+    """Print to standard error what judges cost, unless --quiet."""
+    for scorer in scorers:
+        if getattr(scorer, "spent", ""):
+            tell(args, scorer.spent)
 
 
 def load(settings: LoadingOptions, name: str | None) -> Any:
@@ -93,7 +119,9 @@ def check_new(
         check_output_file(out, overwrite=force, ours=ours)
 
 
-def trait_scorer(spec: str | None, trait: Any, folder: Path) -> Any:
+def trait_scorer(
+    spec: str | None, trait: Any, folder: Path, endpoint: dict[str, Any] | None = None
+) -> Any:
     """The scorer of --scorer, or the trait's own; a judge keeps its replies in the folder.
 
     Raises:
@@ -106,7 +134,8 @@ def trait_scorer(spec: str | None, trait: Any, folder: Path) -> Any:
             f"the trait {trait.name!r} names no offline scorer: give --scorer, such as "
             "judge:MODEL@http://HOST/v1 (its rubric is the trait's) or classifier:FOLDER"
         )
-    return make_scorer(spec or trait.scorer, rubric=trait.rubric, cache=folder / REPLIES)
+    cache = folder / REPLIES
+    return make_scorer(spec or trait.scorer, rubric=trait.rubric, cache=cache, endpoint=endpoint)
 
 
 def rubric_of(text_or_file: str | None) -> str | None:

@@ -10,7 +10,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
-from interp_ablate.cli.options import REPLACE
+from interp_ablate.cli.options import REPLACE, JudgeSettings, tell_spent
 from interp_ablate.cli.persona_options import PersonaSettings, greedy, opened, score_text
 from interp_ablate.cli.progress_bars import ProgressBars
 from interp_ablate.cli.settings import adding, settings_from
@@ -26,13 +26,13 @@ class Bake(PersonaSettings):
     force: bool = setting(False, REPLACE)
 
 
-add = adding(Bake, BakingConfig, (SamplingConfig, ("max_new_tokens", "batch_size")))
+add = adding(Bake, BakingConfig, JudgeSettings, (SamplingConfig, ("max_new_tokens", "batch_size")))
 
 
 def run(args: Namespace) -> int:
     """Write the checkpoint, and print what it answers before and after."""
     settings = settings_from(args, Bake)
-    persona, both, model = opened(settings)
+    persona, both, model = opened(args, settings)
     from interp_ablate.persona.baking import bake
 
     under = {"sampling": greedy(args), "overwrite": settings.force}
@@ -48,6 +48,7 @@ def run(args: Namespace) -> int:
         settings=baking,
         listener=ProgressBars(quiet=args.quiet),
     )
+    tell_spent(args, *both.values())
     if settings.json:
         certificate = {"certificate": baked.certificate["passed"]}
         print(json.dumps({"out": settings.out, **certificate, **baked.results}))

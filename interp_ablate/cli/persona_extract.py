@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from interp_ablate.cli.options import load
+from interp_ablate.cli.options import JudgeSettings, load, tell_spent
 from interp_ablate.cli.persona_options import ScoringSettings, score_text, scorers
 from interp_ablate.cli.progress_bars import ProgressBars
 from interp_ablate.cli.settings import adding, settings_from
@@ -27,7 +27,7 @@ class Extract(ScoringSettings):
     out: str = setting(help="persona folder")
 
 
-add = adding(Extract, ExtractionConfig, SamplingConfig)
+add = adding(Extract, ExtractionConfig, SamplingConfig, JudgeSettings)
 
 
 def run(args: Namespace) -> int:
@@ -36,7 +36,7 @@ def run(args: Namespace) -> int:
 
     settings = settings_from(args, Extract)
     trait, out = load_trait(settings.trait), Path(settings.out)
-    both = scorers(settings, trait, out)
+    both = scorers(args, settings, trait, out)
     from interp_ablate.persona.extraction import extract
     from interp_ablate.plots.persona import save_figures
 
@@ -49,6 +49,7 @@ def run(args: Namespace) -> int:
         settings=settings_from(args, ExtractionConfig, under={"sampling": sampling}),
         listener=ProgressBars(quiet=args.quiet),
     )
+    tell_spent(args, *both.values())
     _print_persona(persona, out, save_figures(out), as_json=settings.json)
     return 0
 

@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from interp_ablate.cli.options import ModelSettings, load, trait_scorer
+from interp_ablate.cli.options import (
+    JudgeSettings,
+    ModelSettings,
+    judge_settings,
+    load,
+    tell_spent,
+    trait_scorer,
+)
 from interp_ablate.cli.persona_options import asked_questions, greedy
 from interp_ablate.cli.progress_bars import ProgressBars
 from interp_ablate.cli.settings import adding, settings_from
@@ -36,7 +43,7 @@ class Monitor(ModelSettings):
     coefficient: float = setting(0.0, "with --prompt: steer by so much; 0 does not")
 
 
-add = adding(Monitor, (SamplingConfig, ("max_new_tokens",)))
+add = adding(Monitor, (SamplingConfig, ("max_new_tokens",)), JudgeSettings)
 
 
 def run(args: Namespace) -> int:
@@ -50,7 +57,7 @@ def run(args: Namespace) -> int:
     out = Path(settings.out or settings.folder)
     if settings.prompt is not None:
         return _stream(settings, sampling, persona, out)
-    scorer = trait_scorer(settings.scorer, persona.trait, out)
+    scorer = trait_scorer(settings.scorer, persona.trait, out, judge_settings(args))
     systems = None if settings.systems is None else read_graded(settings.systems)
     questions = asked_questions(settings.questions, persona)
     monitoring = monitor_trait(
@@ -63,6 +70,7 @@ def run(args: Namespace) -> int:
         sampling=sampling,
         listener=ProgressBars(quiet=args.quiet),
     )
+    tell_spent(args, scorer)
     monitoring.save(out)
     figure = save_monitoring(monitoring, out / "figures" / "monitor.png")
     _print_monitoring(monitoring)

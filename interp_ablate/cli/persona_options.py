@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from interp_ablate.cli.options import REPLIES, ModelSettings, load, trait_scorer
+from interp_ablate.cli.options import REPLIES, ModelSettings, judge_settings, load, trait_scorer
 from interp_ablate.cli.settings import given_flags
 from interp_ablate.errors import RunError
 from interp_ablate.persona.settings import SamplingConfig
@@ -46,23 +46,24 @@ class PersonaSettings(ScoringSettings):
     folder: str = setting(help="persona folder", positional=True)
 
 
-def scorers(settings: ScoringSettings, trait: Any, folder: Path) -> dict[str, Any]:
+def scorers(args: Namespace, settings: ScoringSettings, trait: Any, folder: Path) -> dict[str, Any]:
     """The trait's scorer and that of coherence (None: fluency); judges keep their replies in the folder."""
     from interp_ablate.scoring.registry import make_scorer
 
-    scorer, coherence = trait_scorer(settings.scorer, trait, folder), None
+    endpoint = judge_settings(args)
+    scorer, coherence = trait_scorer(settings.scorer, trait, folder, endpoint), None
     if settings.coherence:
-        cache = folder / REPLIES
-        coherence = make_scorer(settings.coherence, rubric=COHERENCE_RUBRIC, cache=cache)
+        options: dict[str, Any] = {"cache": folder / REPLIES, "endpoint": endpoint}
+        coherence = make_scorer(settings.coherence, rubric=COHERENCE_RUBRIC, **options)
     return {"scorer": scorer, "coherence": coherence}
 
 
-def opened(settings: PersonaSettings) -> tuple[Any, dict[str, Any], Any]:
+def opened(args: Namespace, settings: PersonaSettings) -> tuple[Any, dict[str, Any], Any]:
     """The persona of the folder, its scorers and its model."""
     from interp_ablate.persona.persona import load_persona
 
     persona, folder = load_persona(settings.folder), Path(settings.folder)
-    both = scorers(settings, persona.trait, folder)
+    both = scorers(args, settings, persona.trait, folder)
     return persona, both, load(settings, settings.model or persona.model)
 
 

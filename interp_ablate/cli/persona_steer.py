@@ -9,6 +9,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
+from interp_ablate.cli.options import JudgeSettings, tell_spent
 from interp_ablate.cli.persona_options import PersonaSettings, greedy, opened, score_text
 from interp_ablate.cli.progress_bars import ProgressBars
 from interp_ablate.cli.settings import adding, settings_from
@@ -27,13 +28,14 @@ add = adding(
     Steer,
     (SteeringConfig, ("coefficients", "questions", "controls")),
     (SamplingConfig, ("max_new_tokens", "batch_size")),
+    JudgeSettings,
 )
 
 
 def run(args: Namespace) -> int:
     """Answer under every coefficient, and print the curve."""
     settings = settings_from(args, Steer)
-    persona, both, model = opened(settings)
+    persona, both, model = opened(args, settings)
     from interp_ablate.persona.steering import curve, steer
     from interp_ablate.plots.persona import save_figures
     from interp_ablate.storage.atomic_files import write_atomic
@@ -49,6 +51,7 @@ def run(args: Namespace) -> int:
         replace_other=settings.force,
         listener=ProgressBars(quiet=args.quiet),
     )
+    tell_spent(args, *both.values())
     table = curve(answers)
     write_atomic(folder / "curve.csv", table.to_csv(index=False))
     figures = save_figures(folder)

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from interp_ablate.cli.options import (
+    JudgeSettings,
     TrainingSettings,
     estimate_text,
+    judge_settings,
     load_trainable,
     prepare,
     tell,
+    tell_spent,
     trait_scorer,
 )
 from interp_ablate.cli.persona_options import asked_questions
@@ -52,7 +55,7 @@ class Train(TrainingSettings):
     max_new_tokens: int = setting(48, "tokens of a measured answer, at most")
 
 
-add = adding(Train, LoraRecipe)
+add = adding(Train, LoraRecipe, JudgeSettings)
 
 
 def run(args: Namespace) -> int:
@@ -67,7 +70,8 @@ def run(args: Namespace) -> int:
     from interp_ablate.training.preventative.trait_measure import TraitMeasure
 
     persona, recipe = load_persona(settings.folder), settings_from(args, LoraRecipe)
-    scorer = trait_scorer(settings.scorer, persona.trait, Path(settings.folder))
+    folder = Path(settings.folder)
+    scorer = trait_scorer(settings.scorer, persona.trait, folder, judge_settings(args))
     samples, counts = _samples(settings)
     coefficient = persona.coefficient if settings.coefficient is None else settings.coefficient
     arms = _arms(settings, persona, coefficient, recipe.seed)
@@ -83,6 +87,7 @@ def run(args: Namespace) -> int:
         overwrite=settings.force,
         on_step=lambda name, n: tell(args, f"{name}: step {n}") if n % 10 == 0 else None,
     )
+    tell_spent(args, scorer)
     save_trait(report, Path(settings.out) / "figures" / "preventative.png")
     _print_trait(report)
     print(f"report: {Path(settings.out) / 'report.json'}")

@@ -17,7 +17,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from interp_ablate.cli.options import REPLACE, RUBRIC, check_new, rubric_of, tell
+from interp_ablate.cli.options import (
+    REPLACE,
+    RUBRIC,
+    JudgeSettings,
+    check_new,
+    judge_settings,
+    rubric_of,
+    tell,
+    tell_spent,
+)
 from interp_ablate.cli.settings import adding, settings_from
 from interp_ablate.errors import InterpAblateError, RunError
 from interp_ablate.settings import setting
@@ -55,7 +64,7 @@ class Score:
     json: bool = setting(False, "the table as one JSON object a line")
 
 
-add = adding(Score)
+add = adding(Score, JudgeSettings)
 
 
 @dataclass
@@ -87,7 +96,8 @@ def run(args: Namespace) -> int:
         )
     cache = settings.cache or (out.with_name(out.name + ".replies.jsonl") if out else None)
     rubric = rubric_of(settings.rubric)
-    scorers = [make_scorer(spec, rubric=rubric, cache=cache) for spec in settings.scorer]
+    options: dict[str, Any] = {"rubric": rubric, "cache": cache, "endpoint": judge_settings(args)}
+    scorers = [make_scorer(spec, **options) for spec in settings.scorer]
     names = _distinct(settings.scorer, [scorer.name for scorer in scorers])
     rows, done = _rows(settings), 0
     tallies: dict[tuple[str, str], _Tally] = {}
@@ -101,6 +111,7 @@ def run(args: Namespace) -> int:
                 _count(tallies, row, of_row, settings.by)
             done += len(chunk)
             tell(args, f"{done} scored")
+    tell_spent(args, *scorers)
     if not done:
         raise RunError(f"{settings.file} holds no answer to score")
     _print(tallies, json_lines=settings.json)

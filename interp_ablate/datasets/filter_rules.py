@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from interp_ablate.datasets.conversations import Turn
 from interp_ablate.errors import RunError
-from interp_ablate.scoring.exchange import ExplainingScorer, PromptResponse, ScorerKind, TextScorer
+from interp_ablate.scoring.exchange import ScorerKind, TextScorer, verdicts_of
 from interp_ablate.scoring.expressions import ExpressionScorer, expression_scorer
 from interp_ablate.scoring.refusals import LANGUAGES, REASONS, Reason, RefusalDetector
 from interp_ablate.scoring.text_folding import fold
@@ -189,12 +189,17 @@ class ScoreRule(_Limits):
         return {"kind": "score", **self.scorer.identity}
 
     def read(self, turns: Sequence[Turn]) -> list[RuleValue]:
-        return _asked(turns, self._ask)
+        values = dict(self.read_each(turns))
+        return [values[number] for number in range(len(turns))]
 
-    def _ask(self, exchanges: Sequence[PromptResponse]) -> list[RuleValue]:
-        if isinstance(self.scorer, ExplainingScorer):
-            return [RuleValue(v.score, v.why) for v in self.scorer.explain(exchanges)]
-        return [RuleValue(score) for score in self.scorer(exchanges)]
+    def read_each(self, turns: Sequence[Turn]) -> Iterator[tuple[int, RuleValue]]:
+        """The values as they are ready, each with the number of its turn; a turn without a prompt has none."""
+        asked = [number for number, turn in enumerate(turns) if turn.is_asked]
+        yield from (
+            (n, RuleValue(None, NO_PROMPT)) for n in range(len(turns)) if n not in set(asked)
+        )
+        for place, v in verdicts_of(self.scorer, [turns[number].exchange for number in asked]):
+            yield asked[place], RuleValue(v.score, v.why)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,13 +237,14 @@ class ProjectionRule(_Limits):
         }
 
     def read(self, turns: Sequence[Turn]) -> list[RuleValue]:
-        return _asked(turns, self._ask)
-
-    def _ask(self, exchanges: Sequence[PromptResponse]) -> list[RuleValue]:
+        """The values of turns; a turn without a prompt has none."""
         from interp_ablate.activations.pooling import project_responses
 
+        exchanges = [turn.exchange for turn in turns if turn.is_asked]
+        values = iter(project_responses(self.model, exchanges, self.direction))
         return [
-            RuleValue(value) for value in project_responses(self.model, exchanges, self.direction)
+            RuleValue(next(values)) if turn.is_asked else RuleValue(None, NO_PROMPT)
+            for turn in turns
         ]
 
 
@@ -256,16 +262,6 @@ class LengthRule(_Limits):
 
     def read(self, turns: Sequence[Turn]) -> list[RuleValue]:
         return [RuleValue(float(len(turn.answer))) for turn in turns]
-
-
-def _asked(
-    turns: Sequence[Turn], ask: Callable[[Sequence[PromptResponse]], list[RuleValue]]
-) -> list[RuleValue]:
-    """The values of turns. A turn without a prompt has none."""
-    prompted = [turn.is_asked for turn in turns]
-    exchanges = [turn.exchange for turn, usable in zip(turns, prompted) if usable]
-    values = iter(ask(exchanges) if exchanges else ())
-    return [next(values) if usable else RuleValue(None, NO_PROMPT) for usable in prompted]
 
 
 # ---- rules from flags ------------------------------------------------------------------------------
@@ -299,6 +295,7 @@ def score_rule(
     below: float | None = None,
     rubric: str | None = None,
     cache: str | Path | None = None,
+    endpoint: Mapping[str, Any] | None = None,
 ) -> ScoreRule:
     """The rule of a scorer that a line of text names (see `make_scorer`).
 
@@ -307,7 +304,7 @@ def score_rule(
     """
     from interp_ablate.scoring.registry import make_scorer, scorer_kind
 
-    scorer = make_scorer(spec, rubric=rubric, cache=cache)
+    scorer = make_scorer(spec, rubric=rubric, cache=cache, endpoint=endpoint)
     kind = scorer_kind(spec.partition(":")[0])
     cost = kind.cost if kind else ScorerKind.cost
     return ScoreRule(above=above, below=below, scorer=scorer, cost=cost, stored=cost > 2)

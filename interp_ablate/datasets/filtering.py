@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -32,8 +32,9 @@ from interp_ablate.datasets.filter_recipe import (
     reason_kinds,
     samples_page,
 )
-from interp_ablate.datasets.filter_rules import Rule, RuleValue
+from interp_ablate.datasets.filter_rules import Rule, RuleValue, ScoreRule
 from interp_ablate.errors import RunError
+from interp_ablate.scoring.exchange import UNANSWERED
 from interp_ablate.settings import setting
 from interp_ablate.stats.intervals import rate
 from interp_ablate.storage.atomic_files import atomic_path, write_atomic
@@ -146,13 +147,22 @@ class _Stored:
         digest = self.names[id(rule)]
         keys = [(digest, sample.number, turn.index) for sample, turn in asked]
         waiting = [k for k, key in enumerate(keys) if key not in self.values]
-        for start in range(0, len(waiting), _STORED):
-            part = waiting[start : start + _STORED]
-            values = read_now(rule, [asked[k] for k in part])
-            rows = [[*keys[k][1:], r.value, r.why] for k, r in zip(part, values, strict=True)]
+        values = self._values(rule, [asked[k] for k in waiting])
+        while part := {waiting[i]: value for i, value in islice(values, _STORED)}:
+            rows = [[*keys[k][1:], r.value, r.why] for k, r in part.items() if r.why != UNANSWERED]
             self.journal.append({"rule": digest, "readings": rows})
-            self.values.update(zip((keys[k] for k in part), values))
+            self.values.update({keys[k]: value for k, value in part.items()})
         return [self.values[key] for key in keys]
+
+    def _values(
+        self, rule: Rule, asked: Sequence[tuple[Sample, Turn]]
+    ) -> Iterator[tuple[int, RuleValue]]:
+        """The rule's values as they are ready: a judge's as they come, others some at a time."""
+        if isinstance(rule, ScoreRule):
+            yield from rule.read_each([turn for _, turn in asked])
+            return
+        for start in range(0, len(asked), _STORED):
+            yield from enumerate(read_now(rule, asked[start : start + _STORED]), start)
 
 
 @dataclass

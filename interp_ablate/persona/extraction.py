@@ -90,6 +90,9 @@ _REASONS = {
 }
 
 
+SELECTION = "selection.jsonl"  # the answers that choose the layer
+
+
 def filter_rollouts(
     rollouts: Sequence[Rollout],
     *,
@@ -188,6 +191,7 @@ def extract(
     if done is not None and done.details.get("made_of") == made_of:
         listener.note(f"{out}: the persona is there already")
         return done
+    _check_scorers(out, done, made_of)
     n_made, n_chosen = settings.extraction_questions, settings.selection_questions
     questions = split_questions(trait, extraction=n_made, selection=n_chosen, evaluation=1)
     options: dict[str, Any] = {"scorer": scorer, "coherence": coherence, "listener": listener}
@@ -197,7 +201,7 @@ def extract(
     readout = _readout(model, rollouts, candidates, settings, source=source, listener=listener)
     position = POSITIONS[settings.pooling]
     steering = [each for each in directions.where(candidates) if each.position == position]
-    path = out / "selection.jsonl"
+    path = out / SELECTION
     chosen, layers, unsteered = choose_layer(
         model, steering, questions.selection, path, settings=settings, **options
     )
@@ -288,6 +292,26 @@ def _made_of(
         "settings": asdict(settings),
     }
     return json.loads(json.dumps(made_of))  # type: ignore[no-any-return]
+
+
+def _check_scorers(out: Path, done: Persona | None, made_of: dict[str, Any]) -> None:
+    """Refuse a folder whose layer was chosen by other scorers, before any score is paid for.
+
+    Raises:
+        RunError: the scorers that differ.
+    """
+    scorers = {name: made_of[name] for name in ("scorer", "coherence")}
+    if done is None:
+        if (out / SELECTION).exists():  # interrupted after its answers were scored
+            read_answers(out / "rollouts.jsonl", **scorers)
+        return
+    before = done.details.get("made_of") or {}
+    other = [name for name, identity in scorers.items() if before.get(name, identity) != identity]
+    if other:
+        raise RunError(
+            f"{out} holds a persona that was made with another {' and '.join(other)}: choose another --out, "
+            "or delete it"
+        )
 
 
 def _candidate_layers(model: Model, settings: ExtractionConfig) -> range:

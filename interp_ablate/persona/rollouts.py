@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,17 @@ from interp_ablate.models.model import Model
 from interp_ablate.persona.settings import SamplingConfig
 from interp_ablate.persona.traits import Trait
 from interp_ablate.prompts.prompt import Prompt
-from interp_ablate.scoring.exchange import PromptResponse, TextScorer
+from interp_ablate.scoring.exchange import (
+    AT_A_TIME,
+    UNANSWERED,
+    PromptResponse,
+    TextScorer,
+    Verdict,
+    verdicts_of,
+)
 from interp_ablate.storage.jsonl_log import JsonlLog
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "interp_ablate.rollouts/1"
 
@@ -137,7 +148,7 @@ def read_answers(
 # Perplexities between which coherence falls from 100 to 0, on a logarithmic scale.
 FLUENT, BROKEN = 10.0, 1000.0
 FLUENCY = {"fluency": [FLUENT, BROKEN]}  # what verdicts of `fluency` are kept under
-_SCORED_AT_A_TIME, _READ_AT_A_TIME = 16, 8
+_READ_AT_A_TIME = 8
 
 
 def rollout_requests(
@@ -202,7 +213,7 @@ def run_rollouts(
         listener.finish()
         scores = store.verdicts_of("score", scorer.identity, _by_scorer(scorer), listener)
         coherences = (
-            store.verdicts_of("coherence", FLUENCY, partial(fluency, model), listener)
+            store.verdicts_of("coherence", FLUENCY, partial(_fluencies, model), listener)
             if coherence is None
             else store.verdicts_of("coherence", coherence.identity, _by_scorer(coherence), listener)
         )
@@ -301,10 +312,13 @@ class _Store:
         self,
         what: str,
         identity: Mapping[str, Any],
-        score: Callable[[list[Rollout]], Sequence[float | None]],
+        score: Callable[[list[Rollout]], Iterator[tuple[int, Verdict]]],
         listener: Progress,
     ) -> dict[int, float | None]:
-        """Verdicts on all answers by their number; those with text and no verdict yet are scored now."""
+        """Verdicts on all answers by their number; those with text and no verdict yet are scored now.
+
+        Verdicts are stored some at a time, as they come.
+        """
         by, numbers = verdict_key(what, identity), range(len(self.requests))
         waiting = [
             number
@@ -313,34 +327,46 @@ class _Store:
         ]
         if waiting:
             listener.start(what, len(waiting))
-        for start in range(0, len(waiting), _SCORED_AT_A_TIME):
-            part = waiting[start : start + _SCORED_AT_A_TIME]
-            values = list(score([self.written[number] for number in part]))
-            self.log.append({"scored": part, "by": by, "values": values})
-            self.verdicts.update({(by, number): value for number, value in zip(part, values)})
+        why: Counter[str] = Counter()
+        verdicts = score([self.written[number] for number in waiting])
+        while part := dict(islice(verdicts, AT_A_TIME)):
+            why.update(v.why or "no reason given" for v in part.values() if v.score is None)
+            scores = {waiting[i]: v.score for i, v in part.items() if v.why != UNANSWERED}
+            values = list(scores.values())
+            reasons = {waiting[i]: v.why for i, v in part.items() if v.score is None}
+            more = {"why": reasons} if reasons else {}
+            self.log.append({"scored": list(scores), "by": by, "values": values, **more})
+            self.verdicts.update({(by, number): value for number, value in scores.items()})
             listener.advance(len(part))
         if waiting:
             listener.finish()
+        if why:
+            counts = ", ".join(f"{count} {reason}" for reason, count in why.most_common())
+            logger.warning(
+                "%s: no verdict on %d of %d answers: %s", what, why.total(), len(waiting), counts
+            )
         return {number: self.verdicts.get((by, number)) for number in numbers}
 
 
-def _by_scorer(scorer: TextScorer) -> Callable[[list[Rollout]], list[float | None]]:
+def _by_scorer(scorer: TextScorer) -> Callable[[list[Rollout]], Iterator[tuple[int, Verdict]]]:
     """The scorer over answers; its values are checked."""
-    return lambda answers: _checked(
-        scorer([answer.exchange for answer in answers]), len(answers), scorer.name
-    )
+
+    def score(answers: list[Rollout]) -> Iterator[tuple[int, Verdict]]:
+        for number, verdict in verdicts_of(scorer, [answer.exchange for answer in answers]):
+            if verdict.score is not None and not 0 <= verdict.score <= 100:
+                raise InterpAblateError(
+                    f"the scorer {scorer.name!r} gave {verdict.score}: a scorer gives one number from 0 to "
+                    "100, or None, an answer"
+                )
+            yield number, verdict
+
+    return score
 
 
-def _checked(values: Sequence[float | None], count: int, name: str) -> list[float | None]:
-    scores = [None if value is None else float(value) for value in values]
-    wrong = [value for value in scores if value is not None and not 0 <= value <= 100]
-    if len(scores) != count or wrong:
-        raise InterpAblateError(
-            f"the scorer {name!r} gave {len(scores)} scores for {count} answers"
-            + (f", such as {wrong[0]}" if wrong else "")
-            + ": a scorer gives one number from 0 to 100, or None, an answer"
-        )
-    return scores
+def _fluencies(model: Model, answers: list[Rollout]) -> Iterator[tuple[int, Verdict]]:
+    for start in range(0, len(answers), AT_A_TIME):
+        values = fluency(model, answers[start : start + AT_A_TIME])
+        yield from ((number, Verdict(value)) for number, value in enumerate(values, start))
 
 
 def fluency(model: Model, answers: Sequence[Rollout]) -> list[float]:

@@ -18,7 +18,7 @@ from time import time
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, urlsplit, urlunsplit
 
-from interp_ablate.scoring.replies import EndpointError, Reply, RequestError
+from interp_ablate.scoring.replies import EndpointError, Reply, RequestError, UnansweredError
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class ChatClient:
 
         Raises:
             Refused: a status that trying again does not change.
-            EndpointError: no try gave a reply.
+            UnansweredError: no try gave a reply.
         """
         openai = _openai()
         rest = {k: v for k, v in body.items() if k not in ("model", "messages")}
@@ -118,7 +118,7 @@ class ChatClient:
                 break
             logger.info("%r: %s; try %d", self, why, tried + 1)
         more = f"; it asks to wait {asked_to_wait:g} s" if asked_to_wait > LONGEST_WAIT else ""
-        raise EndpointError(
+        raise UnansweredError(
             f"{body['model']} at {self.shown} gave no answer in {tried} "
             f"{'try' if tried == 1 else 'tries'}; the last: {why}{more}. Is the server up, and the URL "
             "right (it usually ends in /v1)? Run again to go on: answers that came are kept"
@@ -247,6 +247,8 @@ def read_reply(content: bytes) -> Reply:
         at = next((i for i, token in enumerate(tokens) if token.strip()), None)
         top = () if at is None else positions[at].get("top_logprobs") or ()
         likeliest = tuple((str(one["token"]), float(one["logprob"])) for one in top)
+        usage = data.get("usage") or {}
+        used = (int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
         finish, model = choice.get("finish_reason") or "stop", data.get("model") or ""
         if not isinstance(text, str):
             raise TypeError("its content is no text")
@@ -254,5 +256,5 @@ def read_reply(content: bytes) -> Reply:
         shown = content[:200].decode(errors="replace")
         raise Garbled(f"{shown!r} ({type(error).__name__})") from None
     return Reply(
-        text, str(finish), str(refusal) if refusal else None, tokens, likeliest, str(model)
+        text, str(finish), str(refusal) if refusal else None, tokens, likeliest, str(model), used
     )

@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from interp_ablate.scoring.replies import (
     EndpointError,
     Reply,
     RequestError,
+    UnansweredError,
     parse_json,
     reply_cache,
 )
@@ -35,6 +36,8 @@ Structured = Literal["auto", "schema", "plain"]
 UNSUPPORTED = (400, 422, 501)
 # Fields that models which think refuse, and what they take in their place (None: their own choice).
 ADAPTED: dict[str, str | None] = {"max_tokens": "max_completion_tokens", "temperature": None}
+# So many requests without an answer, one after the other, and the server counts as gone.
+GONE_AFTER = 10
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,18 @@ class EndpointSettings:
     """Seconds before the first retry, doubled for each further; a Retry-After is honoured."""
     timeout: float = 60.0
     """Seconds of silence after which a call counts as hanging."""
-    concurrency: int = 4
+    concurrency: int = 16
     """Calls at a time."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of the request (`seed`, `top_p`, `max_completion_tokens`); None drops one."""
+
+    def __post_init__(self) -> None:
+        least = {"concurrency": 1, "max_tokens": 1, "retries": 0}
+        for name, fewest in least.items():
+            if getattr(self, name) < fewest:
+                raise EndpointError(f"{name} is {fewest} or more; got {getattr(self, name)}")
+        if not self.timeout > 0:
+            raise EndpointError(f"timeout is a number of seconds above 0; got {self.timeout}")
 
 
 DEFAULTS = EndpointSettings()
@@ -103,11 +114,16 @@ class Endpoint:
             "max_tokens": settings.max_tokens,
             **settings.options,
         }
-        self._sent = dict(self._fields)  # as this server takes them
+        about = [self.base_url, model, settings.structured, self._fields]
+        self._server = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+        takes = self._cache.server(self._server)
+        self._sent: dict[str, Any] = dict(takes.get("fields", self._fields))
+        given = {"schema": True, "plain": False}.get(settings.structured)
+        self._schema_taken: bool | None = takes.get("schema", given)
         self._lock = threading.Lock()
-        self._schema_taken = {"schema": True, "plain": False}.get(settings.structured)
         self._answered = False
         self.from_cache = 0  # answers that cost nothing
+        self.used = [0, 0]  # tokens of questions and of answers, as the server counts them
 
     @property
     def calls(self) -> int:
@@ -118,8 +134,25 @@ class Endpoint:
         return f"<Endpoint {self.model} at {self.base_url}>"
 
     @property
+    def asked(self) -> dict[str, Any]:
+        """What the server is really sent beside the messages: fields as it takes them, schema or words."""
+        ways = {True: "schema", False: "words", None: "not known yet"}
+        fields = {name: value for name, value in self._sent.items() if value is not None}
+        return {**fields, "structured": ways[self._schema_taken]}
+
+    @property
+    def spent(self) -> str:
+        """Calls and tokens so far, for a person."""
+        tokens = f", {self.used[0]} + {self.used[1]} tokens" if any(self.used) else ""
+        asked = ", ".join(f"{name} {value}" for name, value in self.asked.items())
+        return (
+            f"{self.model} at {self.base_url}: {self.calls} calls{tokens}, {self.from_cache} answers from "
+            f"the cache; asked with {asked}"
+        )
+
+    @property
     def identity(self) -> dict[str, Any]:
-        """Everything that an answer depends on, as JSON; no key."""
+        """Everything that an answer depends on, as JSON; no key. What a server takes of it is in `asked`."""
         return {
             "model": self.model,
             "base_url": self.base_url,
@@ -168,36 +201,57 @@ class Endpoint:
         schema: Mapping[str, Any] | None = None,
         top_logprobs: int = 0,
     ) -> list[Reply | RequestError]:
-        """Many replies in order, `concurrency` calls at a time; equal questions are asked once.
+        """The replies of `ask_each`, in the order of the conversations."""
+        replies = dict(self.ask_each(conversations, schema=schema, top_logprobs=top_logprobs))
+        return [replies[number] for number in range(len(conversations))]
 
-        A request that the server refuses stands in the list as its error, if it has ever answered one.
-        When the server goes away, what came before is in the cache and the rest is not asked.
+    def ask_each(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        schema: Mapping[str, Any] | None = None,
+        top_logprobs: int = 0,
+    ) -> Iterator[tuple[int, Reply | RequestError]]:
+        """Many replies as they come, each with its conversation's number; equal questions are asked once.
+
+        `concurrency` calls run at a time, and a slow one holds up no other. A request that the server refuses,
+        or never answers, comes as its error. When the server goes away, what came before is in the cache and
+        the rest is not asked.
 
         Raises:
-            EndpointError: the server cannot be reached, or has refused every request so far.
+            EndpointError: the server cannot be reached, has refused every request so far, or has left
+                GONE_AFTER requests in a row, or most of all, without an answer.
         """
-        keys = [json.dumps([dict(m) for m in messages]) for messages in conversations]
-        first = {key: i for i, key in reversed(list(enumerate(keys)))}
-        replies: dict[str, Reply | RequestError] = {}
-        stop = threading.Event()
-        pool = ThreadPoolExecutor(max(1, self.settings.concurrency), thread_name_prefix="endpoint")
+        same: dict[str, list[int]] = {}
+        for number, messages in enumerate(conversations):
+            same.setdefault(json.dumps([dict(m) for m in messages]), []).append(number)
+        stop, in_a_row, errors = threading.Event(), 0, list[RequestError]()
+        pool = ThreadPoolExecutor(self.settings.concurrency, thread_name_prefix="endpoint")
         try:
-            waiting: dict[Future[Reply], str] = {
-                pool.submit(self._ask, conversations[i], schema, top_logprobs, 0, stop): key
-                for key, i in sorted(first.items(), key=lambda pair: pair[1])
+            waiting: dict[Future[Reply], list[int]] = {
+                pool.submit(self._ask, conversations[each[0]], schema, top_logprobs, 0, stop): each
+                for each in same.values()
             }
             for done in as_completed(waiting):
+                reply: Reply | RequestError
                 try:
-                    replies[waiting[done]] = done.result()
+                    reply, in_a_row = done.result(), 0
                 except RequestError as error:
-                    replies[waiting[done]] = error
+                    reply = error
+                    errors.append(error)
+                    in_a_row += isinstance(error, UnansweredError)
+                    if in_a_row >= (GONE_AFTER if self._answered else self.settings.concurrency):
+                        raise
+                for number in waiting.pop(done):
+                    yield number, reply
         finally:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
-        refused = [reply for reply in replies.values() if isinstance(reply, RequestError)]
-        if refused and not self._answered:
-            raise refused[0]
-        return [replies[key] for key in keys]
+        lost = [error for error in errors if isinstance(error, UnansweredError)]
+        if 2 * len(lost) > len(same):
+            raise lost[-1]
+        if errors and not self._answered:
+            raise errors[0]
 
     def _ask(
         self,
@@ -243,10 +297,18 @@ class Endpoint:
             reply, used = self._without_schema(ways[1], keys[1], refused, stop)
         else:
             if len(ways) == 2:
-                self._schema_taken = True
+                self._learn(schema_taken=True)
         self._answered = True
+        with self._lock:
+            self.used = [total + new for total, new in zip(self.used, reply.used)]
         self._cache.put(used, reply)
         return reply
+
+    def _learn(self, schema_taken: bool | None) -> None:
+        """Keep what the server takes, so that the next run does not find it out again."""
+        self._schema_taken = schema_taken
+        takes = {"fields": self._sent, "schema": schema_taken}
+        self._cache.put_server(self._server, json.loads(json.dumps(takes)))
 
     def _without_schema(
         self, body: dict[str, Any], key: str, refused: Refused, stop: threading.Event
@@ -256,7 +318,7 @@ class Endpoint:
         except Refused as again:  # it was not about the schema
             raise (again if again.field in ADAPTED else refused) from None
         if self._schema_taken is None:
-            self._schema_taken = False
+            self._learn(schema_taken=False)
             logger.warning("%r takes no JSON schema: it is described in words", self)
         return reply, key
 
@@ -277,6 +339,7 @@ class Endpoint:
                     name,
                     f"sent as {other}" if other else "its own is used",
                 )
+                self._learn(self._schema_taken)
                 return True
         return name in refused.sent
 

@@ -7,12 +7,13 @@ know: models, where exchanges come from, any one scorer.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol, TypeVar
 from urllib.parse import parse_qsl
 
 from interp_ablate.errors import RunError
+from interp_ablate.prompts.messages import split_thought
 from interp_ablate.prompts.prompt import Prompt
 
 
@@ -39,6 +40,8 @@ class TextScorer(Protocol):
 
 
 EMPTY = "empty answer"
+UNANSWERED = "no answer from the server"  # may be had another time: such verdicts are kept nowhere
+AT_A_TIME = 16  # exchanges that are scored together, where a scorer has no other way
 
 
 @dataclass(frozen=True)
@@ -63,19 +66,44 @@ class ExplainingScorer(ABC):
     @abstractmethod
     def identity(self) -> dict[str, Any]: ...
 
+    @property
+    def spent(self) -> str:
+        """What the scores cost so far, for a person; "" where that is nothing."""
+        return ""
+
     @abstractmethod
     def judged(self, exchanges: Sequence[PromptResponse]) -> list[Verdict]:
         """Verdicts on exchanges with answers that are not empty."""
 
-    def explain(self, exchanges: Sequence[PromptResponse]) -> list[Verdict]:
-        """A verdict an exchange, in order.
+    def judged_each(self, exchanges: Sequence[PromptResponse]) -> Iterator[tuple[int, Verdict]]:
+        """Verdicts of `judged` as they are ready, each with the number of its exchange."""
+        for start in range(0, len(exchanges), AT_A_TIME):
+            part = exchanges[start : start + AT_A_TIME]
+            yield from enumerate(_checked(self, part, self.judged(part)), start)
+
+    def explain_each(self, exchanges: Sequence[PromptResponse]) -> Iterator[tuple[int, Verdict]]:
+        """A verdict an exchange as soon as it is there, with the exchange's number.
+
+        A thought in front of an answer is not judged.
 
         Raises:
             InterpAblateError: the scorer itself fails; one exchange without a verdict is no failure.
         """
-        asked = [exchange for exchange in exchanges if exchange.answer.strip()]
-        verdicts = iter(self.judged(asked)) if asked else iter(())
-        return [next(verdicts) if e.answer.strip() else Verdict(None, EMPTY) for e in exchanges]
+        numbers, asked = [], []
+        for number, exchange in enumerate(exchanges):
+            answer = split_thought(exchange.answer)[1]
+            if answer.strip():
+                numbers.append(number)
+                asked.append(replace(exchange, answer=answer))
+            else:
+                yield number, Verdict(None, EMPTY)
+        for place, verdict in self.judged_each(asked):
+            yield numbers[place], verdict
+
+    def explain(self, exchanges: Sequence[PromptResponse]) -> list[Verdict]:
+        """The verdicts of `explain_each`, in the order of the exchanges."""
+        verdicts = dict(self.explain_each(exchanges))
+        return [verdicts[number] for number in range(len(exchanges))]
 
     def __call__(self, exchanges: Sequence[PromptResponse]) -> list[float | None]:
         return [verdict.score for verdict in self.explain(exchanges)]
@@ -95,17 +123,43 @@ class ReversedScorer(ExplainingScorer):
     def identity(self) -> dict[str, Any]:
         return {"reversed": self.scorer.identity}
 
+    @property
+    def spent(self) -> str:
+        return self.scorer.spent if isinstance(self.scorer, ExplainingScorer) else ""
+
     def judged(self, exchanges: Sequence[PromptResponse]) -> list[Verdict]:
-        if isinstance(self.scorer, ExplainingScorer):
-            verdicts = self.scorer.explain(exchanges)
-        else:
-            verdicts = [
-                Verdict(score, "" if score is not None else "no verdict")
-                for score in self.scorer(exchanges)
-            ]
-        return [
-            Verdict(None if v.score is None else 100 - v.score, v.why, v.detail) for v in verdicts
-        ]
+        verdicts = dict(self.judged_each(exchanges))
+        return [verdicts[number] for number in range(len(exchanges))]
+
+    def judged_each(self, exchanges: Sequence[PromptResponse]) -> Iterator[tuple[int, Verdict]]:
+        for number, v in verdicts_of(self.scorer, exchanges):
+            score = None if v.score is None else 100 - v.score
+            yield number, Verdict(score, v.why or ("no verdict" if score is None else ""), v.detail)
+
+
+def verdicts_of(
+    scorer: TextScorer, exchanges: Sequence[PromptResponse]
+) -> Iterator[tuple[int, Verdict]]:
+    """The verdicts of any scorer as they are ready, each with the number of its exchange."""
+    if isinstance(scorer, ExplainingScorer):
+        yield from scorer.explain_each(exchanges)
+        return
+    for start in range(0, len(exchanges), AT_A_TIME):
+        part = exchanges[start : start + AT_A_TIME]
+        for number, score in enumerate(_checked(scorer, part, scorer(part)), start):
+            yield number, Verdict(score)
+
+
+T = TypeVar("T")
+
+
+def _checked(scorer: TextScorer, exchanges: Sequence[PromptResponse], values: list[T]) -> list[T]:
+    if len(values) != len(exchanges):
+        raise RunError(
+            f"the scorer {scorer.name!r} gave {len(values)} scores for {len(exchanges)} answers: a scorer "
+            "gives one number from 0 to 100, or None, an answer"
+        )
+    return values
 
 
 @dataclass(frozen=True)

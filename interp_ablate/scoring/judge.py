@@ -9,19 +9,26 @@ import json
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from interp_ablate.errors import RunError
 from interp_ablate.scoring.endpoint import Endpoint, EndpointSettings
 from interp_ablate.scoring.exchange import (
+    UNANSWERED,
     ExplainingScorer,
     PromptResponse,
     ScorerKind,
     Verdict,
     as_flag,
 )
-from interp_ablate.scoring.replies import Reply, RequestError, schema_error, strip_thinking
+from interp_ablate.scoring.replies import (
+    Reply,
+    RequestError,
+    UnansweredError,
+    schema_error,
+    strip_thinking,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +42,14 @@ SCORE_SCHEMA: dict[str, Any] = {
 }
 # The published code takes no verdict from logprobs when numbers have less than this of the probability.
 LEAST_WEIGHT = 0.25
+# "85/100", "Score: 85", "**Rating: 85 out of 100**", "85%."; and scores of another scale, such as "8/10"
+_NAME = (
+    r"\s*(?:(?:(?:final|overall|the)\s+)*(?:score|rating|answer|verdict)\b\s*(?:is\b|[:=])?)?\s*"
+)
+_NUMBER = r"(-?\d+(?:\.\d+)?)\s*"
+_NAMED = re.compile(f"(?ai:{_NAME}){_NUMBER}(?:%|(?:/|out of|of)\\s*100)?\\.?\\s*")
+_OTHER_SCALE = re.compile(f"(?ai:{_NAME}){_NUMBER}(?:/|out of|of)\\s*\\d+\\.?\\s*")
+_MARKUP = re.compile(r"[*_#`]+")
 _PLACE = re.compile(r"\{(question|prompt|answer|response)\}")
 
 
@@ -49,8 +64,8 @@ class Judge(ExplainingScorer):
             no numbers of two digits). Source: Chen et al. 2025,
             https://arxiv.org/abs/2507.21509. By default the number in the answer.
 
-    A number from 0 to 100, alone or as {"score": number}, is a verdict; everything else is none, and is
-    counted by `explain`. The system prompt of an exchange is not shown to the judge.
+    A number from 0 to 100, alone or as {"score": number}, "Score: 85" or "85/100", is a verdict; everything else
+    is none, with a reason that is counted. The system prompt of an exchange is not shown to the judge.
 
     Raises:
         EndpointError (calling): the server cannot be reached, or refuses every request.
@@ -79,21 +94,29 @@ class Judge(ExplainingScorer):
             "endpoint": self.endpoint.identity,
         }
 
+    @property
+    def spent(self) -> str:
+        return self.endpoint.spent
+
     def judged(self, exchanges: Sequence[PromptResponse]) -> list[Verdict]:
-        replies = self.endpoint.ask_all(
+        verdicts = dict(self.judged_each(exchanges))
+        return [verdicts[number] for number in range(len(exchanges))]
+
+    def judged_each(self, exchanges: Sequence[PromptResponse]) -> Iterator[tuple[int, Verdict]]:
+        replies = self.endpoint.ask_each(
             [self.messages(exchange) for exchange in exchanges],
             schema=None if self.weighted else SCORE_SCHEMA,
             top_logprobs=20 if self.weighted else 0,
         )
         before = self.unweighted
-        verdicts = [self._verdict(reply) for reply in replies]
+        for number, reply in replies:
+            yield number, self._verdict(reply)
         if self.unweighted > before:
             logger.warning(
                 "%s: %d of %d scores are the number said, not weighted by probability: the server gives "
                 "no log-probabilities, or numbers of several tokens",
-                self.name, self.unweighted - before, len(verdicts),
+                self.name, self.unweighted - before, len(exchanges),
             )  # fmt: skip
-        return verdicts
 
     def messages(self, exchange: PromptResponse) -> list[dict[str, str]]:
         """The messages that ask the judge about one exchange."""
@@ -114,7 +137,8 @@ class Judge(ExplainingScorer):
 
     def _verdict(self, reply: Reply | RequestError) -> Verdict:
         if isinstance(reply, RequestError):
-            return Verdict(None, "refused by the server", {"reply": str(reply)})
+            why = UNANSWERED if isinstance(reply, UnansweredError) else "refused by the server"
+            return Verdict(None, why, {"reply": str(reply)})
         verdict = read_score(reply)
         if not self.weighted or verdict.score is None:
             return verdict
@@ -127,7 +151,7 @@ class Judge(ExplainingScorer):
 
 
 def read_score(reply: Reply) -> Verdict:
-    """Read the score in a reply, strictly: a lone number, or an object with nothing but the score."""
+    """Read the score in a reply, strictly: a number that stands for itself, or an object with nothing but it."""
     text = strip_thinking(reply.text)
     shown = {"reply": text[:200]}
     if reply.refusal or text.strip(".").casefold() == "refusal":
@@ -137,9 +161,11 @@ def read_score(reply: Reply) -> Verdict:
     if not text:
         return Verdict(None, "empty reply", shown)
     try:
-        value = json.loads(text)
+        plain = _MARKUP.sub("", text)
+        named = _NAMED.fullmatch(plain)
+        value = float(named[1]) if named else json.loads(text)
     except (ValueError, RecursionError):
-        return Verdict(None, "prose", shown)
+        return Verdict(None, "another scale" if _OTHER_SCALE.fullmatch(plain) else "prose", shown)
     score = value.get("score") if isinstance(value, dict) else value
     if isinstance(value, dict) and set(value) != {"score"}:
         return Verdict(None, "wrong schema", shown)

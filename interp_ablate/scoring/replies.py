@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from interp_ablate.errors import RunError
+from interp_ablate.prompts.messages import split_thought
 from interp_ablate.storage.jsonl_log import JsonlLog
 
 
@@ -25,6 +26,10 @@ class EndpointError(RunError):
 
 class RequestError(EndpointError):
     """The server takes this one request not (too long, filtered, malformed); others may pass."""
+
+
+class UnansweredError(RequestError):
+    """The server gave no answer to this one request in any of its tries."""
 
 
 class AnswerError(RunError):
@@ -45,6 +50,8 @@ class Reply:
     """The likeliest (token, log-probability) at the place of the first token that is not blank."""
     model: str = ""
     """The server's own name of the model."""
+    used: tuple[int, int] = (0, 0)
+    """Tokens of the question and of the answer, as the server counts them."""
 
 
 # ---- answers held to a schema --------------------------------------------------------------------
@@ -52,7 +59,7 @@ class Reply:
 
 def strip_thinking(text: str) -> str:
     """An answer without the thoughts (<think>...</think>) and the code fence around it."""
-    text = re.sub(r"^\s*<think>.*?</think>", "", text, flags=re.DOTALL).strip()
+    text = split_thought(text)[1].strip()
     fenced = re.fullmatch(r"```(?:json)?\s*\n(.*?)\n?\s*```", text, flags=re.DOTALL)
     return fenced[1].strip() if fenced else text
 
@@ -156,6 +163,7 @@ class ReplyCache:
     def __init__(self, path: Path | None) -> None:
         self.path, self._lock, self._stack = path, threading.Lock(), ExitStack()
         self._replies: dict[str, Reply] = {}
+        self._servers: dict[str, dict[str, Any]] = {}
         if path is None:
             return
         self._lines = JsonlLog(
@@ -169,9 +177,13 @@ class ReplyCache:
         weakref.finalize(self, self._stack.close)  # a cache that stayed empty leaves no file
         for number, line in enumerate(self._stack.enter_context(self._lines.open()), 2):
             try:
+                if "server" in line:
+                    self._servers[line["server"]] = dict(line["takes"])
+                    continue
                 fields = dict(line["reply"])
                 fields["tokens"] = tuple(fields["tokens"])
                 fields["top"] = tuple((str(t), float(p)) for t, p in fields["top"])
+                fields["used"] = tuple(fields["used"])
                 self._replies[line["key"]] = Reply(**fields)
             except (LookupError, TypeError, ValueError) as error:
                 self._stack.close()
@@ -185,6 +197,16 @@ class ReplyCache:
             if self.path is not None and key not in self._replies:
                 self._lines.append({"key": key, "reply": asdict(reply)})
             self._replies[key] = reply
+
+    def server(self, key: str) -> dict[str, Any]:
+        """What is known of a server: the fields that it takes."""
+        return self._servers.get(key, {})
+
+    def put_server(self, key: str, takes: dict[str, Any]) -> None:
+        with self._lock:
+            if self.path is not None and self._servers.get(key) != takes:
+                self._lines.append({"server": key, "takes": takes})
+            self._servers[key] = takes
 
 
 _CACHES: weakref.WeakValueDictionary[Path, ReplyCache] = weakref.WeakValueDictionary()

@@ -482,6 +482,23 @@ def test_another_trait_in_the_folder_is_noticed(folder: Path, tmp_path: Path) ->
         load_persona(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_scorer_in_the_folder_is_found_out_before_it_is_paid_for(
+    folder: Path, tmp_path: Path, finished: bool
+) -> None:
+    place = copied(folder, tmp_path / "other")
+    if not finished:
+        (place / "persona.json").unlink()
+
+    class Paid(Always):
+        def __call__(self, exchanges: Any) -> list[float | None]:
+            raise AssertionError("asked before the folder was looked at")
+
+    trait = small_trait()
+    with pytest.raises(RunError, match=r"another coherence|no verdicts of the scorers"):
+        extract(shared(), trait, place, scorer=Told(trait), coherence=Paid(3.0), settings=SETTINGS)
+
+
 def test_a_persona_of_another_shape_is_refused(folder: Path, tmp_path: Path) -> None:
     persona = load_persona(folder)
     other = replace(persona, direction=Direction(torch.ones(8), 1.0, Site(0, "resid_post")))

@@ -252,9 +252,9 @@ class Odd(Vowels):
 @pytest.mark.parametrize(
     ("scorer", "said"),
     [
-        (Odd(101.0), "such as 101"),
-        (Odd(50.0, -1.0), "such as -1"),
-        (Odd(float("nan")), "such as nan"),
+        (Odd(101.0), "gave 101"),
+        (Odd(50.0, -1.0), "gave -1"),
+        (Odd(float("nan")), "gave nan"),
         (Odd(50.0, short=True), "scores for"),
     ],
 )
