@@ -352,7 +352,7 @@ def test_the_command_writes_scores_and_matches(
         "I can\u2019t",
     ]
     assert main([*command, "--out", str(out)]) == 2
-    assert "pass --force" in capsys.readouterr().err
+    assert "--force" in capsys.readouterr().err
     table = tmp_path / "out.csv"
     assert main([*command, "--out", str(table), "--json"]) == 0
     [line] = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
