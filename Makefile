@@ -18,7 +18,7 @@ LLAMA_FLAGS := -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_AL
 	-DCMAKE_C_FLAGS_RELEASE=-O1 -DCMAKE_CXX_FLAGS_RELEASE=-O1 -DCMAKE_C_FLAGS=-DNDEBUG -DCMAKE_CXX_FLAGS=-DNDEBUG
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-slow test-tl4 test-transformers4 test-llama gemma lint types docs pages bench bench-export bench-smoke notebooks \
+.PHONY: demo test test-slow test-tl4 test-transformers4 test-llama fuzz gemma lint types docs pages bench bench-export bench-smoke notebooks \
 	notebooks-check figures clean
 
 demo: $(VENV)/.ready-demo
@@ -50,6 +50,11 @@ test-tl4: .venv-tl4/.ready
 # Exports and their tokenizers read by transformers 4, in an environment of its own (a minute).
 test-transformers4: $(VENV)/.ready .venv-transformers4/.ready
 	INTERP_ABLATE_TRANSFORMERS4=.venv-transformers4/bin/python $(BIN)/python -m pytest -m transformers4 tests/slow/test_transformers4.py
+
+# More random plans than the tests try: of each architecture as many as this.
+FUZZ ?= 60
+fuzz: $(VENV)/.ready
+	INTERP_ABLATE_FUZZ=$(FUZZ) $(BIN)/python -m pytest $(TWO) tests/contract/test_random_plans.py
 
 # Exports read by llama.cpp itself, which is compiled once (6 to 8 minutes on 2 cores) into its own place.
 test-llama: $(VENV)/.ready .venv-llama/.ready

@@ -38,6 +38,7 @@ from interp_ablate.evaluation.results import (
     Unit,
     paired_row,
 )
+from interp_ablate.models.float32 import in_float32
 from interp_ablate.models.generation import Generation
 from interp_ablate.models.model import Model
 from interp_ablate.prompts.prompt import Prompt
@@ -250,7 +251,7 @@ class _Evaluator:
             else:
                 add(scorer.name, "score", scores, True)
         if self.same_tokens:
-            kls = self.parts.of(f"KL divergences on {name}", lambda: divergences(after, before))
+            kls = self.parts.of(f"KL divergences on {name}", lambda: _divergences(after, before))
             for measure, metric in _DIVERGENCES.items():
                 self.rows.append(_divergence_row(measure, name, kls[metric]))
                 self._add_items(measure, name, texts, [None] * len(prompts), kls[metric])
@@ -320,6 +321,15 @@ class _Evaluator:
 
         lines = self.parts.of(f"task {name}, {side.which}", measure, key)
         return [TaskScore.from_dict(line) for line in lines]
+
+
+def _divergences(after: ModelOutputs, before: ModelOutputs) -> dict[str, list[float | None]]:
+    """`divergences` with both models' weights in float32 (`in_float32`), along the answers that are there."""
+    with in_float32(before.model), in_float32(after.model):
+        fresh = [outputs.fresh(outputs.plan) for outputs in (after, before)]
+        for outputs, answered in zip(fresh, (after, before)):
+            outputs.generations = answered.generations
+        return divergences(*fresh)
 
 
 # measures of a row by their metric

@@ -112,7 +112,7 @@ def _before_edits(
 
     def reader(site: Site) -> Any:
         def hook(module: Any, args: Any, x: Tensor) -> None:
-            before[site].append(read(x, None)[0])
+            before[site].append(read(x.reshape(-1, x.shape[-1]), None))  # of one row
 
         return hook
 

@@ -198,7 +198,8 @@ class ForwardPasses:
 
         def reader(site: Site, read: Capture) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, x: Tensor) -> None:
-                captured[site] = read(x, batch)
+                # some MLPs flatten batch and position
+                captured[site] = read(x.reshape(len(batch.index), -1, x.shape[-1]), batch)
 
             return hook
 

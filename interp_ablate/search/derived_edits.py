@@ -22,7 +22,8 @@ from interp_ablate.errors import InterpAblateError
 from interp_ablate.sites import Site
 
 N_RANDOM_CONTROLS = 2
-SCALING_STEPS, SAME_KL = 6, 1.15  # a KL within 15% counts as equal
+SCALING_STEPS, SAME_KL = 8, 1.15  # a KL within 15% counts as equal
+FAR_OFF = 10.0  # logarithm of a KL's ratio to the one asked for, where there is no KL
 
 
 def scaled(
@@ -117,29 +118,31 @@ def scaled_to_kl(
 ) -> tuple[Plan, float] | None:
     """The plan with all its strengths times a factor, so that its KL is about `kl`; and the factor.
 
-    A KL grows about with the square of a small strength: a few steps on that scale, inside the factors known
-    to be too weak and too strong. The one that comes nearest is taken; None where no factor gives a KL.
+    A KL grows about with the square of a small strength: the first steps; once one factor is too weak and one too
+    strong, the next lies on the line between them, both in logarithms. The factor that comes nearest is taken;
+    None where no factor gives a KL.
 
     Args:
         kl_of: measures a plan's KL, in nats; called at most SCALING_STEPS times.
     """
-    factor, weak, strong = 1.0, 0.0, math.inf
+    factor, weak, strong = 0.0, (-math.inf, 0.0), (math.inf, 0.0)  # factor and miss, as logarithms
     nearest: tuple[float, Plan, float] | None = None
     for _ in range(SCALING_STEPS):
-        parts = [scaled(edit, factor) for edit in plan if isinstance(edit, (Ablate, Erase))]
+        times = math.exp(factor)
+        parts = [scaled(edit, times) for edit in plan if isinstance(edit, (Ablate, Erase))]
         candidate = Plan(tuple(part for part in parts if part is not None))
         try:
-            reached = max(kl_of(candidate), 1e-12)
+            miss = math.log(max(kl_of(candidate), 1e-12) / kl)
         except InterpAblateError:  # so strong that nothing finite is left
-            reached = math.inf
-        off = abs(math.log(reached / kl))
-        if nearest is None or off < nearest[0]:
-            nearest = off, candidate, factor
-        if off < math.log(SAME_KL):
+            miss = FAR_OFF
+        if miss < FAR_OFF and (nearest is None or abs(miss) < nearest[0]):
+            nearest = abs(miss), candidate, times
+        if abs(miss) < math.log(SAME_KL):
             break
-        weak, strong = (factor, strong) if reached < kl else (weak, factor)
-        factor *= min(max(math.sqrt(kl / reached), 0.1), 10.0)
-        if not weak < factor < strong:
-            factor = math.sqrt(weak * strong)
-    assert nearest is not None
-    return nearest[1:] if math.isfinite(nearest[0]) else None
+        weak, strong = ((factor, miss), strong) if miss < 0 else (weak, (factor, miss))
+        if math.isfinite(strong[0] - weak[0]):
+            share = weak[1] / (weak[1] - strong[1])
+            factor = weak[0] + min(max(share, 0.15), 0.85) * (strong[0] - weak[0])
+        else:
+            factor -= min(max(miss / 2, -2.0), 2.0)
+    return nearest and nearest[1:]

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from interp_ablate import Ablate, Add, Clamp, Plan, Site, sites_of
+from interp_ablate import Ablate, Add, Clamp, Plan, Site, collect, sites_of
 from interp_ablate.errors import ExportError, ModelError, PlanError
 from interp_ablate.models.architectures import (
     ARCHITECTURES,
@@ -610,6 +610,24 @@ def test_the_whole_stream_is_all_writers(kind: str) -> None:
         else:
             with pytest.raises(ExportError, match=r"at some places only .*model\.writers"):
                 writers_only_form(plan, entry, config)
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_what_is_collected_is_what_the_modules_give(kind: str) -> None:
+    """Of several rows at once, also where MLPs flatten batch and position (OPT)."""
+    points = (*PARTS[kind].residual, *sites_of(("attn_out", "mlp_out"), range(N_LAYERS)))
+    sites = list(dict.fromkeys(points))
+    values = collect(shared(kind), ROWS, sites, (-1,))
+    for i, row in enumerate(ROWS):
+        seen: dict[Site, Tensor] = {}
+
+        def look(site: Site, x: Tensor, seen: dict[Site, Tensor] = seen) -> Tensor:
+            seen[site] = x[0, -1]
+            return x
+
+        hf_forward(source_of(kind), kind, row, look)
+        for site in sites:
+            torch.testing.assert_close(values.at(site)[i], seen[site], atol=2e-5, rtol=1e-5)
 
 
 def test_learned_positions_are_part_of_the_stream() -> None:

@@ -22,8 +22,11 @@ from interp_ablate.cli.main import main
 from interp_ablate.errors import InterpAblateError, PlanError, RunError
 from interp_ablate.evaluation.compare import evaluate
 from interp_ablate.evaluation.measures import EvaluationConfig, read_prompts
+from interp_ablate.evaluation.metrics import first_token_kl
+from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.evaluation.perplexity import Corpus, corpus_losses, read_corpus, windows
 from interp_ablate.evaluation.results import ComparisonRow, Evaluation, paired_row, ratio_row
+from interp_ablate.models.load import from_hf
 from interp_ablate.models.model import Model
 from interp_ablate.plots.evaluation import save_evaluation
 from interp_ablate.scoring.exchange import PromptResponse
@@ -559,3 +562,15 @@ def test_real_model(bundled_model: str) -> None:
     assert row.difference and 1 < row.difference.value < row.before.value
     kl = named(found, "KL, first token").after
     assert kl and 0 < kl.value < 3
+
+
+def test_a_weak_plan_on_a_half_precision_model_has_a_weak_kl() -> None:
+    """In bfloat16 itself the KL of a plan of strength 0.001 is that of rounding."""
+    hf, tokenizer = tiny.tiny()
+    model = from_hf(hf.to(torch.bfloat16), tokenizer)
+    weak = Plan((Ablate(tiny.unit(), model.writers, strength=1e-3),))
+    found = evaluate(model, plan=weak, measures=SMALL)
+    unedited = ModelOutputs(model, PROMPTS["short"])
+    rounding = float(first_token_kl(unedited.with_plan(weak), unedited).mean())
+    assert named(found, "KL, first token").after.value < 0.2 * rounding  # type: ignore[union-attr]
+    assert model.dtype == torch.bfloat16

@@ -330,10 +330,15 @@ def test_a_control_is_scaled_to_a_kl() -> None:
             raise InterpAblateError("NaN")
         return 1e-4 * factor**2
 
-    for law in (lambda f: 0.003 * f**2, lambda f: 0.9 * math.tanh(f**3), breaks):
+    for law in (
+        lambda f: 0.003 * f**2,
+        lambda f: 0.9 * math.tanh(f**3),
+        lambda f: 1e-5 * f**6,
+        breaks,
+    ):
         calls.clear()
         scaled_plan, factor = scaled_to_kl(control, 0.02, measured(law)) or (None, 0)
-        assert scaled_plan is not None and len(calls) <= 6
+        assert scaled_plan is not None and len(calls) <= 8
         assert law(factor) == pytest.approx(0.02, rel=0.15)
         assert [e.sites for e in scaled_plan] == [e.sites for e in control]
     plateau, _ = scaled_to_kl(control, 0.02, measured(lambda f: 0.001)) or (None, 0)
