@@ -33,7 +33,7 @@ from interp_ablate.export.checkpoint_files import (
 )
 from interp_ablate.export.model_card import CARD, CERTIFICATE, export_manifest, write_documents
 from interp_ablate.export.older_transformers import note_on_4
-from interp_ablate.models.architectures import is_tied
+from interp_ablate.models.architectures import architecture_of, is_tied
 from interp_ablate.models.backends.hooked_to_hf import CONVERTIBLE
 from interp_ablate.models.model import Model
 from interp_ablate.models.sources import ModelSource, read_hf_config
@@ -54,6 +54,7 @@ from interp_ablate.weights.plan_to_weights import (
     TensorEdit,
     Tied,
     WeightPlan,
+    check_tie,
     edited_blocks,
     edited_state_dict,
     edited_tensor,
@@ -248,6 +249,8 @@ def _own_files(source: Checkpoint | None) -> set[str]:
 def _streamed_plan(
     source: Checkpoint, plan: Plan, hf_config: Any, tied: Tied, entry: Any
 ) -> WeightPlan:
+    entry = entry or architecture_of(hf_config)
+    check_tie(entry, hf_config, source.tensors, source.read)  # whatever the plan edits
     return weight_plan(
         plan,
         hf_config,

@@ -37,7 +37,7 @@ from interp_ablate.export.model_card import export_manifest, write_documents
 from interp_ablate.models.load import from_hf
 from interp_ablate.models.model import Model
 from interp_ablate.prompts.prompt import PromptLike
-from interp_ablate.weights.plan_to_weights import Tied, WeightPlan, weight_plan
+from interp_ablate.weights.plan_to_weights import Tied, WeightPlan, check_tie, weight_plan
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -74,6 +74,7 @@ def export_lora(
     peft = import_peft()
     state = model.hf_state_dict()
     entry = model.architecture
+    check_tie(entry, model.hf_config, state, state.__getitem__)
     weights = weight_plan(
         plan, model.hf_config, list(state), state.__getitem__, tied=tied, entry=entry
     )

@@ -34,6 +34,7 @@ INHERITED = (
     "license", "license_name", "license_link", "language", "base_model", "tags", "library_name",
     "pipeline_tag",
 )  # fmt: skip
+_LONG_FRONT = 100_000  # characters: YAML is read at some 100,000 a second
 TAGS = ("interp-ablate", "activation-steering")
 _FORMAT_TAGS = {"gguf", "mlx", "onnx", "openvino", "lora", "peft", "adapter", "llama-cpp"}
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -151,7 +152,8 @@ def source_front_matter(folder: str | Path | None) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         match = re.match(r"---[ \t]*\r?\n(.*?)^---[ \t]*$", text, re.DOTALL | re.MULTILINE)
-        fields = yaml.load(match[1], Loader=yaml.BaseLoader) if match else {}  # texts only: safe
+        front = _shortened(match[1]) if match else ""
+        fields = yaml.load(front, Loader=yaml.BaseLoader) or {}  # texts only: safe
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         logger.warning(
             "the front matter of %s is ignored, and its licence with it: %s", path, error
@@ -160,6 +162,14 @@ def source_front_matter(folder: str | Path | None) -> dict[str, Any]:
     if not isinstance(fields, dict):
         return {}
     return {key: fields[key] for key in INHERITED if _is_text(fields.get(key))}
+
+
+def _shortened(front: str) -> str:
+    """Front matter; of a long one (results of benchmarks, as a rule) the inherited fields alone."""
+    if len(front) <= _LONG_FRONT:
+        return front
+    blocks = re.split(r"^(?=[^\s#-])", front, flags=re.MULTILINE)
+    return "".join(block for block in blocks if block.partition(":")[0] in INHERITED)
 
 
 def _is_text(value: object) -> bool:

@@ -21,7 +21,7 @@ from interp_ablate.models.sources import ModelSource, read_hf_config
 from interp_ablate.sites import sites_of
 from interp_ablate.storage.output_folder import check_output_path
 from interp_ablate.storage.safetensors_reader import INDEX, SINGLE, Checkpoint
-from interp_ablate.weights.plan_to_weights import Tied, weight_plan
+from interp_ablate.weights.plan_to_weights import Tied, check_tie, weight_plan
 
 
 def check_source_exports(source: ModelSource, out: str | Path, *, overwrite: bool = False) -> None:
@@ -42,6 +42,7 @@ def check_source_exports(source: ModelSource, out: str | Path, *, overwrite: boo
     entry = declared_architecture(config.model_type)
     if entry is None:  # its writers can be found in the loaded model alone
         return
+    check_tie(entry, config, checkpoint.tensors, checkpoint.read)
     plan = _everywhere(entry, config)
     weight_plan(
         plan, config, checkpoint.tensors, checkpoint.read, entry=entry, describe=checkpoint.describe

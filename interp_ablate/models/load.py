@@ -77,7 +77,16 @@ def from_hf(
     """A `Model` over a Hugging Face causal language model in memory.
 
     With the Bridge, the Hugging Face model is used in place (its modules get hook points); hooked copies it.
+
+    Raises:
+        ModelError: parameters that are offloaded, and so have no values in memory.
     """
+    absent = next((name for name, p in hf.named_parameters() if p.device.type == "meta"), None)
+    if absent:
+        raise ModelError(
+            f"{absent} is offloaded (to disk, or from a GPU to the CPU): it has no values in memory that could be "
+            "hooked, edited or exported. Load the model on one device, or over GPUs that hold all of it"
+        )
     hf.eval().requires_grad_(False)
     built = BACKENDS[backend].from_hf(hf, tokenizer)
     built.tl.requires_grad_(False)  # the Bridge splits joint weights into parameters of its own

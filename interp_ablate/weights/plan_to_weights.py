@@ -135,20 +135,30 @@ def weight_plan(
         _check_tensor(name, edit, plan.d_model, *(describe or _description(read))(name))
     if not tie_matters or tied == "skip-embedding":
         return changes
-    return _with_tied_head(changes, entry.unembed, names, read)
+    check_tie(entry, hf_config, names, read)
+    return _with_tied_head(changes, entry.unembed, names)
 
 
-def _with_tied_head(
-    changes: WeightPlan, head: str, names: Collection[str], read: Read
-) -> WeightPlan:
-    """The changes with what becomes of an unembedding that is tied to an edited embedding."""
-    embed = next(name for name, edit in changes.edits.items() if edit.point == "embed")
-    if head in names and not torch.equal(read(embed), read(head)):
+def check_tie(entry: Architecture, hf_config: Any, names: Collection[str], read: Read) -> None:
+    """Refuse a config that says the embeddings are tied beside two tensors that differ.
+
+    Raises:
+        ExportError: names the tensor, and says what to do.
+    """
+    head, embed = entry.unembed, entry.present(entry.embed, names)
+    if not is_tied(hf_config) or head not in names or embed is None:
+        return
+    if not torch.equal(read(embed), read(head)):
         raise ExportError(
             f"the config says that the embeddings are tied, but there is a {head} of its own that "
             "differs: which of the two a model uses depends on the transformers version. Set "
             "tie_word_embeddings in its config.json, or remove the tensor"
         )
+
+
+def _with_tied_head(changes: WeightPlan, head: str, names: Collection[str]) -> WeightPlan:
+    """The changes with what becomes of an unembedding that is tied to an edited embedding."""
+    embed = next(name for name, edit in changes.edits.items() if edit.point == "embed")
     if changes.tied == "untie":
         changes.config["tie_word_embeddings"] = False
         if head not in names:

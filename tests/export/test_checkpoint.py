@@ -26,7 +26,7 @@ from tiny import (
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from interp_ablate import Ablate, Plan, Site, certify, everywhere, export_checkpoint, load_model
-from interp_ablate.errors import ExportError
+from interp_ablate.errors import ExportError, ModelError
 from interp_ablate.export import certification as verify
 from interp_ablate.export import checkpoint, checkpoint_files
 from interp_ablate.export.auditing import AuditSource, audit
@@ -443,3 +443,84 @@ def test_experts_in_files_are_one_by_one_as_published(tmp_path: Path, kind: str)
     manifest = json.loads((tmp_path / "out" / "interp_ablate.json").read_text())
     assert {*manifest["edited"], *manifest["unchanged"]} == set(names)
     assert audit(AuditSource.of_model(make(kind)), plan, tmp_path / "out").passed
+
+
+# --------------------------------------------------------------------------------- cases that people report
+
+BAND = Plan((Ablate(unit(), [Site(1, "attn_out"), Site(1, "mlp_out")]),))
+
+
+@pytest.mark.parametrize("what", ("streamed", "loaded", "lora", "nothing edited"))
+def test_a_tie_beside_two_tensors_is_refused_whatever_is_edited(tmp_path: Path, what: str) -> None:
+    """transformers 5 takes both, transformers 4 the embedding twice: one folder, two models."""
+    hf, tokenizer = tiny()
+    hf.save_pretrained(tmp_path / "two")
+    tokenizer.save_pretrained(tmp_path / "two")
+    path = tmp_path / "two" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": True}))
+    with pytest.raises(ExportError, match=r"tied, but there is a lm_head.weight of its own"):
+        if what == "streamed":
+            export_folder(tmp_path / "two", BAND, tmp_path / "out")
+        elif what == "nothing edited":
+            export_folder(tmp_path / "two", Plan(), tmp_path / "out")
+        elif what == "loaded":
+            export_checkpoint(load_model(tmp_path / "two"), BAND, tmp_path / "out")
+        else:
+            export_lora(load_model(tmp_path / "two"), BAND, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("tied", (False, True), ids=("untied", "tied"))
+def test_tokens_added_and_a_vocabulary_padded_beyond_the_tokenizer(
+    tmp_path: Path, tied: bool
+) -> None:
+    hf, tokenizer = tiny(tied=tied)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<new1>", "<new2>"]})
+    hf.resize_token_embeddings(len(tokenizer) + 7)
+    model = from_hf(hf, tokenizer)
+    assert export_checkpoint(model, PLAN, tmp_path / "out", prompts=ROWS)["passed"]
+    assert export_lora(model, PLAN, tmp_path / "lora", prompts=ROWS)["passed"]
+    again: Any = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert again("<new2>")["input_ids"] == tokenizer("<new2>")["input_ids"]
+    assert again.extra_special_tokens == tokenizer.extra_special_tokens
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.config.vocab_size == len(tokenizer) + 7 == loaded.lm_head.weight.shape[0]
+
+
+@pytest.mark.parametrize("tied", (False, True), ids=("untied", "tied"))
+def test_one_model_in_memory_in_every_format_after_every_other(tmp_path: Path, tied: bool) -> None:
+    """Neither an export nor its certificate leaves a trace in the model: each pair, in both orders."""
+    model = make(tied=tied)
+    before = {name: tensor.clone() for name, tensor in model.hf_state_dict().items()}
+    kinds: dict[str, Any] = {
+        "c": lambda out: export_checkpoint(model, PLAN, out, prompts=ROWS[:1]),
+        "l": lambda out: export_lora(model, PLAN, out, prompts=ROWS[:1]),
+        "n": lambda out: export_checkpoint(model, None, out, prompts=ROWS[:1]),
+    }
+    numbers: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for i, kind in enumerate("cclnllcnnc"):
+        certificate = kinds[kind](tmp_path / f"{i}")
+        numbers[kind].append(certificate["max_abs_logit_effect_of_plan"])
+        assert certificate["passed"]
+    assert all(len(set(values)) == 1 for values in numbers.values())
+    after = model.hf_state_dict()
+    assert set(after) == set(before)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_layers_that_are_offloaded_are_refused_in_words(tmp_path: Path) -> None:
+    """accelerate leaves them on the meta device, without values: nothing could be exported."""
+    hf, tokenizer = tiny()
+    hf.save_pretrained(tmp_path / "source")
+    places: dict[str, Any] = dict.fromkeys(
+        ("model.embed_tokens", "model.layers.0", "model.layers.2", "model.norm", "model.rotary_emb", "lm_head"),
+        "cpu",
+    )  # fmt: skip
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "source",
+        device_map={**places, "model.layers.1": "disk"},
+        offload_folder=tmp_path / "offload",
+    )
+    with pytest.raises((ExportError, ModelError), match="offload"):
+        export_checkpoint(from_hf(offloaded, tokenizer), None, tmp_path / "out", prompts=ROWS)
+    assert not (tmp_path / "out").exists()

@@ -172,6 +172,34 @@ def test_the_sources_front_matter(tmp_path: Path) -> None:
     assert source_front_matter(str(tmp_path)) == found
 
 
+def test_a_card_of_2_mb(tmp_path: Path) -> None:
+    results = "model-index:\n" + "- name: x\n  value: 0.5\n" * 90_000
+    for text in (
+        f"---\nlicense: mit\n{results}tags:\n- a\n---\n# Hi\n",
+        "---\nlicense: mit\ntags:\n- a\n---\n" + "text\n" * 400_000,
+    ):
+        assert len(text) > 1_900_000
+        found = source_front_matter(write(tmp_path, text))
+        assert found == {"license": "mit", "tags": ["a"]}
+
+
+def test_what_was_compared_in_which_precision() -> None:
+    compared = {"stored": "bfloat16", "hooked": "float32", "reloaded": "float32"}
+    versions = {
+        "versions": {"transformers": "5.0"},
+        "left_out": ["a.msgpack"],
+        "transformers_4": "No.",
+    }
+    card = model_card({**manifest(Plan()), **versions}, {**PASSED, "compared": compared})
+    assert (
+        "Weights stored in bfloat16, loaded in float32 by transformers 5.0; the hooked model computed in float32."
+    ) in card
+    assert (
+        "Left behind in the source, because nothing here edits or checks it: `a.msgpack`." in card
+    )
+    assert "\nNo.\n" in card
+
+
 def test_a_source_without_front_matter(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert source_front_matter(None) == source_front_matter(tmp_path) == {}
     for text in (
