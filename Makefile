@@ -43,7 +43,8 @@ types: $(VENV)/.ready
 
 # What touches TransformerLens, on the newest 4.x, which has no HookedTransformer.
 TL_TESTS := $(addprefix tests/,models/test_model.py contract activations weights export/test_checkpoint.py \
-	persona/test_monitoring.py slow/test_real.py::test_main_path)
+	export/test_preflight.py persona/test_monitoring.py runs/test_run_folder.py::test_run_leaves_everything \
+	slow/test_real.py::test_main_path)
 test-tl4: .venv-tl4/.ready
 	.venv-tl4/bin/python -m pytest $(TWO) -m "not slow and not llama and not transformers4" $(TL_TESTS)
 

@@ -25,6 +25,7 @@ from interp_ablate.export.side_files import (
     BEHAVIOUR_FILES,
     TOKENIZER_CONFIG,
     may_be_weights,
+    read_json,
     spelled_tokenizer,
 )
 from interp_ablate.models.architectures import Architecture, architecture_of, is_tied
@@ -263,7 +264,7 @@ def _config_problems(before: Any, after: Any, weights: WeightPlan) -> list[str]:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return read_json(folder / "config.json")
 
 
 def _json_problems(before: dict[str, Any], folder: Path, *, compared: Collection[str]) -> list[str]:
@@ -308,7 +309,7 @@ def _same_file(before: Path, after: Path) -> bool:
         return True
     if after.name != TOKENIZER_CONFIG:
         return False
-    one, other = (json.loads(path.read_text(encoding="utf-8")) for path in (before, after))
+    one, other = map(read_json, (before, after))
     return spelled_tokenizer(one, before.parent) == other
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from interp_ablate.export.older_transformers import config_for_both
-from interp_ablate.export.side_files import copy_side_files, spell_tokenizer
+from interp_ablate.export.side_files import copy_side_files, read_json, spell_tokenizer
 from interp_ablate.models.architectures import is_tied
 from interp_ablate.models.model import Model
 from interp_ablate.storage.safetensors_reader import INDEX
@@ -117,6 +117,6 @@ def write_source_files(
     source: Path, folder: Path, changes: dict[str, Any], *, own: Collection[str]
 ) -> list[str]:
     """The source folder's config with the changes, and its other files as they are; returns what stays behind."""
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = read_json(source / "config.json")
     write_json(folder / "config.json", config_for_both({**config, **changes}))
     return copy_side_files(source, folder, own=own)

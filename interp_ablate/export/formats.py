@@ -70,7 +70,8 @@ def _checkpoint(request: ExportRequest) -> dict[str, Any]:
     manifest = export_folder(source, plan, out, **options)
     counts = {key: len(manifest[key]) for key in ("edited", "added", "unchanged")}
     compared = f"no logits: interp-ablate verify {source} {out}"
-    return {**counts, "tied": manifest["tied"], "compared": compared}
+    more = {"tied": manifest["tied"], "left_out": manifest["left_out"], "compared": compared}
+    return {**counts, **more}
 
 
 def _lora(request: ExportRequest) -> dict[str, Any]:

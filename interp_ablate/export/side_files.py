@@ -15,6 +15,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from interp_ablate.errors import ExportError
 from interp_ablate.export.older_transformers import tokenizer_for_both
 
 logger = logging.getLogger(__name__)
@@ -92,15 +93,27 @@ def spell_tokenizer(folder: Path) -> None:
     path = folder / TOKENIZER_CONFIG
     if not path.is_file():
         return
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     spelled = spelled_tokenizer(config, folder)
     if spelled != config:
         path.unlink()  # it may be a link
         path.write_text(json.dumps(spelled, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
+def read_json(path: Path) -> Any:
+    """The content of a JSON file beside the weights.
+
+    Raises:
+        ExportError: it is none.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ExportError(f"cannot read {path} as JSON ({error}): get the file again") from error
+
+
 def spelled_tokenizer(config: Any, folder: Path) -> Any:
     """The content of a folder's tokenizer_config.json as an export has it."""
     path = folder / "tokenizer.json"
-    tokenizer = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    tokenizer = read_json(path) if path.is_file() else None
     return tokenizer_for_both(config, tokenizer) if isinstance(config, dict) else config

@@ -524,3 +524,12 @@ def test_layers_that_are_offloaded_are_refused_in_words(tmp_path: Path) -> None:
     with pytest.raises((ExportError, ModelError), match="offload"):
         export_checkpoint(from_hf(offloaded, tokenizer), None, tmp_path / "out", prompts=ROWS)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("file", ("tokenizer.json", "tokenizer_config.json"))
+def test_a_broken_tokenizer_is_named(tmp_path: Path, file: str) -> None:
+    source = save_source(tmp_path / "source")
+    (source / file).write_text("{" * 100_000)
+    with pytest.raises(ExportError, match=f"{file} as JSON"):
+        export_folder(source, PLAN, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
