@@ -19,7 +19,7 @@ LLAMA_FLAGS := -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_AL
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: demo test test-slow test-tl4 test-transformers4 test-llama fuzz gemma lint types docs pages bench bench-export bench-smoke notebooks \
-	notebooks-check figures clean
+	notebooks-check figures faults clean
 
 demo: $(VENV)/.ready-demo
 	$(BIN)/interp-ablate run --model smollm2 --contrast declining --out runs/declining
@@ -68,6 +68,10 @@ docs: .venv-docs/.ready
 # The parts of the pages that are made from the code: the list of files, the table of architectures.
 pages: $(VENV)/.ready-demo
 	$(BIN)/python docs/generated.py
+
+# Commands killed at random moments, or run out of disk: the table of what came of them (minutes).
+faults: $(VENV)/.ready
+	$(BIN)/python tests/support/faults.py
 
 gemma: $(GEMMA)/config.json
 

@@ -23,6 +23,7 @@ from interp_ablate.cli.settings import adding, settings_from
 from interp_ablate.errors import RunError
 from interp_ablate.export.formats import FORMATS, ExportFormat, ExportRequest, format_named
 from interp_ablate.settings import setting
+from interp_ablate.storage.strict_json import json_text
 
 TIED = ("untie", "skip-embedding", "accept")
 
@@ -90,7 +91,7 @@ def run(args: Namespace) -> int:
         model_hint=settings.model_hint,
     )
     result = chosen.export(request)
-    print(json.dumps({"out": settings.out, "format": settings.format, **result}))
+    print(json_text({"out": settings.out, "format": settings.format, **result}))
     return 0
 
 

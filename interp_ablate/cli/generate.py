@@ -5,7 +5,6 @@ Knows: flags and what is printed. Does not know: how answers are written.
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from interp_ablate.cli.options import ModelSettings, chosen_in_run, load
 from interp_ablate.cli.settings import adding, settings_from
 from interp_ablate.settings import setting
+from interp_ablate.storage.strict_json import json_text
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def run(args: Namespace) -> int:
     for i, prompt in enumerate(prompts):
         texts = {name: generations[i].text for name, generations in conditions.items()}
         if settings.json:
-            print(json.dumps({"prompt": prompt.text, **texts}, ensure_ascii=False))
+            print(json_text({"prompt": prompt.text, **texts}, ensure_ascii=False))
             continue
         print(f"> {prompt.text}")
         for name, text in texts.items():

@@ -5,7 +5,6 @@ Knows: flags and what is printed. Does not know: how a model is trained or measu
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from interp_ablate.cli.options import (
 from interp_ablate.cli.settings import adding, settings_from
 from interp_ablate.errors import ModelError, RunError
 from interp_ablate.settings import setting
+from interp_ablate.storage.strict_json import json_text
 from interp_ablate.training.recipe import OWN_ANSWERS, AnswerConfig, HealingConfig, LoraRecipe
 
 EVERYDAY = "everyday"  # the bundled prompts
@@ -94,7 +94,7 @@ def run(args: Namespace) -> int:
         _print_costs(report)
     within = report["adapter"]["max_abs_logit_difference"]
     results = {"preferences": report["preferences"], "edit": report["edit"]}
-    print(json.dumps({"out": settings.out, **results, "merged_is_adapter_within": within}))
+    print(json_text({"out": settings.out, **results, "merged_is_adapter_within": within}))
     return 0
 
 

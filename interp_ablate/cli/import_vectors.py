@@ -5,7 +5,6 @@ Knows: flags and what is printed. Does not know: file formats.
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from interp_ablate.cli.options import REPLACE, check_new
 from interp_ablate.cli.settings import adding, settings_from
 from interp_ablate.settings import setting
 from interp_ablate.sites import Point, Site
+from interp_ablate.storage.strict_json import json_text
 
 
 @dataclass(frozen=True)
@@ -45,5 +45,5 @@ def run(args: Namespace) -> int:
     )
     write_directions(directions, settings.out)
     for direction in directions:
-        print(json.dumps({"site": str(direction.site), "norm": direction.norm}))
+        print(json_text({"site": str(direction.site), "norm": direction.norm}))
     return 0

@@ -5,12 +5,12 @@ Knows: flags and what is printed. Does not know: how a fault is found.
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from dataclasses import dataclass
 
 from interp_ablate.cli.settings import adding, settings_from
 from interp_ablate.settings import setting
+from interp_ablate.storage.strict_json import json_text
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def run(args: Namespace) -> int:
     )
     report = lint(contrast)
     if settings.json:
-        print(json.dumps(report.to_dict(), ensure_ascii=False, indent=1))
+        print(json_text(report.to_dict(), ensure_ascii=False, indent=1))
         return 0
     print(
         f"{contrast.name}: {len(contrast.positive)} positive, {len(contrast.negative)} negative prompts"

@@ -5,12 +5,12 @@ Knows: what is printed. Does not know: architectures.
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from dataclasses import dataclass
 
 from interp_ablate.cli.settings import adding, settings_from
 from interp_ablate.settings import setting
+from interp_ablate.storage.strict_json import json_text
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def run(args: Namespace) -> int:
     as_json = settings_from(args, Models).json
     for row in table():
         if as_json:
-            print(json.dumps(row))
+            print(json_text(row))
             continue
         print(f"{row['model_type']}  ({row['families']}; {row['block']})")
         for key in ("embeddings", "attention", "mlp", "norm_after", "biases", "tied"):

@@ -5,7 +5,6 @@ Knows: flags and what is printed. Does not know: how a checkpoint is written.
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from interp_ablate.cli.progress_bars import ProgressBars
 from interp_ablate.cli.settings import adding, settings_from
 from interp_ablate.persona.settings import BakingConfig, SamplingConfig
 from interp_ablate.settings import setting
+from interp_ablate.storage.strict_json import json_text
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def run(args: Namespace) -> int:
     tell_spent(args, *both.values())
     if settings.json:
         certificate = {"certificate": baked.certificate["passed"]}
-        print(json.dumps({"out": settings.out, **certificate, **baked.results}))
+        print(json_text({"out": settings.out, **certificate, **baked.results}))
         return 0
     for name, row in baked.results["conditions"].items():
         print(f"{name:<10} {score_text(row)}")

@@ -5,7 +5,6 @@ Knows: flags and what is printed. Does not know: how a direction is made.
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from interp_ablate.cli.progress_bars import ProgressBars
 from interp_ablate.cli.settings import adding, settings_from
 from interp_ablate.persona.settings import ExtractionConfig, SamplingConfig
 from interp_ablate.settings import setting
+from interp_ablate.storage.strict_json import json_text
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def _print_persona(persona: Any, out: Path, figures: list[Path], *, as_json: boo
         keys = ("layer", "site", "norm", "coefficient", "score", "coherence")
         summary = {"trait": persona.name, "out": str(out), **{key: chosen[key] for key in keys}}
         summary |= {"readout": readout, "unsteered": unsteered["score"], "counts": counts}
-        print(json.dumps(summary))
+        print(json_text(summary))
         return
     for side in ("positive", "negative"):
         print(f"{side + ' answers':<18} {describe_counts(counts[side])}")

@@ -5,12 +5,12 @@ Knows: what is printed. Does not know: trait files.
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from dataclasses import dataclass
 
 from interp_ablate.cli.settings import adding, settings_from
 from interp_ablate.settings import setting
+from interp_ablate.storage.strict_json import json_text
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def run(args: Namespace) -> int:
     for name in [settings.trait] if settings.trait else bundled_traits():
         trait = load_trait(name)
         if settings.json:
-            print(json.dumps(trait.to_dict()))
+            print(json_text(trait.to_dict()))
             continue
         print(f"{trait.name:<10} {trait.description}")
         if settings.trait:

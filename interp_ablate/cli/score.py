@@ -6,7 +6,6 @@ Knows: flags, and what is printed and written. Does not know: how anything is sc
 from __future__ import annotations
 
 import csv
-import json
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ from interp_ablate.cli.options import (
 from interp_ablate.cli.settings import adding, settings_from
 from interp_ablate.errors import InterpAblateError, RunError
 from interp_ablate.settings import setting
+from interp_ablate.storage.strict_json import json_text
 
 CHUNK = 256  # rows that are scored together, and in memory
 GROUPS = ("condition", "label")  # of a run's generations.jsonl
@@ -196,7 +196,7 @@ def _writing(out: Path | None) -> Iterator[Any]:
     ):
         if out.suffix == ".jsonl":
             yield lambda record: file.write(
-                json.dumps(record, ensure_ascii=False, default=str) + "\n"
+                json_text(record, ensure_ascii=False, default=str) + "\n"
             )
             return
         table: list[Any] = []
@@ -215,7 +215,7 @@ def _writing(out: Path | None) -> Iterator[Any]:
 def _flat(value: Any) -> Any:
     """As a cell: matches as expression@start-end, in characters of the answer; other details as JSON."""
     if isinstance(value, dict):
-        return json.dumps(value, ensure_ascii=False) if value else ""
+        return json_text(value, ensure_ascii=False) if value else ""
     if not isinstance(value, list):
         return value
     return "; ".join(
@@ -264,7 +264,7 @@ def _print(tallies: dict[tuple[str, str], _Tally], *, json_lines: bool) -> None:
     lines = [_line(*key, tally) for key, tally in tallies.items()]
     if json_lines:
         for line in lines:
-            print(json.dumps(line, ensure_ascii=False))
+            print(json_text(line, ensure_ascii=False))
         return
     wide = [max(len(str(line[key])) for line in lines) for key in ("scorer", "of")]
     print(

@@ -5,7 +5,6 @@ Knows: flags and what is printed. Does not know: how a rule chooses.
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from interp_ablate.cli.options import NO_PLAN
 from interp_ablate.cli.settings import adding, settings_from
 from interp_ablate.errors import RunError
 from interp_ablate.settings import MAX_KL, setting
+from interp_ablate.storage.strict_json import json_text
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def run(args: Namespace) -> int:
     frame = selection.read_evaluations(settings.evaluations)
     if settings.rule == "pareto":
         for row in selection.pareto_front(frame).to_dict("records"):
-            print(json.dumps(row))
+            print(json_text(row))
         return 0
     if settings.rule == "arditi":
         if settings.n_layers is None:
@@ -46,5 +46,5 @@ def run(args: Namespace) -> int:
         choice = selection.arditi(frame, n_layers=settings.n_layers, max_kl=settings.max_kl)
     else:
         choice = selection.least_behaviour_under_kl(frame, max_kl=settings.max_kl)
-    print(json.dumps({**(choice.row or {}), "rule": choice.rule, **choice.limits()}))
+    print(json_text({**(choice.row or {}), "rule": choice.rule, **choice.limits()}))
     return 0 if choice.row is not None else NO_PLAN

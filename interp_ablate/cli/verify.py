@@ -16,6 +16,7 @@ from interp_ablate.cli.options import ModelSettings, chosen_in_run, load
 from interp_ablate.cli.settings import adding, settings_from
 from interp_ablate.errors import RunError
 from interp_ablate.settings import setting
+from interp_ablate.storage.strict_json import json_text
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def run(args: Namespace) -> int:
         result = {**certificate, **result, "passed": report.passed and certificate["passed"]}
         if settings.write and result["passed"]:
             write_certificate(folder, certificate)
-    print(json.dumps(result))
+    print(json_text(result))
     return 0 if result["passed"] else 1
 
 

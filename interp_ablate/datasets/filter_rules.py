@@ -229,10 +229,12 @@ class ProjectionRule(_Limits):
 
     @property
     def identity(self) -> dict[str, Any]:
+        from interp_ablate.models.rendering import rendering
+
         return {
             "kind": "projection",
             "model": self.model.fingerprint,
-            "template": self.model.template,
+            "rendering": rendering(self.model),
             "direction": self.direction.fingerprint,
         }
 

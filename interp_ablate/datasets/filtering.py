@@ -41,6 +41,7 @@ from interp_ablate.storage.atomic_files import atomic_path, write_atomic
 from interp_ablate.storage.json_rows import MalformedRow, RowFileError
 from interp_ablate.storage.jsonl_log import JsonlLog
 from interp_ablate.storage.row_files import RowFile
+from interp_ablate.storage.strict_json import json_text
 
 logger = logging.getLogger(__name__)
 
@@ -330,7 +331,7 @@ class _Run:
                 self.counts["no_verdict"], self.counts["rows"], self.recipe.without_verdict(),
             )  # fmt: skip
         write_atomic(
-            self.out / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+            self.out / "manifest.json", json_text(manifest, indent=1, ensure_ascii=False) + "\n"
         )
         return manifest
 
@@ -371,7 +372,7 @@ class _Bytes:
 
     def note(self, number: int, **values: Any) -> None:
         """A line of JSON about a row."""
-        self.write(json.dumps({"number": number, **values}, ensure_ascii=False).encode() + b"\n")
+        self.write(json_text({"number": number, **values}, ensure_ascii=False).encode() + b"\n")
 
     def __exit__(self, *error: Any) -> None:
         try:

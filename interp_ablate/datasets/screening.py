@@ -6,7 +6,6 @@ drawn.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from interp_ablate.datasets.screening_measure import last_exchange
 from interp_ablate.errors import RunError
 from interp_ablate.storage.atomic_files import atomic_path, write_atomic
 from interp_ablate.storage.row_files import RowFile
+from interp_ablate.storage.strict_json import json_text
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ def _summary(
 
 def save_summary(summary: dict[str, Any], out: str | Path) -> None:
     """Write `screening.json`."""
-    text = json.dumps(summary, indent=1, allow_nan=False) + "\n"
+    text = json_text(summary, indent=1) + "\n"
     write_atomic(Path(out) / "screening.json", text)
 
 

@@ -22,6 +22,7 @@ from interp_ablate.datasets.screening_settings import ScreeningSettings
 from interp_ablate.directions.direction import Direction
 from interp_ablate.errors import RunError
 from interp_ablate.models.model import Model
+from interp_ablate.models.rendering import rendering
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring.exchange import PromptResponse
 from interp_ablate.storage.jsonl_log import JsonlLog
@@ -153,7 +154,7 @@ def _store(
         "data": RowFile.at(data).fingerprint(),
         "layout": layout,
         "model": model.fingerprint,
-        "template": model.template,
+        "rendering": rendering(model),
         "plan": plan.fingerprint if len(plan) else None,
         "direction": direction.fingerprint,
         "settings": {k: v for k, v in asdict(settings).items() if k not in _FREE},

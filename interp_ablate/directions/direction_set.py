@@ -19,6 +19,7 @@ from interp_ablate.directions.direction import Direction, Separation
 from interp_ablate.errors import DirectionError
 from interp_ablate.sites import Site, SiteLike, as_sites
 from interp_ablate.storage.atomic_files import write_atomic
+from interp_ablate.storage.strict_json import json_text
 
 FORMAT, PLAIN_FORMAT = "interp_ablate.directions/1", "interp_ablate.vectors/1"
 VectorDtype = Literal["float64", "float32"]
@@ -113,7 +114,7 @@ class Directions:
         }
         content = save({"directions": vectors}, metadata={"format": "pt"})
         write_atomic(path, content, error=DirectionError)
-        write_atomic(path.with_suffix(".json"), json.dumps(payload, indent=1), error=DirectionError)
+        write_atomic(path.with_suffix(".json"), json_text(payload, indent=1), error=DirectionError)
 
     @classmethod
     def load(cls, path: str | Path) -> Directions:

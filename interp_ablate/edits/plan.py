@@ -26,6 +26,7 @@ from interp_ablate.edits.kinds import Ablate, Add, Clamp, Edit, edit_from_dict
 from interp_ablate.errors import PlanError
 from interp_ablate.sites import EMBEDDING_POINTS, WRITER_POINTS, Point, Site, SiteLike, sites_of
 from interp_ablate.storage.atomic_files import write_atomic
+from interp_ablate.storage.strict_json import json_text
 
 logger = logging.getLogger(__name__)
 FORMAT = "interp_ablate.plan/1"
@@ -148,7 +149,7 @@ class Plan:
         Raises:
             PlanError: the place cannot be written.
         """
-        write_atomic(Path(path), json.dumps(self.to_dict()), error=PlanError)
+        write_atomic(Path(path), json_text(self.to_dict()), error=PlanError)
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

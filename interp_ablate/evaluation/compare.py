@@ -41,10 +41,12 @@ from interp_ablate.evaluation.results import (
 from interp_ablate.models.float32 import in_float32
 from interp_ablate.models.generation import Generation
 from interp_ablate.models.model import Model
+from interp_ablate.models.rendering import rendering
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring.exchange import TextScorer
 from interp_ablate.stats.intervals import AT_LEAST_0, Estimate, mean_estimate
 from interp_ablate.storage.jsonl_log import JsonlLog
+from interp_ablate.storage.strict_json import json_text
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +90,8 @@ def evaluate(
             assert tasks is not None
             evaluator.task(tasks, name, key)
     scorers = [scorer.identity for scorer in config.scorers]
-    evaluation = evaluator.evaluation({**identity, "tasks": keys, "scorers": scorers})
+    names = {side.which: {"name": side.model.source.name, **side.identity} for side in sides}
+    evaluation = evaluator.evaluation({**identity, **names, "tasks": keys, "scorers": scorers})
     if out is not None:
         evaluation.save(out)
     return evaluation
@@ -109,10 +112,9 @@ class _Side:
     @property
     def identity(self) -> dict[str, Any]:
         return {
-            "name": self.model.source.name,
             "weights": self.model.fingerprint,
             "plan": self.plan and self.plan.fingerprint,
-            "template": self.model.template,
+            "rendering": rendering(self.model),
         }
 
 
@@ -131,7 +133,7 @@ class _MeasuredParts:
             if line.get("part") == name and line.get("key") == key:
                 return line["value"]
         self.on_part(name)
-        line = json.loads(json.dumps({"part": name, "key": key, "value": measure()}))
+        line = json.loads(json_text({"part": name, "key": key, "value": measure()}))
         if self.log is not None:
             self.log.append(line)
         self.lines.append(line)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +30,7 @@ from interp_ablate.stats.intervals import (
     mean_interval,
 )
 from interp_ablate.storage.atomic_files import write_atomic
+from interp_ablate.storage.strict_json import json_text
 
 FORMAT = "interp_ablate evaluation 1"
 
@@ -180,7 +180,7 @@ class Evaluation:
             if rows:
                 write_atomic(folder / name, _csv(rows))
         write_atomic(folder / "evaluation.md", as_markdown(self))
-        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+        text = json_text(self.to_dict(), indent=1, ensure_ascii=False)
         write_atomic(folder / "evaluation.json", text)
 
 

@@ -19,6 +19,7 @@ from interp_ablate.export.side_files import copy_side_files, read_json, spell_to
 from interp_ablate.models.architectures import is_tied
 from interp_ablate.models.model import Model
 from interp_ablate.storage.safetensors_reader import INDEX
+from interp_ablate.storage.strict_json import json_text
 from interp_ablate.weights.plan_to_weights import WeightPlan
 
 MAX_SHARD = "5GB"
@@ -32,7 +33,7 @@ def float_dtype_of(tensors: Iterable[Tensor]) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """JSON as every file of an export has it."""
-    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    path.write_text(json_text(value, indent=1), encoding="utf-8")
 
 
 def published_layout(model: Model, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from typing import Any
 from interp_ablate.errors import ExportError
 from interp_ablate.export.model_card import CARD, CERTIFICATE
 from interp_ablate.storage.provenance import MANIFEST
+from interp_ablate.storage.strict_json import json_text
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +219,7 @@ def _public_manifest(path: Path) -> bytes:
     source = manifest.get("source")
     if isinstance(source, dict) and isinstance(source.get("path"), str):
         manifest["source"] = {**source, "path": None}
-    return json.dumps(manifest, indent=1).encode()
+    return json_text(manifest, indent=1).encode()
 
 
 def _checked(published: list[str], repo_id: str, *, force: bool) -> list[str]:

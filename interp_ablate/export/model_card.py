@@ -20,6 +20,7 @@ from interp_ablate.models.sources import ModelSource
 from interp_ablate.sites import Site
 from interp_ablate.storage.atomic_files import atomic_path
 from interp_ablate.storage.provenance import MANIFEST, versions
+from interp_ablate.storage.strict_json import json_text
 from interp_ablate.weights.plan_to_weights import WeightPlan
 
 logger = logging.getLogger(__name__)
@@ -100,9 +101,9 @@ def write_documents(
         OSError: a place that cannot be written.
     """
     for name, text in (
-        (CERTIFICATE, json.dumps(certificate, indent=1)),
+        (CERTIFICATE, json_text(certificate, indent=1)),
         (CARD, model_card(manifest, certificate)),
-        (MANIFEST, json.dumps(manifest, indent=1)),
+        (MANIFEST, json_text(manifest, indent=1)),
     ):
         with atomic_path(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")

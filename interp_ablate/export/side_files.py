@@ -17,6 +17,7 @@ from typing import Any
 
 from interp_ablate.errors import ExportError
 from interp_ablate.export.older_transformers import tokenizer_for_both
+from interp_ablate.storage.strict_json import json_text
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def spell_tokenizer(folder: Path) -> None:
     spelled = spelled_tokenizer(config, folder)
     if spelled != config:
         path.unlink()  # it may be a link
-        path.write_text(json.dumps(spelled, indent=1, ensure_ascii=False), encoding="utf-8")
+        path.write_text(json_text(spelled, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:

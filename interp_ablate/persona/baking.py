@@ -27,6 +27,7 @@ from interp_ablate.persona.traits import first_evaluation_questions
 from interp_ablate.scoring.exchange import TextScorer
 from interp_ablate.stats.intervals import SCORE, paired_difference
 from interp_ablate.storage.atomic_files import write_atomic
+from interp_ablate.storage.strict_json import json_text
 
 STYLE = "style.json"  # beside the export's manifest: what the card's section was written from
 # unedited; the vector at the answer's tokens as in steering; at every token, as the weights add it
@@ -148,7 +149,7 @@ def _write(baked: BakedPersona, persona: Persona) -> None:
             for a in baked.answers
         ],
     }  # fmt: skip
-    write_atomic(baked.folder / STYLE, json.dumps(content, indent=1))
+    write_atomic(baked.folder / STYLE, json_text(content, indent=1))
     add_to_card(baked.folder, _section(baked, persona))
 
 

@@ -12,12 +12,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from interp_ablate import __version__
 from interp_ablate.activations.pooling import POOLED_ROWS, POOLINGS, POSITIONS, pooled
 from interp_ablate.directions.direction import ZERO_TOLERANCE, Direction
 from interp_ablate.directions.direction_set import Directions
 from interp_ablate.errors import DirectionError, InterpAblateError, RunError
 from interp_ablate.jobs.progress import NoProgress, Progress
 from interp_ablate.models.model import Model
+from interp_ablate.models.rendering import rendering
 from interp_ablate.persona.persona import Persona, load_persona
 from interp_ablate.persona.readout import TraitReadout, fit_readout
 from interp_ablate.persona.rollouts import (
@@ -285,7 +287,8 @@ def _made_of(
     """Everything a persona depends on, as it is read back from JSON."""
     made_of = {
         "model": model.fingerprint,
-        "template": model.template,
+        "interp-ablate": __version__,
+        "rendering": rendering(model),
         "trait": trait.fingerprint,
         "scorer": scorer.identity,
         "coherence": coherence.identity if coherence else FLUENCY,

@@ -38,6 +38,7 @@ from interp_ablate.stats.correlation import (
     within,
 )
 from interp_ablate.storage.atomic_files import write_atomic
+from interp_ablate.storage.strict_json import json_text
 
 COLUMNS = ("level", "question", "projection", "score", "coherence", "system", "text", "answer")
 CONTROLS = 200  # random directions
@@ -130,7 +131,7 @@ class Monitoring:
         """
         folder = Path(folder)
         write_atomic(folder / "monitor.csv", self.table.to_csv(index=False))
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+        text = json_text(self.to_dict(), indent=1) + "\n"
         write_atomic(folder / "monitor.json", text)
 
 

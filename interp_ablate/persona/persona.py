@@ -26,6 +26,7 @@ from interp_ablate.persona.readout import METHOD as READOUT_METHOD
 from interp_ablate.persona.traits import Trait, load_trait
 from interp_ablate.sites import Site, SiteLike
 from interp_ablate.storage.atomic_files import write_atomic
+from interp_ablate.storage.strict_json import json_text
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +137,7 @@ class Persona:
             "coefficient": self.coefficient,
             **self.details,
         }
-        write_atomic(folder / "persona.json", json.dumps(content, indent=1))
+        write_atomic(folder / "persona.json", json_text(content, indent=1))
 
 
 def load_persona(folder: str | Path) -> Persona:

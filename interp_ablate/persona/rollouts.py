@@ -25,6 +25,7 @@ from interp_ablate.evaluation.metrics import chosen_logprobs, repetition
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.jobs.progress import NoProgress, Progress
 from interp_ablate.models.model import Model
+from interp_ablate.models.rendering import rendering
 from interp_ablate.persona.settings import SamplingConfig
 from interp_ablate.persona.traits import Trait
 from interp_ablate.prompts.prompt import Prompt
@@ -270,7 +271,7 @@ class _Store:
         identity = {
             "jobs": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
             "model": self.model.fingerprint,
-            "template": self.model.template,
+            "rendering": rendering(self.model, [r.prompt for r in self.requests]),
             "sampling": asdict(self.sampling),
             "plan": outer.fingerprint if len(outer) else None,
         }

@@ -19,6 +19,7 @@ from interp_ablate.errors import PromptError
 from interp_ablate.prompts.prompt import Prompt, normalised
 from interp_ablate.storage.atomic_files import write_atomic
 from interp_ablate.storage.bundled_data import bundled
+from interp_ablate.storage.strict_json import json_text
 
 FEWEST_QUESTIONS = 2  # for extraction: some make the vector, others choose its layer
 _NAME = re.compile(r"[\w][\w .-]*")
@@ -106,7 +107,7 @@ class Trait:
         Raises:
             PromptError: the place cannot be written.
         """
-        content = json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
+        content = json_text(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
         write_atomic(Path(path), content, error=PromptError)
 
 

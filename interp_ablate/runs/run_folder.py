@@ -22,6 +22,7 @@ from interp_ablate.settings import SPLIT_SIZES
 from interp_ablate.sites import RESIDUAL_POINTS, Point, Site, sites_of
 from interp_ablate.storage.atomic_files import folder_made, remove_left_overs, write_atomic
 from interp_ablate.storage.output_folder import check_output_path
+from interp_ablate.storage.strict_json import json_text
 
 if TYPE_CHECKING:
     from interp_ablate.activations.activations import Activations
@@ -132,7 +133,7 @@ class Run:
 
     def save(self) -> None:
         """Write run.json."""
-        write_atomic(self.out / "run.json", json.dumps(self.state, indent=1))
+        write_atomic(self.out / "run.json", json_text(self.state, indent=1))
 
     def _has_files(self) -> bool:
         """Whether the folder holds anything but its configuration."""
@@ -250,6 +251,7 @@ class Run:
         check_model_exports(self.model, out, overwrite=True)
 
     def _check_model(self, model: Model) -> None:
+        from interp_ablate.models.rendering import rendering
         from interp_ablate.storage.provenance import versions
 
         facts = {
@@ -261,13 +263,12 @@ class Run:
             "fingerprint": model.fingerprint,
             "trusted_remote_code": self.configuration.trust_remote_code,
         }
-        rows = [
-            model.encode(prompt)
+        prompts = [
+            prompt
             for part in (self.split.train, self.split.validation, self.split.test)
             for prompt in (*part.positive, *part.negative)
         ]
-        rendering = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-        self._made_of({"model": model.fingerprint, "rendering": rendering})
+        self._made_of({"model": model.fingerprint, "rendering": rendering(model, prompts)})
         contrast = self.contrast_set
         self.record(
             model=facts,
@@ -381,9 +382,9 @@ class Run:
         if name.endswith(".csv"):
             text = value.to_csv(index=False)
         elif name.endswith(".jsonl"):
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in value)
+            text = "".join(json_text(row, ensure_ascii=False) + "\n" for row in value)
         else:
-            text = json.dumps(value, indent=1)
+            text = json_text(value, indent=1)
         write_atomic(self.out / name, text)
 
 

@@ -18,6 +18,7 @@ from filelock import lock_descriptor
 from interp_ablate import __version__
 from interp_ablate.errors import RunError
 from interp_ablate.storage.atomic_files import folder_made
+from interp_ablate.storage.strict_json import json_text
 
 
 class JsonlLog:
@@ -114,7 +115,7 @@ class JsonlLog:
 
     def _write(self, *values: dict[str, Any]) -> None:
         header = [] if self._begun else [{"format": self.format, **self.identity}]
-        left = b"".join(json.dumps(line).encode() + b"\n" for line in (*header, *values))
+        left = b"".join(json_text(line).encode() + b"\n" for line in (*header, *values))
         try:
             if not self._begun:
                 self._file.truncate(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import math
 import shutil
@@ -531,6 +532,51 @@ def test_an_interrupted_or_killed_beginning_binds_nobody(
     }
     (out / "run.json").write_text(json.dumps(begun))
     assert main(["--quiet", "collect", *flags, "--out", str(out)]) == 0
+
+
+@pytest.mark.parametrize("when", ["load", "first trial", "between trials", "export"])
+def test_an_interrupted_run_goes_on_where_it_was(
+    flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    when: str,
+) -> None:
+    out = tmp_path / "out"
+    small = [*flags, "--layers", "1-1", "--sites", "resid_post", "--out", str(out)]
+    place, most = {
+        "load": ("interp_ablate.models.load.load_model", 0),
+        "first trial": ("interp_ablate.search.trials.score_trial", 0),
+        "between trials": ("interp_ablate.search.trials.TrialLog.begin", 1),
+        "export": ("interp_ablate.export.checkpoint.certify", 0),
+    }[when]
+    module, _, name = place.rpartition(".")
+    if name == "begin":
+        from interp_ablate.search.trials import TrialLog as target
+    else:
+        target = importlib.import_module(module)
+    real, calls = getattr(target, name), []
+
+    def interrupted(*given: Any, **options: Any) -> Any:
+        calls.append(name)
+        if len(calls) > most:
+            raise KeyboardInterrupt
+        return real(*given, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(target, name, interrupted)
+        assert main(["--quiet", "run", *small]) == 130
+    assert capsys.readouterr().err.endswith("interrupted; run the same command again to go on\n")
+    assert out.exists() == (when != "load")
+    assert not [p for p in out.rglob(".*") if ".export.partial" not in p.parts]
+    done = finished_lines(out) if (out / "trials.jsonl").exists() else []
+    assert main(["--quiet", "run", *small]) == 0
+    assert finished_lines(out)[: len(done)] == done
+    assert not list(out.rglob(".*"))
+    for path in (*out.rglob("*.json"), *out.rglob("*.jsonl")):  # for jq, too
+        whole = [path.read_text()] if path.suffix == ".json" else path.read_text().splitlines()
+        for text in whole:
+            json.loads(text, parse_constant=pytest.fail)
 
 
 def test_names_may_change_and_contents_may_not(

@@ -240,3 +240,24 @@ def test_ray_settings_need_ray(
 ) -> None:
     assert main(["sweep", *flags, "--out", str(tmp_path / "run"), "--workers", "2"]) == 2
     assert "--executor ray" in capsys.readouterr().err
+
+
+def test_more_trials_and_other_minutes_go_on_and_another_control_begins(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--trials 5`, then `--trials 9`: the first five are those; what was never searched binds nobody."""
+    out = tmp_path / "run"
+
+    def searched(*more: str) -> int:
+        return main(["--quiet", "search", *flags, "--no-fits", "--out", str(out), *more])
+
+    assert searched("--trials", "5") in (0, 1)
+    first = [line for line in logged(out) if line["stage"] == "search"]
+    assert searched("--trials", "9", "--minutes", "3") in (0, 1)
+    both = [line for line in logged(out) if line["stage"] == "search"]
+    assert both[:5] == first and [line["number"] for line in both] == list(range(9))
+    assert searched("--trials", "9", "--sampler", "random") == 2
+    assert "holds another search" in capsys.readouterr().err
+    lines = (out / "trials.jsonl").read_text().splitlines(keepends=True)
+    (out / "trials.jsonl").write_text("".join(line for line in lines if '"search"' not in line))
+    assert searched("--trials", "2", "--sampler", "random") in (0, 1)

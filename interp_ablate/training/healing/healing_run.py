@@ -27,6 +27,7 @@ from interp_ablate.models.model import Model
 from interp_ablate.stats.intervals import paired_difference
 from interp_ablate.storage.provenance import versions
 from interp_ablate.storage.safetensors_reader import Checkpoint
+from interp_ablate.storage.strict_json import json_text
 from interp_ablate.training.healing.case import (
     EditedCheckpoint,
     HealingRun,
@@ -127,7 +128,7 @@ def _identity(
 ) -> dict[str, Any]:
     """The training that checkpoints belong to; weights may change under the same name."""
     return {
-        **settings,
+        **{name: settings[name] for name in ("healing", "recipe")},
         "weights": [base.fingerprint for base in (case.edited, case.original) if base],
         "rows": [[a.prompt, a.answer, b.answer] for a, b in rows],
     }
@@ -209,7 +210,7 @@ def _write(
     case: EditedCheckpoint,
     certificate: Mapping[str, Any],
 ) -> None:
-    rows = (json.dumps(pair.to_dict(), ensure_ascii=False) for pair in treatment.pairs)
+    rows = (json_text(pair.to_dict(), ensure_ascii=False) for pair in treatment.pairs)
     (place / PREFERENCES).write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
     adapter = json.loads((place / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     config = axolotl_config(

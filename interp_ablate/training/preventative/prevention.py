@@ -8,7 +8,6 @@ found, or how a trainer works.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from interp_ablate.stats.intervals import (
     paired_difference,
 )
 from interp_ablate.storage.provenance import MANIFEST, versions
+from interp_ablate.storage.strict_json import json_text
 from interp_ablate.training.preventative.additions import train_with_additions
 from interp_ablate.training.preventative.trait_measure import (
     MeasuredTrait,
@@ -192,7 +192,6 @@ class PreventativeExperiment:
     def identity(self, rows: Sequence[TrainingRow]) -> dict[str, Any]:
         """The experiment that checkpoints of an interrupted run belong to."""
         return {
-            "source": self.base.source.to_dict(),
             "weights": self.base.fingerprint,
             "recipe": self.recipe.to_dict(),
             "arms": [[arm.name, arm.plan.to_dict() if arm.plan else None] for arm in self.arms],
@@ -320,14 +319,14 @@ def _difference(one: MeasuredTrait, other: MeasuredTrait) -> dict[str, Any]:
 def _write(
     place: Path, report: dict[str, Any], experiment: PreventativeExperiment, results: _Results
 ) -> None:
-    rows = (json.dumps(s.to_dict(), ensure_ascii=False) for s in experiment.samples)
+    rows = (json_text(s.to_dict(), ensure_ascii=False) for s in experiment.samples)
     (place / "data.jsonl").write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
     with (place / "answers.jsonl").open("w", encoding="utf-8") as file:
         for i, question in enumerate(experiment.measure.questions):
             answers = {name: trait.answers[i] for name, trait in results.traits.items()}
             scores = {name: trait.score[i] for name, trait in results.traits.items()}
             line = {"question": question, "answers": answers, "scores": scores}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(json_text(line, ensure_ascii=False) + "\n")
     write_json(place / REPORT, report)
     # what makes the folder one of this package's, which --force may replace
     write_json(place / MANIFEST, {k: report[k] for k in ("format", "recipe", "versions")})
