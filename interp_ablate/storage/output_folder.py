@@ -29,6 +29,7 @@ from interp_ablate.storage.atomic_files import (
 from interp_ablate.storage.provenance import MANIFEST
 from interp_ablate.storage.safetensors_header import read_up_to
 from interp_ablate.storage.safetensors_reader import Checkpoint
+from interp_ablate.storage.strict_json import json_text
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ class StreamedFolder:
 
     def _write(self, line: dict[str, Any]) -> None:
         # The line break comes first: a line that a kill cut short cannot swallow the next one.
-        os.write(self.journal, b"\n" + json.dumps(line).encode() + b"\n")
+        os.write(self.journal, b"\n" + json_text(line).encode() + b"\n")
         os.fsync(self.journal)
 
     def _finished(self, fingerprint: str) -> dict[str, int]:

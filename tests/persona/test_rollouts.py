@@ -182,7 +182,7 @@ def test_other_answers_are_not_mixed_in(whole: Any, tmp_path: Path, change: Any,
     path.write_bytes(whole[0].read_bytes())
     with pytest.raises(RunError, match=said):
         answered(path, **change)
-    with pytest.raises(RunError, match="jobs differ"):
+    with pytest.raises(RunError, match="jobs, rendering differ"):
         run_rollouts(shared(), jobs(2), path, scorer=Vowels(), sampling=SAMPLING)
     with pytest.raises(RunError, match="model differ"):
         run_rollouts(shared(seed=1), jobs(), path, scorer=Vowels(), sampling=SAMPLING)
