@@ -356,7 +356,7 @@ def _task_row(before: TaskScore, after: TaskScore, measure: str) -> ComparisonRo
         return paired_row(measure, before.task, unit, before.items, after.items)
 
     def estimate(value: float, *errors: float | None) -> Estimate:
-        if None in errors:
+        if None in errors or not any(errors):  # no spread seen is no certainty
             return Estimate(value)
         width = 1.96 * math.hypot(*(error for error in errors if error is not None))
         return Estimate(value, value - width, value + width)

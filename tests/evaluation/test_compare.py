@@ -20,7 +20,8 @@ from tokenizers import processors
 from interp_ablate import Ablate, Add, Direction, Plan, Prompt, Site, export_checkpoint, load_model
 from interp_ablate.cli.main import main
 from interp_ablate.errors import InterpAblateError, PlanError, RunError
-from interp_ablate.evaluation.compare import evaluate
+from interp_ablate.evaluation.compare import _task_row, evaluate
+from interp_ablate.evaluation.harness import TaskScore
 from interp_ablate.evaluation.measures import EvaluationConfig, read_prompts
 from interp_ablate.evaluation.metrics import first_token_kl
 from interp_ablate.evaluation.outputs import ModelOutputs
@@ -574,3 +575,13 @@ def test_a_weak_plan_on_a_half_precision_model_has_a_weak_kl() -> None:
     rounding = float(first_token_kl(unedited.with_plan(weak), unedited).mean())
     assert named(found, "KL, first token").after.value < 0.2 * rounding  # type: ignore[union-attr]
     assert model.dtype == torch.bfloat16
+
+
+def test_a_task_whose_items_are_not_told_has_no_interval_without_an_error() -> None:
+    def row(*errors: float | None) -> ComparisonRow:
+        one, other = (TaskScore("t", "f1", "none", 1.0, error, None) for error in errors)
+        return _task_row(one, other, "f1")
+
+    for found in (row(0.0, 0.0), row(None, 0.1)):
+        assert found.before and found.before.to_list() == [1.0, None, None]
+    assert row(0.1, 0.1).after.to_list() == pytest.approx([1.0, 0.804, 1.196])  # type: ignore[union-attr]
