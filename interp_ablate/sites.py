@@ -33,6 +33,8 @@ EMBEDDING_POINTS: tuple[Point, ...] = ("embed", "pos_embed")
 PROJECTION_POINTS: tuple[Point, ...] = ("attn_proj", "mlp_proj")
 WRITER_POINTS: tuple[Point, ...] = (*EMBEDDING_POINTS, "attn_out", "mlp_out", *PROJECTION_POINTS)
 
+MAX_LAYER = 99_999  # more than any model has
+
 _OUTPUTS: dict[str, Point] = {"attn_proj": "attn_out", "mlp_proj": "mlp_out"}
 _PROJECTIONS: dict[str, Point] = {"attn_out": "attn_proj", "mlp_out": "mlp_proj"}
 
@@ -81,9 +83,13 @@ class Site:
             raise InterpAblateError(
                 f"a layer is an integer from 0; got {self.layer!r} ({type(self.layer).__name__})"
             ) from error
-        if self.layer < 0 or (self.point in EMBEDDING_POINTS and self.layer != 0):
+        if (
+            self.layer < 0
+            or self.layer > MAX_LAYER
+            or (self.point in EMBEDDING_POINTS and self.layer != 0)
+        ):
             raise InterpAblateError(
-                f"no site {self.point!r} at layer {self.layer}: layers count from 0, "
+                f"no site {self.point!r} at layer {str(self.layer)[:12]}: layers count from 0 to {MAX_LAYER} at most, "
                 "and the embedding is Site(0, 'embed')"
             )
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from interp_ablate.errors import InterpAblateError, ModelError
+from interp_ablate.errors import InterpAblateError
+from interp_ablate.models.model_files import check_gguf, transformers_reads
 from interp_ablate.models.sources import read_hf_config, resolve
 from interp_ablate.settings import DECODED_ROWS, MAX_NEW_TOKENS, STEP_ROWS, STREAM_ROWS, setting
 
@@ -183,14 +184,11 @@ def config_at(name: str | Path) -> Any:
     gguf = {"gguf_file": file.name} if source.kind == "gguf" else {}
     from transformers import AutoConfig
 
-    try:
+    if gguf:
+        check_gguf(file)
+    advice = "give a folder with config.json; without a network hub names do not work"
+    with transformers_reads(f"the config of {source.name!r}", advice):
         return AutoConfig.from_pretrained(str(file.parent) if gguf else source.name, **gguf)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(
-            f"transformers cannot read the config of {source.name!r}: {reason[0]} Give a folder with "
-            "config.json; without a network hub names do not work"
-        ) from error
 
 
 @dataclass(frozen=True)

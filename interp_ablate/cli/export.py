@@ -5,7 +5,6 @@ Knows: flags and what is printed. Does not know: formats, or how anything is com
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from interp_ablate.cli.settings import adding, settings_from
 from interp_ablate.errors import RunError
 from interp_ablate.export.formats import FORMATS, ExportFormat, ExportRequest, format_named
 from interp_ablate.settings import setting
+from interp_ablate.storage.incoming_files import incoming_json, incoming_object
 from interp_ablate.storage.strict_json import json_text
 
 TIED = ("untie", "skip-embedding", "accept")
@@ -66,7 +66,7 @@ def run(args: Namespace) -> int:
     chosen = format_named(settings.format)
     if settings.run_folder:
         stored, selected = chosen_in_run(settings.run_folder)
-        report = json.loads(selected.read_text(encoding="utf-8"))["test"]
+        report = incoming_object(selected).get("test")
         out = str(Path(settings.run_folder) / chosen.default_out)
         settings = settings_from(args, Export, under={**stored, "plan": str(selected), "out": out})
     if not settings.out or (chosen.needs_plan and not settings.plan):
@@ -109,10 +109,7 @@ def _plan(path: str, chosen: ExportFormat) -> Any:
     from interp_ablate.edits.plan import Plan
 
     if chosen.adds:
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise RunError(f"cannot read a plan from {path}: {error}") from error
+        data = incoming_json(path)
         if isinstance(data, dict) and data.get("addition_plan"):
             return Plan.from_dict(data["addition_plan"])
     return Plan.load(path)

@@ -5,7 +5,6 @@ Knows: model, training, run-folder, scorer and rubric flags. Does not know: what
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from argparse import Namespace
@@ -79,7 +78,7 @@ def chosen_in_run(folder: str) -> tuple[dict[str, Any], Path]:
     Raises:
         RunError: no run folder, or one without a chosen plan.
     """
-    from interp_ablate.runs.run_folder import read_run
+    from interp_ablate.runs.run_folder import read_run, read_selected
 
     saved = read_run(folder)
     if saved is None:
@@ -89,7 +88,7 @@ def chosen_in_run(folder: str) -> tuple[dict[str, Any], Path]:
         raise RunError(
             f"{folder} has no chosen plan yet: run `interp-ablate run --out {folder}` to the end"
         )
-    if json.loads(selected.read_text(encoding="utf-8"))["plan"] is None:
+    if read_selected(folder)["plan"] is None:
         raise RunError(f"no candidate passed the limits in {folder}: see its report.html")
     names = ("model", "backend", "dtype", "device", "template")
     return {name: saved["configuration"][name] for name in names}, selected

@@ -5,7 +5,6 @@ Knows: flags and what is printed. Does not know: how a stage works.
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from interp_ablate.cli.settings import adding, given_flags, read_toml, settings_
 from interp_ablate.errors import RunError
 from interp_ablate.runs.configuration import Configuration
 from interp_ablate.settings import setting
+from interp_ablate.storage.incoming_files import incoming_object
 
 TEST_ROWS = {
     "behaviour_before": "positive prompts, unedited",
@@ -99,9 +99,9 @@ def _ray_settings(executor: ExecutorSettings | None) -> Any:
 
 def selection_of(opened: Any) -> dict[str, Any]:
     """selected.json; where it holds no plan, what the limits removed is printed."""
-    selected: dict[str, Any] = json.loads(
-        (opened.out / "selected.json").read_text(encoding="utf-8")
-    )
+    from interp_ablate.runs.run_folder import read_selected
+
+    selected = read_selected(opened.out)
     if selected["plan"] is None:
         limits = selected["limits"]
         removed = ", ".join(f"{k}: {v}" for k, v in limits["removed"].items())
@@ -126,8 +126,8 @@ def _print_summary(opened: Any) -> int:
         print(f"report: {opened.out / 'report.html'}")
         return NO_PLAN
     trial = selected["trial"]
-    certificate = json.loads(
-        (opened.out / "export" / "certificate.json").read_text(encoding="utf-8")
+    certificate = incoming_object(
+        opened.out / "export" / "certificate.json", fields=("passed", "max_abs_logit_difference")
     )
     site = f"blocks.{trial['layer']}.hook_{trial['point']}[{trial['position']}]"
     print(f"direction   {trial['method']} at {site}")

@@ -10,11 +10,11 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
-from pathlib import Path
 from typing import Any, TypeVar
 
 from interp_ablate.errors import RunError
 from interp_ablate.settings import suggestion
+from interp_ablate.storage.incoming_files import incoming_text
 
 T = TypeVar("T")
 _NUMBERS = {"int": int, "float": float}
@@ -70,7 +70,7 @@ def read_toml(path: str, cls: type) -> dict[str, Any]:
     else:
         import tomli as tomllib
     try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        table = tomllib.loads(incoming_text(path))
     except (OSError, ValueError) as error:
         raise RunError(f"cannot read --config {path}: {error}") from error
     accepted = {name: field.name for field in _settings_of(cls) for name in _keys(field)}

@@ -5,7 +5,6 @@ Knows: flags and what is printed. Does not know: how folders are compared.
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from interp_ablate.cli.options import ModelSettings, chosen_in_run, load
 from interp_ablate.cli.settings import adding, settings_from
 from interp_ablate.errors import RunError
 from interp_ablate.settings import setting
+from interp_ablate.storage.incoming_files import incoming_object
 from interp_ablate.storage.strict_json import json_text
 
 
@@ -125,8 +125,8 @@ def _source_of(manifest: Path) -> str:
     from interp_ablate.models.sources import BUNDLED
 
     try:
-        source = json.loads(manifest.read_text(encoding="utf-8"))["source"]
+        source = incoming_object(manifest, advice="give A B")["source"]
         name, path = source["name"], source["path"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise RunError(f"{manifest} is not an export's manifest ({error!r}): give A B") from error
     return str(name if name in BUNDLED or not path else path)

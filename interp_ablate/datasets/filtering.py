@@ -38,6 +38,7 @@ from interp_ablate.scoring.exchange import UNANSWERED
 from interp_ablate.settings import setting
 from interp_ablate.stats.intervals import rate
 from interp_ablate.storage.atomic_files import atomic_path, write_atomic
+from interp_ablate.storage.incoming_files import incoming_object
 from interp_ablate.storage.json_rows import MalformedRow, RowFileError
 from interp_ablate.storage.jsonl_log import JsonlLog
 from interp_ablate.storage.row_files import RowFile
@@ -230,7 +231,7 @@ class _Run:
     def _manifest(self) -> dict[str, Any]:
         """The folder's manifest; empty where there is none, or none of a filter."""
         try:
-            manifest = json.loads((self.out / "manifest.json").read_text(encoding="utf-8"))
+            manifest = incoming_object(self.out / "manifest.json")
         except (OSError, ValueError):
             return {}
         ours = isinstance(manifest, dict) and manifest.get("format") == FORMAT

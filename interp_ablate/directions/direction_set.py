@@ -19,6 +19,7 @@ from interp_ablate.directions.direction import Direction, Separation
 from interp_ablate.errors import DirectionError
 from interp_ablate.sites import Site, SiteLike, as_sites
 from interp_ablate.storage.atomic_files import write_atomic
+from interp_ablate.storage.incoming_files import check_file, incoming_object
 from interp_ablate.storage.strict_json import json_text
 
 FORMAT, PLAIN_FORMAT = "interp_ablate.directions/1", "interp_ablate.vectors/1"
@@ -128,8 +129,9 @@ class Directions:
 
         path = Path(path)
         try:
+            check_file(path, DirectionError)
             vectors = load_file(path)["directions"]
-            payload = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+            payload = incoming_object(path.with_suffix(".json"))
             records = payload["directions"]
             if payload["format"] != FORMAT:
                 raise DirectionError(f"the format is {payload['format']!r}; accepted is {FORMAT!r}")

@@ -6,7 +6,6 @@ estimated, or any file that has to be unpickled (those are refused).
 
 from __future__ import annotations
 
-import json
 import re
 import struct
 import zipfile
@@ -32,6 +31,7 @@ from interp_ablate.directions.direction_set import (
 from interp_ablate.directions.gguf_vectors import read_gguf_vectors
 from interp_ablate.errors import DirectionError, InterpAblateError
 from interp_ablate.sites import POINTS, Point, Site, SiteLike
+from interp_ablate.storage.incoming_files import check_file, incoming_object, parse_json
 
 UNKNOWN = "unknown"  # the position of a vector whose file does not tell it
 METADATA = "direction_metadata.json"
@@ -122,6 +122,7 @@ def _tensors_of(path: Path) -> list[_FileTensor]:
             f"cannot tell what {path} is by its ending {path.suffix!r}: accepted are "
             f"{', '.join(_READERS)}"
         )
+    check_file(path, DirectionError)
     return list(_READERS[path.suffix](path))
 
 
@@ -186,7 +187,7 @@ def _arditi_place(path: Path) -> dict[str, Any]:
     if path.name != "direction.pt" or not beside.is_file():
         return {}
     try:
-        metadata = json.loads(beside.read_text(encoding="utf-8"))
+        metadata = incoming_object(beside)
         # The paper reads a block's input: layer l is resid_pre(l).
         site, position = Site(metadata["layer"], "resid_pre"), str(int(metadata["pos"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -220,7 +221,7 @@ def _from_safetensors(path: Path) -> Iterator[_FileTensor]:
 
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("interp_ablate", "{}"))
+            about = parse_json((file.metadata() or {}).get("interp_ablate", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:
         raise DirectionError(f"cannot read {path}: {error}. Is the file whole?") from error
@@ -274,7 +275,7 @@ def _is_a_directions_file(path: Path) -> bool:
     """True for what `Directions.save` wrote: its JSON beside it says so."""
     beside = path.with_suffix(".json")
     try:
-        return json.loads(beside.read_text(encoding="utf-8")).get("format") == DIRECTIONS_FORMAT
+        return bool(incoming_object(beside).get("format") == DIRECTIONS_FORMAT)
     except (OSError, ValueError, AttributeError):
         return False
 

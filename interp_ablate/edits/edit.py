@@ -6,7 +6,6 @@ Knows: validation and JSON fields. Does not know: which map an edit is.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any, ClassVar, Literal, TypeVar, get_args
@@ -20,6 +19,7 @@ from interp_ablate.edits.affine import Affine
 from interp_ablate.errors import InterpAblateError, PlanError
 from interp_ablate.sites import Site, SiteLike, as_sites
 
+MAX_AMOUNT = 1e9  # beyond every activation; products of two such numbers still fit into float32
 Positions = Literal["all", "prompt", "generated"]
 
 
@@ -67,8 +67,8 @@ def strength_per_site(
             f"{len(many)} values of {what} for {len(sites)} sites: give one, or one a site"
         )
     amounts = tuple(float(number) for number in many)
-    if not all(math.isfinite(number) for number in amounts):
-        raise PlanError(f"{what} must be finite; got {amounts}")
+    if not all(abs(number) <= MAX_AMOUNT for number in amounts):  # NaN is not
+        raise PlanError(f"{what} must be finite, and at most {MAX_AMOUNT:g} in size; got {amounts}")
     return amounts
 
 
@@ -127,6 +127,8 @@ class EditBase:
             raise PlanError(
                 f"unknown positions {self.positions!r}: accepted are {', '.join(get_args(Positions))}"
             )
+        if not isinstance(self.label, str):
+            raise PlanError(f"the label of an edit is a text; got {self.label!r}")
 
     def __repr__(self) -> str:
         return (

@@ -26,6 +26,7 @@ from interp_ablate.edits.kinds import Ablate, Add, Clamp, Edit, edit_from_dict
 from interp_ablate.errors import PlanError
 from interp_ablate.sites import EMBEDDING_POINTS, WRITER_POINTS, Point, Site, SiteLike, sites_of
 from interp_ablate.storage.atomic_files import write_atomic
+from interp_ablate.storage.incoming_files import incoming_json
 from interp_ablate.storage.strict_json import json_text
 
 logger = logging.getLogger(__name__)
@@ -158,10 +159,7 @@ class Plan:
         Raises:
             PlanError: no such file, not JSON, not a plan.
         """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise PlanError(f"cannot read a plan from {path}: {error}") from error
+        data = incoming_json(path, error=PlanError, advice="save the plan again")
         if isinstance(data, dict) and "plan" in data:
             data = data["plan"]
         return cls.from_dict(data)

@@ -15,6 +15,7 @@ from interp_ablate.errors import RunError
 from interp_ablate.evaluation.metrics import chosen_logprobs
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.models.model import Model
+from interp_ablate.prompts.chat_template import apply_template
 
 # Whole distributions of every answer token are held for so many requests at a time.
 REQUESTS = 32
@@ -153,12 +154,12 @@ def as_harness_lm(model: Model, plan: Plan | None) -> Any:
         def apply_chat_template(
             self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
         ) -> str:
-            return model.tokenizer.apply_chat_template(
+            return apply_template(
                 chat_history,
-                chat_template=model.template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
+                model.tokenizer,
+                template=model.template,
+                open_ended=add_generation_prompt,
+                continued=not add_generation_prompt,
             )
 
     return Answering()

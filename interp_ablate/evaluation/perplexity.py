@@ -23,6 +23,7 @@ from interp_ablate.models.model import Model
 from interp_ablate.prompts.chat_template import encode
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.storage.bundled_data import bundled
+from interp_ablate.storage.incoming_files import parse_json
 
 SEPARATOR = "---"  # alone on a line of a text file, between documents
 # Log-probabilities held at a time, of whole distributions at the counted tokens.
@@ -92,7 +93,7 @@ def _row_text(path: Path, number: int, line: str) -> str:
     if not line.strip():
         return ""
     try:
-        text = json.loads(line)["text"]
+        text = parse_json(line)["text"]
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(
             f'{path}, line {number}: expected a JSON object with "text" ({error!r})'

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from interp_ablate.edits.plan import Plan
-from interp_ablate.errors import ExportError
+from interp_ablate.errors import ExportError, ModelError
 from interp_ablate.export.checkpoint_files import published_layout
 from interp_ablate.export.model_card import CERTIFICATE
 from interp_ablate.export.older_transformers import OLD_ROPE_FIELDS, ORIGINS, config_for_both
@@ -25,11 +25,12 @@ from interp_ablate.export.side_files import (
     BEHAVIOUR_FILES,
     TOKENIZER_CONFIG,
     may_be_weights,
-    read_json,
     spelled_tokenizer,
 )
 from interp_ablate.models.architectures import Architecture, architecture_of, is_tied
+from interp_ablate.models.model_files import check_loadable
 from interp_ablate.models.sources import read_hf_config
+from interp_ablate.storage.incoming_files import incoming_json, incoming_object
 from interp_ablate.storage.provenance import MANIFEST
 from interp_ablate.storage.safetensors_reader import INDEX, Checkpoint
 from interp_ablate.weights.plan_to_weights import Tied, WeightPlan, edited_tensor, weight_plan
@@ -63,6 +64,7 @@ class AuditSource:
             ExportError: no safetensors, malformed files, an architecture without an entry.
         """
         checkpoint = Checkpoint.open(folder)
+        check_loadable(folder)
         config = read_hf_config(folder)
         return cls(
             checkpoint.tensors,
@@ -155,6 +157,11 @@ def audit(
         report.not_compared = ["tokenizer and generation config: the source is no folder"]
     report.problems += _json_problems(before, result.folder, compared=_comparable(config))
     report.problems += _file_problems(source.folder, result)
+    if report.passed:  # what is as it must be loads, unless the source did not
+        try:
+            check_loadable(folder)
+        except ModelError as error:
+            report.problems.append(str(error))
     return report
 
 
@@ -162,10 +169,7 @@ def _tied_choice(source: AuditSource, result: Checkpoint, config: Any) -> Tied:
     """The maker's choice for a tied embedding, from the folder's manifest or else from its tensors."""
     manifest = result.folder / MANIFEST
     if manifest.is_file():
-        try:
-            choice = json.loads(manifest.read_text(encoding="utf-8")).get("tied")
-        except (ValueError, AttributeError) as error:
-            raise ExportError(f"{manifest} is not a manifest: {error}") from error
+        choice: Any = incoming_object(manifest, error=ExportError).get("tied")
         if choice in get_args(Tied):
             return choice
     if not is_tied(config):
@@ -264,7 +268,7 @@ def _config_problems(before: Any, after: Any, weights: WeightPlan) -> list[str]:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    return read_json(folder / "config.json")
+    return incoming_object(folder / "config.json", error=ExportError)
 
 
 def _json_problems(before: dict[str, Any], folder: Path, *, compared: Collection[str]) -> list[str]:
@@ -309,7 +313,7 @@ def _same_file(before: Path, after: Path) -> bool:
         return True
     if after.name != TOKENIZER_CONFIG:
         return False
-    one, other = map(read_json, (before, after))
+    one, other = (incoming_json(path, error=ExportError) for path in (before, after))
     return spelled_tokenizer(one, before.parent) == other
 
 

@@ -36,6 +36,7 @@ from interp_ablate.export.older_transformers import note_on_4
 from interp_ablate.models.architectures import architecture_of, is_tied
 from interp_ablate.models.backends.hooked_to_hf import CONVERTIBLE
 from interp_ablate.models.model import Model
+from interp_ablate.models.model_files import check_loadable, read_config
 from interp_ablate.models.sources import ModelSource, read_hf_config
 from interp_ablate.prompts.prompt import PromptLike
 from interp_ablate.storage.atomic_files import folder_made, remove_left_overs, temporary_folder
@@ -168,8 +169,7 @@ def _certified(
     )  # fmt: skip
     require_passed(certificate, "export")
     manifest = _manifest(model.source, weights, written, folder, report, backend=model.backend)
-    write_documents(folder, manifest, certificate)
-    return certificate
+    return write_documents(folder, manifest, certificate)
 
 
 def _manifest(
@@ -180,7 +180,7 @@ def _manifest(
     report: Any,
     **more: Any,
 ) -> dict[str, Any]:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(folder)
     return export_manifest(
         "checkpoint", source, weights, written.names, written.dtype, report,
         untied=weights.tied == "untie", config_changed=weights.config, added=[*weights.added],
@@ -220,6 +220,7 @@ def export_folder(
     """
     checkpoint = Checkpoint.open(source)
     weights = _streamed_plan(checkpoint, plan, read_hf_config(checkpoint.folder), tied, None)
+    check_loadable(checkpoint.folder)
     origin = ModelSource(
         checkpoint.folder.resolve().name, "folder", str(checkpoint.folder.resolve())
     )
@@ -268,12 +269,17 @@ def _check_unchanged(model: Model, source: Checkpoint) -> None:
         return
     state = model.hf_state_dict()
     for name in source.tensors:
-        if name in state and not torch.equal(source.read(name).to(state[name]), state[name]):
+        if name in state and not _same(source.read(name).to(state[name]), state[name]):
             raise ExportError(
                 f"{name} in memory is not what {source.folder} holds: the model was edited since it was "
                 "loaded. Write those weights first (export_checkpoint(model, None, out)) and export the "
                 "plan from there"
             )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """True for equal values; a NaN, as rows hold that nothing reads, is itself."""
+    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _fingerprint(weights: WeightPlan) -> str:

@@ -6,7 +6,6 @@ Knows: the names and contents of these files. Does not know: plans.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ import torch
 from torch import Tensor
 
 from interp_ablate.export.older_transformers import config_for_both
-from interp_ablate.export.side_files import copy_side_files, read_json, spell_tokenizer
+from interp_ablate.export.side_files import copy_side_files, spell_tokenizer
 from interp_ablate.models.architectures import is_tied
 from interp_ablate.models.model import Model
+from interp_ablate.models.model_files import read_config
 from interp_ablate.storage.safetensors_reader import INDEX
 from interp_ablate.storage.strict_json import json_text
 from interp_ablate.weights.plan_to_weights import WeightPlan
@@ -118,6 +118,6 @@ def write_source_files(
     source: Path, folder: Path, changes: dict[str, Any], *, own: Collection[str]
 ) -> list[str]:
     """The source folder's config with the changes, and its other files as they are; returns what stays behind."""
-    config = read_json(source / "config.json")
+    config = read_config(source)
     write_json(folder / "config.json", config_for_both({**config, **changes}))
     return copy_side_files(source, folder, own=own)

@@ -6,7 +6,6 @@ already), or tokenizers' insides.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from torch import Tensor
 
 from interp_ablate.errors import ExportError
 from interp_ablate.export.gguf_tokenizer import add_tokenizer
+from interp_ablate.models.model_files import check_folder, read_config
+from interp_ablate.models.sources import read_hf_config
 from interp_ablate.storage.atomic_files import atomic_path
 from interp_ablate.storage.output_folder import check_output_file
 from interp_ablate.storage.safetensors_header import TensorInfo
@@ -101,7 +102,8 @@ def export_gguf(
 
     Raises:
         ExportError: a model type, rotary scaling, tensor or tokenizer without a form in llama.cpp; a
-            weight beyond float16; a folder that cannot be read; a place that cannot be written.
+            weight beyond float16; a place that cannot be written.
+        ModelError: a folder that is not whole; see `check_folder`.
     """
     import gguf
 
@@ -112,6 +114,7 @@ def export_gguf(
     config = _read_config(folder)
     arch = ARCHITECTURES[config.model_type]
     entries = _entries(Checkpoint.open(folder), config, arch)
+    check_folder(folder)
     try:
         with atomic_path(out) as temporary:
             writer = gguf.GGUFWriter(temporary, arch.name)
@@ -137,24 +140,13 @@ def export_gguf(
 
 def _read_config(folder: Path) -> Any:
     """The config as transformers understands it (defaults filled in), if its model has a form here."""
-    from transformers import AutoConfig
-
-    try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ExportError(
-            f"cannot read {folder / 'config.json'} ({error}): expected a Hugging Face checkpoint folder"
-        ) from error
-    model_type = raw.get("model_type") if isinstance(raw, dict) else None
+    model_type = read_config(folder).get("model_type")
     if model_type not in ARCHITECTURES:
         raise ExportError(
             f"no GGUF form for model type {model_type!r}: there is one for {', '.join(ARCHITECTURES)}. "
             "llama.cpp's own convert_hf_to_gguf.py reads more, and reads an exported checkpoint too"
         )
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ExportError(f"transformers cannot read {folder / 'config.json'}: {error}") from error
+    config = read_hf_config(folder)
     _check_config(config, ARCHITECTURES[model_type])
     return config
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interp_ablate.errors import ExportError
+from interp_ablate.storage.incoming_files import incoming_object
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -75,10 +76,7 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, n_vocab: int) -> dict[str, A
 def _read_json(path: Path, *, default: Any) -> Any:
     if not path.is_file():
         return default
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ExportError(f"cannot read {path}: {error}") from error
+    return incoming_object(path, error=ExportError, unique=False)
 
 
 def _kind(fast: dict[str, Any]) -> str:

@@ -6,7 +6,6 @@ measured.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,8 @@ from typing import Any
 
 from interp_ablate.errors import ExportError
 from interp_ablate.export.model_card import CARD, CERTIFICATE
-from interp_ablate.storage.provenance import MANIFEST
+from interp_ablate.storage.incoming_files import incoming_object
+from interp_ablate.storage.provenance import MANIFEST, weight_digests
 from interp_ablate.storage.strict_json import json_text
 
 logger = logging.getLogger(__name__)
@@ -139,6 +139,7 @@ def _files_to_publish(folder: Path, *, force: bool) -> list[str]:
         )
     _check_documents(folder, names, force=force)
     _check_weights(folder, names)
+    _check_digests(folder, names, force=force)
     if "adapter_config.json" in names and not force:
         _check_base_of_adapter(folder / "adapter_config.json")
     return names
@@ -194,6 +195,26 @@ def _check_weights(folder: Path, names: list[str]) -> None:
         raise ExportError(f"{folder} holds no weights (*.safetensors, *.gguf): nothing to publish")
 
 
+def _check_digests(folder: Path, names: list[str], *, force: bool) -> None:
+    """The weights are the bytes that the certificate was made of."""
+    if CERTIFICATE not in names:
+        return
+    certified = _read_json(folder / CERTIFICATE).get("files")
+    certified = certified if isinstance(certified, dict) else {}
+    again = "run `interp-ablate verify --write`, or export it again"
+    for name, digest in weight_digests(folder).items():
+        if name in names and name not in certified and not force:
+            raise ExportError(
+                f"the certificate of {folder} does not say that it is of {name} (no digest of it): {again}; or "
+                "pass force (--force) to publish it uncertified"
+            )
+        if certified.get(name, digest) != digest:
+            raise ExportError(
+                f"{folder / name} was changed since its certificate was made: {again}; it is not published, by "
+                "force neither"
+            )
+
+
 def _check_base_of_adapter(path: Path) -> None:
     base = _read_json(path).get("base_model_name_or_path")
     if not isinstance(base, str) or Path(base).is_absolute() or base.startswith((".", "~")):
@@ -204,13 +225,7 @@ def _check_base_of_adapter(path: Path) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ExportError(f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise ExportError(f"{path} holds no JSON object")
-    return content
+    return incoming_object(path, error=ExportError)
 
 
 def _public_manifest(path: Path) -> bytes:

@@ -7,7 +7,6 @@ or how good the plan is.
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +36,7 @@ from interp_ablate.export.model_card import export_manifest, write_documents
 from interp_ablate.models.load import from_hf
 from interp_ablate.models.model import Model
 from interp_ablate.prompts.prompt import PromptLike
+from interp_ablate.storage.incoming_files import incoming_object
 from interp_ablate.weights.plan_to_weights import Tied, WeightPlan, check_tie, weight_plan
 
 WEIGHTS = "adapter_model.safetensors"
@@ -91,8 +91,7 @@ def export_lora(
             merging=merge_instructions(weights, adapter),
         )  # fmt: skip
         manifest["versions"]["peft"] = peft.__version__
-        write_documents(folder, manifest, certificate)
-    return certificate
+        return write_documents(folder, manifest, certificate)
 
 
 def _write(peft: Any, adapter: Adapter, folder: Path, *, base: str | None) -> None:
@@ -104,7 +103,7 @@ def _write(peft: Any, adapter: Adapter, folder: Path, *, base: str | None) -> No
     )
     config.save_pretrained(folder)
     # PEFT keeps lists of modules as sets, and writes them in another order each time.
-    written = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    written = incoming_object(folder / CONFIG)
     write_json(folder / CONFIG, {**written, **fields})
     save_file(adapter.tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / WEIGHTS).chmod(0o644)
@@ -117,6 +116,7 @@ unembedding stays as it is. PEFT merges into both, which is another function: gi
 unembedding of its own first.
 
 ```
+
 from interp_ablate.export.lora import untied_base  # or the four lines that it is:
 
 def untied_base(base):

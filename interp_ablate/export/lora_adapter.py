@@ -194,6 +194,8 @@ def lora_adapter(
         "bias": "lora_only" if biases == "replaced" else "none",
     }
     stored = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+    if large := [name for name, tensor in stored.items() if not tensor.isfinite().all()]:
+        raise ExportError(f"{large[0]} of the adapter holds values too large for {dtype}")
     return Adapter(stored, fields, {t.name: t.rank for t in targets})
 
 

@@ -8,7 +8,6 @@ numbers was measured.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -19,7 +18,8 @@ from interp_ablate.errors import ExportError
 from interp_ablate.models.sources import ModelSource
 from interp_ablate.sites import Site
 from interp_ablate.storage.atomic_files import atomic_path
-from interp_ablate.storage.provenance import MANIFEST, versions
+from interp_ablate.storage.incoming_files import incoming_object
+from interp_ablate.storage.provenance import MANIFEST, versions, weight_digests
 from interp_ablate.storage.strict_json import json_text
 from interp_ablate.weights.plan_to_weights import WeightPlan
 
@@ -94,12 +94,18 @@ def export_manifest(
 
 def write_documents(
     folder: Path, manifest: Mapping[str, Any], certificate: Mapping[str, Any]
-) -> None:
+) -> dict[str, Any]:
     """Write certificate, card and manifest into a folder, the manifest last.
+
+    A certificate that passed gets the digests of the folder's weights, if it has none yet ("files"): what it
+    says, it says of these bytes. Returns the certificate.
 
     Raises:
         OSError: a place that cannot be written.
     """
+    certificate = dict(certificate)
+    if certificate.get("passed") is True and "files" not in certificate:
+        certificate["files"] = weight_digests(folder)
     for name, text in (
         (CERTIFICATE, json_text(certificate, indent=1)),
         (CARD, model_card(manifest, certificate)),
@@ -107,6 +113,7 @@ def write_documents(
     ):
         with atomic_path(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
+    return certificate
 
 
 def write_certificate(folder: str | Path, certificate: dict[str, Any]) -> None:
@@ -129,14 +136,18 @@ def add_to_card(folder: str | Path, section: str) -> None:
 
 def _write_again(folder: Path, certificate: dict[str, Any] | None = None, **changes: Any) -> None:
     try:
-        manifest = {**json.loads((folder / MANIFEST).read_text(encoding="utf-8")), **changes}
-        certificate = certificate or json.loads((folder / CERTIFICATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        manifest = {**incoming_object(folder / MANIFEST), **changes}
+        certificate = certificate or incoming_object(folder / CERTIFICATE, fields=("passed",))
+    except ValueError as error:
         raise ExportError(f"{folder} has no manifest to write a card from: {error}") from error
     try:
         write_documents(folder, manifest, certificate or {})
     except OSError as error:
         raise ExportError(f"cannot write into {folder}: {error.strerror or error}") from error
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ExportError(
+            f"{folder / MANIFEST} or {CERTIFICATE} beside it lacks what a card says ({error!r}): export it again"
+        ) from error
 
 
 def source_front_matter(folder: str | Path | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import ExportError
 from interp_ablate.models.architectures import Architecture, declared_architecture
 from interp_ablate.models.model import Model
+from interp_ablate.models.model_files import check_folder
 from interp_ablate.models.sources import ModelSource, read_hf_config
 from interp_ablate.sites import sites_of
 from interp_ablate.storage.output_folder import check_output_path
@@ -36,6 +37,7 @@ def check_source_exports(source: ModelSource, out: str | Path, *, overwrite: boo
     if source.kind != "folder" or not any((folder / name).is_file() for name in (INDEX, SINGLE)):
         check_place(out, 0, source=source, overwrite=overwrite)
         return
+    check_folder(folder)
     checkpoint, config = Checkpoint.open(folder), read_hf_config(folder)
     nbytes = sum(file.size for file in checkpoint.files)
     check_place(out, nbytes, source=source, overwrite=overwrite)

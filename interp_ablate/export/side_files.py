@@ -7,7 +7,6 @@ Knows: names of tokenizer, template, processor and licence files. Does not know:
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import shutil
@@ -17,6 +16,7 @@ from typing import Any
 
 from interp_ablate.errors import ExportError
 from interp_ablate.export.older_transformers import tokenizer_for_both
+from interp_ablate.storage.incoming_files import incoming_json
 from interp_ablate.storage.strict_json import json_text
 
 logger = logging.getLogger(__name__)
@@ -94,27 +94,15 @@ def spell_tokenizer(folder: Path) -> None:
     path = folder / TOKENIZER_CONFIG
     if not path.is_file():
         return
-    config = read_json(path)
+    config = incoming_json(path, error=ExportError)
     spelled = spelled_tokenizer(config, folder)
     if spelled != config:
         path.unlink()  # it may be a link
         path.write_text(json_text(spelled, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file beside the weights.
-
-    Raises:
-        ExportError: it is none.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ExportError(f"cannot read {path} as JSON ({error}): get the file again") from error
-
-
 def spelled_tokenizer(config: Any, folder: Path) -> Any:
     """The content of a folder's tokenizer_config.json as an export has it."""
     path = folder / "tokenizer.json"
-    tokenizer = read_json(path) if path.is_file() else None
+    tokenizer = incoming_json(path, error=ExportError, unique=False) if path.is_file() else None
     return tokenizer_for_both(config, tokenizer) if isinstance(config, dict) else config

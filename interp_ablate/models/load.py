@@ -34,7 +34,8 @@ def load_model(
         backend: "bridge" (TransformerBridge, the default: Hugging Face's own forward pass) or "hooked" (a
             HookedTransformer built from the checkpoint and checked against its logits).
         device: "cpu", "cuda", "mps", or "auto" to spread the layers over all GPUs (bridge only).
-        template: a Jinja chat template to use instead of the tokenizer's; "none" for raw text.
+        template: a Jinja chat template to use instead of the tokenizer's, or the name of one of several that
+            the tokenizer has; "none" for raw text.
         trust_remote_code: run Python code that the model's folder or repository brings; off unless asked.
 
     Raises:

@@ -19,7 +19,9 @@ class HFLoadingOptions:
 
     dtype: str = setting("float32", "of the weights: float32, bfloat16, float16, float64")
     device: str = setting("cpu", "cpu, cuda, mps, or auto (layers spread over all GPUs)")
-    template: str | None = setting(None, "Jinja chat template text, or 'none' for raw text")
+    template: str | None = setting(
+        None, "Jinja chat template, the name of one of the model's, or 'none' (raw text)"
+    )
     trust_remote_code: bool = setting(False, "run Python code that a model folder brings")
 
     @property

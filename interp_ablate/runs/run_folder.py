@@ -21,6 +21,7 @@ from interp_ablate.runs.configuration import NAMES, Configuration
 from interp_ablate.settings import SPLIT_SIZES
 from interp_ablate.sites import RESIDUAL_POINTS, Point, Site, sites_of
 from interp_ablate.storage.atomic_files import folder_made, remove_left_overs, write_atomic
+from interp_ablate.storage.incoming_files import incoming_object
 from interp_ablate.storage.output_folder import check_output_path
 from interp_ablate.storage.strict_json import json_text
 
@@ -406,11 +407,11 @@ def read_run(out: str | Path) -> dict[str, Any] | None:
             )
         return None
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = incoming_object(path)
         version = saved["format"]
         if version == FORMAT:
             saved["configuration"], saved["made_of"], saved["stages"], saved["notes"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"{path} is corrupt ({error}): delete the folder, or choose another --out"
         ) from error
@@ -420,6 +421,20 @@ def read_run(out: str | Path) -> dict[str, Any] | None:
             f"writes {FORMAT!r}): choose another --out, or use the version that made it"
         )
     return saved
+
+
+def read_selected(out: str | Path) -> dict[str, Any]:
+    """selected.json of a run folder.
+
+    Raises:
+        RunError: none yet, or it is corrupt.
+    """
+    path = Path(out) / "selected.json"
+    advice = f"delete it, and run `interp-ablate run --out {out}` again"
+    selected = incoming_object(path, advice=advice, fields=("plan", "limits"))
+    if selected["plan"] is not None:
+        incoming_object(path, advice=advice, fields=("trial", "test"))
+    return selected
 
 
 NEEDS: dict[str, Sequence[str]] = {

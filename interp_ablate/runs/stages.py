@@ -20,7 +20,7 @@ from interp_ablate.edits.plan import Plan
 from interp_ablate.runs.configuration import MAIN_METHOD
 from interp_ablate.runs.final_test import choose_and_test
 from interp_ablate.runs.fits import load_fitted_edits
-from interp_ablate.runs.run_folder import NEEDS, Run
+from interp_ablate.runs.run_folder import NEEDS, Run, read_selected
 from interp_ablate.runs.trial_session import trial_session
 from interp_ablate.search.edit_space import DirectionKey
 from interp_ablate.search.gradient_fit import NothingToFitError
@@ -149,7 +149,7 @@ def run_export(run: Run) -> None:
     """The chosen plan as a certified checkpoint in export/."""
     from interp_ablate.export.checkpoint import export_checkpoint
 
-    selected = json.loads((run.out / "selected.json").read_text(encoding="utf-8"))
+    selected = read_selected(run.out)
     if selected["plan"] is None:
         return
     prompts = [*run.split.test.positive[:4], *run.split.test.negative[:4]]

@@ -12,13 +12,16 @@ import random
 import re
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from email.utils import parsedate_to_datetime
 from functools import cached_property
 from time import time
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, urlsplit, urlunsplit
 
+from interp_ablate.scoring.http_limits import LimitPassed, limited_client
 from interp_ablate.scoring.replies import EndpointError, Reply, RequestError, UnansweredError
+from interp_ablate.storage.incoming_files import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +83,7 @@ class ChatClient:
             default_query=dict(parse_qsl(parts.query)),
             max_retries=0,  # ours, below: counted, and stopped with the batch
             timeout=self.timeout,
+            http_client=limited_client(_openai(), timeout=self.timeout),
         )
 
     def send(self, body: dict[str, Any], stop: threading.Event) -> Reply:
@@ -99,7 +103,7 @@ class ChatClient:
                 self.calls += 1
             try:
                 raw = create(model=body["model"], messages=body["messages"], extra_body=rest)
-                return read_reply(raw.content)
+                return self._without_secrets(read_reply(raw.content))
             except openai.APIStatusError as error:
                 if error.status_code not in RETRIED or error.code == "insufficient_quota":
                     raise self._refused(error, body) from None
@@ -108,7 +112,10 @@ class ChatClient:
             except openai.APITimeoutError:
                 why = f"no answer within {self.timeout:g} s"
             except openai.APIConnectionError as error:
-                why = f"no connection ({error.__cause__ or error})"
+                cause = error.__cause__ or error
+                why = str(cause) if isinstance(cause, LimitPassed) else f"no connection ({cause})"
+            except LimitPassed as error:
+                why = str(error)
             except Garbled as error:
                 why = f"a reply that is no chat completion: {error}"
             why = self._hide(why)
@@ -131,6 +138,12 @@ class ChatClient:
         kind: type[EndpointError] = RequestError
         if status in (401, 403):
             advice, kind = "set OPENAI_API_KEY to a key of this server", EndpointError
+        elif 300 <= status < 400:
+            place = error.response.headers.get("location", "another place")
+            advice = (
+                f"it redirects to {self._hide(place)}: redirects are not followed, give that URL"
+            )
+            kind = EndpointError
         elif status == 404:
             advice, kind = "check the model's name and the URL (usually .../v1)", EndpointError
         elif status == 429:
@@ -147,11 +160,27 @@ class ChatClient:
 
     def _hide(self, text: str) -> str:
         """A message without keys and passwords, which servers repeat."""
+        return self._redacted(text)[:500]
+
+    def _redacted(self, text: str) -> str:
         parts = urlsplit(self.url)
         for secret in (self._key, parts.password, *(v for _, v in parse_qsl(parts.query))):
             if secret and len(secret) > 3:
                 text = text.replace(secret, "***")
-        return text[:500]
+        return text
+
+    def _without_secrets(self, reply: Reply) -> Reply:
+        """A reply as it may be kept: a server that repeats the key would have it written down."""
+        text, tokens = self._redacted(reply.text), "".join(reply.tokens)
+        return replace(
+            reply,
+            text=text,
+            finish=self._redacted(reply.finish),
+            refusal=None if reply.refusal is None else self._redacted(reply.refusal),
+            model=self._redacted(reply.model),
+            tokens=reply.tokens if self._redacted(tokens) == tokens else (),
+            top=tuple((self._redacted(token), p) for token, p in reply.top),
+        )
 
 
 class Refused(Exception):
@@ -212,6 +241,32 @@ def shown_url(url: str) -> str:
     )
 
 
+# What follows an @ in a name, as a version does, or a colon, as a tag does; a host and a port are neither.
+_VERSION = re.compile(r"(?!localhost$)[\w-]+")
+_PORT = re.compile(r":\d{4,5}$|:\d+/|^localhost\b")
+
+
+def check_model_name(name: str) -> None:
+    """Refuse a name that was meant as a server: it would be asked of another one, with the key.
+
+    Raises:
+        EndpointError: no name, or one with a host, a port or a URL in it.
+    """
+    if not name:
+        raise EndpointError("no model: name it as the server does (its /v1/models lists them)")
+    _, at, version = name.rpartition("@")
+    if "://" in name or _PORT.search(name) or (at and not _VERSION.fullmatch(version)):
+        raise EndpointError(
+            f"{_withheld(name)!r} is neither a model's name nor a name and a whole URL: write "
+            "MODEL@http://HOST:PORT/v1 (judge:m@http://localhost:8000/v1). Nothing was sent"
+        )
+
+
+def _withheld(name: str) -> str:
+    """A mistyped URL without what may be a password in it."""
+    return re.sub(r"//[^/@]*@", "//***@", name)
+
+
 def _check_unicode(body: Mapping[str, Any]) -> None:
     try:
         json.dumps(body, ensure_ascii=False).encode()
@@ -238,7 +293,7 @@ def _retry_after(header: str | None) -> float:
 def read_reply(content: bytes) -> Reply:
     """Read a chat completion, trusting nothing."""
     try:
-        data = json.loads(content)
+        data = parse_json(content)
         choice = data["choices"][0]
         message = choice["message"]
         text, refusal = message.get("content") or "", message.get("refusal")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from interp_ablate.scoring.chat_client import ChatClient, Refused
+from interp_ablate.scoring.chat_client import ChatClient, Refused, check_model_name
 from interp_ablate.scoring.replies import (
     AnswerError,
     EndpointError,
@@ -96,8 +96,7 @@ class Endpoint:
         cache: str | Path | None = None,
         settings: EndpointSettings = DEFAULTS,
     ) -> None:
-        if not model:
-            raise EndpointError("no model: name it as the server does (its /v1/models lists them)")
+        check_model_name(model)
         self.model, self.settings = model, settings
         self._client = ChatClient(
             base_url,

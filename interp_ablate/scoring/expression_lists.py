@@ -22,6 +22,7 @@ from interp_ablate.scoring.text_folding import (
     without_spaces,
 )
 from interp_ablate.storage.bundled_data import bundled
+from interp_ablate.storage.incoming_files import incoming_text, parse_json
 
 Scope = Literal["whole", "first_sentence"]
 _FOLDER = bundled("expressions")
@@ -143,8 +144,8 @@ def read_expressions(path: str | Path) -> tuple[Expression, ...]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        data = json.loads(text) if path.suffix == ".json" else None
+        text = incoming_text(path)
+        data = parse_json(text) if path.suffix == ".json" else None
     except (OSError, ValueError) as error:
         raise InterpAblateError(
             f"cannot read expressions from {path}: {error}. Give a built-in list "

@@ -6,7 +6,6 @@ Does not know: models, prompts or plans; it reads tables of numbers.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ import pandas as pd
 
 from interp_ablate.errors import RunError
 from interp_ablate.settings import MAX_KL
+from interp_ablate.storage.incoming_files import check_file, incoming_text, parse_json
 
 # How published evaluation files name what the trials here call behaviour, addition and kl.
 PUBLISHED_COLUMNS = {
@@ -35,12 +35,13 @@ def read_evaluations(path: str | Path) -> pd.DataFrame:
     path = Path(path)
     try:
         if path.suffix == ".csv":
+            check_file(path, RunError)
             return pd.read_csv(path)
-        text = path.read_text(encoding="utf-8")
+        text = incoming_text(path)
         rows = (
-            [json.loads(line) for line in text.splitlines() if line.strip()]
+            [parse_json(line) for line in text.splitlines() if line.strip()]
             if (path.suffix == ".jsonl")
-            else json.loads(text)
+            else parse_json(text)
         )
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ValueError("expected a list of objects")

@@ -99,7 +99,7 @@ class TrialLog:
             for number, line in enumerate(lines, 2):
                 try:
                     self._take(line)
-                except (TypeError, KeyError) as error:
+                except (TypeError, KeyError, ValueError, AttributeError) as error:
                     raise self._lines.corrupt(number, error) from error
             yield self
 

@@ -16,7 +16,7 @@ from interp_ablate.errors import InterpAblateError
 
 BOM = codecs.BOM_UTF8
 _CHUNK = 1 << 20  # characters that a .json list is read by
-_LARGEST = 1 << 28  # characters of one entry of a .json list: more is taken for a missing quote
+LONGEST = 1 << 26  # bytes of a line, characters of an entry of a list: more is taken for a mistake
 
 
 class RowFileError(InterpAblateError):
@@ -112,8 +112,8 @@ class _Text:
             return False
         self.lines += self.buffer.count("\n", 0, self.at)
         self.buffer, self.at = self.buffer[self.at :], 0
-        if len(self.buffer) > _LARGEST:
-            raise self.fault(f"one entry is longer than {_LARGEST} characters: a quote is missing")
+        if len(self.buffer) > LONGEST:
+            raise self.fault(f"one entry is longer than {LONGEST} characters: a quote is missing")
         data = self.stream.read(max(_CHUNK, len(self.buffer)))
         self.ended = not data
         try:
@@ -171,9 +171,14 @@ def json_lines(stream: BinaryIO, path: Path, malformed: OnMalformed) -> Iterator
     """One object a line. A blank line is no row; a byte order mark is skipped.
 
     Raises:
-        RowFileError: UTF-16.
+        RowFileError: UTF-16, or a line longer than LONGEST.
     """
-    for number, line in enumerate(stream, 1):
+    for number, line in enumerate(iter(lambda: stream.readline(LONGEST + 1), b""), 1):
+        if len(line) > LONGEST:
+            raise RowFileError(
+                f"{path}, line {number} is longer than {LONGEST} bytes: line breaks are missing, or this is "
+                "no file of rows"
+            )
         if number == 1:
             if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                 raise RowFileError(f"{path} is UTF-16: save it as UTF-8")

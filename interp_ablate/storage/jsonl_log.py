@@ -18,6 +18,7 @@ from filelock import lock_descriptor
 from interp_ablate import __version__
 from interp_ablate.errors import RunError
 from interp_ablate.storage.atomic_files import folder_made
+from interp_ablate.storage.incoming_files import check_file, parse_json
 from interp_ablate.storage.strict_json import json_text
 
 
@@ -77,6 +78,8 @@ class JsonlLog:
             OSError: the place cannot be written.
         """
         while True:
+            if self.path.exists():
+                check_file(self.path, RunError)
             # unbuffered: closing must not write again what failed
             file = open(self.path, "a+b", buffering=0)  # noqa: SIM115  (the caller's stack closes it)
             try:
@@ -168,7 +171,7 @@ class JsonlLog:
 
     def _parse(self, line: bytes, number: int) -> dict[str, Any]:
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError as error:
             several = getattr(error, "msg", "") == "Extra data"
             why = "its line breaks are gone: put one after each object" if several else error

@@ -5,7 +5,6 @@ Knows: places, locks, journals. Does not know: contents.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -26,6 +25,7 @@ from interp_ablate.storage.atomic_files import (
     remove_left_overs,
     temporary_beside,
 )
+from interp_ablate.storage.incoming_files import parse_json
 from interp_ablate.storage.provenance import MANIFEST
 from interp_ablate.storage.safetensors_header import read_up_to
 from interp_ablate.storage.safetensors_reader import Checkpoint
@@ -114,16 +114,19 @@ class StreamedFolder:
         lines = []
         for text in read_up_to(self.journal, 0, os.fstat(self.journal).st_size).splitlines():
             try:
-                lines.append(json.loads(text))
+                lines.append(parse_json(text))
             except ValueError:
                 continue  # empty, or cut short by a kill
         if not lines or lines[0] != {"format": JOURNAL_FORMAT, "fingerprint": fingerprint}:
             return {}
-        sizes = {line["file"]: line["size"] for line in lines[1:]}
+        files = [line for line in lines[1:] if isinstance(line, dict)]
+        sizes = {line.get("file"): line.get("size") for line in files}
         return {
             name: size
             for name, size in sizes.items()
-            if (self.path / name).is_file() and (self.path / name).stat().st_size == size
+            if isinstance(name, str)
+            and (self.path / name).is_file()
+            and (self.path / name).stat().st_size == size
         }
 
 

@@ -5,11 +5,16 @@ Knows: package versions. Does not know: what was made.
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from importlib import metadata
+from pathlib import Path
+
+from interp_ablate.storage.atomic_files import hash_file
 
 # An export's own files, beside its card.
 MANIFEST = "interp_ablate.json"
+WEIGHTS = (".safetensors", ".gguf")
 PACKAGES = ("interp-ablate", "torch", "transformers", "transformer-lens", "safetensors", "numpy")
 
 
@@ -22,3 +27,18 @@ def versions(*more: str) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return installed
+
+
+def weight_digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file of weights in a folder, by its name there; each is read once.
+
+    Raises:
+        OSError: a file that cannot be read.
+    """
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in WEIGHTS and path.is_file():
+            digest = hashlib.sha256()
+            hash_file(digest, path)
+            digests[path.relative_to(folder).as_posix()] = digest.hexdigest()
+    return digests

@@ -50,6 +50,7 @@ BATCH = 1024  # rows of a parquet batch
 _BUFFER = 1 << 20  # bytes
 _DELIMITERS = ",;\t"
 _LONGEST_CELL = 1 << 30  # characters
+_LONGEST_FILE = 1 << 28  # bytes of a file that is read whole, decompressed
 
 
 def decode_utf8(data: bytes, where: str) -> str:
@@ -119,7 +120,13 @@ class RowFile:
             RowFileError: it cannot be read, or is not UTF-8.
         """
         with _binary(self) as stream:
-            return decode_utf8(stream.read(), str(self.path))
+            data = stream.read(_LONGEST_FILE + 1)
+        if len(data) > _LONGEST_FILE:
+            raise RowFileError(
+                f"{self.path} holds more than {_LONGEST_FILE} bytes, which only .jsonl and .parquet files may: "
+                "they are read row by row"
+            )
+        return decode_utf8(data, str(self.path))
 
     @property
     def suffix(self) -> str:
@@ -257,7 +264,7 @@ def _parquet_rows(file: RowFile, malformed: OnMalformed) -> Iterator[FileRow]:
                 for values in batch.to_pylist():
                     number += 1
                     yield FileRow(number, values)
-    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
+    except (OSError, pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise file.unreadable(error) from error
 
 
@@ -284,8 +291,13 @@ def load_dataset_folder(file: RowFile) -> Any:
 
 
 def _folder_rows(file: RowFile, malformed: OnMalformed) -> Iterator[FileRow]:
-    for number, values in enumerate(load_dataset_folder(file), 1):
-        yield FileRow(number, values)
+    import pyarrow
+
+    try:
+        for number, values in enumerate(load_dataset_folder(file), 1):
+            yield FileRow(number, values)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise file.unreadable(error) from error
 
 
 _READERS: dict[Format, Callable[[RowFile, OnMalformed], Iterator[FileRow]]] = {
@@ -360,7 +372,10 @@ def _parquet_out(file: RowFile, path: Path) -> Iterator[WriteRow]:
     import pyarrow.parquet
 
     if file.format == "parquet":
-        schema = pyarrow.parquet.read_schema(file.path)
+        try:
+            schema = pyarrow.parquet.read_schema(file.path)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise file.unreadable(error) from error
     else:
         schema = load_dataset_folder(file).features.arrow_schema
     rows: list[dict[str, Any]] = []

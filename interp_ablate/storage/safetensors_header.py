@@ -6,10 +6,8 @@ Knows: names, shapes, offsets. Does not know: models.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,12 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from interp_ablate.errors import ExportError
+from interp_ablate.storage.incoming_files import (
+    WHOLE,
+    check_file,
+    parse_json,
+    shortened,
+)
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library, here for the index too
 # Names of https://huggingface.co/docs/safetensors; an older torch lacks the last two.
@@ -106,10 +110,9 @@ def read_tensor_file(path: Path) -> TensorFile:
     Raises:
         ExportError: naming the file, what is wrong and, for a file cut short, how much is missing.
     """
+    check_file(path, ExportError)
     try:
         state = path.stat()
-        if not stat.S_ISREG(state.st_mode):
-            raise ExportError(f"{path} is not a file")
         with path.open("rb", buffering=0) as file:
             length = int.from_bytes(read_up_to(file.fileno(), 0, 8), "little")
             if state.st_size < 8:
@@ -135,28 +138,15 @@ def read_tensor_file(path: Path) -> TensorFile:
 
 def _malformed(path: Path, reason: str) -> ExportError:
     return ExportError(
-        f"{path} is not a whole safetensors file: {reason}. Download or save it again"
+        f"{path} is not a whole safetensors file: {reason}. Save it again, or {WHOLE}"
     )
 
 
 def json_object(raw: bytes, path: Path, part: str) -> dict[str, Any]:
     """JSON as a standard parser reads it: UTF-8, no key twice, no NaN."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in values:
-                raise ValueError(f"the key {key!r} is there twice")
-            key.encode()  # a lone surrogate is not text
-            values[key] = value
-        return values
-
-    def constant(name: str) -> Any:
-        raise ValueError(f"{name} is not JSON")
-
     try:
-        content = json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=constant)
-    except (ValueError, RecursionError) as error:  # a JSON or a UTF-8 error is a ValueError
+        content = parse_json(raw.decode(), finite=True)
+    except ValueError as error:  # a JSON or a UTF-8 error is a ValueError
         raise _malformed(path, f"its {part} is not readable JSON ({error})") from error
     if not isinstance(content, dict):
         raise _malformed(path, f"its {part} is a JSON {type(content).__name__}, not an object")
@@ -234,11 +224,6 @@ def _check_layout(entries: Sequence[TensorInfo], path: Path, start: int, size: i
         )
     if size > end:
         raise _malformed(path, f"{size - end} bytes at its end belong to no tensor")
-
-
-def shortened(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def read_up_to(handle: int, offset: int, nbytes: int) -> bytes:

@@ -19,6 +19,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from interp_ablate.errors import ExportError
+from interp_ablate.storage.incoming_files import incoming_bytes, shortened
 from interp_ablate.storage.safetensors_header import (
     DTYPES,
     MAX_HEADER,
@@ -27,7 +28,6 @@ from interp_ablate.storage.safetensors_header import (
     json_object,
     read_bytes,
     read_tensor_file,
-    shortened,
 )
 
 SINGLE = "model.safetensors"
@@ -140,17 +140,12 @@ def _read_index(folder: Path) -> dict[str, Any] | None:
         if not (folder / SINGLE).exists():
             raise _no_weights(folder)
         return None
-    try:
-        if not path.is_file() or path.stat().st_size > MAX_HEADER:
-            raise ExportError(f"{path} is not a file of at most {MAX_HEADER} bytes")
-        index = json_object(path.read_bytes(), path, "content")
-    except OSError as error:
-        raise ExportError(f"cannot read {path}: {error.strerror or error}") from error
+    index = json_object(incoming_bytes(path, error=ExportError, limit=MAX_HEADER), path, "content")
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ExportError(f"{path} has no weight_map: it must name the file of every tensor")
     for tensor, name in weight_map.items():
-        if not _is_plain(name):
+        if not is_plain(name):
             raise ExportError(
                 f"{path} puts {tensor!r} into {shortened(repr(name))}: only plain names of .safetensors "
                 "files in the same folder are accepted. Do not use this folder unless you know why"
@@ -163,11 +158,11 @@ def _read_index(folder: Path) -> dict[str, Any] | None:
     return index
 
 
-def _is_plain(name: Any) -> bool:
-    """Whether a name of the index stays in its folder, on any system."""
+def is_plain(name: Any, suffix: str = ".safetensors") -> bool:
+    """True for a name of an index that stays in its folder, on any system."""
     return (
         isinstance(name, str)
-        and name.endswith(".safetensors")
+        and name.endswith(suffix)
         and "\0" not in name
         and name == PurePosixPath(name).name == PureWindowsPath(name).name
     )

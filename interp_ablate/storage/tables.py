@@ -6,7 +6,6 @@ Knows: columns and rows. Does not know: what they mean.
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,14 @@ import numpy as np
 import pandas as pd
 
 from interp_ablate.errors import RunError
+from interp_ablate.storage.incoming_files import (
+    check_file,
+    incoming_object,
+    incoming_text,
+    parse_json,
+)
 
+_AGAIN = "delete it and run the stage that wrote it again"
 _WHOLE = ("layer", "trial")  # whole numbers of a table
 
 
@@ -34,6 +40,7 @@ def read_table(
         RunError: not a CSV, missing columns, or a value that is not a number: with its line.
     """
     path = Path(path)
+    check_file(path, RunError)
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
     except (OSError, ValueError) as error:  # ParserError and EmptyDataError are ValueErrors
@@ -83,17 +90,7 @@ def read_json(path: str | Path) -> dict[str, Any] | None:
         RunError: the file is not JSON, with its line, or not an object.
     """
     path = Path(path)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(
-            f"cannot read {path}: {error}. Delete it and run the stage that wrote it again"
-        ) from error
-    if not isinstance(value, dict):
-        raise RunError(f"{path} holds a {type(value).__name__} where a JSON object is expected")
-    return value
+    return incoming_object(path, advice=_AGAIN) if path.exists() else None
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]] | None:
@@ -103,18 +100,15 @@ def read_lines(path: str | Path) -> list[dict[str, Any]] | None:
         RunError: a line that is not a JSON object, with its number.
     """
     path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
-        raise RunError(f"cannot read {path}: {error}") from error
+    lines = incoming_text(path).split("\n")
     records = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError as error:
             raise RunError(f"{path} is corrupt at line {number}: {error}") from error
         if not isinstance(record, dict):

@@ -7,7 +7,6 @@ unmerged adapter. Does not know: data, or how it is trained.
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,7 +32,8 @@ from interp_ablate.models.sources import ModelSource, weights_fingerprint
 from interp_ablate.prompts.chat_template import encode
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.sites import sites_of
-from interp_ablate.storage.provenance import MANIFEST, versions
+from interp_ablate.storage.incoming_files import incoming_object
+from interp_ablate.storage.provenance import MANIFEST, versions, weight_digests
 from interp_ablate.training.recipe import LoraRecipe
 
 INSTALL = "pip install 'interp-ablate[train]'"
@@ -328,9 +328,10 @@ def write_trained(trained: Trained, place: Path, what: Mapping[str, Any]) -> dic
         os.replace(path, place / path.name)
     inside.rmdir()
     write_adapter(trained, place / ADAPTER)
-    manifest = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
+    manifest = incoming_object(place / MANIFEST)
     manifest["trained"] = dict(what)
     manifest["versions"] = versions(*PACKAGES)
+    certificate["files"] = weight_digests(place)
     write_json(place / MANIFEST, manifest)
     write_json(place / CERTIFICATE, certificate)
     return certificate

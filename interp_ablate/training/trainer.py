@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from interp_ablate.errors import RunError
+from interp_ablate.storage.incoming_files import incoming_object
 from interp_ablate.storage.jsonl_log import JsonlLog
 from interp_ablate.training.recipe import LoraRecipe
 from interp_ablate.training.rows import TrainingRow
@@ -124,8 +125,8 @@ def _last_checkpoint(work: Path) -> str | None:
     checkpoints = work.glob("checkpoint-*")
     for path in sorted(checkpoints, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
         try:
-            json.loads((path / _STATE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            incoming_object(path / _STATE)
+        except RunError:
             shutil.rmtree(path)
             continue
         return str(path)

@@ -63,7 +63,10 @@ class AddedTensor:
 
     def bias(self, size: int, dtype: torch.dtype) -> Float[Tensor, " size"]:
         """The values of a new bias for a weight with `size` rows."""
-        return (torch.zeros(size) if self.value is None else self.value).to(dtype)
+        values = (torch.zeros(size) if self.value is None else self.value).to(dtype)
+        if not values.isfinite().all():
+            raise ExportError(f"a new bias beside {self.beside} holds values too large for {dtype}")
+        return values
 
 
 @dataclass(frozen=True)
@@ -304,7 +307,7 @@ BLOCK = 1 << 19
 def edited_tensor(tensor: Tensor, edit: TensorEdit) -> Tensor:
     """The whole tensor changed; the same bits as its blocks."""
     if edit.layout == "bias":
-        return edit.affine(tensor.detach().cpu().double()).to(tensor)
+        return _finite(edit.affine(tensor.detach().cpu().double()).to(tensor), tensor, edit)
     blocks = edited_blocks(lambda start, stop: tensor[start:stop].detach(), tensor.shape, edit)
     return torch.cat(list(blocks)).to(tensor.device)
 
@@ -333,7 +336,8 @@ def edited_blocks(
     if edit.keeps_norm:
         whole = rows(0, first)
         eps = torch.finfo(whole.dtype).eps
-        yield rescale_rows(_wide(whole).T, edit.affine, eps=eps)[0].T.contiguous().to(whole.dtype)
+        rescaled = rescale_rows(_wide(whole).T, edit.affine, eps=eps)[0].T.contiguous()
+        yield _finite(rescaled.to(whole.dtype), whole, edit)
         return
     left = right = along = None
     for start, stop in spans:
@@ -345,7 +349,7 @@ def edited_blocks(
     assert left is not None and along is not None
     for start, stop in spans:
         block = rows(start, stop)
-        yield _own(block).addmm_(left[start:stop], along).to(block.dtype)
+        yield _finite(_own(block).addmm_(left[start:stop], along).to(block.dtype), block, edit)
 
 
 def _edited_rows(block: Tensor, edit: TensorEdit) -> Tensor:
@@ -357,7 +361,18 @@ def _edited_rows(block: Tensor, edit: TensorEdit) -> Tensor:
         wide.addmm_(wide @ affine.right.to(wide), affine.left.to(wide).T)
     if edit.layout == "embedding" and not affine.is_linear:
         wide += affine.shift.to(wide)
-    return wide.to(block.dtype)
+    return _finite(wide.to(block.dtype), block, edit)
+
+
+def _finite(new: Tensor, old: Tensor, edit: TensorEdit) -> Tensor:
+    """The new values, which must be finite; a row that was not before, and that nothing reads, may stay so."""
+    sound = new.isfinite()
+    if not sound.all() and bool((~sound & old.isfinite().all(-1, keepdim=True)).any()):
+        raise ExportError(
+            f"the plan writes values that are not finite at {edit.point} in {old.dtype}: its numbers are too "
+            "large for this dtype, or the weights hold NaN where they are read"
+        )
+    return new
 
 
 def _own(block: Tensor) -> Tensor:

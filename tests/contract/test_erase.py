@@ -329,7 +329,7 @@ def test_bad_json(changes: dict[str, Any], said: str) -> None:
         (lambda: Erase(WRITE, READ, PRE, strength=math.nan), "strength must be finite"),
         (lambda: Erase(WRITE, READ, PRE, value="1"), "value is a number"),  # type: ignore[arg-type]
         (lambda: Erase(WRITE, READ, PRE, value=[1, 2]), "2 values of value for 1 sites"),
-        (lambda: Erase(WRITE, 1e-300 * READ, PRE, value=1e300), "in units of the scaled read"),
+        (lambda: Erase(WRITE, 1e-300 * READ, PRE, value=1e3), "in units of the scaled read"),
         (lambda: Erase(WRITE, READ, PRE, positions="first"), "'first'"),  # type: ignore[arg-type]
         (lambda: Erase(WRITE, READ, PRE).map_at(POST), "has no map at"),
         (lambda: Plan((Ablate(READ, PRE), Erase(torch.ones(3), torch.ones(3), PRE))), "d_model"),

@@ -235,7 +235,7 @@ def test_a_plan_without_a_form_and_files_that_cannot_be_read(pair: tuple[Path, P
     with pytest.raises(ExportError, match="some places only"):
         audit(AuditSource.of_folder(source), Plan((Ablate(unit(), Site(1, "resid_mid")),)), out)
     (out / "interp_ablate.json").write_text("[")
-    with pytest.raises(ExportError, match="is not a manifest"):
+    with pytest.raises(ExportError, match="is not whole JSON"):
         audit(AuditSource.of_folder(source), PLAN, out)
     shutil.rmtree(out)
     with pytest.raises(ExportError):

@@ -530,6 +530,6 @@ def test_layers_that_are_offloaded_are_refused_in_words(tmp_path: Path) -> None:
 def test_a_broken_tokenizer_is_named(tmp_path: Path, file: str) -> None:
     source = save_source(tmp_path / "source")
     (source / file).write_text("{" * 100_000)
-    with pytest.raises(ExportError, match=f"{file} as JSON"):
+    with pytest.raises((ExportError, ModelError), match=file):
         export_folder(source, PLAN, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -22,7 +22,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from interp_ablate import Ablate, Add, Plan, Site
 from interp_ablate.edits.kinds import Clamp
-from interp_ablate.errors import DirectionError, ExportError
+from interp_ablate.errors import DirectionError, ExportError, ModelError
 from interp_ablate.export.control_vector import read_control_vector, write_control_vector
 from interp_ablate.export.gguf import export_gguf
 from interp_ablate.export.gguf_tokenizer import PRE_TOKENIZERS, pre_tokenizer_name
@@ -106,7 +106,6 @@ def test_three_names_for_the_output_of_a_block(tmp_path: Path, site: Site) -> No
         (Plan((Add(unit(), Site(0, "mlp_out")),)), "block 0"),
         (Plan((Add(unit(), Site(3, "resid_post")),)), "3 layers"),
         (Plan((Add(unit(), Site(4, "resid_pre")),)), "3 layers"),
-        (Plan((Add(unit(), POST, coefficient=1e39),)), "float32"),
     ],
 )
 def test_what_no_control_vector_can_hold(tmp_path: Path, plan: Plan, reason: str) -> None:
@@ -114,7 +113,7 @@ def test_what_no_control_vector_can_hold(tmp_path: Path, plan: Plan, reason: str
     path.write_bytes(b"as it was")
     with pytest.raises(ExportError, match=reason) as caught:
         write(plan, path)
-    assert reason in ("no edits", "float32") or "nearest plan" in str(caught.value)
+    assert reason == "no edits" or "nearest plan" in str(caught.value)
     assert [file.name for file in tmp_path.iterdir()] == ["v.gguf"]
     assert path.read_bytes() == b"as it was"
 
@@ -382,7 +381,7 @@ def test_a_sliding_window_is_noted(tmp_path: Path) -> None:
 def refused(folder: Path, reason: str, **options: Any) -> None:
     """The export raises, and leaves nothing."""
     before = sorted(path.name for path in folder.iterdir())
-    with pytest.raises(ExportError, match=reason):
+    with pytest.raises((ExportError, ModelError), match=reason):
         export_gguf(folder, folder / "m.gguf", **options)
     assert sorted(path.name for path in folder.iterdir()) == before
 

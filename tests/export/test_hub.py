@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 from interp_ablate.errors import ExportError
 from interp_ablate.export.hub import push_to_hub
+from interp_ablate.storage.provenance import weight_digests
 
 CARD = "---\nlicense: mit\n---\n\n# A card\n"
 REPO = "me/edited"
@@ -218,7 +219,6 @@ def make_export(folder: Path, *, shards: int = 1) -> Path:
     (folder / "interp_ablate.json").write_text(
         json.dumps({"source": source, "plan": {"edits": []}})
     )
-    (folder / "certificate.json").write_text('{"passed": true}')
     (folder / "README.md").write_text(CARD)
     (folder / "config.json").write_text("{}")
     names = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
@@ -227,7 +227,13 @@ def make_export(folder: Path, *, shards: int = 1) -> Path:
     if shards > 1:
         index = {"weight_map": {f"tensor.{i}": name for i, name in enumerate(names)}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    certify(folder)
     return folder
+
+
+def certify(folder: Path) -> None:
+    certificate = {"passed": True, "files": weight_digests(folder)}
+    (folder / "certificate.json").write_text(json.dumps(certificate))
 
 
 def read(folder: Path) -> dict[str, bytes]:
@@ -348,9 +354,27 @@ def test_a_failed_certificate_is_never_published(tmp_path: Path, hub: Hub, text:
     folder = make_export(tmp_path / "out")
     (folder / "certificate.json").write_text(text)
     for force in (False, True):
-        with pytest.raises(ExportError, match=r"did not pass|cannot read|no JSON object"):
+        with pytest.raises(ExportError, match=r"did not pass|not whole JSON|an object belongs"):
             push_to_hub(folder, REPO, force=force)
     assert never_called(hub)
+
+
+def test_a_certificate_is_of_these_weights(tmp_path: Path, hub: Hub) -> None:
+    folder = make_export(tmp_path / "out")
+    save_file({"tensor.0": torch.ones(8)}, folder / "model.safetensors")
+    for force in (False, True):
+        with pytest.raises(ExportError, match=r"model.safetensors was changed since"):
+            push_to_hub(folder, REPO, force=force)
+    assert never_called(hub)
+    for name in ("another", "without"):
+        folder = make_export(tmp_path / name)
+        if name == "another":
+            save_file({"tensor.0": torch.ones(8)}, folder / "more.safetensors")
+        else:
+            (folder / "certificate.json").write_text('{"passed": true}')
+        with pytest.raises(ExportError, match=r"no digest of it.*pass force"):
+            push_to_hub(folder, REPO)
+    push_to_hub(folder, REPO, force=True)
 
 
 def test_a_folder_that_was_never_compared(tmp_path: Path, hub: Hub) -> None:

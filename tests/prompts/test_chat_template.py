@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import resource
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from interp_ablate.errors import PromptError
-from interp_ablate.prompts.chat_template import encode, render, suffix_length
+from interp_ablate.prompts.chat_template import apply_template, encode, render, suffix_length
 from interp_ablate.prompts.prompt import Prompt
 
 CHATML = (
@@ -219,3 +222,70 @@ def test_no_bos_token_at_all() -> None:
     tokenizer.bos_token = None
     tokenizer.backend_tokenizer.post_processor = None
     assert tokenizer.decode(encode(Prompt("Hi", "Be kind."), tokenizer)) == "Be kind.\n\nHi"
+
+
+# --------------------------------------------------------- templates are somebody else's programs
+
+HOSTILE = {
+    "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "a product": "{{ 'a' * 3500000000 }}",
+    "doubling": "{% set n = namespace(s='aaaaaaaa') %}{% for i in range(60) %}"
+    "{% set n.s = n.s + n.s %}{% endfor %}{{ n.s }}",
+    "a wide field": "{{ '%3000000000d' % 1 }}",
+    "a filter": "{{ 'a' | center(3000000000) }}",
+    "nested lists": "{% set n = namespace(l=['a']) %}{% for i in range(60) %}"
+    "{% set n.l = [n.l, n.l] %}{% endfor %}{{ n.l }}",
+    "a power": "{{ 9 ** 9 ** 9 }}",
+    "recursion": "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
+    "division": "{{ 1 / 0 }}",
+    "a method": "{{ messages[0].nothing() }}",
+    "an attribute": "{{ ''.__class__.__mro__ }}",
+    "much text": "{{ 'a' * 90000000 }}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_template_is_one_message(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    render(Prompt("Hello?"), make_tokenizer(CHATML))  # the process is there
+    monkeypatch.setattr("interp_ablate.prompts.template_process.TIME_LIMIT", 1.0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(PromptError, match="chat template"):
+        render(Prompt("Hello?"), make_tokenizer(HOSTILE[name]))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kilobytes
+    assert render(Prompt("Hello?"), make_tokenizer(CHATML)).templated  # and others are rendered
+
+
+def test_the_process_renders_what_the_tokenizer_does() -> None:
+    tokenizer = make_tokenizer(
+        WITH_BOS + "{{ eos_token }}{{ strftime_now('%Y') }}{{ x is defined }}"
+    )
+    messages = [
+        {"role": "system", "content": "Ünï ' \" \\ \n", "name": None},
+        {"role": "user", "content": "Hello?\u2028", "tool_calls": [{"function": {"name": "f"}}]},
+    ]
+    for open_ended in (True, False):
+        plain = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=open_ended
+        )
+        assert apply_template(messages, tokenizer, open_ended=open_ended) == plain
+    assert isinstance(plain, str) and "</s>" in plain
+
+
+def test_threads_and_forks_share_the_process() -> None:
+    tokenizer = make_tokenizer(CHATML)
+    texts = [f"prompt {i}" for i in range(200)]
+    with ThreadPoolExecutor(8) as pool:
+        rendered = list(pool.map(lambda text: render(Prompt(text), tokenizer).text, texts))
+    assert all(text in one for text, one in zip(texts, rendered, strict=True))
+
+
+def test_several_templates_by_name() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"rag": WITH_BOS, "tool_use": CHATML}
+    for template in (None, "ragg"):
+        with pytest.raises(PromptError, match=r"rag, tool_use.*--template NAME"):
+            render(Prompt("Hello?"), tokenizer, template=template)
+    assert render(Prompt("Hello?"), tokenizer, template="rag").text.startswith("<s><|start|>user")
+    assert render(Prompt("Hello?"), tokenizer, template=IGNORES_SYSTEM).text.startswith("[INST]")
+    tokenizer.chat_template = {"default": CHATML, "rag": WITH_BOS}
+    assert render(Prompt("Hello?"), tokenizer).text.startswith("<|start|>user")

@@ -21,6 +21,7 @@ from interp_ablate.directions.direction_set import Directions
 from interp_ablate.edits.kinds import Erase
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import InterpAblateError, RunError
+from interp_ablate.prompts.template_process import TemplateProcess
 from interp_ablate.runs.configuration import Configuration
 from interp_ablate.runs.run_folder import FORMAT, STAGES, Run
 from interp_ablate.search.grid import SCALES
@@ -637,19 +638,15 @@ def test_a_template_that_writes_the_date_is_another_question_tomorrow(
     out = tmp_path / "out"
     assert main(["--quiet", "directions", *flags, *small, "--out", str(out)]) == 0
 
-    class Tomorrow(datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> datetime:
-            return datetime(2099, 1, 1)
+    render, year = TemplateProcess.render, str(datetime.now().year)
 
-    from transformers.utils import chat_template_utils
+    def tomorrow(*request: Any) -> str:
+        return render(*request).replace(year, "2099")
 
-    monkeypatch.setattr(chat_template_utils, "datetime", Tomorrow)
-    chat_template_utils._compile_jinja_template.cache_clear()
+    monkeypatch.setattr(TemplateProcess, "render", tomorrow)
     assert main(["--quiet", "sweep", "--out", str(out)]) == 2
     error = capsys.readouterr().err
     assert "renders otherwise" in error and "date" in error
-    chat_template_utils._compile_jinja_template.cache_clear()
 
 
 def test_another_version_of_the_package_is_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import math
@@ -847,7 +848,7 @@ def test_json_too_deep_to_read_is_no_answer() -> None:
     assert read_score(Reply(deep)).why == "prose"
     with pytest.raises(AnswerError, match="expected a JSON object"):
         parse_json(Reply(deep), COLOUR)
-    with pytest.raises(Garbled, match="RecursionError"):
+    with pytest.raises(Garbled, match="ValueError"):
         read_reply(deep.encode())
 
 
@@ -880,3 +881,129 @@ def test_the_command_goes_on_where_a_judge_went_away(
     line = json.loads(capsys.readouterr().out)
     assert (line["n"], line["mean"], line["no verdict"]) == (7, 25.0, {"empty answer": 1})
     assert [json.loads(x)["judge:m"] for x in out.read_text().splitlines()] == [None] + [25.0] * 7
+
+
+# --------------------------------------------------------------- servers that are not what they seem
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("m@localhost:8000/v1", "m@localhost", "m@10.0.0.1/v1", "m@a:secretive@h/v1", "m@a.b.com"),
+        *("localhost:8000/v1", "localhost", "host:8000", "http://a:secretive@h/v1", "ftp://h"),
+    ],
+)
+def test_a_server_without_its_scheme_is_no_model(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)  # it would go to api.openai.com
+    with pytest.raises(EndpointError, match="neither a model's name nor") as raised:
+        make_scorer(f"judge:{name}", rubric="?")
+    assert "http://HOST:PORT/v1" in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["gpt-4o", "org/m:70b", "claude-3@20240620", "qwen2.5:7b", "a/b"])
+def test_names_of_models_are_taken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    assert Endpoint(name).model == name
+
+
+@contextmanager
+def talking(talk: Callable[[socket.socket], None]) -> Iterator[str]:
+    """A server that reads a request, and then says what it wants, byte by byte."""
+    over = threading.Event()
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def answer(connection: socket.socket) -> None:
+        with connection:
+            connection.recv(1 << 16)
+            try:
+                while not over.is_set():
+                    talk(connection)
+            except OSError:
+                return
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=answer, args=(connection,), daemon=True).start()
+
+    threading.Thread(target=serve, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+    finally:
+        over.set()
+        listener.close()
+
+
+def _drip(start: bytes) -> Callable[[socket.socket], None]:
+    def talk(connection: socket.socket) -> None:
+        connection.sendall(start)
+        while True:
+            time.sleep(0.05)
+            connection.sendall(b"a")
+
+    return talk
+
+
+BODY = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100000\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "start",
+    [BODY, BODY.replace(b"200 OK", b"400 No"), b"HTTP/1.1 200 OK\r\nX-Drip: "],
+    ids=["body", "error body", "headers"],
+)
+def test_a_server_that_drips_is_left(start: bytes) -> None:
+    with talking(_drip(start)) as url:
+        began = time.monotonic()
+        settings = EndpointSettings(timeout=0.3, retries=0)
+        with pytest.raises(EndpointError, match=r"not whole within 0\.6 s|no answer within 0\.3 s"):
+            Endpoint("m", url, settings=settings).ask(user("?"))
+        assert time.monotonic() - began < 5
+
+
+def test_a_reply_without_end_is_left() -> None:
+    def pour(connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        while True:
+            connection.sendall(b"100000\r\n" + b"a" * 0x100000 + b"\r\n")
+
+    with talking(pour) as url, pytest.raises(EndpointError, match="more than 8388608 bytes"):
+        Endpoint("m", url, settings=EndpointSettings(retries=0)).ask(user("?"))
+
+
+def test_a_compressed_reply_is_not_read() -> None:
+    body = gzip.compress(b" " * 50_000_000)
+    start = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with (
+        talking(lambda connection: connection.sendall(start + body)) as url,
+        pytest.raises(EndpointError, match="compressed"),
+    ):
+        Endpoint("m", url, settings=EndpointSettings(retries=0)).ask(user("?"))
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirect_is_not_followed(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with serving("ok") as other:
+        moved = Fault(status, "", Location=f"{other.url}/chat/completions")
+        with (
+            serving(moved) as server,
+            pytest.raises(EndpointError, match=f"redirects to {other.url}"),
+        ):
+            endpoint(server).ask(user("?"))
+        assert not other.asked
+
+
+def test_a_key_in_a_reply_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    cache = tmp_path / "replies.jsonl"
+    said = completion(f"your key is {KEY}", message={"refusal": f"no, {KEY}"}, finish=KEY)
+    with serving(said) as server:
+        reply = endpoint(server, cache=cache).ask(user("?"))
+    assert reply.text == "your key is ***"
+    assert KEY not in repr(reply) + cache.read_text()

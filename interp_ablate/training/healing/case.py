@@ -5,7 +5,6 @@ Knows: how a checkpoint's plan is read, and how an edit's damage is measured. Do
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,6 +26,7 @@ from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.settings import MAX_NEW_TOKENS
 from interp_ablate.sites import sites_of
 from interp_ablate.stats.intervals import AT_LEAST_0, SHARE, Bounds, mean_with_interval
+from interp_ablate.storage.incoming_files import incoming_object
 from interp_ablate.storage.provenance import MANIFEST
 from interp_ablate.training.healing.preferences import PreferencePair
 from interp_ablate.training.recipe import HEALING, RECIPE, HealingConfig, LoraRecipe
@@ -171,17 +171,17 @@ def read_plan(folder: str | Path) -> tuple[Plan | None, dict[str, Any]]:
         RunError: a manifest that cannot be read.
     """
     path = Path(folder) / MANIFEST
-    if not path.is_file():
+    if not path.exists():
         return None, {}
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = incoming_object(path)
         if manifest.get("kind") != "checkpoint":
             raise RunError(
                 f"{path} is of a {manifest.get('kind')}; an exported checkpoint is healed"
             )
         plan = Plan.from_dict(manifest["plan"])
         source = dict(manifest["source"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"cannot read {path}: {error}. Export the checkpoint again") from error
     return (plan if len(plan) else None), source
 

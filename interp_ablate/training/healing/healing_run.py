@@ -9,7 +9,6 @@ trainer works, or how the edit was found.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +24,7 @@ from interp_ablate.export.model_card import CERTIFICATE
 from interp_ablate.export.preflight import check_place
 from interp_ablate.models.model import Model
 from interp_ablate.stats.intervals import paired_difference
+from interp_ablate.storage.incoming_files import incoming_object
 from interp_ablate.storage.provenance import versions
 from interp_ablate.storage.safetensors_reader import Checkpoint
 from interp_ablate.storage.strict_json import json_text
@@ -212,7 +212,7 @@ def _write(
 ) -> None:
     rows = (json_text(pair.to_dict(), ensure_ascii=False) for pair in treatment.pairs)
     (place / PREFERENCES).write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
-    adapter = json.loads((place / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    adapter = incoming_object(place / "adapter" / "adapter_config.json")
     config = axolotl_config(
         case.edited.source.path or case.edited.source.name,
         treatment,

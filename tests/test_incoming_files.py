@@ -1,0 +1,293 @@
+"""The gate for files that come in: hostile ones, by every command that reads their kind, end in one message."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import resource
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import hostile
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hostile import time_limit
+from tiny import N_LAYERS, folder_of, unit
+
+import interp_ablate
+from interp_ablate import Ablate, Plan, everywhere, load_model
+from interp_ablate.cli.main import main
+from interp_ablate.cli.options import chosen_in_run
+from interp_ablate.directions.direction_set import Directions
+from interp_ablate.directions.foreign_files import read_directions
+from interp_ablate.errors import InterpAblateError
+from interp_ablate.export.auditing import AuditSource, audit
+from interp_ablate.export.checkpoint import export_folder
+from interp_ablate.export.hub import push_to_hub
+from interp_ablate.export.model_card import add_to_card
+from interp_ablate.persona.persona import load_persona
+from interp_ablate.persona.rollouts import read_answers
+from interp_ablate.runs import run_folder
+from interp_ablate.runs.report import write_report
+from interp_ablate.search.trial_table import read_trials
+from interp_ablate.search.trials import TrialLog
+from interp_ablate.storage.row_files import RowFile
+from interp_ablate.training.healing.case import read_plan
+
+PLAN = Plan((Ablate(unit(), everywhere(N_LAYERS)),))
+LONGEST = 20.0  # seconds; a case takes a tenth of one
+READERS = ("load", "export", "verify")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sound folder `a`, its export `b`, a GGUF file and a plan."""
+    place = tmp_path_factory.mktemp("sound")
+    folder_of(place / "a")
+    export_folder(place / "a", PLAN, place / "b")
+    hostile.gguf_of(folder_of(place / "c"), place / "m.gguf")
+    PLAN.save(place / "plan.json")
+    return place
+
+
+def read_by(reader: str, folder: Path, sound: Path) -> None:
+    """What a command does with a folder."""
+    if reader == "load":
+        load_model(folder)
+    elif reader == "export":
+        export_folder(folder, PLAN, folder.parent / "out")
+    elif not (report := audit(AuditSource.of_folder(sound / "a"), PLAN, folder)).passed:
+        raise InterpAblateError(str(report.problems))
+
+
+def refused(work: Callable[[], object]) -> str:
+    """The message, one without a library's name for its own errors."""
+    with time_limit(LONGEST), pytest.raises(InterpAblateError) as caught:
+        work()
+    text = str(caught.value)
+    assert 20 < len(text) < 3000 and "Traceback" not in text
+    return text
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_what_is_sound_is_taken(reader: str, sound: Path, tmp_path: Path) -> None:
+    shutil.copytree(sound / ("b" if reader == "verify" else "a"), tmp_path / "m")
+    read_by(reader, tmp_path / "m", sound)
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("name", [*hostile.MODEL_FOLDERS, *hostile.SIDE_FILES])
+def test_folders(name: str, reader: str, sound: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(sound / ("b" if reader == "verify" else "a"), folder)
+    {**hostile.MODEL_FOLDERS, **hostile.SIDE_FILES}[name](folder)
+    refused(lambda: read_by(reader, folder, sound))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", hostile.GGUF_FILES)
+def test_gguf_files(name: str, sound: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copy(sound / "m.gguf", tmp_path))
+    hostile.GGUF_FILES[name](path)
+    refused(lambda: load_model(path))
+
+
+def test_a_sound_gguf_file_is_taken(sound: Path) -> None:
+    assert load_model(sound / "m.gguf").n_layers == N_LAYERS
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt", "npy", "gguf"])
+@pytest.mark.parametrize("name", ["FIFO", "LFS pointer", "empty", "web page"])
+def test_files_of_directions(name: str, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"v.{suffix}"
+    if name == "FIFO":
+        os.mkfifo(path)
+    else:
+        page = "<!DOCTYPE html><html></html>"
+        path.write_text({"LFS pointer": hostile.POINTER, "empty": ""}.get(name, page))
+    refused(lambda: read_directions(path, site="3.resid_post"))
+
+
+@pytest.mark.parametrize("name", hostile.PLANS)
+def test_plans(name: str, sound: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copy(sound / "plan.json", tmp_path))
+    hostile.PLANS[name](path)
+    refused(lambda: Plan.load(path))
+
+
+def test_messages_say_what_the_file_is_and_how_to_get_it(sound: Path, tmp_path: Path) -> None:
+    cases = {
+        "a shard is an LFS pointer": "git-lfs pointer.*269060552 bytes.*git lfs pull",
+        "a shard is cut short": "cut short: 100 of .* bytes are missing.*hf download",
+        "a tensor is missing": r"has no tensor model\.layers\.\d\.mlp\.down_proj\.weight",
+        "a tensor of another shape": r"down_proj\.weight \[4, 48\] instead of \[32, 48\]",
+        "a tensor nobody knows": r"unknown to its model zzz\.weight",
+        "10^9 layers": "num_hidden_layers = 1000000000.* 29 tensors",
+        "a pickle cut short": "not a whole file of torch",
+        "index with an absolute path": "only plain names of .safetensors",
+    }
+    for name, pattern in cases.items():
+        folder = tmp_path / name.replace("^", "")
+        shutil.copytree(sound / "a", folder)
+        hostile.MODEL_FOLDERS[name](folder)
+        with pytest.raises(InterpAblateError, match=pattern):
+            load_model(folder)
+
+
+def test_the_command_line_ends_with_2_and_one_message(
+    sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(sound / "a", tmp_path / "m")
+    hostile.MODEL_FOLDERS["a tensor is missing"](tmp_path / "m")
+    arguments = ["--plan", str(sound / "plan.json"), "--out", str(tmp_path / "out")]
+    assert main(["export", "--source", str(tmp_path / "m"), *arguments]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "Loading weights" not in line]
+    assert len(lines) == 1 and lines[0].startswith("interp-ablate export: ")
+
+
+def test_a_pickle_of_tensors_is_taken(sound: Path, tmp_path: Path) -> None:
+    shutil.copytree(sound / "a", tmp_path / "m")
+    hostile.pickled(tmp_path / "m")
+    assert load_model(tmp_path / "m").n_layers == N_LAYERS
+
+
+def test_nan_in_rows_that_nothing_reads_is_no_edit(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from interp_ablate import export_checkpoint
+
+    folder = folder_of(tmp_path / "a", tied=False)
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        if "model.embed_tokens.weight" in tensors:
+            tensors["model.embed_tokens.weight"][-1] = float("nan")
+        save_file(tensors, path, {"format": "pt"})
+    plan = Plan((Ablate(unit(), everywhere(N_LAYERS)[1:]),))  # not the embedding
+    assert export_checkpoint(load_model(folder), plan, tmp_path / "b")["passed"]
+
+
+# ------------------------------------------------------------------------------- what a run left
+
+RUN: dict[str, str] = {
+    "run.json": json.dumps(
+        {
+            "format": run_folder.FORMAT,
+            "configuration": {"model": "x", "contrast": "declining"},
+            "stages": {},
+            "notes": [],
+        }
+    ),
+    "selected.json": json.dumps(
+        {"plan": PLAN.to_dict(), "trial": {}, "limits": {}, "test": {}, "rule": "x"}
+    ),
+    "export/certificate.json": json.dumps({"passed": True, "max_abs_logit_difference": 0.0}),
+    "export/interp_ablate.json": json.dumps(
+        {"kind": "checkpoint", "plan": PLAN.to_dict(), "source": {"name": "x", "path": None}}
+    ),
+    "trials.jsonl": json.dumps({"format": "interp_ablate.trials/1"}) + "\n",
+    "generations.jsonl": json.dumps({"prompt": "a", "text": "b"}) + "\n",
+    "trials.csv": "trial,stage\n0,finalist\n",
+    "persona.json": json.dumps({"format": "x", "site": "3.resid_post"}),
+    "rollouts.jsonl": json.dumps({"format": "x"}) + "\n",
+    "directions.json": json.dumps({"format": "x", "directions": []}),
+}
+LEFT_READERS: dict[str, tuple[Callable[[Path], object], ...]] = {
+    "run.json": (run_folder.read_run, write_report, lambda run: chosen_in_run(str(run))),
+    "selected.json": (
+        run_folder.read_selected,
+        write_report,
+        lambda run: chosen_in_run(str(run)),
+        lambda run: Plan.load(run / "selected.json"),
+    ),
+    "export/certificate.json": (
+        lambda run: add_to_card(run / "export", "more"),
+        lambda run: push_to_hub(run / "export", "a/b"),
+        write_report,
+    ),
+    "export/interp_ablate.json": (
+        lambda run: Plan.load(run / "export" / "interp_ablate.json"),
+        lambda run: read_plan(run / "export"),
+        lambda run: add_to_card(run / "export", "more"),
+    ),
+    "trials.jsonl": (lambda run: _opened(TrialLog(run / "trials.jsonl", {})),),
+    "generations.jsonl": (write_report,),
+    "trials.csv": (lambda run: read_trials(run / "trials.csv"), write_report),
+    "persona.json": (load_persona,),
+    "rollouts.jsonl": (lambda run: read_answers(run / "rollouts.jsonl", scorer={}, coherence={}),),
+    "directions.json": (lambda run: Directions.load(run / "directions.safetensors"),),
+}
+
+
+def _opened(log: TrialLog) -> None:
+    with log.open():
+        pass
+
+
+@pytest.mark.parametrize("name", hostile.LEFTOVERS)
+@pytest.mark.parametrize("file", LEFT_READERS)
+def test_what_a_run_left(file: str, name: str, tmp_path: Path) -> None:
+    """An error of ours, or (a log whose last line was cut, a report without a part) what is right without it."""
+    for i, read in enumerate(LEFT_READERS[file]):
+        run = tmp_path / str(i)
+        for other, content in RUN.items():
+            (run / other).parent.mkdir(parents=True, exist_ok=True)
+            (run / other).write_text(content)
+        hostile.LEFTOVERS[name](run / file)
+        with time_limit(LONGEST):
+            try:
+                read(run)
+            except InterpAblateError as error:
+                assert "Traceback" not in str(error)
+            else:
+                torn = file.endswith(".jsonl") and name in ("empty", "cut short")
+                part_of_report = read is write_report and name != "a FIFO"
+                assert torn or part_of_report, f"{read} took {file}, {name}"
+
+
+def test_a_line_that_is_too_long_is_not_read(tmp_path: Path) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    path = hostile.bomb(tmp_path / "rows.jsonl.gz", 500)
+    with pytest.raises(InterpAblateError, match="line 1 is longer than"):
+        list(RowFile.at(path).rows())
+    path = hostile.bomb(tmp_path / "prompts.txt.gz", 500)
+    with pytest.raises(InterpAblateError, match="holds more than"):
+        RowFile(path, "csv", ".gz").text()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 700_000  # kilobytes
+
+
+@pytest.mark.parametrize("place", [1, 8, 100, -4])
+def test_a_parquet_file_cut_short(place: int, tmp_path: Path) -> None:
+    table = pyarrow.table({"prompt": ["a" * 50] * 3000, "completion": ["b" * 50] * 3000})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    hostile.cut("a.parquet", place % (tmp_path / "a.parquet").stat().st_size)(tmp_path)
+    arguments = ["filter", str(tmp_path / "a.parquet"), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--drop", "--expressions", "declining"]) == 2
+
+
+# Bundled files, and text that is no file: a judge's reply, a trait file with messages of its own.
+_OWN_JSON = {
+    "incoming_files.py",
+    "refusals.py",
+    "expression_lists.py",
+    "replies.py",
+    "judge.py",
+    "traits.py",
+    "template_process.py",
+}
+
+
+def test_no_other_file_reads_json() -> None:
+    """What goes around the gate is believed: `json.loads` is for copies (of `json.dumps`) elsewhere."""
+    library = Path(interp_ablate.__file__).parent
+    around = []
+    for path in sorted(library.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.load", "json.loads"):
+                copied = ast.unparse(node.args[0]).startswith(("json.dumps(", "json_text("))
+                if not copied and path.name not in _OWN_JSON:
+                    around.append(f"{path.relative_to(library)}:{node.lineno}")
+    assert not around
