@@ -135,7 +135,8 @@ def serve() -> None:
             reply = {"text": text}
         except Exception as error:  # whatever it is: the template's
             reply = {"failure": f"{type(error).__name__}: {str(error)[:1000]}"}
-        replies.write(json.dumps(reply).encode() + b"\n")
+        answer = json.dumps(reply)
+        replies.write(answer.encode() + b"\n")
         replies.flush()
 
 
