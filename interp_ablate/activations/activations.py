@@ -5,6 +5,7 @@ Knows: shapes, positions, masked means. Does not know: how a model is run.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -85,6 +86,15 @@ def check_finite(
             f"NaN or infinity in the activations{place}: float16 overflows on many models; use --dtype "
             "bfloat16 or float32"
         )
+
+
+def stacked(captured: Mapping[Site, Tensor], sites: Sequence[Site], dim: int) -> Tensor:
+    """What was captured at several sites as one tensor on the CPU, the sites along a new axis.
+
+    Layers may be on several devices: everything meets on the first site's, and is copied once.
+    """
+    device = captured[sites[0]].device
+    return torch.stack([captured[site].to(device) for site in sites], dim).cpu()
 
 
 def masked_mean(

@@ -24,6 +24,7 @@ from interp_ablate.activations.activations import (
     Position,
     check_finite,
     response_mean,
+    stacked,
 )
 from interp_ablate.errors import InterpAblateError
 from interp_ablate.models.forward import Batch
@@ -246,13 +247,13 @@ def _blocks(
         tail=max(len(row) - length for row, length in lengths) + max(offsets, default=0),
     )
     for batch, _, captured in stream:
-        block = torch.stack([captured[site] for site in request.sites], 2)
+        block = stacked(captured, request.sites, 2)
         bad = (~torch.isfinite(block)).nonzero()
         if len(bad):
             row, position, site, _ = bad[0].tolist()
             place = f"{request.sites[site]}[{request.positions[position]}]"
             check_finite(block, f" at {place}, first for prompt {batch.index[row]}")
-        yield batch, block.cpu()
+        yield batch, block
 
 
 def _write_cache(path: Path, values: Tensor, moments: Moments) -> None:

@@ -20,11 +20,13 @@ from interp_ablate.activations.activations import (
     check_finite,
     masked_mean,
     response_mean,
+    stacked,
 )
 from interp_ablate.directions.direction import Direction
 from interp_ablate.errors import DirectionError, InterpAblateError, ModelError
 from interp_ablate.models.forward import Batch
 from interp_ablate.models.model import Model
+from interp_ablate.precision import to_float64
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring.exchange import PromptResponse
 from interp_ablate.sites import SiteLike, as_sites
@@ -120,7 +122,7 @@ def _blocks(
         tail=max(map(len, rows)) if whole else max(len(answer.tokens) for answer in answers),
     )
     for batch, _, captured in stream:
-        block = torch.stack([captured[site] for site in places], -2).cpu()
+        block = stacked(captured, places, -2)
         check_finite(block, error=DirectionError)
         yield torch.as_tensor(batch.index), block
         if on_batch:
@@ -202,8 +204,9 @@ def response_means(
         at = torch.tensor([indices[i] for i in batch.index])
         for site, values in captured.items():
             columns = [j for j, item in enumerate(directions) if item.site == site]
-            means[at[:, None], torch.tensor(columns)] = values
-            check_finite(values, f" at {site}")
+            on_cpu = values.cpu()
+            means[at[:, None], torch.tensor(columns)] = on_cpu
+            check_finite(on_cpu, f" at {site}")
     return means
 
 
@@ -212,10 +215,10 @@ def _reader(matrix: Float[Tensor, "d_model k"]) -> Callable[[Tensor, Batch], Ten
 
     def read(x: Float[Tensor, "batch pos d_model"], batch: Batch) -> Tensor:
         # rows end at the last column; the answer is what follows the prompt
-        count = (batch.row_lengths - batch.prompt_lengths).cpu()
-        along = x.detach().cpu().double() @ matrix
+        wide = to_float64(x.detach())
+        along, count = wide @ matrix.to(wide), (batch.row_lengths - batch.prompt_lengths).to(wide)
         width = along.shape[1]
-        inside = torch.arange(width)[None] >= width - count[:, None]
+        inside = torch.arange(width, device=wide.device)[None] >= width - count[:, None]
         return (along * inside[..., None]).sum(1) / count[:, None]
 
     return read

@@ -137,7 +137,7 @@ class AppliedPlans:
         if silent:
             raise PlanError(
                 f"{len(silent)} of {len(new.n_writes)} sites of the plan were never written, such as "
-                f"{silent[:3]}: nothing ran inside the block, or nothing at the positions it names"
+                f"{silent[:3]}: nothing ran inside the block"
             )
 
     def _install(self, new: InstalledPlans) -> None:
@@ -180,9 +180,8 @@ class AppliedPlans:
         return write
 
     def _edited(self, x: Tensor, site: Site, plans: InstalledPlans) -> Tensor:
-        edited, wrote = plans.writers[site](x, self.current_call)
-        plans.n_writes[site] += wrote
-        return edited
+        plans.n_writes[site] += 1
+        return plans.writers[site](x, self.current_call)
 
     def _check_nested(self, site: Site, plan: Plan) -> None:
         """Refuse what one plan would refuse, and two names of one hook in the wrong order."""
@@ -235,7 +234,7 @@ class AppliedPlans:
             resid_pre[:] = [x]
 
         def write(module: nn.Module, args: Any, attn_out: Tensor) -> Tensor:
-            resid_mid = resid_pre.pop() + attn_out
+            resid_mid = resid_pre.pop().to(attn_out) + attn_out
             return attn_out + (self._edited(resid_mid, site, plans) - resid_mid)
 
         before, attention = Site(site.layer, "resid_pre"), Site(site.layer, "attn_out")
@@ -251,10 +250,9 @@ class AppliedPlans:
         if affine is None:
             yield
             return
-        inside = affine.to(next(self._backend.tl.parameters()))
 
         def read(module: nn.Module, args: Any, x: Tensor) -> Tensor:
-            return inside(x)
+            return affine.to(x)(x)
 
         handle = self._backend.unembed_input.register_forward_hook(read)
         try:

@@ -51,6 +51,13 @@ class Batch:
             self.index[some],
         )
 
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device: layers may be on several."""
+        if device == self.tokens.device:
+            return self
+        tensors = (self.tokens, self.mask, self.row_lengths, self.prompt_lengths)
+        return Batch(*(tensor.to(device) for tensor in tensors), self.index)  # type: ignore[arg-type]
+
     @property
     def positions(self) -> Int[Tensor, "batch pos"]:
         """Position of every token in its own row; 0 on padding."""
@@ -142,10 +149,12 @@ def _out_of_memory(error: Exception) -> bool:
     """True if an error means out of memory: of a device, or of the host (a plain RuntimeError)."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    said = ("can't allocate memory", "not enough memory", "out of memory")  # the last is MPS's
+    return any(words in str(error) for words in said)
 
 
-# A function that takes what it wants from the activations of one site: (activations, batch) -> tensor.
+# A function that takes what it wants from the activations of one site: (activations, batch) -> tensor. The batch
+# is on the activations' device.
 Capture = Callable[[Float[Tensor, "batch pos d_model"], Batch], Tensor]
 # A function that says where a call on some rows (their indices), at some positions, may start.
 Resume = Callable[[Sequence[int], Int[Tensor, "batch new"]], ResumePoint]
@@ -195,11 +204,15 @@ class ForwardPasses:
     def capturing(self, capture: dict[Site, Capture], batch: Batch) -> Iterator[dict[Site, Tensor]]:
         """Reading hooks for one forward call; the dict is filled as the sites are reached."""
         captured: dict[Site, Tensor] = {}
+        on_device = {batch.tokens.device: batch}
 
         def reader(site: Site, read: Capture) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, x: Tensor) -> None:
+                if x.device not in on_device:
+                    on_device[x.device] = batch.to(x.device)
                 # some MLPs flatten batch and position
-                captured[site] = read(x.reshape(len(batch.index), -1, x.shape[-1]), batch)
+                rows = x.reshape(len(batch.index), -1, x.shape[-1])
+                captured[site] = read(rows, on_device[x.device])
 
             return hook
 
@@ -255,7 +268,9 @@ class ForwardPasses:
         cache = 2 * cfg.n_layers * width * cfg.d_model * size
         activations = width * (6 * cfg.d_model + 3 * (cfg.d_mlp or 4 * cfg.d_model)) * size
         outputs = captured * cfg.d_model * size + keep * cfg.d_vocab * (size + 8)
-        return max(1, min(most, free_memory(self.device) // (2 * (cache + activations + outputs))))
+        devices = {parameter.device for parameter in self.backend.tl.parameters()}
+        free = min(map(free_memory, devices))
+        return max(1, min(most, free // (2 * (cache + activations + outputs))))
 
     def shared_length(
         self,

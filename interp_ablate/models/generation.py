@@ -163,7 +163,7 @@ def monitored_tokens(
     """
 
     def last(x: Float[Tensor, "batch pos d_model"], batch: Batch) -> Float[Tensor, " d_model"]:
-        return x[0, -1].detach().cpu().double()
+        return x[0, -1].detach().to(passes.device)
 
     def next_token(call: ForwardCall, sites: Sequence[Site]) -> tuple[int, dict[Site, Tensor]]:
         if installed != tuple(passes.plans.installed):
@@ -186,7 +186,8 @@ def monitored_tokens(
         tokens.append(token)
         call = call.followed_by(call.tokens.new_tensor([token]))
         token, captured = next_token(call, [direction.site for direction in directions])
-        values = tuple(float(captured[each.site] @ each.vector) for each in directions)
+        stream = torch.stack([captured[each.site] for each in directions]).cpu().double()
+        values = tuple(float(x @ each.vector) for x, each in zip(stream, directions))
         if not all(map(math.isfinite, values)):
             raise ModelError(
                 f"NaN or infinity in the activations at token {len(tokens)}: float16 overflows on "

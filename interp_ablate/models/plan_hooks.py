@@ -87,8 +87,9 @@ class _Slot:
     def _of_rows(self, plans: Int[Tensor, " batch"]) -> _Slot:
         """One map a row; kept until other rows come (decoding asks again and again for the same)."""
         if self._rows is None or self._rows[0] is not plans:
-            shift = None if self.shift is None else self.shift[plans]
-            chosen = _Slot(self.kind, self.left[plans], self.right[plans], shift)
+            index = plans.to(self.left.device)
+            shift = None if self.shift is None else self.shift[index]
+            chosen = _Slot(self.kind, self.left[index], self.right[index], shift)
             self._rows = (plans, chosen)
         return self._rows[1]
 
@@ -138,7 +139,7 @@ class _NormKept:
 
 
 class SiteWriter:
-    """Writes one site: `writer(x, call)` returns the edited activations and whether any were edited.
+    """Writes one site: `writer(x, call)` returns the edited activations.
 
     Args:
         maps: for each plan its maps at this site in order (`Plan.maps_at`); none for a plan that does
@@ -156,28 +157,21 @@ class SiteWriter:
             for step in _in_order(maps)
         ]
 
-    def __call__(self, x: Tensor, call: ForwardCall | None) -> tuple[Tensor, bool]:
-        fired = False
+    def __call__(self, x: Tensor, call: ForwardCall | None) -> Tensor:
         for slot in self.slots:
-            some, mask = self._where(slot.kind, call)
-            # where every answer ends at once there are no generated positions, and nothing is wrong
-            fired = fired or some or slot.kind == "generated"
-            if some:
-                edited = slot.at(x, call)(x)
-                x = edited if mask is None else torch.where(mask[..., None], edited, x)
-        return x, fired
+            edited = slot.at(x, call)(x)
+            # always by mask: asking whether such positions occur would make the device wait at every site
+            x = edited if slot.kind == "all" else self._only(slot.kind, call, edited, x)
+        return x
 
     @staticmethod
-    def _where(kind: Positions, call: ForwardCall | None) -> tuple[bool, Tensor | None]:
-        """True if a kind of positions occurs in this call, and their mask where others do too."""
-        if kind == "all":
-            return True, None
+    def _only(kind: Positions, call: ForwardCall | None, edited: Tensor, x: Tensor) -> Tensor:
+        """What was edited, at positions of one kind."""
         if call is None:
             raise PlanError(
                 f"the plan edits {kind!r} positions, which only this Model's own methods can tell: "
                 "use model.generate, model.logits or collect instead of calling model.tl"
             )
-        some, every = call.position_coverage[kind]
-        if not some or every:
-            return some, None
-        return True, call.generated if kind == "generated" else ~call.generated
+        generated = call.generated.to(x.device).reshape(x.shape[:-1])[..., None]
+        there, elsewhere = (edited, x) if kind == "generated" else (x, edited)
+        return torch.where(generated, there, elsewhere)

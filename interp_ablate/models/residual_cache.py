@@ -88,7 +88,7 @@ class ResidualCache:
         rows = [self.rows[i] for i in batch.index]
         first = batch.row_lengths[:, None] - batch.mask.sum(1, keepdim=True)
         indices = self._indices(rows, batch.positions + first)
-        self._resid_post[layer][indices[real].to(x.device)] = x.detach()[real]
+        self._resid_post[layer][indices[real]] = x.detach()[real]
 
     def entering(
         self, block: int, rows: Sequence[Sequence[int]], positions: Int[Tensor, "batch new"]

@@ -12,7 +12,7 @@ from typing import Any
 import pretend_device
 import pytest
 import torch
-from tiny import N_LAYERS, folder_of, rows_of, tiny, unit
+from tiny import N_LAYERS, folder_of, rows_of, unit
 
 from interp_ablate import (
     Ablate,
@@ -39,7 +39,7 @@ from interp_ablate.evaluation.metrics import (
 )
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.export.lora import export_lora
-from interp_ablate.models.load import from_hf
+from interp_ablate.models.load import from_hf, hf_from_name
 from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.search.bench import bounded_kl
 from interp_ablate.search.gradient_fit import fit_data, fit_edit
@@ -50,21 +50,27 @@ PLAN = Plan((Ablate(unit(), everywhere(N_LAYERS)),))
 SITE = Site(1, "resid_pre")
 
 
-@pytest.fixture(autouse=True, params=("float64", "no float64"))
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A device as CUDA is, and one as MPS is."""
+@pytest.fixture(autouse=True, params=("float64", "no float64", "two devices"))
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A device as CUDA is, one as MPS is, and layers spread over two."""
     if request.param == "no float64":
         monkeypatch.setattr(precision, "WITHOUT_FLOAT64", {"pretend"})
         monkeypatch.setattr(pretend_device, "HAS_FLOAT64", False)
     with pretend_device.on():
-        yield
+        yield "auto" if request.param == "two devices" else "pretend:0"
+
+
+def both(source: Path, device: str) -> tuple[Any, Any]:
+    """One model on the CPU, and on the other device or devices."""
+    here, there = (load_model(source, device=place) for place in ("cpu", device))
+    blocks = {parameter.device for parameter in there.tl.blocks.parameters()}
+    assert len(blocks) == (2 if device == "auto" else 1)
+    return here, there
 
 
 @pytest.fixture
-def pair(tmp_path: Path, device: None) -> tuple[Any, Any]:
-    """One model on the CPU, and on the other device."""
-    source = folder_of(tmp_path / "source")
-    return tuple(load_model(source, device=place) for place in ("cpu", "pretend:0"))  # type: ignore[return-value]
+def pair(tmp_path: Path, device: str) -> tuple[Any, Any]:
+    return both(folder_of(tmp_path / "source"), device)
 
 
 def same(got: Any, want: Any) -> None:
@@ -147,9 +153,8 @@ def test_pooled_collection(pair: Any, keep_values: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", ("gemma2", "gpt2", "qwen3"))
-def test_architectures(kind: str, tmp_path: Path) -> None:
-    source = folder_of(tmp_path / "source", kind)
-    here, there = (load_model(source, device=place) for place in ("cpu", "pretend:0"))
+def test_architectures(kind: str, tmp_path: Path, device: str) -> None:
+    here, there = both(folder_of(tmp_path / "source", kind), device)
     plan = Plan((Ablate(unit(), here.writers),))
     results = []
     for model in (here, there):
@@ -195,13 +200,24 @@ def test_scores(pair: Any) -> None:
     assert results[1] == pytest.approx(results[0], abs=1e-4)
 
 
-def test_fit(pair: Any) -> None:
-    direction = Direction(unit(3), 1.0, Site(1, "resid_post"))
+def test_fit(pair: Any, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On two devices without the way back: torch counts one device of a kind that is made in Python."""
+    direction, losses = Direction(unit(3), 1.0, Site(1, "resid_post")), []
+
+    def backward(loss: torch.Tensor) -> None:
+        losses.append(float(loss.detach()))
+        if device != "auto":
+            torch.autograd.backward(loss)
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
     for model in pair:
         positive = ModelOutputs(model, ROWS, max_new_tokens=4)
         data = fit_data(positive, ModelOutputs(model, rows_of(13, 15, seed=2)), ANYTHING)
+        data = data.with_loops([positive])
         edit = fit_edit(model, direction, data, kl_weight=0.1, steps=2)
         assert edit.vectors.device.type == "cpu" and edit.vectors.isfinite().all()
+    half = len(losses) // 2
+    assert losses[half:] == pytest.approx(losses[:half], rel=1e-3)
 
 
 def test_monitor(pair: Any) -> None:
@@ -211,10 +227,11 @@ def test_monitor(pair: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ("llama_gqa", "gemma2"))
-def test_export_from_memory(kind: str, tmp_path: Path) -> None:
+def test_export_from_memory(kind: str, tmp_path: Path, device: str) -> None:
     """Without a folder behind the model, what is written is read from the device."""
-    hf, tokenizer = tiny(kind, tied=True)
-    model = from_hf(hf.to("pretend:0"), tokenizer)
+    source = folder_of(tmp_path / "source", kind)
+    hf, tokenizer, _ = hf_from_name(source, dtype="float32", device=device, trust_remote_code=False)
+    model = from_hf(hf, tokenizer)
     plan = Plan((Ablate(unit(), model.writers),))
     assert export_checkpoint(model, plan, tmp_path / "out", prompts=ROWS[:1])["passed"]
     assert export_lora(model, plan, tmp_path / "lora", prompts=ROWS[:1])["passed"]

@@ -61,11 +61,11 @@ def by_hand(maps: Maps, x: Tensor, generated: Tensor | None = None) -> Tensor:
 def test_one_plan_is_its_map(name: str) -> None:
     maps, x = PLANS[name].maps_at(SITE), stream(2, 5)
     before, writer = x.clone(), SiteWriter(SITE, [maps], D_MODEL)
-    got, fired = writer(x, None)
-    assert fired and torch.equal(x, before)  # new tensors, nothing in place
+    got = writer(x, None)
+    assert torch.equal(x, before)  # new tensors, nothing in place
     assert_close(got, by_hand(maps, x), rtol=1e-13, atol=1e-13)
     assert (got - x).abs().max() > 0.1
-    flat, _ = writer(x.view(-1, D_MODEL), None)  # some MLPs see [batch * pos, d_model]
+    flat = writer(x.view(-1, D_MODEL), None)  # some MLPs see [batch * pos, d_model]
     assert flat.shape == (10, D_MODEL)
     assert_close(flat.view(x.shape), got, rtol=1e-13, atol=1e-13)
 
@@ -73,7 +73,7 @@ def test_one_plan_is_its_map(name: str) -> None:
 def test_an_erasure_by_its_formula() -> None:
     """Not by what `Affine` makes of it."""
     x = stream(2, 5)
-    (got, _) = SiteWriter(SITE, [PLANS["oblique"].maps_at(SITE)], D_MODEL)(x, None)
+    got = SiteWriter(SITE, [PLANS["oblique"].maps_at(SITE)], D_MODEL)(x, None)
     along = x @ OBLIQUE.read
     assert_close(got @ OBLIQUE.read, along + 0.6 * (OBLIQUE.values[0] - along))
     left = got - x
@@ -87,12 +87,12 @@ def test_the_dtype_is_that_of_the_activations(dtype: torch.dtype, tolerance: flo
     maps = [plan.maps_at(SITE) for plan in PLANS.values()]
     x = stream(len(maps), 4)
     step = step_of([4] * len(maps), [4] * len(maps), torch.arange(len(maps)))
-    got, _ = SiteWriter(SITE, maps, D_MODEL)(x.to(dtype), step)
+    got = SiteWriter(SITE, maps, D_MODEL)(x.to(dtype), step)
     assert got.dtype == dtype
     want = torch.stack([by_hand(each, row) for each, row in zip(maps, x)])
     assert_close(got.double(), want, rtol=0, atol=tolerance)
     alone = SiteWriter(SITE, maps[-1:], D_MODEL)
-    single, again = alone(x.to(dtype), None)[0], alone(x, None)[0]  # what is kept is kept by dtype
+    single, again = alone(x.to(dtype), None), alone(x, None)  # what is kept is kept by dtype
     assert (single.dtype, again.dtype) == (dtype, x.dtype)
     assert_close(again, by_hand(maps[-1], x), rtol=1e-12, atol=1e-12)
     assert_close(single.double(), again, rtol=0, atol=tolerance)
@@ -107,18 +107,17 @@ def test_a_plan_a_row(ranks: str) -> None:
     n = len(of_row)
     x, step = stream(n, 4), step_of([4] * n, [4] * n, of_row)
     writer = SiteWriter(SITE, maps, D_MODEL)
-    got, fired = writer(x, step)
-    assert fired
+    got = writer(x, step)
     want = torch.stack([by_hand(maps[i], row) for i, row in zip(of_row.tolist(), x)])
     assert_close(got, want, rtol=1e-12, atol=1e-12)
     assert torch.equal(got[0], x[0]) and (got[1:5] - x[1:5]).abs().amax((1, 2)).min() > 0.1
-    flat, _ = writer(x.view(-1, D_MODEL), step)
+    flat = writer(x.view(-1, D_MODEL), step)
     assert_close(flat.view(x.shape), got, rtol=1e-13, atol=1e-13)
     # rows leave a batch while it is decoded
     some = torch.tensor([5, 1, 4])
-    fewer, _ = writer(x[some, -1:], step_of([1] * 3, [9] * 3, of_row[some]))
+    fewer = writer(x[some, -1:], step_of([1] * 3, [9] * 3, of_row[some]))
     assert_close(fewer, got[some, -1:], rtol=1e-12, atol=1e-12)
-    same, _ = writer(x, step)
+    same = writer(x, step)
     assert torch.equal(same, got)
 
 
@@ -133,25 +132,22 @@ def test_positions() -> None:
     )
     maps, x = plan.maps_at(SITE), stream(3, 6)
     step = step_of([6, 4, 5], [3, 4, 1])
-    got, fired = SiteWriter(SITE, [maps], D_MODEL)(x, step)
+    got = SiteWriter(SITE, [maps], D_MODEL)(x, step)
     generated = torch.tensor(
         [[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1]], dtype=torch.bool
     )
     real = step.mask.bool()
     want = by_hand(maps, x, generated)
-    assert fired
     assert_close(got[real], want[real], rtol=1e-13, atol=1e-13)
     assert (by_hand(maps, x, ~generated) - want)[real].abs().max() > 0.1
 
 
 @pytest.mark.parametrize(("prompt", "there"), [(6, "prompt"), (0, "generated")])
-def test_what_is_not_in_this_step_does_not_fire(prompt: int, there: str) -> None:
+def test_what_is_not_in_this_step_stays_as_it_is(prompt: int, there: str) -> None:
     x, step = stream(1, 6), step_of([6], [prompt])
     for positions in ("prompt", "generated"):
         maps = Plan((Ablate(unit(1), SITE, positions=positions),)).maps_at(SITE)  # type: ignore[arg-type]
-        got, fired = SiteWriter(SITE, [maps], D_MODEL)(x, step)
-        # a step without generated positions is no fault: every answer may have ended at once
-        assert fired == (positions in (there, "generated"))
+        got = SiteWriter(SITE, [maps], D_MODEL)(x, step)
         assert_close(got, maps[0][1](x) if positions == there else x, rtol=1e-13, atol=1e-13)
 
 
@@ -170,7 +166,7 @@ def test_positions_of_a_plan_a_row() -> None:
     ]
     maps = [plan.maps_at(SITE) for plan in plans]
     x, step = stream(4, 6), step_of([6] * 4, [3, 2, 4, 5], torch.arange(4))
-    got, _ = SiteWriter(SITE, maps, D_MODEL)(x, step)
+    got = SiteWriter(SITE, maps, D_MODEL)(x, step)
     generated = torch.arange(6)[None] >= step.prompt_lengths[:, None]
     want = torch.stack([by_hand(m, row, late) for m, row, late in zip(maps, x, generated)])
     assert_close(got, want, rtol=1e-12, atol=1e-12)
@@ -183,15 +179,15 @@ def test_norms_are_kept(dtype: torch.dtype) -> None:
     x = stream(2, 5).to(dtype)
     x[0, 0] = unit(2, k=2)[0].to(dtype)  # nothing is left of it: it is not scaled up
     wide, before = x.double(), x.clone()
-    got, fired = SiteWriter(EMBED, [plan.maps_at(EMBED)], D_MODEL, norm_kept=True)(x, None)
-    assert fired and got.dtype == dtype and torch.equal(x, before)
+    got = SiteWriter(EMBED, [plan.maps_at(EMBED)], D_MODEL, norm_kept=True)(x, None)
+    assert got.dtype == dtype and torch.equal(x, before)
     basis = plan.edits[0].vectors
     inside = wide - (wide @ basis.T) @ basis
     kept = inside * (wide.norm(dim=-1) / inside.norm(dim=-1))[..., None]
     kept[0, 0] = 0
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.06}[dtype]
     assert_close(got.double(), kept + 3 * unit(1), rtol=0, atol=tolerance)
-    plain, _ = SiteWriter(EMBED, [plan.maps_at(EMBED)], D_MODEL)(x, None)
+    plain = SiteWriter(EMBED, [plan.maps_at(EMBED)], D_MODEL)(x, None)
     assert (plain - got).abs().max() > 0.1
 
 
@@ -209,7 +205,7 @@ def test_gradients_flow_through() -> None:
     """Scores of edited activations can be followed back to what came in."""
     maps = [PLANS["two"].maps_at(SITE), PLANS["rank 6"].maps_at(SITE)]
     x = stream(2, 3).requires_grad_()
-    got, _ = SiteWriter(SITE, maps, D_MODEL)(x, step_of([3, 3], [3, 3], torch.arange(2)))
+    got = SiteWriter(SITE, maps, D_MODEL)(x, step_of([3, 3], [3, 3], torch.arange(2)))
     weight = stream(2, 3, seed=1)
     (gradient,) = torch.autograd.grad((got * weight).sum(), x)
     y = x.detach().requires_grad_()

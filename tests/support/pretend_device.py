@@ -58,6 +58,9 @@ class Elsewhere(torch.Tensor):
     def tolist(self) -> Any:
         return self.inner.tolist()
 
+    def data_ptr(self) -> int:
+        return self.inner.data_ptr()  # accelerate and safetensors tell tied weights by it
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
@@ -155,12 +158,24 @@ class _CpuGenerator(_Generator):
         return _Generator("cpu" if torch.device(device).type == KIND else device)
 
 
+def _two_devices(model: Any, *args: Any, **kwargs: Any) -> dict[str, int]:
+    """Memory for three quarters of a model on one device, and for all of it on another: the blocks are on both."""
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    return {f"{KIND}:0": int(0.75 * size), f"{KIND}:1": 2 * size}
+
+
 @contextmanager
 def on() -> Iterator[None]:
-    """Pretend tensors can be made by factories and used inside."""
+    """Pretend tensors can be made by factories and used inside; `device_map="auto"` finds two devices."""
+    from transformers.integrations import accelerate
+
+    here = {"get_balanced_memory": _two_devices, "get_max_memory": lambda memory=None: memory}
+    theirs = {name: getattr(accelerate, name) for name in here}
     torch.Generator = _CpuGenerator  # type: ignore[misc]
     try:
+        vars(accelerate).update(here)
         with _Mode():
             yield
     finally:
         torch.Generator = _Generator  # type: ignore[misc]
+        vars(accelerate).update(theirs)

@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from interp_ablate.edits.edit import Positions
 from interp_ablate.errors import ModelError
 from interp_ablate.models.architectures import Architecture, writer_points
 from interp_ablate.models.loading import BackendName
@@ -123,19 +122,6 @@ class ForwardCall:
     def generated(self) -> Bool[Tensor, "batch new"]:
         """True for the new tokens that come after the prompt, counted from the start of the row."""
         return self.positions >= self.prompt_lengths[:, None]
-
-    @cached_property
-    def position_coverage(self) -> dict[Positions, tuple[bool, bool]]:
-        """For each kind of positions, two answers: are any real new tokens of this kind, are all of them."""
-        real = self.mask[:, -self.tokens.shape[1] :].bool()
-        late = self.generated & real
-        any_late, all_late = bool(late.any()), bool((self.generated | ~real).all())
-        early = (~self.generated & real).any()
-        return {
-            "all": (True, True),
-            "generated": (any_late, all_late),
-            "prompt": (bool(early), not any_late),
-        }
 
 
 class SiteMap:

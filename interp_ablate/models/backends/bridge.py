@@ -142,7 +142,8 @@ class BridgeBackend:
         return self.select_cache(gathered, rows)
 
     def select_cache(self, cache: Any, rows: Int[Tensor, " row"]) -> Any:
-        cache.batch_select_indices(rows)
+        for layer in cache.layers:  # each on the device of its block
+            layer.batch_select_indices(rows.to(layer.keys.device))
         return cache
 
     def forward(self, call: ForwardCall, keep: int) -> Tensor | None:
