@@ -56,7 +56,7 @@ class Batch:
         if device == self.tokens.device:
             return self
         tensors = (self.tokens, self.mask, self.row_lengths, self.prompt_lengths)
-        return Batch(*(tensor.to(device) for tensor in tensors), self.index)  # type: ignore[arg-type]
+        return Batch(*(tensor.to(device) for tensor in tensors), self.index)  # type: ignore[call-arg, arg-type]
 
     @property
     def positions(self) -> Int[Tensor, "batch pos"]:
