@@ -79,8 +79,10 @@ def run(args: Namespace) -> int:
         settings_from(args, LoraRecipe),
     )
     needed = bool(settings.make_preferences or healing.kl_weight)
+    edited = load_trainable(settings, settings.checkpoint)
+    edited.release()  # it can be read; the original is needed first
     original = _original(args, settings, source, needed=needed)
-    case = EditedCheckpoint(load_trainable(settings, settings.checkpoint), original, plan)
+    case = EditedCheckpoint(edited, original, plan)
     pairs, counts = _pairs(args, settings, case, held_out, rows)
     report = heal(
         case,
@@ -148,7 +150,7 @@ def _pairs(
     prompts, gone = exclude_held_out(rows, held_out.benign + held_out.requests if held_out else ())
     tell(args, f"{len(prompts)} prompts, answered by the original and the edited model")
     how = settings_from(args, AnswerConfig)
-    pairs, made = make_pairs(case.original_model, case.edited_model, prompts, how)
+    pairs, made = make_pairs(case.needed_original, case.edited, prompts, how)
     counts = {"prompts": len(prompts), "held_out_prompts_left_out": gone, "made": made}
     return pairs, {"from": settings.make_preferences, **counts}
 

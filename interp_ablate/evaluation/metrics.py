@@ -172,7 +172,7 @@ def kl_divergence(
 ) -> Float[Tensor, "*n"]:
     """KL(reference || other) in nats from log-probabilities; no epsilon, summed in float64."""
     wide = to_float64(reference)
-    return (wide.exp() * (wide - to_float64(other))).sum(-1)
+    return (wide.exp() * (wide - to_float64(other).to(wide.device))).sum(-1)
 
 
 def first_token_kl(outputs: ModelOutputs, baseline: ModelOutputs) -> Float[Tensor, " prompt"]:
@@ -200,10 +200,8 @@ def continuation_scores(
         if not part:
             continue
         ends = [answers[i] for i in part]
-        before, after = (
-            ModelOutputs(o.model, [o.rows[i] for i in part], o.plan).continuation_logprobs(ends)
-            for o in (baseline, outputs)
-        )
+        before = baseline.answer_logprobs(part)
+        after = outputs.subset(part).continuation_logprobs(ends)
         for i, end, reference, other in zip(part, ends, before, after):
             scores["kl_continuation"][i] = kl_divergence(reference, other).mean()
             scores["perplexity_before"][i] = (-chosen_logprobs(reference, end).mean()).exp()

@@ -5,6 +5,7 @@ Knows: how outputs are computed once and shared. Does not know: what they are sc
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cached_property
@@ -47,6 +48,7 @@ class ModelOutputs:
         self._unedited: ModelOutputs | None = None
         self._first_logprobs: Float[Tensor, "prompt d_vocab"] | None = None
         self._generations: list[Generation] | None = None
+        self._answer_logprobs: list[Float[Tensor, "pos d_vocab"]] | None = None
 
     def with_plan(self, plan: Plan | None) -> ModelOutputs:
         """The same prompts under a plan.
@@ -191,6 +193,29 @@ class ModelOutputs:
                         at_continuation.float().log_softmax(-1), "continuation logits"
                     )
         return logprobs
+
+    def answer_logprobs(self, index: Sequence[int]) -> list[Float[Tensor, "pos d_vocab"]]:
+        """Log-probabilities along its own answers to some of the prompts, by their indices."""
+        if self._answer_logprobs is not None:
+            return [self._answer_logprobs[i] for i in index]
+        part = self._of(index, self.plan)
+        return part.continuation_logprobs([list(self.generations[i].tokens) for i in index])
+
+    def without_model(self) -> ModelOutputs:
+        """The same outputs, all computed now and kept on the CPU: to compare others with when this model is gone."""
+        kept = copy.copy(self)
+        kept._first_logprobs = self.first_logprobs.cpu()
+        kept._generations, kept._unedited = self.generations, None
+        answered = [i for i, generation in enumerate(self.generations) if generation.tokens]
+        logprobs = [torch.empty(0)] * len(self.rows)
+        for start in range(0, len(answered), 8):
+            part = answered[start : start + 8]
+            for i, along in zip(part, self.answer_logprobs(part)):
+                logprobs[i] = along.cpu()
+        kept._answer_logprobs = logprobs
+        kept.__dict__.pop("residual_cache", None)
+        del kept.model
+        return kept
 
 
 def _finite(values: Tensor, what: str) -> Tensor:

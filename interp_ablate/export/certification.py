@@ -245,6 +245,37 @@ def compare(
     }
 
 
+def load_in_blocks(folder: str | Path, device: torch.device, **options: Any) -> Any:
+    """A folder in plain transformers that computes on a device, each block there only while it runs.
+
+    The rest (embedding, last norm, unembedding) stays there. So a model is compared with its export in the
+    memory of one of them and a block.
+
+    Raises:
+        ExportError: a folder transformers cannot load with these options.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        hf: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ExportError(f"transformers cannot load the export {folder}: {error}") from error
+    hf.eval().requires_grad_(False)
+    if device.type == "cpu":
+        return hf
+    kinds = hf._no_split_modules or ()
+    blocks = [part for part in hf.modules() if type(part).__name__ in kinds]
+    for block in blocks:
+        block.register_forward_pre_hook(lambda module, args: module.to(device) and None)
+        block.register_forward_hook(lambda module, args, output: module.to("cpu") and None)
+    inside = {part for block in blocks for part in block.modules()}
+    for part in hf.modules():
+        if part not in inside:
+            part._apply(lambda tensor: tensor.to(device), recurse=False)
+    hf.tie_weights()
+    return hf
+
+
 def certify(
     model: Model,
     plan: Plan,
@@ -274,17 +305,10 @@ def certify(
     Raises:
         ExportError: a folder transformers cannot load with no option.
     """
-    from transformers import AutoModelForCausalLM
-
     computed = str(model.dtype).removeprefix("torch.")
     stored = stored_dtype or computed
-    try:
-        reloaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
-        reloaded = reloaded.to(model.device)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ExportError(f"transformers cannot load the export {folder}: {error}") from error
+    reloaded = load_in_blocks(folder, model.device, dtype=model.dtype)
     rows = model.encode_all(prompts)
-    reloaded.eval()
     bare = plain_logits(reloaded, rows)
     other = from_hf(
         reloaded, model.tokenizer, source=ModelSource(str(folder), "folder", str(folder))

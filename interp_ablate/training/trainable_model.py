@@ -7,12 +7,13 @@ unmerged adapter. Does not know: data, or how it is trained.
 from __future__ import annotations
 
 import copy
+import gc
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from jaxtyping import Float
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from interp_ablate.errors import ExportError, RunError
 from interp_ablate.evaluation.metrics import kl_divergence
-from interp_ablate.export.certification import PROBES, limits_for
+from interp_ablate.export.certification import PROBES, limits_for, load_in_blocks
 from interp_ablate.export.checkpoint import export_checkpoint
 from interp_ablate.export.checkpoint_files import write_json
 from interp_ablate.export.model_card import CERTIFICATE
@@ -36,44 +37,71 @@ from interp_ablate.storage.incoming_files import incoming_object
 from interp_ablate.storage.provenance import MANIFEST, versions, weight_digests
 from interp_ablate.training.recipe import LoraRecipe
 
+Result = TypeVar("Result")
 INSTALL = "pip install 'interp-ablate[train]'"
 
 
-@dataclass(frozen=True, eq=False)
 class TrainableModel:
-    """A Hugging Face model in memory that can be trained, its tokenizer and its source."""
+    """A Hugging Face model that can be trained, its tokenizer and its source.
 
-    hf: Any = field(repr=False)
-    tokenizer: Any = field(repr=False)
-    source: ModelSource
-    template: str | None = None
+    Whoever changes the weights takes them (`take`): they are read again where they are needed next, so that one
+    whole copy is in memory at a time.
+
+    Args:
+        read_again: reads the weights from the source; None where they are in memory only, and are copied.
+    """
+
+    def __init__(
+        self,
+        hf: Any,
+        tokenizer: Any,
+        source: ModelSource,
+        template: str | None = None,
+        *,
+        read_again: Callable[[], Any] | None = None,
+    ) -> None:
+        self._hf, self._read_again = hf, read_again
+        self.tokenizer, self.source, self.template = tokenizer, source, template
+        weights = list(hf.parameters())
+        self.dtype, self.device = weights[0].dtype, weights[0].device
+        self.nbytes = sum(weight.nbytes for weight in weights)
+        """The bytes of its weights, a tied one once."""
 
     @property
-    def dtype(self) -> torch.dtype:
-        return next(self.hf.parameters()).dtype
+    def hf(self) -> Any:
+        """The model, read again if it was given away."""
+        if self._hf is None and self._read_again is not None:
+            self._hf = self._read_again()
+        return self._hf
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.hf.parameters()).device
+    def release(self) -> None:
+        """Give the memory back, where the weights can be read again."""
+        if self._read_again is not None:
+            self._hf = None
+            gc.collect()
 
-    @property
+    def take(self) -> TrainableModel:
+        """The same weights, for somebody who changes them."""
+        copied = copy.deepcopy(self.hf) if self._read_again is None else self.hf
+        self.release()
+        return TrainableModel(copied, self.tokenizer, self.source, self.template)
+
+    @cached_property
     def fingerprint(self) -> str:
-        """sha256 over every weight's name, shape, dtype and bytes; computed anew each time."""
+        """sha256 over every weight's name, shape, dtype and bytes."""
         return weights_fingerprint(self.hf.state_dict())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all parameters, tied ones once."""
-        return sum(parameter.nbytes for parameter in self.hf.parameters())
 
     @cached_property
     def model(self) -> Model:
         """The same weights with hook points, in place: what has been measured so is not trained any more."""
         return from_hf(self.hf, self.tokenizer, source=self.source, template=self.template)
 
-    def copy(self) -> TrainableModel:
-        """Weights of its own, to be trained while these stay as they are."""
-        return replace(self, hf=copy.deepcopy(self.hf))
+    def measured(self, measure: Callable[[Model], Result]) -> Result:
+        """What a function finds on the model with hook points, which is gone from memory afterwards."""
+        try:
+            return measure(self.take().model)
+        finally:
+            gc.collect()  # hook points hold each other
 
 
 def load_base(
@@ -95,10 +123,11 @@ def load_base(
             "training runs on one device: give --device cpu or cuda. For several GPUs run the "
             "axolotl.yaml that `interp-ablate heal` writes"
         )
-    hf, tokenizer, source = hf_from_name(
-        name, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    options: Any = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    hf, tokenizer, source = hf_from_name(name, **options)
+    return TrainableModel(
+        hf, tokenizer, source, template, read_again=lambda: hf_from_name(name, **options)[0]
     )
-    return TrainableModel(hf, tokenizer, source, template)
 
 
 def require_extra() -> tuple[Any, Any]:
@@ -261,13 +290,7 @@ def certify_merged(trained: Trained, folder: str | Path) -> dict[str, Any]:
     Raises:
         ExportError: transformers cannot load the folder.
     """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        reloaded: Any = AutoModelForCausalLM.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ExportError(f"transformers cannot load {folder}: {error}") from error
-    got = logits_of(reloaded.to(trained.base.device), trained.probes)
+    got = logits_of(load_in_blocks(folder, trained.base.device), trained.probes)
     gap = kl = 0.0
     for want, found in zip(trained.unmerged, got, strict=True):
         gap = max(gap, float((want - found).abs().max()))

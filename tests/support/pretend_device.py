@@ -13,6 +13,7 @@ Experimental hooks of torch are used (`torch.utils.backend_registration`): for t
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,6 +34,39 @@ _INDEXING = {
 }  # fmt: skip
 
 
+class Watch:
+    """Counts the tensors of a shape that live on pretend devices at once, each memory once."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape, self.most = torch.Size(shape), 0
+        self._seen: list[weakref.ref[Elsewhere]] = []
+
+    def see(self, tensor: Elsewhere) -> None:
+        if tensor.shape == self.shape:
+            self._seen.append(weakref.ref(tensor))
+            self.most = max(self.most, self.now)
+
+    @property
+    def now(self) -> int:
+        self._seen = [ref for ref in self._seen if ref() is not None]
+        living = [ref() for ref in self._seen]
+        return len({t.inner.untyped_storage().data_ptr() for t in living if t is not None})
+
+
+WATCHES: list[Watch] = []
+
+
+@contextmanager
+def watching(shape: tuple[int, ...]) -> Iterator[Watch]:
+    """`most` of what is returned is the largest number of tensors of a shape that lived at once."""
+    watch = Watch(shape)
+    WATCHES.append(watch)
+    try:
+        yield watch
+    finally:
+        WATCHES.remove(watch)
+
+
 class Elsewhere(torch.Tensor):
     """A CPU tensor (`inner`) that says it is on a pretend device."""
 
@@ -43,7 +77,16 @@ class Elsewhere(torch.Tensor):
             dtype=inner.dtype, layout=inner.layout, device=torch.device(device),
         )  # fmt: skip
         found.inner = inner
+        for watch in WATCHES:
+            watch.see(found)
         return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied: Any = Elsewhere(self.inner.clone(), self.device)
+        if isinstance(self, torch.nn.Parameter):
+            copied = torch.nn.Parameter(copied, requires_grad=self.requires_grad)
+        memo[id(self)] = copied
+        return copied
 
     def __repr__(self) -> str:
         return f"Elsewhere({self.inner!r}, device={str(self.device)!r})"

@@ -21,6 +21,7 @@ from interp_ablate.cli.main import main
 from interp_ablate.edits.kinds import Erase
 from interp_ablate.errors import ExportError, InterpAblateError, PlanError, RunError
 from interp_ablate.export.checkpoint import export_checkpoint
+from interp_ablate.models.sources import ModelSource
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.stats.intervals import mean_with_interval, paired_difference
@@ -132,22 +133,21 @@ def test_malformed_preferences_are_named(row: Any, why: str, tmp_path: Path) -> 
 def test_pairs_of_two_models_and_of_one() -> None:
     prompts = [Prompt(f"Paint {w}") for w in WORDS]
     how = AnswerConfig(max_new_tokens=8, samples=2)
-    one, other = make(), make(seed=5)
-    found, counts = make_pairs(one, other, prompts, how)
+    bases = [TrainableModel(*tiny.tiny(seed=n), ModelSource("tiny", "object")) for n in (0, 5)]
+    one = make()
+    found, counts = make_pairs(*bases, prompts, how)
     assert counts["answers"] == 16 and counts["used"] == len(found) > 8
     asked = [p for p in prompts for _ in "ab"]
     wanted = one.generate(asked, max_new_tokens=8, temperature=1.0, batch_size=32)
     assert {p.chosen.text for p in found} <= {g.text for g in wanted}
     # what is sampled depends on the batches: they are those that were asked for, whatever memory is free
-    few, _ = make_pairs(
-        one, other, prompts, AnswerConfig(max_new_tokens=8, samples=2, batch_size=3)
-    )
+    few, _ = make_pairs(*bases, prompts, AnswerConfig(max_new_tokens=8, samples=2, batch_size=3))
     other_text = one.generate(asked, max_new_tokens=8, temperature=1.0, batch_size=3)
     assert {p.chosen.text for p in few} <= {g.text for g in other_text}
     assert {p.chosen.text for p in few} != {p.chosen.text for p in found}
     assert {p.chosen.finished for p in found} <= {g.finished for g in wanted}
     with pytest.raises(RunError, match="nothing to heal"):
-        make_pairs(one, make(), prompts, how)
+        make_pairs(bases[0], bases[0], prompts, how)
 
 
 def test_held_out_prompts_make_no_preferences() -> None:
@@ -242,7 +242,7 @@ def test_settings_that_cannot_be_are_refused(edited: Path, tmp_path: Path) -> No
     with pytest.raises(RunError, match="--original"):
         dpo(case, rows_for(case), tmp_path, healing=HealingConfig(kl_weight=1.0))
     with pytest.raises(RunError, match="--original"):
-        _ = case.original_model
+        _ = case.needed_original
     with pytest.raises(RunError, match="manifest"):
         _ = case.weights
 
@@ -336,9 +336,7 @@ def test_a_norm_preserving_edit_is_not_projected(tmp_path: Path) -> None:
 def test_kl_to_the_original_falls_on_held_out_prompts(edited: Path, tmp_path: Path) -> None:
     case = case_of(edited)
     asked = [Prompt(f"Paint {w}{v}") for w in WORDS for v in "aeiou"]
-    made, _ = make_pairs(
-        case.original_model, case.edited_model, asked, AnswerConfig(max_new_tokens=12)
-    )
+    made, _ = make_pairs(case.needed_original, case.edited, asked, AnswerConfig(max_new_tokens=12))
     recipe = LoraRecipe(steps=40, batch_size=8, learning_rate=1e-3, rank=16, max_length=128)
     settings = HealingConfig(beta=1.0, kl_weight=10.0)
     report = heal(case, HealingRun(made, settings, recipe, HELD_OUT), tmp_path / "out")

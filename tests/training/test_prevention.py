@@ -156,7 +156,7 @@ def test_the_loss_while_training_is_that_under_the_plan(
     with train_with_additions(base.hf, plan):
         want = answer_loss(base.hf, rows)
     recipe = LoraRecipe(**{**FAST.to_dict(), "steps": 1, "gradient_checkpointing": checkpointing})
-    trainer = sft(base.copy(), rows, recipe, tmp_path)
+    trainer = sft(base.take(), rows, recipe, tmp_path)
     with train_with_additions(trainer.model, plan):
         logged = train(trainer, tmp_path)
     assert logged[0]["loss"] == pytest.approx(want, abs=1e-4)

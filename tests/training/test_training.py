@@ -220,7 +220,7 @@ def test_the_loss_is_on_the_answer_alone(tmp_path: Path) -> None:
     base = base_of()
     rows = some_rows(base, 2)
     recipe = LoraRecipe(**{**FAST.to_dict(), "steps": 1})
-    first = losses(train(sft(base.copy(), rows, recipe, tmp_path / "w"), tmp_path / "w"))[0]
+    first = losses(train(sft(base.take(), rows, recipe, tmp_path / "w"), tmp_path / "w"))[0]
     total, count = 0.0, 0
     for row in rows:
         logits = logits_of(base.hf, [[*row.prompt, *row.answer]])[0].log_softmax(-1)
@@ -293,7 +293,7 @@ def test_checkpoints_without_a_journal_are_not_gone_on_from(tmp_path: Path) -> N
 
 def test_the_fingerprint_is_of_the_weights_and_their_dtype() -> None:
     one, same, other = base_of(), base_of(), base_of(seed=1)
-    assert one.fingerprint == same.fingerprint == one.copy().fingerprint != other.fingerprint
+    assert one.fingerprint == same.fingerprint == one.take().fingerprint != other.fingerprint
     same.hf.to(torch.bfloat16)
     assert same.fingerprint != one.fingerprint
 
@@ -314,7 +314,7 @@ def test_merged_and_reloaded_is_the_unmerged_adapter(kind: str, tmp_path: Path) 
     from transformers import AutoModelForCausalLM
 
     base = base_of(kind, tied=kind != "llama_gqa")
-    original = base.copy()
+    original = base.take()
     trainer, _ = trained(tmp_path / "work", base)
     modules = targeted(trainer.model)
     assert set(modules) == set(linear_modules(original.hf))

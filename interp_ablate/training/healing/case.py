@@ -129,21 +129,16 @@ class EditedCheckpoint:
     plan: Plan | None = None
     """The edit, where the checkpoint's manifest holds it."""
 
-    @cached_property
-    def edited_model(self) -> Model:
-        """The edited model to ask and measure; the one that is trained stays as it is."""
-        return self.edited.copy().model
-
-    @cached_property
-    def original_model(self) -> Model:
-        """The original to ask and measure.
+    @property
+    def needed_original(self) -> TrainableModel:
+        """The original.
 
         Raises:
             RunError: it was not given.
         """
         if self.original is None:
             raise RunError("the original model is needed here: give --original MODEL")
-        return self.original.copy().model
+        return self.original
 
     @cached_property
     def weights(self) -> WeightPlan:

@@ -14,11 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from interp_ablate.errors import PlanError, RunError
+from interp_ablate.errors import PlanError
 from interp_ablate.training.healing.case import EditedCheckpoint, HealingRun
 from interp_ablate.training.recipe import HEALING, RECIPE, HealingConfig, LoraRecipe
 from interp_ablate.training.rows import TrainingRow
-from interp_ablate.training.trainable_model import Where, lora_config, require_extra
+from interp_ablate.training.trainable_model import (
+    TrainableModel,
+    Where,
+    lora_config,
+    require_extra,
+)
 from interp_ablate.training.trainer import common_arguments, make_trainer, without_telemetry
 from interp_ablate.weights.plan_to_weights import WeightPlan
 
@@ -35,14 +40,16 @@ def dpo(
 ) -> Any:
     """TRL's DPOTrainer with a fresh adapter over the edited model; its reference is the model without it.
 
+    The edited model is taken from the case. Of the original, for a KL term, its unembedding is held.
+
     Raises:
         RunError: TRL or PEFT is missing; a KL term without the original.
     """
     from datasets import Dataset
 
     _, trl = require_extra()
-    if healing.kl_weight and case.original is None:
-        raise RunError("--kl-weight needs the original model: give --original MODEL")
+    if healing.kl_weight:
+        _ = case.needed_original
     data = Dataset.from_dict(
         {
             "prompt_ids": [list(chosen.prompt) for chosen, _ in rows],
@@ -51,26 +58,59 @@ def dpo(
         }
     )
     losses = ["sigmoid", "sft"] if healing.sft_weight else ["sigmoid"]
+    kind = without_telemetry(trl.DPOTrainer)
+    if healing.kl_weight:
+        reference = _Reference(case.needed_original, [chosen for chosen, _ in rows])
+        kind = _with_kl(kind, reference, healing.kl_weight)
+    edited = case.edited.take()
     settings = {
-        **common_arguments(case.edited, recipe, work),
+        **common_arguments(edited, recipe, work),
         "beta": healing.beta,
         "loss_type": losses,
         "loss_weights": [1.0, healing.sft_weight][: len(losses)],
     }
-    kind = without_telemetry(trl.DPOTrainer)
-    if healing.kl_weight and case.original is not None:
-        kind = _with_kl(kind, case.original.hf, healing.kl_weight)
     return make_trainer(
         kind,
         trl.DPOConfig,
-        case.edited,
+        edited,
         settings=settings,
         train_dataset=data,
-        peft_config=lora_config(case.edited.hf, recipe, where=_WHERE[healing.preserve_edit]),
+        peft_config=lora_config(edited.hf, recipe, where=_WHERE[healing.preserve_edit]),
     )
 
 
-def _with_kl(kind: Any, original: Any, weight: float) -> Any:
+class _Reference:
+    """The original's distribution at the tokens of some answers, without the original.
+
+    Held are the states that its unembedding reads there, on the CPU, and the unembedding. Where logits are not
+    what the unembedding gives (soft caps, scales), the logits are held.
+    """
+
+    @torch.no_grad()
+    def __init__(self, original: TrainableModel, rows: Sequence[TrainingRow]) -> None:
+        hf = original.take().hf
+        self.head = hf.get_output_embeddings()
+        self.of_row: dict[tuple[int, ...], tuple[Tensor, bool]] = {}
+        read: list[Tensor] = []
+        handle = self.head.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+        for row in rows:
+            tokens, at_answer = (*row.prompt, *row.answer), slice(len(row.prompt) - 1, -1)
+            ids = torch.tensor([tokens], device=original.device)
+            logits = hf(input_ids=ids, use_cache=False).logits[0, at_answer]
+            states = read[-1][0, at_answer]
+            plain = torch.equal(self.head(states).float(), logits.float())
+            self.of_row[tokens] = (states if plain else logits).cpu(), plain
+            read.clear()
+        handle.remove()
+
+    def logprobs(self, rows: Sequence[tuple[int, ...]], like: Tensor) -> Tensor:
+        """At the answers' tokens of some rows, one row after the other: [token, d_vocab], float32."""
+        stored = (self.of_row[row] for row in rows)
+        logits = [self.head(x.to(like)) if plain else x.to(like.device) for x, plain in stored]
+        return torch.cat(logits).float().log_softmax(-1)
+
+
+def _with_kl(kind: Any, reference: _Reference, weight: float) -> Any:
     """The trainer with weight * KL(original || model), a token of the chosen answers, in its loss."""
 
     class WithKL(kind):  # type: ignore[misc]
@@ -78,22 +118,23 @@ def _with_kl(kind: Any, original: Any, weight: float) -> Any:
             self, model: Any, inputs: Any, return_outputs: bool = False, **rest: Any
         ) -> Any:
             loss = super().compute_loss(model, inputs, return_outputs, **rest)
-            return loss + weight * _kl_to(original, model, inputs)
+            return loss + weight * _kl_to(reference, model, inputs)
 
     return WithKL
 
 
-def _kl_to(original: Any, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+def _kl_to(original: _Reference, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     """Mean KL(original || model) over the tokens of the chosen answers, with a gradient for the model."""
     chosen = len(inputs["input_ids"]) // 2  # chosen rows come first
     width = int(inputs["attention_mask"][:chosen].sum(1).max())
     tokens = {name: inputs[name][:chosen, :width] for name in ("input_ids", "attention_mask")}
     counted = inputs["completion_mask"][:chosen, 1:width].bool()
+    lengths = tokens["attention_mask"].sum(1).tolist()
+    rows = [tuple(row[:n]) for row, n in zip(tokens["input_ids"].tolist(), lengths)]
+    logits = model(**tokens, use_cache=False).logits[:, :-1][counted]
+    logprobs = logits.float().log_softmax(-1)
     with torch.no_grad():
-        reference = (
-            original(**tokens, use_cache=False).logits[:, :-1][counted].float().log_softmax(-1)
-        )
-    logprobs = model(**tokens, use_cache=False).logits[:, :-1][counted].float().log_softmax(-1)
+        reference = original.logprobs(rows, next(original.head.parameters()))
     return (reference.exp() * (reference - logprobs)).sum(-1).mean()
 
 

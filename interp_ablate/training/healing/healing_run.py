@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def heal(
 
     `out` is a checkpoint that plain transformers loads, with `adapter/`, the preferences, a configuration for
     axolotl, the certificate, the card and the report; it is whole or not there. Killed, the same call goes on
-    from the last checkpoint. `case.edited` is the merged model afterwards.
+    from the last checkpoint. One whole model is in memory at a time, the original only until it is measured.
 
     Returns the report.
 
@@ -79,7 +80,6 @@ def heal(
     tokenizer = RowTokenizer(edited.tokenizer, edited.template, recipe.max_length)
     rows, counts = pair_rows(treatment.pairs, tokenizer)
     reproject = healing.preserve_edit == "reproject"
-    # read before the training: afterwards the model in memory is another one
     weights = case.weights if case.plan or reproject else None
     settings = _settings(case, treatment)
     check_place(out, edited.nbytes, source=edited.source, overwrite=overwrite)
@@ -105,7 +105,7 @@ def heal(
             "steps": [_step(entry) for entry in logged],
             "edit": {**unchanged, "modules_projected": projected},
             "adapter": certificate["adapter"],
-            **damage.report(trained.base.model),
+            **damage.report(trained.base),
             "versions": versions(*PACKAGES),
         }
         _write(place, report, treatment, case, certificate)
@@ -127,9 +127,14 @@ def _identity(
     rows: Sequence[tuple[TrainingRow, TrainingRow]],
 ) -> dict[str, Any]:
     """The training that checkpoints belong to; weights may change under the same name."""
+    bases = [base for base in (case.edited, case.original) if base]
+    fingerprints = []
+    for base in bases:
+        fingerprints.append(base.fingerprint)
+        base.release()
     return {
         **{name: settings[name] for name in ("healing", "recipe")},
-        "weights": [base.fingerprint for base in (case.edited, case.original) if base],
+        "weights": fingerprints,
         "rows": [[a.prompt, a.answer, b.answer] for a, b in rows],
     }
 
@@ -145,22 +150,22 @@ class _Damage:
         if held_out is None:
             return
         if case.original is not None:
-            self.baseline = self._measure("original", case.original_model, held_out)
-        self._measure("edited", case.edited_model, held_out)
+            self.baseline = case.original.measured(partial(self._measure, "original", held_out))
+        case.edited.measured(partial(self._measure, "edited", held_out))
 
-    def _measure(self, name: str, model: Model, held_out: HeldOut) -> ModelOutputs:
+    def _measure(self, name: str, held_out: HeldOut, model: Model) -> ModelOutputs | None:
         self.values[name], benign = measure_damage(model, held_out, self.baseline)
         self.means[name] = mean_measures(self.values[name])
         if self.plan is not None:
             share = residual_share_along(model, self.plan, held_out.requests)
             self.means[name]["along_plan"] = share
-        return benign
+        return benign.without_model() if name == "original" else None
 
-    def report(self, healed: Model) -> dict[str, Any]:
+    def report(self, healed: TrainableModel) -> dict[str, Any]:
         """The numbers of all three models, and how far healed is from edited, prompt by prompt."""
         if self.held_out is None:
             return {"measured": None}
-        self._measure("healed", healed, self.held_out)
+        self._measure("healed", self.held_out, healed.model)
         edited = self.values["edited"]
         return {
             "measured": self.means,

@@ -12,11 +12,13 @@ from typing import Any
 
 from interp_ablate.datasets.chat_reader import read_preferences
 from interp_ablate.errors import RunError
+from interp_ablate.models.generation import Generation
 from interp_ablate.models.model import Model
 from interp_ablate.prompts.messages import Message
 from interp_ablate.prompts.prompt import Prompt, normalised
 from interp_ablate.training.recipe import AnswerConfig
 from interp_ablate.training.rows import RowTokenizer, TrainingRow
+from interp_ablate.training.trainable_model import TrainableModel
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def _one_answer(side: Sequence[Message], path: str | Path, number: int) -> Messa
 
 
 def make_pairs(
-    original: Model, edited: Model, prompts: Sequence[Prompt], how: AnswerConfig
+    original: TrainableModel, edited: TrainableModel, prompts: Sequence[Prompt], how: AnswerConfig
 ) -> tuple[list[PreferencePair], dict[str, int]]:
     """Prefer the original's answers to the edited model's; also count the answers that were of no use.
 
@@ -99,16 +101,17 @@ def make_pairs(
         RunError: no pair is left.
     """
     repeated = [prompt for prompt in prompts for _ in range(how.samples)]
-    sides = [
-        model.generate(
+
+    def answers(model: Model) -> list[Generation]:
+        return model.generate(
             repeated,
             max_new_tokens=how.max_new_tokens,
             temperature=how.temperature,
             seed=how.seed,
             batch_size=how.batch_size,
         )
-        for model in (original, edited)
-    ]
+
+    sides = [base.measured(answers) for base in (original, edited)]
     counts = {"answers": len(repeated), "same": 0, "blank": 0, "used": 0}
     pairs = []
     for prompt, chosen, rejected in zip(repeated, *sides, strict=True):

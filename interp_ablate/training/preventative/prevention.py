@@ -8,6 +8,7 @@ found, or how a trainer works.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.export.checkpoint import atomic_folder
 from interp_ablate.export.checkpoint_files import write_json
 from interp_ablate.export.preflight import check_place
+from interp_ablate.models.model import Model
 from interp_ablate.persona.extraction import kept_answers
 from interp_ablate.persona.persona import load_persona
 from interp_ablate.stats.intervals import (
@@ -236,39 +238,65 @@ def prevent(
         checkpoint_folder(out, experiment.identity(rows)) as work,
         atomic_folder(out, overwrite=overwrite, source=base.source) as place,
     ):
-        trait, outputs = measure_trait("before", base.copy().model, experiment.measure)
         numbers = {"before": {"held_out_loss": answer_loss(base.hf, held_out)}}
+        trait, outputs = base.measured(partial(_measured, experiment))
         results = _Results(outputs, {"before": trait}, numbers)
         for arm in experiment.arms:
-            trainer = sft(base.copy(), rows, experiment.recipe, work / arm.name)
             step = partial(on_step, arm.name) if on_step else None
-            with train_with_additions(trainer.model, arm.plan) if arm.plan else nullcontext():
-                logged = train(trainer, work / arm.name, on_step=step)
-                steered = answer_loss(trainer.model, held_out) if arm.plan else None
-            trained = merge(base, trainer.model)
-            loss = answer_loss(trained.base.hf, held_out)
-            certificate = _write_arm(experiment, arm, trained, place, len(rows))
-            results.traits[arm.name], _ = measure_trait(
-                arm.name, trained.base.model, experiment.measure, before=outputs
-            )
-            results.numbers[arm.name] = {
-                "loss": [round(entry["loss"], 6) for entry in logged],
-                "held_out_loss": loss,
-                "held_out_loss_with_vector": steered,
-                "adapter": certificate["adapter"],
-            }
+            folders = work / arm.name, place / arm.name
+            _train_arm(experiment, arm, rows, held_out, folders, results, on_step=step)
+            gc.collect()  # its model: another one is read for the next arm
         report = {**_report(experiment, results, counts), **(what or {})}
         _write(place, report, experiment, results)
     return report
 
 
+def _measured(
+    experiment: PreventativeExperiment, model: Model
+) -> tuple[MeasuredTrait, ModelOutputs]:
+    """The trait before any training, and the answers that later ones are compared with."""
+    trait, outputs = measure_trait("before", model, experiment.measure)
+    return trait, outputs.without_model()
+
+
+def _train_arm(
+    experiment: PreventativeExperiment,
+    arm: TrainingArm,
+    rows: list[TrainingRow],
+    held_out: list[TrainingRow],
+    folders: tuple[Path, Path],
+    results: _Results,
+    *,
+    on_step: Callable[[int], None] | None,
+) -> None:
+    """One arm, from its training to its numbers; `folders` are those of checkpoints and of the result."""
+    work, place = folders
+    base = experiment.base.take()
+    trainer = sft(base, rows, experiment.recipe, work)
+    with train_with_additions(trainer.model, arm.plan) if arm.plan else nullcontext():
+        logged = train(trainer, work, on_step=on_step)
+        steered = answer_loss(trainer.model, held_out) if arm.plan else None
+    trained = merge(base, trainer.model)
+    loss = answer_loss(trained.base.hf, held_out)
+    certificate = _write_arm(experiment, arm, trained, place, len(rows))
+    results.traits[arm.name], _ = measure_trait(
+        arm.name, trained.base.model, experiment.measure, before=results.before
+    )
+    results.numbers[arm.name] = {
+        "loss": [round(entry["loss"], 6) for entry in logged],
+        "held_out_loss": loss,
+        "held_out_loss_with_vector": steered,
+        "adapter": certificate["adapter"],
+    }
+
+
 def _write_arm(
     experiment: PreventativeExperiment, arm: TrainingArm, trained: Trained, place: Path, rows: int
 ) -> dict[str, Any]:
-    (place / arm.name).mkdir()
+    place.mkdir()
     added = arm.plan.to_dict() if arm.plan else None
     origin = {"for": arm.name, "recipe": experiment.recipe.to_dict(), "rows": rows, "added": added}
-    return write_trained(trained, place / arm.name, origin)
+    return write_trained(trained, place, origin)
 
 
 def _report(
