@@ -15,6 +15,7 @@ from torch import Tensor
 from interp_ablate.directions.direction import ZERO_TOLERANCE, Direction
 from interp_ablate.directions.direction_set import Directions
 from interp_ablate.errors import DirectionError
+from interp_ablate.precision import to_float64
 from interp_ablate.sites import Point, Site
 
 
@@ -46,10 +47,10 @@ def winsorized(
         )
     place = float(quantile) * (values.shape[-1] - 1)
     below = math.floor(place)
-    top = values.abs().topk(values.shape[-1] - below, dim=-1).values.double()
+    top = to_float64(values.abs().topk(values.shape[-1] - below, dim=-1).values)
     lower = top[..., -1:]
     upper = top[..., -2:-1] if top.shape[-1] > 1 else lower
-    limit = (lower + (upper - lower) * (place - below)).to(values.dtype)
+    limit = (lower + (upper - lower) * (place - below)).to(values)
     return values.clamp(-limit, limit)
 
 

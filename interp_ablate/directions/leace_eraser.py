@@ -15,6 +15,7 @@ from torch import Tensor
 from interp_ablate.directions.direction import ZERO_TOLERANCE, PerPrompt, fingerprint_of
 from interp_ablate.directions.mean_difference import as_float64, check_spread, checked_means
 from interp_ablate.errors import DirectionError
+from interp_ablate.precision import to_float64
 from interp_ablate.sites import Site
 
 # A whitened cross-covariance below this is rounding. The package's own 0.01 leaves weak concepts in.
@@ -64,9 +65,9 @@ class Eraser:
 
     def __call__(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """A new tensor without the concept, computed in float64 and returned in the dtype of `x`."""
-        wide = x.double()
-        amount = (wide - self.centre.to(x.device)) @ self.read.to(x.device)
-        return (wide - amount[..., None] * self.write.to(x.device)).to(x.dtype)
+        wide = to_float64(x)
+        amount = (wide - self.centre.to(wide)) @ self.read.to(wide)
+        return (wide - amount[..., None] * self.write.to(wide)).to(x)
 
     @property
     def name(self) -> str:

@@ -245,22 +245,12 @@ def compare(
     }
 
 
-def load_in_blocks(folder: str | Path, device: torch.device, **options: Any) -> Any:
-    """A folder in plain transformers that computes on a device, each block there only while it runs.
+def in_blocks(hf: Any, device: torch.device) -> Any:
+    """A model of plain transformers, on the CPU, that computes on a device: each block is there only while it runs.
 
     The rest (embedding, last norm, unembedding) stays there. So a model is compared with its export in the
     memory of one of them and a block.
-
-    Raises:
-        ExportError: a folder transformers cannot load with these options.
     """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        hf: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ExportError(f"transformers cannot load the export {folder}: {error}") from error
-    hf.eval().requires_grad_(False)
     if device.type == "cpu":
         return hf
     kinds = hf._no_split_modules or ()
@@ -274,6 +264,21 @@ def load_in_blocks(folder: str | Path, device: torch.device, **options: Any) -> 
             part._apply(lambda tensor: tensor.to(device), recurse=False)
     hf.tie_weights()
     return hf
+
+
+def load_in_blocks(folder: str | Path, device: torch.device, **options: Any) -> Any:
+    """A folder in plain transformers, computing on a device (`in_blocks`).
+
+    Raises:
+        ExportError: a folder transformers cannot load with these options.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        hf: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ExportError(f"transformers cannot load the export {folder}: {error}") from error
+    return in_blocks(hf.eval().requires_grad_(False), device)
 
 
 def certify(

@@ -23,6 +23,7 @@ from interp_ablate.export.certification import (
     SKIPPED,
     compare,
     hooked_logits,
+    in_blocks,
     limits_for,
     logit_distance,
     plain_logits,
@@ -250,7 +251,7 @@ def _loading(folder: str | Path) -> Iterator[None]:
 
 
 def _plain(model: Model, *, own: Collection[str]) -> Any:
-    """The model in plain transformers, over the same tensors but for copies of its `own`.
+    """The model in plain transformers, over the same tensors (on another device: copies on the CPU) but for its `own`.
 
     PEFT loads and merges in place: what it will change must not be the live model's.
     """
@@ -259,7 +260,7 @@ def _plain(model: Model, *, own: Collection[str]) -> Any:
 
     with init_empty_weights(include_buffers=False):
         hf = AutoModelForCausalLM.from_config(copy.deepcopy(model.hf_config))
-    tensors = {n: tensor.detach() for n, tensor in model.hf_state_dict().items()}
+    tensors = {n: tensor.detach().cpu() for n, tensor in model.hf_state_dict().items()}
     hf.load_state_dict({n: t.clone() if n in own else t for n, t in tensors.items()}, assign=True)
     hf.tie_weights()
-    return hf.to(model.device).eval().requires_grad_(False)
+    return in_blocks(hf.eval().requires_grad_(False), model.device)

@@ -166,7 +166,8 @@ def _folder_print(folder: Path) -> str:
 def _weights_print(model: Any) -> str:
     """sha256 over the sums of a loaded model's tensors, and its configuration's."""
     sums = [
-        f"{name} {tensor.double().sum().item()!r}" for name, tensor in model.state_dict().items()
+        f"{name} {tensor.cpu().double().sum().item()!r}"
+        for name, tensor in model.state_dict().items()
     ]
     return hashlib.sha256("\n".join([*sums, model.config.to_json_string()]).encode()).hexdigest()
 

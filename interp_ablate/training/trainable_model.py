@@ -86,9 +86,9 @@ class TrainableModel:
         self.release()
         return TrainableModel(copied, self.tokenizer, self.source, self.template)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """sha256 over every weight's name, shape, dtype and bytes."""
+        """sha256 over every weight's name, shape, dtype and bytes; computed anew each time."""
         return weights_fingerprint(self.hf.state_dict())
 
     @cached_property

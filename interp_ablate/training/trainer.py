@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -141,6 +142,20 @@ def _no_advice() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _on_device(device: torch.device) -> Iterator[None]:
+    """Inside the block accelerate, which trainers hand their rows to, takes this device and not the first one."""
+    name = "ACCELERATE_TORCH_DEVICE"
+    before = os.environ.get(name)
+    os.environ[name] = str(device)
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
 def make_trainer(kind: type, config: type, base: TrainableModel, **options: Any) -> Any:
     """A trainer of TRL's of some kind, made quiet, over a base; `config` is its settings' class.
 
@@ -149,10 +164,12 @@ def make_trainer(kind: type, config: type, base: TrainableModel, **options: Any)
     if base.tokenizer.pad_token is None:
         base.tokenizer.pad_token = base.tokenizer.eos_token
     settings = options.pop("settings")
-    with _no_advice():
-        return kind(
-            model=base.hf, args=config(**settings), processing_class=base.tokenizer, **options
-        )
+    with _no_advice(), _on_device(base.device):
+        arguments = config(**settings)
+        if base.device.type != "cpu":
+            # else the first GPU of all, and a replica of the model on every other one
+            vars(arguments).update(_setup_devices=base.device, _n_gpu=1)
+        return kind(model=base.hf, args=arguments, processing_class=base.tokenizer, **options)
 
 
 def train(

@@ -104,6 +104,24 @@ class Elsewhere(torch.Tensor):
     def data_ptr(self) -> int:
         return self.inner.data_ptr()  # accelerate and safetensors tell tied weights by it
 
+    @property
+    def data(self) -> Any:
+        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+        self.inner = value.inner
+
+    def storage(self) -> Any:
+        return self.inner.storage()
+
+    def untyped_storage(self) -> Any:
+        return self.inner.untyped_storage()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return Elsewhere, (self.inner, str(self.device))
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
