@@ -16,6 +16,7 @@ from interp_ablate.errors import InterpAblateError
 from interp_ablate.models.model_files import check_gguf, transformers_reads
 from interp_ablate.models.sources import read_hf_config, resolve
 from interp_ablate.settings import DECODED_ROWS, MAX_NEW_TOKENS, STEP_ROWS, STREAM_ROWS, setting
+from interp_ablate.training.recipe import RECIPE
 
 
 @dataclass(frozen=True)
@@ -207,6 +208,10 @@ class Workload:
     max_new_tokens: int = setting(MAX_NEW_TOKENS, "of an answer")
     rows: int = setting(STREAM_ROWS, "a forward batch")
     decoded_rows: int = setting(DECODED_ROWS, "a decoding batch")
+    answers: int = setting(300, "that a persona is extracted from")
+    trained_rows: int = setting(RECIPE.batch_size, "rows of a training step")
+    trained_tokens: int = setting(RECIPE.max_length, "of such a row")
+    rank: int = setting(RECIPE.rank, "of the LoRA that is trained")
     dtype_bytes: int = 2
     """Of a number: 4 for float32, 2 for bfloat16."""
 
@@ -319,6 +324,40 @@ def saved_bytes(
     seen = 2 * sizes.queries * dtype_bytes * (past + new)
     ends = d_model * new * (norm + dtype_bytes)  # the embedding's erasure, the final norm
     return rows * (sizes.n_layers * (token * new + seen) + ends)
+
+
+def adapted_widths(sizes: Dimensions, *, writers: bool = True) -> tuple[int, int]:
+    """A block's linear layers: their inputs and outputs added up, and the inputs alone.
+
+    Without `writers`, those that read the residual stream alone.
+    """
+    n_up, d_model = (2 if sizes.traits.gated else 1), sizes.d_model
+    read = (3 + n_up) * d_model
+    made = sizes.queries + 2 * sizes.keys + n_up * sizes.d_mlp
+    written = sizes.queries + sizes.d_mlp if writers else 0
+    return read + made + written + (2 * d_model if writers else 0), read + written
+
+
+def adapter_bytes(sizes: Dimensions, *, rank: int, writers: bool = True) -> int:
+    """Bytes of a LoRA in training: weights, gradients and Adam's two moments, all float32."""
+    return 16 * rank * sizes.n_layers * adapted_widths(sizes, writers=writers)[0]
+
+
+def trained_bytes(
+    sizes: Dimensions, *, rows: int, new: int, dtype_bytes: int, writers: bool = True
+) -> int:
+    """Bytes that a training step keeps of rows: of the blocks, of the adapters' inputs, and of the logits.
+
+    An adapter reads its input in float32: each has a copy of its own where the model is narrower. Logits are there
+    in the model's dtype, as float32, as log-probabilities and as their gradient.
+    """
+    n_up, d_model = (2 if sizes.traits.gated else 1), sizes.d_model
+    inputs = adapted_widths(sizes, writers=writers)[1]
+    if dtype_bytes == 4:  # queries, keys and values share theirs, and so do gate and up
+        inputs -= (2 + n_up - 1) * d_model
+    adapters = 4 * rows * new * sizes.n_layers * inputs
+    logits = rows * new * sizes.d_vocab * (12 + dtype_bytes)
+    return saved_bytes(sizes, rows=rows, new=new, dtype_bytes=dtype_bytes) + adapters + logits
 
 
 def activation_bytes(sizes: Dimensions, *, rows: int, new: int, dtype_bytes: int) -> int:

@@ -16,12 +16,14 @@ from interp_ablate.budget.costs import (
     Machine,
     Workload,
     activation_bytes,
+    adapter_bytes,
     dimensions_of,
     forward_flops,
     gradient_flops,
     kv_bytes,
     kv_places,
     saved_bytes,
+    trained_bytes,
 )
 from interp_ablate.models.backends.bridge_shortcuts import SPARE
 from interp_ablate.search.gradient_fit import N_KEPT, N_TOKENS, PASSAGE_TOKENS
@@ -90,6 +92,17 @@ def forward_bytes(
     return places * kv_bytes(sizes, work.dtype_bytes) + live + scores
 
 
+def decode_bytes(sizes: Dimensions, work: Workload, prompts: int) -> tuple[int, int]:
+    """Bytes that `decode_calls` hold at once: the KV cache, and live activations with logits."""
+    prefix, rows = work.shared(prompts), min(prompts, work.decoded_rows)
+    places = kv_places(tokens=work.tokens, max_new_tokens=work.max_new_tokens, prefix=prefix)
+    cache = (rows * places + prefix) * kv_bytes(sizes, work.dtype_bytes)
+    live = activation_bytes(
+        sizes, rows=rows, new=work.tokens - prefix, dtype_bytes=work.dtype_bytes
+    )
+    return cache, live + rows * sizes.d_vocab * (work.dtype_bytes + 8)
+
+
 def load_stage(sizes: Dimensions, work: Workload, machine: Machine) -> Stage:
     """Weights from disk; over several devices they pass through the machine's RAM in parts."""
     size = sizes.parameters * work.dtype_bytes
@@ -115,16 +128,10 @@ def collect_stage(sizes: Dimensions, work: Workload) -> Stage:
 def trial_stage(sizes: Dimensions, work: Workload) -> Stage:
     """The unedited answers of one side teacher-forced, first tokens of the other, answers to both."""
     prompts = 2 * work.scored
-    prefix, rows = work.shared(prompts), min(prompts, work.decoded_rows)
     first = forward_calls(sizes, work, work.scored, more=N_TOKENS, logits=N_TOKENS + 1)
     second = forward_calls(sizes, work, work.scored, logits=1)
     answers = decode_calls(sizes, work, prompts)
-    places = kv_places(tokens=work.tokens, max_new_tokens=work.max_new_tokens, prefix=prefix)
-    cache = (rows * places + prefix) * kv_bytes(sizes, work.dtype_bytes)
-    live = activation_bytes(
-        sizes, rows=rows, new=work.tokens - prefix, dtype_bytes=work.dtype_bytes
-    )
-    live += rows * sizes.d_vocab * (work.dtype_bytes + 8)
+    cache, live = decode_bytes(sizes, work, prompts)
     passing = forward_bytes(sizes, work, work.scored, more=N_TOKENS, logits=N_TOKENS + 1)
     note = (
         f"{prompts} answers of {work.max_new_tokens} tokens; a step reads "
@@ -158,6 +165,55 @@ def fit_stage(sizes: Dimensions, work: Workload, *, passages: bool = False) -> S
     name = "gradient step" + (", with passages" if passages else "")
     note = f"{work.fitted} + {work.fitted} rows" + (f" + {unwanted} passages" if passages else "")
     return Stage(name, max(memory), 0, calls, note)
+
+
+def persona_stage(sizes: Dimensions, work: Workload) -> Stage:
+    """The answers that a persona is extracted from, and one pass over them that averages the stream."""
+    answers, prompts = decode_calls(sizes, work, work.answers), work.answers
+    passes = forward_calls(sizes, work, prompts, more=work.max_new_tokens)
+    memory = max(
+        sum(decode_bytes(sizes, work, prompts)),
+        forward_bytes(sizes, work, prompts, more=work.max_new_tokens),
+    )
+    note = f"{prompts} answers of {work.max_new_tokens} tokens, read once more"
+    return Stage("persona extract", memory, 0, (*answers, *passes), note)
+
+
+def train_stage(sizes: Dimensions, work: Workload) -> Stage:
+    """A step of `persona train`: a LoRA on all linear layers; the model is read again for each arm."""
+    rows, new, size = work.trained_rows, work.trained_tokens, work.dtype_bytes
+    memory = adapter_bytes(sizes, rank=work.rank)
+    memory += trained_bytes(sizes, rows=rows, new=new, dtype_bytes=size)
+    flops = gradient_flops(sizes, rows=rows, new=new, logits=new)
+    calls = [Call(flops, 2 * sizes.parameters_a_step * size)]
+    note = (
+        f"{rows} rows of {new} tokens, LoRA of rank {work.rank}; without --gradient-checkpointing"
+    )
+    return Stage("persona train, a step", memory, 0, calls, note)
+
+
+def heal_stage(sizes: Dimensions, work: Workload) -> Stage:
+    """A step of `heal`: chosen and rejected rows, the chosen once more for the KL; the reference has no gradient.
+
+    Of the original, its unembedding is there.
+    """
+    rows, new, size = work.trained_rows, work.trained_tokens, work.dtype_bytes
+    memory = adapter_bytes(sizes, rank=work.rank, writers=False) + sizes.unembedding * size
+    memory += trained_bytes(sizes, rows=3 * rows, new=new, dtype_bytes=size, writers=False)
+    flops = gradient_flops(sizes, rows=3 * rows, new=new, logits=new)
+    flops += forward_flops(sizes, rows=2 * rows, new=new, logits=new)
+    calls = [Call(flops, 4 * sizes.parameters_a_step * size)]
+    note = f"{rows} pairs of {new} tokens; the original's unembedding beside the edited model"
+    return Stage("heal, a step", memory, 0, calls, note)
+
+
+def certificate_stage(sizes: Dimensions, work: Workload, machine: Machine) -> Stage:
+    """The reloaded export beside the hooked model: embeddings, and one block at a time; the rest in RAM."""
+    size, ends = work.dtype_bytes, (1 if sizes.tied else 2) * sizes.unembedding
+    whole = sizes.parameters * size
+    memory = (ends + sizes.block_matrices) * size
+    note = "the export, block by block, beside the model"
+    return Stage("certificate", memory, whole, (), note, whole / machine.disk)
 
 
 def export_stage(sizes: Dimensions, work: Workload, machine: Machine) -> Stage:
@@ -195,6 +251,10 @@ def budget(
         trial_stage(sizes, work),
         fit_stage(sizes, work),
         fit_stage(sizes, work, passages=True),
+        persona_stage(sizes, work),
+        train_stage(sizes, work),
+        heal_stage(sizes, work),
+        certificate_stage(sizes, work, machine),
         export_stage(sizes, work, machine),
     ):
         memory = 0 if stage.stage.startswith("export") else weights + stage.memory

@@ -24,12 +24,14 @@ from interp_ablate.budget.costs import (
     Dimensions,
     Machine,
     Workload,
+    adapter_bytes,
     config_at,
     dimensions_of,
     forward_flops,
     kv_bytes,
     kv_places,
     saved_bytes,
+    trained_bytes,
 )
 from interp_ablate.budget.stages import (
     as_text,
@@ -167,6 +169,45 @@ def test_values_of_collect(kind: str) -> None:
     values = collect(model, rows_of(12, 13, 14, 15)).values
     sizes = dimensions_of(model.hf_config)
     assert values.nbytes == 4 * sizes.n_residual_sites * sizes.d_model * 4
+
+
+# --------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("where", ["all", "readers"])
+@pytest.mark.parametrize("kind", ["llama_gqa", "qwen2"])
+def test_memory_of_a_training_step(kind: str, where: Any, dtype: torch.dtype) -> None:
+    """What a LoRA keeps for the way back, and its parameters, gradients and moments, which AdamW makes."""
+    peft = pytest.importorskip("peft")
+    from interp_ablate.training.recipe import LoraRecipe
+    from interp_ablate.training.trainable_model import lora_config
+
+    hf, _ = tiny(kind)
+    sizes, rows, new = dimensions_of(hf.config), 4, 48
+    hf.to(dtype).requires_grad_(False).train()
+    weights = {p.untyped_storage().data_ptr() for p in hf.parameters()}
+    model = peft.get_peft_model(hf, lora_config(hf, LoraRecipe(rank=4), where=where))
+    adapters = [p for p in model.parameters() if p.requires_grad]
+    writers, size = where == "all", dtype.itemsize
+    assert adapter_bytes(sizes, rank=4, writers=writers) == 16 * sum(p.numel() for p in adapters)
+    weights |= {p.untyped_storage().data_ptr() for p in adapters}
+    kept: dict[int, Tensor] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        if x.untyped_storage().data_ptr() not in weights:
+            kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    ids = torch.randint(0, sizes.d_vocab, (rows, new))
+    with saved_tensors_hooks(keep, lambda x: x):
+        model(input_ids=ids, labels=ids, use_cache=False)
+    found = sum(x.untyped_storage().nbytes() for x in kept.values())
+    logits = (
+        rows * new * sizes.d_vocab * (12 + size)
+    )  # of which the way back keeps the log-probabilities
+    expected = trained_bytes(sizes, rows=rows, new=new, dtype_bytes=size, writers=writers) - logits
+    near(found - 4 * rows * new * sizes.d_vocab, expected, 0.25)
 
 
 # --------------------------------------------------------------------------------- a gradient step
@@ -354,7 +395,8 @@ def test_the_table_follows_the_formulas() -> None:
     machine = Machine(flops=1e12, bandwidth=1e30, memory=80e9, devices=2, disk=1e9)
     table = budget(LLAMA_70B, work, machine)
     assert [stage.split(",")[0] for stage in table["stage"]] == [
-        *("load", "collect", "trial", "gradient step", "gradient step", "export"),
+        *("load", "collect", "trial", "gradient step", "gradient step", "persona extract"),
+        *("persona train", "heal", "certificate", "export"),
     ]
     weights = 2 * LLAMA_70B.parameters
     memory, flops, seconds = (column(table, name) for name in ("memory", "flops", "seconds"))

@@ -1,4 +1,6 @@
-"""How much lives on a device at once: whole copies of a model, counted by the tensors that each copy has once.
+"""What lives on a device at once, and how often the CPU waits for it.
+
+Whole copies of a model are counted by the tensors that each copy has once.
 
 Counted are the weights of the blocks' last projections (as many as a copy has blocks) on a pretend device, at every moment.
 """
@@ -6,7 +8,7 @@ Counted are the weights of the blocks' last projections (as many as a copy has b
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pytest
 from pretend_device import Watch
 from tiny import N_LAYERS, folder_of, rows_of, unit
 
-from interp_ablate import Ablate, ContrastSet, Plan, export_checkpoint, load_model
+from interp_ablate import Ablate, Add, ContrastSet, Plan, collect, export_checkpoint, load_model
 from interp_ablate.directions.direction import Direction
 from interp_ablate.export.lora import export_lora
 from interp_ablate.persona.persona import addition_plan
@@ -105,3 +107,56 @@ def test_preventative_steering_takes_one_copy(tmp_path: Path, projections: Watch
         on_step=lambda *_: living.append(projections.now),
     )
     assert living == [N_LAYERS] * 4 and projections.most <= N_LAYERS + 2
+
+
+# ---- waiting --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=("pretend:0", "auto"))
+def model(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
+    with pretend_device.on():
+        yield load_model(folder_of(tmp_path / "source"), device=request.param)
+
+
+def waits(function: Callable[[], Any]) -> int:
+    """How often the CPU waited for the device."""
+    pretend_device.WAITS.clear()
+    function()
+    return pretend_device.WAITS.total()
+
+
+ROWS = rows_of(9, 14, 11, 20)
+SITES = [Site(i, p) for i in range(N_LAYERS) for p in ("resid_pre", "resid_post")]
+
+
+def test_plans_do_not_make_the_device_wait(model: Any) -> None:
+    plain = waits(lambda: model.logits(ROWS))
+    answers = waits(lambda: model.generate(ROWS, max_new_tokens=6))
+    for positions in ("all", "prompt", "generated"):
+        edit = Add(unit(1), SITES, coefficient=0.1, positions=positions)
+        with model.applied(edit):
+            assert waits(lambda: model.logits(ROWS)) == plain
+            assert waits(lambda: model.generate(ROWS, max_new_tokens=6)) <= answers
+        with model.applied_each([edit, None, edit, Plan((edit, edit))]):
+            assert waits(lambda: model.logits(ROWS)) == plain
+
+
+def test_a_decoded_token_is_waited_for_once_and_a_batch_that_is_collected(model: Any) -> None:
+    longer, shorter = (
+        waits(lambda n=n: model.generate(ROWS[:1], max_new_tokens=n)) for n in (6, 3)
+    )
+    steps = waits(lambda: model.logits(ROWS[:1]))
+    assert longer - shorter <= 3 * (1 + steps)
+    passed = waits(lambda: list(model.stream(ROWS, keep=0)))
+    for sites in (SITES[:1], SITES):
+        for positions in ((-1,), (-1, -2)):
+            assert waits(lambda s=sites, p=positions: collect(model, ROWS, s, p)) == passed + 1
+
+
+def test_watching_more_directions_costs_no_more_waiting(model: Any) -> None:
+    some = [Direction(unit(i), 1.0, SITES[i]) for i in range(4)]
+    one, four = (
+        waits(lambda d=d: list(model.monitor(ROWS[0], d, max_new_tokens=4)))
+        for d in (some[:1], some)
+    )
+    assert one == four

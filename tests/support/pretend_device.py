@@ -14,6 +14,7 @@ Experimental hooks of torch are used (`torch.utils.backend_registration`): for t
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,6 +33,18 @@ _INDEXING = {
     aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten.index_put_.default,
     aten._index_put_impl_.default,
 }  # fmt: skip
+
+
+WAITS: Counter[str] = Counter()
+"""How often the CPU waited for a device, by what it asked for: numbers, copies, the places of a mask."""
+
+
+def _count_waits(func: Any, args: Any, target: torch.device) -> None:
+    arrives = target.type == "cpu" and (func is aten._to_copy.default or func is aten.copy_.default)
+    if arrives or func in (aten._local_scalar_dense.default, aten.nonzero.default):
+        WAITS[str(func)] += 1
+    if func in _INDEXING and any(i is not None and i.dtype == torch.bool for i in args[1]):
+        WAITS["a mask as an index"] += 1
 
 
 class Watch:
@@ -99,6 +112,7 @@ class Elsewhere(torch.Tensor):
     __array__ = numpy
 
     def tolist(self) -> Any:
+        WAITS["tolist"] += 1
         return self.inner.tolist()
 
     def data_ptr(self) -> int:
@@ -149,6 +163,8 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
             found = sorted({str(t.device) for t in [*there, *mixed]})
             raise RuntimeError(f"{func}: expected all tensors on the same device, found {found}")
     plain = [t.inner if isinstance(t, Elsewhere) else t for t in flat]
+    if there:
+        _count_waits(func, args, target)
     a, k = tree_unflatten(plain, spec)
     if "device" in k:
         k = {**k, "device": torch.device("cpu")}
@@ -197,6 +213,7 @@ def _empty(size, dtype=None, layout=None, device=None, pin_memory=None, memory_f
 
 
 def _copy_from(source, target, non_blocking=False):  # type: ignore[no-untyped-def]
+    WAITS["copy"] += isinstance(source, Elsewhere) and not isinstance(target, Elsewhere)
     inner = [t.inner if isinstance(t, Elsewhere) else t for t in (source, target)]
     inner[1].copy_(inner[0])
     return target
