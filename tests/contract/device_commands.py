@@ -41,8 +41,11 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return inputs(tmp_path_factory.mktemp("commands"))
+
+
+def inputs(place: Path) -> Path:
     """Models, prompts, chats and a persona, made on the CPU."""
-    place = tmp_path_factory.mktemp("commands")
     model, tokenizer = tiny(seed=3)
     with torch.no_grad():
         model.lm_head.weight.mul_(6)  # first tokens peaked enough to have targets
@@ -119,6 +122,15 @@ def fits(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients on one device only: torch counts one of a kind that is made in Python."""
     if device == "auto":
         monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
+
+
+@pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
+def test_run_in_half_precision(
+    command: Command, device: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fits(device, monkeypatch)
+    command("run", "--model", "model", *SPLIT, *SHORT, "--dtype", dtype, "--out", "out")
+    assert certified("out/export")
 
 
 def test_search_and_its_exports(

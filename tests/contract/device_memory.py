@@ -38,9 +38,10 @@ from interp_ablate.training.preventative.trait_measure import TraitMeasure
 from interp_ablate.training.recipe import AnswerConfig, HealingConfig, LoraRecipe
 from interp_ablate.training.trainable_model import load_base
 
-DOWN = (32, 48)  # of mlp.down_proj: of no activation and of no other weight
+# Of mlp.down_proj, and of no other weight. Batches are threes: no 32 tokens, which would be as large in the MLP.
+DOWN = (32, 48)
 WORDS = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen")
-RECIPE = LoraRecipe(steps=2, batch_size=2, learning_rate=1e-2, rank=4, alpha=8, max_length=128)
+RECIPE = LoraRecipe(steps=2, batch_size=3, learning_rate=1e-2, rank=4, alpha=8, max_length=128)
 
 
 @pytest.fixture
@@ -98,7 +99,9 @@ def test_preventative_steering_takes_one_copy(tmp_path: Path, projections: Watch
         SampledChats(({"role": "user", "content": f"Paint {word}"},), f"{word} it is")
         for word in WORDS
     ]
-    measure = TraitMeasure(along, ("How?", "Why?"), make_scorer("lexicon:length"), max_new_tokens=5)
+    measure = TraitMeasure(
+        along, ("How?", "Why?", "When?"), make_scorer("lexicon:length"), max_new_tokens=5
+    )
     arms = [TrainingArm("plain"), TrainingArm("preventative", addition_plan(along, 2.0, "all"))]
     living: list[int] = []
     prevent(

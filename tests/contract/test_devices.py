@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_path_works_on_another_device() -> None:
-    """Every test of device_contract.py: libraries would train other tests' models on that device."""
-    file = Path(__file__).with_name("device_contract.py")
+@pytest.mark.parametrize("name", ("device_contract", "device_commands", "device_memory"))
+def test_the_path_works_on_another_device(name: str) -> None:
+    """Every test of those files: libraries would train other tests' models on that device."""
+    file = Path(__file__).with_name(f"{name}.py")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", str(file)],
         capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
