@@ -1,6 +1,6 @@
 """Memory and time of a run by arithmetic, before it starts.
 
-May import: errors, storage, search, models, weights. To add a stage: `stages.py`.
+May import: errors, storage, search, models, weights, training. To add a stage: `stages.py`.
 """
 
 import lazy_loader

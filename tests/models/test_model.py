@@ -433,6 +433,14 @@ def test_wrap_refuses_a_folded_hooked_transformer() -> None:
         Model.wrap(folded)
 
 
+@NEEDS_HOOKED
+def test_wrap_refuses_a_hooked_transformer_over_several_devices() -> None:
+    spread = bare_hooked()
+    spread.cfg.n_devices = 2
+    with pytest.raises(ModelError, match=r"over 2 devices.*device='auto'"):
+        Model.wrap(spread)
+
+
 def test_wrap_refuses_a_bridge_in_compatibility_mode() -> None:
     bridge = raw_bridge()
     bridge.enable_compatibility_mode()

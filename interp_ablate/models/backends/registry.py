@@ -24,7 +24,7 @@ def backend_of(obj: Any, hf_config: Any = None) -> Backend:
     """The backend over a TransformerLens object that already exists.
 
     Raises:
-        ModelError: another kind of object, or processed weights.
+        ModelError: another kind of object, processed weights, a HookedTransformer over several devices.
     """
     kind = type(obj).__name__
     if kind not in ("HookedTransformer", "TransformerBridge"):
@@ -33,4 +33,9 @@ def backend_of(obj: Any, hf_config: Any = None) -> Backend:
             "TransformerBridge; for a name or a folder use load_model(...)"
         )
     refuse_processed(obj)
+    if kind == "HookedTransformer" and (obj.cfg.n_devices or 1) > 1:
+        raise ModelError(
+            f"this HookedTransformer is spread over {obj.cfg.n_devices} devices: make it on one, or load the model with "
+            "load_model(..., device='auto'), whose Bridge runs over several"
+        )
     return HookedBackend(obj, hf_config) if kind == "HookedTransformer" else BridgeBackend(obj)
