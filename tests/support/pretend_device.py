@@ -55,7 +55,9 @@ class Watch:
         self._seen: list[weakref.ref[Elsewhere]] = []
 
     def see(self, tensor: Elsewhere) -> None:
-        if tensor.shape == self.shape:
+        if (
+            tensor.shape == self.shape and tensor.inner.is_contiguous()
+        ):  # no transposed view of another
             self._seen.append(weakref.ref(tensor))
             self.most = max(self.most, self.now)
 
