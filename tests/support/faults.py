@@ -82,6 +82,13 @@ def make_commands(place: Path) -> dict[str, Command]:
         model.lm_head.weight.mul_(6)
     model.save_pretrained(place / "model")
     tokenizer.save_pretrained(place / "model")
+    shutil.copytree(
+        place / "model", place / "merging"
+    )  # llama.cpp takes no tokenizer without merges
+    tokens = json.loads((place / "merging" / "tokenizer.json").read_text())
+    tokens["model"]["merges"] = [["a", "b"]]
+    tokens["model"]["vocab"]["ab"] = 259
+    (place / "merging" / "tokenizer.json").write_text(json.dumps(tokens))
     for name, verbs in (("yes", "order bring fetch send"), ("no", "name list tell describe")):
         lines = [f"{verbs.split()[i % 4]} number {i * 7 + 3} now" for i in range(24)]
         (place / f"{name}.txt").write_text("\n".join(lines))
@@ -121,7 +128,7 @@ def make_commands(place: Path) -> dict[str, Command]:
         "export": ["export", *source],
         "export, loaded": ["export", *loaded],
         "lora": ["export", *loaded, "--format", "lora"],
-        "gguf": ["export", *loaded, "--format", "gguf"],
+        "gguf": ["export", "--model", str(place / "merging"), *loaded[2:], "--format", "gguf"],
         "filter": ["filter", str(place / "data.jsonl"), "--model", str(place / "model"), *read],
     }
     return {name: Command(name, arguments) for name, arguments in lines.items()}
@@ -129,6 +136,8 @@ def make_commands(place: Path) -> dict[str, Command]:
 
 def preload() -> None:
     """Import what the commands import, so that kills come while they work."""
+    # its lock is one of all forked processes: a killed one would hold it for ever
+    importlib.import_module("tqdm.std").TqdmDefaultWriteLock.mp_lock = None
     for name in (
         "cli.run", "cli.search", "cli.export", "cli.filter", "runs.stages", "runs.search_run", "runs.report",
         "export.checkpoint", "export.lora", "export.gguf", "export.preflight", "datasets.filtering",
@@ -163,11 +172,11 @@ def start(line: list[str], said: Path, *, largest: int | None = None) -> int:
         os._exit(status)
 
 
-def ended(process: int, *, within: float | None = None) -> int | None:
+def ended(process: int, *, within: float = 900.0) -> int | None:
     """The exit status; None where the process did not end `within` so many seconds, and was killed."""
-    until = None if within is None else time.monotonic() + within
-    while until is None or time.monotonic() < until:
-        done, status = os.waitpid(process, 0 if until is None else os.WNOHANG)
+    until = time.monotonic() + within
+    while time.monotonic() < until:
+        done, status = os.waitpid(process, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.002)
@@ -409,7 +418,9 @@ def main_program() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sample", action="store_true", help="some kills and disks, in seconds")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="comma-separated: run, search, export, filter, disk")
+    parser.add_argument(
+        "--only", help="comma-separated: run, search, export, filter, disk; or one command's disks"
+    )
     options = parser.parse_args()
     in_own_namespace()
     only = set((options.only or "run,search,export,filter,disk").split(","))
@@ -417,13 +428,13 @@ def main_program() -> int:
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        commands = make_commands(place)
         preload()
+        commands = make_commands(place)
         for command, kills in (SAMPLED if options.sample else KILLS).items():
             if command in only:
                 outcomes.append(kill_campaign(commands[command], kills, place, dice))
                 print(row(outcomes[-1]), flush=True)
-        shares = (0.5,) if options.sample else (0.0, 0.2, 0.5, 0.8, 0.95)
+        shares = (0.5,) if options.sample else (0.2, 0.5, 0.8, 0.95)
         disks = (
             ["export", "lora", "filter"]
             if options.sample
