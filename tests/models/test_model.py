@@ -305,7 +305,7 @@ def test_what_cannot_be_loaded_says_why(folder: Path, tmp_path: Path) -> None:
         "./nowhere": "no model at",
         "": "no model at",
         str(tmp_path / "empty"): "without config.json",
-        str(tmp_path / "broken"): "cannot load 'broken'",
+        str(tmp_path / "broken"): "has neither model.safetensors nor",
         str(tmp_path / "x.gguf"): "no GGUF file",
         "no-such-owner/no-such-model": "cannot load 'no-such-owner/no-such-model'",
     }.items():
