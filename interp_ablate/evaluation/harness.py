@@ -217,6 +217,7 @@ def _evaluated(loaded: Any, lm: Any, limit: int | None, chat: bool) -> Any:
         limit=limit,
         bootstrap_iters=BOOTSTRAP,
         apply_chat_template=chat,
+        fewshot_as_multiturn=chat,  # as the library's command line has it
         log_samples=True,
     )
 

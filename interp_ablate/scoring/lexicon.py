@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -34,6 +34,13 @@ def _set_of(words: str) -> frozenset[str]:
 _ENGLISH = _set_of(
     "the a an of to and in is are was it that you i for with on as be this have not at or by we my your "
     "he she they but from so can if do what there me will"
+)
+# Function words of Portuguese, Spanish, Italian, French, German and Dutch that are no English words.
+_FOREIGN = _set_of(
+    "que de da dos das em um uma o os com para por n\u00e3o muito meu minha est\u00e1 el la los las y es un una mi muy su "
+    "del al con si il lo gli che di e per mio mia non sono molto \u00e8 le les des et est une du dans pour avec je tu "
+    "nous vous pas mon ma mes tr\u00e8s der das ist und ich nicht ein eine zu mit auf mich mir sehr wir sie den dem het een "
+    "en ik niet van voor met zijn mijn heel te ze wij ook aan"
 )
 _CONTRACTION = re.compile(
     r"\b\w+(?:n't|'(?:s|re|ve|ll|d|m))\b|\b(?:gonna|wanna|gotta|kinda|sorta|lemme|dunno)\b"
@@ -62,8 +69,8 @@ class LexiconScorer(ExplainingScorer):
       are few of either: a count of markers, no more.
     - length: 100 x words / (words + `half`); a CJK character counts as a word.
 
-    Text that is not English has no sentiment and no formality: no verdict. There is no measure of humour
-    that deserves the name without a model: ask a judge.
+    Text of other languages, or without a word that is known, has no sentiment and no formality: no verdict.
+    There is no measure of humour that deserves the name without a model: ask a judge.
 
     Raises:
         RunError: an unknown measure, no vaderSentiment package.
@@ -90,7 +97,7 @@ class LexiconScorer(ExplainingScorer):
     @property
     def identity(self) -> dict[str, Any]:
         more = {"half": self.half} if self.measure == "length" else {}
-        return {"kind": "lexicon", "measure": self.measure, "version": 1, **more}
+        return {"kind": "lexicon", "measure": self.measure, "version": 2, **more}
 
     @cached_property
     def _vader(self) -> Any:
@@ -106,8 +113,10 @@ class LexiconScorer(ExplainingScorer):
         return [self._verdict(exchange.answer) for exchange in exchanges]
 
     def _verdict(self, text: str) -> Verdict:
-        if self.measure != "length" and not _looks_english(text):
-            return Verdict(None, "not English")
+        if self.measure != "length":
+            why = _not_english(text, self._vader.lexicon if self.measure == "sentiment" else ())
+            if why:
+                return Verdict(None, why)
         return _MEASURES[self.measure](self, text)
 
     def _sentiment(self, text: str) -> Verdict:
@@ -150,14 +159,23 @@ def _words(text: str) -> list[str]:
     return words
 
 
-def _looks_english(text: str) -> bool:
-    """True for Latin letters, of which one word in twelve is a common English one (in ten words or more)."""
+def _not_english(text: str, lexicon: Container[str]) -> str:
+    """Why an English lexicon has nothing to say of a text; "" where it has.
+
+    English is a text in Latin letters of which one word in twelve is one of the common English ones, with more
+    of these than of other languages' (any word with a letter that is not ASCII counts as such). Of a text of
+    fewer than ten words one word has to be known, here or to the lexicon.
+    """
     letters = [c for c in text if c.isalpha()]
     if sum("LATIN" in unicodedata.name(c, "") for c in letters) < 0.8 * len(letters):
-        return False
-    words = _words(text.casefold().replace("\u2019", "'"))
-    common = sum(word.partition("'")[0] in _ENGLISH for word in words)
-    return len(words) < 10 or common * 12 >= len(words)
+        return "not English"
+    words = [word.partition("'")[0] for word in _words(text.casefold().replace("\u2019", "'"))]
+    common = sum(word in _ENGLISH for word in words)
+    foreign = sum(word in _FOREIGN or not word.isascii() for word in words)
+    if foreign > common or (len(words) >= 10 and common * 12 < len(words)):
+        return "not English"
+    known = common or any(w in lexicon or w in _FORMAL or w in _INFORMAL for w in words)
+    return "" if known else "no word that is known"
 
 
 def _make(measure: Any, options: dict[str, Any]) -> LexiconScorer:

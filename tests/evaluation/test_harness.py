@@ -207,6 +207,23 @@ def test_the_bundled_task_is_the_same_in_the_librarys_own_wrapper(tasks: Tasks, 
         assert score.value == pytest.approx(theirs[f"{metric},none"])
 
 
+def test_few_shot_examples_are_turns_of_their_own_in_a_chat(folder: Path) -> None:
+    """As the library's command line has it: each example a question of the user and an answer."""
+    seen: list[list[str]] = []
+    model = tiny.make()
+    render = model.tokenizer.apply_chat_template
+
+    def rendered(chat: list[dict[str, str]], **options: Any) -> str:
+        seen.append([message["role"] for message in chat])
+        return str(render(chat, **options))
+
+    model.tokenizer.apply_chat_template = rendered
+    mine = by_name(Tasks([folder]).run("mine_target", model, chat=True))
+    assert seen and all(roles == ["user", "assistant", "user"] for roles in seen)
+    theirs = wrapped("mine_target", folder, chat=True)
+    assert mine["perplexity"].value == pytest.approx(theirs["perplexity,none"], rel=1e-4)
+
+
 def test_every_kind_of_request_is_the_same_in_the_librarys_own_wrapper(folder: Path) -> None:
     """Rolling likelihood, likelihood of a target, generated text with a stop string; data found beside."""
     own = Tasks([folder])

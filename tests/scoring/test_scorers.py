@@ -92,6 +92,18 @@ def test_sentiment_is_a_mean_over_sentences_and_does_not_saturate_with_length() 
         "Сегодня замечательное утро, и я очень рад его видеть.",
         "Quel beau matin, le jardin est plein de fleurs et je suis tellement heureux de le regarder.",
         "Heute ist ein wunderbarer Morgen, und der ganze Garten steht voller bunter Blumen.",
+        "Que dia lindo, estou t\u00e3o feliz!",
+        "Estou muito feliz com a festa de hoje e com os amigos que vieram.",
+        "\u00a1Qu\u00e9 alegr\u00eda verte de nuevo!",
+        "Me encanta, es una noticia fantastica para la familia y para mi.",
+        "Che bella giornata, sono felice!",
+        "La festa di ieri era perfetta e il regalo era super.",
+        "Quelle bonne nouvelle, je suis ravi !",
+        "Das ist so schade, aber die Reise war super und ich freue mich.",
+        "So ein Spass in der Stadt, ich war die ganze Zeit happy.",
+        "Wat een mooie dag, ik ben zo blij!",
+        "Het was een super feest in de stad met al mijn vrienden.",
+        "Jag \u00e4r s\u00e5 glad idag!",
     ],
 )
 def test_an_english_lexicon_says_nothing_of_other_languages(text: str) -> None:
@@ -100,6 +112,22 @@ def test_an_english_lexicon_says_nothing_of_other_languages(text: str) -> None:
         [verdict] = make_scorer(f"lexicon:{measure}").explain(exchanges(text))
         assert (verdict.score, verdict.why) == (None, "not English")
     assert scored(make_scorer("lexicon:length"), text)[0] > 5
+
+
+def test_a_short_answer_is_judged_where_one_of_its_words_is_known() -> None:
+    pytest.importorskip("vaderSentiment")
+    told = make_scorer("lexicon:sentiment").explain(
+        exchanges(
+            "Great!",
+            "Awful.",
+            "Yes, it is.",
+            "Paris.",
+            "42",
+            "A caf\u00e9 in the old town is nice.",
+        )
+    )
+    assert [verdict.why for verdict in told] == ["", "", "", *["no word that is known"] * 2, ""]
+    assert told[0].score > 60 > 40 > told[1].score  # type: ignore[operator]
 
 
 def test_formality_and_length() -> None:

@@ -304,6 +304,23 @@ def conditions(coefficient: float = 2.0) -> list[TrainingArm]:
     ]
 
 
+def test_held_out_rows_are_whole_questions() -> None:
+    """Three answers to each of ten questions: none of a held-out question's is trained on."""
+    words = [f"{a}{b}" for a in "abcde" for b in "xy"]
+    chats = [
+        SampledChats(({"role": "user", "content": f"Say {word}"},), answer)
+        for answer in ("one", "two", "three")
+        for word in words
+    ]
+    trained, held_out, counts = PreventativeExperiment(
+        base_of(), chats, yardstick(), conditions(), FAST
+    ).rows()
+    assert (counts["trained_on"], counts["held_out"]) == (24, 6) == (len(trained), len(held_out))
+    assert not {row.prompt for row in trained} & {row.prompt for row in held_out}
+    few = PreventativeExperiment(base_of(), chats[:7] * 3, yardstick(), conditions(), FAST).rows()
+    assert not few[1] and len(few[0]) == 21
+
+
 def test_a_comparison_end_to_end(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -180,15 +180,19 @@ class PreventativeExperiment:
     recipe: LoraRecipe = RECIPE
 
     def rows(self) -> tuple[list[TrainingRow], list[TrainingRow], dict[str, int]]:
-        """Rows to train on, every eighth one held out for the loss, and the counts.
+        """Rows to train on, those of every eighth question held out for the loss, and the counts.
+
+        Whole questions are held out: another answer to a question that was trained on would flatter the loss.
 
         Raises:
             RunError: no row is left.
         """
         renderer = RowTokenizer(self.base.tokenizer, self.base.template, self.recipe.max_length)
         rows, counts = rows_of(self.samples, renderer)
-        held_out = rows[::8] if len(rows) >= 8 else []
-        trained = [row for i, row in enumerate(rows) if i % 8 or not held_out]
+        questions = {prompt: i for i, prompt in enumerate(dict.fromkeys(r.prompt for r in rows))}
+        apart = len(questions) >= 8
+        held_out = [row for row in rows if apart and questions[row.prompt] % 8 == 0]
+        trained = [row for row in rows if not apart or questions[row.prompt] % 8]
         return trained, held_out, counts | {"trained_on": len(trained), "held_out": len(held_out)}
 
     def identity(self, rows: Sequence[TrainingRow]) -> dict[str, Any]:
