@@ -118,7 +118,7 @@ def in_parts(parts: Sequence[Batch], run: Callable[[Batch], Result]) -> Iterator
     """Run every batch; where memory runs out, its halves, and no larger ones after that.
 
     Raises:
-        the error itself where a single row does not fit.
+        ModelError: a single row does not fit.
     """
     waiting, most = deque(parts), max(len(batch.index) for batch in parts)
     while waiting:
@@ -132,8 +132,10 @@ def in_parts(parts: Sequence[Batch], run: Callable[[Batch], Result]) -> Iterator
         try:
             result = run(batch)
         except (RuntimeError, MemoryError) as error:
-            if size == 1 or not _out_of_memory(error):
+            if not _out_of_memory(error):
                 raise
+            if size == 1:
+                raise _no_memory(f"in a pass over {batch.tokens.shape[1]} tokens") from error
         else:
             yield result
             continue
@@ -143,6 +145,28 @@ def in_parts(parts: Sequence[Batch], run: Callable[[Batch], Result]) -> Iterator
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         waiting.appendleft(batch)
+
+
+@contextmanager
+def telling_of_memory(when: str) -> Iterator[None]:
+    """Make the error of memory that ran out one message.
+
+    Raises:
+        ModelError: memory ran out inside.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not _out_of_memory(error):
+            raise
+        raise _no_memory(when) from error
+
+
+def _no_memory(when: str) -> ModelError:
+    return ModelError(
+        f"memory ran out {when}: use --dtype bfloat16, a device with more memory, shorter prompts or "
+        "smaller batches. The same command goes on where it stopped"
+    )
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -308,7 +308,7 @@ class Run:
     @cached_property
     def bench(self) -> ValidationBench:
         """The validation prompts with scorers and unedited answers."""
-        from interp_ablate.runs.validation_bench import low_rate_note, make_bench
+        from interp_ablate.runs.validation_bench import base_rate_note, make_bench
 
         c = self.configuration
         with self.step("baselines", 3) as advance:
@@ -320,7 +320,7 @@ class Run:
                 advance=advance,
             )
         self.record(target_tokens=targets)
-        if note := low_rate_note(bench):
+        if note := base_rate_note(bench):
             self.note(note)
         return bench
 

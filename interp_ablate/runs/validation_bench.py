@@ -52,16 +52,25 @@ def make_bench(
     ]
 
 
-def low_rate_note(bench: ValidationBench) -> str | None:
-    """What to ask oneself where the unedited model hardly shows the behaviour."""
-    rate = float(bench.expression(bench.positive, bench.positive).mean())
-    if rate >= LOW_RATE:
-        return None
-    return (
-        f"only {rate:.0%} of the positive validation prompts show the behaviour by the expressions "
-        f"{bench.expression.expressions!r}: is this the right list (--expressions), and the right "
-        "chat template?"
+def base_rate_note(bench: ValidationBench) -> str | None:
+    """What to ask oneself where the unedited model hardly shows the behaviour, or shows it everywhere."""
+    rate, other = (
+        float(bench.expression(side, side).mean()) for side in (bench.positive, bench.negative)
     )
+    listed = bench.expression.expressions
+    own = (listed,) if isinstance(listed, str) else [getattr(e, "text", e) for e in listed]
+    shown = ", ".join(map(repr, own[:3])) + (", ..." if len(own) > 3 else "")
+    if rate < LOW_RATE:
+        return (
+            f"only {rate:.0%} of the positive validation prompts show the behaviour by the expressions "
+            f"{shown}: is this the right list (--expressions), and the right chat template?"
+        )
+    if other >= rate:
+        return (
+            f"{other:.0%} of the negative validation prompts show the behaviour, and {rate:.0%} of the "
+            f"positive ones: the expressions {shown} do not tell the two apart; give others (--expressions)"
+        )
+    return None
 
 
 def expression_scorer(

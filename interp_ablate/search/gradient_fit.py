@@ -21,6 +21,7 @@ from interp_ablate.edits.kinds import Ablate, Erase
 from interp_ablate.errors import InterpAblateError, PlanError
 from interp_ablate.evaluation.metrics import kl_divergence, repeats
 from interp_ablate.evaluation.outputs import ModelOutputs
+from interp_ablate.models.forward import telling_of_memory
 from interp_ablate.models.model import Model
 from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.settings import STEP_ROWS
@@ -226,7 +227,10 @@ def fit_edit(
     optimizer = torch.optim.Adam(groups, lr=STRENGTH_RATE, betas=(0.8, 0.95))
     read.requires_grad_(vectors)
     write.requires_grad_(vectors)
-    with model.plans.fitting_erasure(read, write, sites, strengths):
+    with (
+        telling_of_memory("while an edit was fitted"),
+        model.plans.fitting_erasure(read, write, sites, strengths),
+    ):
         for step in range(steps):
             fall = 0.15 + 0.85 * 0.5 * (1 + math.cos(math.pi * step / steps))
             for group in optimizer.param_groups:

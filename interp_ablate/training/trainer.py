@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from interp_ablate.errors import RunError
+from interp_ablate.models.forward import telling_of_memory
 from interp_ablate.storage.incoming_files import incoming_object
 from interp_ablate.storage.jsonl_log import JsonlLog
 from interp_ablate.training.recipe import LoraRecipe
@@ -179,6 +180,7 @@ def train(
 
     Raises:
         RunError: the loss is not finite.
+        ModelError: memory ran out.
     """
     from transformers import PrinterCallback, TrainerCallback
 
@@ -191,7 +193,7 @@ def train(
     trainer.add_callback(Steps)
     # without a name PEFT does not ask the hub whether the vocabulary was resized
     trainer.model.peft_config["default"].base_model_name_or_path = ""
-    with _no_advice():
+    with telling_of_memory("in training"), _no_advice():
         trainer.train(resume_from_checkpoint=_last_checkpoint(work))
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     wrong = [entry["step"] for entry in logged if not math.isfinite(entry["loss"])]

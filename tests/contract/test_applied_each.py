@@ -20,7 +20,7 @@ from tiny import (
 from torch import Tensor
 
 from interp_ablate import Ablate, Add, Clamp, Plan, Site, collect, everywhere, sites_of
-from interp_ablate.errors import PlanError
+from interp_ablate.errors import ModelError, PlanError
 from interp_ablate.models.forward import batches, in_parts
 from interp_ablate.sites import RESIDUAL_POINTS
 
@@ -224,7 +224,7 @@ def test_batches_are_halved_where_memory_runs_out(error: Exception) -> None:
 
 def test_a_row_that_does_not_fit_and_other_errors_are_raised() -> None:
     given = batches(rows_of(5, 6), size=2)
-    with pytest.raises(MemoryError):
+    with pytest.raises(ModelError, match=r"memory ran out in a pass over \d tokens: use --dtype"):
         list(in_parts(given, Hungry(0, MemoryError())))
     run = Hungry(1, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="shapes"):
@@ -258,3 +258,32 @@ def test_a_model_goes_on_with_smaller_batches(
         else:
             torch.testing.assert_close(run(rows), want, atol=2e-5, rtol=0)
     assert max(calls) == 7 and {4, 2} <= set(calls)
+
+
+@pytest.mark.parametrize("do", ("collect", "logits", "generate"))
+def test_memory_that_is_gone_for_one_batch_costs_nothing(
+    backend: str, do: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process takes it at the third batch: that batch is run again in halves."""
+    model = shared(backend=backend)
+    rows, calls = rows_of(*range(5, 17), seed=4), []
+    run: dict[str, Any] = {
+        "collect": lambda: collect(model, rows, batch_size=3).values,
+        "logits": lambda: model.logits(rows, batch_size=3),
+        "generate": lambda: model.generate(rows, max_new_tokens=3, batch_size=3),
+    }
+    want = run[do]()
+    forward = type(model._backend).forward
+
+    def hungry(self: Any, step: Any, keep: int) -> Tensor | None:
+        calls.append(len(step.tokens))
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(self, step, keep)
+
+    monkeypatch.setattr(type(model._backend), "forward", hungry)
+    if do == "generate":
+        assert run[do]() == want
+    else:
+        torch.testing.assert_close(run[do](), want, atol=2e-5, rtol=0)
+    assert calls[2] == 3 and calls[3] == 2

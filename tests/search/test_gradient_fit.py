@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from tiny import D_MODEL, N_LAYERS, forward, make, rows_of, shared, tiny, unit
 
 from interp_ablate import Ablate, Direction, Model, Plan, Site, everywhere
 from interp_ablate.edits.kinds import Erase
-from interp_ablate.errors import InterpAblateError, PlanError
+from interp_ablate.errors import InterpAblateError, ModelError, PlanError
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.models.generation import Generation
 from interp_ablate.models.load import from_hf
@@ -101,6 +102,35 @@ def check_gradients(model: Model) -> None:
                 below = loss(**leaves | {name: leaves[name] - step})
             slope = (above - below) / 2e-2
             torch.testing.assert_close(slope, (gradient @ way).to(slope), rtol=2e-2, atol=2e-3)
+
+
+def test_memory_that_runs_out_in_a_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a pass: halves give the same edit. In a gradient: one message, and nothing stays installed."""
+    model = make(eos_token_id=None)
+    data, direction = data_of(model), Direction(READ, 1.0, Site(1, "resid_post"))
+    want = fit_edit(model, direction, data, steps=2)
+    forward, calls = type(model._backend).forward, []
+
+    def hungry(self: Any, step: Any, keep: int) -> Any:
+        calls.append(len(step.tokens))
+        if calls.count(3) == 2 and calls[-1] == 3:  # of the three prompts' batches
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(self, step, keep)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(type(model._backend), "forward", hungry)
+        again = fit_edit(model, direction, data, steps=2)
+    assert calls.count(3) >= 2
+    torch.testing.assert_close(torch.tensor(again.amounts), torch.tensor(want.amounts))
+    torch.testing.assert_close(again.vectors, want.vectors)
+
+    def gone(*args: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(torch.Tensor, "backward", gone)
+    with pytest.raises(ModelError, match="memory ran out while an edit was fitted"):
+        fit_edit(model, direction, data, steps=2)
+    assert not len(model.active_plan) and not model.plans.with_gradients
 
 
 def test_gradients_against_finite_differences(backend: str) -> None:

@@ -14,7 +14,7 @@ from tiny import DECLARED, make_tokenizer
 from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 
-from interp_ablate.errors import ExportError, PromptError, RunError
+from interp_ablate.errors import ExportError, ModelError, PromptError, RunError
 from interp_ablate.models.sources import ModelSource
 from interp_ablate.prompts.chat_template import encode
 from interp_ablate.prompts.prompt import Prompt
@@ -199,6 +199,22 @@ def test_the_end_of_a_turn_is_in_the_loss_where_it_is_also_the_padding(tmp_path:
 
 
 # ---- training ------------------------------------------------------------------------------------
+
+
+def test_memory_that_runs_out_in_training_is_one_message_and_it_goes_on(tmp_path: Path) -> None:
+    base = base_of()
+    trainer = sft(base, some_rows(base), FAST, tmp_path)
+    step, calls = trainer.training_step, []
+
+    def hungry(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(*args, **options)
+
+    trainer.training_step = hungry
+    with pytest.raises(ModelError, match="memory ran out in training: use --dtype bfloat16"):
+        train(trainer, tmp_path)
 
 
 def trained(

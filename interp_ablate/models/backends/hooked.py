@@ -181,14 +181,21 @@ def _hooked_from_hf(hf: Any, tokenizer: Any) -> Any:
                 f"({error}): use backend='bridge'"
             ) from error
     hooked = HookedTransformer(cfg, tokenizer=tokenizer_copy(tokenizer))
-    hooked.load_and_process_state_dict(
-        state,
-        fold_ln=False,
-        center_writing_weights=False,
-        center_unembed=False,
-        fold_value_biases=False,
-        refactor_factored_attn_matrices=False,
-    )
+    try:
+        hooked.load_and_process_state_dict(
+            state,
+            fold_ln=False,
+            center_writing_weights=False,
+            center_unembed=False,
+            fold_value_biases=False,
+            refactor_factored_attn_matrices=False,
+        )
+    except RuntimeError as error:
+        shown = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"the weights of {type(hf).__name__} do not fit TransformerLens's HookedTransformer ({shown}): "
+            "use backend='bridge'"
+        ) from error
     return hooked.to(hf.device, print_details=False).eval().requires_grad_(False)
 
 
