@@ -92,7 +92,15 @@ def stacked(captured: Mapping[Site, Tensor], sites: Sequence[Site], dim: int) ->
     """What was captured at several sites as one tensor on the CPU, the sites along a new axis.
 
     Layers may be on several devices: everything meets on the first site's, and is copied once.
+
+    Raises:
+        ModelError: a site whose hook point no pass went through.
     """
+    dead = [str(site) for site in sites if site not in captured]
+    if dead:
+        raise ModelError(
+            f"the model has a hook point at {dead[0]}, and no pass goes through it: collect another site"
+        )
     device = captured[sites[0]].device
     return torch.stack([captured[site].to(device) for site in sites], dim).cpu()
 

@@ -215,6 +215,21 @@ class Model:
             )
         return rows
 
+    def _check_fits(self, length: int) -> None:
+        """Refuse rows with more tokens than there are positions, where positions are learned.
+
+        Raises:
+            ModelError: a row is longer.
+        """
+        fixed = (
+            self.backend == "hooked" or self._backend.hook_point(Site(0, "pos_embed")) is not None
+        )
+        if fixed and length > self.tl.cfg.n_ctx:
+            raise ModelError(
+                f"{length} tokens, and {self.source.name} has {self.tl.cfg.n_ctx} positions: give shorter "
+                "prompts, or ask for fewer new tokens"
+            )
+
     @contextmanager
     def applied(self, plan: Plan | Edit) -> Iterator[Model]:
         """Run everything inside the block under the plan, generation with a KV cache included.
@@ -274,6 +289,7 @@ class Model:
             residual_cache: what `cache_residuals` kept of these rows: blocks below the first that is
                 edited or captured are not run again.
         """
+        self._check_fits(max(map(len, rows), default=0))
         sites = {Site.parse(site): read for site, read in (capture or {}).items()}
         yield from self._passes.stream(
             rows,
@@ -340,6 +356,7 @@ class Model:
         """
         decoding = Decoding(max_new_tokens, temperature, seed, self.eos_token_ids)
         rows = self.encode_all(prompts)
+        self._check_fits(max(map(len, rows)) + max_new_tokens - 1)
         answers = generate_tokens(self._passes, rows, decoding, batch_size=batch_size)
         return [
             Generation(tuple(tokens), self.decode(tokens), finished) for tokens, finished in answers

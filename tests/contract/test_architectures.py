@@ -1148,3 +1148,22 @@ def test_the_table_says_of_ties_and_biases_what_transformers_does(model_type: st
     source = source_of(next(k for k in DECLARED if source_of(k).config.model_type == model_type))
     writers = entry.writers(Site(1, "attn_out"), source.state_dict(), source.config)
     assert ("bias" in writers.values()) == entry.biased or entry.attn_biases is not None
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_what_is_added_to_the_stream_is_what_the_stream_gains(kind: str, backend: str) -> None:
+    """resid_pre + attn_out == resid_mid, and so on, whatever a block scales, norms or flattens."""
+    try:
+        model = make(kind, backend)
+    except ModelError:
+        pytest.skip("not on this backend")
+    points = (*model.residual_points, "attn_out", "mlp_out")
+    values = collect(model, rows_of(9, 6), sites_of(points, range(model.n_layers)))  # type: ignore[arg-type]
+    for layer in range(model.n_layers):
+        x = {point: values.at(f"{layer}.{point}").double() for point in points}
+        if "resid_mid" in x:
+            torch.testing.assert_close(
+                x["resid_pre"] + x["attn_out"], x["resid_mid"], atol=2e-5, rtol=0
+            )
+        gained = x["resid_pre"] + x["attn_out"] + x["mlp_out"]
+        torch.testing.assert_close(gained, x["resid_post"], atol=2e-5, rtol=0)

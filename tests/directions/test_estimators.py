@@ -931,3 +931,20 @@ def test_layers_between_which_there_is_nothing() -> None:
     with pytest.raises(DirectionError, match=r"point in opposite ways.*use a whole layer"):
         interpolated(Directions((first, opposite)), 0.5, "resid_post")
     interpolated(Directions((first, opposite)), 0.4, "resid_post")
+
+
+def test_a_site_whose_activations_are_constant_has_no_direction() -> None:
+    """The last token of the template, before the first block: every estimator says so in the same words."""
+    same = torch.ones(4, 6).double()
+    for call in (
+        lambda: leace(same, same, SITES[0]),
+        lambda: subspace(same, same, SITES[0], rank=2),
+        lambda: pca(same, same, SITES[0]),
+        lambda: lda(same, same, SITES[0]),
+        lambda: logistic(same, same, SITES[0]),
+    ):
+        with pytest.raises(
+            DirectionError, match="sees the same activation whatever the prompt says"
+        ):
+            call()
+    assert difference_in_means(same, same, SITES[0]) is None

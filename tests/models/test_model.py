@@ -660,3 +660,24 @@ def test_a_sites_name_stands_for_the_site(tmp_path: Path) -> None:
         collect(model, contrast, "blocks.x")
     with pytest.raises(PlanError, match="cannot read 3 as a site"):
         Ablate(direction, 3)  # type: ignore[arg-type]
+
+
+def test_as_many_tokens_as_there_are_positions_and_one_more(backend: str) -> None:
+    """GPT-2 learns its positions: the longest prompt runs, and a longer one is one message."""
+    model = shared("gpt2", backend)
+    full, longer = rows_of(model.tl.cfg.n_ctx), rows_of(model.tl.cfg.n_ctx + 1)
+    assert model.logits(full).isfinite().all()
+    assert len(model.generate(full, max_new_tokens=1)) == 1
+    for run in (lambda: model.logits(longer), lambda: model.generate(full, max_new_tokens=2)):
+        with pytest.raises(ModelError, match=r"257 tokens, and .* has 256 positions"):
+            run()
+
+
+def test_short_and_long_prompts_together_are_each_alone(backend: str) -> None:
+    """3 and 40 tokens, with learned positions."""
+    model, rows = shared("gpt2", backend), rows_of(3, 40)
+    together = model.logits(rows, keep=3)
+    for row, logits in zip(rows, together):
+        torch.testing.assert_close(model.logits([row], keep=3)[0], logits, atol=2e-5, rtol=0)
+    answers = model.generate(rows, max_new_tokens=6)
+    assert answers == [model.generate([row], max_new_tokens=6)[0] for row in rows]

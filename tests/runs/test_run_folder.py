@@ -14,16 +14,18 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from tiny import tiny
+from tiny import shared, tiny
 
 from interp_ablate.cli.main import main
 from interp_ablate.directions.direction_set import Directions
 from interp_ablate.edits.kinds import Erase
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import InterpAblateError, RunError
+from interp_ablate.prompts.contrast_set import ContrastSet
 from interp_ablate.prompts.template_process import TemplateProcess
 from interp_ablate.runs.configuration import Configuration
 from interp_ablate.runs.run_folder import FORMAT, STAGES, Run
+from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.search.grid import SCALES
 from interp_ablate.search.race import RUNGS, rank_directions, usable_rungs
 from interp_ablate.search.trials import Trial
@@ -386,6 +388,28 @@ def test_behaviour_that_is_never_there_is_noted_and_not_fitted(finished: Path) -
     assert not (finished / "fits").exists()
     edits = set(pd.read_csv(finished / "trials.csv").edit)
     assert edits == {"ablate", "band"}
+
+
+@pytest.mark.parametrize(
+    ("patterns", "said"),
+    [
+        (("never to be found",), "only 0% of the positive validation prompts show the behaviour"),
+        (("",), "100% of the negative validation prompts show the behaviour, and 100%"),
+    ],
+)
+def test_a_base_rate_of_nothing_or_everything_is_noted(patterns: tuple[str], said: str) -> None:
+    """With answers of one token."""
+    from interp_ablate.evaluation.metrics import TargetLogOdds
+    from interp_ablate.runs.validation_bench import base_rate_note
+    from interp_ablate.search.bench import ValidationBench
+
+    sides = ContrastSet.from_texts([f"go {i}" for i in range(3)], [f"no {i}" for i in range(3)])
+    bench = ValidationBench(
+        shared(), sides.positive, sides.negative, target=TargetLogOdds((5,)),
+        expression=ExpressionScorer((), patterns=patterns), max_new_tokens=1,
+    )  # fmt: skip
+    assert said in (base_rate_note(bench) or "")
+    assert bench.unedited_text_scores()["repetition"] == 0
 
 
 def test_nothing_passes(

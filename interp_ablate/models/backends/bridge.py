@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from functools import cached_property
+from types import MethodType
 from typing import Any
 
 import torch
@@ -39,6 +40,23 @@ from interp_ablate.sites import EMBEDDING_POINTS, Site
 BRIDGE_TOLERANCE = 1e-3
 
 
+def _open_scaled_outputs(tl: Any) -> None:
+    """Have blocks with outputs of their own hand them through their hook points.
+
+    Granite's blocks scale what they add to the stream, and show it only where one of TransformerLens's own hooks
+    is: their hook points say that there is one.
+    """
+    for block in tl.blocks:
+        points = dict(block.named_children())
+        for name in ("hook_attn_out", "hook_mlp_out"):
+            if name in points:
+                points[name].has_hooks = MethodType(_shown, points[name])
+
+
+def _shown(point: Any, dir: str = "both", **rest: Any) -> bool:
+    return dir == "both" or type(point).has_hooks(point, dir=dir, **rest)
+
+
 class BridgeBackend:
     """TransformerBridge: runs the Hugging Face model's own forward pass, with hook points in it."""
 
@@ -49,6 +67,7 @@ class BridgeBackend:
         self.hf = tl.original_model
         self.hf_config = self.hf.config
         self.generation_config = getattr(self.hf, "generation_config", None)
+        _open_scaled_outputs(tl)
         self._skipping = BlockSkipping(tl)
         self._own_parts = OwnParts(tl)
         self._own_parts.enable_if_same(self.forward, self._fixed_calls, BRIDGE_TOLERANCE)
