@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import tempfile
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
@@ -34,7 +34,7 @@ def row(place: Path, dtype: str, device: str) -> str:
     if device == "auto":
         torch.Tensor.backward = lambda loss: None  # type: ignore[method-assign]
     try:
-        with nullcontext() if device == "cpu" else pretend_device.on():
+        with nullcontext() if device == "cpu" else pretend_device.on(), redirect_stdout(sys.stderr):
             status = main(["--quiet", "run", "--model", "model", *flags, "--out", str(out)])
     finally:
         torch.Tensor.backward = backward  # type: ignore[method-assign]
