@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from interp_ablate.errors import InterpAblateError, ModelError
-from interp_ablate.models.forward import Batch
+from interp_ablate.models.batches import Batch
 from interp_ablate.precision import to_float64
 from interp_ablate.sites import Site, SiteLike
 

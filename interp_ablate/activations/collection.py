@@ -27,7 +27,7 @@ from interp_ablate.activations.activations import (
     stacked,
 )
 from interp_ablate.errors import InterpAblateError
-from interp_ablate.models.forward import Batch
+from interp_ablate.models.batches import Batch
 from interp_ablate.models.model import Model
 from interp_ablate.prompts.chat_template import suffix_length
 from interp_ablate.prompts.contrast_set import ContrastSet
@@ -58,7 +58,7 @@ def collect(
         responses: one text a prompt, appended to it, for "response_mean"; without them the model's own
             greedy response of 32 tokens is used.
         cache: a folder; what was collected before for the same model, plan, prompts, sites and
-            positions is read from it.
+            positions is read from it. Under hooks of your own nothing is read or kept.
         on_batch: called with the number of prompts done in each batch.
 
     Raises:
@@ -66,7 +66,8 @@ def collect(
         InterpAblateError: positions that do not exist in the prompts; a corrupt cache file.
     """
     request, labels = _request(model, prompts, sites, positions, responses)
-    path = request.cache_file(cache, model) if cache else None
+    keeps = cache and not model.plans.has_unknown_edits
+    path = request.cache_file(cache, model) if cache and keeps else None
     if path is not None and path.exists():
         return _read_cache(path, request, labels)
     values = torch.empty(0)
@@ -111,11 +112,9 @@ class _Request:
 
     def cache_file(self, folder: str | Path, model: Model) -> Path:
         """The file that holds these activations; its name is a hash of what they depend on."""
-        plan = model.active_plan
         key = json.dumps(
             {
                 "model": model.fingerprint,
-                "plan": plan.fingerprint if len(plan) else None,
                 "rows": self.rows,
                 "prompt_lengths": self.prompt_lengths,
                 "sites": [str(site) for site in self.sites],

@@ -24,7 +24,7 @@ from interp_ablate.activations.activations import (
 )
 from interp_ablate.directions.direction import Direction
 from interp_ablate.errors import DirectionError, InterpAblateError, ModelError
-from interp_ablate.models.forward import Batch
+from interp_ablate.models.batches import Batch
 from interp_ablate.models.model import Model
 from interp_ablate.precision import to_float64
 from interp_ablate.prompts.prompt import Prompt

@@ -29,6 +29,8 @@ from interp_ablate.settings import MAX_NEW_TOKENS
 class ModelOutputs:
     """The outputs of a model on some prompts under a plan (None: unedited), computed when first read.
 
+    They are the outputs of the model as it is when this is made: inside another plan, under that one too. First
+    read under other plans, weights or hooks they are refused; what has been computed stays as it is.
     `generations` can also be filled from outside: from another batch, or from disk.
     """
 
@@ -46,6 +48,7 @@ class ModelOutputs:
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
         # outputs of the same prompts without the plan, whose residual cache serves here
         self._unedited: ModelOutputs | None = None
+        self._state = model.state
         self._first_logprobs: Float[Tensor, "prompt d_vocab"] | None = None
         self._generations: list[Generation] | None = None
         self._answer_logprobs: list[Float[Tensor, "pos d_vocab"]] | None = None
@@ -97,14 +100,29 @@ class ModelOutputs:
     def subset(self, index: Sequence[int]) -> ModelOutputs:
         """The outputs on some of the prompts, by their indices; what is computed already is kept."""
         part = self._of(index, self.plan)
-        part._unedited = self._unedited
+        part._unedited, part._state = self._unedited, self._state
         if self._first_logprobs is not None:
             part._first_logprobs = self._first_logprobs[list(index)]
         if self._generations is not None:
             part._generations = [self._generations[i] for i in index]
         return part
 
+    def require_state(self) -> None:
+        """Refuse to compute outputs of another model than these were made of.
+
+        Raises:
+            PlanError: other plans are applied than when this was made.
+            InterpAblateError: weights were edited since, or hooks came or went.
+        """
+        self.model.plans.require(self._state[0], "these ModelOutputs were made")
+        if self.model.state != self._state:
+            raise InterpAblateError(
+                "weights of the model, or hooks in it, have changed since these ModelOutputs were made: read "
+                "them before, or make new ones of the model as it is now"
+            )
+
     def _under_plan(self) -> Any:
+        self.require_state()
         return self.model.applied(self.plan) if self.plan is not None else nullcontext()
 
     @property
@@ -178,14 +196,13 @@ class ModelOutputs:
         # the last token is not fed: what follows it is not asked for
         rows = [row + list(end)[:-1] for row, end in zip(self.rows, continuations)]
         logprobs: list[Tensor] = [torch.empty(0)] * len(rows)
-        stream = self.model.stream(
-            rows,
-            keep=max(1, *(len(end) for end in continuations)),
-            prompt_lengths=[len(row) for row in self.rows],
-            batch_size=batch_size,
-        )
         with self._under_plan():
-            for batch, logits, _ in stream:
+            for batch, logits, _ in self.model.stream(
+                rows,
+                keep=max(1, *(len(end) for end in continuations)),
+                prompt_lengths=[len(row) for row in self.rows],
+                batch_size=batch_size,
+            ):
                 assert logits is not None
                 for i, row in zip(batch.index, logits):
                     at_continuation = row[len(row) - len(continuations[i]) :]
@@ -241,6 +258,8 @@ def generate_outputs_together(outputs: Sequence[ModelOutputs]) -> None:
         )
     if not waiting:
         return
+    for each in waiting:
+        each.require_state()
     rows = [row for each in waiting for row in each.rows]
     plans = [each.plan for each in waiting for _ in each.rows]
     model, first = waiting[0].model, waiting[0]

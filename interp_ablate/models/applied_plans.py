@@ -1,6 +1,6 @@
-"""Plans as hooks on a running model: installed, checked against each other, removed.
+"""Plans as hooks on a running model: installed, checked against each other, removed, in one thread at a time.
 
-Knows: hook points, what each plan does at each of them. Does not know: tokens, batches or prompts.
+Knows: hook points, what each plan does at each of them, which thread applied it. Does not know: tokens, batches or prompts.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import RLock, get_ident
 from typing import Any
 
 import torch
@@ -48,6 +49,10 @@ class InstalledPlans:
             handle.remove()
         self.resid_mid_handles = []
 
+    @property
+    def hook_ids(self) -> list[int]:
+        return [handle.id for handle in self.handles + self.resid_mid_handles]
+
 
 def as_plan(plan: Plan | Edit | None) -> Plan:
     """A plan as it is, an edit as a plan of one, None as the plan that edits nothing."""
@@ -63,11 +68,89 @@ class AppliedPlans:
         self.current_call: ForwardCall | None = None
         """The forward call that runs now; whoever runs one sets it. It says which rows and positions are which."""
         self.with_gradients = False
+        self.lock = RLock()
+        """Held during a forward call, and while hooks come and go: one thread's hooks never meet another's call."""
+        self._live_edits: list[list[Any]] = []
+        self._thread: int | None = None
 
     @property
     def is_edited(self) -> bool:
-        """True while a plan is applied or an erasure is fitted."""
-        return bool(self.installed) or self.with_gradients
+        """True while a plan is applied, an erasure is fitted or the unembedding reads through a map."""
+        return bool(self.installed or self._live_edits)
+
+    @property
+    def in_force(self) -> tuple[object, ...]:
+        """What edits the model now, as a value that equals another where the same plans are applied.
+
+        Raises:
+            PlanError: another thread has applied a plan.
+        """
+        self._check_thread()
+        return (*((p.plans, p.plan_of_row) for p in self.installed), *map(id, self._live_edits))
+
+    @property
+    def foreign_hooks(self) -> frozenset[int]:
+        """The ids of hooks in the model that somebody else put there."""
+        return self._backend.hook_ids() - self.hook_ids
+
+    @property
+    def has_unknown_edits(self) -> bool:
+        """True where hooks of somebody else, or an edit that is no plan, are in the model.
+
+        What is computed then has no name under which it could be kept on disk.
+        """
+        return bool(self._live_edits or self.foreign_hooks)
+
+    def require(self, in_force: tuple[object, ...], what: str) -> None:
+        """Refuse to go on under other plans than those in force when something was begun.
+
+        Raises:
+            PlanError: other plans are applied now, or another thread has applied one.
+        """
+        if self.in_force != in_force:
+            raise PlanError(
+                f"the plans applied now are not those under which {what}: read it inside the same "
+                "`with model.applied(...)` block, and what was begun outside of one outside of it"
+            )
+
+    @property
+    def hook_ids(self) -> frozenset[int]:
+        """The ids of the hooks through which the plans work."""
+        live = (handle.id for handles in self._live_edits for handle in handles)
+        return frozenset([n for p in self.installed for n in p.hook_ids]).union(live)
+
+    def _check_thread(self) -> None:
+        if self._thread not in (None, get_ident()):
+            raise PlanError(
+                "another thread has a plan applied to this Model, whose hooks would edit this one's "
+                "passes: load one Model a thread, or let threads take turns (a threading.Lock around each "
+                "`with model.applied(...)` block and each call)"
+            )
+
+    @contextmanager
+    def _editing(self) -> Iterator[None]:
+        """Inside the block the model is this thread's alone."""
+        with self.lock:
+            self._check_thread()
+            before, self._thread = self._thread, get_ident()
+        try:
+            yield
+        finally:
+            self._thread = before
+
+    @contextmanager
+    def _live(self) -> Iterator[list[Any]]:
+        """Inside the block an edit that is no plan is in force; its handles are removed afterwards."""
+        handles: list[Any] = []
+        with self._editing():
+            self._live_edits.append(handles)
+            try:
+                yield handles
+            finally:
+                with self.lock:
+                    self._live_edits.pop()
+                    for handle in handles:
+                        handle.remove()
 
     @property
     def active_plan(self) -> Plan:
@@ -125,14 +208,17 @@ class AppliedPlans:
 
     @contextmanager
     def _installed(self, new: InstalledPlans) -> Iterator[None]:
-        try:
-            self._install(new)
-            self.installed.append(new)
-            yield
-        finally:
-            new.remove()
-            if new in self.installed:
-                self.installed.remove(new)
+        with self._editing():
+            try:
+                with self.lock:
+                    self._install(new)
+                    self.installed.append(new)
+                yield
+            finally:
+                with self.lock:
+                    new.remove()
+                    if new in self.installed:
+                        self.installed.remove(new)
         silent = [str(site) for site, count in new.n_writes.items() if not count]
         if silent:
             raise PlanError(
@@ -254,11 +340,9 @@ class AppliedPlans:
         def read(module: nn.Module, args: Any, x: Tensor) -> Tensor:
             return affine.to(x)(x)
 
-        handle = self._backend.unembed_input.register_forward_hook(read)
-        try:
+        with self._live() as handles:
+            handles.append(self._backend.unembed_input.register_forward_hook(read))
             yield
-        finally:
-            handle.remove()
 
     @contextmanager
     def fitting_erasure(
@@ -294,13 +378,11 @@ class AppliedPlans:
 
             return edit
 
-        handles: list[Any] = []
-        self.with_gradients = True
-        try:
-            for i, site in enumerate(sites):
-                handles.append(self._hook(site, writer(i)))
-            yield
-        finally:
-            self.with_gradients = False
-            for handle in handles:
-                handle.remove()
+        with self._live() as handles:
+            self.with_gradients = True
+            try:
+                for i, site in enumerate(sites):
+                    handles.append(self._hook(site, writer(i)))
+                yield
+            finally:
+                self.with_gradients = False

@@ -14,16 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from interp_ablate.directions.direction import Direction
-from interp_ablate.errors import ModelError, PlanError
-from interp_ablate.models.applied_plans import InstalledPlans
+from interp_ablate.errors import ModelError
 from interp_ablate.models.backends.backend import ForwardCall
-from interp_ablate.models.forward import (
-    Batch,
-    ForwardPasses,
-    SharedPrefix,
-    batches,
-    in_parts,
-)
+from interp_ablate.models.batches import Batch, SharedPrefix, batches, call_of, in_parts
+from interp_ablate.models.forward import ForwardPasses
 from interp_ablate.settings import DECODED_ROWS
 from interp_ablate.sites import Site
 
@@ -95,19 +89,20 @@ def generate_tokens(
     batch_size: int | None = None,
 ) -> list[tuple[list[int], bool]]:
     """For every row the tokens that follow it, and True if they ended with a stop token (left out)."""
-    choose = decoding.chooser(passes.device)
+    choose, in_force = decoding.chooser(passes.device), passes.plans.in_force
     lengths, plan_of_row = [len(row) for row in rows], passes.plans.plan_of_rows(len(rows))
-    n_shared = passes.shared_length(rows, lengths, keep=1, max_new_tokens=decoding.max_new_tokens)
-    prefix = passes.share(rows[0][:n_shared], min(lengths), plan_of_row)
+    width = max(lengths) + decoding.max_new_tokens
+    cached = passes.checks.cache_is_exact(width)
+    n_shared = passes.shared_length(rows, lengths, width, keep=1) if cached else 0
+    prefix = passes.share(rows[0][:n_shared], min(lengths), plan_of_row, in_force)
 
     def run(batch: Batch) -> dict[int, tuple[list[int], bool]]:
-        call = passes.call_of(batch, prefix, plan_of_row, decoding=True)
+        call = call_of(passes.backend, batch, prefix, plan_of_row, cached=cached)
         return _decode(passes, call, batch.index, decoding, choose)
 
-    width = max(lengths) + decoding.max_new_tokens
     size = batch_size or passes.rows_that_fit(width, 1, 0, DECODED_ROWS)
     answers: dict[int, tuple[list[int], bool]] = {}
-    for part in in_parts(batches(rows, size=size, prefix=n_shared, device=passes.device), run):
+    for part in in_parts(passes.batches(rows, size, width, prefix=n_shared), run):
         answers.update(part)
     return [answers[i] for i in range(len(rows))]
 
@@ -121,9 +116,9 @@ def _decode(
 ) -> dict[int, tuple[list[int], bool]]:
     """Decode one batch; rows that ended leave it."""
     answers: dict[int, tuple[list[int], bool]] = {i: ([], False) for i in index}
-    active = list(index)
+    active, in_force = list(index), passes.plans.in_force
     for n in range(decoding.max_new_tokens):
-        logits = passes.run(call, 1)
+        logits = passes.run(call, 1, in_force)
         assert logits is not None
         tokens = choose(logits[:, -1])
         going = []
@@ -137,7 +132,8 @@ def _decode(
             break
         if len(going) < len(active):
             rows = torch.tensor(going, device=passes.device)
-            call = call.of_rows(rows, passes.backend.select_cache(call.cache, rows))
+            cache = call.cache and passes.backend.select_cache(call.cache, rows)
+            call = call.of_rows(rows, cache)
             tokens, active = tokens[rows], [active[place] for place in going]
         call = call.followed_by(tokens)
     return answers
@@ -149,13 +145,13 @@ def monitored_tokens(
     directions: Sequence[Direction],
     decoding: Decoding,
     decode: Callable[[Sequence[int]], str],
-    installed: tuple[InstalledPlans, ...],
+    in_force: tuple[object, ...],
 ) -> Iterator[tuple[MonitoredToken, tuple[float, ...]]]:
     """Generate token by token; with each, the projections of the stream on directions at their sites.
 
     Args:
         decode: gives the text of tokens.
-        installed: the plans that must be applied whenever a token is computed.
+        in_force: the plans that must be applied whenever a token is computed (`AppliedPlans.in_force`).
 
     Raises:
         PlanError: other plans are applied.
@@ -166,19 +162,17 @@ def monitored_tokens(
         return x[0, -1].detach().to(passes.device)
 
     def next_token(call: ForwardCall, sites: Sequence[Site]) -> tuple[int, dict[Site, Tensor]]:
-        if installed != tuple(passes.plans.installed):
-            raise PlanError(
-                "the plans applied now are not those under which monitor was called: iterate "
-                "inside the same `with model.applied(...)` block"
-            )
         with passes.capturing(dict.fromkeys(sites, last), batch) as captured:
-            logits = passes.run(call, 1)
+            logits = passes.run(call, 1, in_force)
         assert logits is not None
         return int(choose(logits[:, -1])), captured
 
     choose = decoding.chooser(passes.device)
     (batch,) = batches([row], size=1, device=passes.device)
-    call = passes.call_of(batch, SharedPrefix(), passes.plans.plan_of_rows(1), decoding=True)
+    passes.plans.require(in_force, "monitor was called")
+    cached = passes.checks.cache_is_exact(len(row) + decoding.max_new_tokens)
+    plan_of_row = passes.plans.plan_of_rows(1)
+    call = call_of(passes.backend, batch, SharedPrefix(), plan_of_row, cached=cached)
     token, _ = next_token(call, ())
     tokens: list[int] = []
     shown = ""

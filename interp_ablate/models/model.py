@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
+from uuid import uuid4
 
 import torch
 from jaxtyping import Float
@@ -22,7 +23,9 @@ from interp_ablate.models.applied_plans import AppliedPlans
 from interp_ablate.models.architectures import Architecture
 from interp_ablate.models.backends.backend import Backend, SiteMap
 from interp_ablate.models.backends.registry import backend_of
-from interp_ablate.models.forward import Batch, Capture, ForwardPasses
+from interp_ablate.models.batches import Batch
+from interp_ablate.models.fingerprint import ModelFingerprint, rendered
+from interp_ablate.models.forward import Capture, ForwardPasses
 from interp_ablate.models.generation import (
     Decoding,
     Generation,
@@ -32,7 +35,7 @@ from interp_ablate.models.generation import (
 )
 from interp_ablate.models.loading import BackendName
 from interp_ablate.models.residual_cache import ResidualCache, ResidualCaching
-from interp_ablate.models.sources import ModelSource, weights_fingerprint
+from interp_ablate.models.sources import ModelSource
 from interp_ablate.prompts.chat_template import encode, has_template, template_text
 from interp_ablate.prompts.messages import is_chat
 from interp_ablate.prompts.prompt import Prompt, PromptLike, as_prompt, as_prompts
@@ -74,9 +77,9 @@ class Model:
         self.hf_config, self.generation_config = backend.hf_config, backend.generation_config
         self.site_map = SiteMap(backend, source.name)
         self.plans = AppliedPlans(backend, self.site_map)
-        window = getattr(self.hf_config, "sliding_window", None)
-        self._passes = ForwardPasses(backend, self.site_map, self.plans, sliding_window=window)
-        self._residuals = ResidualCaching(self._passes, self.site_map)
+        self._fingerprint = ModelFingerprint(backend.tl)
+        self._passes = ForwardPasses(backend, self.site_map, self.plans)
+        self._residuals = ResidualCaching(self._passes, self.site_map, self._fingerprint)
 
     @classmethod
     def wrap(
@@ -168,11 +171,30 @@ class Model:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over every weight's name, shape, dtype and bytes, and the backend.
+        """sha256 of all that decides outputs: weights, config, attention, tokenizer, template, applied plans.
 
-        Computed anew each time: `model.tl` is the user's to edit in place.
+        Weights are hashed once, and again after a write to one of them. Under hooks of your own in `model.tl`
+        it is another at every reading, so that nothing that was kept is taken for theirs, nor theirs kept.
         """
-        return weights_fingerprint(self.tl.state_dict(), start=self.backend)
+        name = [
+            [[plan.fingerprint for plan in each.plans], each.plan_of_row]
+            for each in self.plans.installed
+        ]
+        unknown = uuid4().hex if self.plans.has_unknown_edits else None
+        tokens = rendered(self.encode) if self.tokenizer is not None else []
+        about = (self.backend, tokens, sorted(self.eos_token_ids), name, unknown)
+        configs = (self.hf_config, self.tl.cfg)
+        return self._fingerprint.of(configs, self.tokenizer, self.template, *about)
+
+    @property
+    def state(self) -> tuple[tuple[object, ...], object]:
+        """What decides outputs now, as a value to compare with a later one: plans, and weights with hooks.
+
+        Raises:
+            PlanError: another thread has applied a plan.
+        """
+        changeable = self._fingerprint.weights_version, self.plans.foreign_hooks
+        return self.plans.in_force, changeable
 
     @cached_property
     def eos_token_ids(self) -> frozenset[int]:
@@ -281,7 +303,8 @@ class Model:
         positions [batch, keep, d_vocab] (None for 0: no logits are computed; fewer where the batch is
         shorter, and values before a row's first token mean nothing), and what each capture function
         returned for its site (a `Site`). Captures see the last positions of the rows; `tail` says how many of them
-        at least. The tokens all rows share in front are run once for all (once a plan).
+        at least. The tokens all rows share in front are run once for all (once a plan) where that changes
+        nothing (measured on fixed tokens).
 
         Args:
             batch_size: rows a batch at most; by default as many as fit into the free memory, up to
@@ -291,7 +314,7 @@ class Model:
         """
         self._check_fits(max(map(len, rows), default=0))
         sites = {Site.parse(site): read for site, read in (capture or {}).items()}
-        yield from self._passes.stream(
+        return self._passes.stream(
             rows,
             keep=keep,
             prompt_lengths=prompt_lengths,
@@ -395,6 +418,6 @@ class Model:
         self.site_map.first_block(item.site for item in watched)  # the model has these sites
         decoding = Decoding(max_new_tokens, temperature, seed, self.eos_token_ids)
         (row,) = self.encode_all([prompt])
-        installed = tuple(self.plans.installed)
-        pieces = monitored_tokens(self._passes, row, watched, decoding, self.decode, installed)
+        in_force = self.plans.in_force
+        pieces = monitored_tokens(self._passes, row, watched, decoding, self.decode, in_force)
         return ((token, values[0] if single else values) for token, values in pieces)

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from interp_ablate.errors import PlanError
 from interp_ablate.models.backends.backend import ResumePoint, SiteMap
-from interp_ablate.models.forward import (
+from interp_ablate.models.batches import (
     Batch,
-    Capture,
-    ForwardPasses,
-    Resume,
     SharedPrefix,
     batches,
+    call_of,
     common_prefix,
     in_parts,
 )
+from interp_ablate.models.fingerprint import ModelFingerprint
+from interp_ablate.models.forward import Capture, ForwardPasses, Resume
 from interp_ablate.models.sources import free_memory
 from interp_ablate.settings import STREAM_ROWS
 from interp_ablate.sites import Site
@@ -111,8 +111,10 @@ class ResidualCache:
 class ResidualCaching:
     """Fills residual caches for one model, and says where its passes may resume from one."""
 
-    def __init__(self, passes: ForwardPasses, site_map: SiteMap) -> None:
-        self._passes, self._site_map = passes, site_map
+    def __init__(
+        self, passes: ForwardPasses, site_map: SiteMap, fingerprint: ModelFingerprint
+    ) -> None:
+        self._passes, self._site_map, self._fingerprint = passes, site_map, fingerprint
         self._backend, self._plans = passes.backend, passes.plans
 
     def filled(self, rows: Sequence[Sequence[int]]) -> ResidualCache:
@@ -127,13 +129,14 @@ class ResidualCaching:
         if not self._backend.is_hooked_below(cfg.n_layers + 1) and self._backend.can_resume:
             layers = layers_to_keep(cfg.n_layers, used, free_memory(parameter.device))
         logger.debug("caching %d of %d layers, %d bytes each", len(layers), cfg.n_layers, used)
-        cache = ResidualCache(rows, layers, self._weights_version)
+        cache = ResidualCache(rows, layers, self._fingerprint.weights_version)
         if layers:
             self._fill(cache)
         return cache
 
     def _fill(self, cache: ResidualCache) -> None:
         passes, rows, lengths = self._passes, cache.rows, [len(row) for row in cache.rows]
+        in_force, width = passes.plans.in_force, max(lengths)
 
         def reader(layer: int) -> Capture:
             def read(x: Float[Tensor, "batch pos d_model"], batch: Batch) -> Tensor:
@@ -143,26 +146,20 @@ class ResidualCaching:
             return read
 
         capture = {Site(layer, "resid_post"): reader(layer) for layer in cache.layers}
-        n_shared, prefix = passes.shared_length(rows, lengths, keep=1), SharedPrefix()
+        n_shared, prefix = passes.shared_length(rows, lengths, width, keep=1), SharedPrefix()
         if n_shared:
             (front,) = batches([rows[0][:n_shared]], size=1, device=passes.device)
             with passes.capturing(capture, front):
-                prefix = passes.share(rows[0][:n_shared], min(lengths), None)
+                prefix = passes.share(rows[0][:n_shared], min(lengths), None, in_force)
 
         def run(batch: Batch) -> None:
             with passes.capturing(capture, batch):
-                passes.run(passes.call_of(batch, prefix, None), 0)
+                passes.run(call_of(passes.backend, batch, prefix, None), 0, in_force)
 
-        size = passes.rows_that_fit(max(lengths), 0, 0, STREAM_ROWS)
-        parts = batches(rows, size=size, prefix=n_shared, device=passes.device)
+        size = passes.rows_that_fit(width, 0, 0, STREAM_ROWS)
+        parts = passes.batches(rows, size, width, prefix=n_shared)
         for _ in in_parts(parts, run):
             pass
-
-    @property
-    def _weights_version(self) -> tuple[tuple[int, int], ...]:
-        """Changes with every write to a weight (but through `.data`), and with every new one."""
-        parameters = self._backend.tl.parameters()
-        return tuple((weight.data_ptr(), weight._version) for weight in parameters)
 
     def resume(
         self, cache: ResidualCache | None, rows: Sequence[Sequence[int]], captured: Iterable[Site]
@@ -173,7 +170,7 @@ class ResidualCaching:
         block = cache.first_block(self._site_map.first_block({*self._plans.sites, *captured}))
         if not block or not cache.holds(rows) or self._backend.is_hooked_below(block):
             return None
-        if cache.weights_version != self._weights_version:
+        if cache.weights_version != self._fingerprint.weights_version:
             logger.warning(
                 "the weights have changed since residuals were cached: running all blocks"
             )

@@ -6,9 +6,8 @@ Knows: aliases, GGUF files, folders, hub names, how transformers loads each. Doe
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -262,16 +261,3 @@ def load_hf(
             "GPUs, --dtype bfloat16, or --device cpu"
         )
     return model.eval().requires_grad_(False), tokenizer
-
-
-def weights_fingerprint(state: Mapping[str, torch.Tensor], *, start: str = "") -> str:
-    """sha256 over `start` and every tensor's name, shape, dtype and bytes."""
-    import torch
-
-    digest = hashlib.sha256(start.encode())
-    for name, tensor in state.items():
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        flat = tensor.detach().cpu().contiguous().view(-1)
-        if flat.numel():
-            digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -21,7 +21,7 @@ from interp_ablate.edits.kinds import Ablate, Erase
 from interp_ablate.errors import InterpAblateError, PlanError
 from interp_ablate.evaluation.metrics import kl_divergence, repeats
 from interp_ablate.evaluation.outputs import ModelOutputs
-from interp_ablate.models.forward import telling_of_memory
+from interp_ablate.models.batches import telling_of_memory
 from interp_ablate.models.model import Model
 from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.settings import STEP_ROWS
@@ -180,7 +180,7 @@ def fit_data(
     long = [i for i, answer in enumerate(answers) if len(answer) == N_KEPT]
     kept, ahead = (long, N_KEPT) if 2 * len(long) >= len(answers) else (range(len(answers)), 1)
     ends = [answers[i][:ahead] or [0] for i in kept]
-    some = ModelOutputs(negative.model, [negative.rows[i] for i in kept])
+    some = negative.subset(kept)
     data = FitData(
         [],
         [],

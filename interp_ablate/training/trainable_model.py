@@ -11,7 +11,7 @@ import gc
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -26,10 +26,11 @@ from interp_ablate.export.checkpoint import export_checkpoint
 from interp_ablate.export.checkpoint_files import write_json
 from interp_ablate.export.model_card import CERTIFICATE
 from interp_ablate.models.architectures import architecture_of
+from interp_ablate.models.fingerprint import ModelFingerprint, rendered
 from interp_ablate.models.load import from_hf, hf_from_name
 from interp_ablate.models.loading import DEFAULTS as LOADING
 from interp_ablate.models.model import Model
-from interp_ablate.models.sources import ModelSource, weights_fingerprint
+from interp_ablate.models.sources import ModelSource
 from interp_ablate.prompts.chat_template import encode
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.sites import sites_of
@@ -78,6 +79,7 @@ class TrainableModel:
         """Give the memory back, where the weights can be read again."""
         if self._read_again is not None:
             self._hf = None
+            self.__dict__.pop("_fingerprint", None)  # it holds the model too
             gc.collect()
 
     def take(self) -> TrainableModel:
@@ -86,10 +88,15 @@ class TrainableModel:
         self.release()
         return TrainableModel(copied, self.tokenizer, self.source, self.template)
 
+    @cached_property
+    def _fingerprint(self) -> ModelFingerprint:
+        return ModelFingerprint(self.hf)
+
     @property
     def fingerprint(self) -> str:
-        """sha256 over every weight's name, shape, dtype and bytes; computed anew each time."""
-        return weights_fingerprint(self.hf.state_dict())
+        """sha256 of weights, config, attention, tokenizer and template; weights are hashed again when changed."""
+        tokens = rendered(partial(encode, tokenizer=self.tokenizer, template=self.template))
+        return self._fingerprint.of((self.hf.config,), self.tokenizer, self.template, tokens)
 
     @cached_property
     def model(self) -> Model:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from interp_ablate.errors import RunError
-from interp_ablate.models.forward import telling_of_memory
+from interp_ablate.models.batches import telling_of_memory
 from interp_ablate.storage.incoming_files import incoming_object
 from interp_ablate.storage.jsonl_log import JsonlLog
 from interp_ablate.training.recipe import LoraRecipe

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from interp_ablate import Ablate, Add, Clamp, Plan, Site, collect, everywhere, sites_of
 from interp_ablate.errors import ModelError, PlanError
-from interp_ablate.models.forward import batches, in_parts
+from interp_ablate.models.batches import batches, in_parts
 from interp_ablate.sites import RESIDUAL_POINTS
 
 RESIDUAL = sites_of(RESIDUAL_POINTS, range(N_LAYERS))

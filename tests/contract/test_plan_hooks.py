@@ -14,7 +14,7 @@ from interp_ablate import Ablate, Add, Clamp, Plan, Site
 from interp_ablate.edits.kinds import Erase
 from interp_ablate.errors import PlanError
 from interp_ablate.models.backends.backend import ForwardCall
-from interp_ablate.models.forward import pad_left
+from interp_ablate.models.batches import pad_left
 from interp_ablate.models.plan_hooks import Maps, SiteWriter
 
 SITE, EMBED = Site(1, "resid_post"), Site(0, "embed")

@@ -38,7 +38,8 @@ from interp_ablate.directions.mean_difference import difference_in_means, estima
 from interp_ablate.errors import InterpAblateError, ModelError, PlanError
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.models.architectures import ARCHITECTURES
-from interp_ablate.models.forward import MIN_SHARED_PREFIX, Batch, common_prefix, pad_left
+from interp_ablate.models.batches import Batch, common_prefix, pad_left
+from interp_ablate.models.forward import MIN_SHARED_PREFIX
 from interp_ablate.models.load import from_hf
 from interp_ablate.models.model import Model
 from interp_ablate.models.plan_hooks import SiteWriter

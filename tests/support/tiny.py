@@ -271,11 +271,15 @@ def _config(kind: str, **extra: Any) -> tuple[Any, Any]:
 def tiny(kind: str = "llama_gqa", *, tied: bool = False, seed: int = 0, **config: Any) -> Any:
     """A fresh (hf_model, tokenizer): the same arguments give the same weights."""
     settings, make = _config(kind, tie_word_embeddings=tied, **config)
-    model = make(settings)
+    return randomized(make(settings), tied=tied, seed=seed), make_tokenizer()
+
+
+def randomized(model: Any, *, tied: bool = False, seed: int = 0) -> Any:
+    """The model with every tensor random, norms and biases too; eval mode, no gradients."""
     model.config.architectures = [type(model).__name__]
     generator = torch.Generator().manual_seed(seed)
     norms = (
-        0.0 if settings.model_type.startswith(("gemma", "nemotron")) else 1.0
+        0.0 if model.config.model_type.startswith(("gemma", "nemotron")) else 1.0
     )  # 1 + weight there
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -288,7 +292,7 @@ def tiny(kind: str = "llama_gqa", *, tied: bool = False, seed: int = 0, **config
                 parameter.copy_((0.2 if tied else 0.5) * noise)  # logits of size 1 either way
             else:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)
-    return model.eval().requires_grad_(False), make_tokenizer()
+    return model.eval().requires_grad_(False)
 
 
 @cache

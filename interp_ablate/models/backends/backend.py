@@ -6,6 +6,7 @@ Knows: the protocol of a backend, the data of one forward call, points that an a
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -67,6 +68,12 @@ class Backend(Protocol):
     def is_hooked_below(self, block: int) -> bool:
         """True if a pass that resumes at a block would leave out hooks of somebody else."""
 
+    def hook_ids(self) -> frozenset[int]:
+        """The ids of all hooks in the model but TransformerLens' own: plans', captures' and the user's."""
+
+    def unhooked(self) -> AbstractContextManager[None]:
+        """Inside the block none of these hooks is called."""
+
     def hf_state_dict(self) -> dict[str, Tensor]:
         """The weights under their Hugging Face names."""
 
@@ -98,6 +105,8 @@ class ForwardCall:
     """The index of each row's plan, where rows are under different plans."""
     resume: ResumePoint | None = None
     """Where the call starts; None for the embedding."""
+    padded: bool = True
+    """False where all tokens are real: the mask says nothing then."""
 
     def of_rows(self, rows: Int[Tensor, " row"], cache: Any) -> ForwardCall:
         """The same call for some of its rows, with the cache of these rows."""
@@ -108,14 +117,18 @@ class ForwardCall:
             self.prompt_lengths[rows],
             cache,
             None if self.plans is None else self.plans[rows],
+            padded=self.padded,
         )
 
     def followed_by(self, tokens: Int[Tensor, " batch"]) -> ForwardCall:
-        """The next decoding call: one more token in each row."""
+        """The next decoding call: one more token in each row; without a cache, after all that were before."""
         mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
-        positions = self.positions[:, -1:] + 1
+        new, positions = tokens[:, None], self.positions[:, -1:] + 1
+        if self.cache is None:
+            new = torch.cat([self.tokens, new], 1)
+            positions = torch.cat([self.positions, positions], 1)
         return ForwardCall(
-            tokens[:, None], mask, positions, self.prompt_lengths, self.cache, self.plans
+            new, mask, positions, self.prompt_lengths, self.cache, self.plans, padded=self.padded
         )
 
     @cached_property

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from functools import cached_property
 from types import MethodType
 from typing import Any
@@ -33,6 +34,7 @@ from interp_ablate.models.backends.component_map import (
     describe_components,
     discovered_architecture,
 )
+from interp_ablate.models.backends.foreign_hooks import hook_ids, without_hooks
 from interp_ablate.models.loading import BackendName
 from interp_ablate.sites import EMBEDDING_POINTS, Site
 
@@ -157,18 +159,21 @@ class BridgeBackend:
 
     def gathered_cache(self, cache: Any, rows: Int[Tensor, " row"]) -> Any:
         gathered = copy.copy(cache)  # layers replace their tensors, they never write into them
-        gathered.layers = [copy.copy(layer) for layer in cache.layers]
+        gathered.layers = [_copied_layer(layer) for layer in cache.layers]
         return self.select_cache(gathered, rows)
 
     def select_cache(self, cache: Any, rows: Int[Tensor, " row"]) -> Any:
-        for layer in cache.layers:  # each on the device of its block
-            layer.batch_select_indices(rows.to(layer.keys.device))
+        for (
+            layer
+        ) in cache.layers:  # takes any rows; batch_select_indices leaves out recurrent states
+            layer.reorder_cache(rows)  # moves them to the device of its block
         return cache
 
     def forward(self, call: ForwardCall, keep: int) -> Tensor | None:
         arguments = {
             "input_ids": call.tokens,
-            "attention_mask": call.mask,
+            # some models and Bridges take a mask only where there is padding (openai-gpt)
+            "attention_mask": call.mask if call.padded or call.cache is not None else None,
             "position_ids": call.positions,
             "past_key_values": call.cache,
             "use_cache": call.cache is not None,
@@ -196,6 +201,12 @@ class BridgeBackend:
         block = self.tl.blocks[site.layer]
         return site.layer + (self.hook_point(site) is block.hook_out)
 
+    def hook_ids(self) -> frozenset[int]:
+        return hook_ids(self.tl)
+
+    def unhooked(self) -> AbstractContextManager[None]:
+        return without_hooks(self.tl)
+
     def is_hooked_below(self, block: int) -> bool:
         return self._skipping.is_hooked_below(block)
 
@@ -211,3 +222,11 @@ class BridgeBackend:
                 f"{type(self.hf).__name__}: it cannot be written back as a Hugging Face checkpoint"
             )
         return {name: state[names[name]] for name in expected}
+
+
+def _copied_layer(layer: Any) -> Any:
+    """A cache layer with tables of its own; recurrent ones hold their tensors in dicts."""
+    copied = copy.copy(layer)
+    tables = {name: dict(v) for name, v in vars(layer).items() if isinstance(v, dict)}
+    vars(copied).update(tables)
+    return copied

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from interp_ablate.models.backends.backend import ForwardCall, ResumePoint
 from interp_ablate.models.backends.checks import logit_difference
+from interp_ablate.models.backends.foreign_hooks import foreign_hooks
 
 SPARE = 64  # places for further tokens that a buffer is made with
 
@@ -78,9 +79,6 @@ def growing_cache(config: Any) -> DynamicCache:
 Forward = Callable[[ForwardCall, int], Tensor | None]
 FixedCalls = Callable[[], Iterator[ForwardCall]]
 
-# Packages that keep hooks of their own in a model; any other hook is somebody's who wants it called.
-_HOOKING = ("transformer_lens", "transformers")
-
 
 class OwnParts:
     """The checkpoint's own attentions and norms, in place of the Bridge's.
@@ -114,7 +112,7 @@ class OwnParts:
         """Inside the block the checkpoint's parts run, as far as they are enabled and nobody's hooks need the Bridge's."""
         replaced: list[Any] = []
         for parts, own in ((self._attentions, _own_attention), (self._norms, _own_norm)):
-            if self.enabled and not any(_is_hooked(p) for _, inner in parts for p in inner):
+            if self.enabled and not any(any(foreign_hooks(p)) for _, inner in parts for p in inner):
                 for part, _ in parts:
                     part.__dict__["forward"] = functools.partial(own, part)
                 replaced += parts
@@ -272,33 +270,11 @@ class BlockSkipping:
             module = waiting.pop()
             if module in passed:
                 continue
-            if _has_foreign_hooks(module):
+            if any(foreign_hooks(module)):
                 return True
             passed.add(module)
             waiting.extend(part for part in module._modules.values() if part is not None)
         return False
-
-
-def _is_hooked(point: nn.Module) -> bool:
-    return bool(point._forward_hooks or point._forward_pre_hooks or point._backward_hooks)
-
-
-def _has_foreign_hooks(module: nn.Module) -> bool:
-    """True for hooks of others than the Bridge itself, which keeps some in its blocks."""
-    kinds = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    if not any(kinds):
-        return False
-    from transformer_lens.hook_points import HookPoint
-
-    hooks = [hook for kind in kinds for hook in kind.values()]
-    return isinstance(module, HookPoint) or any(
-        hook.__module__.split(".")[0] not in _HOOKING for hook in hooks
-    )
 
 
 def _is_plain_cache(layer: Any) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from interp_ablate.errors import ModelError
 from interp_ablate.models.architectures import Architecture, architecture_of
 from interp_ablate.models.backends.backend import ForwardCall
 from interp_ablate.models.backends.checks import check_logits, fixed_tokens, tokenizer_copy
+from interp_ablate.models.backends.foreign_hooks import hook_ids, without_hooks
 from interp_ablate.models.loading import BackendName
 from interp_ablate.sites import PROJECTION_POINTS, Site
 from interp_ablate.storage.atomic_files import temporary_folder
@@ -116,6 +118,12 @@ class HookedBackend:
 
     def first_block(self, site: Site) -> int:
         return 0
+
+    def hook_ids(self) -> frozenset[int]:
+        return hook_ids(self.tl)
+
+    def unhooked(self) -> AbstractContextManager[None]:
+        return without_hooks(self.tl)
 
     def is_hooked_below(self, block: int) -> bool:
         return True

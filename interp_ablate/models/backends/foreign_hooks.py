@@ -1,0 +1,54 @@
+"""Hooks in a model that are neither TransformerLens' nor transformers' own: found, and taken out for a while.
+
+Knows: torch's tables of hooks, HookPoints. Does not know: whose the hooks are (a plan's, a capture's, the user's).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+# Packages that keep hooks of their own in a model; any other hook is somebody's who wants it called.
+_HOOKING = ("transformer_lens", "transformers")
+
+
+def foreign_hooks(module: nn.Module) -> Iterator[tuple[dict[int, Any], int]]:
+    """The hooks of others in one module: each as the table that holds it, and its id there."""
+    tables = (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    )
+    if not any(tables):
+        return
+    from transformer_lens.hook_points import HookPoint
+
+    for table in tables:
+        for number, hook in table.items():
+            if isinstance(module, HookPoint) or hook.__module__.split(".")[0] not in _HOOKING:
+                yield table, number
+
+
+def hook_ids(root: nn.Module) -> frozenset[int]:
+    """The ids of all hooks of others below a module."""
+    return frozenset(n for module in root.modules() for _, n in foreign_hooks(module))
+
+
+@contextmanager
+def without_hooks(root: nn.Module) -> Iterator[None]:
+    """Inside the block no hook of others below a module is called; afterwards all are as they were."""
+    found = [pair for module in root.modules() for pair in foreign_hooks(module)]
+    tables = {id(table): table for table, _ in found}
+    before = {key: dict(table) for key, table in tables.items()}
+    for table, number in found:
+        del table[number]
+    try:
+        yield
+    finally:
+        for key, table in tables.items():
+            table.clear()
+            table.update(before[key])
