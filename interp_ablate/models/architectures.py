@@ -18,8 +18,9 @@ from interp_ablate.sites import Point, Site
 from interp_ablate.storage.entry_points import entry_named, entry_names
 
 # Which axis of a writer's tensor is d_model: linear [d_model, in], conv1d [in, d_model],
-# embedding [entry, d_model], experts [expert, d_model, in], bias [d_model].
-Layout = Literal["linear", "conv1d", "embedding", "experts", "bias"]
+# embedding [entry, d_model], experts [expert, d_model, in], experts_conv1d [expert, in, d_model],
+# bias [d_model]; the biases of experts [expert, d_model] are rows of a conv1d.
+Layout = Literal["linear", "conv1d", "embedding", "experts", "experts_conv1d", "bias"]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from interp_ablate.settings import setting
 
-BackendName = Literal["bridge", "hooked"]
+BackendName = Literal["bridge", "hooked", "hf"]
 
 
 @dataclass(frozen=True)

@@ -221,7 +221,7 @@ def _check_tensor(
 ) -> None:
     """Refuse a tensor that is no plain weight of the declared layout."""
     axis = {"linear": 0, "experts": 1}.get(edit.layout, -1)
-    dims = {"bias": 1, "experts": 3}.get(edit.layout, 2)
+    dims = {"bias": 1, "experts": 3, "experts_conv1d": 3}.get(edit.layout, 2)
     if dtype not in EDITABLE:
         raise ExportError(
             f"{name} is stored as {dtype}: only float64, float32, bfloat16 and float16 can be edited. "
@@ -322,8 +322,9 @@ def edited_blocks(
     `keeps_norm` one weight.
     """
     first, *rest = shape
-    if edit.layout == "experts":
-        inner = TensorEdit("linear", edit.affine, edit.keeps_norm, edit.point)
+    if edit.layout in ("experts", "experts_conv1d"):
+        inner_layout: Layout = "linear" if edit.layout == "experts" else "conv1d"
+        inner = TensorEdit(inner_layout, edit.affine, edit.keeps_norm, edit.point)
         for i in range(first):
             yield edited_tensor(rows(i, i + 1)[0], inner)[None]
         return

@@ -168,9 +168,10 @@ class SiteMap:
         """See `Model.writers`."""
         points = writer_points(
             pos_embed=self._backend.hook_point(Site(0, "pos_embed")) is not None,
-            post_norm=self._backend.post_norm_gain(Site(0, "attn_proj")) is not None,
+            post_norm=self._backend.post_norm_gain(Site(0, "mlp_proj")) is not None,
         )
-        return sites_of(points, range(self.n_layers))
+        sites = sites_of(points, range(self.n_layers))
+        return tuple(site for site in sites if self._backend.hook_point(site) is not None)
 
     @property
     def residual_points(self) -> tuple[Point, ...]:

@@ -11,12 +11,14 @@ from interp_ablate.errors import ModelError
 from interp_ablate.models.backends.backend import Backend
 from interp_ablate.models.backends.bridge import BridgeBackend
 from interp_ablate.models.backends.checks import refuse_processed
+from interp_ablate.models.backends.hf import HFBackend
 from interp_ablate.models.backends.hooked import HookedBackend
 from interp_ablate.models.loading import BackendName
 
-BACKENDS: dict[BackendName, type[BridgeBackend] | type[HookedBackend]] = {
+BACKENDS: dict[BackendName, type[BridgeBackend] | type[HookedBackend] | type[HFBackend]] = {
     "bridge": BridgeBackend,
     "hooked": HookedBackend,
+    "hf": HFBackend,
 }
 
 

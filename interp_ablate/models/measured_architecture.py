@@ -1,0 +1,93 @@
+"""The architecture of one model, from its measured anatomy: the same questions as a declared entry answers.
+
+Knows: which parameters write at a site, the norms after them. Does not know: how they were measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from interp_ablate.errors import ExportError
+from interp_ablate.models.anatomy import Anatomy, Branch
+from interp_ablate.models.architectures import Architecture, Layout
+from interp_ablate.sites import Site
+
+
+@dataclass(frozen=True)
+class MeasuredArchitecture(Architecture):
+    """What writes to the stream of one model, under the names that its modules have."""
+
+    branches: Mapping[Site, tuple[Branch, ...]] = field(default_factory=dict)
+    """The summands at `attn_out` and `mlp_out` of every layer."""
+
+    def writers(self, site: Site, names: Collection[str], hf_config: Any) -> dict[str, Layout]:
+        """The parameters that write at a writer site, and their layouts.
+
+        Raises:
+            ExportError: nothing writes there, or a parameter is not among the names.
+        """
+        embedding = {"embed": self.embed, "pos_embed": self.pos_embed}.get(site.point)
+        layouts: dict[str, Layout] = {embedding: "embedding"} if embedding else {}
+        for branch in self.branches.get(site.output, ()):
+            layouts |= branch.writers
+        missing = [name for name in layouts if name not in names]
+        if missing or not layouts:
+            raise ExportError(
+                f"the checkpoint has no tensor for {site}: "
+                + (f"{missing[0]} writes there in the model" if missing else "nothing writes there")
+            )
+        return layouts
+
+    def norm_after(self, site: Site) -> str | None:
+        norms = [b.norm for b in self.branches.get(site.output, ()) if b.norm and site.point.endswith("proj")]
+        return f"{norms[0].path}.weight" if norms else None
+
+
+def architecture_from(anatomy: Anatomy, unembed: str, hf_config: Any) -> MeasuredArchitecture:
+    """The architecture that an anatomy describes.
+
+    Raises:
+        ExportError: something writes to the stream that no edit of a weight reaches; blocks of different
+            kinds that need different plans. The message names it.
+    """
+    problems = anatomy.problems
+    branches: dict[Site, tuple[Branch, ...]] = {}
+    for layer, block in enumerate(anatomy.blocks):
+        for point, group in (("attn_out", block.attn), ("mlp_out", block.mlp)):
+            if group:
+                branches[Site(layer, point)] = group  # type: ignore[index, arg-type]
+            normed = [branch for branch in group if branch.norm is not None]
+            if normed and len(group) > 1:
+                problems.append(
+                    f"blocks.{layer}: {len(group)} branches write at {point}, and norms follow them: "
+                    f"{', '.join(branch.path for branch in normed)}"
+                )
+    offsets = {b.norm.offset if b.norm else None for group in branches.values() for b in group}
+    if len(offsets) > 1:
+        problems.append("some blocks have norms after what they write and others have none")
+    if problems:
+        raise ExportError(
+            f"not everything that writes to the residual stream of this {hf_config.model_type} model can "
+            f"be edited exactly in weights: {'; '.join(problems[:3])}"
+            + (f" ({len(problems)} in all)" if len(problems) > 3 else "")
+            + ". Plans run as hooks"
+        )
+    offset = offsets.pop() if offsets else None
+    norm = "measured" if offset is not None else None
+    return MeasuredArchitecture(
+        embed=f"{anatomy.embed}.weight",
+        unembed=unembed,
+        attn=(),
+        mlp=(),
+        pos_embed=f"{anatomy.pos_embed}.weight" if anatomy.pos_embed else None,
+        attn_norm=norm,
+        mlp_norm=norm,
+        gain_offset=offset or 0.0,
+        parallel=all(block.parallel or not block.attn for block in anatomy.blocks),
+        scaled_embed=anatomy.embed_scale != 1.0,
+        prefix="",
+        discovered=True,
+        branches=branches,
+    )
