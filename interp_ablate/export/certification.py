@@ -316,7 +316,10 @@ def certify(
     rows = model.encode_all(prompts)
     bare = plain_logits(reloaded, rows)
     other = from_hf(
-        reloaded, model.tokenizer, source=ModelSource(str(folder), "folder", str(folder))
+        reloaded,
+        model.tokenizer,
+        source=ModelSource(str(folder), "folder", str(folder)),
+        backend="hf" if model.backend == "hf" else "bridge",
     )
     numbers = compare(model, plan, other, rows, unembed_map=unembed_map)
     # `compare` runs the export with hook points in it; this holds plain transformers to the same limit.

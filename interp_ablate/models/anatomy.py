@@ -24,6 +24,8 @@ from interp_ablate.models.architectures import Layout
 
 # A term of a sum that is smaller than this share of the whole is not there, in float32.
 TOLERANCE = 2e-5
+# The share that may be left along a direction that every writer was projected against.
+_LEFT = 1e-4
 # Two measurements of one gain agree within this.
 GAIN_TOLERANCE = 1e-3
 
@@ -139,8 +141,10 @@ def measure(hf: Any, run: Callable[[], Any]) -> Anatomy:
     """
     with torch.no_grad():
         path, blocks, calls = _find_blocks(hf, run)
+        guesses: dict[str, dict[str, Layout]] = {}
         measured = tuple(
-            _measure_block(f"{path}.{i}", block, call) for i, (block, call) in enumerate(zip(blocks, calls))
+            _measure_block(f"{path}.{i}", block, call, guesses)
+            for i, (block, call) in enumerate(zip(blocks, calls))
         )
         embedding = _measure_embedding(hf, run, path, _stream_in(calls[0]))
     return Anatomy(path, measured, **embedding)
@@ -216,7 +220,9 @@ def _is_chain(calls: Sequence[Recorded]) -> bool:
     return True
 
 
-def _measure_block(path: str, block: nn.Module, call: Recorded) -> BlockAnatomy:
+def _measure_block(
+    path: str, block: nn.Module, call: Recorded, guesses: dict[str, dict[str, Layout]]
+) -> BlockAnatomy:
     """The summands of one block, from its own call in a whole pass, in float32."""
     wide, call = _in_float32(block, call)
     modules = {name: module for name, module in wide.named_modules() if name}
@@ -237,10 +243,16 @@ def _measure_block(path: str, block: nn.Module, call: Recorded) -> BlockAnatomy:
     order = [name for name in calls if name in terms]
     attn, mlp = _sites(order, {name: reached for name, (_, reached) in noise.items()})
     branches = {
-        name: _measure_branch(path, name, terms[name], modules, calls) for name in (*attn, *mlp)
+        name: _measure_branch(path, name, terms[name], modules, calls, guesses)
+        for name in (*attn, *mlp)
     }
     reads = {name: reached for name, (_, reached) in noise.items()}
-    chained = [b for group in (attn, mlp) for i, b in enumerate(group) if any(b in reads[a] for a in group[:i])]
+    chained = [
+        b
+        for group in (attn, mlp)
+        for i, b in enumerate(group)
+        if any(b in reads[a] for a in group[:i])
+    ]
     return BlockAnatomy(
         attn=tuple(branches[name] for name in attn),
         mlp=tuple(branches[name] for name in mlp),
@@ -304,7 +316,9 @@ def _least_squares(target: Tensor, columns: Mapping[str, Tensor]) -> tuple[dict[
 
 
 def _unexplained(error: float, terms: Mapping[str, float]) -> str:
-    named = " + ".join(f"{scale:.3g} * {name}" for name, scale in terms.items()) or "no module's output"
+    named = (
+        " + ".join(f"{scale:.3g} * {name}" for name, scale in terms.items()) or "no module's output"
+    )
     return (
         f"what the block adds to the stream is not a sum of its modules' outputs: {error:.1%} of it is left "
         f"beside {named}"
@@ -312,7 +326,11 @@ def _unexplained(error: float, terms: Mapping[str, float]) -> str:
 
 
 def _noise_run(
-    block: nn.Module, call: Recorded, modules: Mapping[str, nn.Module], name: str, terms: Mapping[str, float]
+    block: nn.Module,
+    call: Recorded,
+    modules: Mapping[str, nn.Module],
+    name: str,
+    terms: Mapping[str, float],
 ) -> tuple[float, set[str]]:
     """With noise in one summand: the share of the sum left unexplained, and the summands that changed."""
     generator = torch.Generator().manual_seed(0)
@@ -355,13 +373,20 @@ def _sites(order: Sequence[str], reached: Mapping[str, set[str]]) -> tuple[list[
         return [], list(order)
     if late:
         return [name for name in order if name not in late], late
-    feed_forward = [n for n in order if any(word in n.lower() for word in ("mlp", "ffn", "feed", "fc"))]
+    feed_forward = [
+        n for n in order if any(word in n.lower() for word in ("mlp", "ffn", "feed", "fc"))
+    ]
     mlp = feed_forward if 0 < len(feed_forward) < len(order) else [order[-1]]
     return [name for name in order if name not in mlp], mlp
 
 
 def _measure_branch(
-    path: str, name: str, scale: float, modules: Mapping[str, nn.Module], calls: Mapping[str, list[Recorded]]
+    path: str,
+    name: str,
+    scale: float,
+    modules: Mapping[str, nn.Module],
+    calls: Mapping[str, list[Recorded]],
+    guesses: dict[str, dict[str, Layout]],
 ) -> Branch:
     """The norm and the writing parameters of one summand."""
     module, call = modules[name], calls[name][-1]
@@ -383,8 +408,10 @@ def _measure_branch(
             norm = Norm(f"{path}.{name}", offset)
     writers: dict[str, Layout] = {}
     if not problem:
-        found, problem = find_writers(modules[source], calls[source][-1])
-        writers = {f"{path}.{source}.{n}": layout for n, layout in found.items()}
+        kind = " ".join([source, *_kinds(dict(modules[source].named_parameters()))])
+        local, problem = find_writers(modules[source], calls[source][-1], guesses.get(kind, {}))
+        guesses[kind] = local
+        writers = {f"{path}.{source}.{n}": layout for n, layout in local.items()}
         problem = problem and f"{source}: {problem}"
     return Branch(f"{path}.{name}", scale, f"{path}.{source}", norm, writers, problem)
 
@@ -415,11 +442,14 @@ def _norm_offset(module: nn.Module, call: Recorded) -> float | str | None:
     return "is a norm whose gain is not its weight"
 
 
-def find_writers(module: nn.Module, call: Recorded) -> tuple[dict[str, Layout], str]:
+def find_writers(
+    module: nn.Module, call: Recorded, guess: Mapping[str, Layout]
+) -> tuple[dict[str, Layout], str]:
     """The parameters of a module that write its output, by a projection; and a problem, empty if they are all.
 
     A parameter writes if projecting a random direction out of one of its axes changes the output along
-    that direction only. All of them together must leave nothing along it.
+    that direction only. All of them together must leave nothing along it. `guess` is tried first: what
+    was found in a module of the same kind.
     """
     assert call.output is not None
     d_model = call.output.shape[-1]
@@ -428,27 +458,32 @@ def find_writers(module: nn.Module, call: Recorded) -> tuple[dict[str, Layout], 
     scale = float((call.output @ r).norm())
     own = dict(module.named_parameters())
 
-    def along(changed: dict[str, Tensor]) -> tuple[float, float]:
-        """How far the output moved along r and beside it, as shares of what was along r."""
-        output = stream_of(torch.func.functional_call(module, changed, call.args, call.kwargs))
-        assert output is not None
-        moved = output.reshape(call.output.shape) - call.output  # type: ignore[union-attr]
-        amount = moved @ r
-        beside = moved - amount[..., None] * r
-        return float(amount.norm()) / scale, float(beside.norm()) / scale
+    def output_with(layouts: Mapping[str, Layout]) -> Tensor:
+        projected = {
+            name: _projected(own[name], _AXIS[layout], r) for name, layout in layouts.items()
+        }
+        output = stream_of(torch.func.functional_call(module, projected, call.args, call.kwargs))
+        assert output is not None and call.output is not None
+        return output.reshape(call.output.shape)
 
+    def left(layouts: Mapping[str, Layout]) -> float:
+        return float((output_with(layouts) @ r).norm()) / scale if layouts else 1.0
+
+    if guess and left(guess) <= _LEFT:
+        return dict(guess), ""
     writers: dict[str, Layout] = {}
     for names in _kinds(own).values():
-        for axis, layout in _axes(own[names[0]], d_model):
-            moved, beside = along({name: _projected(own[name], axis, r) for name in names})
-            if moved > 1e-4 and beside < 1e-3 * moved:
+        for layout in _layouts_of(own[names[0]], d_model):
+            moved = output_with(dict.fromkeys(names, layout)) - call.output
+            amount = moved @ r
+            beside = moved - amount[..., None] * r
+            if float(amount.norm()) > _LEFT * scale and float(beside.norm()) < 1e-3 * float(
+                amount.norm()
+            ):
                 writers |= dict.fromkeys(names, layout)
-    projected = {name: _projected(own[name], _AXIS[layout], r) for name, layout in writers.items()}
-    output = stream_of(torch.func.functional_call(module, projected, call.args, call.kwargs))
-    assert output is not None
-    left = float((output.reshape(call.output.shape) @ r).norm()) / scale
-    if left > 1e-4 or not writers:
-        return writers, f"{left:.1%} of what it writes comes from elsewhere than {', '.join(writers) or 'its parameters'}"
+    if (share := left(writers)) > _LEFT:
+        known = ", ".join(writers) or "its parameters"
+        return writers, f"{share:.1%} of what it writes comes from elsewhere than {known}"
     return writers, ""
 
 
@@ -458,16 +493,13 @@ _AXIS: dict[Layout, int] = {
 }  # fmt: skip
 
 
-def _axes(parameter: Tensor, d_model: int) -> list[tuple[int, Layout]]:
-    """The axes of a parameter that may be d_model, with the layout that each would mean."""
+def _layouts_of(parameter: Tensor, d_model: int) -> list[Layout]:
+    """The layouts that a parameter may have, by which of its axes are as long as d_model."""
     layouts: dict[int, tuple[Layout, ...]] = {
         1: ("bias",), 2: ("linear", "conv1d"), 3: ("experts", "experts_conv1d"),
     }  # fmt: skip
-    return [
-        (_AXIS[layout], layout)
-        for layout in layouts.get(parameter.ndim, ())
-        if parameter.shape[_AXIS[layout]] == d_model
-    ]
+    may = layouts.get(parameter.ndim, ())
+    return [layout for layout in may if parameter.shape[_AXIS[layout]] == d_model]
 
 
 def _projected(parameter: Tensor, axis: int, r: Float[Tensor, " d_model"]) -> Tensor:
@@ -484,7 +516,9 @@ def _kinds(parameters: Mapping[str, Tensor]) -> dict[str, list[str]]:
     return kinds
 
 
-def _measure_embedding(hf: Any, run: Callable[[], Any], blocks: str, entering: Tensor) -> dict[str, Any]:
+def _measure_embedding(
+    hf: Any, run: Callable[[], Any], blocks: str, entering: Tensor
+) -> dict[str, Any]:
     """What enters the first block, as a sum of embeddings."""
     word = hf.get_input_embeddings()
     outside = {
@@ -495,6 +529,7 @@ def _measure_embedding(hf: Any, run: Callable[[], Any], blocks: str, entering: T
     name_of = next(name for name, module in outside.items() if module is word)
     with recording(outside) as calls:
         run()
+    word_call = calls[name_of][-1]
     for each in calls.values():  # positions may come without a batch axis
         x = each[-1].output
         if x is not None and x.shape == entering.shape[1:]:
@@ -512,12 +547,16 @@ def _measure_embedding(hf: Any, run: Callable[[], Any], blocks: str, entering: T
         )
         return {"embed": name_of, "embed_problem": problem}
     positions = [n for n in terms if n != name_of]
-    problem = f"more than one embedding beside the words': {positions}" if len(positions) > 1 else ""
+    problem = (
+        f"more than one embedding beside the words': {positions}" if len(positions) > 1 else ""
+    )
     if positions and terms[positions[0]] != 1.0:
         problem = f"{positions[0]} is scaled on its way to the stream"
+    # some embeddings scale what they look up themselves (Gemma 3)
+    inside = float(word_call.output.norm() / word.weight[word_call.args[0]].norm())
     return {
         "embed": name_of,
-        "embed_scale": terms[name_of],
+        "embed_scale": 1.0 if abs(terms[name_of] * inside - 1) < 1e-3 else terms[name_of] * inside,
         "pos_embed": positions[0] if positions else None,
         "embed_problem": problem,
     }

@@ -168,6 +168,11 @@ def writer_points(*, pos_embed: bool, post_norm: bool) -> tuple[Point, ...]:
     return embeddings + (("attn_proj", "mlp_proj") if post_norm else ("attn_out", "mlp_out"))
 
 
+def text_config(hf_config: Any) -> Any:
+    """The part of a config that describes the decoder of text: itself, or what a multimodal one wraps."""
+    return hf_config.get_text_config(decoder=True)
+
+
 def is_tied(hf_config: Any) -> bool:
     """True if a config says that the embedding is the unembedding too."""
     return bool(getattr(hf_config, "tie_word_embeddings", False))

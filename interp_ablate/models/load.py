@@ -6,13 +6,15 @@ Knows: sources and backends. Does not know: what the model is wanted for.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from interp_ablate.errors import ModelError
+from interp_ablate.models.backends.backend import Backend
+from interp_ablate.models.backends.choice import chosen_backend
 from interp_ablate.models.backends.registry import BACKENDS
-from interp_ablate.models.loading import DEFAULTS, BackendName
+from interp_ablate.models.loading import DEFAULTS, BackendChoice
 from interp_ablate.models.model import Model
 from interp_ablate.models.sources import ModelSource, check_device, load_hf, resolve, torch_dtype
 
@@ -20,7 +22,7 @@ from interp_ablate.models.sources import ModelSource, check_device, load_hf, res
 def load_model(
     name_or_path: str | Path,
     *,
-    backend: BackendName = DEFAULTS.backend,
+    backend: BackendChoice = DEFAULTS.backend,
     dtype: str | torch.dtype = DEFAULTS.dtype,
     device: str = DEFAULTS.device,
     template: str | None = DEFAULTS.template,
@@ -31,8 +33,10 @@ def load_model(
     Weights are loaded raw: nothing is folded, centred or refactored.
 
     Args:
-        backend: "bridge" (TransformerBridge, the default: Hugging Face's own forward pass) or "hooked" (a
-            HookedTransformer built from the checkpoint and checked against its logits).
+        backend: "auto" (the default) takes a Bridge where its logits and its writers are the checkpoint's, and plain
+            transformers otherwise. "bridge" is TransformerLens' TransformerBridge (Hugging Face's own forward
+            pass), "hooked" a HookedTransformer built from the checkpoint and checked against its logits, "hf" the
+            Hugging Face model itself with hooks on its own modules.
         device: "cpu", "cuda", "mps", or "auto" to spread the layers over all GPUs (bridge only).
         template: a Jinja chat template to use instead of the tokenizer's, or the name of one of several that
             the tokenizer has; "none" for raw text.
@@ -41,8 +45,10 @@ def load_model(
     Raises:
         ModelError: the model cannot be found, loaded or reproduced; the message says what to do.
     """
-    if backend not in BACKENDS:
-        raise ModelError(f"unknown backend {backend!r}: accepted are {', '.join(BACKENDS)}")
+    if backend not in get_args(BackendChoice):
+        raise ModelError(
+            f"unknown backend {backend!r}: accepted are {', '.join(get_args(BackendChoice))}"
+        )
     if device == "auto" and backend == "hooked":
         raise ModelError("a HookedTransformer lives on one device: use backend='bridge' for 'auto'")
     hf, tokenizer, source = hf_from_name(
@@ -72,7 +78,7 @@ def from_hf(
     tokenizer: Any,
     *,
     source: ModelSource | None = None,
-    backend: BackendName = DEFAULTS.backend,
+    backend: BackendChoice = DEFAULTS.backend,
     template: str | None = None,
 ) -> Model:
     """A `Model` over a Hugging Face causal language model in memory.
@@ -89,7 +95,11 @@ def from_hf(
             "hooked, edited or exported. Load the model on one device, or over GPUs that hold all of it"
         )
     hf.eval().requires_grad_(False)
-    built = BACKENDS[backend].from_hf(hf, tokenizer)
+    built: Backend = (
+        chosen_backend(hf, tokenizer)
+        if backend == "auto"
+        else BACKENDS[backend].from_hf(hf, tokenizer)
+    )
     built.tl.requires_grad_(False)  # the Bridge splits joint weights into parameters of its own
     source = source or ModelSource(type(hf).__name__, "object")
     return Model(built, tokenizer, source, template=template)

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from interp_ablate.settings import setting
 
 BackendName = Literal["bridge", "hooked", "hf"]
+BackendChoice = Literal["auto", "bridge", "hooked", "hf"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,11 @@ class HFLoadingOptions:
 class LoadingOptions(HFLoadingOptions):
     """How a model with hook points is loaded, beside its name."""
 
-    backend: BackendName = setting("bridge", "TransformerLens class", choices=get_args(BackendName))
+    backend: BackendChoice = setting(
+        "auto",
+        "what runs the model: TransformerLens' bridge or hooked, plain transformers (hf), or auto",
+        choices=get_args(BackendChoice),
+    )
 
 
 DEFAULTS = LoadingOptions()

@@ -41,7 +41,11 @@ class MeasuredArchitecture(Architecture):
         return layouts
 
     def norm_after(self, site: Site) -> str | None:
-        norms = [b.norm for b in self.branches.get(site.output, ()) if b.norm and site.point.endswith("proj")]
+        norms = [
+            b.norm
+            for b in self.branches.get(site.output, ())
+            if b.norm and site.point.endswith("proj")
+        ]
         return f"{norms[0].path}.weight" if norms else None
 
 

@@ -22,6 +22,7 @@ from interp_ablate.models.architectures import (
     Layout,
     architecture_of,
     is_tied,
+    text_config,
 )
 from interp_ablate.sites import EMBEDDING_POINTS, Site
 from interp_ablate.weights.weight_form import split_edit, writers_only_form
@@ -183,11 +184,12 @@ def _unembed_map(edit: TensorEdit) -> Affine:
 
 
 def _check_fits(plan: Plan, hf_config: Any) -> None:
-    if plan.d_model != hf_config.hidden_size:
+    text = text_config(hf_config)
+    if plan.d_model != text.hidden_size:
         raise ExportError(
-            f"the plan's directions have d_model {plan.d_model}, the checkpoint {hf_config.hidden_size}"
+            f"the plan's directions have d_model {plan.d_model}, the checkpoint {text.hidden_size}"
         )
-    n_layers = hf_config.num_hidden_layers
+    n_layers = text.num_hidden_layers
     beyond = [str(site) for site in plan.sites if site.layer >= n_layers]
     if beyond:
         raise ExportError(f"the plan edits {beyond[0]}, but there are {n_layers} layers (from 0)")
@@ -286,7 +288,7 @@ def _edit_site(
             "hook, export the ablation alone (an erasure with value 0), or export a control vector for "
             "llama.cpp"
         )
-    _add_biases(changes, next(iter(tensors)), biases, hf_config.num_hidden_layers)
+    _add_biases(changes, next(iter(tensors)), biases, text_config(hf_config).num_hidden_layers)
 
 
 def _add_biases(changes: WeightPlan, weight: str, biases: Biases, n_layers: int) -> None:

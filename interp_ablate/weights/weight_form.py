@@ -13,7 +13,7 @@ import torch
 from interp_ablate.edits.kinds import Ablate, Add, Clamp, Edit, Erase
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import ExportError
-from interp_ablate.models.architectures import Architecture
+from interp_ablate.models.architectures import Architecture, text_config
 from interp_ablate.sites import (
     EMBEDDING_POINTS,
     PROJECTION_POINTS,
@@ -167,7 +167,7 @@ def _everywhere_at_writers(plan: Plan, entry: Architecture, hf_config: Any) -> P
         )
     if shift.any():
         _check_counted_once(plan, entry)
-    writers = sites_of(entry.writer_points(), range(hf_config.num_hidden_layers))
+    writers = sites_of(entry.writer_points(), range(text_config(hf_config).num_hidden_layers))
     return Plan((_at_all_writers(edits[0], writers),))
 
 
@@ -216,7 +216,7 @@ def _uncovered(sites: set[Site], entry: Architecture, hf_config: Any) -> list[st
     if Site(0, "resid_pre") not in sites and not embeddings <= sites:
         missing.append(str(Site(0, "resid_pre")))
     parallel = entry.is_parallel(hf_config)
-    for layer in range(hf_config.num_hidden_layers):
+    for layer in range(text_config(hf_config).num_hidden_layers):
         after = {Site(layer, "resid_post"), Site(layer + 1, "resid_pre")}
         middle = Site(layer, "resid_mid") in sites or Site(layer, "attn_out") in sites
         if not parallel and not middle:

@@ -6,6 +6,7 @@ Knows: the Bridge, its hook names, transformers' KV cache. Does not know: prompt
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -21,6 +22,7 @@ from interp_ablate.models.architectures import (
     Architecture,
     declared_architecture,
     declared_types,
+    text_config,
 )
 from interp_ablate.models.backends.backend import ForwardCall
 from interp_ablate.models.backends.bridge_shortcuts import BlockSkipping, OwnParts, growing_cache
@@ -79,24 +81,37 @@ class BridgeBackend:
         """A Bridge over a Hugging Face model, which it uses in place.
 
         Raises:
-            ModelError: the Bridge's logits are not the model's.
+            ModelError: the Bridge's logits are not the model's; a model that wraps its decoder of text with
+                others (of images, say), for which TransformerLens would install packages while it runs.
         """
+        if text_config(hf.config) is not hf.config and importlib.util.find_spec("torchvision") is None:
+            raise ModelError(
+                f"{type(hf).__name__} wraps its decoder of text: TransformerLens would run `pip install "
+                "torchvision`, which may replace torch itself. Use backend='hf', or install torchvision first"
+            )
         from transformer_lens.model_bridge import TransformerBridge
 
         parameter = next(hf.parameters())
         name = getattr(hf.config, "_name_or_path", "") or type(hf).__name__
         hf.config.architectures = hf.config.architectures or [type(hf).__name__]  # the Bridge asks
-        width = min(24, getattr(hf.config, "max_position_embeddings", None) or 24)
-        tokens = fixed_tokens(hf.config.vocab_size, width).to(parameter.device)
+        width = min(24, getattr(text_config(hf.config), "max_position_embeddings", None) or 24)
+        tokens = fixed_tokens(text_config(hf.config).vocab_size, width).to(parameter.device)
         with torch.no_grad():
             want = hf(tokens).logits.float()
-        bridge = TransformerBridge.boot_transformers(
-            name,
-            hf_model=hf,
-            tokenizer=tokenizer_copy(tokenizer),
-            dtype=parameter.dtype,
-            device=parameter.device,
-        )
+        try:
+            bridge = TransformerBridge.boot_transformers(
+                name,
+                hf_model=hf,
+                tokenizer=tokenizer_copy(tokenizer) if tokenizer is not None else None,
+                dtype=parameter.dtype,
+                device=parameter.device,
+            )
+        except Exception as error:  # TransformerLens raises of every kind for what it does not know
+            raise ModelError(
+                f"TransformerLens cannot build a TransformerBridge on {type(hf).__name__} "
+                f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason'}): use "
+                "backend='hf'"
+            ) from error
         with torch.no_grad():
             got = hf(tokens).logits.float()
         check_logits(got, want, hf, "TransformerBridge built on", BRIDGE_TOLERANCE)
@@ -186,7 +201,7 @@ class BridgeBackend:
 
     def _fixed_calls(self) -> Iterator[ForwardCall]:
         device = next(self.tl.parameters()).device
-        return fixed_calls(self.hf_config.vocab_size, device, self.new_cache(1))
+        return fixed_calls(text_config(self.hf_config).vocab_size, device, self.new_cache(1))
 
     @cached_property
     def can_resume(self) -> bool:

@@ -11,12 +11,12 @@ from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from interp_ablate.errors import ModelError
 from interp_ablate.models.anatomy import Anatomy, measure
+from interp_ablate.models.architectures import text_config
 from interp_ablate.models.backends.backend import ForwardCall
 from interp_ablate.models.backends.bridge_shortcuts import growing_cache
 from interp_ablate.models.backends.checks import fixed_tokens
@@ -52,19 +52,13 @@ class HFBackend:
 
     name: BackendName = "hf"
 
-    def __init__(self, hf: Any) -> None:
+    def __init__(self, hf: Any, anatomy: Anatomy | None = None) -> None:
         self.hf, self.hf_config = hf, hf.config
         self.generation_config = getattr(hf, "generation_config", None)
-        text = hf.config.get_text_config(decoder=True)
-        self._text = text
-        accepted = inspect.signature(hf.forward).parameters
-        self._accepted = frozenset(accepted)
-        width = min(WIDTH, getattr(text, "max_position_embeddings", None) or WIDTH)
-        d_vocab = hf.get_input_embeddings().weight.shape[0]
-        tokens = fixed_tokens(d_vocab, width).to(self._device)
-        uncached = {"use_cache": False} if "use_cache" in accepted else {}
-        self.anatomy: Anatomy = measure(hf, lambda: hf(input_ids=tokens, **uncached))
-        self.tl = NoTransformerLens(hf, _sizes(text, self.anatomy, hf.get_input_embeddings()))
+        self._text = text_config(hf.config)
+        self._accepted = frozenset(inspect.signature(hf.forward).parameters)
+        self.anatomy = anatomy or measured_anatomy(hf)
+        self.tl = NoTransformerLens(hf, _sizes(self._text, self.anatomy, hf.get_input_embeddings()))
         self._sites = HFSites(hf, self.anatomy)
 
     @classmethod
@@ -75,10 +69,6 @@ class HFBackend:
             ModelError: no residual stream was found in the model.
         """
         return cls(hf)
-
-    @property
-    def _device(self) -> torch.device:
-        return self.hf.get_input_embeddings().weight.device
 
     @cached_property
     def architecture(self) -> MeasuredArchitecture:
@@ -163,6 +153,29 @@ class HFBackend:
 
     def hf_state_dict(self) -> dict[str, Tensor]:
         return dict(self.hf.state_dict())
+
+
+def measured_anatomy(hf: Any) -> Anatomy:
+    """The anatomy of a decoder, from one pass of fixed tokens; the model is left as it was.
+
+    Raises:
+        ModelError: no residual stream was found, or the model does not run on tokens alone.
+    """
+    text, weight = text_config(hf.config), hf.get_input_embeddings().weight
+    width = min(WIDTH, getattr(text, "max_position_embeddings", None) or WIDTH)
+    tokens = fixed_tokens(weight.shape[0], width).to(weight.device)
+    uncached = (
+        {"use_cache": False} if "use_cache" in inspect.signature(hf.forward).parameters else {}
+    )
+    try:
+        return measure(hf, lambda: hf(input_ids=tokens, **uncached))
+    except ModelError:
+        raise
+    except Exception as error:  # a model's own code, run on tokens alone
+        raise ModelError(
+            f"{type(hf).__name__} does not run on tokens alone ({type(error).__name__}: "
+            f"{(str(error).splitlines() or ['no reason'])[0]}): is it a decoder of text?"
+        ) from error
 
 
 def _sizes(text: Any, anatomy: Anatomy, embedding: nn.Module) -> dict[str, Any]:

@@ -78,7 +78,9 @@ class HFSites:
             self.points[Site(layer, kind)] = self.points[Site(layer, out)]  # one place, two names
         else:
             _hook_output(self._hf.get_submodule(branch.projection), self.point(layer, kind))
-        weights = [name for name, layout in branch.writers.items() if layout in ("linear", "conv1d")]
+        weights = [
+            name for name, layout in branch.writers.items() if layout in ("linear", "conv1d")
+        ]
         if len(weights) == 1 and set(branch.writers.values()) <= {"linear", "conv1d", "bias"}:
             owner = self._hf.get_submodule(weights[0].rpartition(".")[0])
             self.inputs[Site(layer, kind)] = SitePoint(f"{weights[0]} input")
@@ -145,7 +147,11 @@ class _Sum:
     """
 
     def __init__(
-        self, block: _BlockSites, point: SitePoint, branches: tuple[Branch, ...], chained: tuple[str, ...]
+        self,
+        block: _BlockSites,
+        point: SitePoint,
+        branches: tuple[Branch, ...],
+        chained: tuple[str, ...],
     ) -> None:
         self._block, self._point, self._branches = block, point, branches
         self._chained = any(branch.path in chained for branch in branches)
@@ -188,7 +194,10 @@ def _hook_output(module: nn.Module, point: SitePoint) -> None:
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         x = stream_of(output)
-        return with_stream(output, point(x)) if point.is_hooked and x is not None else None
+        if not point.is_hooked or x is None:
+            return None
+        # positions may come without a batch axis
+        return with_stream(output, point(x) if x.ndim > 2 else point(x[None])[0])
 
     module.register_forward_hook(hook)
 

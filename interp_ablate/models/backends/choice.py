@@ -1,0 +1,98 @@
+"""The backend that a Hugging Face model gets where none was asked for.
+
+Knows: when a Bridge computes and writes what the checkpoint does. Does not know: how a model is loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from interp_ablate.errors import ExportError, ModelError
+from interp_ablate.models.anatomy import Anatomy
+from interp_ablate.models.architectures import declared_architecture
+from interp_ablate.models.backends.backend import Backend
+from interp_ablate.models.backends.bridge import BridgeBackend
+from interp_ablate.models.backends.hf import HFBackend, measured_anatomy
+from interp_ablate.models.measured_architecture import architecture_from
+from interp_ablate.sites import sites_of
+
+logger = logging.getLogger(__name__)
+
+
+def chosen_backend(hf: Any, tokenizer: Any) -> Backend:
+    """A Bridge where it gives the checkpoint's logits and its writers are all that write; else plain transformers.
+
+    The architectures of the declared table are taken as they are. For any other, what writes to the stream
+    is measured first, and the Bridge's own component map must say the same.
+
+    Raises:
+        ModelError: neither can run the model.
+    """
+    anatomy = None
+    if declared_architecture(hf.config.model_type) is None:
+        anatomy = measured_anatomy(hf)
+    try:
+        with _undone_on_error(hf):
+            bridge = BridgeBackend.from_hf(hf, tokenizer)
+            if anatomy is not None and not _same_writers(bridge, anatomy):
+                raise ModelError("its component map does not name what was measured to write")
+            return bridge
+    except ModelError as error:
+        logger.info("%s runs in plain transformers: %s", type(hf).__name__, error)
+        return HFBackend(hf, anatomy)
+
+
+def _same_writers(bridge: BridgeBackend, anatomy: Anatomy) -> bool:
+    """True if a Bridge names the very parameters that were measured to write."""
+    names = bridge.hf_state_dict()
+    try:
+        entry, measured = bridge.architecture, architecture_from(anatomy, "", bridge.hf_config)
+        sites = sites_of(measured.writer_points(), range(len(anatomy.blocks)))
+        return all(
+            set(entry.writers(site, names, bridge.hf_config))
+            == set(measured.writers(site, names, bridge.hf_config))
+            for site in sites
+        )
+    except ExportError:
+        return False
+
+
+@contextmanager
+def _undone_on_error(hf: Any) -> Iterator[None]:
+    """A Bridge replaces modules in place: put back what was there if the block raises."""
+    before = [
+        (module, dict(module._modules), dict(module._parameters), module.__dict__.get("forward"))
+        for module in hf.modules()
+    ]
+    hooks = [
+        (module, dict(module._forward_hooks), dict(module._forward_pre_hooks))
+        for module in hf.modules()
+    ]
+    configs = {id(m.config): m.config for m in hf.modules() if hasattr(m, "config")}
+    settings = [(config, dict(vars(config))) for config in configs.values()]
+    try:
+        yield
+    except ModelError:
+        for module, modules, parameters, forward in before:
+            module._modules.clear()
+            module._modules.update(modules)
+            module._parameters.clear()
+            module._parameters.update(parameters)
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = forward
+        for module, after, first in hooks:
+            for current, old in (
+                (module._forward_hooks, after),
+                (module._forward_pre_hooks, first),
+            ):
+                current.clear()
+                current.update(old)
+        for config, values in settings:
+            vars(config).clear()
+            vars(config).update(values)
+        raise
