@@ -9,25 +9,28 @@ Knows: modules, recorded calls, least squares. Does not know: plans, hooks that 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from interp_ablate.errors import ModelError
 from interp_ablate.models.architectures import Layout
+from interp_ablate.models.module_calls import (
+    Recorded,
+    recording,
+    stream_argument,
+    stream_in,
+    stream_of,
+    with_stream,
+)
+from interp_ablate.models.written_parameters import find_writers, kinds, norm_offset
 
 # A term of a sum that is smaller than this share of the whole is not there, in float32.
 TOLERANCE = 2e-5
-# The share that may be left along a direction that every writer was projected against.
-_LEFT = 1e-4
-# Two measurements of one gain agree within this.
-GAIN_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -97,41 +100,6 @@ class Anatomy:
         return [text for text in texts if text]
 
 
-@dataclass(eq=False)
-class Recorded:
-    """One call of a module: its inputs, and a copy of the tensor in its output."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Tensor | None
-
-
-def stream_of(output: Any) -> Tensor | None:
-    """The activations in a module's output: a tensor, or the first tensor of a tuple."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, (tuple, list)):
-        return next((part for part in output if isinstance(part, Tensor)), None)
-    return None
-
-
-def with_stream(output: Any, x: Tensor) -> Any:
-    """The same output with other activations."""
-    if isinstance(output, Tensor):
-        return x
-    at = next(i for i, part in enumerate(output) if isinstance(part, Tensor))
-    parts = [x if i == at else part for i, part in enumerate(output)]
-    return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
-
-
-def stream_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str | None:
-    """Which argument of a block is the stream: the first floating tensor with three axes."""
-    for key, value in (*enumerate(args), *kwargs.items()):
-        if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 3:
-            return key
-    return None
-
-
 def measure(hf: Any, run: Callable[[], Any]) -> Anatomy:
     """The anatomy of a Hugging Face decoder; `run` passes fixed tokens through it, without a cache.
 
@@ -146,42 +114,8 @@ def measure(hf: Any, run: Callable[[], Any]) -> Anatomy:
             _measure_block(f"{path}.{i}", block, call, guesses)
             for i, (block, call) in enumerate(zip(blocks, calls))
         )
-        embedding = _measure_embedding(hf, run, path, _stream_in(calls[0]))
+        embedding = _measure_embedding(hf, run, path, stream_in(calls[0]))
     return Anatomy(path, measured, **embedding)
-
-
-@contextmanager
-def recording(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Recorded]]]:
-    """Every call of some modules inside the block, in the order in which calls end."""
-    calls: dict[str, list[Recorded]] = {}
-
-    def recorder(name: str) -> Callable[..., None]:
-        def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            # copies: some models add to an output in place
-            taken = pytree.tree_map(_copied, (args, kwargs))
-            calls.setdefault(name, []).append(Recorded(*taken, _copied(stream_of(output))))
-
-        return record
-
-    handles = [
-        module.register_forward_hook(recorder(name), with_kwargs=True)
-        for name, module in modules.items()
-    ]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def _stream_in(call: Recorded) -> Tensor:
-    key = stream_argument(call.args, call.kwargs)
-    assert key is not None
-    return call.args[key] if isinstance(key, int) else call.kwargs[key]
 
 
 def _find_blocks(hf: Any, run: Callable[[], Any]) -> tuple[str, list[nn.Module], list[Recorded]]:
@@ -211,11 +145,11 @@ def _find_blocks(hf: Any, run: Callable[[], Any]) -> tuple[str, list[nn.Module],
 
 def _is_chain(calls: Sequence[Recorded]) -> bool:
     for i, call in enumerate(calls):
-        if stream_argument(call.args, call.kwargs) is None or call.output is None:
+        if stream_argument(call.args, call.kwargs) is None:
             return False
-        if call.output.shape != _stream_in(call).shape:
+        if call.output.shape != stream_in(call).shape:
             return False
-        if i and not torch.equal(calls[i - 1].output, _stream_in(call)):  # type: ignore[arg-type]
+        if i and not torch.equal(calls[i - 1].output, stream_in(call)):
             return False
     return True
 
@@ -229,7 +163,7 @@ def _measure_block(
     with recording(modules) as calls:
         output = stream_of(wide(*call.args, **call.kwargs))
     assert output is not None
-    delta = output - _stream_in(call)
+    delta = output - stream_in(call)
     children = [name for name in calls if "." not in name]
     terms, error = _solved(delta, calls, children)
     if error > TOLERANCE:
@@ -281,7 +215,7 @@ def _solved(
     columns: dict[str, Tensor] = {}
     for name in names:
         x = calls[name][-1].output
-        if x is None or x.numel() != delta.numel() or x.shape[-1] != delta.shape[-1]:
+        if x.numel() != delta.numel() or x.shape[-1] != delta.shape[-1]:
             continue
         column = x.double().flatten()
         norm = column.norm()
@@ -350,17 +284,16 @@ def _noise_run(
     finally:
         handle.remove()
     assert output is not None
-    delta = (output - _stream_in(call)).double()
-    total = sum(
-        scale * after[each][-1].output.double().reshape(delta.shape)  # type: ignore[union-attr]
-        for each, scale in terms.items()
-    )
+    delta = (output - stream_in(call)).double()
+    left = delta.clone()
+    for each, scale in terms.items():
+        left -= scale * after[each][-1].output.double().reshape(delta.shape)
     changed = {
         each
         for each in terms
-        if each != name and not torch.equal(before[each][-1].output, after[each][-1].output)  # type: ignore[arg-type]
+        if each != name and not torch.equal(before[each][-1].output, after[each][-1].output)
     }
-    return float((delta - total).norm() / delta.norm()), changed
+    return float(left.norm() / delta.norm()), changed
 
 
 def _sites(order: Sequence[str], reached: Mapping[str, set[str]]) -> tuple[list[str], list[str]]:
@@ -391,12 +324,12 @@ def _measure_branch(
     """The norm and the writing parameters of one summand."""
     module, call = modules[name], calls[name][-1]
     norm, source, problem = None, name, ""
-    offset = _norm_offset(module, call)
+    offset = norm_offset(module, call)
     if offset is not None:
         taken = call.args[0] if call.args else next(iter(call.kwargs.values()))
         before = [
             n for n, each in calls.items()
-            if n != name and each[-1].output is not None and each[-1].output.shape == taken.shape
+            if n != name and each[-1].output.shape == taken.shape
             and torch.equal(each[-1].output, taken)
         ]  # fmt: skip
         if isinstance(offset, str):
@@ -408,112 +341,12 @@ def _measure_branch(
             norm = Norm(f"{path}.{name}", offset)
     writers: dict[str, Layout] = {}
     if not problem:
-        kind = " ".join([source, *_kinds(dict(modules[source].named_parameters()))])
+        kind = " ".join([source, *kinds(dict(modules[source].named_parameters()))])
         local, problem = find_writers(modules[source], calls[source][-1], guesses.get(kind, {}))
         guesses[kind] = local
         writers = {f"{path}.{source}.{n}": layout for n, layout in local.items()}
         problem = problem and f"{source}: {problem}"
     return Branch(f"{path}.{name}", scale, f"{path}.{source}", norm, writers, problem)
-
-
-def _norm_offset(module: nn.Module, call: Recorded) -> float | str | None:
-    """None for a module that is no norm; for one, what its weight needs to be the gain, or why it has none."""
-    parameters = dict(module.named_parameters())
-    (x,) = [v for v in (*call.args, *call.kwargs.values()) if isinstance(v, Tensor)][:1] or [None]
-    if x is None or call.output is None or x.shape != call.output.shape or len(parameters) > 2:
-        return None
-    if any(p.ndim != 1 for p in parameters.values()):
-        return None
-    large = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x) * 1e3
-    bias = parameters.get("bias", torch.zeros(1).to(x))
-    one, other = (module(factor * large) - bias for factor in (1, 2))
-    if float((one - other).norm()) > GAIN_TOLERANCE * float(one.norm()):
-        return None  # not free of scale: no norm
-    gains = one * large.pow(2).mean(-1, keepdim=True).sqrt() / large
-    gain = gains.flatten(0, -2).median(0).values
-    if float((gains - gain).abs().max()) > GAIN_TOLERANCE * float(gain.abs().max()):
-        return "is a norm that centres what it reads, which has no exact weight form"
-    if "bias" in parameters:
-        return "is a norm with a bias, which has no exact weight form"
-    weight = next(iter(parameters.values()), torch.ones_like(gain))
-    for offset in (0.0, 1.0):
-        if torch.allclose(weight + offset, gain, rtol=GAIN_TOLERANCE, atol=GAIN_TOLERANCE):
-            return offset if parameters else "is a norm without a weight"
-    return "is a norm whose gain is not its weight"
-
-
-def find_writers(
-    module: nn.Module, call: Recorded, guess: Mapping[str, Layout]
-) -> tuple[dict[str, Layout], str]:
-    """The parameters of a module that write its output, by a projection; and a problem, empty if they are all.
-
-    A parameter writes if projecting a random direction out of one of its axes changes the output along
-    that direction only. All of them together must leave nothing along it. `guess` is tried first: what
-    was found in a module of the same kind.
-    """
-    assert call.output is not None
-    d_model = call.output.shape[-1]
-    r = torch.randn(d_model, generator=torch.Generator().manual_seed(2)).to(call.output)
-    r = r / r.norm()
-    scale = float((call.output @ r).norm())
-    own = dict(module.named_parameters())
-
-    def output_with(layouts: Mapping[str, Layout]) -> Tensor:
-        projected = {
-            name: _projected(own[name], _AXIS[layout], r) for name, layout in layouts.items()
-        }
-        output = stream_of(torch.func.functional_call(module, projected, call.args, call.kwargs))
-        assert output is not None and call.output is not None
-        return output.reshape(call.output.shape)
-
-    def left(layouts: Mapping[str, Layout]) -> float:
-        return float((output_with(layouts) @ r).norm()) / scale if layouts else 1.0
-
-    if guess and left(guess) <= _LEFT:
-        return dict(guess), ""
-    writers: dict[str, Layout] = {}
-    for names in _kinds(own).values():
-        for layout in _layouts_of(own[names[0]], d_model):
-            moved = output_with(dict.fromkeys(names, layout)) - call.output
-            amount = moved @ r
-            beside = moved - amount[..., None] * r
-            if float(amount.norm()) > _LEFT * scale and float(beside.norm()) < 1e-3 * float(
-                amount.norm()
-            ):
-                writers |= dict.fromkeys(names, layout)
-    if (share := left(writers)) > _LEFT:
-        known = ", ".join(writers) or "its parameters"
-        return writers, f"{share:.1%} of what it writes comes from elsewhere than {known}"
-    return writers, ""
-
-
-# The axis of each layout that is d_model.
-_AXIS: dict[Layout, int] = {
-    "linear": 0, "conv1d": 1, "bias": 0, "experts": 1, "experts_conv1d": 2,
-}  # fmt: skip
-
-
-def _layouts_of(parameter: Tensor, d_model: int) -> list[Layout]:
-    """The layouts that a parameter may have, by which of its axes are as long as d_model."""
-    layouts: dict[int, tuple[Layout, ...]] = {
-        1: ("bias",), 2: ("linear", "conv1d"), 3: ("experts", "experts_conv1d"),
-    }  # fmt: skip
-    may = layouts.get(parameter.ndim, ())
-    return [layout for layout in may if parameter.shape[_AXIS[layout]] == d_model]
-
-
-def _projected(parameter: Tensor, axis: int, r: Float[Tensor, " d_model"]) -> Tensor:
-    moved = parameter.detach().movedim(axis, -1)
-    return (moved - (moved @ r.to(moved))[..., None] * r.to(moved)).movedim(-1, axis)
-
-
-def _kinds(parameters: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Parameters whose names differ in numbers only (one an expert), and which have one shape."""
-    kinds: dict[str, list[str]] = {}
-    for name, parameter in parameters.items():
-        words = ["#" if word.isdigit() else word for word in name.split(".")]
-        kinds.setdefault(f"{'.'.join(words)} {tuple(parameter.shape)}", []).append(name)
-    return kinds
 
 
 def _measure_embedding(
@@ -532,7 +365,7 @@ def _measure_embedding(
     word_call = calls[name_of][-1]
     for each in calls.values():  # positions may come without a batch axis
         x = each[-1].output
-        if x is not None and x.shape == entering.shape[1:]:
+        if x.shape == entering.shape[1:]:
             each[-1].output = x.expand(entering.shape)
     before = list(calls)
     embeddings = [n for n in before if isinstance(outside[n], nn.Embedding) or outside[n] is word]
@@ -553,7 +386,8 @@ def _measure_embedding(
     if positions and terms[positions[0]] != 1.0:
         problem = f"{positions[0]} is scaled on its way to the stream"
     # some embeddings scale what they look up themselves (Gemma 3)
-    inside = float(word_call.output.norm() / word.weight[word_call.args[0]].norm())
+    ids = next(v for v in (*word_call.args, *word_call.kwargs.values()) if isinstance(v, Tensor))
+    inside = float(word_call.output.norm() / word.weight[ids].norm())
     return {
         "embed": name_of,
         "embed_scale": 1.0 if abs(terms[name_of] * inside - 1) < 1e-3 else terms[name_of] * inside,

@@ -33,6 +33,13 @@ class Backend(Protocol):
     def architecture(self) -> Architecture:
         """The tensors that write to the stream."""
 
+    def require_exact_writers(self) -> None:
+        """Refuse a model of which it was measured that something else writes to the stream than its writers.
+
+        Raises:
+            ExportError: it names what writes.
+        """
+
     def hook_point(self, site: Site) -> nn.Module | None:
         """The module whose output is the activation at a site; None if the model has no such site."""
 
@@ -166,6 +173,7 @@ class SiteMap:
     @cached_property
     def writers(self) -> tuple[Site, ...]:
         """See `Model.writers`."""
+        self._backend.require_exact_writers()
         points = writer_points(
             pos_embed=self._backend.hook_point(Site(0, "pos_embed")) is not None,
             post_norm=self._backend.post_norm_gain(Site(0, "mlp_proj")) is not None,

@@ -84,7 +84,10 @@ class BridgeBackend:
             ModelError: the Bridge's logits are not the model's; a model that wraps its decoder of text with
                 others (of images, say), for which TransformerLens would install packages while it runs.
         """
-        if text_config(hf.config) is not hf.config and importlib.util.find_spec("torchvision") is None:
+        if (
+            text_config(hf.config) is not hf.config
+            and importlib.util.find_spec("torchvision") is None
+        ):
             raise ModelError(
                 f"{type(hf).__name__} wraps its decoder of text: TransformerLens would run `pip install "
                 "torchvision`, which may replace torch itself. Use backend='hf', or install torchvision first"
@@ -136,6 +139,9 @@ class BridgeBackend:
                 f"{', '.join(declared_types())}. Plans run as hooks; they cannot be written into weights"
             )
         return self._entry
+
+    def require_exact_writers(self) -> None:
+        """The writers are those of the architecture's entry."""
 
     def hook_point(self, site: Site) -> nn.Module | None:
         # on models with rotary positions hook_pos_embed is an alias of the rotary tables

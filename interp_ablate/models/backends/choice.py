@@ -6,18 +6,22 @@ Knows: when a Bridge computes and writes what the checkpoint does. Does not know
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from interp_ablate.errors import ExportError, ModelError
 from interp_ablate.models.anatomy import Anatomy
 from interp_ablate.models.architectures import declared_architecture
-from interp_ablate.models.backends.backend import Backend
+from interp_ablate.models.backends.backend import Backend, ForwardCall
 from interp_ablate.models.backends.bridge import BridgeBackend
-from interp_ablate.models.backends.hf import HFBackend, measured_anatomy
+from interp_ablate.models.backends.checks import fixed_tokens
+from interp_ablate.models.backends.hf import WIDTH, HFBackend, measured_anatomy
 from interp_ablate.models.measured_architecture import architecture_from
-from interp_ablate.sites import sites_of
+from interp_ablate.sites import Point, Site, sites_of
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +43,8 @@ def chosen_backend(hf: Any, tokenizer: Any) -> Backend:
             bridge = BridgeBackend.from_hf(hf, tokenizer)
             if anatomy is not None and not _same_writers(bridge, anatomy):
                 raise ModelError("its component map does not name what was measured to write")
+            if anatomy is not None and not sites_add_up(bridge):
+                raise ModelError("what its sites hold does not add up to the residual stream")
             return bridge
     except ModelError as error:
         logger.info("%s runs in plain transformers: %s", type(hf).__name__, error)
@@ -58,6 +64,51 @@ def _same_writers(bridge: BridgeBackend, anatomy: Anatomy) -> bool:
         )
     except ExportError:
         return False
+
+
+def sites_add_up(backend: Backend) -> bool:
+    """True if resid_pre + attn_out + mlp_out is resid_post in every block, with resid_mid between where there is one.
+
+    Measured on fixed tokens. Every site must have the axes [batch, pos, d_model].
+    """
+    cfg, device = backend.tl.cfg, next(backend.tl.parameters()).device
+    tokens = fixed_tokens(cfg.d_vocab, WIDTH).to(device)
+    ones, positions = torch.ones_like(tokens), torch.arange(WIDTH, device=device)[None]
+    points: tuple[Point, ...] = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+    values: dict[Site, Tensor] = {}
+
+    def reader(site: Site) -> Callable[..., None]:
+        def read(module: nn.Module, args: Any, x: Tensor) -> None:
+            values[site] = x.detach()
+
+        return read
+
+    handles = []
+    for site in sites_of(points, range(cfg.n_layers)):
+        place = backend.hook_point(site)
+        if place is not None:
+            handles.append(place.register_forward_hook(reader(site)))
+    try:
+        with torch.no_grad():
+            backend.forward(ForwardCall(tokens, ones, positions, ones.sum(1)), 0)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if any(x.shape != (1, WIDTH, cfg.d_model) for x in values.values()):
+        return False
+    for layer in range(cfg.n_layers):
+        total: Tensor | None = None
+        for point in points:
+            x = values.get(Site(layer, point))
+            if x is None:
+                continue
+            if total is None or point.endswith("_out"):
+                total = x.double() if total is None else total + x.double()
+                continue
+            limit = 16 * torch.finfo(x.dtype).eps * float(x.abs().max())
+            if float((total - x.double()).abs().max()) > limit:
+                return False
+    return True
 
 
 @contextmanager

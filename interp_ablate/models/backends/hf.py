@@ -82,6 +82,9 @@ class HFBackend:
         unembed = f"{names[id(head)]}.weight" if head is not None else "lm_head.weight"
         return architecture_from(self.anatomy, unembed, self.hf_config)
 
+    def require_exact_writers(self) -> None:
+        self.architecture  # noqa: B018 - it raises
+
     def hook_point(self, site: Site) -> nn.Module | None:
         return self._sites.points.get(site)
 

@@ -9,16 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from interp_ablate.models.anatomy import (
-    Anatomy,
-    BlockAnatomy,
-    Branch,
-    stream_argument,
-    stream_of,
-    with_stream,
-)
+from interp_ablate.models.anatomy import Anatomy, BlockAnatomy, Branch
+from interp_ablate.models.module_calls import stream_argument, stream_of, with_stream
 from interp_ablate.sites import Point, Site
 
 
@@ -68,7 +63,9 @@ class HFSites:
     def _output_point(self, module: nn.Module, site: Site) -> None:
         _hook_output(module, self.point(site.layer, site.point))
 
-    def projection_points(self, layer: int, kind: Point, branches: tuple[Branch, ...]) -> None:
+    def projection_points(
+        self, layer: int, kind: Point, branches: tuple[Branch, ...], block: _BlockSites
+    ) -> None:
         """The points of what a site's projection returns and, where it is one linear map, reads."""
         if len(branches) != 1:
             return
@@ -77,7 +74,7 @@ class HFSites:
             out: Point = "attn_out" if kind == "attn_proj" else "mlp_out"
             self.points[Site(layer, kind)] = self.points[Site(layer, out)]  # one place, two names
         else:
-            _hook_output(self._hf.get_submodule(branch.projection), self.point(layer, kind))
+            _hook_output(self._hf.get_submodule(branch.projection), self.point(layer, kind), block)
         weights = [
             name for name, layout in branch.writers.items() if layout in ("linear", "conv1d")
         ]
@@ -98,6 +95,8 @@ class _BlockSites:
         self._sites = sites
         self.pre, self.post = sites.point(layer, "resid_pre"), sites.point(layer, "resid_post")
         self.mid = sites.point(layer, "resid_mid") if block.attn and not block.parallel else None
+        self.shape = torch.Size()
+        """The axes of the stream in the present pass; some modules flatten batch and position."""
         self._entering: Tensor | None = None
         module.register_forward_pre_hook(self._enter, with_kwargs=True)
         module.register_forward_hook(self._leave)
@@ -106,7 +105,7 @@ class _BlockSites:
         ):  # fmt: skip
             if branches:
                 _Sum(self, sites.point(layer, out), branches, block.chained)  # type: ignore[arg-type]
-                sites.projection_points(layer, projection, branches)  # type: ignore[arg-type]
+                sites.projection_points(layer, projection, branches, self)  # type: ignore[arg-type]
 
     def hook_branch(self, branch: Branch, hook: Callable[..., Any]) -> None:
         """Install a hook on the module of a branch."""
@@ -120,10 +119,12 @@ class _BlockSites:
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         middle = self.mid is not None and self.mid.is_hooked
+        key = stream_argument(args, kwargs)
+        x = args[key] if isinstance(key, int) else kwargs[key]
+        self.shape = x.shape
         if not self.pre.is_hooked and not middle:
             return None
-        key = stream_argument(args, kwargs)
-        x = self.pre(args[key] if isinstance(key, int) else kwargs[key])
+        x = self.pre(x)
         self._entering = x if middle else None
         if isinstance(key, int):
             return (*args[:key], x, *args[key + 1 :]), kwargs
@@ -170,8 +171,8 @@ class _Sum:
                 return None
             x = stream_of(output)
             assert x is not None
-            added = x if scale == 1.0 else x * scale
-            raw = added if i == 0 else self._raw + added.view_as(self._raw)  # type: ignore[operator,arg-type]
+            added = _scaled(x.reshape(self._block.shape), scale)
+            raw = added if i == 0 else self._raw + added  # type: ignore[operator]
             before, self._raw = self._edited, raw
             if not last and not self._chained:
                 self._edited = raw
@@ -184,20 +185,25 @@ class _Sum:
             if edited is raw:
                 return None
             own = edited if i == 0 or before is None else edited - before
-            return with_stream(output, (own if scale == 1.0 else own / scale).view(x.shape))
+            return with_stream(output, _scaled(own, 1 / scale).reshape(x.shape))
 
         return hook
 
 
-def _hook_output(module: nn.Module, point: SitePoint) -> None:
-    """The point is what a module returns."""
+def _scaled(x: Tensor, scale: float) -> Tensor:
+    return x if scale == 1.0 else x * scale
+
+
+def _hook_output(module: nn.Module, point: SitePoint, block: _BlockSites | None = None) -> None:
+    """The point is what a module returns, with the axes of the block's stream."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         x = stream_of(output)
         if not point.is_hooked or x is None:
             return None
         # positions may come without a batch axis
-        return with_stream(output, point(x) if x.ndim > 2 else point(x[None])[0])
+        shape = block.shape if block else (1, *x.shape)[-3:]
+        return with_stream(output, point(x.reshape(shape)).reshape(x.shape))
 
     module.register_forward_hook(hook)
 

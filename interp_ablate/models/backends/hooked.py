@@ -79,6 +79,9 @@ class HookedBackend:
             )
         return architecture_of(self.hf_config)
 
+    def require_exact_writers(self) -> None:
+        """The writers are those of the architecture's entry."""
+
     def hook_point(self, site: Site) -> nn.Module | None:
         if site.point in PROJECTION_POINTS and site.layer < self.tl.cfg.n_layers:
             return getattr(self.tl.blocks[site.layer], site.point.removesuffix("_proj"))

@@ -1,0 +1,120 @@
+"""The parameters of a module that write its output, and the norm that it is, measured on one recorded call.
+
+Knows: projections of parameters, scales of norms. Does not know: names, blocks or plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from interp_ablate.models.architectures import Layout
+from interp_ablate.models.module_calls import Recorded, stream_of
+
+# The share that may be left along a direction that every writer was projected against.
+_LEFT = 1e-4
+# Two measurements of one gain agree within this.
+GAIN_TOLERANCE = 1e-3
+
+
+def norm_offset(module: nn.Module, call: Recorded) -> float | str | None:
+    """None for a module that is no norm; for one, what its weight needs to be the gain, or why it has none."""
+    parameters = dict(module.named_parameters())
+    tensors = [v for v in (*call.args, *call.kwargs.values()) if isinstance(v, Tensor)]
+    x = tensors[0] if tensors else None
+    if x is None or x.shape != call.output.shape or len(parameters) > 2:
+        return None
+    if any(p.ndim != 1 for p in parameters.values()):
+        return None
+    large = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x) * 1e3
+    bias = parameters.get("bias", torch.zeros(1).to(x))
+    one, other = (module(factor * large) - bias for factor in (1, 2))
+    if float((one - other).norm()) > GAIN_TOLERANCE * float(one.norm()):
+        return None  # not free of scale: no norm
+    gains = one * large.pow(2).mean(-1, keepdim=True).sqrt() / large
+    gain = gains.flatten(0, -2).median(0).values
+    if float((gains - gain).abs().max()) > GAIN_TOLERANCE * float(gain.abs().max()):
+        return "is a norm that centres what it reads, which has no exact weight form"
+    if "bias" in parameters:
+        return "is a norm with a bias, which has no exact weight form"
+    weight = next(iter(parameters.values()), torch.ones_like(gain))
+    for offset in (0.0, 1.0):
+        if torch.allclose(weight + offset, gain, rtol=GAIN_TOLERANCE, atol=GAIN_TOLERANCE):
+            return offset if parameters else "is a norm without a weight"
+    return "is a norm whose gain is not its weight"
+
+
+def find_writers(
+    module: nn.Module, call: Recorded, guess: Mapping[str, Layout]
+) -> tuple[dict[str, Layout], str]:
+    """The parameters of a module that write its output, by a projection; and a problem, empty if they are all.
+
+    A parameter writes if projecting a random direction out of one of its axes changes the output along
+    that direction only. All of them together must leave nothing along it. `guess` is tried first: what
+    was found in a module of the same kind.
+    """
+    d_model = call.output.shape[-1]
+    r = torch.randn(d_model, generator=torch.Generator().manual_seed(2)).to(call.output)
+    r = r / r.norm()
+    scale = float((call.output @ r).norm())
+    own = dict(module.named_parameters())
+
+    def output_with(layouts: Mapping[str, Layout]) -> Tensor:
+        projected = {
+            name: _projected(own[name], _AXIS[layout], r) for name, layout in layouts.items()
+        }
+        output = stream_of(torch.func.functional_call(module, projected, call.args, call.kwargs))
+        assert output is not None
+        return output.reshape(call.output.shape)
+
+    def left(layouts: Mapping[str, Layout]) -> float:
+        return float((output_with(layouts) @ r).norm()) / scale if layouts else 1.0
+
+    if guess and left(guess) <= _LEFT:
+        return dict(guess), ""
+    writers: dict[str, Layout] = {}
+    for names in kinds(own).values():
+        for layout in _layouts_of(own[names[0]], d_model):
+            moved = output_with(dict.fromkeys(names, layout)) - call.output
+            amount = moved @ r
+            beside = moved - amount[..., None] * r
+            if float(amount.norm()) > _LEFT * scale and float(beside.norm()) < 1e-3 * float(
+                amount.norm()
+            ):
+                writers |= dict.fromkeys(names, layout)
+    if (share := left(writers)) > _LEFT:
+        known = ", ".join(writers) or "its parameters"
+        return writers, f"{share:.1%} of what it writes comes from elsewhere than {known}"
+    return writers, ""
+
+
+# The axis of each layout that is d_model.
+_AXIS: dict[Layout, int] = {
+    "linear": 0, "conv1d": 1, "bias": 0, "experts": 1, "experts_conv1d": 2,
+}  # fmt: skip
+
+
+def _layouts_of(parameter: Tensor, d_model: int) -> list[Layout]:
+    """The layouts that a parameter may have, by which of its axes are as long as d_model."""
+    layouts: dict[int, tuple[Layout, ...]] = {
+        1: ("bias",), 2: ("linear", "conv1d"), 3: ("experts", "experts_conv1d"),
+    }  # fmt: skip
+    may = layouts.get(parameter.ndim, ())
+    return [layout for layout in may if parameter.shape[_AXIS[layout]] == d_model]
+
+
+def _projected(parameter: Tensor, axis: int, r: Float[Tensor, " d_model"]) -> Tensor:
+    moved = parameter.detach().movedim(axis, -1)
+    return (moved - (moved @ r.to(moved))[..., None] * r.to(moved)).movedim(-1, axis)
+
+
+def kinds(parameters: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Parameters whose names differ in numbers only (one an expert), and which have one shape."""
+    kinds: dict[str, list[str]] = {}
+    for name, parameter in parameters.items():
+        words = ["#" if word.isdigit() else word for word in name.split(".")]
+        kinds.setdefault(f"{'.'.join(words)} {tuple(parameter.shape)}", []).append(name)
+    return kinds

@@ -1,0 +1,137 @@
+"""The measured anatomy: the sums that tiny models were built with, and what is refused in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.families import D_MODEL, N_LAYERS, build
+from torch import nn
+
+from interp_ablate.edits.kinds import Ablate
+from interp_ablate.errors import ExportError, ModelError
+from interp_ablate.models.anatomy import Anatomy
+from interp_ablate.models.backends.hf import measured_anatomy
+from interp_ablate.models.load import from_hf
+from interp_ablate.models.measured_architecture import architecture_from
+
+
+def anatomy(model_type: str) -> tuple[Any, Anatomy]:
+    hf = build(model_type)
+    return hf, measured_anatomy(hf)
+
+
+def parts(measured: Anatomy, layer: int) -> tuple[list[str], list[str]]:
+    """Names of the branches of a block, inside it."""
+    block = measured.blocks[layer]
+    start = len(f"{measured.blocks_path}.{layer}.")
+    return [b.path[start:] for b in block.attn], [b.path[start:] for b in block.mlp]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "attn", "mlp"),
+    [
+        ("llama", ["self_attn"], ["mlp"]),
+        ("gemma2", ["post_attention_layernorm"], ["post_feedforward_layernorm"]),
+        ("falcon_h1", ["mamba", "self_attn"], ["feed_forward"]),
+        ("granitemoeshared", ["self_attn"], ["block_sparse_moe", "shared_mlp"]),
+        ("mamba", [], ["mixer"]),
+    ],
+)
+def test_the_summands_of_a_block(model_type: str, attn: list[str], mlp: list[str]) -> None:
+    _, measured = anatomy(model_type)
+    assert not measured.problems and len(measured.blocks) == N_LAYERS
+    assert all(parts(measured, layer) == (attn, mlp) for layer in range(N_LAYERS))
+
+
+def test_a_multiplier_is_part_of_the_sum() -> None:
+    _, measured = anatomy("granite")  # residual_multiplier 0.22
+    scales = [b.scale for block in measured.blocks for b in (*block.attn, *block.mlp)]
+    assert scales == pytest.approx([0.22] * 2 * N_LAYERS, rel=1e-5)
+    assert measured.embed_scale == pytest.approx(3.0, rel=1e-5)  # embedding_multiplier
+
+
+def test_parallel_blocks_are_told_from_sequential_ones() -> None:
+    assert all(block.parallel for block in anatomy("cohere")[1].blocks)
+    assert not any(block.parallel for block in anatomy("llama")[1].blocks)
+
+
+def test_experts_biases_and_layouts() -> None:
+    hf, measured = anatomy("gpt_oss")
+    block = measured.blocks[0]
+    layouts = {name.split("layers.0.")[1]: layout for name, layout in block.mlp[0].writers.items()}
+    assert layouts == {
+        "mlp.experts.down_proj": "experts_conv1d",
+        "mlp.experts.down_proj_bias": "conv1d",
+    }
+    assert set(block.attn[0].writers.values()) == {"linear", "bias"}
+    names = dict(hf.named_parameters())
+    assert all(name in names for b in (*block.attn, *block.mlp) for name in b.writers)
+
+
+def test_learned_positions() -> None:
+    assert anatomy("gpt2")[1].pos_embed == "transformer.wpe"
+    assert anatomy("opt")[1].pos_embed == "model.decoder.embed_positions"
+    assert anatomy("llama")[1].pos_embed is None
+
+
+def test_what_writes_beside_the_embeddings_is_named() -> None:
+    """XGLM adds sinusoids, which no weight holds: 13% of the stream was left along an ablated direction."""
+    hf, measured = anatomy("xglm")
+    assert "model.embed_positions writes there too" in measured.embed_problem
+    with pytest.raises(ExportError, match="embed_positions"):
+        architecture_from(measured, "lm_head.weight", hf.config)
+    model = from_hf(hf, None)
+    assert model.backend == "hf"
+    with pytest.raises(ExportError, match="embed_positions"):
+        Ablate(torch.ones(D_MODEL), model.writers)
+
+
+class _Extra(nn.Module):
+    """A Llama block that adds something beside its branches."""
+
+    def __init__(self, inner: nn.Module, share: float) -> None:
+        super().__init__()
+        self.inner, self.share = inner, share
+        self.attention_type = getattr(inner, "attention_type", None)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return self.inner(hidden_states, **kwargs) + self.share * hidden_states.roll(1, -1)
+
+
+def test_a_block_that_adds_something_else_is_inexact_by_name() -> None:
+    hf = build("llama")
+    hf.model.layers[2] = _Extra(hf.model.layers[2], 0.02)
+    problems = measured_anatomy(hf).problems
+    assert len(problems) == 1 and problems[0].startswith("blocks.2: what the block adds")
+
+
+def test_half_precision_is_measured_in_float32() -> None:
+    hf = build("qwen2").to(torch.bfloat16)
+    before = {name: p.clone() for name, p in hf.named_parameters()}
+    measured = measured_anatomy(hf)
+    assert not measured.problems
+    assert all(b.scale == 1.0 for block in measured.blocks for b in (*block.attn, *block.mlp))
+    assert all(torch.equal(p, before[name]) for name, p in hf.named_parameters())
+
+
+def test_a_model_without_one_stream_is_refused() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = build("llama").config
+            self.embed = nn.Embedding(300, 8)
+            self.layers = nn.ModuleList([nn.Linear(8, 9), nn.Linear(9, 8)])
+
+        def get_input_embeddings(self) -> nn.Module:
+            return self.embed
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            x = self.embed(input_ids)
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    with pytest.raises(ModelError, match="no list of blocks"):
+        measured_anatomy(Odd())
