@@ -1,12 +1,13 @@
-"""`models`: the table of architectures.
+"""`models`: the table of architectures, or the measured anatomy of one model.
 
-Knows: what is printed. Does not know: architectures.
+Knows: what is printed. Does not know: architectures, or how they are measured.
 """
 
 from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import dataclass
+from typing import Any
 
 from interp_ablate.cli.settings import adding, settings_from
 from interp_ablate.settings import setting
@@ -15,8 +16,14 @@ from interp_ablate.storage.strict_json import json_text
 
 @dataclass(frozen=True)
 class Models:
-    """How the table is printed."""
+    """The model that is measured, and how it or the table is printed."""
 
+    model: str | None = setting(
+        None, "measure this model: alias, HF folder, .gguf file or hub name", positional=True
+    )
+    dtype: str = setting("float32", "of the measured model's weights")
+    device: str = setting("cpu", "where the model is measured")
+    trust_remote_code: bool = setting(False, "run Python code that a model folder brings")
     json: bool = setting(False, "one JSON object a line")
 
 
@@ -24,15 +31,84 @@ add = adding(Models)
 
 
 def run(args: Namespace) -> int:
-    """Print the table."""
+    """Print the table, or the anatomy of one model."""
+    settings = settings_from(args, Models)
+    if settings.model is not None:
+        return _print_anatomy(settings)
     from interp_ablate.models.architectures import table
 
-    as_json = settings_from(args, Models).json
     for row in table():
-        if as_json:
+        if settings.json:
             print(json_text(row))
             continue
         print(f"{row['model_type']}  ({row['families']}; {row['block']})")
         for key in ("embeddings", "attention", "mlp", "norm_after", "biases", "tied"):
             print(f"    {key:<11} {row[key]}")
     return 0
+
+
+def _print_anatomy(settings: Models) -> int:
+    from interp_ablate.models.backends.hf import measured_anatomy
+    from interp_ablate.models.load import hf_from_name
+
+    assert settings.model is not None
+    hf, _, _ = hf_from_name(
+        settings.model,
+        dtype=settings.dtype,
+        device=settings.device,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    anatomy = measured_anatomy(hf)
+    rows = [{"layer": i, **_block(block)} for i, block in enumerate(anatomy.blocks)]
+    if settings.json:
+        print(
+            json_text(
+                {
+                    "model_type": hf.config.model_type,
+                    "embed": anatomy.embed,
+                    "embed_scale": anatomy.embed_scale,
+                    "pos_embed": anatomy.pos_embed,
+                    "blocks": rows,
+                    "problems": anatomy.problems,
+                }
+            )
+        )
+        return 0
+    print(f"{hf.config.model_type}, {len(rows)} blocks at {anatomy.blocks_path}")
+    scale = "" if anatomy.embed_scale == 1.0 else f"{anatomy.embed_scale:.4g} * "
+    positions = f" + {anatomy.pos_embed}" if anatomy.pos_embed else ""
+    print(f"    stream      {scale}{anatomy.embed}{positions}, and in each block:")
+    described: dict[str, list[int]] = {}
+    for row in rows:
+        text = "\n".join(
+            f"    {point:<11} {branch}"
+            for point in ("attn_out", "mlp_out")
+            for branch in row[point]
+        )
+        described.setdefault(f"{text}\n    block       {row['block']}", []).append(row["layer"])
+    for text, layers in described.items():
+        print(f"  layers {', '.join(map(str, layers))}")
+        print(text)
+    print("    exact       " + ("yes" if not anatomy.problems else "; ".join(anatomy.problems)))
+    return 0
+
+
+def _block(block: Any) -> dict[str, Any]:
+    """A block's summands in words, with the names inside the block."""
+    kind = "parallel" if block.parallel else "sequential" if block.attn else "one summand"
+    return {
+        "attn_out": [_branch(branch) for branch in block.attn],
+        "mlp_out": [_branch(branch) for branch in block.mlp],
+        "block": block.problem or kind,
+    }
+
+
+def _branch(branch: Any) -> str:
+    start = branch.projection.rpartition(".")[0] + "."
+    scale = "" if branch.scale == 1.0 else f"{branch.scale:.4g} * "
+    written = " + ".join(
+        f"{name.removeprefix(start)} [{layout}]" for name, layout in branch.writers.items()
+    )
+    offset = "1 + weight" if branch.norm and branch.norm.offset else "weight"
+    norm = f", then {branch.path.removeprefix(start)} (gain = {offset})" if branch.norm else ""
+    return f"{scale}{branch.path.removeprefix(start)}: {branch.problem or written}{norm}"
