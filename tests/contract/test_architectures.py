@@ -77,8 +77,8 @@ REFUSED_BY_HOOKED = {
 CASES = [
     (kind, backend)
     for kind in DECLARED
-    for backend in BACKENDS
-    if backend == "bridge" or kind not in REFUSED_BY_HOOKED
+    for backend in (*BACKENDS, "hf")
+    if backend != "hooked" or kind not in REFUSED_BY_HOOKED
 ]
 PRE_NORM = [kind for kind, parts in DECLARED.items() if not parts.attn_norm]
 POST_NORM = [kind for kind, parts in DECLARED.items() if parts.attn_norm]
@@ -367,6 +367,12 @@ def test_the_writers_of_a_model_are_those_of_its_modules(kind: str, backend: str
     model, parts = shared(kind, backend), PARTS[kind]
     assert list(model.writers) == parts.writers
     entry = model.architecture
+    if backend == "hf":  # what was measured names the tensors that the table declares
+        declared, config = ARCHITECTURES[source_of(kind).config.model_type], source_of(kind).config
+        names = model.hf_state_dict()
+        for site in model.writers:
+            assert entry.writers(site, names, config).keys() == declared.writers(site, names, config).keys()
+        return
     assert entry is ARCHITECTURES[source_of(kind).config.model_type] and not entry.discovered
     assert list(sites_of(entry.writer_points(), range(N_LAYERS))) == parts.writers
     assert entry.is_parallel(source_of(kind).config) == parts.parallel

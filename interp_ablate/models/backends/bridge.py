@@ -5,7 +5,6 @@ Knows: the Bridge, its hook names, transformers' KV cache. Does not know: prompt
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -25,7 +24,13 @@ from interp_ablate.models.architectures import (
     text_config,
 )
 from interp_ablate.models.backends.backend import ForwardCall
-from interp_ablate.models.backends.bridge_shortcuts import BlockSkipping, OwnParts, growing_cache
+from interp_ablate.models.backends.block_skipping import BlockSkipping
+from interp_ablate.models.backends.bridge_shortcuts import (
+    OwnParts,
+    gathered_cache,
+    growing_cache,
+    select_cache,
+)
 from interp_ablate.models.backends.checks import (
     check_logits,
     fixed_calls,
@@ -72,7 +77,8 @@ class BridgeBackend:
         self.hf_config = self.hf.config
         self.generation_config = getattr(self.hf, "generation_config", None)
         _open_scaled_outputs(tl)
-        self._skipping = BlockSkipping(tl)
+        blocks = [block.original_component for block in tl.blocks]
+        self._skipping = BlockSkipping(blocks, tl.cfg.d_model, tl, self._still_called)
         self._own_parts = OwnParts(tl)
         self._own_parts.enable_if_same(self.forward, self._fixed_calls, BRIDGE_TOLERANCE)
 
@@ -179,16 +185,10 @@ class BridgeBackend:
         return growing_cache(self.hf_config)
 
     def gathered_cache(self, cache: Any, rows: Int[Tensor, " row"]) -> Any:
-        gathered = copy.copy(cache)  # layers replace their tensors, they never write into them
-        gathered.layers = [_copied_layer(layer) for layer in cache.layers]
-        return self.select_cache(gathered, rows)
+        return gathered_cache(cache, rows)
 
     def select_cache(self, cache: Any, rows: Int[Tensor, " row"]) -> Any:
-        for (
-            layer
-        ) in cache.layers:  # takes any rows; batch_select_indices leaves out recurrent states
-            layer.reorder_cache(rows)  # moves them to the device of its block
-        return cache
+        return select_cache(cache, rows)
 
     def forward(self, call: ForwardCall, keep: int) -> Tensor | None:
         arguments = {
@@ -222,6 +222,11 @@ class BridgeBackend:
         block = self.tl.blocks[site.layer]
         return site.layer + (self.hook_point(site) is block.hook_out)
 
+    def _still_called(self, block: int) -> set[nn.Module]:
+        """Blocks that run, and the last skipped one's hook_out, to which it hands on."""
+        last = self.tl.blocks[max(block - 1, 0) : block]
+        return {*self.tl.blocks[block:], *(each.hook_out for each in last)}
+
     def hook_ids(self) -> frozenset[int]:
         return hook_ids(self.tl)
 
@@ -243,11 +248,3 @@ class BridgeBackend:
                 f"{type(self.hf).__name__}: it cannot be written back as a Hugging Face checkpoint"
             )
         return {name: state[names[name]] for name in expected}
-
-
-def _copied_layer(layer: Any) -> Any:
-    """A cache layer with tables of its own; recurrent ones hold their tensors in dicts."""
-    copied = copy.copy(layer)
-    tables = {name: dict(v) for name, v in vars(layer).items() if isinstance(v, dict)}
-    vars(copied).update(tables)
-    return copied

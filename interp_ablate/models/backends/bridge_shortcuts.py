@@ -1,12 +1,13 @@
-"""Three ways in which a Bridge does less than its whole forward pass, with the same result.
+"""Two ways in which a Bridge does less than its whole forward pass, with the same result.
 
 Knows: transformers' dynamic cache layer; how a Bridge's blocks, attentions and norms wrap the checkpoint's modules, and whose hooks are in them. Does not know: sites, plans or prompts.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -14,9 +15,9 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from interp_ablate.models.backends.backend import ForwardCall, ResumePoint
+from interp_ablate.models.backends.backend import ForwardCall
 from interp_ablate.models.backends.checks import logit_difference
 from interp_ablate.models.backends.foreign_hooks import foreign_hooks
 
@@ -74,6 +75,29 @@ def growing_cache(config: Any) -> DynamicCache:
     cache = DynamicCache(config=config)
     cache.layers = [GrowingLayer() if type(x) is DynamicLayer else x for x in cache.layers]
     return cache
+
+
+def gathered_cache(cache: Any, rows: Int[Tensor, " row"]) -> Any:
+    """A cache of some rows (one may come several times); the old one stays as it is."""
+    gathered = copy.copy(cache)  # layers replace their tensors, they never write into them
+    gathered.layers = [_copied_layer(layer) for layer in cache.layers]
+    return select_cache(gathered, rows)
+
+
+def select_cache(cache: Any, rows: Int[Tensor, " row"]) -> Any:
+    """The cache of some rows; the old one is not used again."""
+    for layer in cache.layers:
+        # takes any rows (batch_select_indices leaves out recurrent states), to the device of its block
+        layer.reorder_cache(rows)
+    return cache
+
+
+def _copied_layer(layer: Any) -> Any:
+    """A cache layer with tables of its own; recurrent ones hold their tensors in dicts."""
+    copied = copy.copy(layer)
+    tables = {name: dict(v) for name, v in vars(layer).items() if isinstance(v, dict)}
+    vars(copied).update(tables)
+    return copied
 
 
 Forward = Callable[[ForwardCall, int], Tensor | None]
@@ -155,137 +179,6 @@ class OwnParts:
             if type(norm) in (NormalizationBridge, RMSNormalizationBridge)
             and norm.use_native_layernorm_autograd
         ]
-
-
-class BlockSkipping:
-    """Forward calls that start at a later block, where what enters that block is known."""
-
-    def __init__(self, tl: Any) -> None:
-        self.tl = tl
-        # How many values each block returns beside the stream, in a tuple; None: the stream alone.
-        self._extra_outputs: list[int | None] = []
-
-    @contextmanager
-    def resumed(self, call: ForwardCall) -> Iterator[None]:
-        """Blocks below the call's resume point are skipped; the last of them returns what enters there."""
-        resume = call.resume
-        if resume is None:
-            yield
-            return
-        skipped = range(resume.block)
-        with self._skipping(skipped, {resume.block - 1: resume.entering}):
-            yield
-        if call.cache is not None:  # masks are made as wide as the first layer's cache is long
-            batch, new = call.tokens.shape
-            placeholder = resume.entering.new_zeros(batch, 1, new, 1)
-            for i in skipped:
-                call.cache.layers[i].update(placeholder, placeholder)
-
-    @contextmanager
-    def _skipping(self, skipped: Iterable[int], outputs: dict[int, Tensor]) -> Iterator[None]:
-        """Some blocks return what `outputs` has for them, else their input; the Bridge's hooks around them stay.
-
-        The checkpoint's block inside the Bridge's is the one that is not run.
-        """
-        inner = {i: self.tl.blocks[i].original_component for i in skipped}
-        before = {i: block.__dict__.get("forward") for i, block in inner.items()}
-        try:
-            for i, block in inner.items():
-                block.__dict__["forward"] = functools.partial(
-                    _skipped_block, outputs.get(i), self._extra_outputs[i]
-                )
-            yield
-        finally:
-            for i, block in inner.items():
-                block.__dict__.pop("forward", None)
-                if before[i] is not None:  # accelerate's, where layers are on several devices
-                    block.__dict__["forward"] = before[i]
-
-    def is_exact(self, forward: Forward, calls: FixedCalls, cache_layers: Sequence[Any]) -> bool:
-        """True if all that reaches a block from the blocks below it is the stream that enters it.
-
-        (Some models have blocks that take an earlier one's keys and values.) Each block is run alone on
-        fixed calls and must give exactly what it gave in a whole pass; with the last one, so must the model.
-        """
-        if len(cache_layers) != len(self.tl.blocks) or not all(map(_is_plain_cache, cache_layers)):
-            return False
-        whole = self._fixed_outputs(forward, calls)
-        shapes = {x.shape for outputs in whole[:-1] for x in outputs}
-        if any(len(shape) != 3 or shape[-1] != self.tl.cfg.d_model for shape in shapes):
-            return False
-        for i in range(1, len(cache_layers) + 1):
-            try:
-                alone = self._fixed_outputs(forward, calls, i, whole[i - 1])
-            except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError):
-                return False  # it looked for what the blocks below would have left somewhere
-            if not all(map(torch.equal, whole[i], alone[i])):
-                return False
-        return True
-
-    def _fixed_outputs(
-        self, forward: Forward, calls: FixedCalls, only: int = 0, entering: Sequence[Tensor] = ()
-    ) -> list[list[Tensor]]:
-        """The output of every block in each fixed call, and last the logits.
-
-        If `entering` is given, no block runs but number `only` (the number of blocks: the final norm), and
-        there are logits only if it is the last one or the norm.
-        """
-        inner = [block.original_component for block in self.tl.blocks]
-        outputs: list[list[Tensor]] = [[] for _ in (*inner, None)]
-        extra_outputs: list[int | None] = [None for _ in inner]
-
-        def reader(i: int) -> Callable[..., None]:
-            def read(module: nn.Module, args: Any, out: Any) -> None:
-                outputs[i].append(out if isinstance(out, Tensor) else out[0])
-                extra_outputs[i] = None if isinstance(out, Tensor) else len(out) - 1
-
-            return read
-
-        handles = [block.register_forward_hook(reader(i)) for i, block in enumerate(inner)]
-        above = range(only + 1, len(inner)) if entering else ()
-        try:
-            for n, call in enumerate(calls()):
-                call.resume = ResumePoint(only, entering[n]) if entering else None
-                keep = 0 if above else call.tokens.shape[1]
-                with torch.no_grad(), self._skipping(above, {}):
-                    logits = forward(call, keep)
-                outputs[-1].extend([logits] if logits is not None else [])
-        finally:
-            for handle in handles:
-                handle.remove()
-        if not entering:
-            self._extra_outputs = extra_outputs
-        return outputs
-
-    def is_hooked_below(self, block: int) -> bool:
-        """True if hooks of others would not be called, or would change what enters a block.
-
-        From the number of layers + 1 on, the answer is about hooks anywhere in the model.
-        """
-        # the last skipped block hands on to its hook_out, which is called
-        last = self.tl.blocks[max(block - 1, 0) : block]
-        passed = {*self.tl.blocks[block:], *(each.hook_out for each in last)}
-        waiting = [self.tl]
-        while waiting:
-            module = waiting.pop()
-            if module in passed:
-                continue
-            if any(foreign_hooks(module)):
-                return True
-            passed.add(module)
-            waiting.extend(part for part in module._modules.values() if part is not None)
-        return False
-
-
-def _is_plain_cache(layer: Any) -> bool:
-    """True for a cache layer that holds keys and values by position and nothing else."""
-    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, GrowingLayer)
-
-
-def _skipped_block(output: Tensor | None, n_extra: int | None, *args: Any, **kwargs: Any) -> Any:
-    """Stands in for a block's forward: returns `output`, else the input, in the form that the block returns."""
-    x = output if output is not None else args[0] if args else kwargs["hidden_states"]
-    return x if n_extra is None else (x, *[None] * n_extra)
 
 
 def _own_attention(attn: Any, *args: Any, **kwargs: Any) -> Any:

@@ -11,8 +11,10 @@ from typing import Any
 
 from torch import nn
 
-# Packages that keep hooks of their own in a model; any other hook is somebody's who wants it called.
-_HOOKING = ("transformer_lens", "transformers")
+from interp_ablate.models.backends.hf_sites import SitePoint
+
+# What keeps hooks of its own in a model; any other hook is somebody's who wants it called.
+_HOOKING = ("transformer_lens.", "transformers.", f"{SitePoint.__module__}.")
 
 
 def foreign_hooks(module: nn.Module) -> Iterator[tuple[dict[int, Any], int]]:
@@ -29,8 +31,14 @@ def foreign_hooks(module: nn.Module) -> Iterator[tuple[dict[int, Any], int]]:
 
     for table in tables:
         for number, hook in table.items():
-            if isinstance(module, HookPoint) or hook.__module__.split(".")[0] not in _HOOKING:
+            if isinstance(module, (HookPoint, SitePoint)) or not _module_of(hook).startswith(
+                _HOOKING
+            ):
                 yield table, number
+
+
+def _module_of(hook: Any) -> str:
+    return f"{getattr(hook, '__module__', '')}."
 
 
 def hook_ids(root: nn.Module) -> frozenset[int]:

@@ -5,8 +5,9 @@ Knows: transformers' forward arguments and KV caches, the anatomy's sites. Does 
 
 from __future__ import annotations
 
-import copy
 import inspect
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
@@ -18,14 +19,30 @@ from interp_ablate.errors import ModelError
 from interp_ablate.models.anatomy import Anatomy, measure
 from interp_ablate.models.architectures import text_config
 from interp_ablate.models.backends.backend import ForwardCall
-from interp_ablate.models.backends.bridge_shortcuts import growing_cache
-from interp_ablate.models.backends.checks import fixed_tokens
+from interp_ablate.models.backends.block_skipping import BlockSkipping
+from interp_ablate.models.backends.bridge_shortcuts import (
+    gathered_cache,
+    growing_cache,
+    select_cache,
+)
+from interp_ablate.models.backends.checks import fixed_calls, fixed_tokens
+from interp_ablate.models.backends.foreign_hooks import hook_ids, without_hooks
 from interp_ablate.models.backends.hf_sites import HFSites
 from interp_ablate.models.loading import BackendName
 from interp_ablate.models.measured_architecture import MeasuredArchitecture, architecture_from
-from interp_ablate.sites import Site
+from interp_ablate.sites import EMBEDDING_POINTS, Site
 
 WIDTH = 24  # fixed tokens of the measurement
+
+
+_OF_ANY_MODULE = (
+    "parameters", "named_parameters", "modules", "named_modules", "state_dict", "requires_grad_",
+)  # fmt: skip
+_INSTEAD = (
+    "this model runs in plain transformers (backend 'hf'): {}. model.tl.hf is the Hugging Face model, "
+    "model.tl.cfg has its sizes; read and write activations with collect(...), model.applied(plan) and "
+    "model.hook_point(site)"
+)
 
 
 class NoTransformerLens:
@@ -36,15 +53,14 @@ class NoTransformerLens:
         """The Hugging Face model."""
         self.cfg = SimpleNamespace(**sizes)
         """The sizes under TransformerLens' names."""
-        self.parameters, self.state_dict = hf.parameters, hf.state_dict
-        self.requires_grad_ = hf.requires_grad_
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(
-            f"this model runs in plain transformers (backend 'hf'): there is no TransformerLens object "
-            f"with {name!r}. model.tl.hf is the Hugging Face model, model.tl.cfg has its sizes; read and write "
-            "activations with collect(...), model.applied(plan) and model.hook_point(site)"
-        )
+        if name in _OF_ANY_MODULE:
+            return getattr(self.hf, name)
+        raise AttributeError(_INSTEAD.format(f"there is no TransformerLens object with {name!r}"))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise ModelError(_INSTEAD.format("there is no TransformerLens object to call"))
 
 
 class HFBackend:
@@ -60,6 +76,11 @@ class HFBackend:
         self.anatomy = anatomy or measured_anatomy(hf)
         self.tl = NoTransformerLens(hf, _sizes(self._text, self.anatomy, hf.get_input_embeddings()))
         self._sites = HFSites(hf, self.anatomy)
+        self._everything = nn.ModuleList([hf, *self._sites.all_points])
+        self._blocks = list(hf.get_submodule(self.anatomy.blocks_path))
+        self._skipping = BlockSkipping(
+            self._blocks, self.tl.cfg.d_model, self._everything, self._still_called
+        )
 
     @classmethod
     def from_hf(cls, hf: Any, tokenizer: Any) -> HFBackend:
@@ -118,41 +139,60 @@ class HFBackend:
         return growing_cache(self._text)
 
     def gathered_cache(self, cache: Any, rows: Int[Tensor, " row"]) -> Any:
-        gathered = copy.copy(cache)  # layers replace their tensors, they never write into them
-        gathered.layers = [copy.copy(layer) for layer in cache.layers]
-        return self.select_cache(gathered, rows)
+        return gathered_cache(cache, rows)
 
     def select_cache(self, cache: Any, rows: Int[Tensor, " row"]) -> Any:
-        cache.batch_select_indices(rows)
-        return cache
+        return select_cache(cache, rows)
 
     def forward(self, call: ForwardCall, keep: int) -> Tensor | None:
         arguments = {
             "input_ids": call.tokens,
-            "attention_mask": call.mask,
+            "attention_mask": call.mask if call.padded or call.cache is not None else None,
             "position_ids": call.positions,
             "past_key_values": call.cache,
             "use_cache": call.cache is not None,
+            "logits_to_keep": keep,
         }
-        if keep == 0:
-            body = self.hf.base_model
-            taken = inspect.signature(body.forward).parameters
-            body(**{name: value for name, value in arguments.items() if name in taken})
-            return None
-        given = {name: value for name, value in arguments.items() if name in self._accepted}
-        if "logits_to_keep" in self._accepted:
-            given["logits_to_keep"] = keep
-        return self.hf(**given).logits[:, -keep:]
+        model, accepted = (self.hf, self._accepted) if keep else self._body
+        with self._skipping.resumed(call):
+            out = model(**{name: value for name, value in arguments.items() if name in accepted})
+        return out.logits[:, -keep:] if keep else None
 
-    @property
+    @cached_property
+    def _body(self) -> tuple[Any, frozenset[str]]:
+        """The model below its unembedding, and the arguments that it takes."""
+        body = self.hf.base_model
+        return body, frozenset(inspect.signature(body.forward).parameters)
+
+    def _fixed_calls(self) -> Iterator[ForwardCall]:
+        return fixed_calls(
+            self.tl.cfg.d_vocab, next(self.hf.parameters()).device, self.new_cache(1)
+        )
+
+    @cached_property
     def can_resume(self) -> bool:
-        return False
+        """True if a pass may start at a later block (tried once, on fixed tokens)."""
+        return self._skipping.is_exact(self.forward, self._fixed_calls, self.new_cache(1).layers)
 
     def first_block(self, site: Site) -> int:
-        return 0
+        """The first block that must run for a site to hold what it holds in a whole pass."""
+        return 0 if site.point in EMBEDDING_POINTS else site.layer + (site.point == "resid_post")
+
+    def _still_called(self, block: int) -> set[nn.Module]:
+        """Blocks that run and their sites, and where the last skipped one hands on."""
+        points = self._sites.points.items()
+        later = {p for s, p in points if s.layer >= block and s.point not in EMBEDDING_POINTS}
+        last = {p for s, p in points if (s.layer, s.point) == (block - 1, "resid_post")}
+        return {*self._blocks[block:], *later, *last}
+
+    def hook_ids(self) -> frozenset[int]:
+        return hook_ids(self._everything)
+
+    def unhooked(self) -> AbstractContextManager[None]:
+        return without_hooks(self._everything)
 
     def is_hooked_below(self, block: int) -> bool:
-        return True
+        return self._skipping.is_hooked_below(block)
 
     def hf_state_dict(self) -> dict[str, Tensor]:
         return dict(self.hf.state_dict())

@@ -54,6 +54,11 @@ class HFSites:
         for layer, block in enumerate(anatomy.blocks):
             _BlockSites(self, layer, block, hf.get_submodule(f"{anatomy.blocks_path}.{layer}"))
 
+    @property
+    def all_points(self) -> list[SitePoint]:
+        """Every hook point, those without a site too."""
+        return [*self.points.values(), *self.inputs.values(), self.unembed_input]
+
     def point(self, layer: int, point: Point) -> SitePoint:
         """A new hook point of a site."""
         site = Site(layer, point)
