@@ -77,7 +77,7 @@ class Model:
         self.hf_config, self.generation_config = backend.hf_config, backend.generation_config
         self.site_map = SiteMap(backend, source.name)
         self.plans = AppliedPlans(backend, self.site_map)
-        self._fingerprint = ModelFingerprint(backend.tl)
+        self._fingerprint = ModelFingerprint(backend.module)
         self._passes = ForwardPasses(backend, self.site_map, self.plans)
         self._residuals = ResidualCaching(self._passes, self.site_map, self._fingerprint)
 
@@ -183,7 +183,7 @@ class Model:
         unknown = uuid4().hex if self.plans.has_unknown_edits else None
         tokens = rendered(self.encode) if self.tokenizer is not None else []
         about = (self.backend, tokens, sorted(self.eos_token_ids), name, unknown)
-        configs = (self.hf_config, self.tl.cfg)
+        configs = (self.hf_config, getattr(self.tl, "cfg", None))
         return self._fingerprint.of(configs, self.tokenizer, self.template, *about)
 
     @property

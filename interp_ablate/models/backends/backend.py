@@ -26,6 +26,8 @@ class Backend(Protocol):
 
     name: BackendName
     tl: Any
+    module: nn.Module
+    """The torch module that holds the model's tensors."""
     hf_config: Any
     generation_config: Any
 

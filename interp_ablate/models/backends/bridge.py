@@ -72,7 +72,7 @@ class BridgeBackend:
     name: BackendName = "bridge"
 
     def __init__(self, tl: Any) -> None:
-        self.tl = tl
+        self.tl = self.module = tl
         self.hf = tl.original_model
         self.hf_config = self.hf.config
         self.generation_config = getattr(self.hf, "generation_config", None)

@@ -69,7 +69,8 @@ class HFBackend:
     name: BackendName = "hf"
 
     def __init__(self, hf: Any, anatomy: Anatomy | None = None) -> None:
-        self.hf, self.hf_config = hf, hf.config
+        self.hf = self.module = hf
+        self.hf_config = hf.config
         self.generation_config = getattr(hf, "generation_config", None)
         self._text = text_config(hf.config)
         self._accepted = frozenset(inspect.signature(hf.forward).parameters)

@@ -36,7 +36,7 @@ class HookedBackend:
     can_resume = False  # every pass is a whole one
 
     def __init__(self, tl: Any, hf_config: Any = None, generation_config: Any = None) -> None:
-        self.tl = tl
+        self.tl = self.module = tl
         self.hf_config, self.generation_config = hf_config, generation_config
 
     @classmethod
