@@ -371,7 +371,10 @@ def test_the_writers_of_a_model_are_those_of_its_modules(kind: str, backend: str
         declared, config = ARCHITECTURES[source_of(kind).config.model_type], source_of(kind).config
         names = model.hf_state_dict()
         for site in model.writers:
-            assert entry.writers(site, names, config).keys() == declared.writers(site, names, config).keys()
+            assert (
+                entry.writers(site, names, config).keys()
+                == declared.writers(site, names, config).keys()
+            )
         return
     assert entry is ARCHITECTURES[source_of(kind).config.model_type] and not entry.discovered
     assert list(sites_of(entry.writer_points(), range(N_LAYERS))) == parts.writers
