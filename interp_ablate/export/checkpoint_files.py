@@ -6,7 +6,8 @@ Knows: the names and contents of these files. Does not know: plans.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable
+import json
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,12 @@ def float_dtype_of(tensors: Iterable[Tensor]) -> str:
 def write_json(path: Path, value: Any) -> None:
     """JSON as every file of an export has it."""
     path.write_text(json_text(value, indent=1), encoding="utf-8")
+
+
+def _write_config_file(folder: Path, config: Mapping[str, Any]) -> None:
+    """config.json as transformers reads it: some configs hold infinity (Falcon H1's `time_step_limit`)."""
+    text = json.dumps(config_for_both(dict(config)), indent=1)
+    (folder / "config.json").write_text(text, encoding="utf-8")
 
 
 def published_layout(model: Model, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -83,7 +90,7 @@ def write_config(model: Model, state: dict[str, Tensor], weights: WeightPlan, fo
     config.pop("quantization_config", None)
     if is_tied(model.hf_config) and model.architecture.unembed in state:
         config["tie_word_embeddings"] = False
-    write_json(folder / "config.json", config_for_both({**config, **weights.config}))
+    _write_config_file(folder, {**config, **weights.config})
 
 
 def _architectures(model: Model) -> list[str]:
@@ -118,6 +125,5 @@ def write_source_files(
     source: Path, folder: Path, changes: dict[str, Any], *, own: Collection[str]
 ) -> list[str]:
     """The source folder's config with the changes, and its other files as they are; returns what stays behind."""
-    config = read_config(source)
-    write_json(folder / "config.json", config_for_both({**config, **changes}))
+    _write_config_file(folder, {**read_config(source), **changes})
     return copy_side_files(source, folder, own=own)

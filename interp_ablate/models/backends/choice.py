@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from interp_ablate.errors import ExportError, ModelError
 from interp_ablate.models.anatomy import Anatomy
@@ -38,6 +39,7 @@ def chosen_backend(hf: Any, tokenizer: Any) -> Backend:
     anatomy = None
     if declared_architecture(hf.config.model_type) is None:
         anatomy = measured_anatomy(hf)
+    before = _fixed_logits(hf)
     try:
         with _undone_on_error(hf):
             bridge = BridgeBackend.from_hf(hf, tokenizer)
@@ -47,8 +49,17 @@ def chosen_backend(hf: Any, tokenizer: Any) -> Backend:
                 raise ModelError("what its sites hold does not add up to the residual stream")
             return bridge
     except ModelError as error:
+        if not torch.equal(_fixed_logits(hf), before):
+            raise  # the Bridge has changed the model itself, which is not to be believed now
         logger.info("%s runs in plain transformers: %s", type(hf).__name__, error)
         return HFBackend(hf, anatomy)
+
+
+@torch.no_grad()
+def _fixed_logits(hf: Any) -> Tensor:
+    """Logits of fixed tokens: without NaN, so that they can be compared."""
+    weight = hf.get_input_embeddings().weight
+    return hf(fixed_tokens(weight.shape[0], 8).to(weight.device)).logits.nan_to_num()
 
 
 def _same_writers(bridge: BridgeBackend, anatomy: Anatomy) -> bool:
@@ -122,7 +133,11 @@ def _undone_on_error(hf: Any) -> Iterator[None]:
         (module, dict(module._forward_hooks), dict(module._forward_pre_hooks))
         for module in hf.modules()
     ]
-    configs = {id(m.config): m.config for m in hf.modules() if hasattr(m, "config")}
+    configs = {
+        id(m.config): m.config
+        for m in hf.modules()
+        if isinstance(getattr(m, "config", None), PreTrainedConfig)
+    }
     settings = [(config, dict(vars(config))) for config in configs.values()]
     try:
         yield

@@ -8,8 +8,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from types import SimpleNamespace
 from typing import Any
 
 from jaxtyping import Float, Int
@@ -45,13 +45,29 @@ _INSTEAD = (
 )
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a decoder, under TransformerLens' names."""
+
+    n_layers: int
+    d_model: int
+    d_vocab: int
+    n_ctx: int
+    d_mlp: int | None
+    model_name: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The sizes as plain data."""
+        return asdict(self)
+
+
 class NoTransformerLens:
     """Stands in for `model.tl` where there is none: sizes and weights; everything else is refused in words."""
 
-    def __init__(self, hf: Any, sizes: dict[str, Any]) -> None:
+    def __init__(self, hf: Any, sizes: Sizes) -> None:
         self.hf = hf
         """The Hugging Face model."""
-        self.cfg = SimpleNamespace(**sizes)
+        self.cfg = sizes
         """The sizes under TransformerLens' names."""
 
     def __getattr__(self, name: str) -> Any:
@@ -75,7 +91,7 @@ class HFBackend:
         self._text = text_config(hf.config)
         self._accepted = frozenset(inspect.signature(hf.forward).parameters)
         self.anatomy = anatomy or measured_anatomy(hf)
-        self.tl = NoTransformerLens(hf, _sizes(self._text, self.anatomy, hf.get_input_embeddings()))
+        self.tl = NoTransformerLens(hf, _sizes(hf, self.anatomy))
         self._sites = HFSites(hf, self.anatomy)
         self._everything = nn.ModuleList([hf, *self._sites.all_points])
         self._blocks = list(hf.get_submodule(self.anatomy.blocks_path))
@@ -222,13 +238,14 @@ def measured_anatomy(hf: Any) -> Anatomy:
         ) from error
 
 
-def _sizes(text: Any, anatomy: Anatomy, embedding: nn.Module) -> dict[str, Any]:
+def _sizes(hf: Any, anatomy: Anatomy) -> Sizes:
     """Sizes of the decoder, measured where they can be."""
-    d_vocab, d_model = embedding.weight.shape  # type: ignore[misc]
-    return {
-        "n_layers": len(anatomy.blocks),
-        "d_model": d_model,
-        "d_vocab": d_vocab,
-        "n_ctx": getattr(text, "max_position_embeddings", None) or 1 << 20,
-        "d_mlp": getattr(text, "intermediate_size", None),
-    }
+    text, (d_vocab, d_model) = text_config(hf.config), hf.get_input_embeddings().weight.shape
+    return Sizes(
+        n_layers=len(anatomy.blocks),
+        d_model=d_model,
+        d_vocab=d_vocab,
+        n_ctx=getattr(text, "max_position_embeddings", None) or 1 << 20,
+        d_mlp=getattr(text, "intermediate_size", None),
+        model_name=type(hf).__name__,
+    )
