@@ -21,6 +21,7 @@ from interp_ablate.errors import ExportError
 from interp_ablate.evaluation.metrics import kl_divergence
 from interp_ablate.models.load import from_hf
 from interp_ablate.models.model import Model
+from interp_ablate.models.model_files import auto_class
 from interp_ablate.models.sources import ModelSource, read_hf_config
 from interp_ablate.prompts.prompt import PromptLike
 from interp_ablate.sites import Site, sites_of
@@ -272,10 +273,11 @@ def load_in_blocks(folder: str | Path, device: torch.device, **options: Any) -> 
     Raises:
         ExportError: a folder transformers cannot load with these options.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
-        hf: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+        config = AutoConfig.from_pretrained(folder)
+        hf: Any = auto_class(config).from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ExportError(f"transformers cannot load the export {folder}: {error}") from error
     return in_blocks(hf.eval().requires_grad_(False), device)

@@ -18,7 +18,7 @@ from interp_ablate.export.older_transformers import config_for_both
 from interp_ablate.export.side_files import copy_side_files, spell_tokenizer
 from interp_ablate.models.architectures import is_tied
 from interp_ablate.models.model import Model
-from interp_ablate.models.model_files import read_config
+from interp_ablate.models.model_files import auto_class, read_config
 from interp_ablate.storage.safetensors_reader import INDEX
 from interp_ablate.storage.strict_json import json_text
 from interp_ablate.weights.plan_to_weights import WeightPlan
@@ -49,7 +49,6 @@ def published_layout(model: Model, state: dict[str, Tensor]) -> dict[str, Tensor
     Version 5 fuses the experts of a mixture in memory; files hold them one by one. Of an architecture
     without a declared entry the names in memory are the ones that are known, and stay.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -57,7 +56,7 @@ def published_layout(model: Model, state: dict[str, Tensor]) -> dict[str, Tensor
     if model.architecture.discovered or not any(map(get_checkpoint_conversion_mapping, kinds)):
         return state
     with torch.device("meta"):
-        hf = AutoModelForCausalLM.from_config(copy.deepcopy(model.hf_config))
+        hf = auto_class(model.hf_config).from_config(copy.deepcopy(model.hf_config))
     return revert_weight_conversion(hf, state)
 
 
@@ -94,12 +93,10 @@ def write_config(model: Model, state: dict[str, Tensor], weights: WeightPlan, fo
 
 
 def _architectures(model: Model) -> list[str]:
-    from transformers import AutoModelForCausalLM
-
     if model.hf_config.architectures:
         return list(model.hf_config.architectures)
     with torch.device("meta"):
-        return [type(AutoModelForCausalLM.from_config(model.hf_config)).__name__]
+        return [type(auto_class(model.hf_config).from_config(model.hf_config)).__name__]
 
 
 def write_side_files(model: Model, folder: Path, *, own: Collection[str] = ()) -> list[str]:

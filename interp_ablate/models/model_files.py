@@ -275,11 +275,29 @@ def _without_adapter(folder: Path) -> Iterator[Path]:
         yield Path(place)
 
 
+def auto_class(config: Any) -> Any:
+    """transformers' automatic class that loads a config's decoder, wrapped with other towers or not."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    )
+
+    kind = type(config)
+    wrapped = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if wrapped and kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
 def _load_without_data(folder: Path, config: Mapping[str, Any], trust_remote_code: bool) -> None:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     with transformers_reads(str(folder)), _without_adapter(folder) as place:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        parsed = AutoConfig.from_pretrained(
+            str(place), local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        loaded: Any = auto_class(parsed).from_pretrained(
             str(place),
             device_map="meta",
             ignore_mismatched_sizes=True,

@@ -17,6 +17,7 @@ from interp_ablate.errors import ModelError
 from interp_ablate.models.model_files import (
     ADAPTER,
     CONFIG,
+    auto_class,
     check_folder,
     check_gguf,
     check_report,
@@ -218,7 +219,7 @@ def load_hf(
     Raises:
         ModelError: what transformers could not load, with its reason and what to check.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     where: dict[str, Any] = {"pretrained_model_name_or_path": source.path or source.name}
     if source.kind == "gguf":
@@ -237,7 +238,8 @@ def load_hf(
     quick = _quick_gguf() if source.kind == "gguf" else nullcontext()
     with transformers_reads(f"{source.name!r} ({source.kind})", _WHERE), quick:
         tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(**where, trust_remote_code=trust_remote_code)
+        loaded: Any = auto_class(config).from_pretrained(
             **where,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
