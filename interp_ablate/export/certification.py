@@ -39,8 +39,9 @@ LIMITS: dict[str, tuple[float, float, float, float]] = {
 }
 _NAMES = ("max_abs_logit_difference", "kl", "residual_along_direction", "share_of_edit_missed")
 SKIPPED = "cost_of_skipped_embedding"
-# An edit can be told from rounding where it moves the projection by this many steps of the dtype.
-STEPS_TO_SEE_AN_EDIT = 8
+# An edit can be told from rounding where it moves the projection by this many steps of the dtype. Rounding alone
+# moves it by up to 6 (SmolLM2-135M in bfloat16, from one site to the next of 46): 8 are a quarter of an edit of 32.
+STEPS_TO_SEE_AN_EDIT = 32
 # The default prompts: the comparison needs ordinary text, not a particular task.
 PROBES = (
     "Hello, how are you today?",
