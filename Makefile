@@ -18,7 +18,7 @@ LLAMA_FLAGS := -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_AL
 	-DCMAKE_C_FLAGS_RELEASE=-O1 -DCMAKE_CXX_FLAGS_RELEASE=-O1 -DCMAKE_C_FLAGS=-DNDEBUG -DCMAKE_CXX_FLAGS=-DNDEBUG
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo devices test test-slow test-tl4 test-transformers4 test-llama fuzz gemma lint types docs pages bench bench-export bench-smoke notebooks \
+.PHONY: demo devices families test test-slow test-tl4 test-transformers4 test-llama fuzz gemma lint types docs pages bench bench-export bench-smoke notebooks \
 	notebooks-check figures faults clean
 
 demo: $(VENV)/.ready-demo
@@ -72,6 +72,10 @@ pages: $(VENV)/.ready-demo
 # Commands killed at random moments, or run out of disk: the table of what came of them (minutes).
 faults: $(VENV)/.ready
 	$(BIN)/python tests/support/faults.py
+
+# Every decoder type of transformers, tiny and random, from loading to a certified export that is checked in plain transformers.
+families: $(VENV)/.ready
+	$(BIN)/python tests/support/families.py
 
 # `run` to a certified export on a tiny model, for every dtype and device: a table of what ran.
 devices: $(VENV)/.ready

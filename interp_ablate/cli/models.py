@@ -87,10 +87,21 @@ def _print_anatomy(settings: Models) -> int:
         )
         described.setdefault(f"{text}\n    block       {row['block']}", []).append(row["layer"])
     for text, layers in described.items():
-        print(f"  layers {', '.join(map(str, layers))}")
+        print(f"  layers {_ranges(layers)}")
         print(text)
     print("    exact       " + ("yes" if not anatomy.problems else "; ".join(anatomy.problems)))
     return 0
+
+
+def _ranges(layers: list[int]) -> str:
+    """Layers in order, runs of them shortened: 0-3, 5."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _block(block: Any) -> dict[str, Any]:

@@ -122,6 +122,8 @@ def export_checkpoint(
         )
     plan = plan or Plan()
     source = _opened(model.source) if len(plan) else None
+    if source is not None and not _names_its_writers(source, model):
+        source = None  # transformers renames or fuses what it loads: the model in memory is written
     if source is not None:
         weights = _streamed_plan(source, plan, model.hf_config, tied, model.architecture)
         _check_unchanged(model, source)
@@ -245,6 +247,16 @@ def _own_files(source: Checkpoint | None) -> set[str]:
     """Names of a source folder's files that an export writes anew."""
     weights = [file.name for file in source.files] if source else []
     return {*weights, INDEX, "config.json", CARD, CERTIFICATE, MANIFEST}
+
+
+def _names_its_writers(source: Checkpoint, model: Model) -> bool:
+    """True if a folder has the tensors that write in the model under the names that its architecture gives them."""
+    try:
+        for site in model.writers:
+            model.architecture.writers(site, source.tensors, model.hf_config)
+    except ExportError:
+        return not model.architecture.discovered  # of a declared entry, it is an error
+    return True
 
 
 def _streamed_plan(

@@ -15,7 +15,7 @@ import torch
 from interp_ablate.edits.kinds import Ablate
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import ExportError
-from interp_ablate.models.architectures import Architecture, declared_architecture
+from interp_ablate.models.architectures import Architecture, declared_architecture, text_config
 from interp_ablate.models.model import Model
 from interp_ablate.models.model_files import check_folder
 from interp_ablate.models.sources import ModelSource, read_hf_config
@@ -81,8 +81,8 @@ def check_model_exports(
 
 def _everywhere(entry: Architecture, hf_config: Any) -> Plan:
     """An ablation at every place that writes to the stream, of a direction that does not matter."""
-    vector = torch.ones(hf_config.hidden_size, dtype=torch.float64)
-    sites = sites_of(entry.writer_points(), range(hf_config.num_hidden_layers))
+    vector = torch.ones(text_config(hf_config).hidden_size, dtype=torch.float64)
+    sites = sites_of(entry.writer_points(), range(text_config(hf_config).num_hidden_layers))
     return Plan((Ablate(vector, sites, label="preflight"),))
 
 

@@ -50,6 +50,15 @@ def test_models(capsys: pytest.CaptureFixture[str]) -> None:
     assert "1 + weight" in gemma["norm_after"]
 
 
+def test_models_of_one_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", str(place / "a")]) == 0
+    text = capsys.readouterr().out
+    assert f"layers 0-{N_LAYERS - 1}" in text and "self_attn.o_proj.weight [linear]" in text
+    assert text.rstrip().endswith("exact       yes")
+    found = run(capsys, "models", place / "a", "--json")
+    assert not found["problems"] and len(found["blocks"]) == N_LAYERS
+
+
 def test_streamed_then_verified_by_anyone(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b, plan = place / "a", place / "b", place / "plan.json"
     said = run(capsys, "export", "--source", a, "--plan", plan, "--out", b)

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from support.families import build, carried
+from support.families import build, carried, left_along
 from support.tiny import make_tokenizer
 
 from interp_ablate import Plan
 from interp_ablate.edits.kinds import Ablate, Add
 from interp_ablate.errors import ModelError
 from interp_ablate.export.checkpoint import export_checkpoint
-from interp_ablate.models.load import from_hf
+from interp_ablate.models.load import from_hf, load_model
 from interp_ablate.models.model import Model
 from interp_ablate.sites import POINTS, Site, sites_of
 
@@ -95,6 +95,19 @@ def test_the_text_tower_of_a_wrapped_model_is_edited_alone(tmp_path: Path) -> No
         same = torch.equal(p, before[name]) if name in before else True
         written = any(part in name for part in ("o_proj", "down_proj", "embed_tokens"))
         assert same or (written and "language_model" in name), name
+
+
+def test_a_wrapped_model_from_its_folder(tmp_path: Path) -> None:
+    """From load to a certified export, with names in the files that are not those in memory."""
+    hf = build("gemma3")
+    hf.save_pretrained(tmp_path / "in")
+    make_tokenizer().save_pretrained(tmp_path / "in")
+    model = load_model(tmp_path / "in")
+    assert model.backend == "hf"
+    r = torch.randn(model.d_model, generator=torch.Generator().manual_seed(0))
+    plan = Plan((Ablate(r, model.writers),))
+    assert export_checkpoint(model, plan, tmp_path / "out", prompts=ROWS)["passed"]
+    assert left_along(tmp_path / "out", r, ROWS) < 1e-5
 
 
 def test_what_the_bridge_would_install_packages_for_is_refused() -> None:
