@@ -36,7 +36,8 @@ WIDTH = 24  # fixed tokens of the measurement
 
 
 _OF_ANY_MODULE = (
-    "parameters", "named_parameters", "modules", "named_modules", "state_dict", "requires_grad_",
+    "buffers", "modules", "named_buffers", "named_modules", "named_parameters", "parameters",
+    "requires_grad_", "state_dict",
 )  # fmt: skip
 _INSTEAD = (
     "this model runs in plain transformers (backend 'hf'): {}. model.tl.hf is the Hugging Face model, "
