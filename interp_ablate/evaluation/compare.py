@@ -328,10 +328,7 @@ class _Evaluator:
 def _divergences(after: ModelOutputs, before: ModelOutputs) -> dict[str, list[float | None]]:
     """`divergences` with both models' weights in float32 (`in_float32`), along the answers that are there."""
     with in_float32(before.model), in_float32(after.model):
-        fresh = [outputs.fresh(outputs.plan) for outputs in (after, before)]
-        for outputs, answered in zip(fresh, (after, before)):
-            outputs.generations = answered.generations
-        return divergences(*fresh)
+        return divergences(after.answered(), before.answered())
 
 
 # measures of a row by their metric

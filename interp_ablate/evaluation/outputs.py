@@ -67,6 +67,12 @@ class ModelOutputs:
         """The same prompts under a plan, with nothing computed and no cache of the stream."""
         return self._of(range(len(self.rows)), plan)
 
+    def answered(self) -> ModelOutputs:
+        """Outputs of the model as it is now (in float32, say) along the answers that are there."""
+        outputs = self.fresh(self.plan)
+        outputs.generations = self.generations
+        return outputs
+
     def _of(self, index: Sequence[int], plan: Plan | None) -> ModelOutputs:
         rows = [self.rows[i] for i in index]
         outputs = ModelOutputs(
@@ -215,7 +221,7 @@ class ModelOutputs:
         """Log-probabilities along its own answers to some of the prompts, by their indices."""
         if self._answer_logprobs is not None:
             return [self._answer_logprobs[i] for i in index]
-        part = self._of(index, self.plan)
+        part = self.subset(index)
         return part.continuation_logprobs([list(self.generations[i].tokens) for i in index])
 
     def without_model(self) -> ModelOutputs:
