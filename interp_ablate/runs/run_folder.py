@@ -269,7 +269,8 @@ class Run:
             for part in (self.split.train, self.split.validation, self.split.test)
             for prompt in (*part.positive, *part.negative)
         ]
-        self._made_of({"model": model.fingerprint, "rendering": rendering(model, prompts)})
+        # the rendering first: it is a part of the fingerprint, and what differs is named by its closest cause
+        self._made_of({"rendering": rendering(model, prompts), "model": model.fingerprint})
         contrast = self.contrast_set
         self.record(
             model=facts,
