@@ -14,6 +14,7 @@ import torch
 from interp_ablate import Ablate, Direction, Plan, Site, export_checkpoint, load_model
 from interp_ablate.cli.main import main
 from interp_ablate.errors import InterpAblateError, RunError
+from interp_ablate.evaluation import harness_adapter
 from interp_ablate.evaluation.harness import BUNDLED_FOLDER, BUNDLED_TASK, Tasks, TaskScore
 from interp_ablate.evaluation.harness_adapter import loglikelihoods, longest
 from interp_ablate.models.model import Model
@@ -207,17 +208,19 @@ def test_the_bundled_task_is_the_same_in_the_librarys_own_wrapper(tasks: Tasks, 
         assert score.value == pytest.approx(theirs[f"{metric},none"])
 
 
-def test_few_shot_examples_are_turns_of_their_own_in_a_chat(folder: Path) -> None:
+def test_few_shot_examples_are_turns_of_their_own_in_a_chat(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As the library's command line has it: each example a question of the user and an answer."""
     seen: list[list[str]] = []
     model = tiny.make()
-    render = model.tokenizer.apply_chat_template
+    render = harness_adapter.apply_template
 
-    def rendered(chat: list[dict[str, str]], **options: Any) -> str:
+    def rendered(chat: list[dict[str, str]], *args: Any, **options: Any) -> str:
         seen.append([message["role"] for message in chat])
-        return str(render(chat, **options))
+        return render(chat, *args, **options)
 
-    model.tokenizer.apply_chat_template = rendered
+    monkeypatch.setattr(harness_adapter, "apply_template", rendered)
     mine = by_name(Tasks([folder]).run("mine_target", model, chat=True))
     assert seen and all(roles == ["user", "assistant", "user"] for roles in seen)
     theirs = wrapped("mine_target", folder, chat=True)
