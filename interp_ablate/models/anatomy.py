@@ -170,17 +170,18 @@ def _measure_block(
         terms, error = _solved(delta, calls, list(calls))
     if error > TOLERANCE or not terms:
         return BlockAnatomy(problem=_unexplained(error, terms))
-    noise = {name: _noise_run(wide, call, modules, name, terms) for name in terms}
+    before = {name: calls[name][-1].output for name in terms}
+    noise = {name: _noise_run(wide, call, modules, name, terms, before) for name in terms}
     ignored = [name for name, (gap, _) in noise.items() if gap > 50 * TOLERANCE]
     if ignored:
         return BlockAnatomy(problem=f"{ignored[0]} is computed, but not what reaches the stream")
     order = [name for name in calls if name in terms]
-    attn, mlp = _sites(order, {name: reached for name, (_, reached) in noise.items()})
+    reads = {name: reached for name, (_, reached) in noise.items()}
+    attn, mlp = _sites(order, reads)
     branches = {
         name: _measure_branch(path, name, terms[name], modules, calls, guesses)
         for name in (*attn, *mlp)
     }
-    reads = {name: reached for name, (_, reached) in noise.items()}
     chained = [
         b
         for group in (attn, mlp)
@@ -265,8 +266,12 @@ def _noise_run(
     modules: Mapping[str, nn.Module],
     name: str,
     terms: Mapping[str, float],
+    before: Mapping[str, Tensor],
 ) -> tuple[float, set[str]]:
-    """With noise in one summand: the share of the sum left unexplained, and the summands that changed."""
+    """With noise in one summand: the share of the sum left unexplained, and the summands that changed.
+
+    `before` holds what each summand is without noise.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def disturb(module: nn.Module, args: Any, output: Any) -> Any:
@@ -275,8 +280,6 @@ def _noise_run(
         noise = torch.randn(x.shape, generator=generator).to(x)
         return with_stream(output, x + noise * x.std())
 
-    with recording({each: modules[each] for each in terms}) as before:
-        block(*call.args, **call.kwargs)
     handle = modules[name].register_forward_hook(disturb)
     try:  # the recorder comes after the noise
         with recording({each: modules[each] for each in terms}) as after:
@@ -291,7 +294,7 @@ def _noise_run(
     changed = {
         each
         for each in terms
-        if each != name and not torch.equal(before[each][-1].output, after[each][-1].output)
+        if each != name and not torch.equal(before[each], after[each][-1].output)
     }
     return float(left.norm() / delta.norm()), changed
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from interp_ablate.errors import PromptError
 from interp_ablate.prompts.prompt import Prompt
+from interp_ablate.storage.incoming_files import parse_json
 
 # Fields of configs that say where a model came from or lies, or that its tensors say themselves.
 _NOT_COMPUTED = {
@@ -112,7 +113,7 @@ class ModelFingerprint:
         if self._tokenizer[0] != key:
             content: Any = None
             if inner := getattr(tokenizer, "backend_tokenizer", None):
-                content = json.loads(inner.to_str())
+                content = parse_json(inner.to_str(), unique=False)
                 content |= {"truncation": None, "padding": None}  # left behind by the last call
             elif tokenizer is not None:
                 content = tokenizer.get_vocab()

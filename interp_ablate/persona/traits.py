@@ -19,6 +19,7 @@ from interp_ablate.errors import PromptError
 from interp_ablate.prompts.prompt import Prompt, normalised
 from interp_ablate.storage.atomic_files import write_atomic
 from interp_ablate.storage.bundled_data import bundled
+from interp_ablate.storage.incoming_files import incoming_bytes, parse_json
 from interp_ablate.storage.strict_json import json_text
 
 FEWEST_QUESTIONS = 2  # for extraction: some make the vector, others choose its layer
@@ -197,23 +198,12 @@ def load_trait(name_or_path: str | Path) -> Trait:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        return _parsed(path.read_bytes(), path)
-    except OSError as error:
-        raise PromptError(f"cannot read the trait file {path}: {error.strerror}") from error
+    return _parsed(incoming_bytes(path, error=PromptError), path)
 
 
 def _parsed(data: bytes, path: Path) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise PromptError(f"{path}: the key {twice!r} is there twice: remove one")
-        return values
-
     try:
-        content = json.loads(data.decode("utf-8-sig"), object_pairs_hook=once)
+        content = parse_json(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise PromptError(f"{path}, line {line}: not UTF-8: save the file as UTF-8") from error
@@ -221,8 +211,8 @@ def _parsed(data: bytes, path: Path) -> dict[str, Any]:
         raise PromptError(
             f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}"
         ) from error
-    except RecursionError as error:
-        raise PromptError(f"{path}: nested too deeply for a trait file") from error
+    except ValueError as error:
+        raise PromptError(f"{path}: {error}") from error
     if not isinstance(content, dict):
         raise PromptError(f"{path}: a trait file is one JSON object, not {type(content).__name__}")
     return content

@@ -145,7 +145,7 @@ def parse_json(text: str | bytes, *, unique: bool = True, finite: bool = False) 
     try:
         content = json.loads(text, object_pairs_hook=_once if unique else None, **more)
     except RecursionError:
-        raise ValueError(f"it is nested more than {MAX_DEPTH} deep") from None
+        raise ValueError(f"it is nested too deeply, more than {MAX_DEPTH} deep") from None
     _check_depth(content)
     return content
 
@@ -170,7 +170,7 @@ def _check_depth(content: Any) -> None:
         inside = (one.values() if isinstance(one, dict) else one for one in level)
         level = [value for many in inside for value in many if isinstance(value, (dict, list))]
     if level:
-        raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+        raise ValueError(f"it is nested too deeply, more than {MAX_DEPTH} deep")
 
 
 def shortened(value: Any, length: int = 60) -> str:

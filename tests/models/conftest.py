@@ -1,15 +1,5 @@
-"""Every backend, plain transformers among them, for the tests of this folder."""
+"""`backend` is every backend here, plain transformers among them."""
 
-from __future__ import annotations
+from every_backend import backend
 
-import pytest
-
-
-@pytest.fixture(params=("bridge", "hooked", "hf"))
-def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend that is installed: TransformerLens 4 has no HookedTransformer."""
-    from tiny import HAS_HOOKED
-
-    if request.param == "hooked" and not HAS_HOOKED:
-        pytest.skip("this TransformerLens has no HookedTransformer")
-    return str(request.param)
+__all__ = ["backend"]

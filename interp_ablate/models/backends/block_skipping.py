@@ -35,7 +35,7 @@ class BlockSkipping:
         root: nn.Module,
         still_called: Callable[[int], set[nn.Module]],
     ) -> None:
-        self._blocks, self._d_model, self._root = list(blocks), d_model, root
+        self._blocks, self._d_model, self.root = list(blocks), d_model, root
         self._still_called = still_called
         # How many values each block returns beside the stream, in a tuple; None: the stream alone.
         self._extra_outputs: list[int | None] = []
@@ -135,7 +135,7 @@ class BlockSkipping:
         From the number of layers + 1 on, the answer is about hooks anywhere in the model.
         """
         passed = self._still_called(block)
-        waiting: list[nn.Module] = [self._root]
+        waiting: list[nn.Module] = [self.root]
         while waiting:
             module = waiting.pop()
             if module in passed:

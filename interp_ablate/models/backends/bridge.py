@@ -6,14 +6,12 @@ Knows: the Bridge, its hook names, transformers' KV cache. Does not know: prompt
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from functools import cached_property
 from types import MethodType
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from interp_ablate.errors import ExportError, ModelError
@@ -25,15 +23,9 @@ from interp_ablate.models.architectures import (
 )
 from interp_ablate.models.backends.backend import ForwardCall
 from interp_ablate.models.backends.block_skipping import BlockSkipping
-from interp_ablate.models.backends.bridge_shortcuts import (
-    OwnParts,
-    gathered_cache,
-    growing_cache,
-    select_cache,
-)
+from interp_ablate.models.backends.bridge_shortcuts import OwnParts
 from interp_ablate.models.backends.checks import (
     check_logits,
-    fixed_calls,
     fixed_tokens,
     tokenizer_copy,
 )
@@ -41,7 +33,7 @@ from interp_ablate.models.backends.component_map import (
     describe_components,
     discovered_architecture,
 )
-from interp_ablate.models.backends.foreign_hooks import hook_ids, without_hooks
+from interp_ablate.models.backends.transformers_passes import TransformersPasses
 from interp_ablate.models.loading import BackendName
 from interp_ablate.sites import EMBEDDING_POINTS, Site
 
@@ -66,7 +58,7 @@ def _shown(point: Any, dir: str = "both", **rest: Any) -> bool:
     return dir == "both" or type(point).has_hooks(point, dir=dir, **rest)
 
 
-class BridgeBackend:
+class BridgeBackend(TransformersPasses):
     """TransformerBridge: runs the Hugging Face model's own forward pass, with hook points in it."""
 
     name: BackendName = "bridge"
@@ -80,7 +72,7 @@ class BridgeBackend:
         blocks = [block.original_component for block in tl.blocks]
         self._skipping = BlockSkipping(blocks, tl.cfg.d_model, tl, self._still_called)
         self._own_parts = OwnParts(tl)
-        self._own_parts.enable_if_same(self.forward, self._fixed_calls, BRIDGE_TOLERANCE)
+        self._own_parts.enable_if_same(self.forward, self.fixed_calls, BRIDGE_TOLERANCE)
 
     @classmethod
     def from_hf(cls, hf: Any, tokenizer: Any) -> BridgeBackend:
@@ -181,39 +173,13 @@ class BridgeBackend:
         weight = self._tensors[name].detach()
         return inner, weight.T if layout == "conv1d" else weight
 
-    def new_cache(self, batch: int) -> Any:
-        return growing_cache(self.hf_config)
-
-    def gathered_cache(self, cache: Any, rows: Int[Tensor, " row"]) -> Any:
-        return gathered_cache(cache, rows)
-
-    def select_cache(self, cache: Any, rows: Int[Tensor, " row"]) -> Any:
-        return select_cache(cache, rows)
-
     def forward(self, call: ForwardCall, keep: int) -> Tensor | None:
-        arguments = {
-            "input_ids": call.tokens,
-            # some models and Bridges take a mask only where there is padding (openai-gpt)
-            "attention_mask": call.mask if call.padded or call.cache is not None else None,
-            "position_ids": call.positions,
-            "past_key_values": call.cache,
-            "use_cache": call.cache is not None,
-        }
+        arguments = self.arguments(call)
         with self._own_parts.in_place(), self._skipping.resumed(call):
             if keep == 0:
                 self.hf.base_model(**arguments)
                 return None
             return self.hf(**arguments, logits_to_keep=keep).logits
-
-    def _fixed_calls(self) -> Iterator[ForwardCall]:
-        device = next(self.tl.parameters()).device
-        return fixed_calls(text_config(self.hf_config).vocab_size, device, self.new_cache(1))
-
-    @cached_property
-    def can_resume(self) -> bool:
-        """True if a pass may start at a later block (tried once, on fixed tokens)."""
-        layers = self.new_cache(1).layers
-        return self._skipping.is_exact(self.forward, self._fixed_calls, layers)
 
     def first_block(self, site: Site) -> int:
         """The first block that must run for a site to hold what it holds in a whole pass."""
@@ -226,15 +192,6 @@ class BridgeBackend:
         """Blocks that run, and the last skipped one's hook_out, to which it hands on."""
         last = self.tl.blocks[max(block - 1, 0) : block]
         return {*self.tl.blocks[block:], *(each.hook_out for each in last)}
-
-    def hook_ids(self) -> frozenset[int]:
-        return hook_ids(self.tl)
-
-    def unhooked(self) -> AbstractContextManager[None]:
-        return without_hooks(self.tl)
-
-    def is_hooked_below(self, block: int) -> bool:
-        return self._skipping.is_hooked_below(block)
 
     def hf_state_dict(self) -> dict[str, Tensor]:
         with torch.device("meta"):

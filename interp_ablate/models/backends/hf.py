@@ -6,13 +6,11 @@ Knows: transformers' forward arguments and KV caches, the anatomy's sites. Does 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from interp_ablate.errors import ModelError
@@ -20,14 +18,9 @@ from interp_ablate.models.anatomy import Anatomy, measure
 from interp_ablate.models.architectures import text_config
 from interp_ablate.models.backends.backend import ForwardCall
 from interp_ablate.models.backends.block_skipping import BlockSkipping
-from interp_ablate.models.backends.bridge_shortcuts import (
-    gathered_cache,
-    growing_cache,
-    select_cache,
-)
-from interp_ablate.models.backends.checks import fixed_calls, fixed_tokens
-from interp_ablate.models.backends.foreign_hooks import hook_ids, without_hooks
+from interp_ablate.models.backends.checks import fixed_tokens
 from interp_ablate.models.backends.hf_sites import HFSites
+from interp_ablate.models.backends.transformers_passes import TransformersPasses
 from interp_ablate.models.loading import BackendName
 from interp_ablate.models.measured_architecture import MeasuredArchitecture, architecture_from
 from interp_ablate.sites import EMBEDDING_POINTS, Site
@@ -80,7 +73,7 @@ class NoTransformerLens:
         raise ModelError(_INSTEAD.format("there is no TransformerLens object to call"))
 
 
-class HFBackend:
+class HFBackend(TransformersPasses):
     """The Hugging Face model's own forward pass, with hooks on the modules that its anatomy names."""
 
     name: BackendName = "hf"
@@ -89,15 +82,14 @@ class HFBackend:
         self.hf = self.module = hf
         self.hf_config = hf.config
         self.generation_config = getattr(hf, "generation_config", None)
-        self._text = text_config(hf.config)
         self._accepted = frozenset(inspect.signature(hf.forward).parameters)
         self.anatomy = anatomy or measured_anatomy(hf)
         self.tl = NoTransformerLens(hf, _sizes(hf, self.anatomy))
         self._sites = HFSites(hf, self.anatomy)
-        self._everything = nn.ModuleList([hf, *self._sites.all_points])
         self._blocks = list(hf.get_submodule(self.anatomy.blocks_path))
+        everything = nn.ModuleList([hf, *self._sites.all_points])
         self._skipping = BlockSkipping(
-            self._blocks, self.tl.cfg.d_model, self._everything, self._still_called
+            self._blocks, self.tl.cfg.d_model, everything, self._still_called
         )
 
     @classmethod
@@ -153,24 +145,8 @@ class HFBackend:
         weight = self.hf.get_parameter(name).detach()
         return point, weight.T if layout == "conv1d" else weight
 
-    def new_cache(self, batch: int) -> Any:
-        return growing_cache(self._text)
-
-    def gathered_cache(self, cache: Any, rows: Int[Tensor, " row"]) -> Any:
-        return gathered_cache(cache, rows)
-
-    def select_cache(self, cache: Any, rows: Int[Tensor, " row"]) -> Any:
-        return select_cache(cache, rows)
-
     def forward(self, call: ForwardCall, keep: int) -> Tensor | None:
-        arguments = {
-            "input_ids": call.tokens,
-            "attention_mask": call.mask if call.padded or call.cache is not None else None,
-            "position_ids": call.positions,
-            "past_key_values": call.cache,
-            "use_cache": call.cache is not None,
-            "logits_to_keep": keep,
-        }
+        arguments = {**self.arguments(call), "logits_to_keep": keep}
         model, accepted = (self.hf, self._accepted) if keep else self._body
         with self._skipping.resumed(call):
             out = model(**{name: value for name, value in arguments.items() if name in accepted})
@@ -182,16 +158,6 @@ class HFBackend:
         body = self.hf.base_model
         return body, frozenset(inspect.signature(body.forward).parameters)
 
-    def _fixed_calls(self) -> Iterator[ForwardCall]:
-        return fixed_calls(
-            self.tl.cfg.d_vocab, next(self.hf.parameters()).device, self.new_cache(1)
-        )
-
-    @cached_property
-    def can_resume(self) -> bool:
-        """True if a pass may start at a later block (tried once, on fixed tokens)."""
-        return self._skipping.is_exact(self.forward, self._fixed_calls, self.new_cache(1).layers)
-
     def first_block(self, site: Site) -> int:
         """The first block that must run for a site to hold what it holds in a whole pass."""
         return 0 if site.point in EMBEDDING_POINTS else site.layer + (site.point == "resid_post")
@@ -202,15 +168,6 @@ class HFBackend:
         later = {p for s, p in points if s.layer >= block and s.point not in EMBEDDING_POINTS}
         last = {p for s, p in points if (s.layer, s.point) == (block - 1, "resid_post")}
         return {*self._blocks[block:], *later, *last}
-
-    def hook_ids(self) -> frozenset[int]:
-        return hook_ids(self._everything)
-
-    def unhooked(self) -> AbstractContextManager[None]:
-        return without_hooks(self._everything)
-
-    def is_hooked_below(self, block: int) -> bool:
-        return self._skipping.is_hooked_below(block)
 
     def hf_state_dict(self) -> dict[str, Tensor]:
         return dict(self.hf.state_dict())
