@@ -14,7 +14,7 @@ def main() -> None:
     import torch
 
     from interp_ablate import collect
-    from interp_ablate.models.forward import batches
+    from interp_ablate.models.batches import batches
 
     bare, _, model = common.models()
     chat = [model.encode(prompt) for prompt in common.prompts(args.prompts)]

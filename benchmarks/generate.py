@@ -10,7 +10,7 @@ def main() -> None:
     import torch
 
     from interp_ablate import Ablate, Plan, everywhere
-    from interp_ablate.models.forward import pad_left
+    from interp_ablate.models.batches import pad_left
     from interp_ablate.sites import RESIDUAL_POINTS, sites_of
 
     bare, _, model = common.models()

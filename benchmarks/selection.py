@@ -78,7 +78,7 @@ class FullPasses:
     """The baseline: three passes a candidate."""
 
     def __init__(self, task: Task) -> None:
-        from interp_ablate.models.forward import batches
+        from interp_ablate.models.batches import batches
 
         self.tl, self.target = task.model.tl, task.target
         self.positive = batches(task.positive, size=32)

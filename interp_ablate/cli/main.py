@@ -96,7 +96,7 @@ def parser_for(argv: Sequence[str]) -> argparse.ArgumentParser:
     words = [word for word in argv if not word.startswith("-")]
     parser = _Parser(
         prog="interp-ablate",
-        description="From two sets of prompts to directions, plans, trials and exports that others load.",
+        description="From two sets of prompts to directions, plans, trials and a certified checkpoint.",
     )
     parser.add_argument("--version", action="version", version=f"interp-ablate {__version__}")
     parser.add_argument("--quiet", action="store_true", help="no progress, only results")

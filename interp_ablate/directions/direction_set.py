@@ -6,6 +6,7 @@ Knows: lookup, saving, loading. Does not know: how directions are estimated.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -153,20 +154,23 @@ class Directions:
 
 def to_record(item: Direction) -> dict[str, Any]:
     """Everything about a direction but its vector, as plain data."""
+    d_prime: float | str | None = item.separation.d_prime if item.separation else None
+    if isinstance(d_prime, float) and math.isinf(d_prime):
+        d_prime = str(d_prime)  # JSON has no word for it
     return {
         "site": str(item.site),
         "position": item.position,
         "method": item.method,
         "norm": float(item.norm),
         "auc": item.separation.auc if item.separation else None,
-        "d_prime": item.separation.d_prime if item.separation else None,
+        "d_prime": d_prime,
         "source": item.source,
     }
 
 
 def separation_in(record: dict[str, Any]) -> Separation | None:
     """The separation that `to_record` wrote, if it had one."""
-    return None if record["auc"] is None else Separation(record["auc"], record["d_prime"])
+    return None if record["auc"] is None else Separation(record["auc"], float(record["d_prime"]))
 
 
 def from_record(record: dict[str, Any], vector: Float[Tensor, " d_model"]) -> Direction:

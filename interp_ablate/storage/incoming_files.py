@@ -21,7 +21,7 @@ MAX_BYTES = 1 << 28  # of a file that is read whole; the largest tokenizers have
 MAX_LOG = 1 << 34  # bytes of a file that this package wrote line by line
 MAX_DEPTH = 64  # of lists and objects in each other
 _POINTER = b"version https://git-lfs.github.com/spec/"
-WHOLE = "download it again (hf download OWNER/MODEL --local-dir FOLDER), or copy it again"
+WHOLE = "download it again into its folder (hf download OWNER/MODEL), or copy it again"
 
 
 def check_file(path: Path, error: type[InterpAblateError]) -> int:
@@ -128,7 +128,7 @@ def incoming_object(
     error, advice = options.get("error", RunError), options.get("advice", WHOLE)
     if not isinstance(content, dict):
         raise error(
-            f"{path} holds a JSON {type(content).__name__} where an object belongs; {advice}"
+            f"{path} holds a {type(content).__name__} where a JSON object belongs; {advice}"
         )
     if lacking := [name for name in fields if name not in content]:
         raise error(f"{path} lacks {', '.join(lacking)}; {advice}")

@@ -11,6 +11,7 @@ import pytest
 from interp_ablate.cli.main import main
 from interp_ablate.errors import ModelError
 from interp_ablate.runs.configuration import Configuration
+from interp_ablate.runs.run_folder import FORMAT
 from interp_ablate.runs.trial_session import make_worker
 
 
@@ -35,10 +36,14 @@ def test_trust_remote_code_reaches_the_loader(
     arguments = ["--model", "smollm2", "--contrast", "declining", "--out", str(out)]
     assert main(["--quiet", command, *arguments, "--trust-remote-code"]) == 2
     assert requests[-1]["trust_remote_code"] is True
-    # a folder never asks for it: neither this one, nor one that somebody else wrote
-    state = json.loads((out / "run.json").read_text())
+    assert not (out / "run.json").exists()  # nothing was done
+    # a folder never asks for it: neither one of this package, nor one that somebody else wrote
+    asked = Configuration(model="smollm2", contrast="declining", trust_remote_code=True)
+    state: dict[str, Any] = {"format": FORMAT, "made_of": {}, "stages": {}, "notes": []}
+    state["configuration"] = asked.to_dict()
     assert "trust_remote_code" not in state["configuration"]
     state["configuration"]["trust_remote_code"] = True
+    out.mkdir(exist_ok=True)
     (out / "run.json").write_text(json.dumps(state))
     assert main(["--quiet", "collect", "--out", str(out)]) == 2
     assert requests[-1]["trust_remote_code"] is False

@@ -429,7 +429,7 @@ def test_counts_and_reasons_come_from_directions_json_where_the_run_has_none(run
     ("name", "content", "message"),
     [
         ("run.json", b"{\n\n oops", r"run\.json.*line 3"),
-        ("run.json", b"[1]", r"run\.json holds a JSON list"),
+        ("run.json", b"[1]", r"run\.json holds a list"),
         ("selected.json", b"\xff\xfe", r"selected\.json"),
         ("generations.jsonl", b'{"label": "positive"}\n{"la', r"generations\.jsonl.*line 2"),
         ("generations.jsonl", b"3\n", r"generations\.jsonl.*line 1"),
