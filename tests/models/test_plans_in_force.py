@@ -136,7 +136,10 @@ def test_two_threads_never_mix_their_plans(backend: str) -> None:
 
 
 def test_threads_without_plans_take_turns(backend: str) -> None:
-    """What one thread captures is never another's pass."""
+    """What one thread captures is never another's pass: the same to rounding.
+
+    A thread of a pool starts with its own number of OpenMP threads, so sums may be split otherwise (7e-7 seen).
+    """
     model = make(backend=backend)
     rows = [rows_of(8 + i, 6, seed=i) for i in range(2)]
 
@@ -153,7 +156,7 @@ def test_threads_without_plans_take_turns(backend: str) -> None:
     texts = [model.generate(each, max_new_tokens=4) for each in rows]
     with ThreadPoolExecutor(4) as pool:
         for which, got in enumerate(pool.map(read, [0, 1] * 20)):
-            assert all(map(torch.equal, got, want[which % 2]))
+            assert_close(got, want[which % 2], atol=1e-5, rtol=1e-5)
         answers = pool.map(lambda k: model.generate(rows[k], max_new_tokens=4), [0, 1] * 10)
         for which, got_texts in enumerate(answers):
             assert got_texts == texts[which % 2]
