@@ -64,19 +64,35 @@ _MULTIPLIERS: dict[str, float] = {
     "residual_multiplier": 0.22, "embedding_multiplier": 3.0, "logits_scaling": 2.0,
 }  # fmt: skip
 _MLA = {"num_key_value_heads": 4, "head_dim": 8}  # latent attention: one rotary part a head
+_HYBRID = {"mamba_n_heads": 8, "mamba_d_head": 16}
+_SHARED = {  # blocks of attention that read the stream beside the embedding: twice as wide
+    "layers_block_type": ["linear_attention", "hybrid"] * 2, "attention_hidden_size": 128,
+    "attention_head_dim": 32, "num_key_value_heads": 4,
+}  # fmt: skip
 _OWN: dict[str, dict[str, Any]] = {
+    "bamba": {**_HYBRID, "attn_layer_indices": [1, 3]},
     "codegen": {"rotary_dim": 8},
     "deepseek_v2": _MLA,
     "deepseek_v3": _MLA,
     "glm4_moe_lite": _MLA,
     "gptj": {"rotary_dim": 8},
+    "granitemoehybrid": {**_HYBRID, "layer_types": ["linear_attention", "full_attention"] * 2},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
-    "kimi_linear": _MLA,
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 8},
+    "kimi_linear": {
+        **_MLA,
+        "num_experts_per_token": 2,
+        "linear_head_dim": 16,
+        "linear_num_heads": 4,
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "minicpm3": _MLA,
     "ministral": {"head_dim": 16},
     "youtu": _MLA,
+    "zamba": {**_SHARED, "n_mamba_heads": 2, "mamba_dt_rank": 8},
+    "zamba2": {**_SHARED, "hybrid_layer_ids": [1, 3], "mamba_headdim": 16},
 }
 
 

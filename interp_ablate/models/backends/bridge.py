@@ -107,14 +107,14 @@ class BridgeBackend(TransformersPasses):
                 dtype=parameter.dtype,
                 device=parameter.device,
             )
+            with torch.no_grad():
+                got = hf(tokens).logits.float()
         except Exception as error:  # TransformerLens raises of every kind for what it does not know
             raise ModelError(
-                f"TransformerLens cannot build a TransformerBridge on {type(hf).__name__} "
+                f"TransformerLens cannot build a TransformerBridge on {type(hf).__name__}, or not run it "
                 f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason'}): use "
                 "backend='hf'"
             ) from error
-        with torch.no_grad():
-            got = hf(tokens).logits.float()
         check_logits(got, want, hf, "TransformerBridge built on", BRIDGE_TOLERANCE)
         return cls(bridge)
 

@@ -125,40 +125,21 @@ def sites_add_up(backend: Backend) -> bool:
 @contextmanager
 def _undone_on_error(hf: Any) -> Iterator[None]:
     """A Bridge replaces modules in place: put back what was there if the block raises."""
-    before = [
-        (module, dict(module._modules), dict(module._parameters), module.__dict__.get("forward"))
-        for module in hf.modules()
-    ]
-    hooks = [
-        (module, dict(module._forward_hooks), dict(module._forward_pre_hooks))
-        for module in hf.modules()
-    ]
-    configs = {
+    owners: list[Any] = list(hf.modules())
+    owners += {
         id(m.config): m.config
         for m in hf.modules()
         if isinstance(getattr(m, "config", None), PreTrainedConfig)
-    }
-    settings = [(config, dict(vars(config))) for config in configs.values()]
+    }.values()
+    before = [(owner, dict(vars(owner))) for owner in owners]
+    # submodules, parameters, hooks: tables that are changed in place
+    tables = [
+        (table, dict(table)) for _, v in before for table in v.values() if isinstance(table, dict)
+    ]
     try:
         yield
     except ModelError:
-        for module, modules, parameters, forward in before:
-            module._modules.clear()
-            module._modules.update(modules)
-            module._parameters.clear()
-            module._parameters.update(parameters)
-            if forward is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = forward
-        for module, after, first in hooks:
-            for current, old in (
-                (module._forward_hooks, after),
-                (module._forward_pre_hooks, first),
-            ):
-                current.clear()
-                current.update(old)
-        for config, values in settings:
-            vars(config).clear()
-            vars(config).update(values)
+        for mapping, values in [*tables, *((vars(owner), values) for owner, values in before)]:
+            mapping.clear()
+            mapping.update(values)
         raise
