@@ -16,12 +16,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp_ablate.edits.affine import Affine
+from interp_ablate.edits.kinds import Ablate, Erase
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import ExportError
 from interp_ablate.evaluation.metrics import kl_divergence
+from interp_ablate.models.anatomy import find_blocks
 from interp_ablate.models.load import from_hf
 from interp_ablate.models.model import Model
 from interp_ablate.models.model_files import auto_class
+from interp_ablate.models.module_calls import stream_argument, stream_of
 from interp_ablate.models.sources import ModelSource, read_hf_config
 from interp_ablate.prompts.prompt import PromptLike
 from interp_ablate.sites import Site, sites_of
@@ -37,6 +40,8 @@ LIMITS: dict[str, tuple[float, float, float, float]] = {
     "bfloat16": (12, 0.15, 2e-2, 0.25),
     "float16": (12, 5e-3, 5e-3, 0.25),
 }
+# Nothing may be left at a block's input or output, in plain transformers, along what was ablated everywhere.
+LEFT = "left_along_ablated_direction"
 _NAMES = ("max_abs_logit_difference", "kl", "residual_along_direction", "share_of_edit_missed")
 SKIPPED = "cost_of_skipped_embedding"
 # An edit can be told from rounding where it moves the projection by this many steps of the dtype. Rounding alone
@@ -175,6 +180,55 @@ def plain_logits(hf: Any, rows: Sequence[Sequence[int]]) -> list[Tensor]:
     ]
 
 
+@torch.no_grad()
+def plain_passes(
+    hf: Any, rows: Sequence[Sequence[int]], vectors: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """Logits of each row in plain transformers, and projections of its stream: [block + 1, pos, k + 1].
+
+    The stream is read by forward hooks on the model's own blocks: what enters each, and what leaves the
+    last one. The last projection is its norm.
+    """
+    device, read, seen = next(hf.parameters()).device, _read(vectors), []
+
+    def run(row: Sequence[int]) -> Any:
+        return hf(input_ids=torch.tensor([row], device=device))
+
+    def enters(module: Any, args: Any, kwargs: Any) -> None:
+        key = stream_argument(args, kwargs)
+        seen.append(read(args[key] if isinstance(key, int) else kwargs[key], None)[0])
+
+    def leaves(module: Any, args: Any, output: Any) -> None:
+        seen.append(read(stream_of(output), None)[0])
+
+    _, blocks, _ = find_blocks(hf, lambda: run(rows[0]))
+    handles = [block.register_forward_pre_hook(enters, with_kwargs=True) for block in blocks]
+    handles.append(blocks[-1].register_forward_hook(leaves))
+    passes = []
+    try:
+        for row in rows:
+            logits = run(row).logits[0].float().cpu()
+            passes.append((logits, torch.stack(seen)))
+            seen.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return passes
+
+
+def removed_vectors(plan: Plan, model: Model) -> Float[Tensor, "k d_model"]:
+    """Unit vectors along which a plan is said to leave nothing: it is one ablation, or erasure to 0, at all writers."""
+    nothing = torch.zeros(0, model.d_model if len(plan) else 0, dtype=torch.float64)
+    if len(plan) != 1 or not {*model.writers} <= {*plan.sites}:
+        return nothing
+    (edit,) = plan
+    if edit.positions != "all" or not isinstance(edit, (Ablate, Erase)) or {*edit.amounts} != {1.0}:
+        return nothing
+    if isinstance(edit, Ablate):
+        return edit.vectors
+    return nothing if any(edit.values) else edit.vectors[1:] / edit.vectors[1:].norm(dim=1)
+
+
 def logit_distance(
     some: Sequence[Tensor], others: Sequence[Tensor], prefix: str = ""
 ) -> dict[str, float]:
@@ -186,6 +240,23 @@ def logit_distance(
     return {f"{prefix}max_abs_logit_difference": _largest(*gaps), f"{prefix}kl": _largest(*kls)}
 
 
+def _stream_distance(
+    want: Sequence[Mapping[Site, Tensor]], got: Sequence[Mapping[Site, Tensor]], sites: Sequence[Site]
+) -> dict[str, Any]:
+    """The largest difference of projections at the sites and where it is, and the largest that `got` has."""
+    apart, left, worst = 0.0, 0.0, ""
+    for hooked, reloaded in zip(want, got):
+        for site in sites:
+            norm = hooked[site][:, -1:].clamp(min=1e-30)
+            gap = _largest((hooked[site] - reloaded[site])[:, :-1].abs() / norm)
+            left = _largest(left, reloaded[site][:, :-1].abs() / norm)
+            worst = worst if gap < apart else str(site)
+            apart = _largest(apart, gap)
+    return {
+        "residual_along_direction": apart, "worst_site": worst, "largest_projection_left": left,
+    }  # fmt: skip
+
+
 def compare(
     model: Model,
     plan: Plan,
@@ -193,11 +264,13 @@ def compare(
     prompts: Sequence[PromptLike] = PROBES,
     *,
     unembed_map: Affine | None = None,
+    streams: Sequence[Tensor] | None = None,
 ) -> dict[str, Any]:
     """The distance of `other` (without hooks) from `model` under `plan`, in numbers.
 
     Every position of every prompt counts. `residual_along_direction` is the largest difference of the
     two projections on the plan's vectors at any residual site, as a share of the stream's norm there.
+    With `streams` (see `plain_passes`) they are the projections of `other` at the blocks' inputs and outputs.
     With `unembed_map` (an edited embedding that stays tied) the model's unembedding reads through it.
     """
     rows = model.encode_all(prompts)
@@ -213,17 +286,11 @@ def compare(
     ):
         want = _observe(model, rows, vectors, read)
     got = _observe(other, rows, vectors, read)
+    for (_, got_sites), stream in zip(got, streams or ()):
+        for site in got_sites:
+            if site.point in ("resid_pre", "resid_post"):
+                got_sites[site] = stream[site.layer + (site.point == "resid_post")]
     plain = _observe(model, rows, vectors, ())
-    apart = left = 0.0
-    worst = ""
-    for (_, want_sites), (_, got_sites) in zip(want, got):
-        for site in sites:
-            hooked = want_sites[site]
-            norm = hooked[:, -1:].clamp(min=1e-30)
-            gap = _largest((hooked - got_sites[site])[:, :-1].abs() / norm)
-            left = _largest(left, got_sites[site][:, :-1].abs() / norm)
-            worst = worst if gap < apart else str(site)
-            apart = _largest(apart, gap)
     want_logits, other_logits, bare_logits = (
         [logits for logits, _ in observed] for observed in (want, got, plain)
     )
@@ -234,9 +301,7 @@ def compare(
     eps = max(torch.finfo(model.dtype).eps, torch.finfo(other.dtype).eps)
     return {
         **logit_distance(want_logits, other_logits),
-        "residual_along_direction": apart,
-        "worst_site": worst,
-        "largest_projection_left": left,
+        **_stream_distance([x for _, x in want], [x for _, x in got], sites),
         **_edit_missed(plan, vectors, model.d_model, eps, before, want_at, got_at),
         "max_abs_logit_effect_of_plan": _largest(
             *((one - other).abs().max() for one, other in zip(want_logits, bare_logits))
@@ -317,21 +382,26 @@ def certify(
     stored = stored_dtype or computed
     reloaded = load_in_blocks(folder, model.device, dtype=model.dtype)
     rows = model.encode_all(prompts)
-    bare = plain_logits(reloaded, rows)
+    removed, k = removed_vectors(plan, model), len(plan_vectors(plan))
+    bare = plain_passes(reloaded, rows, torch.cat([plan_vectors(plan), removed]))
     other = from_hf(
         reloaded,
         model.tokenizer,
         source=ModelSource(str(folder), "folder", str(folder)),
         backend="hf" if model.backend == "hf" else "bridge",
     )
-    numbers = compare(model, plan, other, rows, unembed_map=unembed_map)
+    streams = [torch.cat([x[..., :k], x[..., -1:]], -1) for _, x in bare]
+    numbers = compare(model, plan, other, rows, unembed_map=unembed_map, streams=streams)
     # `compare` runs the export with hook points in it; this holds plain transformers to the same limit.
     with model.plans.unembedding_through(unembed_map):
         want = hooked_logits(model, plan, rows)
-    gaps = [(one - other).abs().max() for one, other in zip(want, bare)]
+    gaps = [(one - other).abs().max() for one, (other, _) in zip(want, bare)]
     numbers["max_abs_logit_difference"] = _largest(numbers["max_abs_logit_difference"], *gaps)
     dtype = max(stored, computed, key=_eps)
     limits = limits_for(dtype, numbers["max_abs_logit"])
+    if len(removed):
+        shares = [x[..., k:-1].abs() / x[..., -1:].clamp(min=1e-30) for _, x in bare]
+        numbers[LEFT], limits[LEFT] = _largest(*shares), LIMITS[dtype][2]
     if unembed_map is not None:
         numbers["cost_of_accept"] = logit_distance(hooked_logits(model, plan, rows), want)
     if asked is not None:

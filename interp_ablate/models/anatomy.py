@@ -108,7 +108,7 @@ def measure(hf: Any, run: Callable[[], Any]) -> Anatomy:
             streams, or none.
     """
     with torch.no_grad():
-        path, blocks, calls = _find_blocks(hf, run)
+        path, blocks, calls = find_blocks(hf, run)
         guesses: dict[str, dict[str, Layout]] = {}
         measured = tuple(
             _measure_block(f"{path}.{i}", block, call, guesses)
@@ -118,7 +118,7 @@ def measure(hf: Any, run: Callable[[], Any]) -> Anatomy:
     return Anatomy(path, measured, **embedding)
 
 
-def _find_blocks(hf: Any, run: Callable[[], Any]) -> tuple[str, list[nn.Module], list[Recorded]]:
+def find_blocks(hf: Any, run: Callable[[], Any]) -> tuple[str, list[nn.Module], list[Recorded]]:
     """The longest list of modules of which each takes what the one before returned, and their calls."""
     lists = {
         name: list(module)
@@ -149,9 +149,14 @@ def _is_chain(calls: Sequence[Recorded]) -> bool:
             return False
         if call.output.shape != stream_in(call).shape:
             return False
-        if i and not torch.equal(calls[i - 1].output, stream_in(call)):
+        if i and not _equal(calls[i - 1].output, stream_in(call)):
             return False
     return True
+
+
+def _equal(some: Tensor, others: Tensor) -> bool:
+    """True for equal values; a NaN, as a spoiled weight makes it, is itself."""
+    return torch.equal(some.nan_to_num(), others.nan_to_num())
 
 
 def _measure_block(
