@@ -241,7 +241,9 @@ def logit_distance(
 
 
 def _stream_distance(
-    want: Sequence[Mapping[Site, Tensor]], got: Sequence[Mapping[Site, Tensor]], sites: Sequence[Site]
+    want: Sequence[Mapping[Site, Tensor]],
+    got: Sequence[Mapping[Site, Tensor]],
+    sites: Sequence[Site],
 ) -> dict[str, Any]:
     """The largest difference of projections at the sites and where it is, and the largest that `got` has."""
     apart, left, worst = 0.0, 0.0, ""
