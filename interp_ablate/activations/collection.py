@@ -162,7 +162,7 @@ def _check_positions(
     if not positions:
         raise InterpAblateError("no positions: give offsets such as -1, or 'response_mean'")
     suffix = (
-        1 if model.tokenizer is None else suffix_length(model.tokenizer, template=model.template)
+        1 if model.tokenizer is None else suffix_length(model.tokenizer, template=model.chat_format)
     )
     reach = min(suffix, min(map(len, rows)))
     offsets = [str(-i) for i in range(1, reach + 1)]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from interp_ablate.errors import RunError
-from interp_ablate.models.loading import HFLoadingOptions, LoadingOptions
+from interp_ablate.models.loading import CHAT_SETTINGS, HFLoadingOptions, LoadingOptions
 from interp_ablate.scoring.endpoint import DEFAULTS as ENDPOINT
 from interp_ablate.settings import setting
 
@@ -90,8 +90,9 @@ def chosen_in_run(folder: str) -> tuple[dict[str, Any], Path]:
         )
     if read_selected(folder)["plan"] is None:
         raise RunError(f"no candidate passed the limits in {folder}: see its report.html")
-    names = ("model", "backend", "dtype", "device", "template")
-    return {name: saved["configuration"][name] for name in names}, selected
+    names = ("model", "backend", "dtype", "device", *CHAT_SETTINGS)
+    stored = {name: saved["configuration"][name] for name in names}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}, selected
 
 
 def check_new(

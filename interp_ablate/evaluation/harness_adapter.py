@@ -154,12 +154,13 @@ def as_harness_lm(model: Model, plan: Plan | None) -> Any:
         def apply_chat_template(
             self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
         ) -> str:
-            return apply_template(
+            text = apply_template(
                 chat_history,
                 model.tokenizer,
-                template=model.template,
+                template=model.chat_format,
                 open_ended=add_generation_prompt,
                 continued=not add_generation_prompt,
             )
+            return text + model.chat_format.response_prefix if add_generation_prompt else text
 
     return Answering()

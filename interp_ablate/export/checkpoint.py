@@ -170,7 +170,15 @@ def _certified(
         unembed_map=weights.unembed_map, asked=weights.asked,
     )  # fmt: skip
     require_passed(certificate, "export")
-    manifest = _manifest(model.source, weights, written, folder, report, backend=model.backend)
+    manifest = _manifest(
+        model.source,
+        weights,
+        written,
+        folder,
+        report,
+        backend=model.backend,
+        chat_format=model.chat_format.to_dict(),
+    )
     return write_documents(folder, manifest, certificate)
 
 

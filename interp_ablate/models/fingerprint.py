@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from interp_ablate.errors import PromptError
+from interp_ablate.prompts.chat_format import ChatFormat
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.storage.incoming_files import parse_json
 
@@ -69,7 +70,7 @@ class ModelFingerprint:
         return self._digest[1]
 
     def of(
-        self, configs: Iterable[Any], tokenizer: Any, template: str | None, *others: object
+        self, configs: Iterable[Any], tokenizer: Any, chat_format: ChatFormat, *others: object
     ) -> str:
         """The hash of weights, modules, configs, tokenizer, chat template and others (as JSON).
 
@@ -82,7 +83,7 @@ class ModelFingerprint:
             self._module.training,
             [_fields(config) for config in configs],
             self._of_tokenizer(tokenizer),
-            (template, getattr(tokenizer, "chat_template", None)),
+            (chat_format.to_dict(), getattr(tokenizer, "chat_template", None)),
             others,
         ]
         text = json.dumps(parts, sort_keys=True, default=str)

@@ -17,6 +17,7 @@ from interp_ablate.models.backends.registry import BACKENDS
 from interp_ablate.models.loading import DEFAULTS, BackendChoice
 from interp_ablate.models.model import Model
 from interp_ablate.models.sources import ModelSource, check_device, load_hf, resolve, torch_dtype
+from interp_ablate.prompts.chat_format import TemplateLike
 
 
 def load_model(
@@ -25,7 +26,7 @@ def load_model(
     backend: BackendChoice = DEFAULTS.backend,
     dtype: str | torch.dtype = DEFAULTS.dtype,
     device: str = DEFAULTS.device,
-    template: str | None = DEFAULTS.template,
+    template: TemplateLike = DEFAULTS.template,
     trust_remote_code: bool = DEFAULTS.trust_remote_code,
 ) -> Model:
     """Load a decoder by hub name, local Hugging Face folder, GGUF file, or bundled alias (`smollm2`).
@@ -39,7 +40,8 @@ def load_model(
             Hugging Face model itself with hooks on its own modules.
         device: "cpu", "cuda", "mps", or "auto" to spread the layers over all GPUs (bridge only).
         template: a Jinja chat template to use instead of the tokenizer's, or the name of one of several that
-            the tokenizer has; "none" for raw text.
+            the tokenizer has; "none" for raw text. A `ChatFormat` also sets variables of the template, and what
+            answers start with.
         trust_remote_code: run Python code that the model's folder or repository brings; off unless asked.
 
     Raises:
@@ -79,7 +81,7 @@ def from_hf(
     *,
     source: ModelSource | None = None,
     backend: BackendChoice = DEFAULTS.backend,
-    template: str | None = None,
+    template: TemplateLike = None,
 ) -> Model:
     """A `Model` over a Hugging Face causal language model in memory.
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+from interp_ablate.prompts.chat_format import ChatFormat, parse_args, unescaped
 from interp_ablate.settings import setting
 
 BackendName = Literal["bridge", "hooked", "hf"]
 BackendChoice = Literal["auto", "bridge", "hooked", "hf"]
+# Settings that a chat format is made of.
+CHAT_SETTINGS = ("template", "template_args", "response_prefix")
 
 
 @dataclass(frozen=True)
@@ -23,13 +26,37 @@ class HFLoadingOptions:
     template: str | None = setting(
         None, "Jinja chat template, the name of one of the model's, or 'none' (raw text)"
     )
+    template_args: tuple[str, ...] = setting(
+        (),
+        "a variable of the chat template, such as enable_thinking=false; may be given again",
+        flag="template-arg",
+        metavar="NAME=VALUE",
+        repeat=True,
+    )
+    response_prefix: str = setting(
+        "", "text that every answer starts with, after the prompt (\\n for a line break)"
+    )
     trust_remote_code: bool = setting(False, "run Python code that a model folder brings")
+
+    def __post_init__(self) -> None:
+        self.chat_format  # noqa: B018  (bad values fail before any work)
+
+    @property
+    def chat_format(self) -> ChatFormat:
+        """How prompts are put to the model.
+
+        Raises:
+            PromptError: a variable that cannot be read.
+        """
+        prefix = unescaped(self.response_prefix)
+        return ChatFormat(self.template, parse_args(self.template_args), prefix)
 
     @property
     def loading(self) -> dict[str, Any]:
         """The options alone, as keyword arguments of the loader."""
-        names = [f.name for f in fields(LoadingOptions)]
-        return {name: getattr(self, name) for name in names if name in vars(self)}
+        names = [f.name for f in fields(LoadingOptions) if f.name not in CHAT_SETTINGS]
+        options = {name: getattr(self, name) for name in names if name in vars(self)}
+        return {**options, "template": self.chat_format}
 
 
 @dataclass(frozen=True)

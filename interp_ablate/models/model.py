@@ -36,7 +36,8 @@ from interp_ablate.models.generation import (
 from interp_ablate.models.loading import BackendName
 from interp_ablate.models.residual_cache import ResidualCache, ResidualCaching
 from interp_ablate.models.sources import ModelSource
-from interp_ablate.prompts.chat_template import encode, has_template, template_text
+from interp_ablate.prompts.chat_format import TemplateLike, as_chat_format
+from interp_ablate.prompts.chat_template import check_format, encode
 from interp_ablate.prompts.messages import is_chat
 from interp_ablate.prompts.prompt import Prompt, PromptLike, as_prompt, as_prompts
 from interp_ablate.settings import MAX_NEW_TOKENS
@@ -67,13 +68,17 @@ class Model:
     """
 
     def __init__(
-        self, backend: Backend, tokenizer: Any, source: ModelSource, *, template: str | None = None
+        self,
+        backend: Backend,
+        tokenizer: Any,
+        source: ModelSource,
+        *,
+        template: TemplateLike = None,
     ) -> None:
         self._backend = backend
         self.backend: BackendName = backend.name
-        self.tokenizer, self.source, self.template = tokenizer, source, template
-        if has_template(tokenizer, template):
-            template_text(tokenizer, template)  # which of several, before any work
+        self.tokenizer, self.source, self.chat_format = tokenizer, source, as_chat_format(template)
+        check_format(tokenizer, template)
         self.hf_config, self.generation_config = backend.hf_config, backend.generation_config
         self.site_map = SiteMap(backend, source.name)
         self.plans = AppliedPlans(backend, self.site_map)
@@ -83,7 +88,12 @@ class Model:
 
     @classmethod
     def wrap(
-        cls, obj: Any, tokenizer: Any = None, *, hf_config: Any = None, template: str | None = None
+        cls,
+        obj: Any,
+        tokenizer: Any = None,
+        *,
+        hf_config: Any = None,
+        template: TemplateLike = None,
     ) -> Model:
         """Use a HookedTransformer or TransformerBridge that already exists.
 
@@ -184,7 +194,7 @@ class Model:
         tokens = rendered(self.encode) if self.tokenizer is not None else []
         about = (self.backend, tokens, sorted(self.eos_token_ids), name, unknown)
         configs = (self.hf_config, getattr(self.tl, "cfg", None))
-        return self._fingerprint.of(configs, self.tokenizer, self.template, *about)
+        return self._fingerprint.of(configs, self.tokenizer, self.chat_format, *about)
 
     @property
     def state(self) -> tuple[tuple[object, ...], object]:
@@ -213,7 +223,7 @@ class Model:
                     f"{self.source.name} was wrapped without a tokenizer: give token ids, or "
                     "Model.wrap(..., tokenizer)"
                 )
-            return encode(as_prompt(prompt), self.tokenizer, template=self.template)
+            return encode(as_prompt(prompt), self.tokenizer, template=self.chat_format)
         return list(prompt)  # type: ignore[arg-type]
 
     def decode(self, tokens: Sequence[int]) -> str:

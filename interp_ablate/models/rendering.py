@@ -17,7 +17,7 @@ PROBES = (Prompt("Hello"), Prompt("Hello", "Be brief."))
 
 
 def rendering(model: Model, prompts: Iterable[PromptLike] = PROBES) -> str:
-    """SHA-256 of the chat template and of the tokens that it makes of prompts.
+    """SHA-256 of the chat format and of the tokens that it makes of prompts.
 
     A template may write the date, so that the same text is another question tomorrow. Where the prompts are too many,
     PROBES stand for them; one that the template refuses (it knows no system prompt) counts as refused.
@@ -28,4 +28,4 @@ def rendering(model: Model, prompts: Iterable[PromptLike] = PROBES) -> str:
             rows.append(None if model.tokenizer is None else model.encode(prompt))
         except PromptError:
             rows.append(None)
-    return hashlib.sha256(json.dumps([model.template, rows]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([model.chat_format.to_dict(), rows]).encode()).hexdigest()

@@ -289,6 +289,7 @@ def _made_of(
         "model": model.fingerprint,
         "interp-ablate": __version__,
         "rendering": rendering(model),
+        "chat_format": model.chat_format.to_dict(),
         "trait": trait.fingerprint,
         "scorer": scorer.identity,
         "coherence": coherence.identity if coherence else FLUENCY,

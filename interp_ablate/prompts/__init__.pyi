@@ -1,3 +1,4 @@
+from .chat_format import ChatFormat as ChatFormat
 from .chat_template import render as render
 from .contrast_set import ContrastSet as ContrastSet
 from .contrast_set import Split as Split

@@ -8,14 +8,17 @@ one of Hugging Face's; transformers is never imported here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from interp_ablate.errors import PromptError
+from interp_ablate.prompts.chat_format import TemplateLike, as_chat_format
 from interp_ablate.prompts.messages import split_thought
 from interp_ablate.prompts.prompt import Prompt, quote
 from interp_ablate.prompts.template_process import RENDERER, TemplateFailed
+from interp_ablate.settings import suggestion
 
 # Anything with `chat_template`, `apply_chat_template` and `__call__(text, add_special_tokens=)`.
 Tokenizer = Any
@@ -30,18 +33,27 @@ class Rendered:
 
 
 def render(
-    prompt: Prompt, tokenizer: Tokenizer, *, template: str | None = None, response: str = ""
+    prompt: Prompt, tokenizer: Tokenizer, *, template: TemplateLike = None, response: str = ""
 ) -> Rendered:
     """A prompt as the model's input, ready for the answer; `response` follows verbatim.
 
-    `template` is None (the tokenizer's chat template, or raw text where it has none), "none" (raw
-    text), the Jinja text of a chat template, or the name of one of the tokenizer's. A template that refuses or drops the system role
+    `template` is a chat format, or the template of one: None (the tokenizer's chat template, or raw text where it
+    has none), "none" (raw text), Jinja text, or the name of one of the tokenizer's. The prompt's own
+    variables and response prefix go before the format's. A template that refuses or drops the system role
     gets the system text at the start of the first user turn, before a blank line; raw text likewise.
 
     Raises:
-        PromptError: the template fails, or drops a text; turns before the prompt without a template.
+        PromptError: the template fails, or drops a text; turns before the prompt without a template, or variables.
     """
-    if not has_template(tokenizer, template):
+    chat_format = as_chat_format(template)
+    if prompt.template_args:
+        args = {**chat_format.template_args, **prompt.template_args}
+        chat_format = replace(chat_format, template_args=args)
+    own = prompt.response_prefix
+    response = (chat_format.response_prefix if own is None else own) + response
+    if not has_template(tokenizer, chat_format):
+        if chat_format.template_args:
+            raise PromptError(_NO_TEMPLATE.format(", ".join(chat_format.template_args)))
         if prompt.history:
             raise PromptError(
                 f"the prompt {quote(prompt)} ends a conversation of several turns, which only a chat template "
@@ -49,20 +61,48 @@ def render(
             )
         folded = f"{prompt.system}\n\n{prompt.text}" if prompt.system else prompt.text
         return Rendered(folded + response, templated=False)
-    text = render_messages(prompt.messages, tokenizer, template=template)
+    text = render_messages(prompt.messages, tokenizer, template=chat_format)
     return Rendered(text + response, templated=True)
 
 
-def has_template(tokenizer: Tokenizer, template: str | None) -> bool:
+_NO_TEMPLATE = "{} is set for a chat template, and prompts go to the model as raw text: leave it out, or give --template"
+
+
+def check_format(tokenizer: Tokenizer, template: TemplateLike) -> None:
+    """Refuse, before any work, a chat format that does not fit the tokenizer.
+
+    Raises:
+        PromptError: see `template_text`; variables that the template does not have.
+    """
+    args = as_chat_format(template).template_args
+    if has_template(tokenizer, template):
+        _check_known(args, template_text(tokenizer, template))
+    elif args:
+        raise PromptError(_NO_TEMPLATE.format(", ".join(args)))
+
+
+def _check_known(args: Mapping[str, Any], text: str) -> None:
+    """Refuse a variable that is nowhere in a template: it would change nothing, without a word."""
+    unknown = next((name for name in args if not re.search(rf"\b{re.escape(name)}\b", text)), None)
+    if unknown is not None:
+        words = sorted(set(re.findall(r"\b[a-z]\w*_\w+\b", text)))
+        raise PromptError(
+            f"the chat template does not read the variable {unknown!r}{suggestion(unknown, words)}: leave it "
+            "out, or name one that the template has"
+        )
+
+
+def has_template(tokenizer: Tokenizer, template: TemplateLike) -> bool:
     """True if prompts go through a chat template, False for raw text."""
-    return template != "none" and bool(template or getattr(tokenizer, "chat_template", None))
+    text = as_chat_format(template).template
+    return text != "none" and bool(text or getattr(tokenizer, "chat_template", None))
 
 
 def render_messages(
     messages: Sequence[Mapping[str, Any]],
     tokenizer: Tokenizer,
     *,
-    template: str | None = None,
+    template: TemplateLike = None,
     open_ended: bool = True,
 ) -> str:
     """The text of a chat, open for the assistant's answer or (not `open_ended`) with its last turn ended.
@@ -126,7 +166,7 @@ def _lost(messages: Sequence[Mapping[str, Any]], text: str) -> str | None:
 
 
 def _apply_template(
-    messages: list[dict[str, Any]], tokenizer: Tokenizer, template: str | None, open_ended: bool
+    messages: list[dict[str, Any]], tokenizer: Tokenizer, template: TemplateLike, open_ended: bool
 ) -> tuple[str | None, str]:
     """The rendered text, or None and the template's complaint."""
     try:
@@ -139,7 +179,7 @@ def apply_template(
     messages: Sequence[Mapping[str, Any]],
     tokenizer: Tokenizer,
     *,
-    template: str | None = None,
+    template: TemplateLike = None,
     open_ended: bool = True,
     continued: bool = False,
 ) -> str:
@@ -150,24 +190,27 @@ def apply_template(
 
     Raises:
         TemplateFailed: with the template's own complaint.
-        PromptError: it did not end, or there are several and none is named; see `template_text`.
+        PromptError: it did not end; see `check_format`.
     """
+    args, text = as_chat_format(template).template_args, template_text(tokenizer, template)
+    _check_known(args, text)
     said = [{k: v for k, v in message.items() if v is not None} for message in messages]
     variables = {
         **dict(getattr(tokenizer, "special_tokens_map", {})),
+        **args,
         "add_generation_prompt": open_ended,
         "continue_final_message": continued,
     }
-    return RENDERER.render(template_text(tokenizer, template), said, variables)
+    return RENDERER.render(text, said, variables)
 
 
-def template_text(tokenizer: Tokenizer, template: str | None) -> str:
-    """The Jinja text behind `template`: a text of its own, the name of one of the tokenizer's, or None.
+def template_text(tokenizer: Tokenizer, template: TemplateLike) -> str:
+    """The Jinja text behind a chat format's template: a text of its own, a name of the tokenizer's, or None.
 
     Raises:
         PromptError: the tokenizer has several by name, and neither `template` nor "default" is one of them.
     """
-    own = getattr(tokenizer, "chat_template", None)
+    own, template = getattr(tokenizer, "chat_template", None), as_chat_format(template).template
     named: Mapping[str, str] = own if isinstance(own, Mapping) else {}
     if template in named or (template is None and "default" in named):
         return named[template or "default"]
@@ -181,7 +224,7 @@ def template_text(tokenizer: Tokenizer, template: str | None) -> str:
 
 
 def encode(
-    prompt: Prompt, tokenizer: Tokenizer, *, template: str | None = None, response: str = ""
+    prompt: Prompt, tokenizer: Tokenizer, *, template: TemplateLike = None, response: str = ""
 ) -> list[int]:
     """Token ids of the rendered prompt, with one BOS at most and open at the end.
 
@@ -214,7 +257,7 @@ _INSTRUCTIONS = ("Name a colour", "What is seven times eight?", "Hi!", "Write ab
 
 
 def suffix_length(
-    tokenizer: Tokenizer, *, template: str | None = None, system: str | None = None
+    tokenizer: Tokenizer, *, template: TemplateLike = None, system: str | None = None
 ) -> int:
     """How many tokens follow the instruction in a rendered prompt, at least 1.
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from interp_ablate.errors import PromptError
+from interp_ablate.prompts.chat_format import check_args
 from interp_ablate.prompts.messages import Message, is_chat, message_of
 
 _UNSEEN = ("Cc", "Cf", "Zs", "Zl", "Zp")  # control, zero-width and space characters
@@ -32,6 +33,10 @@ class Prompt:
     system: str | None = None
     history: tuple[Message, ...] = ()
     """The turns of the chat between the system prompt and the text."""
+    template_args: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Variables of the chat template for this prompt, before those of the model's chat format."""
+    response_prefix: str | None = None
+    """Text that the answer starts with; None: that of the model's chat format."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str) or not isinstance(self.system, (str, type(None))):
@@ -44,6 +49,7 @@ class Prompt:
                 f"an empty prompt ({self.text!r}): every prompt needs some text that can be seen; remove "
                 "the blank one"
             )
+        check_args(self.template_args)
         try:
             "".join((str(self.system), self.text, *(m.content for m in self.history))).encode()
         except UnicodeEncodeError as error:
@@ -54,8 +60,10 @@ class Prompt:
 
     @property
     def parts(self) -> list[Any]:
-        """Plain data that tells prompts apart: text, system prompt, and the turns before."""
-        return [self.text, self.system, *(m.as_dict for m in self.history)]
+        """Plain data that tells prompts apart: text, system prompt, the turns before, and how it is rendered."""
+        own = {"template_args": dict(self.template_args), "response_prefix": self.response_prefix}
+        rendered = [own] if self.template_args or self.response_prefix is not None else []
+        return [self.text, self.system, *(m.as_dict for m in self.history), *rendered]
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -96,7 +104,8 @@ def is_blank(text: str) -> bool:
 def normalised(prompt: Prompt) -> str:
     """The key under which two prompts are the same: case, Unicode form and white space folded."""
     before = (part for m in prompt.history for part in (m.role, m.content))
-    parts = (prompt.system or "", *before, prompt.text)
+    rendered = map(str, prompt.parts[2 + len(prompt.history) :])
+    parts = (prompt.system or "", *before, prompt.text, *rendered)
     return "\x1f".join(
         " ".join(unicodedata.normalize("NFC", part).casefold().split()) for part in parts
     )

@@ -56,6 +56,7 @@ class Configuration(LoadingOptions):
     max_kl: float = setting(MAX_KL, "first-token KL budget in nats")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.contrast is None) == (self.positive is None) or (self.positive is None) != (
             self.negative is None
         ):

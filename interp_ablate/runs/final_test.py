@@ -22,6 +22,7 @@ from interp_ablate.evaluation.metrics import answer_metrics, continuation_scores
 from interp_ablate.evaluation.outputs import ModelOutputs, generate_outputs_together
 from interp_ablate.models.float32 import in_float32
 from interp_ablate.models.model import Model
+from interp_ablate.prompts.chat_format import described
 from interp_ablate.runs.fits import Step
 from interp_ablate.runs.run_folder import Run
 from interp_ablate.scoring.expressions import ExpressionScorer
@@ -313,6 +314,7 @@ def _how(run: Run) -> dict[str, str]:
     splits = (run.split.train, run.split.validation, run.split.test)
     counts = [f"{len(part.positive)} + {len(part.negative)}" for part in splits]
     return {
+        **described(run.model.chat_format),
         "contrast set": run.split.train.name,
         "train, validation, test prompts": ", ".join(counts),
         "decoding": f"greedy, {run.configuration.max_new_tokens} new tokens",

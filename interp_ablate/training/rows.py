@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from interp_ablate.errors import PromptError
+from interp_ablate.prompts.chat_format import TemplateLike, as_chat_format
 from interp_ablate.prompts.chat_template import encode, has_template, render_messages
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.training.recipe import LoraRecipe
@@ -32,7 +33,7 @@ class RowTokenizer:
     """Makes rows: the prompt through the chat template, the answer as it is, the turn's end after it."""
 
     tokenizer: Any = field(repr=False)
-    template: str | None = None
+    template: TemplateLike = None
     max_length: int = LoraRecipe.max_length
 
     def prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -119,8 +120,9 @@ class RowTokenizer:
         """The prompt as text ("" without a template) and as token ids."""
         if has_template(self.tokenizer, self.template):
             text = render_messages(messages, self.tokenizer, template=self.template)
+            text += as_chat_format(self.template).response_prefix
             return text, self._plain_ids(text)
-        return "", encode(Prompt.from_messages(messages), self.tokenizer, template="none")
+        return "", encode(Prompt.from_messages(messages), self.tokenizer, template=self.template)
 
     def _plain_ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

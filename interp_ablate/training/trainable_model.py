@@ -31,7 +31,8 @@ from interp_ablate.models.load import from_hf, hf_from_name
 from interp_ablate.models.loading import DEFAULTS as LOADING
 from interp_ablate.models.model import Model
 from interp_ablate.models.sources import ModelSource
-from interp_ablate.prompts.chat_template import encode
+from interp_ablate.prompts.chat_format import TemplateLike, as_chat_format
+from interp_ablate.prompts.chat_template import check_format, encode
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.sites import sites_of
 from interp_ablate.storage.incoming_files import incoming_object
@@ -57,12 +58,13 @@ class TrainableModel:
         hf: Any,
         tokenizer: Any,
         source: ModelSource,
-        template: str | None = None,
+        template: TemplateLike = None,
         *,
         read_again: Callable[[], Any] | None = None,
     ) -> None:
         self._hf, self._read_again = hf, read_again
-        self.tokenizer, self.source, self.template = tokenizer, source, template
+        self.tokenizer, self.source, self.chat_format = tokenizer, source, as_chat_format(template)
+        check_format(tokenizer, template)
         weights = list(hf.parameters())
         self.dtype, self.device = weights[0].dtype, weights[0].device
         self.nbytes = sum(weight.nbytes for weight in weights)
@@ -86,7 +88,7 @@ class TrainableModel:
         """The same weights, for somebody who changes them."""
         copied = copy.deepcopy(self.hf) if self._read_again is None else self.hf
         self.release()
-        return TrainableModel(copied, self.tokenizer, self.source, self.template)
+        return TrainableModel(copied, self.tokenizer, self.source, self.chat_format)
 
     @cached_property
     def _fingerprint(self) -> ModelFingerprint:
@@ -95,13 +97,13 @@ class TrainableModel:
     @property
     def fingerprint(self) -> str:
         """sha256 of weights, config, attention, tokenizer and template; weights are hashed again when changed."""
-        tokens = rendered(partial(encode, tokenizer=self.tokenizer, template=self.template))
-        return self._fingerprint.of((self.hf.config,), self.tokenizer, self.template, tokens)
+        tokens = rendered(partial(encode, tokenizer=self.tokenizer, template=self.chat_format))
+        return self._fingerprint.of((self.hf.config,), self.tokenizer, self.chat_format, tokens)
 
     @cached_property
     def model(self) -> Model:
         """The same weights with hook points, in place: what has been measured so is not trained any more."""
-        return from_hf(self.hf, self.tokenizer, source=self.source, template=self.template)
+        return from_hf(self.hf, self.tokenizer, source=self.source, template=self.chat_format)
 
     def measured(self, measure: Callable[[Model], Result]) -> Result:
         """What a function finds on the model with hook points, which is gone from memory afterwards."""
@@ -116,7 +118,7 @@ def load_base(
     *,
     dtype: str | torch.dtype = LOADING.dtype,
     device: str = LOADING.device,
-    template: str | None = LOADING.template,
+    template: TemplateLike = LOADING.template,
     trust_remote_code: bool = LOADING.trust_remote_code,
 ) -> TrainableModel:
     """Load a model to train, on one device.
@@ -262,7 +264,7 @@ def merge(base: TrainableModel, peft_model: Any, *, probes: Sequence[str] = PROB
     """
     from peft import get_peft_model_state_dict
 
-    rows = [encode(Prompt(text), base.tokenizer, template=base.template) for text in probes]
+    rows = [encode(Prompt(text), base.tokenizer, template=base.chat_format) for text in probes]
     unmerged = logits_of(peft_model, rows)
     with peft_model.disable_adapter():
         before = logits_of(peft_model, rows)
@@ -278,7 +280,7 @@ def merge(base: TrainableModel, peft_model: Any, *, probes: Sequence[str] = PROB
     vars(hf).pop("forward", None)  # TRL's own forward, over the class's
     hf.eval().requires_grad_(False)
     return Trained(
-        TrainableModel(hf, base.tokenizer, base.source, base.template),
+        TrainableModel(hf, base.tokenizer, base.source, base.chat_format),
         stored,
         config,
         rows,

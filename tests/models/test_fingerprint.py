@@ -15,6 +15,7 @@ from interp_ablate.datasets.filter_rules import ProjectionRule
 from interp_ablate.models import fingerprint
 from interp_ablate.models.load import from_hf
 from interp_ablate.models.model import Model
+from interp_ablate.prompts.chat_format import ChatFormat
 from interp_ablate.training.trainable_model import TrainableModel
 
 SITE = Site(1, "resid_pre")
@@ -53,10 +54,13 @@ def test_another_way_to_write_a_prompt() -> None:
     for template in (CHATML, CHATML.replace("assistant", "model"), None):
         made.append(from_hf(hf, make_tokenizer(template)).fingerprint)
     made.append(from_hf(hf, make_tokenizer(), template="none").fingerprint)
+    made.append(from_hf(hf, make_tokenizer(), template=ChatFormat(response_prefix="a")).fingerprint)
+    args = ChatFormat(CHATML + "{% if thinking %}a{% endif %}", {"thinking": False})
+    made.append(from_hf(hf, make_tokenizer(), template=args).fingerprint)
     more = make_tokenizer()
     more.add_tokens(["<thought>"])
     made.append(from_hf(hf, more).fingerprint)
-    assert len(set(made)) == 5 and made[0] == PLAIN.fingerprint
+    assert len(set(made)) == 7 and made[0] == PLAIN.fingerprint
     tokenizer = make_tokenizer()
     tokenizer("a b", truncation=True, max_length=1)  # which fast tokenizers remember
     assert from_hf(hf, tokenizer).fingerprint == PLAIN.fingerprint

@@ -182,6 +182,8 @@ def test_other_configuration_is_refused_with_what_differs(
     assert main(["run", *flags, "--seed", "5", "--out", str(finished)]) == 2
     error = capsys.readouterr().err
     assert "seed: 0 there, 5 now" in error and "Traceback" not in error
+    assert main(["run", *flags, "--response-prefix", "Sure", "--out", str(finished)]) == 2
+    assert "response_prefix: '' there, 'Sure' now" in capsys.readouterr().err
 
 
 def test_changed_prompts_are_refused(finished: Path, tmp_path: Path) -> None:

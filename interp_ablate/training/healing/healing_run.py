@@ -77,7 +77,7 @@ def heal(
             that changed although they must not; a certificate that fails. Nothing is left at `out` then.
     """
     healing, recipe, edited = treatment.healing, treatment.recipe, case.edited
-    tokenizer = RowTokenizer(edited.tokenizer, edited.template, recipe.max_length)
+    tokenizer = RowTokenizer(edited.tokenizer, edited.chat_format, recipe.max_length)
     rows, counts = pair_rows(treatment.pairs, tokenizer)
     reproject = healing.preserve_edit == "reproject"
     weights = case.weights if case.plan or reproject else None
@@ -116,6 +116,7 @@ def _settings(case: EditedCheckpoint, treatment: HealingRun) -> dict[str, Any]:
     return {
         "source": case.edited.source.to_dict(),
         "original": case.original.source.to_dict() if case.original else None,
+        "chat_format": case.edited.chat_format.to_dict(),
         "healing": asdict(treatment.healing),
         "recipe": treatment.recipe.to_dict(),
     }

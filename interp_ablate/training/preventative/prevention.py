@@ -187,7 +187,7 @@ class PreventativeExperiment:
         Raises:
             RunError: no row is left.
         """
-        renderer = RowTokenizer(self.base.tokenizer, self.base.template, self.recipe.max_length)
+        renderer = RowTokenizer(self.base.tokenizer, self.base.chat_format, self.recipe.max_length)
         rows, counts = rows_of(self.samples, renderer)
         questions = {prompt: i for i, prompt in enumerate(dict.fromkeys(r.prompt for r in rows))}
         apart = len(questions) >= 8
