@@ -128,7 +128,8 @@ def _prepared(
     """
     run, depth = session.run, session.run.model.n_layers - 1
     screened = None
-    sources: list[DirectionKey] = [(round(0.7 * depth), POINT, session.space.position)]
+    middle = min(session.space.layers, key=lambda layer: abs(layer - 0.7 * depth))
+    sources: list[DirectionKey] = [(middle, POINT, session.space.position)]
     layers = [0.5 * depth, 0.7 * depth, 0.9 * depth]
     if search.control is None:
         screened = race_directions(run.bench.n_prompts, _screening(session), session.score)

@@ -5,6 +5,7 @@ Knows: the parameters, their ranges, how they become a plan. Does not know: who 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -84,6 +85,20 @@ class EditSpace:
     @property
     def n_layers(self) -> int:
         return self.writers[-1].layer + 1
+
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        """The layers at whose end there is a direction, in order.
+
+        Raises:
+            RunError: there is none.
+        """
+        layers = sorted({direction.site.layer for direction in self.directions(PLAIN)})
+        if not layers:
+            raise RunError(
+                f"a search draws directions at {POINT}, and there is none: collect that point at some layers"
+            )
+        return tuple(layers)
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -167,6 +182,8 @@ def kernel_ranges(n_layers: int) -> dict[str, tuple[float, float]]:
     scaled_ranges = {
         name: (low * n_layers, high * n_layers) for name, (low, high) in layers.items()
     }
+    low, high = scaled_ranges["width"]
+    scaled_ranges["width"] = (max(low, 1.0), high)  # narrower, a band between layers reaches none
     ranges = {"attention_strength": ATTENTION, "mlp_strength": MLP, **scaled_ranges}
     return {name: ranges[name] for name in KERNEL}
 
@@ -176,9 +193,8 @@ def parameter_space(space: EditSpace) -> ParameterSpace:
     if space.n_layers < 3:
         raise RunError(f"a search over layers needs three of them; the model has {space.n_layers}")
     drawn: dict[str, Any] = {"when": ("edit", "band")}
-    low, high = (_depth(space, share) for share in LAYERS)
     parameters: list[Any] = [Choice("edit", ("band", "fitted") if space.fits else ("band",))]
-    parameters += [Choice("method", space.methods, **drawn), Float("layer", low, high, **drawn)]
+    parameters += [Choice("method", space.methods, **drawn), _layer_parameter(space)]
     for name, limits in kernel_ranges(space.n_layers).items():
         parameters.append(Float(name, *limits, log=name == "width", **drawn))
     if "subspace" in space.methods:
@@ -190,6 +206,28 @@ def parameter_space(space: EditSpace) -> ParameterSpace:
             least = 0.0 if name == "embed_scale" else SCALE[0]
             parameters.append(Float(name, least, SCALE[1], **fitted))
     return ParameterSpace(tuple(parameters))
+
+
+def _layer_parameter(space: EditSpace) -> Float | Choice:
+    """Where a direction may come from: layers that have one, of the searched depths where any of them is there.
+
+    A range, fractional layers included, where the layers follow one another; else each of them.
+    """
+    low, high = (_depth(space, share) for share in LAYERS)
+    layers = [layer for layer in space.layers if low <= layer <= high] or list(space.layers)
+    if layers != list(range(layers[0], layers[-1] + 1)):
+        return Choice("layer", tuple(layers), when=("edit", "band"))
+    if math.ceil(low) == layers[0] and layers[0] - 1 in space.layers:
+        return Float("layer", low, layers[-1], when=("edit", "band"))
+    return Float("layer", layers[0], layers[-1], when=("edit", "band"))
+
+
+def _nearest_layer(space: EditSpace, layer: float) -> float:
+    """The drawn layer that is nearest to one."""
+    parameter = _layer_parameter(space)
+    if isinstance(parameter, Choice):
+        return min(parameter.choices, key=lambda each: abs(each - layer))  # type: ignore[operator, return-value, arg-type]
+    return min(max(float(layer), parameter.low), parameter.high)
 
 
 def _depth(space: EditSpace, share: float) -> float:
@@ -262,7 +300,7 @@ def initial_params(space: EditSpace, layers: Sequence[float]) -> list[dict[str, 
             {
                 "edit": "band",
                 "method": ORTHOGONAL,
-                "layer": min(max(float(layer), _depth(space, LAYERS[0])), _depth(space, 1)),
+                "layer": _nearest_layer(space, layer),
                 "attention_strength": 1.0,
                 "attention_layer": _depth(space, 0.7),
                 "mlp_strength": 0.5,
