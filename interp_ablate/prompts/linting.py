@@ -8,14 +8,17 @@ does not print: findings are data. numpy, scipy and scikit-learn are imported wh
 from __future__ import annotations
 
 import math
+import random
 import re
 import statistics
 import unicodedata
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from interp_ablate.prompts.contrast_set import ContrastSet
+from interp_ablate.prompts.near_duplicates import is_near, near_pairs
 from interp_ablate.prompts.prompt import Prompt, distinct, normalised, repeated
 
 Severity = Literal["error", "warning", "info"]
@@ -62,7 +65,7 @@ class LintReport:
         return plain
 
 
-NEAR_DUPLICATE = 0.85  # Jaccard index of two prompts' word sets
+MOST_WORDED = 10_000  # prompts of a side whose words are learned from
 # One character of a script written without spaces, or a word with its apostrophes.
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 _WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+(?:'[^\W{_CJK}]+)*")
@@ -74,17 +77,20 @@ def lint(contrast: ContrastSet) -> LintReport:
     Reports exact and near duplicates inside a side (Jaccard index of the word sets at least
     NEAR_DUPLICATE), leaks between the sides, length imbalance, and how well a bag of words alone
     separates the sides (five-fold cross-validated logistic regression; near duplicates and matched
-    pairs stay in one fold). Prompts with different system prompts are not duplicates; lengths and
-    bags of words include the system prompt.
+    pairs stay in one fold; of more than MOST_WORDED prompts a side, on so many). Prompts with different system
+    prompts or turns before are not duplicates; lengths and bags of words include the system prompt.
     """
     from interp_ablate.stats.intervals import auc
 
     prompts = contrast.positive + contrast.negative
     words = [_words(f"{prompt.system or ''}\n{prompt.text}") for prompt in prompts]
     labels = [True] * len(contrast.positive) + [False] * len(contrast.negative)
-    near = _near_pairs(prompts)
-    words_auc = _bag_of_words_auc(words, labels, _groups(contrast, near))
-    telling = _telling_words(words, labels)
+    near = _near_pairs(contrast)
+    groups = _groups(contrast, near)
+    sample = _sample(contrast, groups)
+    worded, labelled = [words[i] for i in sample], [labels[i] for i in sample]
+    words_auc = _bag_of_words_auc(worded, labelled, [groups[i] for i in sample])
+    telling = _telling_words(worded, labelled)
     n_words = [float(len(w)) for w in words]
     length_auc, difference = auc(n_words, labels), _standardised_difference(n_words, labels)
     findings = [
@@ -107,27 +113,28 @@ def _words(text: str) -> list[str]:
     return _WORD.findall(unicodedata.normalize("NFC", text).casefold().replace("’", "'"))
 
 
-def _near_pairs(prompts: Sequence[Prompt]) -> list[tuple[int, int]]:
-    """Index pairs i < j of prompts that are nearly the same under the same system prompt."""
-    import numpy as np
-    from scipy.sparse import csr_matrix
+def _near_pairs(contrast: ContrastSet) -> list[tuple[int, int]]:
+    """Index pairs i < j of different prompts that are nearly the same, under the same system prompt and turns.
 
-    words = [_words(prompt.text) for prompt in prompts]
-    vocabulary = {word: i for i, word in enumerate(sorted({w for ws in words for w in ws}))}
-    columns = [vocabulary[word] for ws in words for word in sorted(set(ws))]
-    sizes = np.array([len(set(ws)) for ws in words])
-    rows = np.repeat(np.arange(len(words)), sizes)
-    matrix = csr_matrix(
-        (np.ones(len(columns)), (rows, columns)), shape=(len(words), max(1, len(vocabulary)))
-    )
-    pairs: list[tuple[int, int]] = []
-    for start in range(0, len(words), 512):  # a block of rows at a time: memory stays linear
-        shared = (matrix[start : start + 512] @ matrix.T).toarray()
-        union = sizes[start : start + 512, None] + sizes[None, :] - shared
-        left, right = np.nonzero(shared >= NEAR_DUPLICATE * np.maximum(union, 1))
-        close = ((start + int(i), int(j)) for i, j in zip(left, right, strict=True))
-        pairs += [(i, j) for i, j in close if i < j and prompts[i].system == prompts[j].system]
-    return pairs
+    Of many that are alike, each has some pairs, not all; of a matched pair it is always known.
+    """
+    prompts = contrast.positive + contrast.negative
+    n_positive = len(contrast.positive)
+    places: dict[tuple[bool, str], int] = {}
+    for i, prompt in enumerate(prompts):
+        places.setdefault((i < n_positive, normalised(prompt)), i)
+    firsts = list(places.values())  # of each side's prompts
+    words = [frozenset(_words(prompts[i].text)) for i in firsts]
+    groups = [(i < n_positive, prompts[i].system, prompts[i].history) for i in firsts]
+    sought = [((True, *rest), (False, *rest)) for _, *rest in groups]
+    pairs = {(firsts[i], firsts[j]) for i, j in near_pairs(words, groups, sought)}
+    if _matched(contrast):
+        where = {i: k for k, i in enumerate(firsts)}
+        for i, j in zip(range(n_positive), range(n_positive, len(prompts))):
+            a, b = where.get(i), where.get(j)
+            if a is not None and b is not None and groups[a][1:] == groups[b][1:]:
+                pairs |= {(i, j)} if is_near(words[a], words[b]) else set()
+    return sorted(pairs)
 
 
 def _matched(contrast: ContrastSet) -> bool:
@@ -135,20 +142,41 @@ def _matched(contrast: ContrastSet) -> bool:
 
 
 def _groups(contrast: ContrastSet, near: Sequence[tuple[int, int]]) -> list[int]:
-    """A group for each prompt: near duplicates, and prompts of a matched pair, share theirs."""
-    n_positive = len(contrast.positive)
-    parent = list(range(n_positive + len(contrast.negative)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
+    """A group for each prompt: repeats, near duplicates, and prompts of a matched pair, share theirs."""
+    prompts, n_positive = contrast.positive + contrast.negative, len(contrast.positive)
     pairs = [(i, n_positive + i) for i in range(n_positive)] if _matched(contrast) else []
-    for i, j in [*near, *pairs]:
-        parent[root(i)] = root(j)
-    return [root(i) for i in range(len(parent))]
+    first: dict[str, int] = {}
+    repeats = [(first.setdefault(normalised(prompt), i), i) for i, prompt in enumerate(prompts)]
+    return _components(len(prompts), [*near, *pairs, *repeats])
+
+
+def _components(n: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
+    """Of each of n nodes, a number that those share which pairs connect."""
+    import numpy as np
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    ends = np.array([*pairs], dtype=np.int64).reshape(-1, 2).T
+    graph = coo_matrix((np.ones(ends.shape[1], bool), tuple(ends)), shape=(n, n))
+    return connected_components(graph, directed=False)[1].tolist()
+
+
+def _sample(contrast: ContrastSet, groups: Sequence[int]) -> list[int]:
+    """Whole groups of prompts, the same ones every time, until each side has MOST_WORDED or all of its prompts."""
+    n_positive = len(contrast.positive)
+    if max(n_positive, len(contrast.negative)) <= MOST_WORDED:
+        return list(range(len(groups)))
+    members: dict[int, list[int]] = {}
+    for i, group in enumerate(groups):
+        members.setdefault(group, []).append(i)
+    chosen, room = list[int](), {True: MOST_WORDED, False: MOST_WORDED}
+    for group in random.Random(0).sample(list(members), len(members)):
+        sides = Counter(i < n_positive for i in members[group])
+        if all(room[side] > 0 for side in sides):
+            chosen += members[group]
+            for side, n in sides.items():
+                room[side] -= n
+    return sorted(chosen)
 
 
 def _bag_of_words_auc(
@@ -243,8 +271,7 @@ def _duplicate_findings(contrast: ContrastSet, near: Sequence[tuple[int, int]]) 
     kinds: dict[str, list[tuple[int, int]]] = {kind: [] for kind in _NEAR_KINDS}
     for i, j in near:
         if (i < n_positive) == (j < n_positive):
-            if normalised(prompts[i]) != normalised(prompts[j]):
-                kinds["near-duplicate"].append((i, j))
+            kinds["near-duplicate"].append((i, j))
         elif _words(prompts[i].text) == _words(prompts[j].text):
             kinds["leak"].append((i, j))
         elif _matched(contrast) and j == n_positive + i:
@@ -254,15 +281,27 @@ def _duplicate_findings(contrast: ContrastSet, near: Sequence[tuple[int, int]]) 
     for kind, pairs in kinds.items():
         severity, text = _NEAR_KINDS[kind]
         shown = tuple(f"{prompts[i].text} | {prompts[j].text}" for i, j in pairs[:5])
+        n = len({i for i, _ in pairs})
+        if kind == "near-duplicate" and pairs:
+            n = len(prompts) - len(set(_components(len(prompts), pairs)))
         if pairs:
-            findings.append(Finding(kind, severity, f"{len(pairs)} {text}", shown))
+            findings.append(Finding(kind, severity, f"{n} {text}", shown))
     return findings
 
 
 _NEAR_KINDS: dict[str, tuple[Severity, str]] = {
-    "leak": ("error", "prompts are in both sets but for punctuation: remove them from one"),
-    "near-leak": ("warning", "unmatched pairs across the sets are nearly the same: keep one"),
-    "near-duplicate": ("warning", "pairs within a side are nearly the same: keep one of each"),
+    "leak": (
+        "error",
+        "positive prompts are in the negative set too but for punctuation: remove them from one",
+    ),
+    "near-leak": (
+        "warning",
+        "positive prompts are nearly the same as a negative one that is not their pair: keep one",
+    ),
+    "near-duplicate": (
+        "warning",
+        "prompts are nearly the same as another of their side: keep one of each kind",
+    ),
     "matched-pair": ("info", "matched pairs differ in a word or two, which is what pairs are for"),
 }
 
