@@ -21,7 +21,7 @@ STOREYS = {
     "Ground": ("storage", "jobs", "stats"),
     "Text": ("prompts",),
     "Mathematics": ("directions", "scoring", "edits"),
-    "Core path": ("models", "activations", "evaluation", "weights", "search", "export"),
+    "Core path": ("models", "activations", "evaluation", "weights", "search", "export", "circuits"),
     "Applications": ("persona", "datasets", "training"),
     "Faces": ("plots", "budget", "runs", "cli"),
 }

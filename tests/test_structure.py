@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("edits",),
     ("models",),
     ("weights", "evaluation", "activations"),
-    ("export", "search"),
+    ("export", "search", "circuits"),
     ("persona",),
     ("datasets",),
     ("training",),

@@ -4,6 +4,7 @@ from .intervals import Estimate as Estimate
 from .intervals import auc as auc
 from .intervals import auc_interval as auc_interval
 from .intervals import difference_estimate as difference_estimate
+from .intervals import difference_of_means as difference_of_means
 from .intervals import mean_estimate as mean_estimate
 from .intervals import mean_interval as mean_interval
 from .intervals import mean_with_interval as mean_with_interval

@@ -148,6 +148,26 @@ def difference_estimate(
     return mean_estimate(change, bounds=_bounds_of_difference(bounds))
 
 
+def difference_of_means(
+    some: Sequence[float] | np.ndarray, others: Sequence[float] | np.ndarray
+) -> Estimate:
+    """The mean of `some` minus the mean of `others`, two independent samples, with Welch's interval.
+
+    No interval for fewer than two values on a side, or for equal values on both. Source: Welch 1947,
+    https://doi.org/10.1093/biomet/34.1-2.28.
+    """
+    from scipy.stats import t
+
+    a, b = np.asarray(some, float), np.asarray(others, float)
+    gap = float(a.mean() - b.mean())
+    if min(a.size, b.size) < 2 or not (_spread(a) or _spread(b)):
+        return Estimate(gap)
+    parts = np.array([_spread(a) ** 2 / a.size, _spread(b) ** 2 / b.size])
+    degrees = parts.sum() ** 2 / (parts**2 / np.array([a.size - 1, b.size - 1])).sum()
+    half = float(t.ppf(0.975, degrees) * math.sqrt(parts.sum()))
+    return Estimate(gap, gap - half, gap + half)
+
+
 def _bounds_of_difference(bounds: Bounds) -> Bounds:
     return bounds[0] - bounds[1], bounds[1] - bounds[0]
 

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from interp_ablate.errors import ModelError
-from interp_ablate.models.architectures import Architecture, writer_points
+from interp_ablate.models.architectures import Architecture, Layout, writer_points
 from interp_ablate.models.loading import BackendName
 from interp_ablate.sites import POINTS, RESIDUAL_POINTS, Point, Site, sites_of
 
@@ -54,6 +54,15 @@ class Backend(Protocol):
 
     def projection(self, site: Site) -> tuple[nn.Module, Float[Tensor, "d_model in"]] | None:
         """The hook point before the writing weight of a site, and the weight; None if it is not one matrix."""
+
+    def writing_module(self, site: Site) -> tuple[nn.Module, dict[str, Layout]] | None:
+        """The module whose output is a projection site's, and the parameters in it that write; None if unknown."""
+
+    def branches(self, site: Site) -> list[tuple[nn.Module, float]]:
+        """The modules whose outputs, times a factor, sum to what an output site adds; empty if unknown."""
+
+    def head_sizes(self) -> list[int | None]:
+        """The width of one attention head's output in each layer; None for a layer that keeps no values."""
 
     def new_cache(self, batch: int) -> Any:
         """An empty KV cache for a number of rows."""
@@ -171,6 +180,31 @@ class SiteMap:
                 f"{', '.join(points)} (blocks that run attention and MLP in parallel have no resid_mid)"
             )
         return point
+
+    def has(self, site: Site) -> bool:
+        """True if the model has the site."""
+        return site.layer < self.n_layers and self._backend.hook_point(site) is not None
+
+    def projection(self, site: Site) -> tuple[nn.Module, Float[Tensor, "d_model in"]] | None:
+        """See `Backend.projection`; None for a site that the model lacks too."""
+        return self._backend.projection(site) if self.has(site) else None
+
+    def post_norm_gain(self, site: Site) -> Float[Tensor, " d_model"] | None:
+        """See `Backend.post_norm_gain`."""
+        return self._backend.post_norm_gain(site)
+
+    def writing_module(self, site: Site) -> tuple[nn.Module, dict[str, Layout]] | None:
+        """See `Backend.writing_module`."""
+        return self._backend.writing_module(site)
+
+    def branches(self, site: Site) -> list[tuple[nn.Module, float]]:
+        """See `Backend.branches`."""
+        return self._backend.branches(site)
+
+    @cached_property
+    def head_sizes(self) -> list[int | None]:
+        """See `Backend.head_sizes`."""
+        return self._backend.head_sizes()
 
     @cached_property
     def writers(self) -> tuple[Site, ...]:

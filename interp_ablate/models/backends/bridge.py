@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from interp_ablate.errors import ExportError, ModelError
 from interp_ablate.models.architectures import (
     Architecture,
+    Layout,
     declared_architecture,
     declared_types,
     text_config,
@@ -172,6 +173,20 @@ class BridgeBackend(TransformersPasses):
         name, layout = next(iter(writers.items()))
         weight = self._tensors[name].detach()
         return inner, weight.T if layout == "conv1d" else weight
+
+    def writing_module(self, site: Site) -> tuple[nn.Module, dict[str, Layout]] | None:
+        block = self.tl.blocks[site.layer]
+        holder = block.attn if site.point.startswith("attn") else block.mlp
+        module = holder.original_component
+        if self._entry is None or module is None:
+            return None
+        written = self._entry.writers(site, self._tensors, self.hf_config)
+        layouts = {id(self._tensors[name]): layout for name, layout in written.items()}
+        own = dict(module.named_parameters())
+        return module, {n: layouts[id(p)] for n, p in own.items() if id(p) in layouts}
+
+    def branches(self, site: Site) -> list[tuple[nn.Module, float]]:
+        return []
 
     def forward(self, call: ForwardCall, keep: int) -> Tensor | None:
         arguments = self.arguments(call)

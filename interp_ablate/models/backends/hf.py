@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from interp_ablate.errors import ModelError
 from interp_ablate.models.anatomy import Anatomy, measure
-from interp_ablate.models.architectures import text_config
+from interp_ablate.models.architectures import Layout, text_config
 from interp_ablate.models.backends.backend import ForwardCall
 from interp_ablate.models.backends.block_skipping import BlockSkipping
 from interp_ablate.models.backends.checks import fixed_tokens
@@ -144,6 +144,16 @@ class HFBackend(TransformersPasses):
         name, layout = next((n, lay) for n, lay in branch.writers.items() if lay != "bias")
         weight = self.hf.get_parameter(name).detach()
         return point, weight.T if layout == "conv1d" else weight
+
+    def writing_module(self, site: Site) -> tuple[nn.Module, dict[str, Layout]] | None:
+        branches = self._branches(site)
+        if len(branches) != 1:
+            return None
+        module, prefix = self.hf.get_submodule(branches[0].projection), branches[0].projection + "."
+        return module, {n.removeprefix(prefix): lay for n, lay in branches[0].writers.items()}
+
+    def branches(self, site: Site) -> list[tuple[nn.Module, float]]:
+        return [(self.hf.get_submodule(b.path), b.scale) for b in self._branches(site)]
 
     def forward(self, call: ForwardCall, keep: int) -> Tensor | None:
         arguments = {**self.arguments(call), "logits_to_keep": keep}

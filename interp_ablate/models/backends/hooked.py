@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from interp_ablate.errors import ModelError
-from interp_ablate.models.architectures import Architecture, architecture_of
+from interp_ablate.models.architectures import Architecture, Layout, architecture_of
 from interp_ablate.models.backends.backend import ForwardCall
 from interp_ablate.models.backends.checks import check_logits, fixed_tokens, tokenizer_copy
 from interp_ablate.models.backends.foreign_hooks import hook_ids, without_hooks
@@ -107,6 +107,15 @@ class HookedBackend:
         if self.tl.cfg.num_experts:
             return None
         return block.mlp.hook_post, block.mlp.W_out.detach().T
+
+    def writing_module(self, site: Site) -> tuple[nn.Module, dict[str, Layout]] | None:
+        return None
+
+    def branches(self, site: Site) -> list[tuple[nn.Module, float]]:
+        return []
+
+    def head_sizes(self) -> list[int | None]:
+        return [self.tl.cfg.d_head] * self.tl.cfg.n_layers
 
     def new_cache(self, batch: int) -> Any:
         from transformer_lens import TransformerLensKeyValueCache

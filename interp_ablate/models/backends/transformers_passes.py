@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
@@ -63,6 +64,20 @@ class TransformersPasses(ABC):
         """The calls on which a shortcut is tried."""
         device = next(self.module.parameters()).device
         return fixed_calls(self.tl.cfg.d_vocab, device, self.new_cache(1))
+
+    def head_sizes(self) -> list[int | None]:
+        """The last axis of the values that each layer's cache keeps of fixed tokens: attention is what keeps them."""
+        call = next(iter(self.fixed_calls()))
+        with self.unhooked(), torch.no_grad():
+            self.forward(call, 0)
+        kept = [getattr(layer, "values", None) for layer in call.cache.layers]
+        sizes: list[int | None] = [
+            x.shape[-1]
+            if isinstance(x, Tensor) and x.ndim == 4 and x.shape[2] == call.tokens.shape[1]
+            else None
+            for x in kept
+        ]
+        return [*sizes, *[None] * (self.tl.cfg.n_layers - len(sizes))]
 
     @cached_property
     def can_resume(self) -> bool:
