@@ -2,6 +2,7 @@ __version__: str
 
 from .activations.activations import Activations as Activations
 from .activations.collection import collect as collect
+from .activations.token_view import token_projections as token_projections
 from .directions.direction import Direction as Direction
 from .directions.direction import random_direction as random_direction
 from .directions.direction_set import Directions as Directions
@@ -15,6 +16,7 @@ from .edits.plan import band as band
 from .edits.plan import everywhere as everywhere
 from .errors import InterpAblateError as InterpAblateError
 from .evaluation.compare import evaluate as evaluate
+from .evaluation.side_by_side import compare as compare
 from .export.auditing import audit as audit
 from .export.certification import certify as certify
 from .export.checkpoint import export_checkpoint as export_checkpoint

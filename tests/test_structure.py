@@ -23,7 +23,7 @@ TREES = {name: ast.parse(path.read_text(), str(path)) for name, path in FILES.it
 # needs no entry here; a new wing does.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("sites", "settings", "precision"),
+    ("sites", "settings", "precision", "display"),
     ("stats", "jobs", "storage"),
     ("prompts",),
     ("scoring", "directions"),

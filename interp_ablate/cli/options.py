@@ -90,9 +90,14 @@ def chosen_in_run(folder: str) -> tuple[dict[str, Any], Path]:
         )
     if read_selected(folder)["plan"] is None:
         raise RunError(f"no candidate passed the limits in {folder}: see its report.html")
+    return loading_of_run(saved), selected
+
+
+def loading_of_run(saved: dict[str, Any]) -> dict[str, Any]:
+    """How a run's model is loaded, from its run.json."""
     names = ("model", "backend", "dtype", "device", *CHAT_SETTINGS)
     stored = {name: saved["configuration"][name] for name in names}
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}, selected
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
 
 
 def check_new(

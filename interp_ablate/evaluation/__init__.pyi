@@ -12,3 +12,4 @@ from .metrics import first_token_kl as first_token_kl
 from .outputs import ModelOutputs as ModelOutputs
 from .results import Evaluation as Evaluation
 from .results import cells as cells
+from .side_by_side import Comparison as Comparison

@@ -18,6 +18,7 @@ from .persona import steering_curve as steering_curve
 from .run_figures import RUN_FIGURES as RUN_FIGURES
 from .style import new_figure as new_figure
 from .style import save_figure as save_figure
+from .tokens import token_heatmap as token_heatmap
 from .trials import pareto as pareto
 from .trials import search_front as search_front
 from .trials import sweep_heatmap as sweep_heatmap

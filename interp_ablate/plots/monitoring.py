@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, Normalize
-from matplotlib.font_manager import findfont, get_font
+from matplotlib.colors import Normalize
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
@@ -33,8 +32,6 @@ MonitoredAnswer = tuple["MonitoredToken", float]
 _WIDTH_IN_CHARACTERS, _CHARACTER = 92, 0.602  # of a monospaced line; its width in units of its size
 _NUMBERS = (0.48, 0.2)  # share of the axes that the numbers in a corner take: width, height
 _AXES_POINTS = 545  # width of the only axes of a figure
-# From the one label's colour through grey to the other's.
-GRADES = LinearSegmentedColormap.from_list("grades", (style.NEGATIVE, "#E4E4E4", style.POSITIVE))
 
 
 def monitoring_scatter(monitoring: Monitoring, ax: Axes) -> Axes:
@@ -51,7 +48,7 @@ def monitoring_scatter(monitoring: Monitoring, ax: Axes) -> Axes:
     style.require_rows(rows, "answers with a score")
     x, y = rows["projection"].to_numpy(float), rows["score"].to_numpy(float)
     levels = sorted(monitoring.table["level"].unique())
-    colours = {level: GRADES(i / max(1, len(levels) - 1)) for i, level in enumerate(levels)}
+    colours = {level: style.GRADES(i / max(1, len(levels) - 1)) for i, level in enumerate(levels)}
     ax.scatter(
         x, y, s=16, c=[colours[level] for level in rows["level"]], edgecolors=style.INK, linewidths=0.3,
         alpha=0.8, zorder=2,
@@ -151,13 +148,15 @@ def token_strip(readings: Sequence[MonitoredAnswer], ax: Axes, *, title: str, li
     line = column = 0
     for piece, projection in readings:
         for i, part in enumerate(piece.text.split("\n")):
-            text = _drawable(part)
+            text = style.drawable(part)
             if i or column + len(text) > _WIDTH_IN_CHARACTERS:
                 line, column = line + 1, 0
                 text = text.lstrip(" ")
             if not text:
                 continue
-            ground = Rectangle((column, -line - 0.5), len(text), 1, color=GRADES(scale(projection)))
+            ground = Rectangle(
+                (column, -line - 0.5), len(text), 1, color=style.GRADES(scale(projection))
+            )
             ax.add_patch(ground)
             ax.text(
                 column, -line, text, family="monospace", fontsize=size, va="center", color=style.INK
@@ -170,14 +169,6 @@ def token_strip(readings: Sequence[MonitoredAnswer], ax: Axes, *, title: str, li
     style.finish_axes(ax, title, caption, "", "", grid="")
     ax.set_axis_off()
     return ax
-
-
-def _drawable(text: str) -> str:
-    """The text with a box for every character that the monospaced font lacks."""
-    charmap = get_font(findfont("monospace")).get_charmap()
-    return "".join(
-        c if c.isprintable() and ord(c) in charmap else "\u25a1" for c in text.replace("\t", " ")
-    )
 
 
 def tokens_figure(answers: Mapping[str, Sequence[MonitoredAnswer]], path: str | Path) -> Path:
@@ -200,7 +191,7 @@ def tokens_figure(answers: Mapping[str, Sequence[MonitoredAnswer]], path: str | 
     axes = figure.subplots(len(shown), 1, squeeze=False, height_ratios=[n + 1 for n in lines])[:, 0]
     for ax, (name, readings) in zip(axes, shown.items()):
         token_strip(readings, ax, title=name, limit=limit)
-    mappable = ScalarMappable(Normalize(-limit, limit), GRADES)
+    mappable = ScalarMappable(Normalize(-limit, limit), style.GRADES)
     bar = figure.colorbar(
         mappable, ax=list(axes), orientation="horizontal", aspect=60, pad=0.02, fraction=0.05
     )

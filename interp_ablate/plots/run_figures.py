@@ -27,6 +27,7 @@ from interp_ablate.plots.directions import (
     separation_by_layer,
 )
 from interp_ablate.plots.evaluation import before_after, rate_rows
+from interp_ablate.plots.tokens import TOKEN_COLUMNS, token_heatmap
 from interp_ablate.plots.trials import Value, pareto, search_front, sweep_heatmap
 from interp_ablate.search.trial_table import read_trials
 from interp_ablate.storage.entry_points import entry_named, entry_names
@@ -178,6 +179,25 @@ def _draw_before_after(folder: Path) -> dict[str, Figure]:
     return {"before_after.png": figure}
 
 
+def _draw_tokens(folder: Path) -> dict[str, Figure]:
+    path = folder / "tokens.csv"
+    if not path.exists():
+        return {}
+    numbers = ("index", "layer", "projection")
+    return {
+        "tokens.png": tokens_figure(read_table(path, TOKEN_COLUMNS, numbers=numbers, complete=True))
+    }
+
+
+def tokens_figure(frame: pd.DataFrame) -> Figure:
+    """The heat map of token projections as a figure of its own."""
+    n_tokens, n_layers = frame["index"].nunique(), frame["layer"].nunique()
+    width = min(max(5.0, 2.6 + 0.16 * n_tokens), 16.0)
+    figure = style.new_figure(height=2.4 + 0.13 * n_layers, width=width)
+    token_heatmap(frame, figure.add_subplot())
+    return figure
+
+
 def _trials(folder: Path) -> pd.DataFrame | None:
     return read_trials(folder / "trials.csv") if (folder / "trials.csv").exists() else None
 
@@ -192,4 +212,5 @@ RUN_FIGURES: dict[str, Drawer] = {
     "pareto": _draw_pareto,
     "search": _draw_search,
     "before_after": _draw_before_after,
+    "tokens": _draw_tokens,
 }

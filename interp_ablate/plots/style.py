@@ -1,6 +1,7 @@
 """The look that all figures share: colours, axes, legends, captions, files.
 
-It keeps away from pyplot: no window, no global state, no open figures; any backend may be in use.
+It keeps away from pyplot (no window, no global state, no open figures; any backend may be in use) unless a plot is
+drawn without axes.
 
 Knows: how a figure looks, and that it is written whole. Does not know: the data.
 """
@@ -15,7 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
 
 from interp_ablate.errors import RunError
 from interp_ablate.storage.atomic_files import atomic_path
@@ -28,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 # Okabe and Ito's palette, told apart with any colour vision: https://jfly.uni-koeln.de/color/
 POSITIVE, NEGATIVE, CONTROL, INK, FAINT = "#D55E00", "#0072B2", "#7A7A7A", "#222222", "#D9D9D9"
+# From the one label's colour through grey to the other's.
+GRADES = LinearSegmentedColormap.from_list("grades", (NEGATIVE, "#E4E4E4", POSITIVE))
 POINT_STYLE: dict[str, tuple[str, str]] = {
     "embed": ("#000000", "X"),
     "resid_pre": ("#0072B2", "o"),
@@ -38,6 +43,23 @@ POINT_STYLE: dict[str, tuple[str, str]] = {
 }
 LINE_STYLES = ("-", "--", ":", "-.")
 _DPI, _WIDTH = 150, 7.8
+
+
+def drawable(text: str) -> str:
+    """The text with a box for every character that the monospaced font lacks."""
+    charmap = get_font(findfont("monospace")).get_charmap()
+    return "".join(
+        c if c.isprintable() and ord(c) in charmap else "\u25a1" for c in text.replace("\t", " ")
+    )
+
+
+def axes_or_new(ax: Axes | None, *, height: float, width: float = _WIDTH) -> Axes:
+    """The axes, or those of a new figure of pyplot's, which a notebook shows; sizes in inches."""
+    if ax is not None:
+        return ax
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=(width, height), layout="constrained")[1]
 
 
 def add_colour_bar(image: Any, ax: Axes, label: str, **options: Any) -> Any:

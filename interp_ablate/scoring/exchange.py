@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 from urllib.parse import parse_qsl
 
 from interp_ablate.errors import RunError
@@ -25,6 +25,7 @@ class PromptResponse:
     answer: str
 
 
+@runtime_checkable
 class TextScorer(Protocol):
     """Scores exchanges from 0 (the trait is absent) to 100 (it is strong); None where there is no verdict."""
 

@@ -26,6 +26,7 @@ from interp_ablate.plots.directions import (
 )
 from interp_ablate.plots.evaluation import before_after
 from interp_ablate.plots.run_figures import save_figures
+from interp_ablate.plots.tokens import token_heatmap
 from interp_ablate.plots.trials import pareto, search_front, sweep_heatmap
 from interp_ablate.search.trial_table import TRIAL_COLUMNS
 from interp_ablate.sites import Point, Site
@@ -34,7 +35,7 @@ from interp_ablate.storage.tables import read_lines
 POINTS: tuple[Point, ...] = ("resid_pre", "resid_mid", "resid_post")
 ALL_FIGURES = {
     "projections.png", "separation.png", "cosine_similarity.png", "sweep.png", "pareto.png",
-    "before_after.png",
+    "before_after.png", "tokens.png",
 }  # fmt: skip
 
 
@@ -155,6 +156,7 @@ def make_run(folder: Path, n_layers: int = 30) -> Path:
         folder / "projections.csv", index=False
     )
     make_directions(n_layers).save(folder / "directions.safetensors")
+    make_tokens(12, n_layers).to_csv(folder / "tokens.csv", index=False)
     trials = make_trials(n_layers)
     trials.to_csv(folder / "trials.csv", index=False)
     good = trials[(trials["status"] == "ok") & (trials["kl"] <= 0.1)]
@@ -168,7 +170,9 @@ def make_run(folder: Path, n_layers: int = 30) -> Path:
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch):
     """Fewer pixels and no layout engine, which is most of the time: what is drawn is the same."""
-    monkeypatch.setattr(style, "new_figure", lambda *, height: Figure(figsize=(8, height), dpi=30))
+    monkeypatch.setattr(
+        style, "new_figure", lambda *, height, width=8: Figure(figsize=(width, height), dpi=30)
+    )
 
 
 @pytest.fixture
@@ -633,3 +637,44 @@ def test_read_lines_names_the_line(tmp_path):
     path.write_text('{"a": 1}\n{"a"')
     with pytest.raises(RunError, match="line 2"):
         read_lines(path)
+
+
+# --------------------------------------------------------------------------------- tokens
+
+
+def make_tokens(n_tokens: int = 12, n_layers: int = 6) -> pd.DataFrame:
+    parts = ["template"] * 3 + ["prompt"] * (n_tokens - 6) + ["response"] * 3
+    rng = np.random.default_rng(0)
+    return pd.DataFrame(
+        {
+            "index": i, "token": "\n" if i == 2 else "$x^" if i == 4 else f" w{i}", "part": part,
+            "layer": layer, "point": "resid_post", "projection": 10.0 * 2**layer + rng.normal(),
+        }
+        for i, part in enumerate(parts)
+        for layer in range(n_layers)
+    )  # fmt: skip
+
+
+def test_the_token_heat_map_shows_the_values_it_was_given() -> None:
+    frame = make_tokens()
+    ax = token_heatmap(frame, Figure().add_subplot(), own_scale=False)
+    drawn = np.asarray(ax.images[0].get_array())
+    want = frame.pivot(index="layer", columns="index", values="projection").to_numpy()
+    np.testing.assert_array_equal(drawn, want)
+    scaled = np.asarray(token_heatmap(frame, Figure().add_subplot()).images[0].get_array())
+    np.testing.assert_allclose(np.median(scaled[:, 1:], axis=1), 0, atol=1e-12)
+    row = want[3, 1:] - np.median(want[3, 1:])
+    np.testing.assert_allclose(scaled[3, 1:], row / np.quantile(np.abs(row), 0.98))
+    assert "12 tokens (3 template, 6 prompt, 3 response) x 6 layers" in ax.texts[0].get_text()
+    with pytest.raises(RunError, match="one direction a layer"):
+        token_heatmap(pd.concat([frame, frame]), Figure().add_subplot())
+    with pytest.raises(RunError, match="no token projections"):
+        token_heatmap(frame[:0], Figure().add_subplot())
+
+
+def test_a_plot_without_axes_makes_its_own() -> None:
+    from matplotlib import pyplot
+
+    ax = token_heatmap(make_tokens())
+    assert pyplot.fignum_exists(ax.get_figure().number)
+    pyplot.close("all")

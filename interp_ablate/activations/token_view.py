@@ -1,0 +1,325 @@
+"""Projections token by token: a text's tokens, told apart as template, prompt and response, on directions.
+
+Knows: which token is of the template, the text that each token adds, one pass over one row. Does not know: how they
+are drawn (`token_html`, and `plots`), or where a direction came from.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from interp_ablate.activations.activations import check_finite
+from interp_ablate.activations.token_html import tokens_html
+from interp_ablate.directions.direction import Direction
+from interp_ablate.errors import DirectionError, InterpAblateError
+from interp_ablate.models.batches import Batch
+from interp_ablate.models.model import Model
+from interp_ablate.precision import to_float64
+from interp_ablate.prompts.messages import is_chat, message_of
+from interp_ablate.prompts.prompt import Prompt, PromptLike, as_prompt
+from interp_ablate.sites import Point, Site, SiteLike, as_sites
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TokenPart = Literal["template", "prompt", "response"]
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of a model's input or answer."""
+
+    id: int
+    text: str
+    """What it adds to the text of the tokens before it: "" until a character of several tokens is whole."""
+    part: TokenPart
+    """Written by the chat template, in a message of the prompt, or in the response."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenProjections:
+    """The projections of every token of one text on directions; a notebook shows the text coloured by them.
+
+    `values[i, k]` is the scalar product of the activation at `sites[k]` and token i with the unit vector of
+    `directions[k]`, in the unit of the activations.
+    """
+
+    values: Float[Tensor, "token direction"]
+    """float64, on the CPU."""
+    tokens: tuple[Token, ...]
+    directions: tuple[Direction, ...]
+    sites: tuple[Site, ...]
+    """Where the stream was read, for each direction: its own site unless others were asked for."""
+
+    def __repr__(self) -> str:
+        layers = sorted({site.layer for site in self.sites})
+        return (
+            f"TokenProjections({len(self.tokens)} tokens x {len(self.sites)} directions, "
+            f"layers {layers[0]} to {layers[-1]})"
+        )
+
+    def _repr_html_(self) -> str:
+        return tokens_html(self)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layer of each column."""
+        return tuple(site.layer for site in self.sites)
+
+    def one_per_layer(self, point: Point | None = None) -> TokenProjections:
+        """The first direction of each layer at one point, in forward order.
+
+        `point`: default resid_post where there is one, else the first direction's.
+
+        Raises:
+            InterpAblateError: no direction at that point.
+        """
+        points = [site.point for site in self.sites]
+        chosen = point or ("resid_post" if "resid_post" in points else points[0])
+        first: dict[Site, int] = {}
+        for k, site in enumerate(self.sites):
+            if site.point == chosen:
+                first.setdefault(site, k)
+        if not first:
+            raise InterpAblateError(
+                f"no direction at {chosen}: there are {', '.join(dict.fromkeys(points))}"
+            )
+        columns = [first[site] for site in sorted(first)]
+        return TokenProjections(
+            self.values[:, columns],
+            self.tokens,
+            tuple(self.directions[k] for k in columns),
+            tuple(self.sites[k] for k in columns),
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row for each token and direction: index, id, text and part of the token; layer, point, position,
+        method; the projection."""
+        import pandas as pd
+
+        rows = [
+            (i, t.id, t.text, t.part, site.layer, site.point, direction.position, direction.method, value)
+            for i, (t, values) in enumerate(zip(self.tokens, self.values.tolist()))
+            for site, direction, value in zip(self.sites, self.directions, values)
+        ]  # fmt: skip
+        return pd.DataFrame(rows, columns=list(TOKEN_COLUMNS))
+
+
+TOKEN_COLUMNS = (
+    "index", "id", "token", "part", "layer", "point", "position", "method", "projection",
+)  # fmt: skip
+
+
+def token_projections(
+    model: Model,
+    prompt: PromptLike,
+    directions: Direction | Iterable[Direction],
+    *,
+    sites: SiteLike | Iterable[SiteLike] | None = None,
+    response: str | None = None,
+    max_new_tokens: int = 0,
+) -> TokenProjections:
+    """Project the stream at every token of a text on directions, in one pass.
+
+    The text goes through the chat template like every prompt, and its tokens are the rows. Inside `with
+    model.applied(plan)` the edited stream is read.
+
+    Args:
+        prompt: a text, `Prompt`, chat or token ids; the answer at the end of a chat is its response.
+        directions: one or several; each is read at its own site.
+        sites: for one direction, the sites at which the stream is projected on it instead.
+        response: text that follows the prompt as its answer.
+        max_new_tokens: without a response, the model's own greedy answer of so many tokens at most follows.
+
+    Raises:
+        DirectionError: no direction, one of another d_model, or sites for several directions.
+        ModelError: a site that the model lacks; NaN or infinity in the activations.
+        InterpAblateError: two responses; a prompt that cannot be rendered.
+    """
+    columns, places = _columns(model, directions, sites)
+    prompt, response = _without_answer(prompt, response)
+    if response is not None and max_new_tokens:
+        raise InterpAblateError(
+            "the response is there: max_new_tokens is for the model's own; leave one out"
+        )
+    (start,) = model.encode_all([prompt])
+    end: list[int] = []
+    if response:
+        end = list(model.tokenizer(response, add_special_tokens=False)["input_ids"])
+    elif max_new_tokens:
+        end = list(model.generate([prompt], max_new_tokens=max_new_tokens)[0].tokens)
+    row = start + end
+    values = _projected(model, row, len(start), columns, places)
+    pieces = token_pieces(row, _decoder(model))
+    parts: list[TokenPart] = [*_parts(model, prompt, start), *["response"] * len(end)]  # type: ignore[list-item]
+    tokens = tuple(Token(*each) for each in zip(row, pieces, parts))
+    return TokenProjections(values, tokens, columns, places)
+
+
+def _columns(
+    model: Model,
+    directions: Direction | Iterable[Direction],
+    sites: SiteLike | Iterable[SiteLike] | None,
+) -> tuple[tuple[Direction, ...], tuple[Site, ...]]:
+    """The direction and the site of each column, checked."""
+    columns = (directions,) if isinstance(directions, Direction) else tuple(directions)
+    widths = [len(item.vector) for item in columns]
+    if set(widths) != {model.d_model}:
+        raise DirectionError(
+            f"token_projections needs directions of the model's d_model {model.d_model}; got "
+            f"{', '.join(map(str, sorted(set(widths)))) or 'none'}"
+        )
+    places = tuple(item.site for item in columns)
+    if sites is not None:
+        if len(columns) > 1:
+            raise DirectionError(
+                f"sites are for one direction, and these are {len(columns)}, each read at its own site"
+            )
+        places = as_sites(sites)
+        columns = columns * len(places)
+    for site in places:
+        model.hook_point(site)
+    return columns, places
+
+
+def _projected(
+    model: Model,
+    row: list[int],
+    prompt_length: int,
+    directions: Sequence[Direction],
+    sites: Sequence[Site],
+) -> Float[Tensor, "token direction"]:
+    """One pass over one row; projections in float64."""
+    columns_at = {
+        site: [k for k, place in enumerate(sites) if place == site] for site in dict.fromkeys(sites)
+    }
+
+    def reader(columns: list[int]) -> Callable[[Tensor, Batch], Tensor]:
+        vectors = torch.stack([directions[k].vector for k in columns], 1)
+
+        def read(x: Float[Tensor, "batch pos d_model"], batch: Batch) -> Tensor:
+            wide = to_float64(x[0].detach())
+            return (wide @ vectors.to(wide)).cpu()
+
+        return read
+
+    capture: dict[SiteLike, Any] = {site: reader(columns) for site, columns in columns_at.items()}
+    values = torch.empty(len(row), len(sites), dtype=torch.float64)
+    for _, _, captured in model.stream(
+        [row], keep=0, prompt_lengths=[prompt_length], capture=capture, tail=len(row)
+    ):
+        for site, columns in columns_at.items():
+            check_finite(captured[site], f" at {site}")
+            values[:, columns] = captured[site]
+    return values
+
+
+def _without_answer(prompt: PromptLike, response: str | None) -> tuple[PromptLike, str | None]:
+    """A chat that ends with the assistant's message as the chat before it and that message.
+
+    Raises:
+        InterpAblateError: there is another response.
+    """
+    if not is_chat(prompt):
+        return prompt, response
+    chat: list[Any] = list(prompt)  # type: ignore[arg-type]
+    last = message_of(chat[-1], f"messages[{len(chat) - 1}]")
+    if last.role != "assistant":
+        return prompt, response
+    if response is not None:
+        raise InterpAblateError(
+            "the chat ends with an answer, and a response is given besides: leave one out"
+        )
+    return chat[:-1], last.content
+
+
+# ---- the text of tokens ----------------------------------------------------------------------
+
+
+def _decoder(model: Model) -> Callable[[Sequence[int]], str]:
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        return lambda ids: "".join(f"[{i}]" for i in ids)
+    return lambda ids: tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+def token_pieces(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
+    """The text that each token adds to that of the tokens before it; together they are the whole text.
+
+    A token that ends inside a character adds nothing; the token that completes it adds the character.
+    A token is decoded after the last whole piece, so that a tokenizer which strips the first space of a
+    text keeps those inside.
+    """
+    pieces, start, shown = [], 0, 0
+    for end in range(1, len(ids) + 1):
+        before, text = decode(ids[start:shown]), decode(ids[start:end])
+        whole = end == len(ids) or not text.endswith("\N{REPLACEMENT CHARACTER}")
+        pieces.append(text[len(before) :] if whole else "")
+        if whole:
+            start, shown = shown, end
+    return pieces
+
+
+def _parts(model: Model, prompt: PromptLike, row: Sequence[int]) -> list[TokenPart]:
+    """For each token of a prompt, whether the template wrote it.
+
+    The prompt is rendered again with a mark in place of every text; what stands around the marks is the
+    template's. A prompt of token ids has no texts: its special tokens count as the template's.
+    """
+    decode = _decoder(model)
+    pieces = token_pieces(row, decode)
+    spans = None
+    if isinstance(prompt, (str, Prompt)) or is_chat(prompt):
+        skeleton = "".join(token_pieces(model.encode(_marked(as_prompt(prompt))), decode))
+        spans = _between(re.split(_MARK, skeleton), "".join(pieces))
+    if spans is None:
+        special = set(getattr(model.tokenizer, "all_special_ids", ()) or ())
+        return ["template" if i in special else "prompt" for i in row]
+    parts: list[TokenPart] = []
+    begin = 0
+    for piece in pieces:
+        end = begin + max(len(piece), 1)  # without text of its own: it belongs to what comes next
+        inside = any(begin < last and end > first for first, last in spans)
+        parts.append("prompt" if inside else "template")
+        begin += len(piece)
+    return parts
+
+
+_MARK = r"Qz\d+zQ"
+
+
+def _marked(prompt: Prompt) -> Prompt:
+    """The prompt with a mark in place of every text that is not blank."""
+    count = itertools.count()
+
+    def mark(content: str) -> str:
+        return f"Qz{next(count)}zQ" if content.strip() else content
+
+    return Prompt(
+        mark(prompt.text),
+        None if prompt.system is None else mark(prompt.system),
+        tuple(replace(message, content=mark(message.content)) for message in prompt.history),
+    )
+
+
+def _between(literals: list[str], text: str) -> list[tuple[int, int]] | None:
+    """Where in the text the parts between the literals are; None where it does not consist of them."""
+    first, *middle, last = literals if len(literals) > 1 else ("", "")
+    if len(literals) < 2 or not (text.startswith(first) and text.endswith(last)):
+        return None
+    spans, begin, stop = [], len(first), len(text) - len(last)
+    for literal in middle:
+        at = text.find(literal, begin, stop)
+        if at < 0:
+            return None
+        spans.append((begin, at))
+        begin = at + len(literal)
+    return [*spans, (begin, stop)] if begin <= stop else None
