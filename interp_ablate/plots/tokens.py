@@ -67,7 +67,6 @@ def token_heatmap(
         interpolation="nearest",
     )  # fmt: skip
     tokens = frame.drop_duplicates("index").sort_values("index")
-    _name_tokens(ax, tokens)
     ax.set_yticks(range(len(layers))[:: max(1, -(-len(layers) // 16))])
     ax.set_yticklabels([str(layers[int(tick)]) for tick in ax.get_yticks()])
     counts = tokens["part"].value_counts()
@@ -80,6 +79,7 @@ def token_heatmap(
         "layer",
         grid="",
     )
+    _name_tokens(ax, tokens)  # after the ticks have their colours
     style.add_colour_bar(image, ax, label, fraction=0.03, pad=0.015)
     return ax
 
