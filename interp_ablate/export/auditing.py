@@ -18,7 +18,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import ExportError, ModelError
-from interp_ablate.export.checkpoint_files import published_layout
+from interp_ablate.export.checkpoint_files import published
+from interp_ablate.export.folder_architecture import architecture_in
 from interp_ablate.export.model_card import CERTIFICATE
 from interp_ablate.export.older_transformers import OLD_ROPE_FIELDS, ORIGINS, config_for_both
 from interp_ablate.export.side_files import (
@@ -27,7 +28,7 @@ from interp_ablate.export.side_files import (
     may_be_weights,
     spelled_tokenizer,
 )
-from interp_ablate.models.architectures import Architecture, architecture_of, is_tied
+from interp_ablate.models.architectures import Architecture, is_tied
 from interp_ablate.models.model_files import check_loadable
 from interp_ablate.models.sources import read_hf_config
 from interp_ablate.storage.incoming_files import incoming_json, incoming_object
@@ -61,7 +62,7 @@ class AuditSource:
         """A local Hugging Face folder, read tensor by tensor.
 
         Raises:
-            ExportError: no safetensors, malformed files, an architecture without an entry.
+            ExportError: no safetensors, malformed files, an architecture that cannot be edited exactly.
         """
         checkpoint = Checkpoint.open(folder)
         check_loadable(folder)
@@ -70,7 +71,7 @@ class AuditSource:
             checkpoint.tensors,
             checkpoint.read,
             config,
-            architecture_of(config),
+            architecture_in(checkpoint, config),
             checkpoint.folder,
             checkpoint,
         )
@@ -78,10 +79,10 @@ class AuditSource:
     @classmethod
     def of_model(cls, model: Any) -> AuditSource:
         """A model in memory: its own tensors, without the unembedding where it is the embedding."""
-        state, entry = model.hf_state_dict(), model.architecture
+        state = model.hf_state_dict()
         if is_tied(model.hf_config):
-            state.pop(entry.unembed, None)
-        state = published_layout(model, state)
+            state.pop(model.architecture.unembed, None)
+        state, entry = published(model, state)
         return cls(state, state.__getitem__, model.hf_config, entry)
 
 

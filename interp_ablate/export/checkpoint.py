@@ -25,15 +25,16 @@ from interp_ablate.errors import ExportError
 from interp_ablate.export.certification import PROBES, certify, coarsest_dtype, require_passed
 from interp_ablate.export.checkpoint_files import (
     float_dtype_of,
-    published_layout,
+    published,
     write_config,
     write_side_files,
     write_source_files,
     write_weights,
 )
+from interp_ablate.export.folder_architecture import architecture_in
 from interp_ablate.export.model_card import CARD, CERTIFICATE, export_manifest, write_documents
 from interp_ablate.export.older_transformers import note_on_4
-from interp_ablate.models.architectures import architecture_of, is_tied
+from interp_ablate.models.architectures import Architecture, is_tied
 from interp_ablate.models.backends.hooked_to_hf import CONVERTIBLE
 from interp_ablate.models.model import Model
 from interp_ablate.models.model_files import check_loadable, read_config
@@ -122,20 +123,17 @@ def export_checkpoint(
         )
     plan = plan or Plan()
     source = _opened(model.source) if len(plan) else None
-    if source is not None and not _names_its_writers(source, model):
-        source = None  # transformers renames or fuses what it loads: the model in memory is written
     if source is not None:
-        weights = _streamed_plan(source, plan, model.hf_config, tied, model.architecture)
+        entry = architecture_in(source, model.hf_config, model.architecture)
+        weights = _streamed_plan(source, plan, model.hf_config, tied, entry)
         _check_unchanged(model, source)
         with streamed_folder(
             out, source=source, fingerprint=_fingerprint(weights), overwrite=overwrite
         ) as folder:
             written = _write_streamed(source, weights, folder)
             return _certified(model, weights, written, folder.path, prompts, report)
-    state = _untied_or_not(model)
-    weights = weight_plan(
-        plan, model.hf_config, state, state.__getitem__, tied=tied, entry=model.architecture
-    )
+    state, entry = published(model, _untied_or_not(model))
+    weights = weight_plan(plan, model.hf_config, state, state.__getitem__, tied=tied, entry=entry)
     state, _ = edited_state_dict(state, weights)
     with atomic_folder(out, overwrite=overwrite, source=model.source) as place:
         write_weights(state, place)
@@ -204,7 +202,7 @@ def _untied_or_not(model: Model) -> dict[str, Tensor]:
     embed, unembed = model.architecture.embed, model.architecture.unembed
     if is_tied(model.hf_config) and unembed in state and torch.equal(state[embed], state[unembed]):
         del state[unembed]
-    return published_layout(model, state)
+    return state
 
 
 def export_folder(
@@ -225,11 +223,13 @@ def export_folder(
     Returns the manifest.
 
     Raises:
-        ExportError: no safetensors folder, an architecture without an entry, no exact weight form, a
-            place that cannot be written.
+        ExportError: no safetensors folder, an architecture that cannot be edited exactly, no exact weight
+            form, a place that cannot be written.
     """
     checkpoint = Checkpoint.open(source)
-    weights = _streamed_plan(checkpoint, plan, read_hf_config(checkpoint.folder), tied, None)
+    hf_config = read_hf_config(checkpoint.folder)
+    entry = architecture_in(checkpoint, hf_config)
+    weights = _streamed_plan(checkpoint, plan, hf_config, tied, entry)
     check_loadable(checkpoint.folder)
     origin = ModelSource(
         checkpoint.folder.resolve().name, "folder", str(checkpoint.folder.resolve())
@@ -257,20 +257,9 @@ def _own_files(source: Checkpoint | None) -> set[str]:
     return {*weights, INDEX, "config.json", CARD, CERTIFICATE, MANIFEST}
 
 
-def _names_its_writers(source: Checkpoint, model: Model) -> bool:
-    """True if a folder has the tensors that write in the model under the names that its architecture gives them."""
-    try:
-        for site in model.writers:
-            model.architecture.writers(site, source.tensors, model.hf_config)
-    except ExportError:
-        return not model.architecture.discovered  # of a declared entry, it is an error
-    return True
-
-
 def _streamed_plan(
-    source: Checkpoint, plan: Plan, hf_config: Any, tied: Tied, entry: Any
+    source: Checkpoint, plan: Plan, hf_config: Any, tied: Tied, entry: Architecture
 ) -> WeightPlan:
-    entry = entry or architecture_of(hf_config)
     check_tie(entry, hf_config, source.tensors, source.read)  # whatever the plan edits
     return weight_plan(
         plan,
@@ -285,9 +274,9 @@ def _streamed_plan(
 
 def _check_unchanged(model: Model, source: Checkpoint) -> None:
     """Refuse a model in memory that is no longer what the folder, which gets streamed, holds."""
-    if model.backend != "bridge" and model.hf_config.model_type not in CONVERTIBLE:
+    if model.backend == "hooked" and model.hf_config.model_type not in CONVERTIBLE:
         return
-    state = model.hf_state_dict()
+    state, _ = published(model, model.hf_state_dict())
     for name in source.tensors:
         if name in state and not _same(source.read(name).to(state[name]), state[name]):
             raise ExportError(

@@ -5,20 +5,19 @@ Knows: the names and contents of these files. Does not know: plans.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from interp_ablate.export.older_transformers import config_for_both
 from interp_ablate.export.side_files import copy_side_files, spell_tokenizer
-from interp_ablate.models.architectures import is_tied
+from interp_ablate.models.architectures import Architecture, is_tied
+from interp_ablate.models.checkpoint_names import in_checkpoint_names, without_data
 from interp_ablate.models.model import Model
-from interp_ablate.models.model_files import auto_class, read_config
+from interp_ablate.models.model_files import read_config
 from interp_ablate.storage.safetensors_reader import INDEX
 from interp_ablate.storage.strict_json import json_text
 from interp_ablate.weights.plan_to_weights import WeightPlan
@@ -43,21 +42,21 @@ def _write_config_file(folder: Path, config: Mapping[str, Any]) -> None:
     (folder / "config.json").write_text(text, encoding="utf-8")
 
 
-def published_layout(model: Model, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A model's tensors under the names and shapes of published checkpoints, which every transformers reads.
+def published(model: Model, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Architecture]:
+    """A model's tensors, and its architecture, under the names and shapes of published checkpoints.
 
-    Version 5 fuses the experts of a mixture in memory; files hold them one by one. Of an architecture
-    without a declared entry the names in memory are the ones that are known, and stay.
+    Version 5 of transformers fuses the experts of a mixture in memory; files hold them one by one, as every
+    version reads them.
+
+    Raises:
+        ExportError: what writes to the stream is no tensor of its own in published checkpoints.
     """
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.core_model_loading import revert_weight_conversion
 
-    kinds = (model.hf_config.model_type, *_architectures(model))
-    if model.architecture.discovered or not any(map(get_checkpoint_conversion_mapping, kinds)):
-        return state
-    with torch.device("meta"):
-        hf = auto_class(model.hf_config).from_config(copy.deepcopy(model.hf_config))
-    return revert_weight_conversion(hf, state)
+    hf = without_data(model.hf_config)
+    state = revert_weight_conversion(hf, state)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    return state, in_checkpoint_names(model.architecture, hf, shapes)
 
 
 def write_weights(state: dict[str, Tensor], folder: Path) -> None:
@@ -95,8 +94,7 @@ def write_config(model: Model, state: dict[str, Tensor], weights: WeightPlan, fo
 def _architectures(model: Model) -> list[str]:
     if model.hf_config.architectures:
         return list(model.hf_config.architectures)
-    with torch.device("meta"):
-        return [type(auto_class(model.hf_config).from_config(model.hf_config)).__name__]
+    return [type(without_data(model.hf_config)).__name__]
 
 
 def write_side_files(model: Model, folder: Path, *, own: Collection[str] = ()) -> list[str]:

@@ -64,7 +64,7 @@ def find_writers(
 
     def output_with(layouts: Mapping[str, Layout]) -> Tensor:
         projected = {
-            name: _projected(own[name], _AXIS[layout], r) for name, layout in layouts.items()
+            name: _projected(own[name], AXIS[layout], r) for name, layout in layouts.items()
         }
         output = stream_of(torch.func.functional_call(module, projected, call.args, call.kwargs))
         assert output is not None
@@ -92,7 +92,7 @@ def find_writers(
 
 
 # The axis of each layout that is d_model.
-_AXIS: dict[Layout, int] = {
+AXIS: dict[Layout, int] = {
     "linear": 0, "conv1d": 1, "bias": 0, "experts": 1, "experts_conv1d": 2,
 }  # fmt: skip
 
@@ -103,7 +103,7 @@ def _layouts_of(parameter: Tensor, d_model: int) -> list[Layout]:
         1: ("bias",), 2: ("linear", "conv1d"), 3: ("experts", "experts_conv1d"),
     }  # fmt: skip
     may = layouts.get(parameter.ndim, ())
-    return [layout for layout in may if parameter.shape[_AXIS[layout]] == d_model]
+    return [layout for layout in may if parameter.shape[AXIS[layout]] == d_model]
 
 
 def _projected(parameter: Tensor, axis: int, r: Float[Tensor, " d_model"]) -> Tensor:

@@ -108,10 +108,14 @@ class HFBackend(TransformersPasses):
         Raises:
             ExportError: something writes there that no edit of a weight reaches; the message names it.
         """
+        return architecture_from(self.anatomy, self.unembed_name, self.hf_config)
+
+    @property
+    def unembed_name(self) -> str:
+        """The unembedding's name in the model."""
         head = self.hf.get_output_embeddings()
         names = {id(module): name for name, module in self.hf.named_modules()}
-        unembed = f"{names[id(head)]}.weight" if head is not None else "lm_head.weight"
-        return architecture_from(self.anatomy, unembed, self.hf_config)
+        return f"{names[id(head)]}.weight" if head is not None else "lm_head.weight"
 
     def require_exact_writers(self) -> None:
         self.architecture  # noqa: B018 - it raises

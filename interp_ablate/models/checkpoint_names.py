@@ -1,0 +1,252 @@
+"""Checkpoint names: a discovered architecture in the names and layouts that the tensors of one checkpoint have.
+
+transformers renames and fuses tensors as it loads them (experts, above all). Its own conversions say which tensors
+of a checkpoint become a parameter; along which axis they write is tried out on small tensors.
+
+Knows: transformers' conversions of names and tensors. Does not know: plans, bytes, or how an architecture was measured.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from interp_ablate.errors import ExportError
+from interp_ablate.models.anatomy import Branch, Norm
+from interp_ablate.models.architectures import Architecture, Layout, text_config
+from interp_ablate.models.measured_architecture import MeasuredArchitecture
+from interp_ablate.models.model_files import auto_class
+from interp_ablate.models.written_parameters import AXIS
+from interp_ablate.sites import EMBEDDING_POINTS, Site, sites_of
+
+Shapes = Mapping[str, Sequence[int]]
+# By number of axes and the axis that is d_model.
+_LAYOUTS: dict[tuple[int, int], Layout] = {
+    (1, 0): "bias", (2, 0): "linear", (2, 1): "conv1d", (3, 1): "experts", (3, 2): "experts_conv1d",
+}  # fmt: skip
+_FEW = 2  # experts, and entries of an axis, of the tensors on which a conversion is tried
+
+
+def without_data(hf_config: Any) -> Any:
+    """The model of a config with parameters of no memory."""
+    own_code = type(hf_config).__module__.startswith("transformers_modules")  # which was asked for
+    with torch.device("meta"):
+        return auto_class(hf_config).from_config(
+            copy.deepcopy(hf_config), trust_remote_code=own_code
+        )
+
+
+def in_checkpoint_names(entry: Architecture, hf: Any, shapes: Shapes) -> Architecture:
+    """A discovered architecture, which has the names of a model in memory, in the names of a checkpoint of it.
+
+    Args:
+        hf: the model, with or without data.
+        shapes: of the checkpoint's tensors, by name.
+
+    Raises:
+        ExportError: a tensor of the checkpoint holds what writes to the stream and something else; or none does.
+    """
+    if not entry.discovered:
+        return entry
+    names = _CheckpointNames(hf, shapes)
+    branches = {}
+    for site, group in _branches(entry, hf):
+        branches[site] = tuple(
+            replace(
+                branch,
+                writers=names.layouts(branch.writers),
+                norm=branch.norm and Norm(names.module(branch.norm.path), branch.norm.offset),
+            )
+            for branch in group
+        )
+    return MeasuredArchitecture(
+        **{
+            **{f: getattr(entry, f) for f in Architecture.__dataclass_fields__},
+            "embed": names.only(entry.embed),
+            "unembed": names.unembed(entry.unembed),
+            "pos_embed": entry.pos_embed and names.only(entry.pos_embed),
+            "prefix": "",
+        },
+        branches=branches,
+    )
+
+
+def _branches(entry: Architecture, hf: Any) -> Iterator[tuple[Site, tuple[Branch, ...]]]:
+    """What writes at the sites of every block, in the model's own names."""
+    if isinstance(entry, MeasuredArchitecture):
+        yield from entry.branches.items()
+        return
+    points = [point for point in entry.writer_points() if point not in EMBEDDING_POINTS]
+    names = hf.state_dict()
+    for site in sites_of(points, range(text_config(hf.config).num_hidden_layers)):
+        norm = entry.norm_after(site)
+        after = Norm(norm.removesuffix(".weight"), entry.gain_offset) if norm else None
+        yield site.output, (Branch("", writers=entry.writers(site, names, hf.config), norm=after),)
+
+
+class _CheckpointNames:
+    """Which tensors of one checkpoint become which parameters of a model."""
+
+    def __init__(self, hf: Any, shapes: Shapes) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        self._hf, self._shapes = hf, shapes
+        mapping = get_model_conversion_mapping(hf)
+        self._renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
+        self._converters = [each for each in mapping if isinstance(each, WeightConverter)]
+        self._memory = {name: tuple(tensor.shape) for name, tensor in hf.state_dict().items()}
+        self._d_model = hf.get_input_embeddings().weight.shape[-1]
+        # by the (first) parameter that they become: tensors, each with the pattern of its converter
+        self._groups: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
+        for name in _in_order(shapes):
+            target, pattern = self._target(name)
+            self._groups[target].append((name, pattern))
+        self._group_of: dict[str, str] = {}
+        for target, group in self._groups.items():
+            for parameter in self._parameters(target, group):
+                self._group_of[parameter] = target
+
+    def _target(self, name: str) -> tuple[str, str | None]:
+        """As transformers' own loading does it."""
+        from transformers.core_model_loading import rename_source_key
+
+        prefix, memory = self._hf.base_model_prefix, self._memory
+        target, pattern = rename_source_key(name, self._renamings, self._converters, prefix, memory)
+        if target not in memory and name in memory:
+            return rename_source_key(name, [], [], prefix, memory)
+        return target, pattern
+
+    def _parameters(self, target: str, group: Sequence[tuple[str, str | None]]) -> Iterable[str]:
+        """The parameters that a group of tensors becomes."""
+        pattern = group[0][1]
+        if pattern is None:
+            return (target,)
+        first = next(c for c in self._converters if pattern in c.source_patterns)
+        if len(first.target_patterns) == 1:
+            return (target,)
+        head = first.target_patterns[0]
+        return tuple(target.replace(head, other) for other in first.target_patterns)
+
+    def only(self, parameter: str) -> str:
+        """The one tensor that a parameter is, with the same shape."""
+        group = self._groups.get(self._group_of.get(parameter, ""), [])
+        if [pattern for _, pattern in group] != [None]:
+            raise ExportError(
+                f"{parameter} is {'no tensor' if not group else 'made of other tensors'} of the checkpoint"
+                f"{': ' + ', '.join(name for name, _ in group[:3]) if group else ''}: {_LOAD_IT}"
+            )
+        return group[0][0]
+
+    def module(self, path: str) -> str:
+        """The name of a module with one weight."""
+        name = self.only(f"{path}.weight")
+        if not name.endswith(".weight"):
+            raise ExportError(f"{path}.weight is {name} in the checkpoint: {_LOAD_IT}")
+        return name.removesuffix(".weight")
+
+    def unembed(self, parameter: str) -> str:
+        """The unembedding's name; one that would become it where a tied checkpoint has none."""
+        if parameter in self._group_of:
+            return self.only(parameter)
+        if self._target(parameter)[0] != parameter:
+            raise ExportError(
+                f"the checkpoint has no {parameter}, and under this name none would become it: {_LOAD_IT}"
+            )
+        return parameter
+
+    def layouts(self, writers: Mapping[str, Layout]) -> dict[str, Layout]:
+        """The tensors that become the writing parameters, with their own layouts."""
+        result: dict[str, Layout] = {}
+        for parameter, layout in writers.items():
+            group = self._groups.get(self._group_of.get(parameter, ""), [])
+            if [pattern for _, pattern in group] == [None]:
+                result[group[0][0]] = layout
+                continue
+            if not group:
+                raise ExportError(
+                    f"the checkpoint has no tensor that becomes {parameter}: {_LOAD_IT}"
+                )
+            others = set(self._parameters(self._group_of[parameter], group)) - set(writers)
+            if others:
+                raise ExportError(
+                    f"{group[0][0]} holds what becomes {parameter}, which writes to the stream, and {min(others)}, "
+                    f"which does not: {_LOAD_IT}"
+                )
+            result |= self._tried(parameter, layout, group)
+        return result
+
+    def _tried(
+        self, parameter: str, layout: Layout, group: Sequence[tuple[str, str | None]]
+    ) -> dict[str, Layout]:
+        """Tensors that are converted, with the layouts in which d_model becomes the parameter's d_model."""
+        patterns: dict[str, list[str]] = defaultdict(list)
+        for name, pattern in group:
+            patterns[str(pattern)].append(name)
+        shapes = [self._shapes[names[0]] for names in patterns.values()]
+        axes = [[k for k, size in enumerate(s) if size == self._d_model] for s in shapes]
+        for chosen in itertools.product(*axes):
+            tensors = {
+                pattern: [_counting(self._shapes[name], axis) for name in names[:_FEW]]
+                for (pattern, names), axis in zip(patterns.items(), chosen)
+            }
+            out = self._conversion(parameter, group, tensors)
+            along = AXIS.get(layout, 1)
+            if out is not None and out.ndim > along and out.shape[along] == self._d_model:
+                counted = torch.arange(self._d_model, dtype=out.dtype)
+                if bool((out.movedim(along, -1) == counted).all()):
+                    return {
+                        name: _LAYOUTS[len(self._shapes[name]), axis]
+                        for names, axis in zip(patterns.values(), chosen)
+                        for name in names
+                    }
+        raise ExportError(
+            f"how {', '.join(names[0] for names in patterns.values())} of the checkpoint becomes {parameter}, which "
+            f"writes to the stream, is not a matter of axes: {_LOAD_IT}"
+        )
+
+    def _conversion(
+        self,
+        parameter: str,
+        group: Sequence[tuple[str, str | None]],
+        tensors: Mapping[str, Sequence[Tensor]],
+    ) -> Tensor | None:
+        """What transformers makes of tensors, for one of the parameters that they become; None if it cannot."""
+        pattern, target = group[0][1], self._group_of[parameter]
+        converter: Any = copy.deepcopy(
+            next(c for c in self._converters if pattern in c.source_patterns)
+        )
+        names = {str(p): [n for n, q in group if q == p] for _, p in group}
+        for each, values in tensors.items():
+            for name, value in zip(names[each], values):
+                converter.add_tensor(target, name, each, value)
+        try:
+            out = converter.convert(target, model=self._hf, config=self._hf.config).get(parameter)
+        except (ValueError, RuntimeError, KeyError, TypeError, IndexError):
+            return None  # small tensors of these axes are not what it converts
+        return out[0] if isinstance(out, list) else out
+
+
+_LOAD_IT = (
+    "the folder cannot be streamed. Load the model and export it: --model in place of --source"
+)
+
+
+def _counting(shape: Sequence[int], axis: int) -> Tensor:
+    """A tensor whose values count along one axis, which alone is whole."""
+    small = [size if k == axis else min(size, _FEW) for k, size in enumerate(shape)]
+    numbers = torch.arange(shape[axis], dtype=torch.float32)
+    return numbers.reshape([-1 if k == axis else 1 for k in range(len(shape))]).expand(small)
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    from transformers.core_model_loading import dot_natural_key
+
+    return sorted(names, key=dot_natural_key)
