@@ -59,6 +59,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("evaluate", "what an edit cost: A against B, or against A under a plan"),
     "generate": ("generate", "answer prompts, with and without a plan"),
     "tokens": ("tokens", "a text's tokens, coloured by their projections on a run's directions"),
+    "chat": ("chat", "talk with the edited model in a terminal"),
 }
 
 

@@ -183,6 +183,18 @@ class EditBase:
         )
         return edit
 
+    def times(self: _E, factor: float) -> _E:
+        """The same edit with every strength or coefficient times a factor.
+
+        Raises:
+            PlanError: a clamp, whose value is no strength; an amount beyond what an edit takes.
+        """
+        edit = copy.copy(self)
+        edit._set(
+            amounts=strength_per_site([factor * n for n in self.amounts], self.sites, self.amount)
+        )
+        return edit
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "op": self.op,

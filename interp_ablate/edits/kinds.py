@@ -147,6 +147,12 @@ class Clamp(EditBase):
         vectors = orthonormal_rows(one_row(as_vectors(direction), "clamp"))
         self._place(direction, sites, value, positions=positions, label=label, vectors=vectors)
 
+    def times(self, factor: float) -> Clamp:
+        raise PlanError(
+            f"{self!r} has no strength: it sets the projection to a value, and half of that value is another "
+            "edit. Make a Clamp with the value that you want"
+        )
+
     def _map(self, i: int) -> Affine:
         basis = self.vectors.T
         return Affine(-basis, basis, self.amounts[i] * self.vectors[0])

@@ -85,6 +85,14 @@ class Plan:
         """Every site that is written, in forward order, once."""
         return tuple(sorted({site for edit in self.edits for site in edit.sites}))
 
+    def times(self, factor: float) -> Plan:
+        """The plan with every strength and coefficient times a factor; 0 edits nothing.
+
+        Raises:
+            PlanError: an edit that has no strength (a clamp).
+        """
+        return Plan(tuple(edit.times(factor) for edit in self.edits))
+
     def norm_preserving_at(self, site: SiteLike) -> Ablate | None:
         """The norm-preserving edit of a site, if there is one; additions may stand beside it.
 

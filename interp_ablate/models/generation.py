@@ -180,7 +180,7 @@ def monitored_tokens(
         tokens.append(token)
         call = call.followed_by(call.tokens.new_tensor([token]))
         token, captured = next_token(call, [direction.site for direction in directions])
-        stream = torch.stack([captured[each.site] for each in directions]).cpu().double()
+        stream = [captured[each.site].cpu().double() for each in directions]
         values = tuple(float(x @ each.vector) for x, each in zip(stream, directions))
         if not all(map(math.isfinite, values)):
             raise ModelError(

@@ -408,26 +408,28 @@ class Model:
 
         Yields (token, projection) for every generated token but the end of sequence, as it is made. The
         projection is the scalar product of the activation at the direction's own site with its unit vector,
-        float64, after what the plans write there; a tuple of them if a sequence of directions is given.
+        float64, after what the plans write there; a tuple of them if a sequence of directions is given. An
+        empty sequence only generates.
         Hooks are in place only while a token is computed: a consumer may stop at any token, or run other
         prompts in between.
 
         Raises:
             ModelError: as `generate`; a site the model lacks; NaN or infinity in the activations.
-            DirectionError: no direction, or one of another d_model.
+            DirectionError: a direction of another d_model.
             PlanError: while iterating, other plans are applied than when this was called.
         """
         single = isinstance(directions, Direction)
         watched = (directions,) if isinstance(directions, Direction) else tuple(directions)
         sizes = [len(item.vector) for item in watched]
-        if set(sizes) != {self.d_model}:
+        if not set(sizes) <= {self.d_model}:
             raise DirectionError(
                 f"monitor needs directions of the model's d_model {self.d_model}; got "
-                f"{', '.join(map(str, sizes)) or 'none'}"
+                f"{', '.join(map(str, sizes))}"
             )
         self.site_map.first_block(item.site for item in watched)  # the model has these sites
         decoding = Decoding(max_new_tokens, temperature, seed, self.eos_token_ids)
         (row,) = self.encode_all([prompt])
+        self._check_fits(len(row) + max_new_tokens)
         in_force = self.plans.in_force
         pieces = monitored_tokens(self._passes, row, watched, decoding, self.decode, in_force)
         return ((token, values[0] if single else values) for token, values in pieces)

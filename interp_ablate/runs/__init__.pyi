@@ -1,4 +1,7 @@
 from .configuration import Configuration as Configuration
+from .kept_plans import keep_plan as keep_plan
+from .kept_plans import plan_named as plan_named
+from .kept_plans import plan_names as plan_names
 from .run_folder import STAGES as STAGES
 from .run_folder import Run as Run
 from .run_folder import read_run as read_run

@@ -192,10 +192,19 @@ def test_it_ends_where_the_model_does() -> None:
     assert short == tokens[:end] and len(short) < len(tokens)
 
 
+def test_no_direction_only_generates(backend: str) -> None:
+    model = shared("llama_gqa", backend)
+    (want,) = model.generate([PROMPT], max_new_tokens=NEW)
+    pairs = list(model.monitor(PROMPT, (), max_new_tokens=NEW))
+    assert tuple(piece.id for piece, _ in pairs) == want.tokens
+    assert "".join(map(str, (piece for piece, _ in pairs))) == want.text
+    assert all(values == () for _, values in pairs)
+
+
 def test_bad_directions_are_named() -> None:
     model = shared("llama_gqa", "bridge")
     wide = Direction(torch.ones(D_MODEL + 1), 1.0, Site(0, "resid_post"))
-    for given in ([], wide, [along(Site(0, "resid_post")), wide]):
+    for given in (wide, [along(Site(0, "resid_post")), wide]):
         with pytest.raises(DirectionError, match=f"d_model {D_MODEL}"):
             model.monitor(PROMPT, given)
     with pytest.raises(ModelError, match="no layer 9"):  # before anything is computed
