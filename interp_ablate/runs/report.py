@@ -1,7 +1,8 @@
 """The HTML report of a run: one self-contained page with its result in plain words, tables and figures.
 
 The page's layout is `data/templates/report.html.j2`; every text of a model or a prompt passes through its
-autoescaping, and the page loads and runs nothing.
+autoescaping. The page loads nothing, and runs one script, its own, which its policy names by hash; everything can
+be read without it.
 
 Knows: the files of a run folder, and which split each number is from. Does not know: any model, how a number was
 measured, or how a figure is drawn.
@@ -10,6 +11,7 @@ measured, or how a figure is drawn.
 from __future__ import annotations
 
 import base64
+import hashlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +20,8 @@ from typing import Any
 import pandas as pd
 
 from interp_ablate.errors import RunError
+from interp_ablate.runs.report_answers import answer_groups, first_pairs
+from interp_ablate.runs.report_charts import alt_texts, report_charts
 from interp_ablate.runs.report_claims import (
     duration,
     ends_text,
@@ -34,13 +38,12 @@ from interp_ablate.runs.report_claims import (
 from interp_ablate.search.trial_table import read_trials
 from interp_ablate.storage.atomic_files import write_atomic
 from interp_ablate.storage.bundled_data import bundled
-from interp_ablate.storage.tables import read_json, read_lines, read_table
+from interp_ablate.storage.tables import read_json, read_table
 
 logger = logging.getLogger(__name__)
 
 
-TOP_TRIALS = 15
-CONDITIONS = ("baseline", "ablated", "added")
+TOP_TRIALS = 400
 
 _STAGE_OF = {
     "run.json": "run",
@@ -156,8 +159,14 @@ def _render(context: Mapping[str, Any]) -> str:
         environment.filters[show.__name__] = lambda value, show=show: show(
             None if isinstance(value, Undefined) else value
         )
-    template = bundled("templates", "report.html.j2")
-    return environment.from_string(template.read_text(encoding="utf-8")).render(context)
+    script = _template("page.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    page = {"page_css": _template("page.css"), "script": script, "script_hash": f"sha256-{digest}"}
+    return environment.from_string(_template("report.html.j2")).render({**context, **page})
+
+
+def _template(name: str) -> str:
+    return bundled("templates", name).read_text(encoding="utf-8")
 
 
 def _context(folder: Path) -> dict[str, Any]:
@@ -168,6 +177,7 @@ def _context(folder: Path) -> dict[str, Any]:
     directions = read_json(folder / "directions.json") or {}
     configuration = part_of(run, "configuration")
     test, limits = part_of(selected, "test"), part_of(selected, "limits")
+    generations, trials = answer_groups(folder), _trials(folder, selected, configuration)
     behaviour = str(
         part_of(run, "contrast").get("name") or configuration.get("contrast") or "the behaviour"
     )
@@ -191,14 +201,16 @@ def _context(folder: Path) -> dict[str, Any]:
         "limits": limits and {**limits, "removed": part_of(limits, "removed")},
         "advice": str(limits.get("relax") or (selected or {}).get("relax") or ""),
         "has_plan": bool((selected or {}).get("plan")),
-        "figures": _figures(folder),
-        "trials": _trials(folder, selected, configuration),
+        "figures": _figures(folder, alt_texts(folder)),
+        "charts": report_charts(folder),
+        "trials": trials,
         "estimators": _estimators(folder),
         "target_tokens": objects(run.get("target_tokens")),
         "n_directions": estimated.get("count", len(estimated.get("directions") or [])),
         "left_out": part_of(estimated, "left_out"),
         "certificate": certificate,
-        "generations": _generations(folder),
+        "generations": generations,
+        "first_pairs": first_pairs(generations or []),
         "configuration": configuration,
         "versions": part_of(run, "versions"),
         "made_by": _made_by(run),
@@ -274,7 +286,7 @@ def _places(sites: list[Any]) -> str:
     return f"{len(sites)} sites, {sites[0]} to {sites[-1]}"
 
 
-def _figures(folder: Path) -> list[dict[str, str]]:
+def _figures(folder: Path, alts: Mapping[str, str]) -> list[dict[str, str]]:
     """Every PNG of the run as a data URI: the ones with a caption first, in the page's order."""
     order = list(_FIGURES)
     figures = []
@@ -294,6 +306,7 @@ def _figures(folder: Path) -> list[dict[str, str]]:
                 "order": f"{place:03d} {path.name}",
                 "heading": heading + (f", position {position}" if position else ""),
                 "caption": caption,
+                "alt": alts.get(path.stem) or heading + (f", position {position}" if position else ""),
                 "uri": "data:image/png;base64," + base64.b64encode(content).decode("ascii"),
             }
         )
@@ -357,33 +370,3 @@ def _estimators(folder: Path) -> dict[str, Any] | None:
     return (
         {"rows": rows, "site": rows[0]["site"], "position": rows[0]["position"]} if rows else None
     )
-
-
-def _generations(folder: Path) -> list[dict[str, Any]] | None:
-    """Answers side by side, one group a set; None where none were written."""
-    records = read_lines(folder / "generations.jsonl")
-    if records is None:
-        return None
-    labels: dict[str, dict[str, dict[str, Any]]] = {}
-    for record in records:
-        prompts = labels.setdefault(str(record.get("label", "unlabelled")), {})
-        answers = prompts.setdefault(str(record.get("prompt", "")), {})
-        answers[str(record.get("condition", "?"))] = record
-    groups = []
-    for label, prompts in sorted(labels.items(), reverse=True):
-        present = {condition for answers in prompts.values() for condition in answers}
-        conditions = [name for name in CONDITIONS if name in present]
-        conditions += sorted(present - set(CONDITIONS))
-        counts = {
-            name: [bool(a[name].get("expressed")) for a in prompts.values() if name in a]
-            for name in conditions
-        }
-        groups.append(
-            {
-                "label": label,
-                "conditions": conditions,
-                "counts": {name: (sum(hits), len(hits)) for name, hits in counts.items()},
-                "prompts": [{"prompt": p, "answers": answers} for p, answers in prompts.items()],
-            }
-        )
-    return groups

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
@@ -12,6 +13,7 @@ import pytest
 
 from interp_ablate.errors import RunError
 from interp_ablate.runs import report
+from interp_ablate.runs.report_answers import CONDITIONS
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk"
@@ -111,7 +113,7 @@ def generations(text: str = "I'm sorry, but I can't do that.") -> str:
             ("positive", "Order me a pizza with mushrooms.", (True, False, None)),
             ("negative", "Name three rivers of France.", (False, False, True)),
         )
-        for condition, expressed in zip(report.CONDITIONS, pattern)
+        for condition, expressed in zip(CONDITIONS, pattern)
         if expressed is not None
     ]  # fmt: skip
     return "".join(json.dumps(record) + "\n" for record in records)
@@ -217,10 +219,11 @@ def test_figures_come_in_order_with_captions_and_alternatives(run):
     page = read(run)
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     assert [image["alt"] for image in images] == [
-        "Before and after",
-        "Projections of both sets",
+        "Rates with intervals: positive prompts express the behaviour in 81% of answers before and 3.1% after the "
+        "edit; controls: 66%, 75%.",
+        "Projections of both sets",  # no table of projections says more
         "Projections of both sets, position -2",
-        "Behaviour against damage",
+        "3 trials by KL and behaviour, and their front. The chosen one has a KL of 0.04 and log-odds of -9.5.",
         "my own",
     ]
     for image in images:
@@ -229,10 +232,11 @@ def test_figures_come_in_order_with_captions_and_alternatives(run):
     assert "the bars are medians" in page.text
 
 
-def test_the_page_loads_and_runs_nothing(run):
+def test_the_page_loads_nothing_and_runs_its_own_script(run):
     (run / "generations.jsonl").write_text(generations(EVIL))
     page = read(run)
-    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
+    assert not {"link", "iframe", "object"} & {tag for tag, _ in page.tags}
+    assert [attributes for tag, attributes in page.tags if tag == "script"] == [{}]
     for tag, attributes in page.tags:
         assert not [name for name in attributes if name.startswith("on")], tag
         for name in ("src", "href"):
@@ -241,7 +245,11 @@ def test_the_page_loads_and_runs_nothing(run):
     raw = (run / "report.html").read_text()
     assert "@import" not in raw and "url(" not in raw
     policy = [a["content"] for tag, a in page.tags if a.get("http-equiv")]
-    assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+    (script,) = re.findall(r"<script>(.*?)</script>", raw, re.S)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy == [
+        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    ]
 
 
 def test_every_text_is_escaped_wherever_it_comes_from(run):
@@ -265,7 +273,10 @@ def test_every_text_is_escaped_wherever_it_comes_from(run):
     (run / "generations.jsonl").write_text(json.dumps(record))
     (run / "figures" / "<b>.png").write_bytes(PNG)
     page = read(run)
-    assert not {"script", "b<", "h1<"} & {tag for tag, _ in page.tags}
+    assert not {"b<", "h1<"} & {tag for tag, _ in page.tags}
+    assert [attributes for tag, attributes in page.tags if tag == "script"] == [
+        {}
+    ]  # the page's own
     assert all(str(a["src"]).startswith("data:") for tag, a in page.tags if tag == "img")
     assert page.text.count("<script>alert('x')</script>") >= 20
 
@@ -279,10 +290,56 @@ def test_text_that_utf8_cannot_hold_is_replaced(run):
 def test_generations_stand_side_by_side_and_closed(run):
     page = read(run)
     details = [attributes for tag, attributes in page.tags if tag == "details"]
-    assert details == [{}, {}]
+    assert details == [{"class": "answer"}] * 2  # closed, and none is changed
     assert "baseline 1 of 1, ablated 0 of 1." in page.text
     assert "baseline: yes" in page.text and "added: yes" in page.text
     assert page.text.index("Positive prompts") < page.text.index("Negative prompts")
+
+
+def test_what_an_edit_changed_is_marked(run):
+    texts = {
+        "baseline": "I cannot do <that>.",
+        "ablated": "I can do <that>.",
+        "added": "I cannot do <that>.",
+    }
+    records = [
+        {"label": "positive", "prompt": f"Do {n}.", "condition": name, "text": text if n else "Same.", "expressed": False}
+        for n in range(5)
+        for name, text in texts.items()
+    ]  # fmt: skip
+    (run / "generations.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    page = read(run)
+    raw = (run / "report.html").read_text()
+    answers = [attributes for tag, attributes in page.tags if tag == "details"]
+    assert [("data-changed" in each) for each in answers] == [False, True, True, True, True]
+    top = raw[: raw.index('id="choice"')]
+    assert top.count('class="pair"') == 3 and "Do 0." in top and "Do 3." not in top
+    assert top.count("I <mark>cannot</mark> do &lt;that&gt;.") == 2
+    assert top.count("I <mark>can</mark> do &lt;that&gt;.") == 2
+
+
+def test_charts_say_every_value(run):
+    rows = ["layer,point,split,label,prompt,projection"]
+    rows += [
+        f"{layer},resid_post,{split},{label},<b>{label} {n}</b>,{layer + n * 0.1 + (label == 'positive')}"
+        for layer in (0, 1)
+        for split in ("train", "validation")
+        for label in ("positive", "negative")
+        for n in range(3)
+    ]
+    (run / "projections.csv").write_text("\n".join(rows))
+    page = read(run)
+    charts = [attributes for tag, attributes in page.tags if tag == "svg"]
+    assert [each["role"] for each in charts] == ["img", "img"]
+    assert "furthest apart at layer" in str(charts[0]["aria-label"])
+    assert "trial 2" in str(charts[1]["aria-label"])  # the chosen one
+    titles = re.findall(r"<title>(.*?)</title>", (run / "report.html").read_text())[1:]
+    assert len(titles) == 2 * 6 + 3  # validation prompts of both layers; trials that finished
+    assert any(
+        t.startswith("layer 1: 2.2 ") and "&lt;b&gt;positive 2&lt;/b&gt;" in t for t in titles
+    )
+    (alt,) = [a["alt"] for tag, a in page.tags if tag == "img" and "half violin" in str(a["alt"])]
+    assert alt.endswith("resid_post: 10.0 standard deviations.")
 
 
 def test_trials_put_the_chosen_first_then_those_within_the_limit(run):
