@@ -15,7 +15,10 @@ _WORDS = re.compile(r"\s+|\w+|[^\w\s]")
 
 
 class Html(str):
-    """Text that is HTML already; `html_of` leaves it as it is."""
+    """Text that is HTML already; `html_of` and Jinja leave it as it is."""
+
+    def __html__(self) -> str:
+        return str(self)
 
 
 def html_of(value: object) -> Html:

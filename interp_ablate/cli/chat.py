@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from interp_ablate.cli.options import ModelSettings, load, tell
+from interp_ablate.cli.options import ModelSettings, load, loading_of_run, tell
 from interp_ablate.cli.settings import adding, settings_from
 from interp_ablate.errors import InterpAblateError, RunError
 from interp_ablate.settings import setting
@@ -51,7 +51,7 @@ def run(args: Namespace) -> int:
 
     settings = settings_from(args, Chat)
     if settings.run:
-        settings = settings_from(args, Chat, under=loading_of_run(settings.run))
+        settings = settings_from(args, Chat, under=settings_of_run(settings.run))
     elif not settings.model:
         raise RunError("give a run folder; or --model, with or without --plan")
     names = plan_names(settings.run) if settings.run else []
@@ -67,7 +67,7 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def loading_of_run(folder: str) -> dict[str, Any]:
+def settings_of_run(folder: str) -> dict[str, Any]:
     """How a run's model is loaded.
 
     Raises:
@@ -78,8 +78,7 @@ def loading_of_run(folder: str) -> dict[str, Any]:
     saved = read_run(folder)
     if saved is None:
         raise RunError(f"{folder} holds no run.json: it is not a run folder")
-    names = ("model", "backend", "dtype", "device", "template")
-    return {name: saved["configuration"][name] for name in names}
+    return loading_of_run(saved)
 
 
 def named_plan(folder: str | None, name: str) -> Any:

@@ -306,7 +306,8 @@ def _figures(folder: Path, alts: Mapping[str, str]) -> list[dict[str, str]]:
                 "order": f"{place:03d} {path.name}",
                 "heading": heading + (f", position {position}" if position else ""),
                 "caption": caption,
-                "alt": alts.get(path.stem) or heading + (f", position {position}" if position else ""),
+                "alt": alts.get(path.stem)
+                or heading + (f", position {position}" if position else ""),
                 "uri": "data:image/png;base64," + base64.b64encode(content).decode("ascii"),
             }
         )
