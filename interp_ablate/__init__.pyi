@@ -2,6 +2,7 @@ __version__: str
 
 from .activations.activations import Activations as Activations
 from .activations.collection import collect as collect
+from .activations.projection import project as project
 from .activations.token_view import token_projections as token_projections
 from .directions.direction import Direction as Direction
 from .directions.direction import random_direction as random_direction

@@ -5,6 +5,7 @@ from .collection import collect_moments as collect_moments
 from .pooling import pooled as pooled
 from .pooling import project_responses as project_responses
 from .pooling import response_activations as response_activations
+from .projection import project as project
 from .token_html import tokens_html as tokens_html
 from .token_html import tokens_page as tokens_page
 from .token_view import Token as Token

@@ -7,15 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from interp_ablate.display import html_table
 from interp_ablate.errors import InterpAblateError, ModelError
 from interp_ablate.models.batches import Batch
 from interp_ablate.precision import to_float64
 from interp_ablate.sites import Site, SiteLike
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray
 
 RESPONSE_MEAN = "response_mean"
 # every offset of the chat template's tokens after the instruction
@@ -61,6 +68,82 @@ class Activations:
     labels: Bool[Tensor, " prompt"] | None = None
     """True for positive prompts; None where the prompts were no ContrastSet."""
     moments: Moments | None = field(default=None, compare=False)
+    prompts: tuple[str, ...] = field(default=(), compare=False)
+    """The prompts' texts, where they are known."""
+    tokens: tuple[tuple[str, ...], ...] = field(default=(), compare=False)
+    """For each prompt the token that each position reads, as text; "" for a mean over tokens."""
+
+    def __repr__(self) -> str:
+        n_prompts, n_positions, n_sites, d_model = self.values.shape
+        return (
+            f"Activations({n_prompts} prompts x {n_positions} positions x {n_sites} sites x d_model {d_model}, "
+            f"{str(self.values.dtype).removeprefix('torch.')})"
+        )
+
+    def _repr_html_(self) -> str:
+        labels = self.label_names
+        rows = (
+            (
+                "prompts",
+                len(self.values),
+                f"{labels.count('positive')} positive" if any(labels) else "",
+            ),
+            ("positions", len(self.positions), ", ".join(self.positions)),
+            ("sites", len(self.sites), f"{self.sites[0]} to {self.sites[-1]}"),
+            ("d_model", self.values.shape[-1], str(self.values.dtype)),
+        )
+        return html_table(("axis", "size", "what"), rows, caption=repr(self))
+
+    @property
+    def label_names(self) -> list[str]:
+        """positive or negative for each prompt; "" where the prompts were no ContrastSet."""
+        if self.labels is None:
+            return [""] * len(self.values)
+        return ["positive" if label else "negative" for label in self.labels.tolist()]
+
+    def tokens_at(self, position: Position) -> list[str]:
+        """The text of the token that a position reads, a prompt each; "" where that is not known."""
+        place = self.positions.index(str(position))
+        return [row[place] for row in self.tokens] or [""] * len(self.values)
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row for each prompt, position and site, with the index prompt, label, position, layer, point; a column a
+        dimension of the stream."""
+        import pandas as pd
+
+        names = self.label_names
+        index = pd.MultiIndex.from_tuples(
+            [
+                (i, names[i], position, site.layer, site.point)
+                for i in range(len(self.values))
+                for position in self.positions
+                for site in self.sites
+            ],
+            names=("prompt", "label", "position", "layer", "point"),
+        )
+        return pd.DataFrame(_as_numpy(self.values).reshape(len(index), -1), index=index)
+
+    def to_xarray(self) -> xarray.DataArray:
+        """The values with named axes: prompt, position, site, d_model; label, layer and point as coordinates.
+
+        Raises:
+            InterpAblateError: xarray is not installed.
+        """
+        try:
+            import xarray
+        except ImportError as error:
+            raise InterpAblateError(
+                "to_xarray needs xarray: pip install 'interp-ablate[xarray]'"
+            ) from error
+        coordinates = {
+            "position": list(self.positions),
+            "site": [str(site) for site in self.sites],
+            "label": ("prompt", self.label_names),
+            "layer": ("site", [site.layer for site in self.sites]),
+            "point": ("site", [site.point for site in self.sites]),
+        }
+        axes = ("prompt", "position", "site", "d_model")
+        return xarray.DataArray(_as_numpy(self.values), coordinates, axes, name="activation")
 
     def at(self, site: SiteLike, position: Position = -1) -> Float[Tensor, "prompt d_model"]:
         """Activations at one site and position.
@@ -75,6 +158,11 @@ class Activations:
                 f"{self.sites[0]} to {self.sites[-1]}, positions {', '.join(self.positions)}"
             )
         return self.values[:, self.positions.index(str(position)), self.sites.index(site)]
+
+
+def _as_numpy(values: Tensor) -> np.ndarray:
+    """The values as NumPy has them, which knows no bfloat16."""
+    return (values.float() if values.dtype == torch.bfloat16 else values).detach().cpu().numpy()
 
 
 def check_finite(

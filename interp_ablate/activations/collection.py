@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache as cache_of_calls
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -31,7 +33,7 @@ from interp_ablate.models.batches import Batch
 from interp_ablate.models.model import Model
 from interp_ablate.prompts.chat_template import suffix_length
 from interp_ablate.prompts.contrast_set import ContrastSet
-from interp_ablate.prompts.prompt import PromptLike, as_prompts
+from interp_ablate.prompts.prompt import PromptLike, as_prompts, text_of_prompt
 from interp_ablate.settings import MAX_NEW_TOKENS
 from interp_ablate.sites import Site, SiteLike, as_sites, sites_of
 from interp_ablate.storage.atomic_files import atomic_path
@@ -69,7 +71,7 @@ def collect(
     keeps = cache and not model.plans.has_unknown_edits
     path = request.cache_file(cache, model) if cache and keeps else None
     if path is not None and path.exists():
-        return _read_cache(path, request, labels)
+        return replace(_read_cache(path, request, labels), **_texts(model, prompts, request))
     values = torch.empty(0)
     moments: list[Moments] = []
     for batch, block in _blocks(model, request, batch_size):
@@ -80,10 +82,29 @@ def collect(
         if on_batch:
             on_batch(len(batch.index))
     merged = reduce(Moments.merge, moments)
-    activations = Activations(values, request.sites, request.positions, labels, merged)
+    texts = _texts(model, prompts, request)
+    activations = Activations(values, request.sites, request.positions, labels, merged, **texts)
     if path is not None:
         _write_cache(path, values, merged)
     return activations
+
+
+def _texts(
+    model: Model, prompts: ContrastSet | PromptLike | Sequence[PromptLike], request: _Request
+) -> dict[str, Any]:
+    """The prompts' texts, and those of the tokens that are read."""
+    offsets = [None if name == RESPONSE_MEAN else int(name) for name in request.positions]
+    tokenizer = model.tokenizer
+
+    @cache_of_calls
+    def text(token: int) -> str:
+        return f"[{token}]" if tokenizer is None else tokenizer.decode([token])
+
+    tokens = tuple(
+        tuple("" if offset is None else text(row[length + offset]) for offset in offsets)
+        for row, length in zip(request.rows, request.prompt_lengths)
+    )
+    return {"prompts": tuple(map(text_of_prompt, _flatten(prompts)[0])), "tokens": tokens}
 
 
 def collect_moments(

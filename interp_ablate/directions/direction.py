@@ -9,13 +9,17 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from interp_ablate.display import html_table, shortened
 from interp_ablate.errors import DirectionError
+from interp_ablate.precision import to_float64
 from interp_ablate.sites import Site
 from interp_ablate.stats.intervals import auc
 
@@ -33,6 +37,9 @@ class Separation:
     """Probability that a positive prompt projects higher than a negative one; ties count half."""
     d_prime: float
     """Distance of the two means in units of the pooled standard deviation."""
+
+    def __str__(self) -> str:
+        return f"AUC {self.auc:.3f}, d′ {self.d_prime:.2f}"
 
 
 def separation(
@@ -99,6 +106,73 @@ class Direction:
             )
         object.__setattr__(self, "vector", vector / length)
         object.__setattr__(self, "site", Site.parse(self.site))
+
+    def __repr__(self) -> str:
+        measured = f", {self.separation}" if self.separation else ""
+        return f"Direction({self.name}, d_model {len(self.vector)}, norm {self.norm:.4g}{measured})"
+
+    def _repr_html_(self) -> str:
+        return html_table(("direction", "d_model", "norm", "AUC", "d′", "source"), [self._row()])
+
+    def _row(self) -> tuple[object, ...]:
+        auc, d_prime = (
+            (self.separation.auc, self.separation.d_prime) if self.separation else ("", "")
+        )
+        return self.name, len(self.vector), float(self.norm), auc, d_prime, shortened(self.source)
+
+    def __matmul__(self, x: Float[Tensor, "*rows d_model"] | np.ndarray) -> Any:
+        """The projections of activations: their scalar products with the unit vector, in float64.
+
+        `x` is a tensor (the result is on its device, on the CPU where that has no float64), an array, or another
+        direction; its last axis is d_model. `x @ direction` is the same.
+
+        Raises:
+            DirectionError: another d_model.
+        """
+        if isinstance(x, Direction):
+            return float(self @ x.vector)
+        if isinstance(x, Tensor):
+            wide = to_float64(x.detach())
+        else:
+            wide = torch.as_tensor(np.asarray(x, np.float64))
+        if wide.ndim < 1 or wide.shape[-1] != len(self.vector):
+            raise DirectionError(
+                f"a projection needs activations [..., {len(self.vector)}]; got {tuple(wide.shape)}"
+            )
+        projections = wide @ self.vector.to(wide.device)
+        return projections if isinstance(x, Tensor) else projections.numpy()
+
+    __rmatmul__ = __matmul__
+    __array_ufunc__ = None  # arrays leave `array @ direction` to the direction
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """`tensor @ direction`, which torch asks for here."""
+        if func in (torch.Tensor.__matmul__, torch.Tensor.matmul, torch.matmul) and not kwargs:
+            x, direction = args
+            return direction @ x if isinstance(direction, Direction) else x @ direction
+        return NotImplemented
+
+    def __neg__(self) -> Direction:
+        """The opposite direction, the same bits but for the sign; what was positive is negative."""
+        flipped = self.separation and Separation(1 - self.separation.auc, -self.separation.d_prime)
+        opposite = replace(self, separation=flipped)
+        object.__setattr__(opposite, "vector", -self.vector)
+        return opposite
+
+    def cosine(self, other: Direction | Float[Tensor, " d_model"]) -> float:
+        """The cosine of the angle to another direction or vector.
+
+        Raises:
+            DirectionError: another d_model, or a vector of zeros.
+        """
+        vector = other.vector if isinstance(other, Direction) else to_float64(other.detach()).cpu()
+        length = float(vector.norm())
+        if not length > 0:
+            raise DirectionError("a vector of zeros has no direction to compare with")
+        return float(self @ vector) / length
 
     @property
     def raw(self) -> Float[Tensor, " d_model"]:

@@ -10,18 +10,22 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from interp_ablate.directions.direction import Direction, Separation
+from interp_ablate.display import html_table, shortened
 from interp_ablate.errors import DirectionError
 from interp_ablate.sites import Site, SiteLike, as_sites
 from interp_ablate.storage.atomic_files import write_atomic
 from interp_ablate.storage.incoming_files import check_file, incoming_object
 from interp_ablate.storage.strict_json import json_text
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FORMAT, PLAIN_FORMAT = "interp_ablate.directions/1", "interp_ablate.vectors/1"
 VectorDtype = Literal["float64", "float32"]
@@ -55,6 +59,38 @@ class Directions:
     """`site[position]` -> why there is no direction."""
     source: str = ""
     """What identifies the model and the prompts."""
+
+    def __repr__(self) -> str:
+        methods = ", ".join(dict.fromkeys(item.method for item in self.items)) or "none"
+        layers = sorted({item.site.layer for item in self.items})
+        span = f", layers {layers[0]} to {layers[-1]}" if layers else ""
+        left_out = f", {len(self.left_out)} left out" if self.left_out else ""
+        return f"Directions({len(self.items)} of {shortened(methods)}{span}{left_out})"
+
+    def _repr_html_(self) -> str:
+        frame = self.to_frame()
+        frame["source"] = frame["source"].map(shortened)
+        return html_table(list(frame.columns), frame.itertuples(index=False), caption=repr(self))
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row a direction: layer, point, position, method, norm, AUC and d' (NaN where not measured), source."""
+        import pandas as pd
+
+        rows = [
+            {
+                "layer": item.site.layer,
+                "point": item.site.point,
+                "position": item.position,
+                "method": item.method,
+                "norm": float(item.norm),
+                "auc": item.separation.auc if item.separation else math.nan,
+                "d_prime": item.separation.d_prime if item.separation else math.nan,
+                "source": item.source,
+            }
+            for item in self.items
+        ]
+        columns = ("layer", "point", "position", "method", "norm", "auc", "d_prime", "source")
+        return pd.DataFrame(rows, columns=list(columns))
 
     def __iter__(self) -> Iterator[Direction]:
         return iter(self.items)

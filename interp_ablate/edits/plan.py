@@ -20,8 +20,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp_ablate.directions.direction import Direction
+from interp_ablate.display import html_table
 from interp_ablate.edits.affine import Affine
-from interp_ablate.edits.edit import EditBase, Positions, is_number
+from interp_ablate.edits.edit import EditBase, Positions, is_number, range_text
 from interp_ablate.edits.kinds import Ablate, Add, Clamp, Edit, edit_from_dict
 from interp_ablate.errors import PlanError
 from interp_ablate.sites import EMBEDDING_POINTS, WRITER_POINTS, Point, Site, SiteLike, sites_of
@@ -58,6 +59,19 @@ class Plan:
             raise PlanError(f"edits of different d_model in one plan: {sorted(widths)}")
         for message in (*_summed_clamps(edits), *_undone_ablations(edits)):
             logger.warning(message)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(map(repr, self.edits[:3])) + (", …" if len(self.edits) > 3 else "")
+        return f"Plan({len(self.edits)} edits: {shown})" if self.edits else "Plan(no edits)"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (edit.op, edit.label, ", ".join(map(str, edit.sites[:4])) + ("…" if len(edit.sites) > 4 else ""),
+             len(edit.sites), edit.amount, range_text(edit.amounts), edit.positions)
+            for edit in self.edits
+        ]  # fmt: skip
+        columns = ("edit", "direction", "sites", "number", "amount", "value", "positions")
+        return html_table(columns, rows, caption=f"{len(self.edits)} edits, applied in this order")
 
     def __add__(self, other: Plan | Edit) -> Plan:
         return Plan(self.edits + (other.edits if isinstance(other, Plan) else (other,)))

@@ -15,13 +15,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp_ablate.display import html_table, shortened
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import InterpAblateError
 from interp_ablate.models.generation import Generation
 from interp_ablate.models.model import Model
 from interp_ablate.models.residual_cache import ResidualCache
 from interp_ablate.prompts.messages import is_chat
-from interp_ablate.prompts.prompt import Prompt, PromptLike, as_prompt, as_prompts
+from interp_ablate.prompts.prompt import Prompt, PromptLike, as_prompt, as_prompts, text_of_prompt
 from interp_ablate.scoring.exchange import PromptResponse
 from interp_ablate.settings import MAX_NEW_TOKENS
 
@@ -52,6 +53,19 @@ class ModelOutputs:
         self._first_logprobs: Float[Tensor, "prompt d_vocab"] | None = None
         self._generations: list[Generation] | None = None
         self._answer_logprobs: list[Float[Tensor, "pos d_vocab"]] | None = None
+
+    def __repr__(self) -> str:
+        plan = "unedited" if self.plan is None else repr(self.plan)
+        ready = "with answers" if self.has_generations else "nothing generated yet"
+        return f"ModelOutputs({len(self.prompts)} prompts, {shortened(plan, 160)}, {ready})"
+
+    def _repr_html_(self) -> str:
+        """The answers that are there; nothing is computed for a look."""
+        answers = (
+            [g.text for g in self._generations] if self._generations else [""] * len(self.rows)
+        )
+        rows = list(zip(map(text_of_prompt, self.prompts), answers))[:20]
+        return html_table(("prompt", "answer"), rows, caption=repr(self))
 
     def with_plan(self, plan: Plan | None) -> ModelOutputs:
         """The same prompts under a plan.

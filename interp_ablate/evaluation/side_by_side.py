@@ -22,8 +22,7 @@ from interp_ablate.evaluation.outputs import ModelOutputs, generate_outputs_toge
 from interp_ablate.models.applied_plans import as_plan
 from interp_ablate.models.generation import Generation
 from interp_ablate.models.model import Model
-from interp_ablate.prompts.messages import is_chat
-from interp_ablate.prompts.prompt import Prompt, PromptLike, as_prompt
+from interp_ablate.prompts.prompt import PromptLike, text_of_prompt
 from interp_ablate.scoring.exchange import TextScorer
 from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.settings import MAX_NEW_TOKENS
@@ -202,10 +201,3 @@ def _listed(values: Tensor | Sequence[float | None]) -> list[float | None]:
 
 def _is_norm_preserving(plan: Plan | None) -> bool:
     return any(isinstance(edit, Ablate) and edit.norm_preserving for edit in plan or ())
-
-
-def text_of_prompt(prompt: PromptLike) -> str:
-    """A prompt as a reader sees it: its text, or its token ids."""
-    if isinstance(prompt, (str, Prompt)) or is_chat(prompt):
-        return as_prompt(prompt).text
-    return f"tokens {' '.join(map(str, prompt))}"

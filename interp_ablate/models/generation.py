@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from interp_ablate.directions.direction import Direction
+from interp_ablate.display import html_table, shortened
 from interp_ablate.errors import ModelError
 from interp_ablate.models.backends.backend import ForwardCall
 from interp_ablate.models.batches import Batch, SharedPrefix, batches, call_of, in_parts
@@ -33,6 +34,18 @@ class Generation:
     text: str
     finished: bool
     """True where the answer ended by itself, False where the limit of new tokens cut it."""
+
+    def __repr__(self) -> str:
+        end = "finished" if self.finished else "cut"
+        return f"Generation({shortened(self.text, 80)!r}, {len(self.tokens)} tokens, {end})"
+
+    def _repr_html_(self) -> str:
+        row = (
+            self.text,
+            len(self.tokens),
+            "by itself" if self.finished else "at the limit of tokens",
+        )
+        return html_table(("answer", "tokens", "ended"), [row])
 
 
 @dataclass(frozen=True)

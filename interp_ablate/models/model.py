@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from interp_ablate.directions.direction import Direction
+from interp_ablate.display import Html, html_of
 from interp_ablate.edits.kinds import Edit
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import DirectionError, ModelError
@@ -35,6 +36,7 @@ from interp_ablate.models.generation import (
 )
 from interp_ablate.models.loading import BackendName
 from interp_ablate.models.residual_cache import ResidualCache, ResidualCaching
+from interp_ablate.models.site_tree import site_tree
 from interp_ablate.models.sources import ModelSource
 from interp_ablate.prompts.chat_format import TemplateLike, as_chat_format
 from interp_ablate.prompts.chat_template import check_format, encode
@@ -117,6 +119,9 @@ class Model:
             f"Model({self.source.name!r}, backend={self.backend!r}, n_layers={self.n_layers}, "
             f"d_model={self.d_model}, dtype={self.dtype})"
         )
+
+    def _repr_html_(self) -> str:
+        return Html(f"<pre>{html_of(site_tree(repr(self), self.site_map, self.n_layers))}</pre>")
 
     @property
     def tl(self) -> Any:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Measure = Literal["d_prime", "auc"]
 
 PROJECTION_COLUMNS = ("layer", "point", "split", "label", "prompt", "projection")
+_NEEDED = tuple(column for column in PROJECTION_COLUMNS if column != "split")
 SIDES = ("negative", "positive")
 
 
@@ -36,7 +37,9 @@ def projections(frame: pd.DataFrame, ax: Axes) -> Axes:
     Raises:
         RunError: a missing column, no rows, or rows of several points, positions or methods.
     """
-    style.require_columns(frame, PROJECTION_COLUMNS, "projections")
+    style.require_columns(frame, _NEEDED, "projections")
+    if "split" not in frame:
+        frame = frame.assign(split="no")
     for column in ("point", "position", "method"):
         if column in frame and frame[column].nunique() > 1:
             raise RunError(

@@ -11,8 +11,10 @@ import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
+from interp_ablate.display import html_table, shortened
 from interp_ablate.errors import PromptError
 from interp_ablate.prompts.prompt import (
     Prompt,
@@ -28,6 +30,7 @@ from interp_ablate.prompts.readers import Reading, bundled_names, read_side, rea
 from interp_ablate.settings import SPLIT_SIZES
 
 logger = logging.getLogger(__name__)
+_SHOWN = 5  # prompts a side in a notebook
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,15 @@ class ContrastSet:
                 f"{self.name} ({self.source}): {len(shared)} prompts are in both sets, such as "
                 f"{quote(*shared)}: a prompt either has the concept or not; remove it from one set"
             )
+
+    def __repr__(self) -> str:
+        sides = f"{len(self.positive)} positive, {len(self.negative)} negative prompts"
+        return f"ContrastSet({shortened(self.name)!r}, {sides})"
+
+    def _repr_html_(self) -> str:
+        shown = zip_longest(self.positive[:_SHOWN], self.negative[:_SHOWN])
+        rows = [[shortened(p.text, 120) if p else "" for p in pair] for pair in shown]
+        return html_table(("positive", "negative"), rows, caption=f"{self!r}, the first of them")
 
     @property
     def fingerprint(self) -> str:
@@ -158,14 +170,15 @@ class ContrastSet:
 
     def split(
         self,
-        n_train: int = SPLIT_SIZES["n_train"],
-        n_validation: int = SPLIT_SIZES["n_validation"],
-        n_test: int = SPLIT_SIZES["n_test"],
+        n_train: int | float = SPLIT_SIZES["n_train"],
+        n_validation: int | float = SPLIT_SIZES["n_validation"],
+        n_test: int | float = SPLIT_SIZES["n_test"],
         *,
         seed: int = 0,
     ) -> Split:
-        """Three parts without a common prompt; the numbers are prompts of each side.
+        """Three parts without a common prompt; the numbers are prompts of each side, or shares as in (0.5, 0.25, 0.25).
 
+        Shares are of the smaller side's different prompts, and each part has at least one.
         Prompts are ordered by a hash of the seed and their own normalised text: the same on every
         platform, whatever their order in the file. The test part is taken first, then validation,
         then train, so that other sizes of the later ones leave the test part as it is. Where both
@@ -176,19 +189,22 @@ class ContrastSet:
         Raises:
             PromptError: a size below 1 (three sets are three), or more than a side has.
         """
-        sizes = {"n_train": n_train, "n_validation": n_validation, "n_test": n_test}
+        positive, negative = _ordered(self, seed)
+        available = min(len(positive), len(negative))
+        asked = {"n_train": n_train, "n_validation": n_validation, "n_test": n_test}
+        sizes = _sizes_of_shares(asked, available)
         for key, size in sizes.items():
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise PromptError(
                     f"{key}={size!r}: the prompts that make a direction, select it and report it "
-                    "are three different sets, each of at least 1 prompt a side"
+                    "are three different sets, each of at least 1 prompt a side (or three shares, such as "
+                    "0.5, 0.25, 0.25)"
                 )
-        positive, negative = _ordered(self, seed)
-        available = min(len(positive), len(negative))
         if sum(sizes.values()) > available:
             raise PromptError(_too_few(self, len(positive), len(negative), sizes))
         parts, start = {}, 0
-        for part, size in (("test", n_test), ("validation", n_validation), ("train", n_train)):
+        for part in ("test", "validation", "train"):
+            size = sizes[f"n_{part}"]
             chosen = slice(start, start + size)
             source = f"{self.source} [{part}, seed {seed}]"
             parts[part] = ContrastSet(self.name, positive[chosen], negative[chosen], source)
@@ -204,6 +220,19 @@ class Split:
     validation: ContrastSet
     test: ContrastSet
 
+    def __repr__(self) -> str:
+        sizes = [f"{name} {p} + {n}" for name, p, n, _ in self._rows()]
+        return f"Split({shortened(self.train.name)!r}, {', '.join(sizes)})"
+
+    def _repr_html_(self) -> str:
+        columns = ("part", "positive", "negative", "for")
+        return html_table(columns, self._rows(), caption=shortened(self.train.name))
+
+    def _rows(self) -> list[tuple[object, ...]]:
+        uses = {"train": "makes directions", "validation": "selects", "test": "reports"}
+        parts = ((name, getattr(self, name), use) for name, use in uses.items())
+        return [(name, len(p.positive), len(p.negative), use) for name, p, use in parts]
+
 
 def _ordered(contrast: ContrastSet, seed: int) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
     """Both sides without duplicates in the order of the seed, pairs kept together (see `split`)."""
@@ -218,6 +247,24 @@ def _ordered(contrast: ContrastSet, seed: int) -> tuple[tuple[Prompt, ...], tupl
         pairs = sorted(zip(positive, negative, strict=True), key=lambda pair: rank(*pair))
         return tuple(p for p, _ in pairs), tuple(n for _, n in pairs)
     return tuple(sorted(positive, key=rank)), tuple(sorted(negative, key=rank))
+
+
+def _sizes_of_shares(asked: dict[str, int | float], available: int) -> dict[str, int]:
+    """Shares of the prompts as numbers of them; numbers as they are.
+
+    Raises:
+        PromptError: a share that is not above 0, or shares that add up to more than 1.
+    """
+    shares = list(asked.values())
+    if not all(isinstance(share, float) for share in shares):
+        return asked  # type: ignore[return-value]
+    if not all(share > 0 for share in shares) or sum(shares) > 1 + 1e-9:
+        raise PromptError(
+            f"a split of {asked}: shares are above 0 and add up to 1 at most, such as 0.5, 0.25, 0.25"
+        )
+    total = max(len(asked), int(available * sum(shares) + 1e-9))
+    whole = {key: round(size * 1_000_000) for key, size in asked.items()}
+    return _in_proportion(whole, total)
 
 
 def _too_few(contrast: ContrastSet, n_positive: int, n_negative: int, sizes: dict[str, int]) -> str:

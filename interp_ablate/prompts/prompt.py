@@ -158,3 +158,10 @@ def as_prompt(prompt: PromptLike, system: str | None = None) -> Prompt:
     if isinstance(prompt, Prompt):
         return replace(prompt, system=system) if prompt.system is None else prompt
     return Prompt(prompt, system)  # type: ignore[arg-type]
+
+
+def text_of_prompt(prompt: PromptLike) -> str:
+    """A prompt as a reader sees it: its text, or its token ids."""
+    if isinstance(prompt, (str, Prompt)) or is_chat(prompt):
+        return as_prompt(prompt).text
+    return f"tokens {' '.join(map(str, prompt))}"

@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import pandas as pd
 
+from interp_ablate.activations.activations import Activations
+from interp_ablate.activations.projection import project
 from interp_ablate.directions.direction import Direction
 from interp_ablate.directions.direction_set import Directions
 from interp_ablate.directions.estimators import comparison
@@ -75,10 +76,7 @@ def run_directions(run: Run) -> None:
     table = comparison(train, validation, best.site, best.position)
     run.write("estimators.csv", table.assign(site=str(best.site), position=best.position))
     splits = {"train": train, "validation": validation}
-    tables = [
-        _projections(main, activations, name, getattr(run.split, name))
-        for name, activations in splits.items()
-    ]
+    tables = [_projections(main, activations, name) for name, activations in splits.items()]
     run.write("projections.csv", pd.concat(tables, ignore_index=True))
 
 
@@ -88,27 +86,11 @@ def most_separating(directions: Iterable[Direction]) -> Direction:
     return max(measured, key=lambda item: item.separation.d_prime if item.separation else 0.0)
 
 
-def _projections(
-    directions: Directions, activations: Any, split: str, contrast: Any
-) -> pd.DataFrame:
+def _projections(directions: Directions, activations: Activations, split: str) -> pd.DataFrame:
     """Each prompt's projection on each direction; the position is a column where there are several."""
-    texts = [prompt.text for prompt in (*contrast.positive, *contrast.negative)]
-    labels = ["positive" if label else "negative" for label in activations.labels.tolist()]
-    tables = []
-    for item in directions:
-        values = activations.at(item.site, item.position).double() @ item.vector
-        columns = {
-            "layer": item.site.layer,
-            "point": item.site.point,
-            "split": split,
-            "label": labels,
-            "prompt": texts,
-            "projection": values.tolist(),
-        }
-        if len(activations.positions) > 1:
-            columns["position"] = item.position
-        tables.append(pd.DataFrame(columns))
-    return pd.concat(tables, ignore_index=True)
+    columns = ["layer", "point", "split", "label", "prompt", "projection"]
+    several = ["position"] if len(activations.positions) > 1 else []
+    return project(activations, directions).assign(split=split)[columns + several]
 
 
 def run_sweep(run: Run) -> None:

@@ -187,3 +187,21 @@ def test_pairs_of_language_differ_in_the_language_only() -> None:
     contrast = ContrastSet.load("language")
     for p, n in zip(contrast.positive, contrast.negative, strict=True):
         assert p.text.replace("French", "English") == n.text and p.text != n.text
+
+
+def test_a_split_by_shares() -> None:
+    contrast = make_set(41, m=40)
+    split = contrast.split(0.5, 0.25, 0.25)
+    assert [len(part.positive) for part in (split.train, split.validation, split.test)] == [
+        20,
+        10,
+        10,
+    ]
+    assert split == contrast.split(20, 10, 10)
+    few = make_set(3, m=3).split(0.9, 0.05, 0.05)
+    assert len(few.train.positive) == len(few.test.negative) == 1
+    half = contrast.split(0.25, 0.125, 0.125)
+    assert len(half.train.negative) == 10 and len(half.test.negative) == 5
+    for wrong in ((0.5, 0.5, 0.5), (0.5, 10, 10), (0.5, 0.0, 0.25), (-0.1, 0.5, 0.5)):
+        with pytest.raises(PromptError, match="shares"):
+            contrast.split(*wrong)
