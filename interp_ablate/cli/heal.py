@@ -95,7 +95,7 @@ def run(args: Namespace) -> int:
         save_costs(report, Path(settings.out) / "figures" / "heal.png")
         _print_costs(report)
     within = report["adapter"]["max_abs_logit_difference"]
-    results = {"preferences": report["preferences"], "edit": report["edit"]}
+    results = {name: report[name] for name in ("preferences", "adapted", "edit")}
     print(json_text({"out": settings.out, **results, "merged_is_adapter_within": within}))
     return 0
 

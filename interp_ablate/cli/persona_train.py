@@ -90,6 +90,8 @@ def run(args: Namespace) -> int:
     tell_spent(args, scorer)
     save_trait(report, Path(settings.out) / "figures" / "preventative.png")
     _print_trait(report)
+    adapted = next(arm["adapted"] for arm in report["conditions"].values() if "adapted" in arm)
+    print(f"the LoRA adapted {adapted}")
     print(f"report: {Path(settings.out) / 'report.json'}")
     return 0
 

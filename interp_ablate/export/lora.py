@@ -36,6 +36,7 @@ from interp_ablate.export.lora_adapter import Adapter, lora_adapter
 from interp_ablate.export.model_card import export_manifest, write_documents
 from interp_ablate.models.load import from_hf
 from interp_ablate.models.model import Model
+from interp_ablate.models.model_files import auto_class
 from interp_ablate.prompts.prompt import PromptLike
 from interp_ablate.storage.incoming_files import incoming_object
 from interp_ablate.weights.plan_to_weights import Tied, WeightPlan, check_tie, weight_plan
@@ -79,7 +80,10 @@ def export_lora(
     weights = weight_plan(
         plan, model.hf_config, list(state), state.__getitem__, tied=tied, entry=entry
     )
-    adapter = lora_adapter(weights, list(state), state.__getitem__, dtype=dtype)
+    transposed = [n for n, m in _skeleton(model).named_modules() if getattr(m, "is_transposed", 0)]
+    adapter = lora_adapter(
+        weights, list(state), state.__getitem__, dtype=dtype, transposed=transposed
+    )
     with atomic_folder(out, overwrite=overwrite, source=model.source) as folder:
         # a folder's path is nobody else's: PEFT loads the base by another name, or by none
         hub_name = model.source.name if model.source.kind == "hub" else model.source.base_model
@@ -246,8 +250,16 @@ def _loading(folder: str | Path) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="peft")
             yield
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ExportError(f"PEFT cannot load or merge the adapter {folder}: {error}") from error
+
+
+def _skeleton(model: Model) -> Any:
+    """The model in plain transformers, without values."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        return auto_class(model.hf_config).from_config(copy.deepcopy(model.hf_config))
 
 
 def _plain(model: Model, *, own: Collection[str]) -> Any:
@@ -255,11 +267,7 @@ def _plain(model: Model, *, own: Collection[str]) -> Any:
 
     PEFT loads and merges in place: what it will change must not be the live model's.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    with init_empty_weights(include_buffers=False):
-        hf = AutoModelForCausalLM.from_config(copy.deepcopy(model.hf_config))
+    hf = _skeleton(model)
     tensors = {n: tensor.detach().cpu() for n, tensor in model.hf_state_dict().items()}
     hf.load_state_dict({n: t.clone() if n in own else t for n, t in tensors.items()}, assign=True)
     hf.tie_weights()

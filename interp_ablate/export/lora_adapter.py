@@ -6,7 +6,7 @@ Knows: how PEFT names and stores factors, and which plans it cannot hold. Does n
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -70,8 +70,8 @@ class _Target:
 
     @property
     def fused(self) -> bool:
-        """True for the experts of a mixture, stored as one tensor."""
-        return self.edit.layout == "experts"
+        """True for a parameter of all experts of a mixture: their weights, or their biases."""
+        return self.edit.layout.startswith("experts") or not self.name.endswith(".weight")
 
     @property
     def moves_bias(self) -> bool:
@@ -114,8 +114,9 @@ def _read_through(
 def _factors(weight: Tensor, edit: TensorEdit) -> tuple[Tensor, Tensor]:
     """The two factors of what an edit adds to a weight."""
     left, right = minimal_adapter(edit.affine)
-    if edit.layout == "experts":
-        return torch.stack([_read_through(w, right, d_model_first=True) for w in weight]), left
+    if edit.layout in ("experts", "experts_conv1d"):
+        first = edit.layout == "experts"
+        return torch.stack([_read_through(w, right, d_model_first=first) for w in weight]), left
     along = _read_through(weight, right, d_model_first=edit.layout == "linear")
     if edit.layout == "embedding" and not edit.affine.is_linear:
         # the same vector for every entry of the embedding: one more rank
@@ -143,7 +144,12 @@ def _targets(plan: WeightPlan, read: Read) -> list[_Target]:
 
 
 def lora_adapter(
-    plan: WeightPlan, names: Collection[str], read: Read, *, dtype: torch.dtype = torch.float32
+    plan: WeightPlan,
+    names: Collection[str],
+    read: Read,
+    *,
+    dtype: torch.dtype = torch.float32,
+    transposed: Collection[str] = (),
 ) -> Adapter:
     """The adapter of a weight plan, for a base model that holds these tensors.
 
@@ -155,8 +161,9 @@ def lora_adapter(
     PEFT has only `bias="lora_only"`: the new biases replace the base's when the adapter is loaded.
 
     Args:
-        names: of all tensors of the base model, as its `state_dict` has them.
+        names: of all tensors of the base model, in the order of its `state_dict`.
         read: gives a tensor by name.
+        transposed: modules whose weights [expert, in, out] PEFT's A reads along `in`; else along the last axis.
 
     Raises:
         ExportError: norm-preserving edits (not of low rank), biases that the base does not have, or a
@@ -176,9 +183,7 @@ def lora_adapter(
     # One rank for all parameters: a rank_pattern for a parameter makes PEFT warn that it is ignored.
     common = max(rank for name, rank in ranks.items() if name in parameters or not parameters)
     ranks |= dict.fromkeys(parameters, common)
-    tensors: dict[str, Tensor] = {}
-    for target in targets:
-        tensors.update(_named(target, ranks[target.name], biases))
+    tensors = _tensors(targets, ranks, biases, [n for n in names if n in parameters], transposed)
     patterns = {
         f"^{re.escape(t.module)}": ranks[t.name] for t in targets if ranks[t.name] != common
     }
@@ -189,7 +194,7 @@ def lora_adapter(
         "alpha_pattern": patterns,
         "target_modules": sorted(t.module for t in targets if t.name not in parameters),
         "target_parameters": sorted(parameters) or None,
-        "fan_in_fan_out": any(t.edit.layout == "conv1d" for t in targets),
+        "fan_in_fan_out": any(t.edit.layout == "conv1d" and not t.fused for t in targets),
         "lora_bias": biases == "added",
         "bias": "lora_only" if biases == "replaced" else "none",
     }
@@ -215,19 +220,65 @@ def _check_has_form(plan: WeightPlan) -> None:
             "control vector; or leave what is added (an addition, the value of a clamp or an erasure) out "
             "of the adapter's plan"
         )
+    beside = {name.removesuffix(".weight") + ".bias" for name in plan.edits}
+    alone = [n for n, edit in plan.edits.items() if edit.layout == "bias" and n not in beside]
+    if alone:
+        raise ExportError(
+            f"{alone[0]} writes to the stream, and is the bias of no linear layer: no adapter of PEFT's holds "
+            "it. Export a checkpoint"
+        )
 
 
-def _named(target: _Target, rank: int, biases: Biases) -> dict[str, Tensor]:
-    """A target's tensors as PEFT names and lays them out, filled with zeros up to a rank."""
+def _tensors(
+    targets: Collection[_Target],
+    ranks: Mapping[str, int],
+    biases: Biases,
+    parameters: list[str],
+    transposed: Collection[str],
+) -> dict[str, Tensor]:
+    """The adapter's tensors; `parameters` are those that are targets, in the model's order."""
+    tensors: dict[str, Tensor] = {}
+    bases = _bases(targets, parameters)
+    for target in targets:
+        turned = target.edit.layout == "experts_conv1d" and target.module not in transposed
+        turned |= target.fused and target.edit.layout == "conv1d"
+        named = _named(target, ranks[target.name], biases, bases[target.name], turned=turned)
+        tensors.update(named)
+    return tensors
+
+
+def _bases(targets: Collection[_Target], parameters: list[str]) -> dict[str, str]:
+    """What PEFT calls the place of each target: of several parameters of one module, the last is the outermost."""
+    bases = {}
+    for target in targets:
+        module, later = PREFIX + target.module, 0
+        if target.name in parameters:
+            after = parameters[parameters.index(target.name) + 1 :]
+            later = sum(name.rpartition(".")[0] == target.module for name in after)
+        bases[target.name] = module + ".base_layer" * later
+    return bases
+
+
+def _named(
+    target: _Target, rank: int, biases: Biases, base: str, *, turned: bool
+) -> dict[str, Tensor]:
+    """A target's tensors as PEFT names and lays them out, filled with zeros up to a rank.
+
+    `turned`: PEFT's A reads the axis that is d_model, and its B makes the other one.
+    """
     a = _filled(target.a, target.a.ndim - 2, rank)
     b = _filled(target.b, 1, rank)
-    base = PREFIX + target.module
     if target.edit.layout == "embedding":
         return {f"{base}.lora_embedding_A": a, f"{base}.lora_embedding_B": b}
-    if target.fused:
+    if a.ndim == 3:
         # lora_A: expert by expert, its ranks inside; lora_B: rank by rank, the experts inside.
-        b = b[:, :, None].expand(*b.shape, len(a)).flatten(1)
-        a = a.flatten(0, 1)
+        experts = len(a)
+        if turned:
+            a, b = b.T.repeat(experts, 1), a.permute(2, 1, 0).flatten(1)
+        else:
+            a, b = a.flatten(0, 1), b[:, :, None].expand(*b.shape, experts).flatten(1)
+    elif turned:
+        a, b = b.T, a.T
     named = {f"{base}.lora_A.weight": a, f"{base}.lora_B.weight": b}
     if target.bias is not None and biases == "added":
         named[f"{base}.lora_B.bias"] = target.bias.new - target.bias.old

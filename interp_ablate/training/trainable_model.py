@@ -1,7 +1,7 @@
-"""The model that is trained: the modules of it that a LoRA adapts, the adapter merged, certified and written.
+"""The model that is trained, its adapter merged, certified and written.
 
-Knows: how it is loaded onto one device and copied, module names, the comparison of the merged model with the
-unmerged adapter. Does not know: data, or how it is trained.
+Knows: how it is loaded onto one device and copied, the comparison of the merged model with the unmerged
+adapter. Does not know: data, what an adapter is put on, or how it is trained.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from interp_ablate.errors import ExportError, RunError
 from interp_ablate.evaluation.metrics import kl_divergence
@@ -25,7 +25,6 @@ from interp_ablate.export.certification import PROBES, limits_for, load_in_block
 from interp_ablate.export.checkpoint import export_checkpoint
 from interp_ablate.export.checkpoint_files import write_json
 from interp_ablate.export.model_card import CERTIFICATE
-from interp_ablate.models.architectures import architecture_of
 from interp_ablate.models.fingerprint import ModelFingerprint, rendered
 from interp_ablate.models.load import from_hf, hf_from_name
 from interp_ablate.models.loading import DEFAULTS as LOADING
@@ -34,10 +33,8 @@ from interp_ablate.models.sources import ModelSource
 from interp_ablate.prompts.chat_format import TemplateLike, as_chat_format
 from interp_ablate.prompts.chat_template import check_format, encode
 from interp_ablate.prompts.prompt import Prompt
-from interp_ablate.sites import sites_of
 from interp_ablate.storage.incoming_files import incoming_object
 from interp_ablate.storage.provenance import MANIFEST, versions, weight_digests
-from interp_ablate.training.recipe import LoraRecipe
 
 Result = TypeVar("Result")
 INSTALL = "pip install 'interp-ablate[train]'"
@@ -65,6 +62,8 @@ class TrainableModel:
         self._hf, self._read_again = hf, read_again
         self.tokenizer, self.source, self.chat_format = tokenizer, source, as_chat_format(template)
         check_format(tokenizer, template)
+        self.config = copy.deepcopy(hf.config)
+        """The config before any training: trainers write their own settings into the model's."""
         weights = list(hf.parameters())
         self.dtype, self.device = weights[0].dtype, weights[0].device
         self.nbytes = sum(weight.nbytes for weight in weights)
@@ -155,76 +154,6 @@ def require_extra() -> tuple[Any, Any]:
     return peft, trl
 
 
-Where = Literal["all", "readers"]
-
-
-def linear_modules(hf: Any) -> list[str]:
-    """Names of the linear layers of a decoder, its unembedding left out."""
-    from transformers.pytorch_utils import Conv1D
-
-    head = hf.get_output_embeddings()
-    kinds = (nn.Linear, Conv1D)
-    return [
-        name for name, part in hf.named_modules() if isinstance(part, kinds) and part is not head
-    ]
-
-
-def writing_modules(hf: Any) -> set[str]:
-    """Names of the modules that write to the residual stream, embeddings included.
-
-    Raises:
-        ExportError: an architecture without an entry.
-    """
-    entry, names = architecture_of(hf.config), set(hf.state_dict())
-    sites = sites_of(entry.writer_points(), range(hf.config.num_hidden_layers))
-    tensors = [name for site in sites for name in entry.writers(site, names, hf.config)]
-    return {name.rpartition(".")[0] for name in tensors}
-
-
-def lora_targets(hf: Any, where: Where = "all") -> list[str]:
-    """Choose the modules for an adapter: "all" linear ones, or only the "readers" of the stream.
-
-    Readers are what does not write to the stream itself (queries, keys, values, gate and up
-    projections): with them, every weight that an ablation edited stays as it is, bit for bit.
-    Short names (`q_proj`) where they mean just those modules, full names otherwise.
-
-    Raises:
-        ExportError: readers of an architecture without an entry; no linear layer to train.
-    """
-    if where not in get_args(Where):
-        raise RunError(f"where={where!r}: accepted are {', '.join(get_args(Where))}")
-    linear = linear_modules(hf)
-    writers = writing_modules(hf) if where == "readers" else set()
-    targets = [name for name in linear if name not in writers]
-    if not targets:
-        raise ExportError("no linear layer to train: the architecture has none that PEFT adapts")
-    ends = {name.rpartition(".")[2] for name in targets}
-    same = {n for n, _ in hf.named_modules() if n.rpartition(".")[2] in ends} == set(targets)
-    return sorted(ends) if same else targets
-
-
-def lora_config(hf: Any, recipe: LoraRecipe, *, where: Where = "all") -> Any:
-    """PEFT's configuration of the adapter: no dropout, no bias.
-
-    Raises:
-        RunError: PEFT is missing.
-        ExportError: see `lora_targets`.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    peft, _ = require_extra()
-    return peft.LoraConfig(
-        r=recipe.rank,
-        lora_alpha=recipe.alpha,
-        use_rslora=recipe.rslora,
-        lora_dropout=0.0,
-        bias="none",
-        target_modules=lora_targets(hf, where),
-        fan_in_fan_out=any(isinstance(part, Conv1D) for part in hf.modules()),
-        task_type="CAUSAL_LM",
-    )
-
-
 ADAPTER = "adapter"  # the folder of a training's adapter, in its output
 PACKAGES = ("trl", "peft", "datasets", "accelerate")
 
@@ -278,6 +207,7 @@ def merge(base: TrainableModel, peft_model: Any, *, probes: Sequence[str] = PROB
             f"the adapter cannot be merged: {error}. Train with a smaller rate"
         ) from error
     vars(hf).pop("forward", None)  # TRL's own forward, over the class's
+    hf.config = copy.deepcopy(base.config)
     hf.eval().requires_grad_(False)
     return Trained(
         TrainableModel(hf, base.tokenizer, base.source, base.chat_format),

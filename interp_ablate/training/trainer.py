@@ -23,9 +23,16 @@ from interp_ablate.errors import RunError
 from interp_ablate.models.batches import telling_of_memory
 from interp_ablate.storage.incoming_files import incoming_object
 from interp_ablate.storage.jsonl_log import JsonlLog
+from interp_ablate.training.lora_targets import (
+    Where,
+    adapted_layers,
+    in_words,
+    lora_config,
+    lora_targets,
+)
 from interp_ablate.training.recipe import LoraRecipe
 from interp_ablate.training.rows import TrainingRow
-from interp_ablate.training.trainable_model import TrainableModel, lora_config, require_extra
+from interp_ablate.training.trainable_model import TrainableModel, require_extra
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +77,7 @@ def common_arguments(base: TrainableModel, recipe: LoraRecipe, work: Path) -> di
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "report_to": "none",
+        "router_aux_loss_coef": 0.0,  # routers are not trained: the loss is that of the rows alone
         "disable_tqdm": True,
         "push_to_hub": False,
         "dataloader_pin_memory": False,
@@ -157,20 +165,47 @@ def _on_device(device: torch.device) -> Iterator[None]:
             os.environ[name] = before
 
 
-def make_trainer(kind: type, config: type, base: TrainableModel, **options: Any) -> Any:
-    """A trainer of TRL's of some kind, made quiet, over a base; `config` is its settings' class.
+def make_trainer(
+    kind: type,
+    config: type,
+    base: TrainableModel,
+    recipe: LoraRecipe,
+    *,
+    where: Where = "all",
+    settings: Mapping[str, Any],
+    **options: Any,
+) -> Any:
+    """A trainer of TRL's of some kind, made quiet, with a fresh adapter over a base.
 
-    Embeddings that pad have the tokenizer's padding token, or its end of sequence.
+    `config` is its settings' class. Embeddings that pad have the tokenizer's padding token, or its end of sequence.
+
+    Raises:
+        ExportError: see `lora_targets`.
+        RunError: PEFT refuses the adapter, or puts it on other weights than those that were chosen.
     """
     if base.tokenizer.pad_token is None:
         base.tokenizer.pad_token = base.tokenizer.eos_token
-    settings = options.pop("settings")
+    targets = lora_targets(base.hf, where)
+    peft_config = lora_config(base.hf, recipe, targets)
     with _no_advice(), _on_device(base.device):
         arguments = config(**settings)
         if base.device.type != "cpu":
             # else the first GPU of all, and a replica of the model on every other one
             vars(arguments).update(_setup_devices=base.device, _n_gpu=1)
-        return kind(model=base.hf, args=arguments, processing_class=base.tokenizer, **options)
+        common = {"args": arguments, "processing_class": base.tokenizer, "peft_config": peft_config}
+        try:
+            trainer = kind(model=base.hf, **common, **options)
+        except ValueError as error:
+            raise RunError(f"no adapter can be put on this model: {error}") from error
+    adapted = set(adapted_layers(trainer.model))
+    if other := adapted.symmetric_difference(targets.weights):
+        raise RunError(
+            f"PEFT does not adapt what was chosen: {len(other)} weights differ, such as {min(other)}. "
+            "This is a fault of this package; nothing was trained"
+        )
+    gone = f"; PEFT does not take {in_words(targets.left_out)}" if targets.left_out else ""
+    logger.info("the LoRA adapts %s%s", in_words(targets.weights), gone)
+    return trainer
 
 
 def train(
@@ -179,7 +214,7 @@ def train(
     """Run a trainer, from its last checkpoint if there is one; returns what it logged, a dict a step.
 
     Raises:
-        RunError: the loss is not finite.
+        RunError: the loss is not finite; TRL does not know how this model computes its loss.
         ModelError: memory ran out.
     """
     from transformers import PrinterCallback, TrainerCallback
@@ -193,8 +228,12 @@ def train(
     trainer.add_callback(Steps)
     # without a name PEFT does not ask the hub whether the vocabulary was resized
     trainer.model.peft_config["default"].base_model_name_or_path = ""
-    with telling_of_memory("in training"), _no_advice():
-        trainer.train(resume_from_checkpoint=_last_checkpoint(work))
+    try:
+        with telling_of_memory("in training"), _no_advice():
+            trainer.train(resume_from_checkpoint=_last_checkpoint(work))
+    except (AttributeError, TypeError, NotImplementedError) as error:
+        kind = trainer.model.config.model_type
+        raise RunError(f"TRL cannot train a {kind} model this way: {error}") from error
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     wrong = [entry["step"] for entry in logged if not math.isfinite(entry["loss"])]
     if wrong:
@@ -210,8 +249,10 @@ def sft(
     rows: Sequence[TrainingRow],
     recipe: LoraRecipe,
     work: Path,
+    *,
+    where: Where = "all",
 ) -> Any:
-    """TRL's SFTTrainer over rows, with a fresh adapter on all linear layers; the loss on answers alone.
+    """TRL's SFTTrainer over rows, with a fresh adapter on all linear layers and experts; the loss on answers alone.
 
     Raises:
         RunError: no rows; TRL or PEFT is missing.
@@ -231,7 +272,8 @@ def sft(
         without_telemetry(trl.SFTTrainer),
         trl.SFTConfig,
         base,
+        recipe,
+        where=where,
         settings=common_arguments(base, recipe, work),
         train_dataset=data,
-        peft_config=lora_config(base.hf, recipe),
     )

@@ -183,14 +183,14 @@ def test_values_of_collect(kind: str) -> None:
 def test_memory_of_a_training_step(kind: str, where: Any, dtype: torch.dtype) -> None:
     """What a LoRA keeps for the way back, and its parameters, gradients and moments, which AdamW makes."""
     peft = pytest.importorskip("peft")
+    from interp_ablate.training.lora_targets import lora_config, lora_targets
     from interp_ablate.training.recipe import LoraRecipe
-    from interp_ablate.training.trainable_model import lora_config
 
     hf, _ = tiny(kind)
     sizes, rows, new = dimensions_of(hf.config), 4, 48
     hf.to(dtype).requires_grad_(False).train()
     weights = {p.untyped_storage().data_ptr() for p in hf.parameters()}
-    model = peft.get_peft_model(hf, lora_config(hf, LoraRecipe(rank=4), where=where))
+    model = peft.get_peft_model(hf, lora_config(hf, LoraRecipe(rank=4), lora_targets(hf, where)))
     adapters = [p for p in model.parameters() if p.requires_grad]
     writers, size = where == "all", dtype.itemsize
     assert adapter_bytes(sizes, rank=4, writers=writers) == 16 * sum(p.numel() for p in adapters)

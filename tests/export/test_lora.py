@@ -22,6 +22,7 @@ from interp_ablate.edits.kinds import Erase
 from interp_ablate.errors import ExportError
 from interp_ablate.export.lora import WEIGHTS, export_lora, untied_base
 from interp_ablate.export.lora_adapter import PREFIX, lora_adapter, minimal_adapter
+from interp_ablate.models.load import from_hf
 from interp_ablate.weights.plan_to_weights import WeightPlan, weight_plan
 
 peft = pytest.importorskip("peft")
@@ -627,3 +628,51 @@ def test_layer_1_is_not_layer_10(tmp_path: Path, kind: str) -> None:
     merged = load(base, tmp_path / "out").merge_and_unload().state_dict()
     changed = {name for name, tensor in merged.items() if not torch.equal(tensor, before[name])}
     assert changed and all(".layers.1." in name for name in changed) and len(changed) == 2
+
+
+# --------------------------------------------------------------------------------- mixtures of experts
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    ["gpt_oss", "granitemoeshared", "jamba", "llama4_text", "mixtral", "qwen2_moe", "qwen3_next"],
+)
+def test_all_experts_and_shared_ones_are_adapted(model_type: str, tmp_path: Path) -> None:
+    """Plain PEFT over a fresh base against hooks of torch: stacked in both orientations, biases, shared experts.
+
+    Experts [expert, in, d_model] (gpt-oss, Llama 4) ended in an error of torch before.
+    """
+    from support.families import build
+
+    model = from_hf(build(model_type), tiny.make_tokenizer())
+    r = torch.randn(model.d_model, generator=torch.Generator().manual_seed(0))
+    export_lora(model, Plan((Ablate(r, model.writers),)), tmp_path / "out", prompts=ROWS)
+    unit_r, hf = r / r.norm(), build(model_type)
+
+    def without(module: Any, args: Any, out: Any) -> Any:
+        x = out if isinstance(out, Tensor) else out[0]
+        x = x - (x @ unit_r)[..., None] * unit_r
+        return x if isinstance(out, Tensor) else (x, *out[1:])
+
+    # nothing enters along r and every block's output is projected: what an ablation at all writers computes
+    lists = [m for m in hf.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 4]
+    blocks = next(m for m in lists if type(m[0]).__name__.endswith("Layer"))
+    before = plain(hf)
+    hf.get_input_embeddings().register_forward_hook(without)
+    for block in blocks:
+        for part in block.children():
+            if not any("norm" in word for word in type(part).__name__.lower().split()):
+                part.register_forward_hook(without)
+    want = plain(hf)
+    assert max(float((a - b).abs().max()) for a, b in zip(want, before)) > 1e-2
+    assert_exact(plain(load(build(model_type), tmp_path / "out")), want)
+    assert_exact(plain(load(build(model_type), tmp_path / "out").merge_and_unload()), want)
+
+
+def test_a_bias_of_no_linear_layer_is_refused(tmp_path: Path) -> None:
+    from support.families import build
+
+    model = from_hf(build("jetmoe"), tiny.make_tokenizer())
+    r = torch.randn(model.d_model, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ExportError, match=r"self_attention\.experts\.bias .* Export a checkpoint"):
+        export_lora(model, Plan((Ablate(r, model.writers),)), tmp_path / "out", prompts=ROWS)

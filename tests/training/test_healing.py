@@ -325,6 +325,41 @@ def test_projecting_is_the_edit_of_the_trained_original(tmp_path: Path) -> None:
         torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["gpt_oss", "llama4_text", "qwen2_moe"])
+def test_experts_are_projected_too(kind: str) -> None:
+    """In both orientations, and the shared ones: the edit of what the adapted original would be."""
+    import peft
+    from support.families import build
+
+    from interp_ablate.models.load import from_hf
+    from interp_ablate.training.lora_targets import adapted_layers, lora_config, lora_targets
+    from interp_ablate.weights.plan_to_weights import edited_state_dict, weight_plan
+
+    hf, model = build(kind), from_hf(build(kind), None)
+    r, u = torch.randn(2, model.d_model, generator=torch.Generator().manual_seed(0))
+    sites = [site for site in model.writers if site.point != "embed"]
+    plan = Plan((Erase(r / r.norm(), (r + u) / (r + u).norm(), sites, strength=0.6),))
+    state = {name: x.clone() for name, x in hf.state_dict().items()}
+    entry = model.architecture
+    weights = weight_plan(plan, hf.config, list(state), state.__getitem__, entry=entry)
+    hf.load_state_dict(edited_state_dict(state, weights)[0])
+    adapted = peft.get_peft_model(hf, lora_config(hf, FAST, lora_targets(hf)))
+    layers = adapted_layers(adapted)
+    generator = torch.Generator().manual_seed(1)
+    for layer in layers.values():
+        for half in (layer.lora_A["default"], layer.lora_B["default"]):
+            half.weight.data.copy_(0.1 * torch.randn(half.weight.shape, generator=generator))
+    delta = {name: layer.get_delta_weight("default").detach() for name, layer in layers.items()}
+    writers = {n for n, e in weights.edits.items() if n in layers and e.layout != "bias"}
+    assert project(adapted, weights) == len(writers) > 7
+    got = adapted.merge_and_unload().state_dict()
+    summed = {n: x + delta[n] if n in delta else x for n, x in state.items()}
+    want, _ = edited_state_dict(summed, weights)
+    for name, tensor in want.items():
+        expected = tensor if name in weights.edits else summed[name]
+        torch.testing.assert_close(got[name], expected, rtol=0, atol=1e-5)
+
+
 def test_a_norm_preserving_edit_is_not_projected(tmp_path: Path) -> None:
     tiny.folder_of(tmp_path / "original", tied=False)
     plan = Plan((Ablate(unit(), make().writers, norm_preserving=True),))

@@ -108,14 +108,12 @@ class HFBackend(TransformersPasses):
         Raises:
             ExportError: something writes there that no edit of a weight reaches; the message names it.
         """
-        return architecture_from(self.anatomy, self.unembed_name, self.hf_config)
+        return measured_architecture(self.hf, self.anatomy)
 
     @property
     def unembed_name(self) -> str:
         """The unembedding's name in the model."""
-        head = self.hf.get_output_embeddings()
-        names = {id(module): name for name, module in self.hf.named_modules()}
-        return f"{names[id(head)]}.weight" if head is not None else "lm_head.weight"
+        return _unembed_name(self.hf)
 
     def require_exact_writers(self) -> None:
         self.architecture  # noqa: B018 - it raises
@@ -208,6 +206,22 @@ def measured_anatomy(hf: Any) -> Anatomy:
             f"{type(hf).__name__} does not run on tokens alone ({type(error).__name__}: "
             f"{(str(error).splitlines() or ['no reason'])[0]}): is it a decoder of text?"
         ) from error
+
+
+def measured_architecture(hf: Any, anatomy: Anatomy | None = None) -> MeasuredArchitecture:
+    """What writes to the stream of a decoder, as it was measured.
+
+    Raises:
+        ModelError: see `measured_anatomy`.
+        ExportError: something writes there that no edit of a weight reaches; the message names it.
+    """
+    return architecture_from(anatomy or measured_anatomy(hf), _unembed_name(hf), hf.config)
+
+
+def _unembed_name(hf: Any) -> str:
+    head = hf.get_output_embeddings()
+    names = {id(module): name for name, module in hf.named_modules()}
+    return f"{names[id(head)]}.weight" if head is not None else "lm_head.weight"
 
 
 def _sizes(hf: Any, anatomy: Anatomy) -> Sizes:

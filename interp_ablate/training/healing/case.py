@@ -19,6 +19,8 @@ from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import RunError
 from interp_ablate.evaluation.metrics import answer_metrics
 from interp_ablate.evaluation.outputs import ModelOutputs
+from interp_ablate.models.architectures import declared_architecture
+from interp_ablate.models.backends.hf import measured_architecture
 from interp_ablate.models.model import Model
 from interp_ablate.prompts.contrast_set import ContrastSet
 from interp_ablate.prompts.prompt import Prompt
@@ -153,9 +155,11 @@ class EditedCheckpoint:
                 "the checkpoint has no manifest with a plan, so what the edit is cannot be known: "
                 "--preserve-edit freeze-writers or none"
             )
-        state = self.edited.hf.state_dict()
+        hf = self.edited.hf
+        state = hf.state_dict()
+        entry = declared_architecture(hf.config.model_type) or measured_architecture(hf)
         return weight_plan(
-            self.plan, self.edited.hf.config, list(state), state.__getitem__, tied="untie"
+            self.plan, hf.config, list(state), state.__getitem__, tied="untie", entry=entry
         )
 
 

@@ -16,14 +16,10 @@ from torch import Tensor
 
 from interp_ablate.errors import PlanError
 from interp_ablate.training.healing.case import EditedCheckpoint, HealingRun
+from interp_ablate.training.lora_targets import Where, adapted_layers
 from interp_ablate.training.recipe import HEALING, RECIPE, HealingConfig, LoraRecipe
 from interp_ablate.training.rows import TrainingRow
-from interp_ablate.training.trainable_model import (
-    TrainableModel,
-    Where,
-    lora_config,
-    require_extra,
-)
+from interp_ablate.training.trainable_model import TrainableModel, require_extra
 from interp_ablate.training.trainer import common_arguments, make_trainer, without_telemetry
 from interp_ablate.weights.plan_to_weights import WeightPlan
 
@@ -73,9 +69,10 @@ def dpo(
         kind,
         trl.DPOConfig,
         edited,
+        recipe,
+        where=_WHERE[healing.preserve_edit],
         settings=settings,
         train_dataset=data,
-        peft_config=lora_config(edited.hf, recipe, where=_WHERE[healing.preserve_edit]),
     )
 
 
@@ -155,14 +152,19 @@ def project(peft_model: Any, weights: WeightPlan) -> int:
             "--preserve-edit freeze-writers"
         )
     changed = 0
-    parameters = dict(peft_model.named_parameters())
+    layers = adapted_layers(peft_model)
     for name, edit in weights.edits.items():
-        module = name.rpartition(".")[0]
-        weight = parameters.get(f"base_model.model.{module}.lora_B.default.weight")
-        if weight is None or edit.layout not in ("linear", "conv1d"):
+        if (layer := layers.get(name)) is None:
             continue
-        wide = weight.detach().cpu().double()
-        weight.copy_(edit.affine.linear(wide.T).T.to(weight))
+        transposed = getattr(layer.get_base_layer(), "is_transposed", False)
+        if edit.layout == "experts_conv1d" and not transposed:
+            # PEFT takes the last axis for the one that is read: its A writes
+            factor = layer.lora_A["default"].weight
+            projected = edit.affine.linear(factor.detach().cpu().double())
+        else:
+            factor = layer.lora_B["default"].weight
+            projected = edit.affine.linear(factor.detach().cpu().double().T).T
+        factor.copy_(projected.to(factor))
         changed += 1
     return changed
 
@@ -171,7 +173,11 @@ REPORT, PREFERENCES, AXOLOTL = "heal.json", "preferences.jsonl", "axolotl.yaml"
 
 
 def axolotl_config(
-    base_model: str, treatment: HealingRun, *, targets: Sequence[str]
+    base_model: str,
+    treatment: HealingRun,
+    *,
+    targets: Sequence[str],
+    parameters: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The same training in axolotl's terms, for several GPUs.
 
@@ -219,6 +225,8 @@ def axolotl_config(
         "seed": recipe.seed,
         "output_dir": "./axolotl-out",
     }
+    if parameters:
+        config["lora_target_parameters"] = list(parameters)
     if healing.sft_weight:
         config["dpo_loss_type"] = ["sigmoid", "sft"]
         config["dpo_loss_weights"] = [1.0, healing.sft_weight]

@@ -48,6 +48,7 @@ from interp_ablate.training.healing.dpo_training import (
     project,
 )
 from interp_ablate.training.healing.preferences import pair_rows
+from interp_ablate.training.lora_targets import adapted_layers, in_words
 from interp_ablate.training.rows import RowTokenizer, TrainingRow
 from interp_ablate.training.trainable_model import PACKAGES, TrainableModel, merge, write_trained
 from interp_ablate.training.trainer import checkpoint_folder, train
@@ -89,6 +90,7 @@ def heal(
     ):
         damage = _Damage(case, treatment.held_out)
         trainer = dpo(case, rows, work, healing=healing, recipe=recipe)
+        adapted = in_words(adapted_layers(trainer.model))
         logged = train(trainer, work, on_step=on_step)
         projected = project(trainer.model, weights) if reproject and weights else 0
         trained = merge(edited, trainer.model)
@@ -102,6 +104,7 @@ def heal(
             "format": REPORT_FORMAT,
             **settings,
             "preferences": {**counts, **treatment.details},
+            "adapted": adapted,
             "steps": [_step(entry) for entry in logged],
             "edit": {**unchanged, "modules_projected": projected},
             "adapter": certificate["adapter"],
@@ -223,6 +226,7 @@ def _write(
         case.edited.source.path or case.edited.source.name,
         treatment,
         targets=sorted(adapter["target_modules"]),
+        parameters=sorted(adapter.get("target_parameters") or ()),
     )
     (place / AXOLOTL).write_text(axolotl_text(config, treatment.healing), encoding="utf-8")
     write_json(place / REPORT, report)

@@ -35,6 +35,7 @@ from interp_ablate.stats.intervals import (
 )
 from interp_ablate.storage.provenance import MANIFEST, versions
 from interp_ablate.storage.strict_json import json_text
+from interp_ablate.training.lora_targets import adapted_layers, in_words
 from interp_ablate.training.preventative.additions import train_with_additions
 from interp_ablate.training.preventative.trait_measure import (
     MeasuredTrait,
@@ -277,6 +278,7 @@ def _train_arm(
     work, place = folders
     base = experiment.base.take()
     trainer = sft(base, rows, experiment.recipe, work)
+    adapted = in_words(adapted_layers(trainer.model))
     with train_with_additions(trainer.model, arm.plan) if arm.plan else nullcontext():
         logged = train(trainer, work, on_step=on_step)
         steered = answer_loss(trainer.model, held_out) if arm.plan else None
@@ -287,6 +289,7 @@ def _train_arm(
         arm.name, trained.base.model, experiment.measure, before=results.before
     )
     results.numbers[arm.name] = {
+        "adapted": adapted,
         "loss": [round(entry["loss"], 6) for entry in logged],
         "held_out_loss": loss,
         "held_out_loss_with_vector": steered,
