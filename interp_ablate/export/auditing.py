@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,7 +19,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import ExportError, ModelError
 from interp_ablate.export.checkpoint_files import published
-from interp_ablate.export.folder_architecture import architecture_in
 from interp_ablate.export.model_card import CERTIFICATE
 from interp_ablate.export.older_transformers import OLD_ROPE_FIELDS, ORIGINS, config_for_both
 from interp_ablate.export.side_files import (
@@ -28,6 +27,7 @@ from interp_ablate.export.side_files import (
     may_be_weights,
     spelled_tokenizer,
 )
+from interp_ablate.export.source_folder import architecture_in, as_written, opened, weights_config
 from interp_ablate.models.architectures import Architecture, is_tied
 from interp_ablate.models.model_files import check_loadable
 from interp_ablate.models.sources import read_hf_config
@@ -64,9 +64,9 @@ class AuditSource:
         Raises:
             ExportError: no safetensors, malformed files, an architecture that cannot be edited exactly.
         """
-        checkpoint = Checkpoint.open(folder)
+        checkpoint = opened(folder)
         check_loadable(folder)
-        config = read_hf_config(folder)
+        config = weights_config(folder)
         return cls(
             checkpoint.tensors,
             checkpoint.read,
@@ -138,6 +138,9 @@ def audit(
         entry=source.entry,
         describe=source.checkpoint.describe if source.checkpoint else None,
     )
+    if source.checkpoint is not None:
+        written, weights = as_written(source.checkpoint, weights)
+        source = replace(source, names=written.tensors, read=written.read, checkpoint=written)
     report = Audit(weights.tied, weights)
     expected = {*source.names, *weights.added}
     # a tied model may hold its unembedding or leave it out

@@ -23,7 +23,7 @@ from interp_ablate.evaluation.metrics import kl_divergence
 from interp_ablate.models.anatomy import find_blocks
 from interp_ablate.models.load import from_hf
 from interp_ablate.models.model import Model
-from interp_ablate.models.model_files import auto_class
+from interp_ablate.models.model_files import auto_class, dequantizing, widened
 from interp_ablate.models.module_calls import stream_argument, stream_of
 from interp_ablate.models.sources import ModelSource, read_hf_config
 from interp_ablate.prompts.prompt import PromptLike
@@ -345,9 +345,10 @@ def load_in_blocks(folder: str | Path, device: torch.device, **options: Any) -> 
 
     try:
         config = AutoConfig.from_pretrained(folder)
-        hf: Any = auto_class(config).from_pretrained(folder, **options)
+        hf: Any = auto_class(config).from_pretrained(folder, config=dequantizing(config), **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ExportError(f"transformers cannot load the export {folder}: {error}") from error
+    hf = widened(hf, options["dtype"]) if "dtype" in options else hf
     return in_blocks(hf.eval().requires_grad_(False), device)
 
 

@@ -31,16 +31,23 @@ from interp_ablate.export.checkpoint_files import (
     write_source_files,
     write_weights,
 )
-from interp_ablate.export.folder_architecture import architecture_in
 from interp_ablate.export.model_card import CARD, CERTIFICATE, export_manifest, write_documents
 from interp_ablate.export.older_transformers import note_on_4
+from interp_ablate.export.source_folder import (
+    architecture_in,
+    as_written,
+    opened,
+    said_of_quantization,
+    weights_config,
+)
 from interp_ablate.models.architectures import Architecture, is_tied
 from interp_ablate.models.backends.hooked_to_hf import CONVERTIBLE
 from interp_ablate.models.model import Model
 from interp_ablate.models.model_files import check_loadable, read_config
-from interp_ablate.models.sources import ModelSource, read_hf_config
+from interp_ablate.models.sources import ModelSource
 from interp_ablate.prompts.prompt import PromptLike
 from interp_ablate.storage.atomic_files import folder_made, remove_left_overs, temporary_folder
+from interp_ablate.storage.dequantized_checkpoint import DequantizedCheckpoint, DequantizedTensor
 from interp_ablate.storage.output_folder import (
     StreamedFolder,
     check_output_path,
@@ -152,6 +159,8 @@ class Written:
     """Dtype of the floating tensors; the certificate's limits follow it."""
     left_out: Sequence[str] = ()
     """Files of the source that nothing here edits or checks, and that therefore stay behind."""
+    dequantized: str | None = None
+    """What became of a quantized source."""
 
 
 def _certified(
@@ -168,6 +177,7 @@ def _certified(
         unembed_map=weights.unembed_map, asked=weights.asked,
     )  # fmt: skip
     require_passed(certificate, "export")
+    certificate |= _said(written)
     manifest = _manifest(
         model.source,
         weights,
@@ -192,8 +202,12 @@ def _manifest(
     return export_manifest(
         "checkpoint", source, weights, written.names, written.dtype, report,
         untied=weights.tied == "untie", config_changed=weights.config, added=[*weights.added],
-        left_out=[*written.left_out], transformers_4=note_on_4(config), **more,
+        left_out=[*written.left_out], dequantized=written.dequantized, transformers_4=note_on_4(config), **more,
     )  # fmt: skip
+
+
+def _said(written: Written) -> dict[str, Any]:
+    return {"dequantized": written.dequantized} if written.dequantized else {}
 
 
 def _untied_or_not(model: Model) -> dict[str, Tensor]:
@@ -226,8 +240,8 @@ def export_folder(
         ExportError: no safetensors folder, an architecture that cannot be edited exactly, no exact weight
             form, a place that cannot be written.
     """
-    checkpoint = Checkpoint.open(source)
-    hf_config = read_hf_config(checkpoint.folder)
+    checkpoint = opened(source)
+    hf_config = weights_config(checkpoint.folder)
     entry = architecture_in(checkpoint, hf_config)
     weights = _streamed_plan(checkpoint, plan, hf_config, tied, entry)
     check_loadable(checkpoint.folder)
@@ -239,7 +253,8 @@ def export_folder(
     ) as folder:
         written = _write_streamed(checkpoint, weights, folder)
         manifest = _manifest(origin, weights, written, folder.path, report)
-        write_documents(folder.path, manifest, {"compared": "no", "passed": None, "limits": {}})
+        certificate = {"compared": "no", "passed": None, "limits": {}, **_said(written)}
+        write_documents(folder.path, manifest, certificate)
     return manifest
 
 
@@ -248,7 +263,7 @@ def _opened(source: ModelSource) -> Checkpoint | None:
     folder = Path(source.path or "")
     if source.kind != "folder" or not any((folder / n).is_file() for n in (INDEX, SINGLE)):
         return None
-    return Checkpoint.open(folder)
+    return opened(folder)
 
 
 def _own_files(source: Checkpoint | None) -> set[str]:
@@ -278,7 +293,12 @@ def _check_unchanged(model: Model, source: Checkpoint) -> None:
         return
     state, _ = published(model, model.hf_state_dict())
     for name in source.tensors:
-        if name in state and not _same(source.read(name).to(state[name]), state[name]):
+        if name not in state:
+            continue
+        stored, value = source.read(name), state[name]
+        if isinstance(source, DequantizedCheckpoint) and name in source.dequantized:
+            value = value.to(stored.dtype)  # transformers dequantizes to the model's dtype
+        if not _same(stored.to(value), value):
             raise ExportError(
                 f"{name} in memory is not what {source.folder} holds: the model was edited since it was "
                 "loaded. Write those weights first (export_checkpoint(model, None, out)) and export the "
@@ -297,13 +317,32 @@ def _fingerprint(weights: WeightPlan) -> str:
 
 
 def _write_streamed(source: Checkpoint, weights: WeightPlan, folder: StreamedFolder) -> Written:
+    source, weights = as_written(source, weights)
     edits = {name: _edit(edit) for name, edit in weights.edits.items()}
     extra = [_new_tensor(source, name, added) for name, added in weights.added.items()]
-    written = copy_checkpoint(source, folder, edit=edits, extra=extra)
+    if isinstance(source, DequantizedCheckpoint):
+        extra += [
+            _dequantized(tensor, edits.pop(n, None)) for n, tensor in source.dequantized.items()
+        ]
+        without = [part for parts in source.parts.values() for part in parts]
+        written = copy_checkpoint(source.stored, folder, edit=edits, extra=extra, without=without)
+    else:
+        written = copy_checkpoint(source, folder, edit=edits, extra=extra)
     left_out = write_source_files(
         source.folder, folder.path, weights.config, own=_own_files(source)
     )
-    return Written(tuple(written.tensors), coarsest_dtype(source, weights), left_out)
+    dtype = coarsest_dtype(source, weights)
+    return Written(tuple(written.tensors), dtype, left_out, said_of_quantization(source))
+
+
+def _dequantized(tensor: DequantizedTensor, edit: TensorEditor | None) -> NewTensor:
+    """A tensor in place of the two that stand for it, edited or not."""
+    info = tensor.info
+
+    def content() -> Iterable[Tensor]:
+        return edit(tensor) if edit else (block for _, block in tensor.blocks())
+
+    return NewTensor(info.name, info.dtype, info.shape, tensor.values.info.name, content)
 
 
 def _edit(edit: TensorEdit) -> TensorEditor:

@@ -17,7 +17,7 @@ from interp_ablate.export.side_files import copy_side_files, spell_tokenizer
 from interp_ablate.models.architectures import Architecture, is_tied
 from interp_ablate.models.checkpoint_names import in_checkpoint_names, without_data
 from interp_ablate.models.model import Model
-from interp_ablate.models.model_files import read_config
+from interp_ablate.models.model_files import QUANTIZATION, read_config
 from interp_ablate.storage.safetensors_reader import INDEX
 from interp_ablate.storage.strict_json import json_text
 from interp_ablate.weights.plan_to_weights import WeightPlan
@@ -120,5 +120,8 @@ def write_source_files(
     source: Path, folder: Path, changes: dict[str, Any], *, own: Collection[str]
 ) -> list[str]:
     """The source folder's config with the changes, and its other files as they are; returns what stays behind."""
-    _write_config_file(folder, {**read_config(source), **changes})
+    config = {**read_config(source), **changes}
+    if config.get(QUANTIZATION, "") is None:
+        del config[QUANTIZATION]
+    _write_config_file(folder, config)
     return copy_side_files(source, folder, own=own)

@@ -295,6 +295,7 @@ def _edits(manifest: Mapping[str, Any], certificate: Mapping[str, Any]) -> list[
     # An adapter leaves the unembedding alone until it is merged: "Merging" says what happens then.
     if tied and (manifest.get("kind") != "lora" or tied == "skip-embedding"):
         lines += ["", _TIED[tied]]
+    lines += ["", manifest["dequantized"]] if manifest.get("dequantized") else []
     left_out = manifest.get("left_out")
     if left_out:
         names = ", ".join(map(_code, left_out))

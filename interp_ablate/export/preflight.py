@@ -15,13 +15,14 @@ import torch
 from interp_ablate.edits.kinds import Ablate
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import ExportError
+from interp_ablate.export.source_folder import opened, weights_config
 from interp_ablate.models.architectures import Architecture, declared_architecture, text_config
 from interp_ablate.models.model import Model
 from interp_ablate.models.model_files import check_folder
-from interp_ablate.models.sources import ModelSource, read_hf_config
+from interp_ablate.models.sources import ModelSource
 from interp_ablate.sites import sites_of
 from interp_ablate.storage.output_folder import check_output_path
-from interp_ablate.storage.safetensors_reader import INDEX, SINGLE, Checkpoint
+from interp_ablate.storage.safetensors_reader import INDEX, SINGLE
 from interp_ablate.weights.plan_to_weights import Tied, check_tie, weight_plan
 
 
@@ -38,7 +39,7 @@ def check_source_exports(source: ModelSource, out: str | Path, *, overwrite: boo
         check_place(out, 0, source=source, overwrite=overwrite)
         return
     check_folder(folder)
-    checkpoint, config = Checkpoint.open(folder), read_hf_config(folder)
+    checkpoint, config = opened(folder), weights_config(folder)
     nbytes = sum(file.size for file in checkpoint.files)
     check_place(out, nbytes, source=source, overwrite=overwrite)
     entry = declared_architecture(config.model_type)

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+QUANTIZATION = "quantization_config"
 CONFIG, GENERATION, ADAPTER = "config.json", "generation_config.json", "adapter_config.json"
 _OBJECTS = (
     *(GENERATION, "tokenizer.json", "vocab.json", "tokenizer_config.json"),
@@ -195,6 +196,27 @@ def _check_quantization(config: Mapping[str, Any], folder: Path) -> None:
             f"{folder / CONFIG} says that it is quantized by {shortened(repr(kind))}, which this transformers "
             "does not know: give the weights before quantization"
         )
+
+
+def dequantizing(config: Any) -> Any:
+    """A config of transformers under which FP8 and MXFP4 weights are loaded dequantized, on every device."""
+    from interp_ablate.storage.dequantized_checkpoint import METHODS
+
+    about = getattr(config, QUANTIZATION, None)
+    if isinstance(about, dict) and about.get("quant_method") in METHODS:
+        setattr(config, QUANTIZATION, {**about, "dequantize": True})
+    return config
+
+
+def widened(model: Any, dtype: Any) -> Any:
+    """The model, with parameters that transformers left in a narrower dtype than it was asked for in that one.
+
+    Some of what it dequantizes comes in bfloat16, whatever the dtype of the rest.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.dtype.itemsize < dtype.itemsize:
+            parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def _check_pickles(folder: Path) -> tuple[int, int]:

@@ -21,8 +21,10 @@ from interp_ablate.models.model_files import (
     check_folder,
     check_gguf,
     check_report,
+    dequantizing,
     read_config,
     transformers_reads,
+    widened,
 )
 
 if TYPE_CHECKING:
@@ -242,11 +244,12 @@ def load_hf(
         loaded: Any = auto_class(config).from_pretrained(
             **where,
             dtype=dtype,
+            config=dequantizing(config),
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             **({"device_map": "auto"} if device is None else {}),
         )
-    model, report = loaded
+    model, report = widened(loaded[0], dtype), loaded[1]
     check_report(report, source.name, whole=getattr(model.config, "text_config", None) is None)
     if source.kind == "gguf" and hasattr(model.config, "quantization_config"):
         # The tensors were dequantized on loading; what is left over would forbid saving.

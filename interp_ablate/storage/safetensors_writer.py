@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -130,6 +130,7 @@ def copy_checkpoint(
     *,
     edit: Mapping[str, TensorEditor],
     extra: Sequence[NewTensor] = (),
+    without: Collection[str] = (),
 ) -> Checkpoint:
     """Write the source's weight files again, tensor by tensor: some edited, some new, all else copied.
 
@@ -141,6 +142,7 @@ def copy_checkpoint(
             and yields its new contents as blocks of rows of the same dtype and, together, the same
             shape. A block is written later, by another thread: it must not be changed after the yield.
         extra: tensors that the source does not have.
+        without: names of the source's tensors that are left out; a new one may have such a name.
 
     Returns the written files, opened again (so checked) in the hidden folder.
 
@@ -149,7 +151,7 @@ def copy_checkpoint(
             malformed or changed meanwhile, not enough room.
         OSError: the disk is full or broken (`streamed_folder` makes it an ExportError).
     """
-    _check_names(source, edit, extra)
+    _check_names(source, edit, extra, without)
     files = [file for file in source.files if file.name not in folder.whole]
     _check_room(folder.path, files, extra)
     homes: dict[Path, list[NewTensor]] = {}
@@ -157,19 +159,23 @@ def copy_checkpoint(
         homes.setdefault(source.tensors[new.beside].file, []).append(new)
     with _Writer(folder) as writer:
         for file in files:
-            writer.write(file, _merged(_pieces(source, file, edit, homes.get(file.path, ()))))
+            pieces = _pieces(source, file, edit, homes.get(file.path, ()), without)
+            writer.write(file, _merged(pieces))
         writer.finish()
-    _write_index(source, folder.path, extra)
+    _write_index(source, folder.path, extra, without)
     sync_to_disk(folder.path)
     return Checkpoint.open(folder.path)
 
 
 def _check_names(
-    source: Checkpoint, edit: Mapping[str, TensorEditor], extra: Sequence[NewTensor]
+    source: Checkpoint,
+    edit: Mapping[str, TensorEditor],
+    extra: Sequence[NewTensor],
+    without: Collection[str],
 ) -> None:
-    for name in (*edit, *(new.beside for new in extra)):
+    for name in (*edit, *without, *(new.beside for new in extra)):
         source.source(name)
-    taken = {"__metadata__", *source.tensors}
+    taken = {"__metadata__", *source.tensors} - {*without}
     for new in extra:
         if new.name in taken:
             raise ExportError(
@@ -201,10 +207,13 @@ def _pieces(
     file: TensorFile,
     edit: Mapping[str, TensorEditor],
     extra: Sequence[NewTensor],
+    without: Collection[str],
 ) -> Iterator[_Piece]:
     """The new file from its first byte to its last."""
-    tensors: list[TensorInfo | NewTensor] = list(file.tensors.values())
-    if extra:
+    tensors: list[TensorInfo | NewTensor] = [
+        tensor for name, tensor in file.tensors.items() if name not in without
+    ]
+    if extra or len(tensors) < len(file.tensors):
         for new in extra:
             tensors.insert(_place_of(new, tensors), new)
         header = _new_header(file, tensors)
@@ -346,23 +355,29 @@ def _check_unchanged(file: TensorFile) -> None:
         raise ExportError(f"{file.path} was changed while it was copied: start again")
 
 
-def _write_index(source: Checkpoint, folder: Path, extra: Sequence[NewTensor]) -> None:
-    """The source's index, as it is or with the new tensors in it."""
+def _write_index(
+    source: Checkpoint, folder: Path, extra: Sequence[NewTensor], without: Collection[str]
+) -> None:
+    """The source's index, as it is or with the new tensors in it and without those left out."""
     if source.index is None:
         return
-    if not extra:
+    if not extra and not without:
         content = (source.folder / INDEX).read_bytes()
         write_atomic(folder / INDEX, content, error=ExportError)
         return
     index = json.loads(json.dumps(source.index))
+    left = [source.tensors[name] for name in without]
     added = {
-        "total_size": sum(new.nbytes for new in extra),
-        "total_parameters": sum(math.prod(new.shape) for new in extra),
+        "total_size": sum(new.nbytes for new in extra) - sum(info.nbytes for info in left),
+        "total_parameters": sum(math.prod(new.shape) for new in extra)
+        - sum(math.prod(info.shape) for info in left),
     }
     metadata = index.get("metadata")
     for key in added if isinstance(metadata, dict) else ():
         if isinstance(metadata.get(key), (int, float)):
             metadata[key] += added[key]
+    for name in without:
+        del index["weight_map"][name]
     for new in extra:
         index["weight_map"][new.name] = source.tensors[new.beside].file.name
     text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
