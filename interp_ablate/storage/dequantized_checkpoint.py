@@ -114,6 +114,14 @@ def dequantized(stored: Checkpoint, quantization: Mapping[str, Any]) -> Dequanti
     }
     taken = {part for each in parts.values() for part in each}
     tensors = {name: info for name, info in stored.tensors.items() if name not in taken}
+    left = [
+        n for n, info in tensors.items() if info.dtype.itemsize == 1 and info.dtype != torch.bool
+    ]
+    if left:
+        raise ExportError(
+            f"{stored.folder} is quantized ({method}), and {left[0]} is stored as {tensors[left[0]].dtype}, which is no "
+            "part of that: export from the folder of the weights before quantization"
+        )
     tensors |= {name: tensor.info for name, tensor in found.items()}
     return DequantizedCheckpoint(
         stored.folder, stored.files, tensors, stored.index, stored, method, found, parts

@@ -224,7 +224,7 @@ def test_quantized_tensors_are_refused(tmp_path: Path, dtype: torch.dtype) -> No
     with pytest.raises(ExportError, match=r"only float64, float32, bfloat16 and float16"):
         export_folder(source, PLAN, tmp_path / "b")
     _reconfigure(source, quantization_config={"quant_method": "fp8"})
-    with pytest.raises(ExportError, match=r"quantization_config"):
+    with pytest.raises(ExportError, match=r"no .*_scale_inv|which is no part of that"):
         export_folder(source, PLAN, tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
