@@ -96,6 +96,22 @@ def atomic_folder(
         raise ExportError(f"cannot write {out}: {reason}; nothing is left") from error
 
 
+def export_into(model: Model, plan: Plan | None, place: Path) -> dict[str, Any]:
+    """A certified checkpoint's files in a folder that is there and takes more of them; returns the certificate.
+
+    The folder is one that `atomic_folder` gave: what belongs together is in its place at once.
+
+    Raises:
+        ExportError: see `export_checkpoint`.
+    """
+    inside = place / "checkpoint"
+    certificate = export_checkpoint(model, plan, inside)
+    for path in sorted(inside.iterdir()):
+        os.replace(path, place / path.name)
+    inside.rmdir()
+    return certificate
+
+
 def export_checkpoint(
     model: Model,
     plan: Plan | None,

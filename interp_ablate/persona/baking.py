@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import InterpAblateError
-from interp_ablate.export.checkpoint import export_checkpoint
+from interp_ablate.export.checkpoint import atomic_folder, export_into
 from interp_ablate.export.model_card import add_to_card
 from interp_ablate.export.preflight import check_model_exports
 from interp_ablate.jobs.progress import Progress
@@ -101,10 +101,11 @@ def bake(
         "scorer": scorer.identity,
         "sampling": asdict(settings.sampling),
     }
-    certificate = export_checkpoint(model, everywhere, out, overwrite=settings.overwrite)
-    baked = BakedPersona(Path(out), certificate, results, tuple(rollouts))
-    _write(baked, persona)
-    return baked
+    with atomic_folder(out, overwrite=settings.overwrite, source=model.source) as place:
+        certificate = export_into(model, everywhere, place)
+        baked = BakedPersona(place, certificate, results, tuple(rollouts))
+        _write(baked, persona)
+    return replace(baked, folder=Path(out))
 
 
 def _results(persona: Persona, groups: Mapping[str, list[Rollout]]) -> dict[str, Any]:

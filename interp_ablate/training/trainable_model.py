@@ -22,7 +22,7 @@ from torch import Tensor
 from interp_ablate.errors import ExportError, RunError
 from interp_ablate.evaluation.metrics import kl_divergence
 from interp_ablate.export.certification import PROBES, limits_for, load_in_blocks
-from interp_ablate.export.checkpoint import export_checkpoint
+from interp_ablate.export.checkpoint import export_into
 from interp_ablate.export.checkpoint_files import write_json
 from interp_ablate.export.model_card import CERTIFICATE
 from interp_ablate.models.fingerprint import ModelFingerprint, rendered
@@ -278,17 +278,13 @@ def write_trained(trained: Trained, place: Path, what: Mapping[str, Any]) -> dic
     Raises:
         ExportError: one of the two comparisons failed, or the place cannot be written.
     """
-    inside = place / "merged"
-    certificate = export_checkpoint(trained.base.model, None, inside)
-    certificate["adapter"] = certify_merged(trained, inside)
+    certificate = export_into(trained.base.model, None, place)
+    certificate["adapter"] = certify_merged(trained, place)
     if not certificate["adapter"]["passed"]:
         raise ExportError(
             f"the merged checkpoint is not the trained adapter: {certificate['adapter']}. Nothing was "
             "left on disk; merge in --dtype float32"
         )
-    for path in sorted(inside.iterdir()):
-        os.replace(path, place / path.name)
-    inside.rmdir()
     write_adapter(trained, place / ADAPTER)
     manifest = incoming_object(place / MANIFEST)
     manifest["trained"] = dict(what)

@@ -134,6 +134,23 @@ def test_what_has_no_exact_form_is_refused_before_it_is_measured(tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
+def test_a_bake_is_there_with_its_style_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The export stood in its place before its style file and the card's section were written."""
+    from interp_ablate.persona import baking
+
+    def killed(*_: Any) -> None:
+        assert not (tmp_path / "out").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(baking, "add_to_card", killed)
+    persona = persona_of(Direction(tiny.unit(1), 1.0, Site(1, "resid_post")))
+    with pytest.raises(KeyboardInterrupt):
+        baked_of(shared(), tmp_path / "out", persona, questions=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]
+
+
 def test_no_verdict_is_told(tmp_path: Path) -> None:
     persona = persona_of(Direction(tiny.unit(1), 1.0, Site(1, "resid_post")))
     found = baked_of(shared(), tmp_path / "out", persona, scorer=Always(None), questions=2)

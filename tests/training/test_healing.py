@@ -360,6 +360,26 @@ def test_experts_are_projected_too(kind: str) -> None:
         torch.testing.assert_close(got[name], expected, rtol=0, atol=1e-5)
 
 
+def test_kls_of_half_precision_are_those_of_its_weights_in_float32(edited: Path) -> None:
+    """In bfloat16 itself a KL has a floor of rounding, and small ones are nothing but that."""
+    from interp_ablate.training.healing.healing_run import _Damage
+
+    plan, source = read_plan(edited)
+
+    def measured(dtype: torch.dtype) -> _Damage:
+        halves = [load_base(path, dtype="bfloat16").hf for path in (edited, source["path"])]
+        hfs = [each if dtype == each.dtype else each.to(dtype) for each in halves]
+        bases = [
+            TrainableModel(hf, tiny.make_tokenizer(), ModelSource("tiny", "object")) for hf in hfs
+        ]
+        return _Damage(EditedCheckpoint(*bases, plan), HELD_OUT)
+
+    half, wide = measured(torch.bfloat16), measured(torch.float32)
+    assert half.computed_in == wide.computed_in == {"original": "float32", "edited": "float32"}
+    for name in ("kl_first_token", "kl_continuation"):
+        assert half.values["edited"][name] == pytest.approx(wide.values["edited"][name], rel=1e-4)
+
+
 def test_a_norm_preserving_edit_is_not_projected(tmp_path: Path) -> None:
     tiny.folder_of(tmp_path / "original", tied=False)
     plan = Plan((Ablate(unit(), make().writers, norm_preserving=True),))

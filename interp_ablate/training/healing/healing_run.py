@@ -23,6 +23,7 @@ from interp_ablate.export.checkpoint import atomic_folder
 from interp_ablate.export.checkpoint_files import write_json
 from interp_ablate.export.model_card import CERTIFICATE
 from interp_ablate.export.preflight import check_place
+from interp_ablate.models.float32 import in_float32
 from interp_ablate.models.model import Model
 from interp_ablate.stats.intervals import paired_difference
 from interp_ablate.storage.incoming_files import incoming_object
@@ -151,6 +152,7 @@ class _Damage:
         self.baseline: ModelOutputs | None = None
         self.values: dict[str, dict[str, list[float | None]]] = {}
         self.means: dict[str, dict[str, Any]] = {}
+        self.computed_in: dict[str, str] = {}
         if held_out is None:
             return
         if case.original is not None:
@@ -158,12 +160,14 @@ class _Damage:
         case.edited.measured(partial(self._measure, "edited", held_out))
 
     def _measure(self, name: str, held_out: HeldOut, model: Model) -> ModelOutputs | None:
-        self.values[name], benign = measure_damage(model, held_out, self.baseline)
-        self.means[name] = mean_measures(self.values[name])
-        if self.plan is not None:
-            share = residual_share_along(model, self.plan, held_out.requests)
-            self.means[name]["along_plan"] = share
-        return benign.without_model() if name == "original" else None
+        with in_float32(model):  # small KLs are below the rounding of half precision
+            self.computed_in[name] = str(model.dtype).removeprefix("torch.")
+            self.values[name], benign = measure_damage(model, held_out, self.baseline)
+            self.means[name] = mean_measures(self.values[name])
+            if self.plan is not None:
+                share = residual_share_along(model, self.plan, held_out.requests)
+                self.means[name]["along_plan"] = share
+            return benign.without_model() if name == "original" else None
 
     def report(self, healed: TrainableModel) -> dict[str, Any]:
         """The numbers of all three models, and how far healed is from edited, prompt by prompt."""
@@ -173,6 +177,7 @@ class _Damage:
         edited = self.values["edited"]
         return {
             "measured": self.means,
+            "computed_in": self.computed_in,
             "healed_minus_edited": {
                 name: paired_difference(values, edited[name], bounds=bounds_of_damage(name))
                 for name, values in self.values["healed"].items()

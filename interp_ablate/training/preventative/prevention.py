@@ -23,6 +23,7 @@ from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.export.checkpoint import atomic_folder
 from interp_ablate.export.checkpoint_files import write_json
 from interp_ablate.export.preflight import check_place
+from interp_ablate.models.float32 import in_float32
 from interp_ablate.models.model import Model
 from interp_ablate.persona.extraction import kept_answers
 from interp_ablate.persona.persona import load_persona
@@ -260,8 +261,9 @@ def _measured(
     experiment: PreventativeExperiment, model: Model
 ) -> tuple[MeasuredTrait, ModelOutputs]:
     """The trait before any training, and the answers that later ones are compared with."""
-    trait, outputs = measure_trait("before", model, experiment.measure)
-    return trait, outputs.without_model()
+    with in_float32(model):  # small KLs are below the rounding of half precision
+        trait, outputs = measure_trait("before", model, experiment.measure)
+        return trait, outputs.without_model()
 
 
 def _train_arm(
@@ -285,10 +287,14 @@ def _train_arm(
     trained = merge(base, trainer.model)
     loss = answer_loss(trained.base.hf, held_out)
     certificate = _write_arm(experiment, arm, trained, place, len(rows))
-    results.traits[arm.name], _ = measure_trait(
-        arm.name, trained.base.model, experiment.measure, before=results.before
-    )
+    model = trained.base.model
+    with in_float32(model):
+        computed_in = str(model.dtype).removeprefix("torch.")
+        results.traits[arm.name], _ = measure_trait(
+            arm.name, model, experiment.measure, before=results.before
+        )
     results.numbers[arm.name] = {
+        "computed_in": computed_in,
         "adapted": adapted,
         "loss": [round(entry["loss"], 6) for entry in logged],
         "held_out_loss": loss,
