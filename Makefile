@@ -75,7 +75,7 @@ faults: $(VENV)/.ready
 
 # Every decoder type of transformers, tiny and random, from loading to a certified export that is checked in plain transformers.
 families: $(VENV)/.ready
-	$(BIN)/python tests/support/families.py
+	PYTHONPATH=tests $(BIN)/python -m support.families
 
 # `run` to a certified export on a tiny model, for every dtype and device: a table of what ran.
 devices: $(VENV)/.ready

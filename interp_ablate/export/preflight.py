@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from interp_ablate.edits.kinds import Ablate
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import ExportError
 from interp_ablate.export.source_folder import opened, weights_config
-from interp_ablate.models.architectures import Architecture, declared_architecture, text_config
+from interp_ablate.models.architectures import declared_architecture, text_config
 from interp_ablate.models.model import Model
 from interp_ablate.models.model_files import check_folder
 from interp_ablate.models.sources import ModelSource
-from interp_ablate.sites import sites_of
+from interp_ablate.sites import Site, sites_of
 from interp_ablate.storage.output_folder import check_output_path
 from interp_ablate.storage.safetensors_reader import INDEX, SINGLE
 from interp_ablate.weights.plan_to_weights import Tied, check_tie, weight_plan
@@ -46,7 +47,8 @@ def check_source_exports(source: ModelSource, out: str | Path, *, overwrite: boo
     if entry is None:  # its writers can be found in the loaded model alone
         return
     check_tie(entry, config, checkpoint.tensors, checkpoint.read)
-    plan = _everywhere(entry, config)
+    layers = range(text_config(config).num_hidden_layers)
+    plan = _everywhere(sites_of(entry.writer_points(), layers), config)
     weight_plan(
         plan, config, checkpoint.tensors, checkpoint.read, entry=entry, describe=checkpoint.describe
     )
@@ -74,17 +76,16 @@ def check_model_exports(
     nbytes = sum(tensor.nbytes for tensor in state.values())
     check_place(out, nbytes, source=model.source, overwrite=overwrite)
     if plan is None:
-        plan = _everywhere(model.architecture, model.hf_config)
+        plan = _everywhere(model.writers, model.hf_config)
     weight_plan(
         plan, model.hf_config, state, state.__getitem__, tied=tied, entry=model.architecture
     )
 
 
-def _everywhere(entry: Architecture, hf_config: Any) -> Plan:
-    """An ablation at every place that writes to the stream, of a direction that does not matter."""
+def _everywhere(sites: Sequence[Site], hf_config: Any) -> Plan:
+    """An ablation at every site that writes to the stream, of a direction that does not matter."""
     vector = torch.ones(text_config(hf_config).hidden_size, dtype=torch.float64)
-    sites = sites_of(entry.writer_points(), range(text_config(hf_config).num_hidden_layers))
-    return Plan((Ablate(vector, sites, label="preflight"),))
+    return Plan((Ablate(vector, tuple(sites), label="preflight"),))
 
 
 def check_place(

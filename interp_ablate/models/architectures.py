@@ -9,7 +9,7 @@ Knows: names and layouts of the writers, the norms after them, the embeddings. D
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -75,6 +75,8 @@ class Architecture:
     """True if the writers always have a bias."""
     tied: bool = False
     """True if transformers takes embeddings for tied where a config says nothing of it."""
+    shared: Mapping[str, str] = field(default_factory=dict)
+    """Tensors beside the unembedding that a tied checkpoint leaves out, each with the tensor that it is."""
     discovered: bool = field(default=False, compare=False)
     """True if the entry is not declared but read from a component map."""
 
@@ -171,6 +173,12 @@ def writer_points(*, pos_embed: bool, post_norm: bool) -> tuple[Point, ...]:
 def text_config(hf_config: Any) -> Any:
     """The part of a config that describes the decoder of text: itself, or what a multimodal one wraps."""
     return hf_config.get_text_config(decoder=True)
+
+
+def max_positions(hf_config: Any) -> int:
+    """The most positions that a config allows; 2**20 where it sets no limit (XLNet's says -1)."""
+    limit = getattr(text_config(hf_config), "max_position_embeddings", None) or 0
+    return limit if limit > 0 else 1 << 20
 
 
 def is_tied(hf_config: Any) -> bool:

@@ -38,9 +38,10 @@ def without_data(hf_config: Any) -> Any:
     """The model of a config with parameters of no memory."""
     own_code = type(hf_config).__module__.startswith("transformers_modules")  # which was asked for
     with torch.device("meta"):
-        return auto_class(hf_config).from_config(
-            copy.deepcopy(hf_config), trust_remote_code=own_code
-        )
+        kind, config = auto_class(hf_config), copy.deepcopy(hf_config)
+        if not hasattr(kind, "from_config"):
+            return kind(config)
+        return kind.from_config(config, trust_remote_code=own_code)
 
 
 def in_checkpoint_names(entry: Architecture, hf: Any, shapes: Shapes) -> Architecture:
@@ -73,6 +74,7 @@ def in_checkpoint_names(entry: Architecture, hf: Any, shapes: Shapes) -> Archite
             "unembed": names.unembed(entry.unembed),
             "pos_embed": entry.pos_embed and names.only(entry.pos_embed),
             "prefix": "",
+            "shared": names.shared(entry.unembed),
         },
         branches=branches,
     )
@@ -161,6 +163,18 @@ class _CheckpointNames:
                 f"the checkpoint has no {parameter}, and under this name none would become it: {_LOAD_IT}"
             )
         return parameter
+
+    def shared(self, unembed: str) -> dict[str, str]:
+        """The tensors that the checkpoint leaves out for being others of it; the unembedding is not among them."""
+        same: dict[int, list[str]] = defaultdict(list)
+        for name, p in self._hf.named_parameters(remove_duplicate=False):
+            same[id(p)].append(name)
+        return {
+            name: self.only(first)
+            for first, *others in same.values()
+            for name in others
+            if first in self._group_of and name not in self._group_of and name != unembed
+        }
 
     def layouts(self, writers: Mapping[str, Layout]) -> dict[str, Layout]:
         """The tensors that become the writing parameters, with their own layouts."""

@@ -298,18 +298,27 @@ def _without_adapter(folder: Path) -> Iterator[Path]:
 
 
 def auto_class(config: Any) -> Any:
-    """transformers' automatic class that loads a config's decoder, wrapped with other towers or not."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    """The class of transformers that loads a config's decoder, wrapped with other towers or not.
+
+    An automatic one where there is one for the config; else the class that the config names (the text part of
+    some wrapped models has none).
+    """
+    import transformers
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     )
 
-    kind = type(config)
-    wrapped = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    if wrapped and kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return AutoModelForImageTextToText
-    return AutoModelForCausalLM
+    kind, named = type(config), config.architectures or ()
+    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        # of a type with both classes, the one that the folder names: the other would leave the towers behind
+        wrapped = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[kind].__name__ in named
+        if wrapped or kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            return transformers.AutoModelForImageTextToText
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING or not kind.__module__.startswith("transformers."):
+        return transformers.AutoModelForCausalLM
+    own = getattr(transformers, named[0], None) if named else None
+    return own or transformers.AutoModelForCausalLM
 
 
 def _load_without_data(folder: Path, config: Mapping[str, Any], trust_remote_code: bool) -> None:

@@ -140,7 +140,7 @@ def weight_plan(
     if not tie_matters or tied == "skip-embedding":
         return changes
     check_tie(entry, hf_config, names, read)
-    return _with_tied_head(changes, entry.unembed, names)
+    return _with_tied_head(changes, entry, names)
 
 
 def check_tie(entry: Architecture, hf_config: Any, names: Collection[str], read: Read) -> None:
@@ -160,13 +160,22 @@ def check_tie(entry: Architecture, hf_config: Any, names: Collection[str], read:
         )
 
 
-def _with_tied_head(changes: WeightPlan, head: str, names: Collection[str]) -> WeightPlan:
-    """The changes with what becomes of an unembedding that is tied to an edited embedding."""
+def _with_tied_head(
+    changes: WeightPlan, entry: Architecture, names: Collection[str]
+) -> WeightPlan:
+    """The changes with what becomes of an unembedding that is tied to an edited embedding.
+
+    Transformers ties all or nothing: an untied checkpoint must hold what else was tied (Zamba 2's shared blocks).
+    """
+    head = entry.unembed
     embed = next(name for name, edit in changes.edits.items() if edit.point == "embed")
     if changes.tied == "untie":
         changes.config["tie_word_embeddings"] = False
         if head not in names:
             changes.added[head] = AddedTensor(beside=embed, copy_of=embed)
+        for name, original in entry.shared.items():
+            if name not in names:
+                changes.added[name] = AddedTensor(beside=original, copy_of=original)
         return changes
     if head in names:
         changes.edits[head] = changes.edits[embed]

@@ -20,6 +20,7 @@ from interp_ablate.models.architectures import (
     Layout,
     declared_architecture,
     declared_types,
+    max_positions,
     text_config,
 )
 from interp_ablate.models.backends.backend import ForwardCall
@@ -96,7 +97,7 @@ class BridgeBackend(TransformersPasses):
         parameter = next(hf.parameters())
         name = getattr(hf.config, "_name_or_path", "") or type(hf).__name__
         hf.config.architectures = hf.config.architectures or [type(hf).__name__]  # the Bridge asks
-        width = min(24, getattr(text_config(hf.config), "max_position_embeddings", None) or 24)
+        width = min(24, max_positions(hf.config))
         tokens = fixed_tokens(text_config(hf.config).vocab_size, width).to(parameter.device)
         with torch.no_grad():
             want = hf(tokens).logits.float()

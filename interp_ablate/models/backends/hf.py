@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from interp_ablate.errors import ModelError
 from interp_ablate.models.anatomy import Anatomy, measure
-from interp_ablate.models.architectures import Layout, text_config
+from interp_ablate.models.architectures import Layout, max_positions, text_config
 from interp_ablate.models.backends.backend import ForwardCall
 from interp_ablate.models.backends.block_skipping import BlockSkipping
 from interp_ablate.models.backends.checks import fixed_tokens
@@ -82,7 +82,7 @@ class HFBackend(TransformersPasses):
         self.hf = self.module = hf
         self.hf_config = hf.config
         self.generation_config = getattr(hf, "generation_config", None)
-        self._accepted = frozenset(inspect.signature(hf.forward).parameters)
+        self._accepted = _accepted(hf)
         self.anatomy = anatomy or measured_anatomy(hf)
         self.tl = NoTransformerLens(hf, _sizes(hf, self.anatomy))
         self._sites = HFSites(hf, self.anatomy)
@@ -167,8 +167,9 @@ class HFBackend(TransformersPasses):
     @cached_property
     def _body(self) -> tuple[Any, frozenset[str]]:
         """The model below its unembedding, and the arguments that it takes."""
-        body = self.hf.base_model
-        return body, frozenset(inspect.signature(body.forward).parameters)
+        body, taken = self.hf.base_model, _accepted(self.hf.base_model)
+        # the base of an encoder's decoder takes everything there is, and hands it to another
+        return (body, taken) if "input_ids" in taken else (self.hf, self._accepted)
 
     def first_block(self, site: Site) -> int:
         """The first block that must run for a site to hold what it holds in a whole pass."""
@@ -185,18 +186,23 @@ class HFBackend(TransformersPasses):
         return dict(self.hf.state_dict())
 
 
+def _accepted(model: Any) -> frozenset[str]:
+    """The arguments that a model's forward pass takes; models that wrap another hand `use_cache` on to it."""
+    parameters = inspect.signature(model.forward).parameters
+    hands_on = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    return frozenset(parameters) | ({"use_cache"} if hands_on else set())
+
+
 def measured_anatomy(hf: Any) -> Anatomy:
     """The anatomy of a decoder, from one pass of fixed tokens; the model is left as it was.
 
     Raises:
         ModelError: no residual stream was found, or the model does not run on tokens alone.
     """
-    text, weight = text_config(hf.config), hf.get_input_embeddings().weight
-    width = min(WIDTH, getattr(text, "max_position_embeddings", None) or WIDTH)
+    weight = hf.get_input_embeddings().weight
+    width = min(WIDTH, max_positions(hf.config))
     tokens = fixed_tokens(weight.shape[0], width).to(weight.device)
-    uncached = (
-        {"use_cache": False} if "use_cache" in inspect.signature(hf.forward).parameters else {}
-    )
+    uncached = {"use_cache": False} if "use_cache" in _accepted(hf) else {}
     try:
         return measure(hf, lambda: hf(input_ids=tokens, **uncached))
     except ModelError:
@@ -226,12 +232,12 @@ def _unembed_name(hf: Any) -> str:
 
 def _sizes(hf: Any, anatomy: Anatomy) -> Sizes:
     """Sizes of the decoder, measured where they can be."""
-    text, (d_vocab, d_model) = text_config(hf.config), hf.get_input_embeddings().weight.shape
+    text, (d_vocab, width) = text_config(hf.config), hf.get_input_embeddings().weight.shape
     return Sizes(
         n_layers=len(anatomy.blocks),
-        d_model=d_model,
+        d_model=getattr(text, "hidden_size", None) or width,
         d_vocab=d_vocab,
-        n_ctx=getattr(text, "max_position_embeddings", None) or 1 << 20,
+        n_ctx=max_positions(hf.config),
         d_mlp=getattr(text, "intermediate_size", None),
         model_name=type(hf).__name__,
     )
