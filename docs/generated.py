@@ -3,16 +3,19 @@
 `python docs/generated.py` writes them into the pages, between a pair of comments; a test holds the pages to
 what this file would write. The site's hooks make the API pages from the same functions.
 
-Knows: file docstrings, the table of architectures, the comments that mark a generated part.
+Knows: file docstrings, the table of architectures, the outcomes of `make families`, the comments that mark a
+generated part.
 Does not know: MkDocs, or any model.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "interp_ablate"
@@ -94,9 +97,52 @@ def architectures() -> str:
     return "\n".join(lines)
 
 
+def outcomes() -> dict[str, Any]:
+    """What `make families` measured last: docs/families.json."""
+    table: dict[str, Any] = json.loads((ROOT / "docs/families.json").read_text(encoding="utf-8"))
+    return table
+
+
+def exact_families() -> str:
+    """The types whose exports are exact: the class, what it runs on, and what was proven to write."""
+    table = outcomes()
+    lines = [
+        f"Measured with transformers {table['transformers']}.",
+        "",
+        "| model type | class | runs on | checked | attention writes with | the MLP writes with |",
+        "|" + "---|" * 6,
+    ]
+    for name, forms in table["outcomes"].items():
+        first = next(iter(forms.values()))
+        if first["outcome"] != "exact":
+            continue
+        exact = [form for form, each in forms.items() if each["outcome"] == "exact"]
+        cells = [name, first["model_class"], first["backend"], ", ".join(exact)]
+        for part in ("attn", "mlp"):
+            written = first["writes"].get(f"{part}_out") or first["writes"].get(f"{part}_proj")
+            cells.append(_code("; ".join(written or ["nothing"])))
+        lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def other_families() -> str:
+    """The other types, each with what was found."""
+    lines = ["| model type | outcome | what was found |", "|---|---|---|"]
+    for name, forms in outcomes()["outcomes"].items():
+        for form, each in forms.items():
+            if each["outcome"] == "exact":
+                continue
+            where = name if form == next(iter(forms)) else f"{name}, {form}"
+            said = each["detail"].split(": ", 2)[-1].replace("<", "&lt;")
+            cut = said if len(said) <= 240 else f"{said[:240]} …"
+            lines.append(f"| {where} | {each['outcome']} | {_cell(cut)} |")
+    return "\n".join(lines)
+
+
 PARTS = {
     "architecture.md": {"files": files},
     "export.md": {"architectures": architectures},
+    "families.md": {"exact": exact_families, "others": other_families},
 }
 """The generated parts of each page, by the name in its comments."""
 

@@ -310,12 +310,12 @@ def auto_class(config: Any) -> Any:
     )
 
     kind, named = type(config), config.architectures or ()
-    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        # of a type with both classes, the one that the folder names: the other would leave the towers behind
-        wrapped = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[kind].__name__ in named
-        if wrapped or kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            return transformers.AutoModelForImageTextToText
-    if kind in MODEL_FOR_CAUSAL_LM_MAPPING or not kind.__module__.startswith("transformers."):
+    wrapping: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    decodes = kind in MODEL_FOR_CAUSAL_LM_MAPPING
+    # of a type with both classes, the one that the folder names: the other would leave the towers behind
+    if kind in wrapping and (wrapping[kind].__name__ in named or not decodes):
+        return transformers.AutoModelForImageTextToText
+    if decodes or not kind.__module__.startswith("transformers."):
         return transformers.AutoModelForCausalLM
     own = getattr(transformers, named[0], None) if named else None
     return own or transformers.AutoModelForCausalLM

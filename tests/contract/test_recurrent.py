@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.families import build
+from support.family_models import build
 from support.tiny import make_tokenizer, rows_of
 from torch import Tensor
 from torch.testing import assert_close

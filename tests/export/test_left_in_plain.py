@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.families import build
+from support.family_models import build
 from support.tiny import make_tokenizer
 
 from interp_ablate import Plan

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.families import D_MODEL, N_LAYERS, build
+from support.family_models import D_MODEL, N_LAYERS, build
 from torch import nn
 
 from interp_ablate.edits.kinds import Ablate

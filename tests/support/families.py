@@ -208,29 +208,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("types", nargs="*", help="model types; all by default")
     parser.add_argument(
-        "--out", type=Path, help="where the outcomes go; docs/families.json for all"
+        "--out", type=Path, default=TABLE, help="outcomes of some types are put into it"
     )
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     options = parser.parse_args(argv)
     names = options.types or list(config_classes())
-    rows: dict[str, dict[str, Outcome]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     with get_context("spawn").Pool(options.jobs, initializer=quiet) as pool:
         for model_type, results in zip(names, pool.imap(measured, names)):
-            rows[model_type] = results
             for form, result in results.items():
                 name = model_type if form == AS_IT_IS else f"{model_type}, {form}"
                 print(
                     f"{name:34} {result.outcome:9} {result.backend:7} {result.detail}", flush=True
                 )
-    first = Counter(results[AS_IT_IS].outcome for results in rows.values())
-    others = Counter(r.outcome for each in rows.values() for f, r in each.items() if f != AS_IT_IS)
+            rows[model_type] = {
+                form: {key: value for key, value in asdict(result).items() if value}
+                for form, result in results.items()
+            }
+    if options.types and options.out.is_file():
+        before = json.loads(options.out.read_text(encoding="utf-8"))
+        rows = dict(sorted({**before["outcomes"], **rows}.items()))
+    outcomes = [(form, each["outcome"]) for forms in rows.values() for form, each in forms.items()]
+    first = Counter(outcome for form, outcome in outcomes if form == AS_IT_IS)
+    others = Counter(outcome for form, outcome in outcomes if form != AS_IT_IS)
     counts = {"types": dict(first), "other_forms": dict(others)}
-    out = options.out or (None if options.types else TABLE)
-    if out:
-        table = {"transformers": transformers.__version__, **counts, "outcomes": rows}
-        out.write_text(json.dumps(table, indent=1, default=asdict) + "\n", encoding="utf-8")
+    table = {"transformers": transformers.__version__, **counts, "outcomes": rows}
+    options.out.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({"benchmark": "families", **counts}))
-    return int(any(first[bad] or others[bad] for bad in ("wrong", "raw", "late")))
+    return int(any(outcome in ("wrong", "raw", "late") for _, outcome in outcomes))
 
 
 if __name__ == "__main__":
