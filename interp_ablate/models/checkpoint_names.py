@@ -74,7 +74,7 @@ def in_checkpoint_names(entry: Architecture, hf: Any, shapes: Shapes) -> Archite
             "unembed": names.unembed(entry.unembed),
             "pos_embed": entry.pos_embed and names.only(entry.pos_embed),
             "prefix": "",
-            "shared": names.shared(entry.unembed),
+            "shared": names.shared({entry.embed, entry.unembed}),
         },
         branches=branches,
     )
@@ -164,8 +164,8 @@ class _CheckpointNames:
             )
         return parameter
 
-    def shared(self, unembed: str) -> dict[str, str]:
-        """The tensors that the checkpoint leaves out for being others of it; the unembedding is not among them."""
+    def shared(self, embeddings: set[str]) -> dict[str, str]:
+        """The tensors that the checkpoint leaves out for being others of it, embeddings apart."""
         same: dict[int, list[str]] = defaultdict(list)
         for name, p in self._hf.named_parameters(remove_duplicate=False):
             same[id(p)].append(name)
@@ -173,7 +173,8 @@ class _CheckpointNames:
             name: self.only(first)
             for first, *others in same.values()
             for name in others
-            if first in self._group_of and name not in self._group_of and name != unembed
+            if first in self._group_of and name not in self._group_of
+            if not embeddings & {first, *others}
         }
 
     def layouts(self, writers: Mapping[str, Layout]) -> dict[str, Layout]:

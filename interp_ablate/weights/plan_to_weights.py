@@ -160,9 +160,7 @@ def check_tie(entry: Architecture, hf_config: Any, names: Collection[str], read:
         )
 
 
-def _with_tied_head(
-    changes: WeightPlan, entry: Architecture, names: Collection[str]
-) -> WeightPlan:
+def _with_tied_head(changes: WeightPlan, entry: Architecture, names: Collection[str]) -> WeightPlan:
     """The changes with what becomes of an unembedding that is tied to an edited embedding.
 
     Transformers ties all or nothing: an untied checkpoint must hold what else was tied (Zamba 2's shared blocks).
