@@ -193,13 +193,28 @@ def _accepted(model: Any) -> frozenset[str]:
     return frozenset(parameters) | ({"use_cache"} if hands_on else set())
 
 
+def word_embedding(hf: Any) -> Float[Tensor, "d_vocab d_embed"]:
+    """The weight that turns tokens into what a decoder reads.
+
+    Raises:
+        ModelError: the model has none.
+    """
+    try:
+        weight: Tensor | None = getattr(hf.get_input_embeddings(), "weight", None)
+    except NotImplementedError:  # transformers does not know where it is
+        weight = None
+    if weight is None:
+        raise ModelError(f"{type(hf).__name__} has no embedding of tokens: is it a decoder of text?")
+    return weight
+
+
 def measured_anatomy(hf: Any) -> Anatomy:
     """The anatomy of a decoder, from one pass of fixed tokens; the model is left as it was.
 
     Raises:
         ModelError: no residual stream was found, or the model does not run on tokens alone.
     """
-    weight = hf.get_input_embeddings().weight
+    weight = word_embedding(hf)
     width = min(WIDTH, max_positions(hf.config))
     tokens = fixed_tokens(weight.shape[0], width).to(weight.device)
     uncached = {"use_cache": False} if "use_cache" in _accepted(hf) else {}
