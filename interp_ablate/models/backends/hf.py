@@ -204,7 +204,9 @@ def word_embedding(hf: Any) -> Float[Tensor, "d_vocab d_embed"]:
     except NotImplementedError:  # transformers does not know where it is
         weight = None
     if weight is None:
-        raise ModelError(f"{type(hf).__name__} has no embedding of tokens: is it a decoder of text?")
+        raise ModelError(
+            f"{type(hf).__name__} has no embedding of tokens: is it a decoder of text?"
+        )
     return weight
 
 
