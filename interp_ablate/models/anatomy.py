@@ -395,7 +395,12 @@ def _measure_embedding(
         problem = f"{positions[0]} is scaled on its way to the stream"
     # some embeddings scale what they look up themselves (Gemma 3)
     ids = next(v for v in (*word_call.args, *word_call.kwargs.values()) if isinstance(v, Tensor))
-    inside = float(word_call.output.norm() / word.weight[ids].norm())
+    rows = word.weight[ids].reshape(word_call.output.shape)
+    inside = float(word_call.output.norm() / rows.norm())
+    if float((word_call.output - inside * rows).norm()) > tolerance * float(
+        word_call.output.norm()
+    ):
+        problem = f"{name_of} does more than scale the rows that it looks up"
     return {
         "embed": name_of,
         "embed_scale": 1.0 if abs(terms[name_of] * inside - 1) < 1e-3 else terms[name_of] * inside,
