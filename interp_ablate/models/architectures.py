@@ -9,7 +9,7 @@ Knows: names and layouts of the writers, the norms after them, the embeddings. D
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -75,8 +75,6 @@ class Architecture:
     """True if the writers always have a bias."""
     tied: bool = False
     """True if transformers takes embeddings for tied where a config says nothing of it."""
-    shared: Mapping[str, str] = field(default_factory=dict)
-    """Tensors beside the unembedding that a tied checkpoint leaves out, each with the tensor that it is."""
     discovered: bool = field(default=False, compare=False)
     """True if the entry is not declared but read from a component map."""
 

@@ -74,9 +74,9 @@ def in_checkpoint_names(entry: Architecture, hf: Any, shapes: Shapes) -> Archite
             "unembed": names.unembed(entry.unembed),
             "pos_embed": entry.pos_embed and names.only(entry.pos_embed),
             "prefix": "",
-            "shared": names.shared({entry.embed, entry.unembed}),
         },
         branches=branches,
+        shared=names.shared({entry.embed, entry.unembed}),
     )
 
 

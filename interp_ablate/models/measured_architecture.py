@@ -21,6 +21,8 @@ class MeasuredArchitecture(Architecture):
 
     branches: Mapping[Site, tuple[Branch, ...]] = field(default_factory=dict)
     """The summands at `attn_out` and `mlp_out` of every layer."""
+    shared: Mapping[str, str] = field(default_factory=dict)
+    """Tensors beside the unembedding that a tied checkpoint leaves out, each with the tensor that it is."""
 
     def writers(self, site: Site, names: Collection[str], hf_config: Any) -> dict[str, Layout]:
         """The parameters that write at a writer site, and their layouts.

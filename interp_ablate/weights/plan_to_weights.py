@@ -24,6 +24,7 @@ from interp_ablate.models.architectures import (
     is_tied,
     text_config,
 )
+from interp_ablate.models.measured_architecture import MeasuredArchitecture
 from interp_ablate.sites import EMBEDDING_POINTS, Site
 from interp_ablate.weights.weight_form import split_edit, writers_only_form
 
@@ -171,7 +172,8 @@ def _with_tied_head(changes: WeightPlan, entry: Architecture, names: Collection[
         changes.config["tie_word_embeddings"] = False
         if head not in names:
             changes.added[head] = AddedTensor(beside=embed, copy_of=embed)
-        for name, original in entry.shared.items():
+        shared = entry.shared if isinstance(entry, MeasuredArchitecture) else {}
+        for name, original in shared.items():
             if name not in names:
                 changes.added[name] = AddedTensor(beside=original, copy_of=original)
         return changes
