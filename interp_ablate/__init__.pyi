@@ -25,5 +25,6 @@ from .models.load import load_model as load_model
 from .models.model import Model as Model
 from .prompts.contrast_set import ContrastSet as ContrastSet
 from .prompts.prompt import Prompt as Prompt
+from .search.by_layer import layer_sweep as layer_sweep
 from .sites import Site as Site
 from .sites import sites_of as sites_of

@@ -18,6 +18,10 @@ class Plot:
     """What `plot` draws."""
 
     folder: str = setting(help="run folder", positional=True)
+    format: tuple[str, ...] = setting(
+        ("png",), "png, svg or pdf; several between commas", metavar="FORMATS"
+    )
+    dpi: int | None = setting(None, "pixels an inch, of a PNG (default 150)")
 
 
 add = adding(Plot)
@@ -29,9 +33,13 @@ def run(args: Namespace) -> int:
     from interp_ablate.runs.report import write_report
     from interp_ablate.runs.run_folder import read_run
 
-    folder = settings_from(args, Plot).folder
+    settings = settings_from(args, Plot)
+    folder = settings.folder
     if read_run(folder) is None:
         raise RunError(f"{folder} holds no run: make one with `interp-ablate run --out {folder}`")
-    for path in [*save_figures(folder), write_report(folder)]:
+    # the report shows the PNGs
+    formats = tuple(dict.fromkeys(("png", *settings.format)))
+    written = save_figures(folder, formats=formats, dpi=settings.dpi)
+    for path in [*written, write_report(folder)]:
         print(path)
     return 0

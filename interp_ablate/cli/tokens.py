@@ -31,6 +31,8 @@ class Tokens(ModelSettings):
     plan: str | None = setting(None, "plan JSON: the edited stream is read")
     point: Point = setting("resid_post", "where the stream is read", choices=RESIDUAL_POINTS)
     max_new_tokens: int = setting(MAX_NEW_TOKENS, "tokens of the model's answer, at most; 0: none")
+    format: str = setting("png", "of the figure", choices=("png", "svg", "pdf"))
+    dpi: int | None = setting(None, "pixels an inch, of a PNG (default 150)")
     out: str | None = setting(None, "folder of the files (default: RUN, and RUN/figures)")
 
 
@@ -44,11 +46,12 @@ def run(args: Namespace) -> int:
     from interp_ablate.directions.direction_set import Directions
     from interp_ablate.edits.plan import Plan
     from interp_ablate.plots.run_figures import tokens_figure
-    from interp_ablate.plots.style import save_figure
+    from interp_ablate.plots.style import check_format, save_figure
     from interp_ablate.prompts.prompt import Prompt
     from interp_ablate.storage.atomic_files import write_atomic
 
     settings = settings_from(args, Tokens)
+    check_format(settings.format, settings.dpi)
     file = Path(settings.folder)
     if file.is_dir():
         settings = settings_from(args, Tokens, under=_of_run(file))
@@ -70,7 +73,9 @@ def run(args: Namespace) -> int:
     write_atomic(out / "tokens.csv", frame.to_csv(index=False))
     page = tokens_page(projections, title=f"Tokens of {settings.text[:80]!r}", point=settings.point)
     write_atomic(out / "tokens.html", page)
-    picture = save_figure(tokens_figure(frame), out / "figures" / "tokens.png")
+    picture = save_figure(
+        tokens_figure(frame), out / "figures" / f"tokens.{settings.format}", dpi=settings.dpi
+    )
     for path in (out / "tokens.html", picture, out / "tokens.csv"):
         print(path)
     return 0

@@ -19,7 +19,7 @@ from torch import Tensor
 from interp_ablate.directions.direction import Direction, Separation
 from interp_ablate.display import html_table, shortened
 from interp_ablate.errors import DirectionError
-from interp_ablate.sites import Site, SiteLike, as_sites
+from interp_ablate.sites import Point, Site, SiteLike, as_sites
 from interp_ablate.storage.atomic_files import write_atomic
 from interp_ablate.storage.incoming_files import check_file, incoming_object
 from interp_ablate.storage.strict_json import json_text
@@ -186,6 +186,29 @@ class Directions:
                 f"cannot read directions from {path} and {path.with_suffix('.json').name}: {why}. "
                 "Both are written by `interp-ablate directions`; run it again"
             ) from error
+
+
+def one_per_layer(
+    directions: Direction | Iterable[Direction], point: Point | None = None
+) -> list[Direction]:
+    """The first direction of each layer at one point, in forward order.
+
+    `point`: default resid_post where there is one, else the first direction's: resid_pre of a layer is resid_post
+    of the one before, and would be there twice.
+
+    Raises:
+        DirectionError: no direction, or none at that point.
+    """
+    items = [directions] if isinstance(directions, Direction) else list(directions)
+    points = list(dict.fromkeys(item.site.point for item in items))
+    chosen = point or ("resid_post" if "resid_post" in points else next(iter(points), None))
+    first: dict[Site, Direction] = {}
+    for item in items:
+        if item.site.point == chosen:
+            first.setdefault(item.site, item)
+    if not first:
+        raise DirectionError(f"no direction at {chosen}: there are {', '.join(points) or 'none'}")
+    return [first[site] for site in sorted(first)]
 
 
 def to_record(item: Direction) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from .evaluation import evaluation_shares as evaluation_shares
 from .evaluation import recovery_cost as recovery_cost
 from .evaluation import save_evaluation as save_evaluation
 from .evaluation import trait_after_training as trait_after_training
+from .layers import layer_effects as layer_effects
 from .monitoring import monitoring_scatter as monitoring_scatter
 from .monitoring import screening_histogram as screening_histogram
 from .monitoring import token_strip as token_strip

@@ -26,7 +26,7 @@ _NEEDED = tuple(column for column in PROJECTION_COLUMNS if column != "split")
 SIDES = ("negative", "positive")
 
 
-def projections(frame: pd.DataFrame, ax: Axes) -> Axes:
+def projections(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Both labels' projections at every layer of one point, as pairs of half violins with medians.
 
     The stream grows with depth, so each layer's values are centred between the two label means and
@@ -37,6 +37,7 @@ def projections(frame: pd.DataFrame, ax: Axes) -> Axes:
     Raises:
         RunError: a missing column, no rows, or rows of several points, positions or methods.
     """
+    ax = style.axes_or_new(ax, height=3.6)
     style.require_columns(frame, _NEEDED, "projections")
     if "split" not in frame:
         frame = frame.assign(split="no")
@@ -98,7 +99,7 @@ def _of_one_method(directions: Iterable[Direction], what: str) -> list[Direction
 
 
 def separation_by_layer(
-    directions: Iterable[Direction], ax: Axes, *, measure: Measure = "d_prime"
+    directions: Iterable[Direction], ax: Axes | None = None, *, measure: Measure = "d_prime"
 ) -> Axes:
     """Separation of held-out prompts by each site's direction, by layer, one line a site kind.
 
@@ -108,6 +109,7 @@ def separation_by_layer(
     Raises:
         RunError: no direction has a separation, an unknown measure, or directions of several estimators.
     """
+    ax = style.axes_or_new(ax, height=3.6)
     if measure not in get_args(Measure):
         raise RunError(f"unknown measure {measure!r}: accepted are {', '.join(get_args(Measure))}")
     lines: dict[tuple[str, str], dict[int, float]] = {}
@@ -152,12 +154,13 @@ def separation_by_layer(
     return ax
 
 
-def cosine_similarity(directions: Iterable[Direction], ax: Axes) -> Axes:
+def cosine_similarity(directions: Iterable[Direction], ax: Axes | None = None) -> Axes:
     """Cosine of every pair of directions, sites in forward order; several positions make blocks.
 
     Raises:
         RunError: no directions, or those of several estimators.
     """
+    ax = style.axes_or_new(ax, height=6.6)
     from interp_ablate.directions.direction import cosine_similarities
 
     items = sorted(

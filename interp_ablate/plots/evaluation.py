@@ -28,8 +28,9 @@ _RELATIVE = ("perplexity", "bits", "tokens", "score", "metric")
 _MOST = 24  # rows of a panel: a group of tasks has hundreds
 
 
-def evaluation_shares(frame: pd.DataFrame, ax: Axes) -> Axes:
+def evaluation_shares(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Rates and accuracies before and after, from 0 to 1; filled marks where the difference excludes 0."""
+    ax = style.axes_or_new(ax, height=3.6)
     rows = _rows_with_units(frame, ("share",))
     for place, row in enumerate(rows.to_dict("records")):
         low, high = row["difference_low"], row["difference_high"]
@@ -48,8 +49,9 @@ def evaluation_shares(frame: pd.DataFrame, ax: Axes) -> Axes:
     return ax
 
 
-def evaluation_changes(frame: pd.DataFrame, ax: Axes) -> Axes:
+def evaluation_changes(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """after / before - 1 in percent of everything with a scale of its own."""
+    ax = style.axes_or_new(ax, height=3.6)
     rows = _rows_with_units(frame, _RELATIVE)
     rows = rows[(rows["before"].abs() > 0) & rows["difference"].notna()]
     for place, row in enumerate(rows.to_dict("records")):
@@ -67,8 +69,9 @@ def evaluation_changes(frame: pd.DataFrame, ax: Axes) -> Axes:
     return ax
 
 
-def evaluation_divergences(frame: pd.DataFrame, ax: Axes) -> Axes:
+def evaluation_divergences(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """KL of the second model from the first, in nats."""
+    ax = style.axes_or_new(ax, height=3.6)
     rows = _rows_with_units(frame, ("nats",))
     for place, row in enumerate(rows.to_dict("records")):
         interval = [row["after_low"], row["after_high"]]
@@ -132,12 +135,13 @@ _RATES: tuple[tuple[str, str, str], ...] = (
 )
 
 
-def before_after(test: Mapping[str, Any], ax: Axes) -> Axes:
+def before_after(test: Mapping[str, Any], ax: Axes | None = None) -> Axes:
     """Expression rates of the test report before and after, beside its controls, with intervals.
 
     Raises:
         RunError: `test` holds none of the rates, or a rate or interval is not a number.
     """
+    ax = style.axes_or_new(ax, height=3.6)
     rows = rate_rows(test)
     if not rows:
         raise RunError(
@@ -227,12 +231,15 @@ def _whiskers(
     ax.margins(x=0.22)
 
 
-def trait_after_training(report: Mapping[str, Any], ax: Axes, *, measure: str = "score") -> Axes:
+def trait_after_training(
+    report: Mapping[str, Any], ax: Axes | None = None, *, measure: str = "score"
+) -> Axes:
     """One measure of the trait before, after plain and after preventative fine-tuning, with intervals.
 
     Raises:
         RunError: an unknown measure, or one without a value.
     """
+    ax = style.axes_or_new(ax, height=3.6)
     if measure not in _TRAIT:
         raise RunError(f"unknown measure {measure!r}: accepted are {', '.join(_TRAIT)}")
     conditions = report["conditions"]
@@ -248,12 +255,15 @@ def trait_after_training(report: Mapping[str, Any], ax: Axes, *, measure: str = 
     return ax
 
 
-def recovery_cost(report: Mapping[str, Any], ax: Axes, *, measure: str = "kl_continuation") -> Axes:
+def recovery_cost(
+    report: Mapping[str, Any], ax: Axes | None = None, *, measure: str = "kl_continuation"
+) -> Axes:
     """One number of the original, the edited and the healed model, with intervals.
 
     Raises:
         RunError: an unknown measure; a report without measurements.
     """
+    ax = style.axes_or_new(ax, height=3.6)
     if measure not in _COSTS:
         raise RunError(f"unknown measure {measure!r}: accepted are {', '.join(_COSTS)}")
     if not report.get("measured"):

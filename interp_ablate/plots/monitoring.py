@@ -34,7 +34,7 @@ _NUMBERS = (0.48, 0.2)  # share of the axes that the numbers in a corner take: w
 _AXES_POINTS = 545  # width of the only axes of a figure
 
 
-def monitoring_scatter(monitoring: Monitoring, ax: Axes) -> Axes:
+def monitoring_scatter(monitoring: Monitoring, ax: Axes | None = None) -> Axes:
     """Answers' scores against the projections of their prompts' last tokens, coloured by system prompt.
 
     Large points are the system prompts' means; the line is the least-squares fit over all answers. Answers
@@ -43,6 +43,7 @@ def monitoring_scatter(monitoring: Monitoring, ax: Axes) -> Axes:
     Raises:
         RunError: no answer has a score.
     """
+    ax = style.axes_or_new(ax, height=5.0)
     style.require_columns(monitoring.table, ("level", "projection", "score"), "answers")
     rows = monitoring.table[monitoring.table["score"].notna()]
     style.require_rows(rows, "answers with a score")
@@ -133,7 +134,9 @@ def _add_numbers(ax: Axes, text: str, x: np.ndarray, y: np.ndarray) -> None:
     )  # fmt: skip
 
 
-def token_strip(readings: Sequence[MonitoredAnswer], ax: Axes, *, title: str, limit: float) -> Axes:
+def token_strip(
+    readings: Sequence[MonitoredAnswer], ax: Axes | None = None, *, title: str, limit: float
+) -> Axes:
     """A generated text, each token on a ground coloured by its projection (`Model.monitor`).
 
     Args:
@@ -142,6 +145,7 @@ def token_strip(readings: Sequence[MonitoredAnswer], ax: Axes, *, title: str, li
     Raises:
         RunError: no tokens, or no positive limit.
     """
+    ax = style.axes_or_new(ax, height=3.6)
     if not readings or not limit > 0:
         raise RunError(f"a strip needs tokens and a limit above 0; got {len(readings)} and {limit}")
     scale, size = Normalize(-limit, limit), _AXES_POINTS / _WIDTH_IN_CHARACTERS / _CHARACTER
@@ -213,7 +217,7 @@ def save_monitoring(monitoring: Monitoring, path: str | Path) -> Path:
 
 def screening_histogram(
     values: Sequence[float] | np.ndarray,
-    ax: Axes,
+    ax: Axes | None = None,
     *,
     threshold: float,
     by: str = "projection",
@@ -232,6 +236,7 @@ def screening_histogram(
     Raises:
         RunError: no sample has a value.
     """
+    ax = style.axes_or_new(ax, height=3.6)
     array = np.asarray(values, float)
     finite = np.isfinite(array)
     if not finite.any():

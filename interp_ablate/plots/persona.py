@@ -35,7 +35,7 @@ _VALUES: dict[Value, tuple[str, str, str]] = {
 
 def steering_by_layer(
     frame: pd.DataFrame,
-    ax: Axes,
+    ax: Axes | None = None,
     *,
     trait: str = "trait",
     unsteered: float | None = None,
@@ -50,6 +50,7 @@ def steering_by_layer(
     Raises:
         RunError: a missing column, or no row with a score.
     """
+    ax = style.axes_or_new(ax, height=3.6)
     style.require_columns(frame, _LAYER_COLUMNS, "layers")
     rows = frame[frame["score"].notna()]
     style.require_rows(rows, "layers with a score")
@@ -100,12 +101,13 @@ def _layer_line(
         )  # fmt: skip
 
 
-def readout_by_layer(frame: pd.DataFrame, ax: Axes, *, trait: str = "trait") -> Axes:
+def readout_by_layer(frame: pd.DataFrame, ax: Axes | None = None, *, trait: str = "trait") -> Axes:
     """Correlation of each layer's readout with the scores of answers to unseen questions; star: chosen.
 
     Raises:
         RunError: a missing column, or no row with a correlation.
     """
+    ax = style.axes_or_new(ax, height=3.6)
     style.require_columns(frame, _READOUT_COLUMNS, "readout")
     rows = frame[frame["r"].notna()].sort_values("layer")
     style.require_rows(rows, "layers with a correlation")
@@ -130,7 +132,11 @@ def readout_by_layer(frame: pd.DataFrame, ax: Axes, *, trait: str = "trait") -> 
 
 
 def steering_curve(
-    frame: pd.DataFrame, ax: Axes, *, value: Value = "score", chosen: float | None = None
+    frame: pd.DataFrame,
+    ax: Axes | None = None,
+    *,
+    value: Value = "score",
+    chosen: float | None = None,
 ) -> Axes:
     """Trait score (or coherence) against the coefficient, with random directions of the same norm in grey.
 
@@ -140,6 +146,7 @@ def steering_curve(
     Raises:
         RunError: a missing column, an unknown value, or no row of the persona with one.
     """
+    ax = style.axes_or_new(ax, height=3.6)
     if value not in get_args(Value):
         raise RunError(f"unknown value {value!r}: accepted are {', '.join(get_args(Value))}")
     style.require_columns(frame, _CURVE_COLUMNS, "curve")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -40,18 +40,26 @@ logger = logging.getLogger(__name__)
 GROUP = "interp_ablate.plots"
 
 
-def save_figures(folder: str | Path) -> list[Path]:
-    """Draw every figure that the run folder has data for, as PNG in `folder/figures`.
+def save_figures(
+    folder: str | Path, *, formats: Sequence[str] = ("png",), dpi: int | None = None
+) -> list[Path]:
+    """Draw every figure that the run folder has data for, in `folder/figures`.
 
     A figure without data yet is skipped and logged. Each file is written beside its place and
     renamed when whole.
 
+    Args:
+        formats: of png, svg and pdf; each figure is written in every one.
+        dpi: pixels an inch, of a PNG.
+
     Raises:
-        RunError: the folder is not there, cannot be written, or holds a corrupt file.
+        RunError: an unknown format; the folder is not there, cannot be written, or holds a corrupt file.
         DirectionError: corrupt directions.
         InterpAblateError: the package that registers a figure fails to load.
     """
     folder = Path(folder)
+    for form in formats:
+        style.check_format(form, dpi)
     if not folder.is_dir():
         raise RunError(
             f"no run folder at {folder}: make one with `interp-ablate run --out {folder}`"
@@ -66,7 +74,9 @@ def save_figures(folder: str | Path) -> list[Path]:
         if not figures:
             logger.info("skipped %s: no data yet in %s", name, folder)
         for file, figure in figures.items():
-            written.append(style.save_figure(figure, folder / "figures" / file))
+            for form in formats:
+                path = (folder / "figures" / file).with_suffix(f".{form}")
+                written.append(style.save_figure(figure, path, dpi=dpi))
     return written
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.colors import LinearSegmentedColormap
@@ -43,6 +44,7 @@ POINT_STYLE: dict[str, tuple[str, str]] = {
 }
 LINE_STYLES = ("-", "--", ":", "-.")
 _DPI, _WIDTH = 150, 7.8
+FORMATS = ("png", "svg", "pdf")
 
 
 def drawable(text: str) -> str:
@@ -186,16 +188,40 @@ def new_figure(*, height: float, width: float = _WIDTH) -> Figure:
     return figure
 
 
-def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write a figure as PNG, whole or not at all.
+def check_format(form: str, dpi: int | None) -> None:
+    """Refuse what `save_figure` cannot write.
 
     Raises:
-        RunError: a place that cannot be written.
+        RunError: a format that is not one of FORMATS, or a dpi below 1.
+    """
+    if form not in FORMATS or (dpi is not None and dpi < 1):
+        raise RunError(
+            f"no figure of the format {form!r} with dpi {dpi}: formats are {', '.join(FORMATS)}, a dpi is at "
+            "least 1"
+        )
+
+
+def save_figure(figure: Figure, path: str | Path, *, dpi: int | None = None) -> Path:
+    """Write a figure as its name's end says (png, svg, pdf), whole or not at all.
+
+    `dpi`: pixels an inch, of pictures in a PNG; default: the figure's own.
+
+    Raises:
+        RunError: another end, dpi below 1, a place that cannot be written.
     """
     path = Path(path)
+    form = path.suffix.removeprefix(".").lower()
+    check_format(form, dpi)
+    # without the hour, so that the same figure is the same file
+    unstamped = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
     try:
-        with atomic_path(path) as temporary:
-            figure.savefig(temporary, format="png")
+        with (
+            atomic_path(path) as temporary,
+            matplotlib.rc_context({"svg.hashsalt": "interp_ablate"}),
+        ):
+            figure.savefig(
+                temporary, format=form, dpi=dpi or "figure", metadata=unstamped.get(form)
+            )
     except OSError as error:
         raise RunError(
             f"cannot write {path}: {error}. Free space or choose another folder"

@@ -44,7 +44,7 @@ _SMALLEST_KL = 1e-8
 _KL_LABEL = "KL to the unedited model, first token, negative prompts (nats, log scale)"
 
 
-def sweep_heatmap(trials: pd.DataFrame, ax: Axes, *, value: Value) -> Axes:
+def sweep_heatmap(trials: pd.DataFrame, ax: Axes | None = None, *, value: Value) -> Axes:
     """One score of the screening trials by layer and site kind; hatched = failed or never tried.
 
     Light is better in all three. The ring marks the strongest site for the behaviour; KL, whose
@@ -53,6 +53,7 @@ def sweep_heatmap(trials: pd.DataFrame, ax: Axes, *, value: Value) -> Axes:
     Raises:
         RunError: a missing column, an unknown value, or no screening trial.
     """
+    ax = style.axes_or_new(ax, height=5.0)
     if value not in _HEAT:
         raise RunError(f"unknown value {value!r}: accepted are {', '.join(_HEAT)}")
     style.require_columns(trials, TRIAL_COLUMNS, "trials")
@@ -84,7 +85,7 @@ def sweep_heatmap(trials: pd.DataFrame, ax: Axes, *, value: Value) -> Axes:
 
 def pareto(
     trials: pd.DataFrame,
-    ax: Axes,
+    ax: Axes | None = None,
     *,
     selected: Mapping[str, Any] | None = None,
     max_kl: float | None = None,
@@ -100,6 +101,7 @@ def pareto(
     Raises:
         RunError: a missing column, no finished trial, or a chosen trial without numbers.
     """
+    ax = style.axes_or_new(ax, height=5.4)
     style.require_columns(trials, TRIAL_COLUMNS, "trials")
     rows = trials[style.finished_trials(trials, ("target_log_odds", "kl"))]
     style.require_rows(rows, "finished trials with both target log-odds and a KL")
@@ -141,7 +143,7 @@ def pareto(
 
 def search_front(
     trials: pd.DataFrame,
-    ax: Axes,
+    ax: Axes | None = None,
     *,
     repetition: float | None = None,
     selected: Mapping[str, Any] | None = None,
@@ -157,6 +159,7 @@ def search_front(
     Raises:
         RunError: a missing column, no finished trial, or a chosen trial without numbers.
     """
+    ax = style.axes_or_new(ax, height=5.4)
     style.require_columns(
         trials, ("edit", "expression_rate", "kl", "positive_repetition"), "the search's trials"
     )

@@ -1,4 +1,5 @@
 from .bench import ValidationBench as ValidationBench
+from .by_layer import layer_sweep as layer_sweep
 from .derived_edits import control_plan as control_plan
 from .derived_edits import scaled_to_kl as scaled_to_kl
 from .edit_space import EditSpace as EditSpace

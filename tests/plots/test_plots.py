@@ -678,3 +678,49 @@ def test_a_plot_without_axes_makes_its_own() -> None:
     ax = token_heatmap(make_tokens())
     assert pyplot.fignum_exists(ax.get_figure().number)
     pyplot.close("all")
+
+
+def test_every_public_plot_can_do_without_axes():
+    import inspect
+
+    import interp_ablate.plots as door
+
+    plots = {
+        name: parameters
+        for name in door.__all__
+        if callable(getattr(door, name))
+        and "ax" in (parameters := inspect.signature(getattr(door, name)).parameters)
+    }
+    assert len(plots) >= 20
+    assert [name for name, each in plots.items() if each["ax"].default is not None] == []
+
+
+def test_a_figure_is_written_as_its_name_ends(tmp_path):
+    begins = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}
+    for form, start in begins.items():
+        files = []
+        for name in ("a", "b"):
+            figure = Figure()
+            token_heatmap(make_tokens(8, 2), figure.add_subplot())
+            files.append(style.save_figure(figure, tmp_path / f"{name}.{form}").read_bytes())
+        assert files[0].startswith(start) and files[0] == files[1], form
+    assert b"<svg" in (tmp_path / "a.svg").read_bytes()
+    sizes = []
+    for dpi in (20, 40):
+        path = style.save_figure(Figure(figsize=(2, 1)), tmp_path / "d.png", dpi=dpi)
+        sizes.append(int.from_bytes(path.read_bytes()[16:20], "big"))
+    assert sizes == [40, 80]
+    with pytest.raises(RunError, match="png, svg, pdf"):
+        style.save_figure(Figure(), tmp_path / "c.bmp")
+    with pytest.raises(RunError, match="dpi"):
+        style.save_figure(Figure(), tmp_path / "c.png", dpi=0)
+    assert {path.stem for path in tmp_path.iterdir()} == {"a", "b", "d"}
+
+
+def test_a_run_folder_in_several_formats(tmp_path):
+    run = make_run(tmp_path / "run", 1)
+    with pytest.raises(RunError, match="jpg"):
+        save_figures(run, formats=("png", "jpg"))
+    assert not (run / "figures").exists()
+    written = save_figures(run, formats=("svg", "png"), dpi=20)
+    assert len(written) == 2 * len(ALL_FIGURES) and {p.suffix for p in written} == {".svg", ".png"}
