@@ -67,7 +67,8 @@ def layer_sweep(
 
     A row a layer, edit, place and score: the score's mean without the edit (`baseline`) and with it
     (`value`), the mean of the paired changes with its 95% interval (NaN where the prompts tell none), and the
-    least and largest mean change by directions whose labels were shuffled, of the same norm (a control).
+    least and largest mean change by directions of the same norm, estimated from these prompts with shuffled labels
+    (a control).
 
     Args:
         directions: the first direction of each layer at one point is taken (`one_per_layer`).
