@@ -642,7 +642,7 @@ def test_all_experts_and_shared_ones_are_adapted(model_type: str, tmp_path: Path
 
     Experts [expert, in, d_model] (gpt-oss, Llama 4) ended in an error of torch before.
     """
-    from support.families import build
+    from support.family_models import build
 
     model = from_hf(build(model_type), tiny.make_tokenizer())
     r = torch.randn(model.d_model, generator=torch.Generator().manual_seed(0))
@@ -670,7 +670,7 @@ def test_all_experts_and_shared_ones_are_adapted(model_type: str, tmp_path: Path
 
 
 def test_a_bias_of_no_linear_layer_is_refused(tmp_path: Path) -> None:
-    from support.families import build
+    from support.family_models import build
 
     model = from_hf(build("jetmoe"), tiny.make_tokenizer())
     r = torch.randn(model.d_model, generator=torch.Generator().manual_seed(0))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.families import build
+from support.family_models import build
 from support.tiny import make_tokenizer
 from transformers import AutoModelForCausalLM
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.families import build, left_along
+from support.family_models import build
+from support.hand_hooked import left_along
 from support.tiny import make_tokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

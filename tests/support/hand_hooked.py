@@ -219,6 +219,15 @@ def _pass(
             return passed(hf, row), mode.found
 
 
+def left_along(folder: Path, r: Tensor, rows: Sequence[Sequence[int]]) -> float:
+    """The largest share along r of what enters or leaves a block of an exported folder."""
+    export, unit = reloaded(folder), r.float() / r.float().norm()
+    with watching(blocks_of(export, rows[0])) as seen:
+        for row in rows:
+            passed(export, row)
+    return max(float(((x @ unit).abs() / x.norm(dim=-1)).max()) for x in seen)
+
+
 def check(source: Any, folder: Path, r: Tensor, rows: Sequence[Sequence[int]]) -> dict[str, float]:
     """An export beside the model that it was made of: what is left along r, and the logits.
 
@@ -229,18 +238,15 @@ def check(source: Any, folder: Path, r: Tensor, rows: Sequence[Sequence[int]]) -
     from the hand-hooked model), and `effect` (the largest difference of that model from the source).
     """
     export, unit = reloaded(folder), r.float() / r.float().norm()
-    blocks, own_blocks = blocks_of(source, rows[0]), blocks_of(export, rows[0])
-    found = {"left": 0.0, "logits": 0.0, "effect": 0.0}
+    blocks = blocks_of(source, rows[0])
+    found = {"left": left_along(folder, r, rows), "logits": 0.0, "effect": 0.0}
     for row in rows:
-        with watching(own_blocks) as seen:
-            got = passed(export, row)
-        shares = [float(((x @ unit).abs() / x.norm(dim=-1)).max()) for x in seen]
-        want, plain = hand_hooked(source, blocks, unit, row), passed(source, row)
+        got, plain = passed(export, row), passed(source, row)
+        want = hand_hooked(source, blocks, unit, row)
         said = plain.abs() < MASKED
         assert bool((got.abs() < MASKED).eq(said).all())
         plain, want, got = plain[said], want[said], got[said]
         spread = float(plain.std())
-        found["left"] = max(found["left"], *shares)
         found["logits"] = max(found["logits"], float((got - want).abs().max()) / spread)
         found["effect"] = max(found["effect"], float((plain - want).abs().max()) / spread)
     return found

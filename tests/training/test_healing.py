@@ -329,7 +329,7 @@ def test_projecting_is_the_edit_of_the_trained_original(tmp_path: Path) -> None:
 def test_experts_are_projected_too(kind: str) -> None:
     """In both orientations, and the shared ones: the edit of what the adapted original would be."""
     import peft
-    from support.families import build
+    from support.family_models import build
 
     from interp_ablate.models.load import from_hf
     from interp_ablate.training.lora_targets import adapted_layers, lora_config, lora_targets

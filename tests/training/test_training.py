@@ -120,7 +120,7 @@ MIXTURES = {
 def test_experts_are_adapted_and_merge(kind: str, where: Any, tmp_path: Path) -> None:
     """Attention alone was adapted before, and PEFT took a shared expert's projections for the experts'."""
     import peft
-    from support.families import build
+    from support.family_models import build
 
     base = TrainableModel(build(kind), make_tokenizer(), ModelSource("tiny", "object"))
     original = base.take()
