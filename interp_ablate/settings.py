@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from typing import Any
 
 MAX_NEW_TOKENS = 32  # of an answer, at most, where nobody asks for another number
+MAX_THOUGHT_TOKENS = 512  # of a thought before the answer, likewise
 SPLIT_SIZES = {"n_train": 64, "n_validation": 32, "n_test": 32}  # prompts a side of a split's parts
 MAX_KL = 0.1  # first-token KL budget of a plan, in nats
 # More rows a batch bring nothing: forward passes are bound by arithmetic, and wide batches pad more;

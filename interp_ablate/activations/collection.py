@@ -164,7 +164,14 @@ def _request(
     names = _check_positions(model, positions, rows)
     lengths = [len(row) for row in rows]
     if RESPONSE_MEAN in names:
-        rows = _with_responses(model, flat, rows, responses)
+        leads, ends = _responses(model, flat, rows, responses)
+        if any(leads) and len(names) > 1:
+            raise InterpAblateError(
+                "response_mean is read after a thought here, and other positions at the prompt's end: collect "
+                "them apart, or close the thought (ChatFormat)"
+            )
+        lengths = [len(row) + len(lead) for row, lead in zip(rows, leads)]
+        rows = [[*row, *lead, *end] for row, lead, end in zip(rows, leads, ends)]
     return _Request(rows, lengths, chosen, names), labels
 
 
@@ -205,14 +212,17 @@ def _check_positions(
     return tuple(names)
 
 
-def _with_responses(
+def _responses(
     model: Model,
     prompts: PromptLike | Sequence[PromptLike],
     rows: list[list[int]],
     responses: Sequence[str] | None,
-) -> list[list[int]]:
+) -> tuple[list[list[int]], list[list[int]]]:
+    """What is between each prompt and its response (a thought), and the response."""
+    leads = [model.thinking.closing(row) for row in rows]
     if responses is None:
-        ends = [list(g.tokens) for g in model.generate(prompts, max_new_tokens=MAX_NEW_TOKENS)]
+        written = model.generate(prompts, max_new_tokens=MAX_NEW_TOKENS)
+        leads, ends = [list(g.lead) for g in written], [list(g.tokens) for g in written]
     else:
         if len(responses) != len(rows):
             raise InterpAblateError(f"{len(responses)} responses for {len(rows)} prompts")
@@ -225,7 +235,7 @@ def _with_responses(
         raise InterpAblateError(
             f"response_mean needs responses, but those of prompts {empty[:5]} are empty"
         )
-    return [row + end for row, end in zip(rows, ends)]
+    return leads, ends
 
 
 def _reader(positions: tuple[str, ...]) -> Callable[[Tensor, Batch], Tensor]:

@@ -33,13 +33,16 @@ from interp_ablate.sites import SiteLike, as_sites
 
 
 class TokenizedAnswer(Protocol):
-    """The parts of an answer that pooling reads: its prompt, and its tokens without the end token."""
+    """The parts of an answer that pooling reads: its prompt, its tokens without the end token, and those between."""
 
     @property
     def prompt(self) -> Prompt: ...
 
     @property
     def tokens(self) -> tuple[int, ...]: ...
+
+    @property
+    def lead(self) -> tuple[int, ...]: ...
 
 
 Pooling = Literal["response_mean", "prompt_last", "prompt_mean"]
@@ -63,7 +66,8 @@ def pooled(
 ) -> Moments:
     """Moments over answers of the activations at the sites, pooled in each of the three ways.
 
-    The answer's own tokens follow the rendered prompt's; nothing is tokenized again. Shape of the mean:
+    The answer's own tokens follow the rendered prompt's and its thought's, which is in no mean; nothing is
+    tokenized again. Shape of the mean:
     [pooling, site, d_model], in the order of `POOLINGS`; float64.
 
     Raises:
@@ -112,11 +116,14 @@ def _blocks(
         raise InterpAblateError(f"{len(answers)} answers, one of them empty: nothing to pool over")
     places = as_sites(sites)
     prompts = model.encode_all([answer.prompt for answer in answers])
-    rows = [row + list(answer.tokens) for row, answer in zip(prompts, answers)]
+    rows = [[*row, *answer.lead, *answer.tokens] for row, answer in zip(prompts, answers)]
+    if whole and any(answer.lead for answer in answers):
+        lengths = torch.tensor([len(row) for row in prompts])
+        pool = _with_thoughts(lengths)
     stream = model.stream(
         rows,
         keep=0,
-        prompt_lengths=[len(row) for row in prompts],
+        prompt_lengths=[len(row) - len(answer.tokens) for row, answer in zip(rows, answers)],
         capture=dict.fromkeys(places, pool),
         batch_size=batch_size,
         tail=max(map(len, rows)) if whole else max(len(answer.tokens) for answer in answers),
@@ -129,18 +136,28 @@ def _blocks(
             on_batch(len(batch.index))
 
 
+def _with_thoughts(of_prompts: Tensor) -> Callable[[Tensor, Batch], Tensor]:
+    """`_pool` where prompts of these lengths are followed by thoughts."""
+
+    def pool(x: Tensor, batch: Batch) -> Tensor:
+        return _pool(x, batch, of_prompts[list(batch.index)].to(x.device))
+
+    return pool
+
+
 def _pool(
-    x: Float[Tensor, "batch pos d_model"], batch: Batch
+    x: Float[Tensor, "batch pos d_model"], batch: Batch, of_prompts: Tensor | None = None
 ) -> Float[Tensor, "batch pooling d_model"]:
     """Means over the response, at the prompt's last token, and over the prompt. Rows end at the last column."""
     width = x.shape[1]
     column = torch.arange(width, device=x.device)[None]
     start = width - batch.row_lengths[:, None]
     border = start + batch.prompt_lengths[:, None]  # the first column of the response
+    end = border if of_prompts is None else start + of_prompts[:, None]
     masks = (
         column >= border,
-        column == border - 1,
-        (column >= start) & (column < border),
+        column == end - 1,
+        (column >= start) & (column < end),
     )
     return torch.stack([masked_mean(x, mask) for mask in masks], 1)
 
@@ -233,6 +250,7 @@ def _rows(
     rows, lengths, indices = [], [], []
     for index, exchange in enumerate(exchanges):
         prompt = model.encode(exchange.prompt)
+        prompt += model.thinking.closing(prompt)  # the answer is read after an empty thought
         answer = list(model.tokenizer(exchange.answer, add_special_tokens=False)["input_ids"])
         room = model.tl.cfg.n_ctx - len(prompt)
         answer = answer[: max(0, room if response_tokens is None else min(room, response_tokens))]

@@ -51,13 +51,18 @@ def run(args: Namespace) -> int:
         with model.applied(plan):
             conditions["edited"] = model.generate(prompts, max_new_tokens=limit)
     for i, prompt in enumerate(prompts):
-        texts = {name: generations[i].text for name, generations in conditions.items()}
+        written = {name: generations[i] for name, generations in conditions.items()}
         if settings.json:
-            print(json_text({"prompt": prompt.text, **texts}, ensure_ascii=False))
+            texts = {name: each.answer for name, each in written.items()}
+            thoughts = {f"{name}_thought": g.thought for name, g in written.items() if g.thought}
+            print(json_text({"prompt": prompt.text, **texts, **thoughts}, ensure_ascii=False))
             continue
         print(f"> {prompt.text}")
-        for name, text in texts.items():
-            print(f"[{name}] {text}\n")
+        for name, each in written.items():
+            if each.thought:
+                print(f"[{name}, thought] {each.thought}\n")
+            answer = "(none: the thought did not end)" if each.answer is None else each.answer
+            print(f"[{name}] {answer}\n")
     return 0
 
 

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from interp_ablate.prompts.messages import Message, split_thought
+from interp_ablate.prompts.messages import Message
 from interp_ablate.prompts.prompt import Prompt, is_blank
+from interp_ablate.prompts.thoughts import split_thought
 from interp_ablate.scoring.exchange import PromptResponse
 from interp_ablate.storage.json_rows import RowFileError
 from interp_ablate.storage.row_files import as_json

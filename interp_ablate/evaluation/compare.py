@@ -39,9 +39,9 @@ from interp_ablate.evaluation.results import (
     paired_row,
 )
 from interp_ablate.models.float32 import in_float32
-from interp_ablate.models.generation import Generation
 from interp_ablate.models.model import Model
 from interp_ablate.models.rendering import rendering
+from interp_ablate.models.thinking import Generation
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring.exchange import TextScorer
 from interp_ablate.stats.intervals import AT_LEAST_0, Estimate, mean_estimate
@@ -282,10 +282,13 @@ class _Evaluator:
 
         def measure() -> list[Any]:
             outputs.first_logprobs  # noqa: B018  (what is generated from NaN looks like text)
-            return [[list(g.tokens), g.text, g.finished] for g in outputs.generations]
+            return [asdict(generation) for generation in outputs.generations]
 
         answers = self.parts.of(f"answers to {name}, {side.which}", measure)
-        outputs.generations = [Generation(tuple(t), text, done) for t, text, done in answers]
+        outputs.generations = [
+            Generation(**{**each, "tokens": tuple(each["tokens"]), "lead": tuple(each["lead"])})
+            for each in answers
+        ]
         return outputs
 
     def _scores(
@@ -336,6 +339,7 @@ _DIVERGENCES = {"KL, first token": "kl_first_token", "KL a token over answers": 
 _ANSWER_METRICS: tuple[tuple[str, str, Unit], ...] = (
     ("repeated 3-grams", "repetition", "share"),
     ("length of the answer", "length", "tokens"),
+    ("thoughts without an answer", "no_answer", "share"),
 )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from interp_ablate.errors import InterpAblateError
 from interp_ablate.evaluation.outputs import ModelOutputs
+from interp_ablate.models.thinking import has_thought
 from interp_ablate.precision import to_float64
 from interp_ablate.scoring.expressions import ExpressionScorer
 
@@ -31,7 +32,7 @@ def answer_metrics(
     """Measure a model's answers to prompts: a list of values for every metric, one a prompt.
 
     `repetition` is the share of repeated 3-grams, `length` the number of tokens, `empty` 1 for an answer
-    without a word. With a baseline come `kl_first_token` and `kl_continuation` (`divergences`). Each of
+    without a word, `no_answer` 1 for a thought that never ended. With a baseline come `kl_first_token` and `kl_continuation` (`divergences`). Each of
     `scorers` adds its values under its name.
     """
     answers = outputs.generations
@@ -39,6 +40,7 @@ def answer_metrics(
         "repetition": [repetition(answer.tokens) for answer in answers],
         "length": [float(len(answer.tokens)) for answer in answers],
         "empty": [float(not answer.text.strip()) for answer in answers],
+        "no_answer": [float(answer.answer is None) for answer in answers],
     }
     for name, scorer in scorers.items():
         scores = scorer(outputs, outputs if baseline is None else baseline)
@@ -50,16 +52,18 @@ def divergences(outputs: ModelOutputs, baseline: ModelOutputs) -> dict[str, list
     """KL divergences from the baseline in nats, one a prompt: at the first token, and along answers.
 
     `kl_continuation` is the mean over the tokens of the baseline's own answer; it is None where that
-    answer is empty, because there is no token at which the two could differ.
+    answer is empty, because there is no token at which the two could differ. Where the baseline thinks, both
+    are read after its own thoughts, and the first token is the answer's.
     """
-    first = first_token_kl(outputs, baseline)
-    along = continuation_scores(outputs, baseline)["kl_continuation"].tolist()
-    return {
-        "kl_first_token": first.tolist(),
-        "kl_continuation": [
-            kl if answer.tokens else None for kl, answer in zip(along, baseline.generations)
-        ],
+    scores = continuation_scores(outputs, baseline)
+    answers = baseline.generations
+    along = {
+        name: [kl if answer.tokens else None for kl, answer in zip(scores[name].tolist(), answers)]
+        for name in ("kl_first_token", "kl_continuation")
     }
+    if not any(map(has_thought, answers)):
+        along["kl_first_token"] = first_token_kl(outputs, baseline).tolist()
+    return along
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ class TargetLogOdds:
         return (inside - outside).cpu()
 
     def __call__(self, outputs: ModelOutputs, baseline: ModelOutputs) -> Float[Tensor, " prompt"]:
+        outputs.require_answer_next()
         return self.of_logprobs(outputs.first_logprobs)
 
 
@@ -118,7 +123,8 @@ class UneditedAnswerLogProb:
         self, outputs: ModelOutputs, baseline: ModelOutputs
     ) -> list[Float[Tensor, "pos d_vocab"]]:
         """Log-probabilities at the first tokens of every unedited answer; row 0 is the first token's."""
-        return outputs.continuation_logprobs(self._answers(baseline), batch_size=32)
+        leads = [generation.lead for generation in baseline.generations]
+        return outputs.continuation_logprobs(self._answers(baseline), leads=leads, batch_size=32)
 
     def of_logprobs(
         self, logprobs: Sequence[Float[Tensor, "pos d_vocab"]], baseline: ModelOutputs
@@ -176,19 +182,25 @@ def kl_divergence(
 
 
 def first_token_kl(outputs: ModelOutputs, baseline: ModelOutputs) -> Float[Tensor, " prompt"]:
-    """KL of the baseline's first-token distribution from the outputs', in nats."""
+    """KL of the baseline's first-token distribution from the outputs', in nats.
+
+    Raises:
+        InterpAblateError: see `ModelOutputs.require_answer_next`.
+    """
+    outputs.require_answer_next()
     return kl_divergence(baseline.first_logprobs, outputs.first_logprobs).cpu()
 
 
 def continuation_scores(
     outputs: ModelOutputs, baseline: ModelOutputs
 ) -> dict[str, Float[Tensor, " prompt"]]:
-    """Mean KL a token, and perplexity before and after, over the baseline's own answers, in one pass.
+    """KL at the first token and mean KL a token, perplexity before and after, over the baseline's own answers.
 
-    Teacher-forced; an empty answer has KL 0 and perplexity 1.
+    One pass, teacher-forced, after the baseline's own thoughts; an empty answer has KL 0 and perplexity 1.
     """
     n = len(outputs.rows)
     scores = {
+        "kl_first_token": torch.zeros(n, dtype=torch.float64),
         "kl_continuation": torch.zeros(n, dtype=torch.float64),
         "perplexity_before": torch.ones(n, dtype=torch.float64),
         "perplexity_after": torch.ones(n, dtype=torch.float64),
@@ -199,11 +211,12 @@ def continuation_scores(
         part = [i for i in range(start, min(start + 8, n)) if answers[i]]
         if not part:
             continue
-        ends = [answers[i] for i in part]
+        ends, leads = [answers[i] for i in part], [baseline.generations[i].lead for i in part]
         before = baseline.answer_logprobs(part)
-        after = outputs.subset(part).continuation_logprobs(ends)
+        after = outputs.subset(part).continuation_logprobs(ends, leads=leads)
         for i, end, reference, other in zip(part, ends, before, after):
-            scores["kl_continuation"][i] = kl_divergence(reference, other).mean()
+            kl = kl_divergence(reference, other)
+            scores["kl_first_token"][i], scores["kl_continuation"][i] = kl[0], kl.mean()
             scores["perplexity_before"][i] = (-chosen_logprobs(reference, end).mean()).exp()
             scores["perplexity_after"][i] = (-chosen_logprobs(other, end).mean()).exp()
     return scores

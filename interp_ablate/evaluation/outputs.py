@@ -18,9 +18,9 @@ from torch import Tensor
 from interp_ablate.display import html_table, shortened
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import InterpAblateError
-from interp_ablate.models.generation import Generation
 from interp_ablate.models.model import Model
 from interp_ablate.models.residual_cache import ResidualCache
+from interp_ablate.models.thinking import Generation
 from interp_ablate.prompts.messages import is_chat
 from interp_ablate.prompts.prompt import Prompt, PromptLike, as_prompt, as_prompts, text_of_prompt
 from interp_ablate.scoring.exchange import PromptResponse
@@ -147,7 +147,7 @@ class ModelOutputs:
 
     @property
     def first_logprobs(self) -> Float[Tensor, "prompt d_vocab"]:
-        """Log-probabilities of the first token of the answer, float32.
+        """Log-probabilities of the first token after the prompt, float32; see `require_answer_next`.
 
         Raises:
             InterpAblateError: NaN or infinity among the logits.
@@ -161,6 +161,18 @@ class ModelOutputs:
             logprobs = logits[:, -1].float().log_softmax(-1)
             self._first_logprobs = _finite(logprobs, "first-token logits")
         return self._first_logprobs
+
+    def require_answer_next(self) -> None:
+        """Refuse first-token scores where what follows a prompt is no answer.
+
+        Raises:
+            InterpAblateError: the chat format opens a thought; with the options that close it.
+        """
+        model = getattr(self, "model", None)  # none: see `without_model`
+        if model is not None and any(map(model.thinking.is_opened, self.rows)):
+            raise InterpAblateError(
+                model.thinking.no_answer_next("the chat format opens a thought")
+            )
 
     @property
     def generations(self) -> list[Generation]:
@@ -203,18 +215,26 @@ class ModelOutputs:
         return [generation.text for generation in self.generations]
 
     def continuation_logprobs(
-        self, continuations: Sequence[Sequence[int]], *, batch_size: int = 8
+        self,
+        continuations: Sequence[Sequence[int]],
+        *,
+        leads: Sequence[Sequence[int]] | None = None,
+        batch_size: int = 8,
     ) -> list[Float[Tensor, "pos d_vocab"]]:
         """Log-probabilities at every token of given continuations (teacher-forced), a tensor a prompt.
 
         Args:
             continuations: token ids, one sequence a prompt.
+            leads: tokens between each prompt and its continuation, such as a thought.
 
         Raises:
             InterpAblateError: NaN or infinity among the logits.
         """
         # the last token is not fed: what follows it is not asked for
-        rows = [row + list(end)[:-1] for row, end in zip(self.rows, continuations)]
+        before = leads or [()] * len(self.rows)
+        rows = [
+            [*row, *lead, *end[:-1]] for row, lead, end in zip(self.rows, before, continuations)
+        ]
         logprobs: list[Tensor] = [torch.empty(0)] * len(rows)
         with self._under_plan():
             for batch, logits, _ in self.model.stream(
@@ -235,8 +255,10 @@ class ModelOutputs:
         """Log-probabilities along its own answers to some of the prompts, by their indices."""
         if self._answer_logprobs is not None:
             return [self._answer_logprobs[i] for i in index]
-        part = self.subset(index)
-        return part.continuation_logprobs([list(self.generations[i].tokens) for i in index])
+        answers = [self.generations[i] for i in index]
+        return self.subset(index).continuation_logprobs(
+            [answer.tokens for answer in answers], leads=[answer.lead for answer in answers]
+        )
 
     def without_model(self) -> ModelOutputs:
         """The same outputs, all computed now and kept on the CPU: to compare others with when this model is gone."""

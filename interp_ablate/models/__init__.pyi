@@ -4,7 +4,7 @@ from .architectures import architecture_of as architecture_of
 from .backends.hooked_to_hf import hooked_to_hf as hooked_to_hf
 from .conversation import Conversation as Conversation
 from .float32 import in_float32 as in_float32
-from .generation import Generation as Generation
 from .load import from_hf as from_hf
 from .load import load_model as load_model
 from .model import Model as Model
+from .thinking import Generation as Generation

@@ -14,38 +14,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from interp_ablate.directions.direction import Direction
-from interp_ablate.display import html_table, shortened
 from interp_ablate.errors import ModelError
 from interp_ablate.models.backends.backend import ForwardCall
 from interp_ablate.models.batches import Batch, SharedPrefix, batches, call_of, in_parts
 from interp_ablate.models.forward import ForwardPasses
+from interp_ablate.models.thinking import Budget
 from interp_ablate.settings import DECODED_ROWS
 from interp_ablate.sites import Site
 
 Choose = Callable[[Float[Tensor, "batch d_vocab"]], Int[Tensor, " batch"]]
-
-
-@dataclass(frozen=True)
-class Generation:
-    """The answer of a model to one prompt."""
-
-    tokens: tuple[int, ...]
-    """The answer's tokens, without the end-of-sequence token."""
-    text: str
-    finished: bool
-    """True where the answer ended by itself, False where the limit of new tokens cut it."""
-
-    def __repr__(self) -> str:
-        end = "finished" if self.finished else "cut"
-        return f"Generation({shortened(self.text, 80)!r}, {len(self.tokens)} tokens, {end})"
-
-    def _repr_html_(self) -> str:
-        row = (
-            self.text,
-            len(self.tokens),
-            "by itself" if self.finished else "at the limit of tokens",
-        )
-        return html_table(("answer", "tokens", "ended"), [row])
 
 
 @dataclass(frozen=True)
@@ -98,20 +75,21 @@ def generate_tokens(
     passes: ForwardPasses,
     rows: Sequence[Sequence[int]],
     decoding: Decoding,
+    budget: Budget,
     *,
     batch_size: int | None = None,
 ) -> list[tuple[list[int], bool]]:
     """For every row the tokens that follow it, and True if they ended with a stop token (left out)."""
     choose, in_force = decoding.chooser(passes.device), passes.plans.in_force
     lengths, plan_of_row = [len(row) for row in rows], passes.plans.plan_of_rows(len(rows))
-    width = max(lengths) + decoding.max_new_tokens
+    width = max(lengths) + budget.most
     cached = passes.checks.cache_is_exact(width)
     n_shared = passes.shared_length(rows, lengths, width, keep=1) if cached else 0
     prefix = passes.share(rows[0][:n_shared], min(lengths), plan_of_row, in_force)
 
     def run(batch: Batch) -> dict[int, tuple[list[int], bool]]:
         call = call_of(passes.backend, batch, prefix, plan_of_row, cached=cached)
-        return _decode(passes, call, batch.index, decoding, choose)
+        return _decode(passes, call, batch.index, decoding, budget, choose)
 
     size = batch_size or passes.rows_that_fit(width, 1, 0, DECODED_ROWS)
     answers: dict[int, tuple[list[int], bool]] = {}
@@ -125,12 +103,13 @@ def _decode(
     call: ForwardCall,
     index: tuple[int, ...],
     decoding: Decoding,
+    budget: Budget,
     choose: Choose,
 ) -> dict[int, tuple[list[int], bool]]:
     """Decode one batch; rows that ended leave it."""
     answers: dict[int, tuple[list[int], bool]] = {i: ([], False) for i in index}
     active, in_force = list(index), passes.plans.in_force
-    for n in range(decoding.max_new_tokens):
+    for n in range(budget.most):
         logits = passes.run(call, 1, in_force)
         assert logits is not None
         tokens = choose(logits[:, -1])
@@ -140,8 +119,9 @@ def _decode(
                 answers[i] = (answers[i][0], True)
             else:
                 answers[i][0].append(token)
-                going.append(place)
-        if not going or n + 1 == decoding.max_new_tokens:
+                if not budget.is_spent(i, answers[i][0]):
+                    going.append(place)
+        if not going or n + 1 == budget.most:
             break
         if len(going) < len(active):
             rows = torch.tensor(going, device=passes.device)

@@ -8,13 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from interp_ablate.prompts.chat_format import ChatFormat, parse_args, unescaped
-from interp_ablate.settings import setting
+from interp_ablate.prompts.chat_format import ChatFormat, ReadPart, parse_args, unescaped
+from interp_ablate.settings import MAX_THOUGHT_TOKENS, setting
 
 BackendName = Literal["bridge", "hooked", "hf"]
 BackendChoice = Literal["auto", "bridge", "hooked", "hf"]
 # Settings that a chat format is made of.
-CHAT_SETTINGS = ("template", "template_args", "response_prefix")
+CHAT_SETTINGS = (
+    *("template", "template_args", "response_prefix"),
+    *("thought_tags", "max_thought_tokens", "read"),
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,15 @@ class HFLoadingOptions:
     response_prefix: str = setting(
         "", "text that every answer starts with, after the prompt (\\n for a line break)"
     )
+    thought_tags: tuple[str, ...] = setting(
+        (), "what stands around a thought, such as <think>,</think> (default: the template's own)"
+    )
+    max_thought_tokens: int = setting(
+        MAX_THOUGHT_TOKENS, "tokens of a thought, at most, beside those of the answer"
+    )
+    read: ReadPart = setting(
+        "answer", "part of what a thinking model writes that is read", choices=get_args(ReadPart)
+    )
     trust_remote_code: bool = setting(False, "run Python code that a model folder brings")
 
     def __post_init__(self) -> None:
@@ -48,8 +60,14 @@ class HFLoadingOptions:
         Raises:
             PromptError: a variable that cannot be read.
         """
-        prefix = unescaped(self.response_prefix)
-        return ChatFormat(self.template, parse_args(self.template_args), prefix)
+        return ChatFormat(
+            self.template,
+            parse_args(self.template_args),
+            unescaped(self.response_prefix),
+            tuple(self.thought_tags) or None,  # type: ignore[arg-type]
+            self.max_thought_tokens,
+            self.read,
+        )
 
     @property
     def loading(self) -> dict[str, Any]:

@@ -29,7 +29,6 @@ from interp_ablate.models.fingerprint import ModelFingerprint, rendered
 from interp_ablate.models.forward import Capture, ForwardPasses
 from interp_ablate.models.generation import (
     Decoding,
-    Generation,
     MonitoredToken,
     generate_tokens,
     monitored_tokens,
@@ -38,6 +37,7 @@ from interp_ablate.models.loading import BackendName
 from interp_ablate.models.residual_cache import ResidualCache, ResidualCaching
 from interp_ablate.models.site_tree import site_tree
 from interp_ablate.models.sources import ModelSource
+from interp_ablate.models.thinking import Generation, Thinking
 from interp_ablate.prompts.chat_format import TemplateLike, as_chat_format
 from interp_ablate.prompts.chat_template import check_format, encode
 from interp_ablate.prompts.messages import is_chat
@@ -210,6 +210,11 @@ class Model:
         """
         changeable = self._fingerprint.weights_version, self.plans.foreign_hooks
         return self.plans.in_force, changeable
+
+    @cached_property
+    def thinking(self) -> Thinking:
+        """How thoughts are told from answers after this model's prompts."""
+        return Thinking(self.tokenizer, self.chat_format)
 
     @cached_property
     def eos_token_ids(self) -> frozenset[int]:
@@ -387,6 +392,8 @@ class Model:
     ) -> list[Generation]:
         """Continue every prompt with a KV cache: greedy at temperature 0, else sampled with the seed.
 
+        A thought before the answer is told apart from it, and has its own limit (`ChatFormat.max_thought_tokens`).
+
         `batch_size`: as for `stream`. What is sampled depends on it; greedy text does not.
 
         Raises:
@@ -394,10 +401,12 @@ class Model:
         """
         decoding = Decoding(max_new_tokens, temperature, seed, self.eos_token_ids)
         rows = self.encode_all(prompts)
-        self._check_fits(max(map(len, rows)) + max_new_tokens - 1)
-        answers = generate_tokens(self._passes, rows, decoding, batch_size=batch_size)
+        opened = [self.thinking.is_opened(row) for row in rows]
+        budget = self.thinking.budget(opened, max_new_tokens)
+        self._check_fits(max(map(len, rows)) + budget.most - 1)
+        written = generate_tokens(self._passes, rows, decoding, budget, batch_size=batch_size)
         return [
-            Generation(tuple(tokens), self.decode(tokens), finished) for tokens, finished in answers
+            self.thinking.generation(*each, opened=inside) for each, inside in zip(written, opened)
         ]
 
     def monitor(

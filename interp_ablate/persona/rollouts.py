@@ -65,6 +65,10 @@ class Rollout:
     """Without the end token."""
     text: str
     finished: bool
+    thought: str = ""
+    """What was thought before the answer."""
+    lead: tuple[int, ...] = ()
+    """The tokens between prompt and answer: the thought with its tags."""
     score: float | None = None
     """0 to 100; None where there is no verdict, as for every empty answer."""
     coherence: float | None = None
@@ -101,7 +105,10 @@ def take_line(
         return None
     number = int(line["answer"])
     prompt, tokens = Prompt(line["question"], line["system"]), tuple(line["tokens"])
-    written[number] = Rollout(line["key"], prompt, tokens, line["text"], line["finished"])
+    written[number] = Rollout(
+        line["key"], prompt, tokens, line["text"], line["finished"],
+        line.get("thought", ""), tuple(line.get("lead", ())),
+    )  # fmt: skip
     return number
 
 
@@ -296,12 +303,13 @@ class _Store:
             if number in self.written:  # the batch was interrupted between its lines
                 continue
             key, prompt = self.requests[number].key, self.requests[number].prompt
-            answer = Rollout(key, prompt, new.tokens, new.text, new.finished)
+            answer = Rollout(key, prompt, new.tokens, new.text, new.finished, new.thought, new.lead)
+            thought = {"thought": answer.thought, "lead": list(answer.lead)} if answer.lead else {}
             self.log.append(
                 {
                     "answer": number, "key": key, "system": prompt.system,
                     "question": prompt.text, "text": answer.text, "tokens": list(answer.tokens),
-                    "finished": answer.finished,
+                    "finished": answer.finished, **thought,
                 }
             )  # fmt: skip
             self.written[number] = answer
@@ -383,8 +391,9 @@ def fluency(model: Model, answers: Sequence[Rollout]) -> list[float]:
     for start in range(0, len(with_tokens), _READ_AT_A_TIME):
         part = with_tokens[start : start + _READ_AT_A_TIME]
         outputs = ModelOutputs(model, [answers[i].prompt for i in part])
-        ends = [answers[i].tokens for i in part]
-        for i, end, logprobs in zip(part, ends, outputs.continuation_logprobs(ends)):
+        ends, leads = [answers[i].tokens for i in part], [answers[i].lead for i in part]
+        along = outputs.continuation_logprobs(ends, leads=leads)
+        for i, end, logprobs in zip(part, ends, along):
             surprise = -float(chosen_logprobs(logprobs, end).mean())
             likely = (math.log(BROKEN) - surprise) / (math.log(BROKEN) - math.log(FLUENT))
             coherences[i] = 100 * (1 - repetition(end)) * min(1.0, max(0.0, likely))

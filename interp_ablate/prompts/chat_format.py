@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 from interp_ablate.errors import PromptError
+from interp_ablate.prompts.thoughts import Tags
+from interp_ablate.settings import MAX_THOUGHT_TOKENS
 from interp_ablate.storage.incoming_files import parse_json
 
+ReadPart = Literal["answer", "thought"]
 _PYTHONS = {"true": True, "false": False, "none": None, "null": None}
 _OURS = (
     *("messages", "add_generation_prompt", "continue_final_message"),
@@ -35,14 +38,31 @@ class ChatFormat:
     """Variables of the template, such as {"enable_thinking": False}."""
     response_prefix: str = ""
     """Text after the rendered prompt, with which every answer begins; it is a part of the prompt."""
+    thought_tags: Tags | None = None
+    """What stands before and after a thought; None: the template's own."""
+    max_thought_tokens: int = MAX_THOUGHT_TOKENS
+    """Tokens of a thought, at most, beside those of the answer."""
+    read: ReadPart = "answer"
+    """The part of what the model writes that is scored, averaged and compared."""
 
     def __post_init__(self) -> None:
         check_args(self.template_args)
+        tags = self.thought_tags
+        if tags is not None and (len(tags) != 2 or not all(tags)):
+            raise PromptError(
+                f"two tags stand around a thought, such as <think>,</think>; got {tags}"
+            )
+        if self.max_thought_tokens < 1 or self.read not in get_args(ReadPart):
+            raise PromptError(
+                f"a thought has at least 1 token, and what is read is {' or '.join(get_args(ReadPart))}; got "
+                f"{self.max_thought_tokens} and {self.read!r}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The settings that are not the usual ones, as JSON."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {k: dict(v) if k == "template_args" else v for k, v in values.items() if v}
+        usual = {f.name: f.default for f in fields(self)} | {"template_args": {}}
+        values = {name: getattr(self, name) for name in usual}
+        return {name: value for name, value in values.items() if value != usual[name]}
 
 
 TemplateLike = ChatFormat | str | None

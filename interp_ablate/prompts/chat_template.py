@@ -15,9 +15,10 @@ from typing import Any
 
 from interp_ablate.errors import PromptError
 from interp_ablate.prompts.chat_format import TemplateLike, as_chat_format
-from interp_ablate.prompts.messages import split_thought
+from interp_ablate.prompts.messages import THOUGHT_KEYS
 from interp_ablate.prompts.prompt import Prompt, quote
 from interp_ablate.prompts.template_process import RENDERER, TemplateFailed
+from interp_ablate.prompts.thoughts import split_thought
 from interp_ablate.settings import suggestion
 
 # Anything with `chat_template`, `apply_chat_template` and `__call__(text, add_special_tokens=)`.
@@ -250,6 +251,31 @@ def encode(
     while bos is not None and ids[:2] == [bos, bos]:
         ids = ids[1:]
     return ids
+
+
+_MARK, _THOUGHT = "interp ablate", "some reasons"
+
+
+def probed(tokenizer: Tokenizer, template: TemplateLike, answer: Mapping[str, str] | None) -> str:
+    """A short chat through the template, with this answer or open for one; "" where there is none."""
+    turns: list[dict[str, str]] = [{"role": "user", "content": "Hi"}]
+    if answer is not None:
+        turns.append({"role": "assistant", **answer})
+    if not has_template(tokenizer, template):
+        return ""
+    try:
+        return render_messages(turns, tokenizer, template=template, open_ended=answer is None)
+    except PromptError:
+        return ""  # a template for prompts alone
+
+
+def thought_form(tokenizer: Tokenizer, template: TemplateLike) -> tuple[str, str] | None:
+    """What a template writes before and after a thought in front of an answer; None where it writes none."""
+    written = dict.fromkeys(THOUGHT_KEYS, _THOUGHT)
+    text = probed(tokenizer, template, {"content": _MARK, **written})
+    before = probed(tokenizer, template, None)
+    start, thought, end = text.removeprefix(before).partition(_MARK)[0].partition(_THOUGHT)
+    return (start, end) if thought and text.startswith(before) else None
 
 
 # Different in length, first and last characters, so that only the template is common to all.

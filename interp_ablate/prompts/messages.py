@@ -1,4 +1,4 @@
-"""Messages of a chat: roles by their many names, text out of content parts, thoughts apart from answers.
+"""Messages of a chat: roles by their many names, text out of content parts.
 
 Knows: one message. Does not know: files, conversations, or chat templates.
 """
@@ -57,23 +57,6 @@ class Message:
 
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 KEPT_KEYS = (*THOUGHT_KEYS, "tool_calls", "tool_call_id", "name")
-_TAGS = ("<think>", "</think>"), ("<thinking>", "</thinking>"), ("[THINK]", "[/THINK]")
-
-
-def split_thought(text: str) -> tuple[str, str]:
-    """The thought in front of an answer, and the answer.
-
-    A thought stands between the tags of thinking models (`<think>`, `</think>`). The first tag may be in
-    the prompt: then everything before the second is the thought. A thought that never ends has no answer.
-    """
-    for start, end in _TAGS:
-        head, closed, tail = text.partition(end)
-        opened = head.lstrip().startswith(start)
-        if closed and (opened or start not in head):
-            return head.strip().removeprefix(start).strip(), tail.lstrip()
-        if opened and not closed:
-            return head.strip().removeprefix(start).strip(), ""
-    return "", text
 
 
 def is_message(entry: Any) -> bool:

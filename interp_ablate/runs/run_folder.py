@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 STAGES = ("collect", "directions", "sweep", "evaluate", "export", "plot", "report")
 # 3: `made_of`, the identity of a run by contents; the sizes of its split as they are.
 FORMAT = "interp_ablate.run/3"
+_TRIED = 4  # prompts a side on which a model shows whether it thinks first
 # What to say where a part of what a run was made of is another one now.
 _OTHER = {
     "interp-ablate": "by another version of this package: use that one",
@@ -233,7 +234,31 @@ class Run:
         c.layer_range(model.n_layers)
         check_output_path(self.out / "export", overwrite=True, source=model.source.path)
         self._check_model(model)
+        self._check_answers_next(model)
         return model
+
+    def _check_answers_next(self, model: Model) -> None:
+        """Refuse before any work a model whose first new token is one of a thought.
+
+        Raises:
+            RunError: the options with which it is the answer's.
+        """
+        from interp_ablate.models.thinking import has_thought
+
+        thinking = model.thinking
+        if not thinking.thinks or "evaluate" in self.state["stages"]:
+            return
+        part = self.split.train
+        prompts = [*part.positive[:_TRIED], *part.negative[:_TRIED]]
+        if thinking.opens:
+            raise RunError(
+                thinking.no_answer_next(f"the chat format of {model.source.name} opens a thought")
+            )
+        for generation in model.generate(prompts, max_new_tokens=1):
+            if has_thought(generation):
+                raise RunError(
+                    thinking.no_answer_next(f"{model.source.name} writes a thought first")
+                )
 
     def check_export(self) -> None:
         """Refuse before any work what the export at the end would refuse; the files first, then the model.

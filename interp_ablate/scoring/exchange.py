@@ -13,8 +13,8 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 from urllib.parse import parse_qsl
 
 from interp_ablate.errors import RunError
-from interp_ablate.prompts.messages import split_thought
 from interp_ablate.prompts.prompt import Prompt
+from interp_ablate.prompts.thoughts import split_thought
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from interp_ablate.errors import RunError
-from interp_ablate.prompts.messages import split_thought
+from interp_ablate.prompts.thoughts import split_thought
 from interp_ablate.storage.jsonl_log import JsonlLog
 
 

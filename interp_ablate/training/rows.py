@@ -12,7 +12,13 @@ from typing import Any
 
 from interp_ablate.errors import PromptError
 from interp_ablate.prompts.chat_format import TemplateLike, as_chat_format
-from interp_ablate.prompts.chat_template import encode, has_template, render_messages
+from interp_ablate.prompts.chat_template import (
+    encode,
+    has_template,
+    probed,
+    render_messages,
+    thought_form,
+)
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.training.recipe import LoraRecipe
 
@@ -80,7 +86,9 @@ class RowTokenizer:
         Raises:
             PromptError: there is no such token.
         """
-        ids = self._plain_ids(self._probed({"content": _MARK}).rpartition(_MARK)[2].rstrip())
+        ids = self._plain_ids(
+            probed(self.tokenizer, self.template, {"content": _MARK}).rpartition(_MARK)[2].rstrip()
+        )
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
         for place, token in enumerate(ids):
             if token in special:
@@ -95,26 +103,8 @@ class RowTokenizer:
     @cached_property
     def thought_form(self) -> tuple[str, str]:
         """What stands before and after a thought, in front of an answer."""
-        text = self._probed({"content": _MARK, "reasoning_content": _THOUGHT})
-        before = self._probed(None)
-        start, written, end = text.removeprefix(before).partition(_MARK)[0].partition(_THOUGHT)
-        if written and text.startswith(before):
-            return start, end
-        return "<think>\n", "\n</think>\n\n"
-
-    def _probed(self, answer: Mapping[str, str] | None) -> str:
-        """A short chat through the template, with this answer or open for one; "" where there is none."""
-        turns = [{"role": "user", "content": "Hi"}]
-        if answer is not None:
-            turns.append({"role": "assistant", **answer})
-        if not has_template(self.tokenizer, self.template):
-            return ""
-        try:
-            return render_messages(
-                turns, self.tokenizer, template=self.template, open_ended=answer is None
-            )
-        except PromptError:
-            return ""  # a template for prompts alone
+        form = thought_form(self.tokenizer, self.template)
+        return form or ("<think>\n", "\n</think>\n\n")
 
     def _before(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[int]]:
         """The prompt as text ("" without a template) and as token ids."""
@@ -128,7 +118,7 @@ class RowTokenizer:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-_MARK, _THOUGHT = "interp ablate", "some reasons"
+_MARK = "interp ablate"
 _OPENED = "<think>"
 
 

@@ -13,7 +13,7 @@ from interp_ablate import Ablate, Add, Direction, Plan, Site, compare
 from interp_ablate.display import marked_differences
 from interp_ablate.errors import RunError
 from interp_ablate.evaluation.side_by_side import Comparison
-from interp_ablate.models.generation import Generation
+from interp_ablate.models.thinking import Generation
 from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.scoring.registry import make_scorer
 

@@ -14,8 +14,8 @@ from interp_ablate import Ablate, Direction, Model, Plan, Site, everywhere
 from interp_ablate.edits.kinds import Erase
 from interp_ablate.errors import InterpAblateError, ModelError, PlanError
 from interp_ablate.evaluation.outputs import ModelOutputs
-from interp_ablate.models.generation import Generation
 from interp_ablate.models.load import from_hf
+from interp_ablate.models.thinking import Generation
 from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.search.gradient_fit import (
     N_KEPT,

@@ -1013,7 +1013,7 @@ def test_text_scores_are_of_both_sides_answers() -> None:
 
 
 def test_repetition_counts_loops_on_either_side() -> None:
-    from interp_ablate.models.generation import Generation
+    from interp_ablate.models.thinking import Generation
 
     bench = bench_of()
     loop, plain = (Generation(tokens, "", False) for tokens in ((5,) * 10, tuple(range(10))))
@@ -1027,7 +1027,7 @@ def test_repetition_counts_loops_on_either_side() -> None:
 
 
 def test_of_few_prompts_those_that_express_it_are_there() -> None:
-    from interp_ablate.models.generation import Generation
+    from interp_ablate.models.thinking import Generation
 
     bench = bench_of()
     texts = ("123", "a", "456", "", "b")  # SOME_WORDS is found in the second and the last

@@ -12,8 +12,8 @@ from typing import Any
 
 from interp_ablate.datasets.chat_reader import read_preferences
 from interp_ablate.errors import RunError
-from interp_ablate.models.generation import Generation
 from interp_ablate.models.model import Model
+from interp_ablate.models.thinking import Generation
 from interp_ablate.prompts.messages import Message
 from interp_ablate.prompts.prompt import Prompt, normalised
 from interp_ablate.training.recipe import AnswerConfig
@@ -95,7 +95,8 @@ def make_pairs(
     """Prefer the original's answers to the edited model's; also count the answers that were of no use.
 
     Answers are sampled: samples of the original are what its KL is about, greedy answers are not. Two equal
-    answers teach nothing and are left out, and so are blank ones.
+    answers teach nothing and are left out, and so are blank ones. Thoughts stay before their answers; one that
+    never ended has no answer.
 
     Raises:
         RunError: no pair is left.
@@ -112,15 +113,19 @@ def make_pairs(
         )
 
     sides = [base.measured(answers) for base in (original, edited)]
-    counts = {"answers": len(repeated), "same": 0, "blank": 0, "used": 0}
+    counts = {"answers": len(repeated), "same": 0, "blank": 0, "no_answer": 0, "used": 0}
     pairs = []
     for prompt, chosen, rejected in zip(repeated, *sides, strict=True):
-        if not chosen.text.strip() or not rejected.text.strip():
+        if chosen.answer is None or rejected.answer is None:
+            counts["no_answer"] += 1
+        elif not chosen.answer.strip() or not rejected.answer.strip():
             counts["blank"] += 1
-        elif chosen.text == rejected.text:
+        elif chosen.answer == rejected.answer:
             counts["same"] += 1
         else:
-            responses = (Response(g.text, g.finished) for g in (chosen, rejected))
+            responses = (
+                Response(g.answer or "", g.finished, g.thought) for g in (chosen, rejected)
+            )
             pairs.append(PreferencePair(tuple(prompt.messages), *responses))
     counts["used"] = len(pairs)
     if not pairs:

@@ -121,7 +121,10 @@ def samples_of_rollouts(path: str | Path) -> tuple[list[SampledChats], dict[str,
         raise RunError(f"{path} holds no answer that shows the trait: {counts}")
     samples = [
         SampledChats(
-            ({"role": "user", "content": answer.prompt.text},), answer.text, answer.finished
+            ({"role": "user", "content": answer.prompt.text},),
+            answer.text,
+            answer.finished,
+            answer.thought,
         )
         for answer in filtered.positive
     ]

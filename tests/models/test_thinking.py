@@ -1,0 +1,242 @@
+"""Thoughts and answers: a model that writes a known text, its parts, its budgets, and what is refused."""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from interp_ablate.activations.collection import collect
+from interp_ablate.activations.pooling import pooled
+from interp_ablate.errors import InterpAblateError
+from interp_ablate.evaluation.metrics import (
+    TargetLogOdds,
+    answer_metrics,
+    chosen_logprobs,
+    divergences,
+    first_token_kl,
+)
+from interp_ablate.evaluation.outputs import ModelOutputs
+from interp_ablate.models.load import from_hf
+from interp_ablate.models.model import Model
+from interp_ablate.models.thinking import Generation, Thinking
+from interp_ablate.persona.rollouts import Rollout
+from interp_ablate.prompts.chat_format import ChatFormat
+from interp_ablate.prompts.prompt import Prompt
+from interp_ablate.prompts.thoughts import KNOWN_TAGS, split_thought, thought_places
+
+PLAIN = (
+    "{% for m in messages %}{{ '<s>' + m['role'] + ':' + m['content'] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant:' }}{% endif %}"
+)
+OPENS = PLAIN.replace("assistant:' }}{% endif", "assistant:<think>' }}{% endif")
+SWITCH = PLAIN.replace(
+    "assistant:' }}{% endif",
+    "assistant:' }}{% if enable_thinking is defined and not enable_thinking %}{{ '<think></think>' }}"
+    "{% endif %}{% endif",
+)
+NONE = PLAIN + "{# nothing of thoughts #}"
+
+
+@cache
+def tokenizer_of(template: str, special: bool) -> Any:
+    tokens = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    inner = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    tokenizer.add_tokens(["<think>", "</think>"], special_tokens=special)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def chain(
+    written: list[str], template: str = PLAIN, *, special: bool = False, **options: Any
+) -> Model:
+    """A model that writes these tokens one after another: each decides the next, the blocks add nothing."""
+    tokenizer = tokenizer_of(template, special)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=8, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=256, tie_word_embeddings=False,
+        eos_token_id=2, bos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    hf = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for layer in hf.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        embed = torch.nn.functional.normalize(torch.randn(len(tokenizer), 256), dim=1)
+        hf.model.embed_tokens.weight.copy_(embed)
+        hf.lm_head.weight.zero_()
+        ids = tokenizer.convert_tokens_to_ids([*written, "</s>"])
+        for before, after in pairwise(ids):
+            hf.lm_head.weight[after] += embed[before]
+    return from_hf(hf, tokenizer, template=ChatFormat(**options))
+
+
+# what ends the prompt is the first link of each chain: ":" of "assistant:", or the opened thought
+THINKS = [":", "<think>", *"bcd", "</think>", *"xyz"]
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_a_thought_is_no_part_of_the_answer(special: bool) -> None:
+    model = chain(THINKS, SWITCH, special=special)
+    (one,) = model.generate(["q"])
+    ids = model.tokenizer.convert_tokens_to_ids
+    assert (one.text, one.answer, one.thought, one.finished) == ("xyz", "xyz", "bcd", True)
+    assert one.tokens == tuple(ids([*"xyz"]))
+    assert one.lead == tuple(ids(["<think>", *"bcd", "</think>"]))
+    read = chain(THINKS, SWITCH, special=special, read="thought").generate(["q"])[0]
+    assert (read.text, read.answer, read.thought) == ("bcd", "xyz", "bcd")
+    assert read.tokens == tuple(ids([*"bcd"])) and read.lead == tuple(ids(["<think>"]))
+
+
+def test_budgets_count_apart() -> None:
+    def parts(**limits: int) -> tuple[str, str | None, bool]:
+        model = chain(THINKS, SWITCH, max_thought_tokens=limits.get("thought", 9))
+        (one,) = model.generate(["q"], max_new_tokens=limits.get("new", 9))
+        return one.thought, one.answer, one.finished
+
+    assert parts() == ("bcd", "xyz", True)
+    assert parts(new=2) == ("bcd", "xy", False)
+    assert parts(new=3) == ("bcd", "xyz", False)
+    assert parts(thought=5, new=1) == ("bcd", "x", False)
+    assert parts(thought=3) == ("bc", None, False)  # cut: there is no answer
+    # a model whose template says nothing of thoughts has one budget
+    (one,) = chain(THINKS, NONE).generate(["q"], max_new_tokens=6)
+    assert (one.thought, one.answer) == ("bcd", "x")
+    (none,) = chain([":", *"xyz"], SWITCH).generate(["q"], max_new_tokens=2)
+    assert none == Generation(tuple(none.tokens), "xy", False, "", (), "xy")
+
+
+def test_a_prompt_that_opens_a_thought() -> None:
+    model = chain(["<think>", *"bcd", "</think>", *"xyz"], OPENS)
+    assert model.thinking.opens
+    assert [(g.thought, g.answer) for g in model.generate(["q", "longer"])] == [("bcd", "xyz")] * 2
+    never = chain(["<think>", *"bcd"], OPENS)
+    (cut,) = never.generate(["q"])
+    assert (cut.thought, cut.answer, cut.text, cut.tokens) == ("bcd", None, "", ())
+    closed = chain(["<think>", *"bcd", "</think>", *"xyz"], OPENS, response_prefix="</think>")
+    assert not closed.thinking.thinks
+    (one,) = closed.generate(["q"])
+    assert (one.thought, one.answer, one.lead) == ("", "xyz", ())
+    # the user's words open nothing
+    plain = chain([":", *"xyz"], SWITCH)
+    assert [g.answer for g in plain.generate(["what is <think>"])] == ["xyz"]
+    own = Prompt("q", response_prefix="<think>")
+    assert chain(THINKS[1:], SWITCH).generate([own])[0].thought == "bcd"
+
+
+def test_given_tags() -> None:
+    model = chain([":", "(", *"bc", ")", *"xyz"], NONE, thought_tags=("(", ")"))
+    (one,) = model.generate(["q"], max_new_tokens=3)
+    assert (one.thought, one.answer) == ("bc", "xyz")
+
+
+@pytest.mark.parametrize(("template", "way"), [(OPENS, "response-prefix"), (SWITCH, "enable_thinking=false")])  # fmt: skip
+def test_first_token_scores_are_the_answers(template: str, way: str) -> None:
+    written = THINKS[1:] if template == OPENS else THINKS
+    model = chain(written, template)
+    message = model.thinking.no_answer_next("x")
+    assert way in message
+    if template == OPENS:
+        outputs = ModelOutputs(model, ["q"])
+        for score in (
+            lambda: TargetLogOdds((5,))(outputs, outputs),
+            lambda: first_token_kl(outputs, outputs),
+        ):
+            with pytest.raises(InterpAblateError, match="--response-prefix"):
+                score()
+    off = chain([*written, "</s>"], template, template_args={"enable_thinking": False}) if way.startswith("enable") else chain(written, template, response_prefix="</think>")  # fmt: skip
+    outputs = ModelOutputs(off, ["q"])
+    x = off.tokenizer.convert_tokens_to_ids("x")
+    assert int(outputs.first_logprobs.argmax()) == x
+    assert TargetLogOdds((x,))(outputs, outputs).shape == (1,)
+
+
+def test_divergences_are_read_after_the_thought() -> None:
+    one, other = (
+        ModelOutputs(chain(chosen, SWITCH), ["q"])
+        for chosen in (THINKS, [":", "<think>", *"bcd", "</think>", *"xwv"])
+    )
+    one.generations, other.generations  # noqa: B018
+    got = divergences(other, one)
+    row = [*one.rows[0], *one.generations[0].lead, *one.generations[0].tokens]
+    logprobs = []
+    for outputs in (one, other):
+        hf = (
+            outputs.model.tl.original_model
+            if outputs.model.backend == "bridge"
+            else outputs.model.tl
+        )
+        with torch.no_grad():
+            logits = hf(input_ids=torch.tensor([row])).logits[0, -4:-1]
+        logprobs.append(logits.double().log_softmax(-1))
+    kl = (logprobs[0].exp() * (logprobs[0] - logprobs[1])).sum(-1)
+    assert got["kl_first_token"][0] == pytest.approx(float(kl[0]), abs=1e-5)
+    assert got["kl_continuation"][0] == pytest.approx(float(kl.mean()), rel=1e-4)
+    assert float(kl.mean()) > 1e-3
+
+
+def test_a_cut_thought_is_counted_and_has_no_value() -> None:
+    outputs = ModelOutputs(chain(THINKS, SWITCH, max_thought_tokens=3), ["q", "r"])
+    values = answer_metrics(outputs, outputs)
+    assert values["no_answer"] == [1, 1] and values["length"] == [0, 0]
+    assert values["kl_continuation"] == values["kl_first_token"] == [None, None]
+
+
+def test_means_over_an_answer_leave_its_thought_out() -> None:
+    model = chain(THINKS, SWITCH)
+    (one,) = model.generate(["q"])
+    embed = model.hf_state_dict()["model.embed_tokens.weight"]
+    want = embed[list(one.tokens)].double().mean(0)
+    answer = Rollout({}, Prompt("q"), one.tokens, one.text, True, one.thought, one.lead)
+    moments = pooled(model, [answer], ["blocks.1.hook_resid_post"])
+    torch.testing.assert_close(moments.mean[0, 0], want, rtol=0, atol=1e-6)
+    last = embed[model.encode("q")[-1]].double()
+    torch.testing.assert_close(moments.mean[1, 0], last, rtol=0, atol=1e-6)
+    got = collect(model, ["q"], ["blocks.1.hook_resid_post"], ["response_mean"])
+    torch.testing.assert_close(got.values[0, 0, 0].double(), want, rtol=0, atol=1e-6)
+    with pytest.raises(InterpAblateError, match="collect them apart"):
+        collect(model, ["q"], ["blocks.1.hook_resid_post"], ["response_mean", "-1"])
+    opened = chain(THINKS[1:], OPENS)
+    row = opened.encode("q")
+    text = opened.tokenizer.decode([*row, *opened.thinking.closing(row)])
+    assert text.endswith("<think>\n</think>\n\n")
+
+
+@pytest.mark.parametrize("tags", KNOWN_TAGS)
+def test_every_known_pair_of_tags(tags: tuple[str, str]) -> None:
+    start, end = tags
+    assert split_thought(f"{start}why{end}\nyes") == ("why", "yes")
+    assert split_thought(f"why{end}\nyes") == ("why", "yes")
+    assert split_thought(f"{start}why") == ("why", "")
+    assert split_thought("yes") == ("", "yes")
+    assert split_thought("why", opened=True) == ("why", "")
+    assert thought_places("yes") is None
+
+
+def test_the_tags_of_a_template_that_nobody_knows() -> None:
+    template = (
+        "{% for m in messages %}{{ '<s>' + m['role'] + ':' }}{% if m.reasoning_content %}"
+        "{{ '{{' + m.reasoning_content + '}}' }}{% endif %}{{ m['content'] + '</s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<s>assistant:' }}{% endif %}"
+    )
+    assert Thinking(tokenizer_of(template, False), ChatFormat()).own_tags == (("{{", "}}"),)
+    assert (
+        Thinking(tokenizer_of(NONE.replace("thoughts", "it"), False), ChatFormat()).own_tags == ()
+    )
+
+
+def test_log_probabilities_along_an_answer_follow_its_thought() -> None:
+    outputs = ModelOutputs(chain(THINKS, SWITCH), ["q"])
+    along = chosen_logprobs(outputs.answer_logprobs([0])[0], outputs.generations[0].tokens)
+    assert bool((along > -10).all()) and len(along) == 3
