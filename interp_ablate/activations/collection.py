@@ -219,7 +219,7 @@ def _responses(
     responses: Sequence[str] | None,
 ) -> tuple[list[list[int]], list[list[int]]]:
     """What is between each prompt and its response (a thought), and the response."""
-    leads = [model.thinking.closing(row) for row in rows]
+    leads = [model.thinking.before(row) for row in rows] if responses is not None else []
     if responses is None:
         written = model.generate(prompts, max_new_tokens=MAX_NEW_TOKENS)
         leads, ends = [list(g.lead) for g in written], [list(g.tokens) for g in written]

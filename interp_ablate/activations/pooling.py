@@ -250,7 +250,7 @@ def _rows(
     rows, lengths, indices = [], [], []
     for index, exchange in enumerate(exchanges):
         prompt = model.encode(exchange.prompt)
-        prompt += model.thinking.closing(prompt)  # the answer is read after an empty thought
+        prompt += model.thinking.before(prompt)
         answer = list(model.tokenizer(exchange.answer, add_special_tokens=False)["input_ids"])
         room = model.tl.cfg.n_ctx - len(prompt)
         answer = answer[: max(0, room if response_tokens is None else min(room, response_tokens))]

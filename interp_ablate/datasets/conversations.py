@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from interp_ablate.prompts.chat_format import ReadPart
 from interp_ablate.prompts.messages import Message
 from interp_ablate.prompts.prompt import Prompt, is_blank
 from interp_ablate.prompts.thoughts import split_thought
@@ -75,7 +76,7 @@ class Turn:
     system: str | None
     """The system message that was the last before it."""
     answer: str
-    """Its words, without the thought in front of them."""
+    """Its words without the thought in front of them; or the thought, where that is read."""
 
     @property
     def is_asked(self) -> bool:
@@ -112,8 +113,12 @@ class Sample:
         """The text of the first system message."""
         return next((m.content for m in self.messages if m.role == "system"), None)
 
-    def turns(self, which: Turns = "any") -> tuple[Turn, ...]:
-        """The assistant's answers: all of them, the last or the first. A message of tool calls is none."""
+    def turns(self, which: Turns = "any", *, read: ReadPart = "answer") -> tuple[Turn, ...]:
+        """The assistant's answers: all of them, the last or the first. A message of tool calls is none.
+
+        Args:
+            read: "thought" gives the thought before each answer in the answer's place.
+        """
         turns: list[Turn] = []
         asked: list[str] = []
         system, before = None, ""
@@ -124,7 +129,9 @@ class Sample:
                 system = message.content
             elif message.role == "assistant" and (message.content or not message.calls_tools):
                 prompt = "\n\n".join(asked) if asked else None
-                turns.append(Turn(index, prompt, system, split_thought(message.content)[1]))
+                thought, answer = split_thought(message.content)
+                text = answer if read == "answer" else thought or message.thought
+                turns.append(Turn(index, prompt, system, text))
             before = before if message.role == "system" else message.role
         chosen = {"any": slice(None), "last": slice(-1, None), "first": slice(1)}[which]
         return tuple(turns[chosen])

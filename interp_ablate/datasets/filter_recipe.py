@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from interp_ablate.datasets.conversations import Sample, Turn, Turns
 from interp_ablate.datasets.filter_rules import DeclineRule, Rule, RuleValue
 from interp_ablate.errors import RunError
+from interp_ablate.prompts.chat_format import ReadPart
 from interp_ablate.settings import setting
 
 Action = Literal["drop", "keep"]
@@ -42,6 +43,9 @@ class FilterRecipe:
         "which answers of a conversation are looked at; a sample matches where one of them does",
         choices=get_args(Turns),
     )
+    read: ReadPart = setting(
+        "answer", "part of an answer that rules read", choices=get_args(ReadPart)
+    )
     action: Action = "drop"
     """Matching samples are dropped, or only they are kept."""
     scope: Scope = setting(
@@ -64,6 +68,7 @@ class FilterRecipe:
         for name, kind in (
             ("combine", Combine),
             ("turns", Turns),
+            ("read", ReadPart),
             ("action", Action),
             ("scope", Scope),
         ):
@@ -86,7 +91,7 @@ class FilterRecipe:
     def as_dict(self) -> dict[str, Any]:
         """Everything a decision depends on, as JSON."""
         rules = [{"name": r.name, **r.identity, **r.match} for r in self.rules]
-        choices = {n: getattr(self, n) for n in ("combine", "turns", "action", "scope")}
+        choices = {n: getattr(self, n) for n in ("combine", "turns", "read", "action", "scope")}
         return {"rules": rules, **choices, "no_verdict": self.without_verdict()}
 
 
@@ -124,7 +129,11 @@ def decide(samples: Sequence[Sample], recipe: FilterRecipe, ask: Ask = read_now)
 
     Cheap rules are asked first, and no rule is asked about an answer that is decided without it.
     """
-    turns = [(i, turn) for i, sample in enumerate(samples) for turn in sample.turns(recipe.turns)]
+    turns = [
+        (i, turn)
+        for i, sample in enumerate(samples)
+        for turn in sample.turns(recipe.turns, read=recipe.read)
+    ]
     hits: list[list[tuple[bool | None, RuleHit]]] = [[] for _ in turns]
     deciding = recipe.combine == "any"  # a rule that says so settles the answer
     settled = [False] * len(turns)

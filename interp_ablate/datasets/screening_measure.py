@@ -23,6 +23,7 @@ from interp_ablate.directions.direction import Direction
 from interp_ablate.errors import RunError
 from interp_ablate.models.model import Model
 from interp_ablate.models.rendering import rendering
+from interp_ablate.prompts.chat_format import ReadPart
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring.exchange import PromptResponse
 from interp_ablate.storage.jsonl_log import JsonlLog
@@ -48,13 +49,12 @@ def model_answers(
 ) -> list[str]:
     """The model's own greedy answer to every prompt; a prompt that is there twice is answered once.
 
-    A prompt that leaves no room for `max_new_tokens` in the context gets the empty answer.
+    A prompt that leaves no room for `max_new_tokens` (and a thought) in the context gets the empty answer.
     """
-    fits = [
-        prompt
-        for prompt in dict.fromkeys(prompts)
-        if len(model.encode(prompt)) + max_new_tokens <= model.tl.cfg.n_ctx
-    ]
+    encoded = {prompt: model.encode(prompt) for prompt in dict.fromkeys(prompts)}
+    opened = [model.thinking.is_opened(row) for row in encoded.values()]
+    most = model.thinking.budget(opened, max_new_tokens).most
+    fits = [prompt for prompt, row in encoded.items() if len(row) + most <= model.tl.cfg.n_ctx]
     if not fits:
         return [""] * len(prompts)
     made = model.generate(fits, max_new_tokens=max_new_tokens, batch_size=batch_size)
@@ -90,9 +90,9 @@ def summarise_file(data: str | Path, *, layout: str | None = None) -> FileSummar
     return FileSummary(samples, rounds, unanswered)
 
 
-def last_exchange(sample: Sample) -> PromptResponse | None:
+def last_exchange(sample: Sample, read: ReadPart = "answer") -> PromptResponse | None:
     """A sample's last answer with the user's message before it; None where one of them is missing or blank."""
-    turns = sample.turns("last")
+    turns = sample.turns("last", read=read)
     if not turns or not turns[0].answer.strip() or not turns[0].is_asked:
         return None
     return turns[0].exchange
@@ -176,7 +176,7 @@ def _measured(
     model: Model, direction: Direction, samples: Sequence[Sample], settings: ScreeningSettings
 ) -> dict[str, Any]:
     """One line of the store: numbers, projections, own projections (None where there is nothing)."""
-    every = [last_exchange(sample) for sample in samples]
+    every = [last_exchange(sample, model.chat_format.read) for sample in samples]
     exchanges = [exchange for exchange in every if exchange is not None]
     limits = {"response_tokens": settings.response_tokens, "batch_size": settings.batch_size}
     own: list[float | None] = [None] * len(exchanges)

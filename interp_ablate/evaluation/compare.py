@@ -260,6 +260,9 @@ class _Evaluator:
         metrics = [answer_metrics(outputs) for outputs in both]
         for measure, metric, unit in _ANSWER_METRICS:
             add(measure, unit, [values[metric] for values in metrics], self.same_tokens)
+        if any("no_answer" in values for values in metrics):
+            none = [values.get("no_answer", [0.0] * len(prompts)) for values in metrics]
+            add("thoughts without an answer", "share", none, True)
         for prompt, *pair in zip(prompts, before.texts, after.texts):
             asked = {"prompts": name, "system": prompt.system, "prompt": prompt.text}
             self.texts.append({**asked, "before": pair[0], "after": pair[1]})
@@ -339,7 +342,6 @@ _DIVERGENCES = {"KL, first token": "kl_first_token", "KL a token over answers": 
 _ANSWER_METRICS: tuple[tuple[str, str, Unit], ...] = (
     ("repeated 3-grams", "repetition", "share"),
     ("length of the answer", "length", "tokens"),
-    ("thoughts without an answer", "no_answer", "share"),
 )
 
 

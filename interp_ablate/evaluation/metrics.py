@@ -32,7 +32,7 @@ def answer_metrics(
     """Measure a model's answers to prompts: a list of values for every metric, one a prompt.
 
     `repetition` is the share of repeated 3-grams, `length` the number of tokens, `empty` 1 for an answer
-    without a word, `no_answer` 1 for a thought that never ended. With a baseline come `kl_first_token` and `kl_continuation` (`divergences`). Each of
+    without a word, `no_answer` (where there are thoughts) 1 for one that never ended. With a baseline come `kl_first_token` and `kl_continuation` (`divergences`). Each of
     `scorers` adds its values under its name.
     """
     answers = outputs.generations
@@ -40,8 +40,9 @@ def answer_metrics(
         "repetition": [repetition(answer.tokens) for answer in answers],
         "length": [float(len(answer.tokens)) for answer in answers],
         "empty": [float(not answer.text.strip()) for answer in answers],
-        "no_answer": [float(answer.answer is None) for answer in answers],
     }
+    if any(map(has_thought, answers)):
+        values["no_answer"] = [float(answer.answer is None) for answer in answers]
     for name, scorer in scorers.items():
         scores = scorer(outputs, outputs if baseline is None else baseline)
         values[name] = scores.tolist() if isinstance(scores, Tensor) else list(scores)

@@ -122,14 +122,20 @@ class Thinking:
         text = self._raw(row[-_END_WITHIN:]).rstrip()
         return any(text.endswith(start) for start, _ in self.tags)
 
-    def closing(self, row: Sequence[int]) -> list[int]:
-        """The tokens that end a thought at once, after a prompt that has opened one; else none."""
-        if not self.is_opened(row):
+    def before(self, row: Sequence[int]) -> list[int]:
+        """The tokens between a prompt and a text that is read after it, which a thought has no part in.
+
+        An answer comes after the end of a thought that the prompt has opened, a thought after its first tag.
+        """
+        opened, text = self.is_opened(row), self._raw(row[-_END_WITHIN:])
+        if opened == (self.chat_format.read == "thought"):
             return []
-        text = self._raw(row[-_END_WITHIN:])
-        end = next((end for start, end in self.tags if text.rfind(start) > text.rfind(end)), "")
-        closed = f"\n{end}\n\n".lstrip("\n" if text.endswith("\n") else "")
-        return list(self.tokenizer(closed, add_special_tokens=False)["input_ids"])
+        if opened:
+            end = next((end for start, end in self.tags if text.rfind(start) > text.rfind(end)), "")
+            between = f"\n{end}\n\n"
+        else:
+            between = f"{self.tags[0][0]}\n"
+        return list(self.tokenizer(between, add_special_tokens=False)["input_ids"])
 
     def generation(self, tokens: Sequence[int], finished: bool, *, opened: bool) -> Generation:
         """What was written after a prompt, in parts."""
@@ -244,8 +250,8 @@ def ways_to_answer_at_once(tokenizer: Any, chat_format: ChatFormat) -> str:
             except PromptError:
                 continue
     start, end = tags.tags[0]
-    prefix = end if end.startswith("<|channel|>") else f"{end}\\n\\n"
+    prefix = end if end.startswith("<|channel|>") else f"\\n{end}\\n\\n"
     if not tags.opens and prefix != end:
-        prefix = f"{start}\\n\\n{prefix}"
+        prefix = f"{start}\\n{prefix}"
     ways.append(f"--response-prefix '{prefix}' (an empty thought)")
     return ", or ".join(ways)

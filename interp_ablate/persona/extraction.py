@@ -86,6 +86,7 @@ def describe_counts(counts: dict[str, int]) -> str:
 
 _REASONS = {
     "empty": "empty",
+    "no_answer": "thoughts without an answer",
     "no_verdict": "without a verdict",
     "score": "on the wrong side of the threshold",
     "coherence": "incoherent",
@@ -131,7 +132,7 @@ def filter_rollouts(
 
 def _why_not(answer: Rollout, side: str, threshold: float, min_coherence: float) -> str | None:
     if not answer.text.strip() or not answer.tokens:
-        return "empty"
+        return "no_answer" if answer.thought else "empty"
     if answer.score is None or answer.coherence is None:
         return "no_verdict"
     if (answer.score >= threshold) != (side == "positive"):
@@ -144,6 +145,7 @@ def _too_few(side: str, counts: dict[str, int], min_answers: int, threshold: flo
     wanted = "at or above" if side == "positive" else "below"
     advice = {
         "empty": "the model says nothing: is it a chat model, and its chat template its own?",
+        "no_answer": "thoughts do not end: raise --max-thought-tokens, or close them (--template-arg)",
         "no_verdict": "the scorer gave no verdict: try another --scorer",
         "score": (
             f"few answers under the {side} system prompts score {wanted} {threshold:g}: read them in the "

@@ -116,6 +116,21 @@ def _tested(
     controls = _controls(run, plan, directions)
     test = measure_on_test(outputs, run.bench.expression, controls, run.step, seed=c.seed)
     test["how"] = _how(run)
+    cut = sum(
+        each.answer is None
+        for side in (
+            outputs.positive,
+            outputs.ablated_positive,
+            outputs.negative,
+            outputs.ablated_negative,
+        )
+        for each in side.generations
+    )
+    if cut:
+        run.note(
+            f"{cut} of the test split's answers are none: a thought began and did not end. They count as answers "
+            "without the behaviour"
+        )
     selected = {
         "plan": plan.to_dict(),
         "addition_plan": addition.to_dict(),

@@ -20,6 +20,7 @@ from interp_ablate.prompts.chat_template import (
     thought_form,
 )
 from interp_ablate.prompts.prompt import Prompt
+from interp_ablate.prompts.thoughts import KNOWN_TAGS, split_thought
 from interp_ablate.training.recipe import LoraRecipe
 
 
@@ -68,6 +69,11 @@ class RowTokenizer:
         room = self.max_length - len(before)
         if room < 1:
             return None
+        if (thought or split_thought(answer)[0]) and text.rstrip().endswith(_ENDS):
+            raise PromptError(
+                f"a sample has a thought ({(thought or answer)[:60]!r}), and the chat format ends thoughts before "
+                "the answer: train without the variable or response prefix that does"
+            )
         if thought:
             answer = thought.join(self.thought_form) + answer
         after = self._plain_ids(_after_opened_thought(text, answer))
@@ -119,14 +125,15 @@ class RowTokenizer:
 
 
 _MARK = "interp ablate"
-_OPENED = "<think>"
+_ENDS = tuple(end for _, end in KNOWN_TAGS)
 
 
 def _after_opened_thought(prompt: str, answer: str) -> str:
     """The answer after a prompt that has opened a thought already: the thought's rest, or its end first."""
-    if not prompt.rstrip().endswith(_OPENED):
-        return answer
-    thought = answer.lstrip()
-    if thought.startswith(_OPENED):
-        return thought.removeprefix(_OPENED).lstrip("\n")
-    return answer if "</think>" in answer else f"\n</think>\n\n{answer}"
+    for start, end in KNOWN_TAGS:
+        if prompt.rstrip().endswith(start):
+            thought = answer.lstrip()
+            if thought.startswith(start):
+                return thought.removeprefix(start).lstrip("\n")
+            return answer if end in answer else f"\n{end}\n\n{answer}"
+    return answer

@@ -355,6 +355,20 @@ def test_planted_declines_are_found_and_little_else(tmp_path: Path) -> None:
 # ---- files -----------------------------------------------------------------------------------------
 
 
+def test_a_thought_can_be_read_instead() -> None:
+    thought = "<think>I can't help with that.</think>\nSure: the shop."
+    messages = (Message("user", "hi"), Message("assistant", thought))
+    own = Message("assistant", "4", {"reasoning_content": "two and two"})
+    samples = [Sample(1, messages, {}, ""), Sample(2, (messages[0], own), {}, "")]
+    texts = [sample.turns(read="thought")[0].answer for sample in samples]
+    assert texts == ["I can't help with that.", "two and two"]
+    for read, outcomes in (("answer", ["kept", "kept"]), ("thought", ["dropped", "kept"])):
+        decisions = decide(samples, FilterRecipe(read=read))
+        assert [each.outcome for each in decisions] == outcomes
+    with pytest.raises(RunError, match="read is answer or thought"):
+        FilterRecipe(read="both")  # type: ignore[arg-type]
+
+
 def test_a_thought_is_not_judged(tmp_path: Path) -> None:
     """By no rule: a thought declines, repeats itself and is long where the answer is none of that."""
     thought = "<think>I can't help with that, or can I? As an AI I cannot order.</think>\\nSure: the shop."

@@ -209,7 +209,7 @@ def test_means_over_an_answer_leave_its_thought_out() -> None:
         collect(model, ["q"], ["blocks.1.hook_resid_post"], ["response_mean", "-1"])
     opened = chain(THINKS[1:], OPENS)
     row = opened.encode("q")
-    text = opened.tokenizer.decode([*row, *opened.thinking.closing(row)])
+    text = opened.tokenizer.decode([*row, *opened.thinking.before(row)])
     assert text.endswith("<think>\n</think>\n\n")
 
 

@@ -17,6 +17,7 @@ from tokenizers.processors import TemplateProcessing
 
 from interp_ablate.errors import ModelError, PromptError, RunError
 from interp_ablate.models.sources import ModelSource
+from interp_ablate.prompts.chat_format import ChatFormat
 from interp_ablate.prompts.chat_template import encode
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.training.lora_targets import (
@@ -241,6 +242,17 @@ def test_thoughts_are_trained_on_in_the_templates_form(
     tokenizer = make_tokenizer(template)
     row = RowTokenizer(tokenizer).row(USER, answer, thought=thought)
     assert row is not None and tokenizer.decode(row.answer) == f"{wanted}<|im_end|>"
+
+
+@pytest.mark.parametrize(("answer", "thought"), [("4", "two"), ("<think>two</think>4", "")])
+def test_a_thought_is_not_trained_on_behind_one_that_has_ended(answer: str, thought: str) -> None:
+    closed = ChatFormat(response_prefix="\n</think>\n\n")
+    rows = RowTokenizer(make_tokenizer(OPENS), closed)
+    with pytest.raises(PromptError, match="a sample has a thought"):
+        rows.row(USER, answer, thought=thought)
+    row = rows.row(USER, "4")
+    text = rows.tokenizer.decode([*row.prompt, *row.answer]) if row else ""
+    assert text.endswith("<think>\n\n</think>\n\n4<|im_end|>")
 
 
 def test_the_end_of_a_turn_is_in_the_loss_where_it_is_also_the_padding(tmp_path: Path) -> None:
