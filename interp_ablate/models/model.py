@@ -81,6 +81,7 @@ class Model:
         self.backend: BackendName = backend.name
         self.tokenizer, self.source, self.chat_format = tokenizer, source, as_chat_format(template)
         check_format(tokenizer, template)
+        self.thinking = Thinking(tokenizer, self.chat_format)
         self.hf_config, self.generation_config = backend.hf_config, backend.generation_config
         self.site_map = SiteMap(backend, source.name)
         self.plans = AppliedPlans(backend, self.site_map)
@@ -210,11 +211,6 @@ class Model:
         """
         changeable = self._fingerprint.weights_version, self.plans.foreign_hooks
         return self.plans.in_force, changeable
-
-    @cached_property
-    def thinking(self) -> Thinking:
-        """How thoughts are told from answers after this model's prompts."""
-        return Thinking(self.tokenizer, self.chat_format)
 
     @cached_property
     def eos_token_ids(self) -> frozenset[int]:

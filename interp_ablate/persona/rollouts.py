@@ -65,14 +65,14 @@ class Rollout:
     """Without the end token."""
     text: str
     finished: bool
-    thought: str = ""
-    """What was thought before the answer."""
-    lead: tuple[int, ...] = ()
-    """The tokens between prompt and answer: the thought with its tags."""
     score: float | None = None
     """0 to 100; None where there is no verdict, as for every empty answer."""
     coherence: float | None = None
     """0 to 100; None where there is no verdict, and 0 for an empty answer."""
+    thought: str = ""
+    """What was thought before the answer."""
+    lead: tuple[int, ...] = ()
+    """The tokens between prompt and answer: the thought with its tags."""
 
     @property
     def exchange(self) -> PromptResponse:
@@ -107,7 +107,7 @@ def take_line(
     prompt, tokens = Prompt(line["question"], line["system"]), tuple(line["tokens"])
     written[number] = Rollout(
         line["key"], prompt, tokens, line["text"], line["finished"],
-        line.get("thought", ""), tuple(line.get("lead", ())),
+        thought=line.get("thought", ""), lead=tuple(line.get("lead", ())),
     )  # fmt: skip
     return number
 
@@ -303,7 +303,9 @@ class _Store:
             if number in self.written:  # the batch was interrupted between its lines
                 continue
             key, prompt = self.requests[number].key, self.requests[number].prompt
-            answer = Rollout(key, prompt, new.tokens, new.text, new.finished, new.thought, new.lead)
+            answer = Rollout(
+                key, prompt, new.tokens, new.text, new.finished, thought=new.thought, lead=new.lead
+            )
             thought = {"thought": answer.thought, "lead": list(answer.lead)} if answer.lead else {}
             self.log.append(
                 {

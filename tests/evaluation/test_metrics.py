@@ -28,6 +28,7 @@ from interp_ablate.evaluation.metrics import (
     repetition,
 )
 from interp_ablate.evaluation.outputs import ModelOutputs, generate_outputs_together
+from interp_ablate.models.thinking import Generation
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.prompts.readers import bundled_names
 from interp_ablate.scoring.expression_lists import (
@@ -195,7 +196,7 @@ def test_log_odds_grow_with_the_targets_and_are_read_from_evidence() -> None:
     values = logprobs(0, 5, 30)
     found = [TargetLogOdds(tuple(range(k))).of_logprobs(values) for k in range(1, 30)]
     assert all((b > a).all() for a, b in pairwise(found))
-    evidence: Any = SimpleNamespace(first_logprobs=values)
+    evidence: Any = SimpleNamespace(first_logprobs=values, require_answer_next=lambda: None)
     assert torch.equal(TargetLogOdds((0,))(evidence, evidence), found[0])
 
 
@@ -259,7 +260,9 @@ def test_kl_keeps_what_float32_would_lose() -> None:
 
 
 def test_first_token_kl_is_of_the_unedited_model_from_the_edited() -> None:
-    edited: Any = SimpleNamespace(first_logprobs=logprobs(0, 3, 8))
+    edited: Any = SimpleNamespace(
+        first_logprobs=logprobs(0, 3, 8), require_answer_next=lambda: None
+    )
     unedited: Any = SimpleNamespace(first_logprobs=logprobs(1, 3, 8))
     expected = kl_divergence(unedited.first_logprobs, edited.first_logprobs)
     assert torch.equal(first_token_kl(edited, unedited), expected)
@@ -298,7 +301,7 @@ def test_repetition_of_a_tensor() -> None:
 def test_repetition_and_length_are_numbers_a_prompt() -> None:
     answers = [(), (1, 2), (4,) * 10]
     evidence: Any = SimpleNamespace(
-        generations=[SimpleNamespace(tokens=t, text="x" * len(t)) for t in answers]
+        generations=[Generation(tokens=t, text="x" * len(t), finished=True) for t in answers]
     )
     metrics = answer_metrics(evidence)
     assert metrics["repetition"] == pytest.approx([0, 0, 1 - 1 / 8])

@@ -198,7 +198,7 @@ def test_means_over_an_answer_leave_its_thought_out() -> None:
     (one,) = model.generate(["q"])
     embed = model.hf_state_dict()["model.embed_tokens.weight"]
     want = embed[list(one.tokens)].double().mean(0)
-    answer = Rollout({}, Prompt("q"), one.tokens, one.text, True, one.thought, one.lead)
+    answer = Rollout({}, Prompt("q"), one.tokens, one.text, True, lead=one.lead)
     moments = pooled(model, [answer], ["blocks.1.hook_resid_post"])
     torch.testing.assert_close(moments.mean[0, 0], want, rtol=0, atol=1e-6)
     last = embed[model.encode("q")[-1]].double()

@@ -329,7 +329,8 @@ def test_the_filter_keeps_what_shows_the_trait_and_tells_the_rest() -> None:
     assert [a.score for a in kept.positive] == [50.0, 100.0, 90.0]
     assert [a.score for a in kept.negative] == [49.9, 0.0]
     assert kept.counts["positive"] == {
-        "answers": 8, "kept": 3, "empty": 1, "no_verdict": 2, "score": 1, "coherence": 1,
+        "answers": 8, "kept": 3, "empty": 1, "no_answer": 0, "no_verdict": 2, "score": 1,
+        "coherence": 1,
     }  # fmt: skip
     assert kept.counts["negative"]["score"] == kept.counts["negative"]["coherence"] == 1
     assert describe_counts(kept.counts["negative"]) == (

@@ -213,7 +213,7 @@ def test_rollouts_that_show_the_trait_lose_their_system_prompt(tmp_path: Path) -
     ]
     assert found[0].messages == ({"role": "user", "content": "Q0?"},)
     assert counts == {
-        "positive": 5, "kept": 2, "empty": 1, "no_verdict": 0, "below": 1, "incoherent": 1,
+        "positive": 5, "kept": 2, "empty": 1, "no_answer": 0, "no_verdict": 0, "below": 1, "incoherent": 1,
     }  # fmt: skip
     strict, _ = samples_of_rollouts(rollouts(tmp_path / "r.jsonl", threshold=85.0))
     assert [s.answer for s in strict] == ["A0"]  # from the persona's own threshold

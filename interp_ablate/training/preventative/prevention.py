@@ -115,7 +115,8 @@ def samples_of_rollouts(path: str | Path) -> tuple[list[SampledChats], dict[str,
     totals = filtered.counts["positive"]
     counts = {
         "positive": totals["answers"], "kept": totals["kept"], "empty": totals["empty"],
-        "no_verdict": totals["no_verdict"], "below": totals["score"], "incoherent": totals["coherence"],
+        "no_answer": totals["no_answer"], "no_verdict": totals["no_verdict"],
+        "below": totals["score"], "incoherent": totals["coherence"],
     }  # fmt: skip
     if not filtered.positive:
         raise RunError(f"{path} holds no answer that shows the trait: {counts}")
