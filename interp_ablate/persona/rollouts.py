@@ -70,9 +70,8 @@ class Rollout:
     coherence: float | None = None
     """0 to 100; None where there is no verdict, and 0 for an empty answer."""
     thought: str = ""
-    """What was thought before the answer."""
     lead: tuple[int, ...] = ()
-    """The tokens between prompt and answer: the thought with its tags."""
+    """The tokens between prompt and answer: those of the thought, with its tags."""
 
     @property
     def exchange(self) -> PromptResponse:
@@ -306,12 +305,12 @@ class _Store:
             answer = Rollout(
                 key, prompt, new.tokens, new.text, new.finished, thought=new.thought, lead=new.lead
             )
-            thought = {"thought": answer.thought, "lead": list(answer.lead)} if answer.lead else {}
+            own = {"thought": answer.thought, "lead": list(answer.lead)} if answer.lead else {}
             self.log.append(
                 {
                     "answer": number, "key": key, "system": prompt.system,
                     "question": prompt.text, "text": answer.text, "tokens": list(answer.tokens),
-                    "finished": answer.finished, **thought,
+                    "finished": answer.finished, **own,
                 }
             )  # fmt: skip
             self.written[number] = answer
@@ -393,9 +392,8 @@ def fluency(model: Model, answers: Sequence[Rollout]) -> list[float]:
     for start in range(0, len(with_tokens), _READ_AT_A_TIME):
         part = with_tokens[start : start + _READ_AT_A_TIME]
         outputs = ModelOutputs(model, [answers[i].prompt for i in part])
-        ends, leads = [answers[i].tokens for i in part], [answers[i].lead for i in part]
-        along = outputs.continuation_logprobs(ends, leads=leads)
-        for i, end, logprobs in zip(part, ends, along):
+        ends, leads = zip(*((answers[i].tokens, answers[i].lead) for i in part))
+        for i, end, logprobs in zip(part, ends, outputs.continuation_logprobs(ends, leads=leads)):
             surprise = -float(chosen_logprobs(logprobs, end).mean())
             likely = (math.log(BROKEN) - surprise) / (math.log(BROKEN) - math.log(FLUENT))
             coherences[i] = 100 * (1 - repetition(end)) * min(1.0, max(0.0, likely))
