@@ -69,7 +69,7 @@ class WrittenParts:
         gain = self.site_map.post_norm_gain(self.site.projection)
         self._gain = torch.ones_like(self.r) if gain is None else gain
         self._through = self.r * self._gain
-        self._branches = self.site_map.branches(self.site)
+        self._modules = self.site_map.writing_modules(self.site)
 
     @property
     def module(self) -> Literal["attn", "mlp"]:
@@ -98,14 +98,14 @@ class WrittenParts:
 
     def watch(self, d_model: int) -> list[Any]:
         """Hooks that compute the parts; their handles. None where the module has no parts of a known kind."""
-        if len(self._branches) > 1:
+        if len(self._modules) > 1:
             return self._watch_branches()
         handles = self._watch_heads() if self.module == "attn" else self._watch_experts(d_model)
         return handles
 
     def _watch_branches(self) -> list[Any]:
         found: dict[int, Tensor] = {}
-        names = [type(module).__name__ for module, _ in self._branches]
+        names = [type(module.output).__name__ for module in self._modules]
 
         def hook_of(i: int, scale: float) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -125,8 +125,8 @@ class WrittenParts:
             for i, name in enumerate(names)
         ]
         return [
-            module.register_forward_hook(hook_of(i, scale))
-            for i, (module, scale) in enumerate(self._branches)
+            module.output.register_forward_hook(hook_of(i, module.scale))
+            for i, module in enumerate(self._modules)
         ]
 
     def _watch_heads(self) -> list[Any]:
@@ -155,10 +155,9 @@ class WrittenParts:
         return [point.register_forward_hook(hook)]
 
     def _watch_experts(self, d_model: int) -> list[Any]:
-        writing = self.site_map.writing_module(self.site.projection)
-        if writing is None:
+        if len(self._modules) != 1:
             return []
-        module, layouts = writing
+        module, layouts = self._modules[0].projection, self._modules[0].layouts
         groups = expert_groups(dict(module.named_parameters()), layouts)
         if len(groups) < 2:
             return []
@@ -205,7 +204,7 @@ class WrittenParts:
         wrote = captured[self.site]
         before = captured.get(self.site.projection, wrote)
         scale = wrote[..., 1] / before[..., 1].clamp(min=1e-300)
-        if len(self._branches) > 1:
+        if len(self._modules) > 1:
             scale = torch.ones_like(scale)
         shares = parts.reshape(*wrote.shape[:2], -1) * scale[..., None]
         rest = wrote[..., 0] - shares.sum(-1)

@@ -58,6 +58,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "heal": ("heal", "train an edited checkpoint (DPO) until it is close to the original"),
     "evaluate": ("evaluate", "what an edit cost: A against B, or against A under a plan"),
     "generate": ("generate", "answer prompts, with and without a plan"),
+    "circuit": ("circuit", "what writes a run's direction, what it says, and what reads it"),
     "tokens": ("tokens", "a text's tokens, coloured by their projections on a run's directions"),
     "chat": ("chat", "talk with the edited model in a terminal"),
 }

@@ -61,14 +61,30 @@ add = adding(Configuration, RunFolder, ExecutorSettings)
 
 def run(args: Namespace) -> int:
     """Do every stage that is not done yet, and print the chosen plan's numbers."""
-    from interp_ablate.runs.run_folder import STAGES
-    from interp_ablate.runs.stages import do_stage
+    from interp_ablate.runs.concept import is_concept
+    from interp_ablate.runs.stages import do_all
 
     opened = open_run(args, settings_from(args, ExecutorSettings))
-    opened.check_export()
-    if not [name for name in STAGES if do_stage(opened, name)]:
+    if not do_all(opened):
         tell(args, f"{opened.out}: everything was done already")
-    return _print_summary(opened)
+    return _print_concept(opened) if is_concept(opened) else _print_summary(opened)
+
+
+def _print_concept(opened: Any) -> int:
+    """What a run of a concept found; status 1 where a behaviour was asked for and no answer shows it."""
+    attribution = opened.state.get("attribution")
+    print(
+        "concept     no plan was chosen and nothing exported; why, and what would make it a behaviour:"
+    )
+    for note in opened.state["notes"]:
+        if "a run of a concept" in note:
+            print(f"            {note}")
+    if attribution:
+        print(
+            f"direction   {attribution['direction']} (separates best; attribution.csv says what writes it)"
+        )
+    print(f"report      {opened.out / 'report.html'}")
+    return NO_PLAN if opened.state.get("no_behaviour") else 0
 
 
 def open_run(args: Namespace, executor: ExecutorSettings | None = None) -> Any:

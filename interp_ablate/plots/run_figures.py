@@ -19,6 +19,14 @@ from matplotlib.figure import Figure
 
 from interp_ablate.errors import RunError
 from interp_ablate.plots import style
+from interp_ablate.plots.attribution import (
+    ATTRIBUTION_COLUMNS,
+    EFFECT_COLUMNS,
+    EFFECT_NUMBERS,
+    attribution_bars,
+    attribution_map,
+    layer_effects,
+)
 from interp_ablate.plots.directions import (
     PROJECTION_COLUMNS,
     Measure,
@@ -189,6 +197,34 @@ def _draw_before_after(folder: Path) -> dict[str, Figure]:
     return {"before_after.png": figure}
 
 
+def _draw_attribution(folder: Path) -> dict[str, Figure]:
+    path = folder / "attribution.csv"
+    if not path.exists():
+        return {}
+    numbers = ("index", "difference", "low", "high", "n")
+    frame = read_table(path, ATTRIBUTION_COLUMNS, numbers=numbers)
+    frame["layer"] = pd.to_numeric(frame["layer"], errors="coerce")  # embeddings have none
+    if not frame["layer"].notna().any():
+        return {}
+    bars = style.new_figure(height=1.4 + 0.24 * min(len(frame), 20))
+    attribution_bars(frame, bars.add_subplot())
+    heads = style.new_figure(height=2.4 + 0.13 * frame["layer"].max())
+    attribution_map(frame, heads.add_subplot())
+    return {"attribution.png": bars, "attribution_map.png": heads}
+
+
+def _draw_layer_effects(folder: Path) -> dict[str, Figure]:
+    path = folder / "layer_effects.csv"
+    if not path.exists():
+        return {}
+    frame = read_table(path, EFFECT_COLUMNS, numbers=EFFECT_NUMBERS)
+    values = [v for v in ("log_odds_change", "kl") if frame[v].notna().any()]
+    figure = style.new_figure(height=0.4 + 2.9 * len(values))
+    for place, value in enumerate(values):
+        layer_effects(frame, figure.add_subplot(len(values), 1, place + 1), value=value)
+    return {"layer_effects.png": figure}
+
+
 def _draw_tokens(folder: Path) -> dict[str, Figure]:
     path = folder / "tokens.csv"
     if not path.exists():
@@ -223,4 +259,6 @@ RUN_FIGURES: dict[str, Drawer] = {
     "search": _draw_search,
     "before_after": _draw_before_after,
     "tokens": _draw_tokens,
+    "attribution": _draw_attribution,
+    "layer_effects": _draw_layer_effects,
 }

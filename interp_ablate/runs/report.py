@@ -55,6 +55,11 @@ _STAGE_OF = {
     "figures/*.png": "plot",
     "export/certificate.json": "export",
 }
+_CONCEPT_STAGE_OF = {
+    **{name: stage for name, stage in _STAGE_OF.items() if stage in ("run", "directions", "plot")},
+    "attribution.csv": "run",
+    "layer_effects.csv": "run",
+}
 # File name -> heading and caption; the order of the page. Several positions add `_at_<position>`.
 _FIGURES = {
     "before_after": (
@@ -79,6 +84,20 @@ _FIGURES = {
         "Similarity of the directions",
         "Cosine between the directions of every pair of sites in forward order. A block of high "
         "cosines is one direction carried through several layers. Train split.",
+    ),
+    "attribution": (
+        "What writes the direction",
+        "The difference of both sets' means along the direction, as the sum of what the embeddings, heads, "
+        "experts and MLPs wrote before it. Validation split.",
+    ),
+    "attribution_map": (
+        "What writes the direction, by layer and head",
+        "The same terms by place. Validation split.",
+    ),
+    "layer_effects": (
+        "Effects by layer",
+        "Each layer's direction, ablated at all writers on positive prompts and added at its own site on "
+        "negative ones: the target tokens' log-odds, and the KL of the next token. Validation split.",
     ),
     "sweep": (
         "The sweep",
@@ -188,7 +207,9 @@ def _context(folder: Path) -> dict[str, Any]:
         "model": part_of(run, "model"),
         "contrast": part_of(run, "contrast"),
         "behaviour": behaviour,
-        "headline": headline(behaviour, configuration, selected, certificate),
+        "headline": headline(
+            behaviour, configuration, selected, certificate, concept=bool(run.get("concept"))
+        ),
         "tiles": tiles(test, certificate, configuration),
         "results": _results(test),
         "controls": [
@@ -219,7 +240,11 @@ def _context(folder: Path) -> dict[str, Any]:
             for name, stage in part_of(run, "stages").items()
         ],
         "notes": [str(note) for note in run.get("notes") or []],
-        "missing": [(n, stage) for n, stage in _STAGE_OF.items() if not any(folder.glob(n))],
+        "missing": [
+            (n, stage)
+            for n, stage in (_CONCEPT_STAGE_OF if run.get("concept") else _STAGE_OF).items()
+            if not any(folder.glob(n))
+        ],
     }
 
 

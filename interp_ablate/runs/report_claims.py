@@ -94,8 +94,16 @@ def headline(
     configuration: Mapping[str, Any],
     selected: Mapping[str, Any] | None,
     certificate: Mapping[str, Any] | None,
+    *,
+    concept: bool = False,
 ) -> list[dict[str, str]]:
     """The result in sentences, each with a tone: plain, good, warn or bad."""
+    if selected is None and concept:
+        text = (
+            "This is a run of a concept: directions, held-out probes, projections, what writes the direction, "
+            "and effects by layer. No plan was chosen and nothing exported; the notes say why."
+        )
+        return [_claim(text)]
     if selected is None:
         return [_claim("No plan has been chosen yet: the sweep has not finished.", "warn")]
     if not selected.get("plan"):

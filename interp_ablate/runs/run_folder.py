@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from interp_ablate.search.edit_space import EditSpace
 
 STAGES = ("collect", "directions", "sweep", "evaluate", "export", "plot", "report")
+# Of a run of a concept, in place of the stages that choose and export a plan.
+CONCEPT_STAGES = ("collect", "directions", "concept", "plot", "report")
+_ORDER = ("collect", "directions", "concept", *STAGES[2:])
 # 3: `made_of`, the identity of a run by contents; the sizes of its split as they are.
 FORMAT = "interp_ablate.run/3"
 _TRIED = 4  # prompts a side on which a model shows whether it thinks first
@@ -177,7 +180,7 @@ class Run:
 
     def discard_after(self, stage: str) -> None:
         """Forget that later stages were done."""
-        for later in STAGES[STAGES.index(stage) + 1 :]:
+        for later in _ORDER[_ORDER.index(stage) + 1 :]:
             self.state["stages"].pop(later, None)
         self.save()
 
@@ -212,11 +215,11 @@ class Run:
     @cached_property
     def expression(self) -> Any:
         """The expressions that show the behaviour."""
-        from interp_ablate.runs.validation_bench import expression_scorer
+        from interp_ablate.scoring.expressions import expression_scorer as make_expression_scorer
 
         c = self.configuration
-        return expression_scorer(
-            c.expressions, self.contrast_set.name if c.contrast else "", self.note
+        return make_expression_scorer(
+            c.expressions, contrast=self.contrast_set.name if c.contrast else ""
         )
 
     @cached_property
@@ -334,7 +337,11 @@ class Run:
     @cached_property
     def bench(self) -> ValidationBench:
         """The validation prompts with scorers and unedited answers."""
-        from interp_ablate.runs.validation_bench import base_rate_note, make_bench
+        from interp_ablate.runs.validation_bench import (
+            base_rate_note,
+            default_list_note,
+            make_bench,
+        )
 
         c = self.configuration
         with self.step("baselines", 3) as advance:
@@ -346,6 +353,8 @@ class Run:
                 advance=advance,
             )
         self.record(target_tokens=targets)
+        if note := default_list_note(c.expressions, self.contrast_set.name if c.contrast else ""):
+            self.note(note)
         if note := base_rate_note(bench):
             self.note(note)
         return bench
@@ -466,6 +475,7 @@ def read_selected(out: str | Path) -> dict[str, Any]:
 NEEDS: dict[str, Sequence[str]] = {
     "collect": (),
     "directions": ("collect",),
+    "concept": ("directions",),
     "sweep": ("directions",),
     "evaluate": ("sweep",),
     "export": ("evaluate",),
@@ -475,6 +485,7 @@ NEEDS: dict[str, Sequence[str]] = {
 OUTPUTS: dict[str, Sequence[str]] = {
     "collect": ("cache",),
     "directions": ("directions.safetensors", "directions.json", "projections.csv"),
+    "concept": ("attribution.csv", "layer_effects.csv"),
     "sweep": ("trials.jsonl", "trials.csv"),
     "evaluate": ("selected.json", "generations.jsonl"),
     "export": ("export",),

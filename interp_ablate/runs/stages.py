@@ -18,10 +18,11 @@ from interp_ablate.directions.direction_set import Directions
 from interp_ablate.directions.estimators import comparison
 from interp_ablate.directions.mean_difference import estimate_directions
 from interp_ablate.edits.plan import Plan
+from interp_ablate.runs.concept import found_no_behaviour, is_concept, run_concept
 from interp_ablate.runs.configuration import MAIN_METHOD
 from interp_ablate.runs.final_test import choose_and_test
 from interp_ablate.runs.fits import load_fitted_edits
-from interp_ablate.runs.run_folder import NEEDS, Run, read_selected
+from interp_ablate.runs.run_folder import CONCEPT_STAGES, NEEDS, STAGES, Run, read_selected
 from interp_ablate.runs.trial_session import trial_session
 from interp_ablate.search.edit_space import DirectionKey
 from interp_ablate.search.gradient_fit import NothingToFitError
@@ -43,6 +44,19 @@ def do_stage(run: Run, name: str) -> bool:
     STAGE_FUNCTIONS[name](run)
     run.finish(name, time.perf_counter() - start)
     return True
+
+
+def do_all(run: Run) -> list[str]:
+    """Every stage that is not done yet: of a behaviour, or of a concept where there is none to choose by.
+
+    Returns the stages done now.
+    """
+    if is_concept(run):
+        return [name for name in CONCEPT_STAGES if do_stage(run, name)]
+    run.check_export()
+    done = [name for name in STAGES[:2] if do_stage(run, name)]
+    stages = CONCEPT_STAGES if found_no_behaviour(run) else STAGES
+    return done + [name for name in stages[2:] if do_stage(run, name)]
 
 
 def run_collect(run: Run) -> None:
@@ -164,6 +178,7 @@ def run_report(run: Run) -> None:
 STAGE_FUNCTIONS: dict[str, Callable[[Run], None]] = {
     "collect": run_collect,
     "directions": run_directions,
+    "concept": run_concept,
     "sweep": run_sweep,
     "evaluate": run_evaluate,
     "export": run_export,

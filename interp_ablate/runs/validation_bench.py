@@ -13,7 +13,6 @@ from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.models.model import Model
 from interp_ablate.scoring.expression_lists import DEFAULT_EXPRESSIONS, EXPRESSIONS_OF_CONTRAST
 from interp_ablate.scoring.expressions import ExpressionScorer
-from interp_ablate.scoring.expressions import expression_scorer as make_expression_scorer
 from interp_ablate.search.bench import ValidationBench
 
 FIT_PROMPTS = 64  # a side
@@ -73,20 +72,11 @@ def base_rate_note(bench: ValidationBench) -> str | None:
     return None
 
 
-def expression_scorer(
-    wanted: str | None, contrast: str, note: Callable[[str], None]
-) -> ExpressionScorer:
-    """The expressions that show the behaviour: those asked for, or the contrast set's own.
-
-    Args:
-        contrast: name of the bundled set; empty for other prompts, which is noted.
-
-    Raises:
-        InterpAblateError: a name that is no list, a file that cannot be read.
-    """
-    if wanted is None and contrast not in EXPRESSIONS_OF_CONTRAST:
-        note(
-            "no --expressions were given for these prompts: behaviour is scored by the built-in "
-            f"list {DEFAULT_EXPRESSIONS!r}"
-        )
-    return make_expression_scorer(wanted, contrast=contrast)
+def default_list_note(wanted: str | None, contrast: str) -> str | None:
+    """What a reader must know where nothing says how the behaviour looks; `contrast`: a bundled set's name."""
+    if wanted is not None or contrast in EXPRESSIONS_OF_CONTRAST:
+        return None
+    return (
+        "no --expressions were given for these prompts: behaviour is scored by the built-in "
+        f"list {DEFAULT_EXPRESSIONS!r}"
+    )

@@ -54,9 +54,20 @@ def prompt_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
-def flags_of_all(tiny_folder: Path, prompt_files: tuple[Path, Path]) -> list[str]:
+def bytes_that_are_no_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An expression that the tiny model's answers hold: there is something to fit."""
+    path = tmp_path_factory.mktemp("words") / "words.txt"
+    path.write_text("\N{REPLACEMENT CHARACTER}\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def flags_of_all(
+    tiny_folder: Path, prompt_files: tuple[Path, Path], bytes_that_are_no_text: Path
+) -> list[str]:
     yes, no = map(str, prompt_files)
     return [
+        *("--expressions", str(bytes_that_are_no_text)),
         *("--model", str(tiny_folder), "--positive", yes, "--negative", no),
         *("--n-train", "8", "--n-validation", "6", "--n-test", "6"),
         *("--max-new-tokens", "4", "--max-kl", "50"),
@@ -98,12 +109,16 @@ def finished_lines(out: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def finished(
-    tiny_folder: Path, prompt_files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+    tiny_folder: Path,
+    prompt_files: tuple[Path, Path],
+    bytes_that_are_no_text: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """A whole run, made once."""
     out = tmp_path_factory.mktemp("run") / "out"
     yes, no = map(str, prompt_files)
     arguments = ["--quiet", "run", "--model", str(tiny_folder), "--positive", yes, "--negative", no]
+    arguments += ["--expressions", str(bytes_that_are_no_text)]
     arguments += ["--n-train", "8", "--n-validation", "6", "--n-test", "6", "--max-new-tokens", "4"]
     assert main([*arguments, "--max-kl", "50", "--out", str(out)]) == 0
     return out
@@ -113,7 +128,7 @@ def test_run_leaves_everything(finished: Path) -> None:
     run = json.loads((finished / "run.json").read_text())
     assert set(run["stages"]) == set(STAGES)
     assert run["versions"]["torch"] and run["model"]["fingerprint"] and run["target_tokens"]
-    assert any("no --expressions" in note for note in run["notes"])
+    assert not any("no --expressions" in note for note in run["notes"])
     frame = pd.read_csv(finished / "projections.csv")
     assert list(frame) == ["layer", "point", "split", "label", "prompt", "projection"]
     assert set(frame["split"]) == {"train", "validation"}
@@ -218,11 +233,8 @@ def test_killed_sweep_goes_on(
 
 
 @pytest.fixture(scope="session")
-def behaving(flags_of_all: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Flags with an expression that the tiny model's answers hold: there is something to fit."""
-    path = tmp_path_factory.mktemp("words") / "words.txt"
-    path.write_text("\N{REPLACEMENT CHARACTER}\n")  # bytes that are no text
-    return [*flags_of_all, "--expressions", str(path)]
+def behaving(flags_of_all: list[str]) -> list[str]:
+    return list(flags_of_all)
 
 
 def mild(fit_edit: Any) -> Any:

@@ -21,6 +21,19 @@ from interp_ablate.models.loading import BackendName
 from interp_ablate.sites import POINTS, RESIDUAL_POINTS, Point, Site, sites_of
 
 
+@dataclass(frozen=True, eq=False)
+class WritingModule:
+    """One module that writes to the stream."""
+
+    output: nn.Module
+    """The module whose output, times `scale`, reaches the stream."""
+    projection: nn.Module
+    """The module before the norm, where a norm follows it; else the same."""
+    layouts: dict[str, Layout]
+    """The parameters of the projection that write, by their names in it."""
+    scale: float = 1.0
+
+
 class Backend(Protocol):
     """The operations that `Model` needs of a TransformerLens object; each backend is one class."""
 
@@ -49,17 +62,21 @@ class Backend(Protocol):
     def unembed_input(self) -> nn.Module:
         """The module whose output the unembedding reads."""
 
+    @property
+    def unembedding(self) -> Float[Tensor, "d_vocab d_model"] | None:
+        """The weight that turns the final norm's output into logits; None where there is none."""
+
+    def block(self, layer: int) -> nn.Module:
+        """The module of one block."""
+
     def post_norm_gain(self, site: Site) -> Float[Tensor, " d_model"] | None:
         """The gain of the norm between a projection and the stream, float64; None if no norm follows."""
 
     def projection(self, site: Site) -> tuple[nn.Module, Float[Tensor, "d_model in"]] | None:
         """The hook point before the writing weight of a site, and the weight; None if it is not one matrix."""
 
-    def writing_module(self, site: Site) -> tuple[nn.Module, dict[str, Layout]] | None:
-        """The module whose output is a projection site's, and the parameters in it that write; None if unknown."""
-
-    def branches(self, site: Site) -> list[tuple[nn.Module, float]]:
-        """The modules whose outputs, times a factor, sum to what an output site adds; empty if unknown."""
+    def writing_modules(self, site: Site) -> list[WritingModule]:
+        """The modules whose outputs sum to what reaches the stream at an output site; empty if unknown."""
 
     def head_sizes(self) -> list[int | None]:
         """The width of one attention head's output in each layer; None for a layer that keeps no values."""
@@ -189,17 +206,27 @@ class SiteMap:
         """See `Backend.projection`; None for a site that the model lacks too."""
         return self._backend.projection(site) if self.has(site) else None
 
+    @property
+    def unembed_input(self) -> nn.Module:
+        """See `Backend.unembed_input`."""
+        return self._backend.unembed_input
+
+    @property
+    def unembedding(self) -> Float[Tensor, "d_vocab d_model"] | None:
+        """See `Backend.unembedding`."""
+        return self._backend.unembedding
+
+    def block(self, layer: int) -> nn.Module:
+        """See `Backend.block`."""
+        return self._backend.block(layer)
+
     def post_norm_gain(self, site: Site) -> Float[Tensor, " d_model"] | None:
         """See `Backend.post_norm_gain`."""
         return self._backend.post_norm_gain(site)
 
-    def writing_module(self, site: Site) -> tuple[nn.Module, dict[str, Layout]] | None:
-        """See `Backend.writing_module`."""
-        return self._backend.writing_module(site)
-
-    def branches(self, site: Site) -> list[tuple[nn.Module, float]]:
-        """See `Backend.branches`."""
-        return self._backend.branches(site)
+    def writing_modules(self, site: Site) -> list[WritingModule]:
+        """See `Backend.writing_modules`."""
+        return self._backend.writing_modules(site)
 
     @cached_property
     def head_sizes(self) -> list[int | None]:

@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from interp_ablate.errors import ExportError, ModelError
 from interp_ablate.models.architectures import (
     Architecture,
-    Layout,
     declared_architecture,
     declared_types,
     max_positions,
     text_config,
 )
-from interp_ablate.models.backends.backend import ForwardCall
+from interp_ablate.models.backends.backend import ForwardCall, WritingModule
 from interp_ablate.models.backends.block_skipping import BlockSkipping
 from interp_ablate.models.backends.bridge_shortcuts import OwnParts
 from interp_ablate.models.backends.checks import (
@@ -153,6 +152,13 @@ class BridgeBackend(TransformersPasses):
     def unembed_input(self) -> nn.Module:
         return self.tl.get_hook_point("unembed.hook_in")
 
+    @property
+    def unembedding(self) -> Float[Tensor, "d_vocab d_model"] | None:
+        return self.tl.unembed.original_component.weight.detach()
+
+    def block(self, layer: int) -> nn.Module:
+        return self.tl.blocks[layer]
+
     @cached_property
     def _tensors(self) -> dict[str, Tensor]:
         """Live parameters under their Hugging Face names."""
@@ -175,19 +181,16 @@ class BridgeBackend(TransformersPasses):
         weight = self._tensors[name].detach()
         return inner, weight.T if layout == "conv1d" else weight
 
-    def writing_module(self, site: Site) -> tuple[nn.Module, dict[str, Layout]] | None:
+    def writing_modules(self, site: Site) -> list[WritingModule]:
         block = self.tl.blocks[site.layer]
         holder = block.attn if site.point.startswith("attn") else block.mlp
         module = holder.original_component
         if self._entry is None or module is None:
-            return None
+            return []
         written = self._entry.writers(site, self._tensors, self.hf_config)
         layouts = {id(self._tensors[name]): layout for name, layout in written.items()}
-        own = dict(module.named_parameters())
-        return module, {n: layouts[id(p)] for n, p in own.items() if id(p) in layouts}
-
-    def branches(self, site: Site) -> list[tuple[nn.Module, float]]:
-        return []
+        own = {n: layouts[id(p)] for n, p in module.named_parameters() if id(p) in layouts}
+        return [WritingModule(module, module, own)]
 
     def forward(self, call: ForwardCall, keep: int) -> Tensor | None:
         arguments = self.arguments(call)

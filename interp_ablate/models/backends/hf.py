@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from interp_ablate.errors import ModelError
 from interp_ablate.models.anatomy import Anatomy, measure
-from interp_ablate.models.architectures import Layout, max_positions, text_config
-from interp_ablate.models.backends.backend import ForwardCall
+from interp_ablate.models.architectures import max_positions, text_config
+from interp_ablate.models.backends.backend import ForwardCall, WritingModule
 from interp_ablate.models.backends.block_skipping import BlockSkipping
 from interp_ablate.models.backends.checks import fixed_tokens
 from interp_ablate.models.backends.hf_sites import HFSites
@@ -125,6 +125,14 @@ class HFBackend(TransformersPasses):
     def unembed_input(self) -> nn.Module:
         return self._sites.unembed_input
 
+    @property
+    def unembedding(self) -> Float[Tensor, "d_vocab d_model"] | None:
+        head = self.hf.get_output_embeddings()
+        return None if head is None else head.weight.detach()
+
+    def block(self, layer: int) -> nn.Module:
+        return self._blocks[layer]
+
     def _branches(self, site: Site) -> Any:
         block = self.anatomy.blocks[site.layer]
         return block.attn if site.point.startswith("attn") else block.mlp
@@ -147,15 +155,16 @@ class HFBackend(TransformersPasses):
         weight = self.hf.get_parameter(name).detach()
         return point, weight.T if layout == "conv1d" else weight
 
-    def writing_module(self, site: Site) -> tuple[nn.Module, dict[str, Layout]] | None:
-        branches = self._branches(site)
-        if len(branches) != 1:
-            return None
-        module, prefix = self.hf.get_submodule(branches[0].projection), branches[0].projection + "."
-        return module, {n.removeprefix(prefix): lay for n, lay in branches[0].writers.items()}
-
-    def branches(self, site: Site) -> list[tuple[nn.Module, float]]:
-        return [(self.hf.get_submodule(b.path), b.scale) for b in self._branches(site)]
+    def writing_modules(self, site: Site) -> list[WritingModule]:
+        return [
+            WritingModule(
+                self.hf.get_submodule(branch.path),
+                self.hf.get_submodule(branch.projection),
+                {n.removeprefix(f"{branch.projection}."): lay for n, lay in branch.writers.items()},
+                branch.scale,
+            )
+            for branch in self._branches(site)
+        ]
 
     def forward(self, call: ForwardCall, keep: int) -> Tensor | None:
         arguments = {**self.arguments(call), "logits_to_keep": keep}

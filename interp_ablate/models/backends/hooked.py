@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from interp_ablate.errors import ModelError
-from interp_ablate.models.architectures import Architecture, Layout, architecture_of
-from interp_ablate.models.backends.backend import ForwardCall
+from interp_ablate.models.architectures import Architecture, architecture_of
+from interp_ablate.models.backends.backend import ForwardCall, WritingModule
 from interp_ablate.models.backends.checks import check_logits, fixed_tokens, tokenizer_copy
 from interp_ablate.models.backends.foreign_hooks import hook_ids, without_hooks
 from interp_ablate.models.loading import BackendName
@@ -108,10 +108,14 @@ class HookedBackend:
             return None
         return block.mlp.hook_post, block.mlp.W_out.detach().T
 
-    def writing_module(self, site: Site) -> tuple[nn.Module, dict[str, Layout]] | None:
-        return None
+    @property
+    def unembedding(self) -> Float[Tensor, "d_vocab d_model"] | None:
+        return self.tl.unembed.W_U.detach().T
 
-    def branches(self, site: Site) -> list[tuple[nn.Module, float]]:
+    def block(self, layer: int) -> nn.Module:
+        return self.tl.blocks[layer]
+
+    def writing_modules(self, site: Site) -> list[WritingModule]:
         return []
 
     def head_sizes(self) -> list[int | None]:

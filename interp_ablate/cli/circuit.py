@@ -1,0 +1,150 @@
+"""`circuit`: what writes a run's direction, what it says to the vocabulary, and what reads it.
+
+Knows: flags, files and what is printed. Does not know: how anything is measured or drawn.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from interp_ablate.cli.progress_bars import ProgressBars
+from interp_ablate.cli.settings import adding, settings_from
+from interp_ablate.errors import RunError
+from interp_ablate.settings import setting
+
+
+@dataclass(frozen=True)
+class Circuit:
+    """Which direction of which run.
+
+    Raises:
+        RunError: a negative number.
+    """
+
+    folder: str = setting(help="run folder with directions", positional=True, metavar="RUN")
+    site: str | None = setting(
+        None,
+        "a place of the stream, such as 12.resid_post (default: whose direction separates best)",
+    )
+    top: int = setting(10, "rows of each table that are printed")
+    n_patched: int = setting(
+        8, "positive validation prompts for path patching; 0: none (it is slow)"
+    )
+
+    def __post_init__(self) -> None:
+        if self.top < 1 or self.n_patched < 0:
+            raise RunError(
+                f"--top is at least 1 and --n-patched at least 0; got {self.top} and {self.n_patched}"
+            )
+
+
+add = adding(Circuit)
+
+
+def run(args: Namespace) -> int:
+    """Write RUN/circuit: the tables and two pictures; print the largest rows."""
+    from interp_ablate.circuits.attribution import attribute
+    from interp_ablate.circuits.lens import logit_lens
+    from interp_ablate.circuits.reading import path_patching, reading_weights
+    from interp_ablate.plots.attribution import attribution_bars, attribution_map
+    from interp_ablate.plots.style import new_figure, save_figure
+    from interp_ablate.storage.atomic_files import write_atomic
+
+    settings = settings_from(args, Circuit)
+    opened = _open(settings.folder, ProgressBars(quiet=args.quiet))
+    direction = _direction(opened, settings.site)
+    prompts, out = opened.split.validation, opened.out / "circuit"
+    total = len(prompts.positive) + len(prompts.negative)
+    with opened.step("attribution", total) as advance:
+        attribution = attribute(opened.model, prompts, direction, on_batch=advance)
+    lens = logit_lens(opened.model, direction)
+    tables = {
+        "attribution": attribution.to_frame(),
+        "lens": lens.to_frame(settings.top),
+        "readers": reading_weights(opened.model, direction),
+    }
+    if settings.n_patched:
+        patched = prompts.positive[: settings.n_patched]
+        with opened.step("path patching", 2 * opened.model.n_layers) as advance:
+            tables["path_patching"] = path_patching(
+                opened.model, patched, direction, on_module=advance
+            )
+    for name, table in tables.items():
+        write_atomic(out / f"{name}.csv", table.to_csv(index=False))
+    for name, draw in (("attribution", attribution_bars), ("attribution_map", attribution_map)):
+        figure = new_figure(height=6.2)
+        draw(tables["attribution"], figure.add_subplot())
+        save_figure(figure, out / f"{name}.png")
+    _print(direction, attribution, lens, tables, settings.top)
+    print(f"\n{out}")
+    return 0
+
+
+def _open(folder: str, listener: Any) -> Any:
+    """The run of a folder.
+
+    Raises:
+        RunError: no run there, or one without directions.
+    """
+    from interp_ablate.runs.configuration import Configuration
+    from interp_ablate.runs.run_folder import Run, read_run
+
+    saved = read_run(folder)
+    if saved is None or not (Path(folder) / "directions.safetensors").exists():
+        raise RunError(
+            f"{folder} holds no directions: make them with `interp-ablate directions --out {folder}`"
+        )
+    stored = {k: v for k, v in saved["configuration"].items() if k != "trust_remote_code"}
+    return Run(folder, Configuration.from_dict(stored), listener=listener)
+
+
+def _direction(opened: Any, wanted: str | None) -> Any:
+    """The plain estimate at a site, or the one that separates validation prompts best.
+
+    Raises:
+        RunError: none in the residual stream, or none at that site.
+    """
+    from interp_ablate.runs.configuration import MAIN_METHOD
+    from interp_ablate.runs.stages import most_separating
+    from interp_ablate.sites import RESIDUAL_POINTS, Site
+
+    items = [
+        item
+        for item in opened.directions.of(MAIN_METHOD)
+        if item.site.point in RESIDUAL_POINTS and item.position.lstrip("-").isdigit()
+    ]
+    if wanted is not None:
+        site = Site.parse(wanted)
+        items = [item for item in items if item.site == site]
+    if not [item for item in items if item.separation is not None]:
+        raise RunError(
+            f"{opened.out} has no direction {'at ' + wanted if wanted else 'that was read'} in the residual "
+            "stream at one token: give --site, or make directions with --positions -1"
+        )
+    return most_separating(items)
+
+
+def _print(direction: Any, attribution: Any, lens: Any, tables: dict[str, Any], top: int) -> None:
+    """The largest rows of each table."""
+
+    def show(title: str, frame: Any) -> None:
+        print(f"\n{title}\n{frame.to_string(index=False, float_format='{:.3f}'.format)}")
+
+    print(f"direction   {direction.name}")
+    frame = tables["attribution"]
+    order = frame["difference"].abs().sort_values(ascending=False, kind="stable").index
+    columns = ["term", "positive", "negative", "difference", "low", "high", "share"]
+    show("What writes it (difference of both sets' means)", frame.loc[order, columns].head(top))
+    for module, reason in list((attribution.whole or {}).items())[:top]:
+        print(f"{module} is given whole: {reason}")
+    show("What it says (logit lens; z in SDs over random directions)", tables["lens"])
+    average, largest = lens.random_largest
+    print(f"a random direction's largest z: {average:.1f} on average, {largest:.1f} at most")
+    readers = tables["readers"].sort_values("alignment", ascending=False)
+    show("What is aligned with it (1: as with a random direction)", readers.head(top))
+    if "path_patching" in tables:
+        patched = tables["path_patching"].sort_values("kl", ascending=False)
+        show("What reads it (KL in nats if this module alone does not see it)", patched.head(top))
