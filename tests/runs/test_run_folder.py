@@ -395,13 +395,18 @@ def dies_at_second_fitted() -> Any:
     return dying
 
 
-def test_behaviour_that_is_never_there_is_noted_and_not_fitted(finished: Path) -> None:
-    """Bands are still tried, and chosen from."""
-    notes = json.loads((finished / "run.json").read_text())["notes"]
+def test_behaviour_that_is_never_there_is_noted_and_not_fitted(
+    flags: list[str], tmp_path: Path
+) -> None:
+    """`sweep` alone still tries bands; `run` goes on as a run of a concept."""
+    words, out = tmp_path / "words.txt", tmp_path / "out"
+    words.write_text("no answer of a random model says this\n")
+    small = ["--expressions", str(words), "--layers", "1-1", "--sites", "resid_post"]
+    assert main(["--quiet", "sweep", *flags, *small, "--out", str(out)]) == 0
+    notes = json.loads((out / "run.json").read_text())["notes"]
     assert any("no training prompt's answer expresses the behaviour" in note for note in notes)
-    assert not (finished / "fits").exists()
-    edits = set(pd.read_csv(finished / "trials.csv").edit)
-    assert edits == {"ablate", "band"}
+    assert not (out / "fits").exists()
+    assert set(pd.read_csv(out / "trials.csv").edit) == {"ablate", "band"}
 
 
 @pytest.mark.parametrize(
