@@ -401,7 +401,7 @@ def test_behaviour_that_is_never_there_is_noted_and_not_fitted(
     """`sweep` alone still tries bands; `run` goes on as a run of a concept."""
     words, out = tmp_path / "words.txt", tmp_path / "out"
     words.write_text("no answer of a random model says this\n")
-    small = ["--expressions", str(words), "--layers", "1-1", "--sites", "resid_post"]
+    small = ["--expressions", str(words)]
     assert main(["--quiet", "sweep", *flags, *small, "--out", str(out)]) == 0
     notes = json.loads((out / "run.json").read_text())["notes"]
     assert any("no training prompt's answer expresses the behaviour" in note for note in notes)
