@@ -1,6 +1,6 @@
 from .attribution import attribution_bars as attribution_bars
 from .attribution import attribution_map as attribution_map
-from .attribution import layer_effects as layer_effects
+from .attribution import next_token_effects as next_token_effects
 from .directions import cosine_similarity as cosine_similarity
 from .directions import projections as projections
 from .directions import separation_by_layer as separation_by_layer

@@ -37,12 +37,13 @@ def _value_column(frame: pd.DataFrame) -> str:
     )
 
 
-def attribution_bars(frame: pd.DataFrame, ax: Axes, *, top: int = 20) -> Axes:
+def attribution_bars(frame: pd.DataFrame, ax: Axes | None = None, *, top: int = 20) -> Axes:
     """The terms that write most along a direction, the largest first, with 95% intervals where there are some.
 
     Raises:
         RunError: a missing column, or no rows.
     """
+    ax = style.axes_or_new(ax, height=6.2)
     style.require_columns(frame, ATTRIBUTION_COLUMNS, "attribution")
     style.require_rows(frame, "terms")
     name = _value_column(frame)
@@ -70,7 +71,7 @@ def attribution_bars(frame: pd.DataFrame, ax: Axes, *, top: int = 20) -> Axes:
     return ax
 
 
-def attribution_map(frame: pd.DataFrame, ax: Axes) -> Axes:
+def attribution_map(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Layers by heads, with a column for each layer's whole MLP: what each wrote along a direction.
 
     Experts of a layer are added up; biases and what is not split stand with their module.
@@ -78,6 +79,7 @@ def attribution_map(frame: pd.DataFrame, ax: Axes) -> Axes:
     Raises:
         RunError: a missing column, or no layers.
     """
+    ax = style.axes_or_new(ax, height=6.2)
     style.require_columns(frame, ATTRIBUTION_COLUMNS, "attribution")
     name = _value_column(frame)
     rows = frame[frame["layer"].notna()]
@@ -125,7 +127,9 @@ def attribution_map(frame: pd.DataFrame, ax: Axes) -> Axes:
     return ax
 
 
-def layer_effects(frame: pd.DataFrame, ax: Axes, *, value: str = "log_odds_change") -> Axes:
+def next_token_effects(
+    frame: pd.DataFrame, ax: Axes | None = None, *, value: str = "log_odds_change"
+) -> Axes:
     """The effect of ablating and of adding each layer's direction, one line an edit and point, with intervals.
 
     `value`: log_odds_change or kl.
@@ -133,6 +137,7 @@ def layer_effects(frame: pd.DataFrame, ax: Axes, *, value: str = "log_odds_chang
     Raises:
         RunError: a missing column, no rows, or another value.
     """
+    ax = style.axes_or_new(ax, height=3.6)
     style.require_columns(frame, EFFECT_COLUMNS, "effects by layer")
     style.require_rows(frame, "effects by layer")
     names = {

@@ -25,7 +25,7 @@ from interp_ablate.plots.attribution import (
     EFFECT_NUMBERS,
     attribution_bars,
     attribution_map,
-    layer_effects,
+    next_token_effects,
 )
 from interp_ablate.plots.directions import (
     PROJECTION_COLUMNS,
@@ -221,7 +221,7 @@ def _draw_layer_effects(folder: Path) -> dict[str, Figure]:
     values = [v for v in ("log_odds_change", "kl") if frame[v].notna().any()]
     figure = style.new_figure(height=0.4 + 2.9 * len(values))
     for place, value in enumerate(values):
-        layer_effects(frame, figure.add_subplot(len(values), 1, place + 1), value=value)
+        next_token_effects(frame, figure.add_subplot(len(values), 1, place + 1), value=value)
     return {"layer_effects.png": figure}
 
 
