@@ -164,15 +164,12 @@ def _writes(model: Any) -> dict[str, list[str]]:
     found: dict[str, set[str]] = {}
     for site in model.writers:
         layouts = model.architecture.writers(site, names, model.hf_config)
-        norm = model.architecture.norm_after(site)
         for name, layout in layouts.items():
             if layout == "bias":
                 continue
             inside = re.sub(r"^.*?\.\d+\.", "", name) if not site.point.endswith("embed") else name
             inside = re.sub(r"\.\d+\.", ".{expert}.", inside).removesuffix(".weight")
-            text = f"{inside} [{layout}]"
-            after = re.sub(r"^.*?\.\d+\.", "", norm).removesuffix(".weight") if norm else ""
-            found.setdefault(site.point, set()).add(text + (f" then {after}" if after else ""))
+            found.setdefault(site.point, set()).add(f"{inside} [{layout}]")
     return {point: sorted(texts) for point, texts in found.items()}
 
 
