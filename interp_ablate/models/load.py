@@ -28,6 +28,7 @@ def load_model(
     device: str = DEFAULTS.device,
     template: TemplateLike = DEFAULTS.template,
     trust_remote_code: bool = DEFAULTS.trust_remote_code,
+    revision: str | None = None,
 ) -> Model:
     """Load a decoder by hub name, local Hugging Face folder, GGUF file, or bundled alias (`smollm2`).
 
@@ -43,6 +44,7 @@ def load_model(
             the tokenizer has; "none" for raw text. A `ChatFormat` also sets variables of the template, and what
             answers start with.
         trust_remote_code: run Python code that the model's folder or repository brings; off unless asked.
+        revision: a branch, tag or commit of a hub name; the manifest of an export names it.
 
     Raises:
         ModelError: the model cannot be found, loaded or reproduced; the message says what to do.
@@ -54,20 +56,29 @@ def load_model(
     if device == "auto" and backend == "hooked":
         raise ModelError("a HookedTransformer lives on one device: use backend='bridge' for 'auto'")
     hf, tokenizer, source = hf_from_name(
-        name_or_path, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        name_or_path,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
     )
     return from_hf(hf, tokenizer, source=source, backend=backend, template=template)
 
 
 def hf_from_name(
-    name_or_path: str | Path, *, dtype: str | torch.dtype, device: str, trust_remote_code: bool
+    name_or_path: str | Path,
+    *,
+    dtype: str | torch.dtype,
+    device: str,
+    trust_remote_code: bool,
+    revision: str | None = None,
 ) -> tuple[Any, Any, ModelSource]:
     """The Hugging Face model and tokenizer behind a name (see `load_model`), and what it resolves to.
 
     Raises:
         ModelError: the model cannot be found or loaded; the message says what to do.
     """
-    source = resolve(name_or_path)
+    source = resolve(name_or_path, revision)
     place = None if device == "auto" else check_device(device)
     hf, tokenizer = load_hf(
         source, dtype=torch_dtype(dtype), device=place, trust_remote_code=trust_remote_code

@@ -9,7 +9,7 @@ import functools
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,8 @@ _WHERE = (
     "check the name or path; without a network only local folders, GGUF files and the bundled "
     f"{', '.join(BUNDLED)} work"
 )
+# Types whose tokenizers of more than 100,000 tokens were published with a wrong regex; transformers tells which.
+_MISTRAL = ("mistral", "mistral3", "voxtral", "ministral", "pixtral")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -56,17 +58,32 @@ class ModelSource:
     path: str | None = None
     base_model: str | None = None
     license: str | None = None
+    revision: str | None = None
+    """Of a hub name: the branch, tag or commit that was asked for; None for the main branch."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def resolve(name_or_path: str | Path) -> ModelSource:
+def resolve(name_or_path: str | Path, revision: str | None = None) -> ModelSource:
     """Decide what a model name means: alias, GGUF file, local folder, or hub name, in that order.
 
+    Args:
+        revision: a branch, tag or commit of a hub name.
+
     Raises:
-        ModelError: an alias whose package is missing, a path that does not exist, a folder without config.json.
+        ModelError: an alias whose package is missing, a path that does not exist, a folder without config.json,
+            a revision of anything but a hub name.
     """
+    source = _resolved(name_or_path)
+    if revision is not None and source.kind != "hub":
+        raise ModelError(
+            f"revision {revision!r} of {str(name_or_path)!r}, which is no hub name: only those have revisions"
+        )
+    return replace(source, revision=revision)
+
+
+def _resolved(name_or_path: str | Path) -> ModelSource:
     text = str(name_or_path)
     if text in BUNDLED:
         return _bundled(text)
@@ -224,6 +241,8 @@ def load_hf(
     from transformers import AutoConfig, AutoTokenizer
 
     where: dict[str, Any] = {"pretrained_model_name_or_path": source.path or source.name}
+    if source.revision is not None:
+        where["revision"] = source.revision
     if source.kind == "gguf":
         path = Path(source.path or "")
         where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
@@ -239,8 +258,11 @@ def load_hf(
         check_folder(source.path or "", trust_remote_code=trust_remote_code)
     quick = _quick_gguf() if source.kind == "gguf" else nullcontext()
     with transformers_reads(f"{source.name!r} ({source.kind})", _WHERE), quick:
-        tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(**where, trust_remote_code=trust_remote_code)
+        mended = {"fix_mistral_regex": True} if config.model_type in _MISTRAL else {}
+        tokenizer = AutoTokenizer.from_pretrained(
+            **where, **mended, trust_remote_code=trust_remote_code
+        )
         loaded: Any = auto_class(config).from_pretrained(
             **where,
             dtype=dtype,

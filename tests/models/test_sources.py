@@ -1,0 +1,76 @@
+"""Where models come from: revisions of hub names, tokenizers with a fault that transformers knows of."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import folder_of
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from interp_ablate import load_model
+from interp_ablate.errors import ModelError
+from interp_ablate.models.sources import resolve
+
+SCRIPT = """
+import sys
+from interp_ablate import load_model
+from interp_ablate.errors import ModelError
+
+first, second = (load_model("owner/name", revision=name) for name in ("one", "b" * 40))
+assert first.fingerprint != second.fingerprint
+assert (first.source.revision, second.source.to_dict()["revision"]) == ("one", "b" * 40)
+try:
+    load_model("owner/name", revision="none")
+except ModelError as error:
+    print("refused", error)
+"""
+
+
+def test_a_revision_of_a_hub_name_is_what_is_loaded(tmp_path: Path) -> None:
+    """Two commits in a cache as the hub's own library writes it, read without a network."""
+    repository = tmp_path / "models--owner--name"
+    for commit, kind in (("a" * 40, "llama_gqa"), ("b" * 40, "qwen2")):
+        folder_of(repository / "snapshots" / commit, kind)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "one").write_text("a" * 40)
+    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", SCRIPT]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("refused")
+
+
+def test_only_hub_names_have_revisions(tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "a")
+    with pytest.raises(ModelError, match=r"revision 'v1'.*no hub name"):
+        load_model(source, revision="v1")
+    assert resolve("owner/name", "v1").revision == "v1"
+
+
+@pytest.mark.parametrize(("n_tokens", "mended"), ((100_300, True), (400, False)))
+def test_the_regex_of_mistral_tokenizers_is_mended(
+    n_tokens: int, mended: bool, tmp_path: Path
+) -> None:
+    """With it, letters of one word whose case changes are two pieces; as published, one."""
+    source = folder_of(tmp_path / "a", "mistral")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = ["<s>", "</s>", *alphabet, "oW", *(f"filler{i}" for i in range(n_tokens))]
+    inner = Tokenizer(models.BPE(vocab={w: i for i, w in enumerate(words)}, merges=[("o", "W")]))
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\p{L}+|\s+|."), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    wrong = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+    wrong.save_pretrained(source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "transformers_version": "4.57.1"}))
+    tokenizer = load_model(source).tokenizer
+    assert ("oW" in tokenizer.tokenize("helloWorld")) is not mended
