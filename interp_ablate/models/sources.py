@@ -224,6 +224,14 @@ def _quick_gguf() -> Iterator[None]:
             setattr(gguf, name, value)
 
 
+def _forget_quantization(model: Any) -> None:
+    """The tensors of a GGUF file are dequantized on loading; what is left over would forbid saving."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+        model.hf_quantizer = None
+        model.is_quantized = False  # else a trainer refuses it
+
+
 def load_hf(
     source: ModelSource,
     *,
@@ -241,8 +249,7 @@ def load_hf(
     from transformers import AutoConfig, AutoTokenizer
 
     where: dict[str, Any] = {"pretrained_model_name_or_path": source.path or source.name}
-    if source.revision is not None:
-        where["revision"] = source.revision
+    where |= {"revision": source.revision} if source.revision else {}
     if source.kind == "gguf":
         path = Path(source.path or "")
         where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
@@ -273,11 +280,8 @@ def load_hf(
         )
     model, report = widened(loaded[0], dtype), loaded[1]
     check_report(report, source.name, whole=getattr(model.config, "text_config", None) is None)
-    if source.kind == "gguf" and hasattr(model.config, "quantization_config"):
-        # The tensors were dequantized on loading; what is left over would forbid saving.
-        del model.config.quantization_config
-        model.hf_quantizer = None
-        model.is_quantized = False  # else a trainer refuses it
+    if source.kind == "gguf":
+        _forget_quantization(model)
     if device is not None:
         return model.to(device).eval().requires_grad_(False), tokenizer
     placed = set(map(str, getattr(model, "hf_device_map", {}).values()))
