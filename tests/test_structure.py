@@ -36,6 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("training",),
     ("budget", "plots"),
     ("runs",),
+    ("explorer",),
     ("cli",),
     ("__main__",),
 )

@@ -60,6 +60,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("generate", "answer prompts, with and without a plan"),
     "circuit": ("circuit", "what writes a run's direction, what it says, and what reads it"),
     "tokens": ("tokens", "a text's tokens, coloured by their projections on a run's directions"),
+    "explore": ("explore", "a page in the browser: directions, tokens, sliders, answers"),
     "chat": ("chat", "talk with the edited model in a terminal"),
 }
 

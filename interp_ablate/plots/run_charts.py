@@ -46,7 +46,7 @@ def projections_chart(rows: pd.DataFrame) -> Html:
         rows: of one point and position (`held_out`); each layer's values are centred between the sets' means.
     """
     marks, gaps = [], {}
-    for layer, group in rows.groupby("layer"):
+    for layer, group in rows.sort_values("label", ascending=False).groupby("layer"):
         values = group["projection"].to_numpy(float)
         positive = (group["label"] == "positive").to_numpy()
         middle, spread = centre_and_spread(values, positive)
@@ -120,6 +120,11 @@ def cosines_chart(directions: Sequence[Direction]) -> Html:
     return heat_svg(cosines, names, alt=alt)
 
 
+def _on_prompts(row: Any) -> str:
+    count = getattr(row, "prompts", None)
+    return "" if count in (None, "") or count != count else f" on {count} prompts"
+
+
 def trials_chart(trials: pd.DataFrame, chosen: Any = None) -> Html:
     """Behaviour against damage, a mark a trial that has both, with the front on which no trial beats another."""
     rows = trials[finished_trials(trials, ("target_log_odds", "kl"))]
@@ -127,7 +132,7 @@ def trials_chart(trials: pd.DataFrame, chosen: Any = None) -> Html:
         Mark(
             row.kl,
             row.target_log_odds,
-            f"trial {row.trial}, {row.stage}, {row.layer:g}.{row.point}: KL {row.kl:.3g} nats, "
+            f"trial {row.trial}, {row.stage}{_on_prompts(row)}, {row.layer:g}.{row.point}: KL {row.kl:.3g} nats, "
             f"log-odds {row.target_log_odds:.3g}",
             str(row.stage),
             str(row.trial),
@@ -136,12 +141,20 @@ def trials_chart(trials: pd.DataFrame, chosen: Any = None) -> Html:
         for row in rows.itertuples()
     ]
     front: list[tuple[float, float]] = []
-    for mark in sorted(marks, key=lambda each: (each.x, each.y)):
+    # scores of few prompts are not held against those of all
+    partial = (
+        set(rows["trial"][rows["prompts"].notna() & (rows["prompts"] != "")].astype(str))
+        if "prompts" in rows
+        else set()
+    )
+    whole = [mark for mark in marks if mark.key not in partial] or marks
+    for mark in sorted(whole, key=lambda each: (each.x, each.y)):
         if not front or mark.y < front[-1][1]:
             front.append((mark.x, mark.y))
     at = next((mark for mark in marks if mark.chosen), None)
-    alt = f"{len(marks)} trials by KL and behaviour; {len(front)} are on the front." + (
-        f" Chosen: {at.text}." if at else ""
+    alt = (
+        f"{len(marks)} trials by KL and behaviour; {len(front)} are on the front of those scored on all prompts."
+        + (f" Chosen: {at.text}." if at else "")
     )
     return marks_svg(
         marks, alt=alt, xlabel="KL, first token (nats)", ylabel="behaviour (log-odds)", front=front

@@ -1,0 +1,96 @@
+"""`explore`: a page in the browser over a run, or a model with a file of directions.
+
+Knows: flags, the address, the token. Does not know: what the page shows.
+"""
+
+from __future__ import annotations
+
+import secrets
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from interp_ablate.cli.options import ModelSettings, load, tell
+from interp_ablate.cli.settings import adding, given_flags, settings_from
+from interp_ablate.errors import RunError
+from interp_ablate.settings import setting
+
+
+@dataclass(frozen=True)
+class Explore(ModelSettings):
+    """What is explored, and where the page is."""
+
+    run: str | None = setting(None, "run folder", positional=True)
+    directions: str | None = setting(None, "file of directions (.safetensors), with --model")
+    expressions: str | None = setting(
+        None, "what scores answers: a built-in list, or a file (default: the run's)"
+    )
+    out: str = setting(".", "without a run folder: where plans are kept, in plans/")
+    host: str = setting("127.0.0.1", "address to listen on; beyond the loopback a token is needed")
+    port: int = setting(7860, "port to listen on; 0: a free one")
+
+
+add = adding(Explore)
+
+
+def run(args: Namespace) -> int:
+    """Serve the page until Ctrl-C."""
+    settings = settings_from(args, Explore)
+    try:
+        import uvicorn
+    except ImportError as error:
+        raise RunError("explore needs its extra: pip install 'interp-ablate[explore]'") from error
+    from interp_ablate.explorer.server import LOOPBACK, explorer_app
+
+    session = _session(args, settings)
+    token = None if settings.host in LOOPBACK else secrets.token_urlsafe(24)
+    app = explorer_app(session, token=token)
+    config = uvicorn.Config(
+        app, settings.host, settings.port, log_level="warning", server_header=False, ws="none"
+    )
+    listening = config.bind_socket()
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    address = f"http://{host}:{listening.getsockname()[1]}/"
+    print(address + (f"?token={token}" if token else ""), flush=True)
+    tell(args, "Ctrl-C ends it")
+    uvicorn.Server(config).run([listening])
+    return 0
+
+
+def _session(args: Namespace, settings: Explore) -> Any:
+    """The session that the flags ask for; cheap faults first.
+
+    Raises:
+        RunError: neither a run folder nor a model with directions.
+    """
+    from interp_ablate.directions.direction_set import Directions
+    from interp_ablate.directions.foreign_files import read_directions
+    from interp_ablate.explorer.session import ExplorerSession
+    from interp_ablate.runs.configuration import Configuration
+    from interp_ablate.runs.report_charts import read_directions as directions_of_run
+    from interp_ablate.runs.run_folder import Run, read_run
+    from interp_ablate.scoring.expressions import expression_scorer
+
+    scorer = expression_scorer(settings.expressions, contrast="") if settings.expressions else None
+    if settings.run is None:
+        if not (settings.model and settings.directions):
+            raise RunError("give a run folder; or --model and --directions FILE")
+        own = (
+            Path(settings.directions).with_suffix(".json").exists()
+        )  # of a run, or of Directions.save
+        read: Any = Directions.load if own else read_directions
+        directions: Any = list(read(settings.directions))
+        model = load(settings, settings.model)
+        return ExplorerSession(model, directions, settings.out, expression=scorer)
+    saved = read_run(settings.run)
+    directions = directions_of_run(Path(settings.run))
+    if saved is None or not directions:
+        raise RunError(
+            f"{settings.run} holds no directions: make them with `interp-ablate directions --out {settings.run}`"
+        )
+    asked = {**saved["configuration"], **given_flags(args, ModelSettings)}
+    of_run = Run(str(settings.run), Configuration.from_dict(asked))
+    return ExplorerSession(
+        of_run.model, directions, of_run.out, run=of_run, expression=scorer or of_run.expression
+    )

@@ -1,0 +1,228 @@
+"""A session of the explorer: one model, its directions and plans, and what is asked of them, one thing after another.
+
+What a page shows as it is made comes as events: small JSON objects, in order.
+
+Knows: answers with and without a plan, their scores, tokens, attributions, kept plans. Does not know: HTTP, or the page.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from interp_ablate.activations.token_html import tokens_html
+from interp_ablate.activations.token_view import token_projections
+from interp_ablate.circuits.attribution import attribute
+from interp_ablate.directions.direction import Direction
+from interp_ablate.display import html_table, marked_differences
+from interp_ablate.edits.plan import Plan
+from interp_ablate.errors import RunError
+from interp_ablate.evaluation.metrics import kl_divergence
+from interp_ablate.evaluation.outputs import ModelOutputs
+from interp_ablate.explorer.controls import Controls
+from interp_ablate.models.conversation import Conversation
+from interp_ablate.models.generation import Generation
+from interp_ablate.models.model import Model
+from interp_ablate.prompts.messages import message_of
+from interp_ablate.prompts.prompt import Prompt
+from interp_ablate.runs.kept_plans import keep_plan, plan_named, plan_names
+from interp_ablate.runs.run_folder import Run
+from interp_ablate.scoring.expressions import ExpressionScorer
+from interp_ablate.search.edit_space import plan_of
+from interp_ablate.search.trial_table import params_of, read_trials
+
+Event = dict[str, Any]
+REMEMBERED = 16  # unedited answers
+LONGEST_ANSWER = 512  # tokens
+TOP_TERMS = 25
+
+
+class ExplorerSession:
+    """One model with directions, over a folder; its methods are called from one thread at a time.
+
+    Args:
+        folder: where plans are kept (`plans/`), and whose own plans are offered.
+        run: the run folder's run, for its trials.
+        expression: scores answers.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        directions: Sequence[Direction],
+        folder: str | Path,
+        *,
+        run: Run | None = None,
+        expression: ExpressionScorer | None = None,
+    ) -> None:
+        self.model, self.directions, self.folder = model, list(directions), Path(folder)
+        self.run, self.expression = run, expression
+        self._unedited: OrderedDict[tuple[Any, ...], Generation] = OrderedDict()
+        if not self.directions:
+            raise RunError("there are no directions to explore")
+
+    @property
+    def by_layer(self) -> list[Direction]:
+        """The directions at one point, those of the first's position: one a layer."""
+        points = [each.site.point for each in self.directions]
+        point = "resid_post" if "resid_post" in points else points[0]
+        first = self.directions[points.index(point)]
+        chosen = {
+            e.site: e for e in reversed(self.directions) if e.is_of(first.position, first.method)
+        }
+        return [chosen[site] for site in sorted(chosen) if site.point == point]
+
+    def plan(self, request: Mapping[str, Any]) -> Plan:
+        """The plan that a page asks for: one by name, times a strength, or that of its sliders.
+
+        Raises:
+            RunError, PlanError: no such plan, controls that cannot be read.
+        """
+        if request.get("plan"):
+            plan = plan_named(self.folder, str(request["plan"]))
+            strength = _number(request.get("strength", 1.0))
+            return plan if strength == 1 else plan.times(strength)
+        return Controls.from_dict(request.get("controls")).plan(self.model, self.directions)
+
+    def answer(self, request: Mapping[str, Any]) -> Iterator[Event]:
+        """The prompt answered under the plan and without it, token by token, then scores and marked differences."""
+        prompt, limit = _prompt(request), _limit(request)
+        plan = self.plan(request)
+        outputs = ModelOutputs(self.model, [prompt], max_new_tokens=limit)
+        edited: list[int] = []
+        for token, values in self._streamed(prompt, plan, limit):
+            edited.append(token.id)
+            yield {"side": "edited", "text": token.text, "values": [round(v, 4) for v in values]}
+        after = Generation(tuple(edited), self.model.decode(edited), len(edited) < limit)
+        key = (tuple(outputs.rows[0]), limit)
+        before = self._unedited.get(key)
+        if before is None:
+            tokens: list[int] = []
+            for token, _ in self._streamed(prompt, Plan(), limit):
+                tokens.append(token.id)
+                yield {"side": "unedited", "text": token.text}
+            before = Generation(tuple(tokens), self.model.decode(tokens), len(tokens) < limit)
+            self._unedited[key] = before
+            while len(self._unedited) > REMEMBERED:
+                self._unedited.popitem(last=False)
+        yield {
+            "unedited": marked_differences(after.text, before.text),
+            "edited": marked_differences(before.text, after.text),
+            "scores": self._scores(outputs, plan, before, after),
+        }
+
+    def _streamed(self, prompt: Prompt, plan: Plan, limit: int) -> Iterator[Any]:
+        with self.model.applied(plan) if plan.edits else nullcontext():
+            yield from self.model.monitor(prompt, self.by_layer, max_new_tokens=limit)
+
+    def _scores(
+        self, outputs: ModelOutputs, plan: Plan, before: Generation, after: Generation
+    ) -> list[Event]:
+        """KL at the first token and along the unedited answer, and what the expressions say of both answers."""
+        rows: list[Event] = []
+        edited = outputs.fresh(plan if plan.edits else None)
+        first = kl_divergence(outputs.first_logprobs, edited.first_logprobs)
+        rows.append({"name": "KL, first token (nats)", "edited": float(first)})
+        if before.tokens:
+            along = [each.continuation_logprobs([before.tokens])[0] for each in (outputs, edited)]
+            mean = float(kl_divergence(*along).mean())
+            rows.append({"name": "KL a token, along the unedited answer", "edited": mean})
+        if self.expression is not None:
+            texts = {"unedited": before.text, "edited": after.text}
+            said = {side: self.expression.outcome(text) for side, text in texts.items()}
+            rows.append({"name": f"expressions {self.expression.label}", **said})
+        return rows
+
+    def tokens(self, request: Mapping[str, Any]) -> Event:
+        """The prompt and its answer as coloured tokens, under the plan."""
+        prompt, plan = _prompt(request), self.plan(request)
+        with self.model.applied(plan) if plan.edits else nullcontext():
+            view = token_projections(
+                self.model, prompt, self.by_layer, max_new_tokens=_limit(request)
+            )
+        ids = [token.id for token in view.tokens]
+        return {"html": tokens_html(view, layer=self._layer(request)), "ids": ids}
+
+    def attribution(self, request: Mapping[str, Any]) -> Event:
+        """Who wrote the projection of one token of an unedited text, the largest terms first."""
+        ids, index = request.get("ids"), request.get("index")
+        if not (isinstance(ids, list) and isinstance(index, int) and 0 <= index < len(ids)):
+            raise RunError("attribution is of a token of a text: give its ids and an index")
+        direction = self.directions[self._direction(request)]
+        # what follows a token writes nothing to it
+        whole = attribute(self.model, [list(map(int, ids[: index + 1]))], direction, positions=-1)
+        frame = whole.of_token(0, -1).head(TOP_TERMS)
+        rows = [(row.term, float(row.value)) for row in frame.itertuples()]
+        caption = (
+            f"The {len(rows)} largest of {len(whole.terms)} terms of {float(whole.projection[0]):.4g} along "
+            f"{direction.name}; sum and projection differ by {whole.error:.1e} of all terms' sizes"
+        )
+        return {"html": html_table(("written by", "along the direction"), rows, caption=caption)}
+
+    def chat(self, request: Mapping[str, Any]) -> Iterator[Event]:
+        """The next answer of a conversation under the plan."""
+        turns = request.get("turns") or []
+        if not isinstance(turns, list):
+            raise RunError("turns are a list of messages")
+        said = [message_of(each, f"turns[{i}]") for i, each in enumerate(turns)]
+        talk = Conversation(self.model, None, _limit(request), turns=said)
+        for piece in talk.say(_prompt(request).text, self.plan(request)):
+            yield {"text": piece}
+
+    def keep(self, request: Mapping[str, Any]) -> Event:
+        """Keep the plan under a name, for `export --plan`."""
+        path = keep_plan(self.folder, str(request.get("name") or ""), self.plan(request))
+        return {"path": str(path), "plans": plan_names(self.folder)}
+
+    def trial(self, request: Mapping[str, Any]) -> Event:
+        """A trial's plan, and its answers to some validation prompts beside the unedited ones."""
+        if self.run is None:
+            raise RunError("trials are a run's, and no run folder was given")
+        frame = read_trials(self.run.out / "trials.csv")
+        rows = frame[frame["trial"].astype(str) == str(request.get("trial"))]
+        if rows.empty:
+            raise RunError(f"there is no trial {request.get('trial')!r:.40}")
+        plan = plan_of(params_of(rows.iloc[0].to_dict()), self.run.edit_space())
+        split, limit = self.run.split.validation, self.run.configuration.max_new_tokens
+        prompts = [*split.positive[:2], *split.negative[:1]]
+        before = self.model.generate(prompts, max_new_tokens=limit)
+        with self.model.applied(plan):
+            after = self.model.generate(prompts, max_new_tokens=limit)
+        answers = [
+            (p.text, marked_differences(b.text, a.text), marked_differences(a.text, b.text))
+            for p, a, b in zip(prompts, after, before)
+        ]
+        return {
+            "html": html_table(("the plan's edits",), [(repr(edit),) for edit in plan])
+            + html_table(("validation prompt", "edited", "unedited"), answers, caption="answers")
+        }
+
+    def _direction(self, request: Mapping[str, Any]) -> int:
+        number = request.get("direction", 0)
+        if not (isinstance(number, int) and 0 <= number < len(self.directions)):
+            raise RunError(f"there are directions 0 to {len(self.directions) - 1}")
+        return number
+
+    def _layer(self, request: Mapping[str, Any]) -> int:
+        return self.directions[self._direction(request)].site.layer
+
+
+def _prompt(request: Mapping[str, Any]) -> Prompt:
+    return Prompt(str(request.get("prompt") or ""), request.get("system") or None)
+
+
+def _limit(request: Mapping[str, Any]) -> int:
+    number = request.get("max_new_tokens", 48)
+    if not (isinstance(number, int) and 1 <= number <= LONGEST_ANSWER):
+        raise RunError(f"an answer has 1 to {LONGEST_ANSWER} tokens; got {number!r:.40}")
+    return number
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise RunError(f"a strength is a number; got {value!r:.40}") from error

@@ -1,0 +1,154 @@
+"""The explorer's page and the parts of it that are made without the model.
+
+Knows: what the page shows of a run folder. Does not know: HTTP, or how an answer is made.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from interp_ablate.directions.direction import Direction
+from interp_ablate.display import Html, html_table, shortened
+from interp_ablate.errors import RunError
+from interp_ablate.explorer.controls import OPERATIONS, bands_of
+from interp_ablate.plots.run_charts import (
+    cosines_chart,
+    held_out,
+    projections_chart,
+    separation_chart,
+    trials_chart,
+)
+from interp_ablate.plots.svg_charts import Mark, marks_svg
+from interp_ablate.runs.kept_plans import plan_names
+from interp_ablate.runs.report_charts import read_projections
+from interp_ablate.runs.report_claims import number
+from interp_ablate.search.trial_table import read_trials
+from interp_ablate.storage.bundled_data import bundled
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from interp_ablate.explorer.session import ExplorerSession
+
+_TRIAL_COLUMNS = ("trial", "stage", "edit", "layer", "point", "target_log_odds", "kl", "expression_rate", "prompts", "status")  # fmt: skip
+_BINS = 16
+
+
+def page_of(session: ExplorerSession) -> str:
+    """The page, rendered once: nothing on it needs the model."""
+    from jinja2 import Environment
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(
+        bundled("templates", "explorer.html.j2").read_text(encoding="utf-8")
+    )
+    trials = _trials(session)
+    frame = _projections(session)
+    return template.render(
+        model=session.model.source.name,
+        folder=str(session.folder),
+        bands=[
+            f"{b[0]}–{b[-1]}" if len(b) > 1 else f"{b[0]}" for b in bands_of(session.model.n_layers)
+        ],
+        operations=OPERATIONS,
+        directions=[_name(each) for each in session.directions],
+        first=best_direction(session.directions),
+        plans=plan_names(session.folder),
+        projections=None if frame is None else projections_chart(held_out(frame)),
+        separation=separation_chart(session.directions),
+        cosines=cosines_chart(session.directions),
+        trials_chart=None if trials is None else trials_chart(trials, _chosen(session)),
+        trials=None if trials is None else _trials_table(trials),
+    )
+
+
+def best_direction(directions: list[Direction]) -> int:
+    """The number of the direction that separates best; of the middle one where none was measured."""
+    measured = [
+        (each.separation.d_prime, i)
+        for i, each in enumerate(directions)
+        if each.separation is not None
+    ]
+    return max(measured)[1] if measured else len(directions) // 2
+
+
+def layer_view(session: ExplorerSession, request: Any) -> dict[str, Any]:
+    """One layer's projections: their distribution, and its prompts in order.
+
+    Raises:
+        RunError: no projections, or no such layer.
+    """
+    frame = _projections(session)
+    if frame is None:
+        raise RunError("projections are a run's, and no run folder with some was given")
+    rows = held_out(frame)
+    rows = rows[rows["layer"].astype(str) == str(request.get("layer"))]
+    if rows.empty:
+        raise RunError(f"there are no projections at layer {request.get('layer')!r:.40}")
+    rows = rows.sort_values("projection", ascending=False)
+    cells = [
+        (row.label, float(row.projection), shortened(row.prompt, 200)) for row in rows.itertuples()
+    ]
+    split = str(rows["split"].iloc[0])
+    table = html_table(
+        ("set", "projection", "prompt"),
+        cells,
+        caption=f"{len(cells)} {split} prompts, the highest first",
+    )
+    return {"html": _histogram(rows) + table}
+
+
+def _histogram(rows: pd.DataFrame) -> Html:
+    """How many prompts of each set project how far."""
+    low, high = float(rows["projection"].min()), float(rows["projection"].max())
+    width = (high - low) / _BINS or 1.0
+    marks = []
+    for label in ("positive", "negative"):
+        group = rows[rows["label"] == label]
+        counts = [0] * _BINS
+        for value in group["projection"]:
+            counts[min(int((value - low) / width), _BINS - 1)] += 1
+        marks += [
+            Mark(
+                low + (i + 0.5) * width,
+                count,
+                f"{count} {label} prompts from {low + i * width:.3g} to {low + (i + 1) * width:.3g}",
+                label,
+            )
+            for i, count in enumerate(counts)
+        ]
+    means = rows.groupby("label")["projection"].mean()
+    alt = "Counts of prompts by projection. Means: " + ", ".join(
+        f"{label} {mean:.3g}" for label, mean in means.items()
+    )
+    return marks_svg(marks, alt=alt + ".", xlabel="projection", ylabel="prompts", lines=True)
+
+
+def _projections(session: ExplorerSession) -> pd.DataFrame | None:
+    return read_projections(session.run.out) if session.run is not None else None
+
+
+def _trials(session: ExplorerSession) -> pd.DataFrame | None:
+    run = session.run
+    if run is None or not (run.out / "trials.csv").exists():
+        return None
+    return read_trials(run.out / "trials.csv")
+
+
+def _chosen(session: ExplorerSession) -> Any:
+    from interp_ablate.storage.tables import read_json
+
+    selected = read_json(session.folder / "selected.json") or {}
+    return (selected.get("trial") or {}).get("trial")
+
+
+def _trials_table(trials: pd.DataFrame) -> dict[str, Any]:
+    columns = [name for name in _TRIAL_COLUMNS if name in trials]
+    rows = [[number(value) for value in row] for row in trials[columns].itertuples(index=False)]
+    return {"heads": [name.replace("_", " ") for name in columns], "rows": rows}
+
+
+def _name(direction: Direction) -> str:
+    measured = direction.separation
+    end = "" if measured is None else f", d′ {measured.d_prime:.2f}"
+    return f"{direction.site.layer}.{direction.site.point} [{direction.position}]{end}"

@@ -1,0 +1,291 @@
+"""The explorer in a real browser, on a tiny model: load, look, slide, answer, keep, export, talk; who may ask."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from browser import Watched, browser
+from tiny import tiny
+
+from interp_ablate.cli.main import main
+from interp_ablate.edits.plan import Plan
+from interp_ablate.errors import PlanError
+from interp_ablate.explorer.controls import Controls, bands_of
+from interp_ablate.explorer.session import ExplorerSession
+from interp_ablate.runs.configuration import Configuration
+from interp_ablate.runs.report_charts import read_directions
+from interp_ablate.runs.run_folder import Run, read_run
+from interp_ablate.sites import Site
+
+uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("starlette")
+EVIL = "<img src=x onerror=alert(1)> & <script>alert(2)</script>"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a tiny model."""
+    root = tmp_path_factory.mktemp("explorer")
+    model, tokenizer = tiny(seed=3)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(6)
+    model.save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    for name, words in (("yes", "order bring fetch send"), ("no", "name list tell describe")):
+        verbs = words.split()
+        lines = [f"{verbs[i % 4]} number {i * 7 + 3} now" for i in range(12)]
+        (root / f"{name}.txt").write_text("\n".join(lines))
+    arguments = ["--model", str(root / "model"), "--positive", str(root / "yes.txt")]
+    arguments += ["--negative", str(root / "no.txt"), "--n-train", "4", "--n-validation", "4"]
+    arguments += [
+        "--n-test",
+        "4",
+        "--max-new-tokens",
+        "4",
+        "--max-kl",
+        "50",
+        "--sites",
+        "resid_post",
+    ]
+    assert main(["--quiet", "run", *arguments, "--out", str(root / "run")]) == 0
+    return root / "run"
+
+
+@pytest.fixture(scope="module")
+def session(folder: Path) -> ExplorerSession:
+    saved = read_run(folder)
+    assert saved is not None
+    run = Run(folder, Configuration.from_dict(saved["configuration"]))
+    return ExplorerSession(
+        run.model, read_directions(folder), folder, run=run, expression=run.expression
+    )
+
+
+class Served:
+    """The application on a free port, in a thread."""
+
+    def __init__(self, session: ExplorerSession, token: str | None = None) -> None:
+        from interp_ablate.explorer.server import explorer_app
+
+        config = uvicorn.Config(explorer_app(session, token=token), port=0, log_level="warning")
+        listening = config.bind_socket()
+        self.address = f"http://127.0.0.1:{listening.getsockname()[1]}/"
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run, args=([listening],))
+
+    def __enter__(self) -> Served:
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.02)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.should_exit = True
+        self.thread.join()
+
+    def ask(self, path: str, request: Any = None, **headers: str) -> tuple[int, list[Any]]:
+        """The status and the events of a request."""
+        data = None if request is None else json.dumps(request).encode()
+        own = {
+            "Content-Type": "application/json",
+            **{k.replace("_", "-"): v for k, v in headers.items()},
+        }
+        asked = urllib.request.Request(self.address + path, data, own)
+        try:
+            with urllib.request.urlopen(asked, timeout=60) as answer:
+                lines = answer.read().decode().splitlines()
+                return answer.status, [json.loads(line) for line in lines] if data else lines
+        except urllib.error.HTTPError as error:
+            return error.code, []
+
+
+@pytest.fixture(scope="module")
+def served(session: ExplorerSession) -> Iterator[Served]:
+    with Served(session) as each:
+        yield each
+
+
+SLIDERS = {"operation": "add", "direction": 1, "amounts": [None, 2.0, 2.0]}
+
+
+def test_the_events_are_what_the_model_says(served: Served, session: ExplorerSession) -> None:
+    request = {"prompt": "Hello", "max_new_tokens": 5, "controls": SLIDERS}
+    _, events = served.ask("answer", request)
+    streamed = {
+        side: "".join(e["text"] for e in events if e.get("side") == side)
+        for side in ("edited", "unedited")
+    }
+    plan = Controls.from_dict(SLIDERS).plan(session.model, session.directions)
+    (before,) = session.model.generate(["Hello"], max_new_tokens=5)
+    with session.model.applied(plan):
+        (after,) = session.model.generate(["Hello"], max_new_tokens=5)
+        edited = session.model.logits(["Hello"])[0, -1].double().log_softmax(-1)
+    assert streamed == {"edited": after.text, "unedited": before.text} and before != after
+    plain = session.model.logits(["Hello"])[0, -1].double().log_softmax(-1)
+    kl = float((plain.exp() * (plain - edited)).sum())
+    assert events[-1]["scores"][0]["edited"] == pytest.approx(kl, abs=1e-5)
+
+
+def test_sliders_make_the_plan_that_they_say(session: ExplorerSession) -> None:
+    model, direction = session.model, session.directions[1]
+    (ablation,) = Controls("ablate", 1, (0.5, None, 0.0)).plan(model, session.directions)
+    assert set(ablation.sites) == {Site(0, "attn_out"), Site(0, "mlp_out")}
+    assert set(ablation.amounts) == {0.5}
+    (addition,) = Controls("add", 1, (None, 1.0, -1.0)).plan(model, session.directions)
+    assert dict(zip(addition.sites, addition.amounts)) == {
+        Site(1, "resid_post"): 1.0, Site(2, "resid_post"): -1.0,
+    }  # fmt: skip
+    (clamp,) = Controls("clamp", 1, (0.0, None, 1.0)).plan(model, session.directions)
+    assert clamp.amounts == (0.0, pytest.approx(direction.norm))
+    assert not Controls("add", 1, (0.0, None, None)).plan(model, session.directions).edits
+    assert [len(band) for band in bands_of(32)] == [5, 6, 5, 5, 6, 5]
+    for wrong in ({}, {**SLIDERS, "amounts": [1.0]}, {**SLIDERS, "operation": "delete"}, {**SLIDERS, "direction": 99}, {**SLIDERS, "amounts": [float("nan")] * 3}):  # fmt: skip
+        with pytest.raises(PlanError):
+            Controls.from_dict(wrong).plan(model, session.directions)
+
+
+def test_who_may_ask(served: Served, session: ExplorerSession) -> None:
+    request = {"prompt": "Hello", "max_new_tokens": 2, "controls": SLIDERS}
+    assert served.ask("", Host="evil.example")[0] == 403
+    assert served.ask("answer", request, Host="evil.example:80")[0] == 403
+    assert served.ask("answer", request, Origin="http://evil.example")[0] == 403
+    assert served.ask("answer", request, Content_Type="text/plain")[0] == 415
+    assert served.ask("answer", request, Origin=served.address[:-1])[0] == 200
+    for path in (
+        "run.json",
+        "plans",
+        "../run.json",
+        "..%2f..%2frun.json",
+        "page.js%00",
+        "report.html",
+    ):
+        assert served.ask(path)[0] == 404
+    assert served.ask("page.js")[0] == 200
+    for wrong in (
+        {},
+        {**request, "prompt": " "},
+        {**request, "max_new_tokens": 10**9},
+        {**request, "plan": "../x"},
+    ):
+        ((status, events),) = [served.ask("answer", wrong)]
+        assert status == 200 and "error" in events[-1]
+    with Served(session, token="secret") as elsewhere:
+        assert elsewhere.ask("")[0] == 403 and elsewhere.ask("?token=wrong")[0] == 403
+        assert elsewhere.ask("answer", request)[0] == 403
+        assert elsewhere.ask("answer", request, Cookie="interp_ablate_token=secret")[0] == 200
+
+
+def test_two_at_once_wait_for_each_other(served: Served) -> None:
+    results: list[Any] = []
+    request = {"prompt": "Hello there", "max_new_tokens": 12, "controls": SLIDERS}
+    threads = [
+        threading.Thread(target=lambda: results.append(served.ask("answer", request)))
+        for _ in range(4)
+    ]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    ends = [events[-1] for _, events in results]
+    assert len(ends) == 4 and all(end == ends[0] and "scores" in end for end in ends)
+
+
+def test_memory_stays(served: Served) -> None:
+    process = psutil.Process()
+
+    def ask(count: int) -> None:
+        for i in range(count):
+            _, events = served.ask(
+                "answer", {"prompt": f"Number {i}", "max_new_tokens": 2, "controls": SLIDERS}
+            )
+            assert "scores" in events[-1]
+
+    ask(20)
+    before = process.memory_info().rss
+    ask(60)
+    assert process.memory_info().rss - before < 40e6
+
+
+def test_in_a_browser(
+    served: Served, session: ExplorerSession, folder: Path, tmp_path: Path
+) -> None:
+    with browser() as chromium:
+        watched = Watched(chromium)
+        page = watched.page
+        page.goto(served.address)
+        assert page.locator("#projections circle").count() > 20
+
+        page.locator("#prompt").fill(EVIL)
+        page.locator("#limit").fill("6")
+        page.get_by_label("add", exact=True).check()
+        page.get_by_role("button", name="Answer", exact=True).click()
+        page.wait_for_function("document.querySelector('#scores tbody tr')")
+        before = page.locator("#edited").inner_text()
+        page.locator(".band input[type=range]").nth(2).fill("3")
+        page.wait_for_function(
+            "before => document.querySelector('#state').textContent.startsWith('first') && document.querySelector('#edited').textContent !== before",
+            arg=before,
+        )
+
+        page.locator("#name").fill("mine")
+        page.get_by_role("button", name="Keep the plan").click()
+        page.wait_for_function("document.querySelector('#kept').textContent.startsWith('kept')")
+        kept = folder / "plans" / "mine.json"
+        (edit,) = Plan.load(kept)
+        assert edit.op == "add" and edit.amounts == (1.0, 1.0, 3.0)
+        assert page.locator("#plan option", has_text="mine").count() == 1
+
+        page.get_by_role("button", name="Tokens by layer").click()
+        page.locator("#tokens .t").nth(3).click()
+        page.wait_for_function("document.querySelector('#attribution table')")
+        assert "L0." in page.locator("#attribution").inner_text()
+
+        page.locator("#show-layer").click()
+        page.wait_for_function("document.querySelectorAll('#layer tbody tr').length === 8")
+        page.locator("#trials-table button.trial").first.click()
+        page.wait_for_function("document.querySelectorAll('#trial table').length === 2")
+        rows = page.locator("#trials-table tbody tr:visible")
+        page.locator("#trials input[type=search]").fill("screen")
+        assert 0 < rows.count() < len((folder / "trials.csv").read_text().splitlines()) - 1
+
+        for text in ("Hello", "And now?"):
+            page.locator("#said").fill(text)
+            page.get_by_role("button", name="Say").click()
+            page.wait_for_function("n => turns.length === n", arg=2 if text == "Hello" else 4)
+        assert page.locator("#turns p.error").count() == 0
+
+        assert watched.serious() == []
+        watched.check(served.address)
+        page.set_viewport_size({"width": 390, "height": 844})
+        page.emulate_media(color_scheme="dark")
+        page.wait_for_timeout(300)
+        assert watched.serious() == []
+        watched.check(served.address)
+    out = tmp_path / "exported"
+    weights = [
+        "--plan",
+        str(kept),
+        "--format",
+        "control-vector",
+        "--out",
+        str(tmp_path / "mine.gguf"),
+    ]
+    assert main(["--quiet", "export", "--model", str(folder.parent / "model"), *weights]) == 0
+    assert not out.exists() and (tmp_path / "mine.gguf").stat().st_size > 0
+    kept.unlink()
+
+
+def test_what_cannot_be_explored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, said in (([], "give a run folder"), ([str(tmp_path)], "no directions"), (["--model", "x"], "--directions")):  # fmt: skip
+        assert main(["explore", *arguments]) == 2
+        assert said in capsys.readouterr().err
