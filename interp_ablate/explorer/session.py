@@ -18,7 +18,7 @@ from interp_ablate.activations.token_view import token_projections
 from interp_ablate.circuits.attribution import attribute
 from interp_ablate.directions.direction import Direction
 from interp_ablate.display import html_table, marked_differences
-from interp_ablate.edits.plan import Plan
+from interp_ablate.edits.plan import Plan, ablate_layers
 from interp_ablate.errors import RunError
 from interp_ablate.evaluation.metrics import kl_divergence
 from interp_ablate.evaluation.outputs import ModelOutputs
@@ -74,6 +74,13 @@ class ExplorerSession:
             e.site: e for e in reversed(self.directions) if e.is_of(first.position, first.method)
         }
         return [chosen[site] for site in sorted(chosen) if site.point == point]
+
+    def warm_up(self) -> None:
+        """Answer once, so that what is measured of the model before its first answer is not waited for later."""
+        middle = self.directions[len(self.directions) // 2]
+        for plan in (Plan(), ablate_layers(self.model, middle)):
+            for _ in self._streamed(Prompt("Hello"), plan, 2):
+                pass
 
     def plan(self, request: Mapping[str, Any]) -> Plan:
         """The plan that a page asks for: one by name, times a strength, or that of its sliders.

@@ -229,31 +229,31 @@ def test_in_a_browser(
         page.locator("#limit").fill("6")
         page.get_by_label("add", exact=True).check()
         page.get_by_role("button", name="Answer", exact=True).click()
-        page.wait_for_function("document.querySelector('#scores tbody tr')")
+        watched.until("document.querySelector('#scores tbody tr')")
         before = page.locator("#edited").inner_text()
         page.locator(".band input[type=range]").nth(2).fill("3")
-        page.wait_for_function(
-            "before => document.querySelector('#state').textContent.startsWith('first') && document.querySelector('#edited').textContent !== before",
-            arg=before,
+        watched.until(
+            f"document.querySelector('#state').textContent.startsWith('first') && document.querySelector('#edited').innerText !== {json.dumps(before)}"
         )
 
+        page.get_by_label("ablate", exact=True).check()
         page.locator("#name").fill("mine")
         page.get_by_role("button", name="Keep the plan").click()
-        page.wait_for_function("document.querySelector('#kept').textContent.startsWith('kept')")
+        watched.until("document.querySelector('#kept').textContent.startsWith('kept')")
         kept = folder / "plans" / "mine.json"
         (edit,) = Plan.load(kept)
-        assert edit.op == "add" and edit.amounts == (1.0, 1.0, 3.0)
+        assert edit.op == "ablate" and edit.amounts == (1.0, 1.0, 1.0, 1.0, 3.0, 3.0)
         assert page.locator("#plan option", has_text="mine").count() == 1
 
         page.get_by_role("button", name="Tokens by layer").click()
         page.locator("#tokens .t").nth(3).click()
-        page.wait_for_function("document.querySelector('#attribution table')")
+        watched.until("document.querySelector('#attribution table')")
         assert "L0." in page.locator("#attribution").inner_text()
 
         page.locator("#show-layer").click()
-        page.wait_for_function("document.querySelectorAll('#layer tbody tr').length === 8")
+        watched.until("document.querySelectorAll('#layer tbody tr').length === 8")
         page.locator("#trials-table button.trial").first.click()
-        page.wait_for_function("document.querySelectorAll('#trial table').length === 2")
+        watched.until("document.querySelectorAll('#trial table').length === 2")
         rows = page.locator("#trials-table tbody tr:visible")
         page.locator("#trials input[type=search]").fill("screen")
         assert 0 < rows.count() < len((folder / "trials.csv").read_text().splitlines()) - 1
@@ -261,7 +261,7 @@ def test_in_a_browser(
         for text in ("Hello", "And now?"):
             page.locator("#said").fill(text)
             page.get_by_role("button", name="Say").click()
-            page.wait_for_function("n => turns.length === n", arg=2 if text == "Hello" else 4)
+            watched.until(f"turns.length === {2 if text == 'Hello' else 4}")
         assert page.locator("#turns p.error").count() == 0
 
         assert watched.serious() == []
@@ -272,16 +272,9 @@ def test_in_a_browser(
         assert watched.serious() == []
         watched.check(served.address)
     out = tmp_path / "exported"
-    weights = [
-        "--plan",
-        str(kept),
-        "--format",
-        "control-vector",
-        "--out",
-        str(tmp_path / "mine.gguf"),
-    ]
-    assert main(["--quiet", "export", "--model", str(folder.parent / "model"), *weights]) == 0
-    assert not out.exists() and (tmp_path / "mine.gguf").stat().st_size > 0
+    plan = ["--plan", str(kept), "--out", str(out)]
+    assert main(["--quiet", "export", "--model", str(folder.parent / "model"), *plan]) == 0
+    assert json.loads((out / "certificate.json").read_text())["passed"]
     kept.unlink()
 
 

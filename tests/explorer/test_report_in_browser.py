@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,9 +65,11 @@ def test_it_works(chromium: Any, report: str) -> None:
     page = watched.page
     page.goto(report)
     table = page.locator("#trials table")
-    column = lambda: [
-        float(text) for text in table.locator("tbody tr:visible td:nth-child(4)").all_inner_texts()
-    ]  # noqa: E731
+
+    def column() -> list[float]:
+        cells = table.locator("tbody tr:visible td:nth-child(4)")
+        return [float(text) for text in cells.all_inner_texts()]
+
     button = table.get_by_role("button", name="behaviour (log-odds)")
     button.click()
     assert column() == sorted(column()) and len(column()) == 10
@@ -84,6 +85,7 @@ def test_it_works(chromium: Any, report: str) -> None:
     assert page.locator("details.answer:visible").count() == 3
 
     chart = page.locator("#charts .chart").first
+    chart.scroll_into_view_if_needed()
     mark = chart.locator("circle").nth(5).bounding_box()
     page.mouse.move(mark["x"] + mark["width"] / 2, mark["y"] + mark["height"] / 2)
     tip = chart.locator(".tip")

@@ -41,6 +41,16 @@ class Watched:
             lambda message: self.faults.append(message.text) if message.type == "error" else None,
         )
 
+    def until(self, script: str) -> None:
+        """Wait until an expression is true; the page's policy forbids Playwright's own way to."""
+        for _ in range(600):
+            if self.page.evaluate(script):
+                return
+            self.page.wait_for_timeout(50)
+        raise AssertionError(
+            f"never true: {script}; the page says {self.page.evaluate('document.body.innerText')[:500]!r}"
+        )
+
     def check(self, address: str) -> None:
         """No fault, no request to anywhere else, nothing wider than the screen."""
         assert not self.faults, self.faults
