@@ -24,8 +24,8 @@ from interp_ablate.evaluation.metrics import kl_divergence
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.explorer.controls import Controls
 from interp_ablate.models.conversation import Conversation
-from interp_ablate.models.generation import Generation
 from interp_ablate.models.model import Model
+from interp_ablate.models.thinking import Generation
 from interp_ablate.prompts.messages import message_of
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.runs.kept_plans import keep_plan, plan_named, plan_names
