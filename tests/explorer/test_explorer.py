@@ -45,7 +45,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         verbs = words.split()
         lines = [f"{verbs[i % 4]} number {i * 7 + 3} now" for i in range(12)]
         (root / f"{name}.txt").write_text("\n".join(lines))
+    # what the answers hold: a run whose behaviour is not there has no trials
+    (root / "words.txt").write_text("\N{REPLACEMENT CHARACTER}\n")
     arguments = ["--model", str(root / "model"), "--positive", str(root / "yes.txt")]
+    arguments += ["--expressions", str(root / "words.txt")]
     arguments += ["--negative", str(root / "no.txt"), "--n-train", "4", "--n-validation", "4"]
     arguments += [
         "--n-test",
