@@ -101,7 +101,8 @@ def _check_before_loading(settings: Export) -> None:
     from interp_ablate.models.sources import resolve
 
     if settings.model and settings.format == "checkpoint":
-        check_source_exports(resolve(settings.model), str(settings.out), overwrite=settings.force)
+        source = resolve(settings.model, settings.revision)
+        check_source_exports(source, str(settings.out), overwrite=settings.force)
 
 
 def _plan(path: str, chosen: ExportFormat) -> Any:

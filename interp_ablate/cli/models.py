@@ -24,6 +24,7 @@ class Models:
     dtype: str = setting("float32", "of the measured model's weights")
     device: str = setting("cpu", "where the model is measured")
     trust_remote_code: bool = setting(False, "run Python code that a model folder brings")
+    revision: str | None = setting(None, "branch, tag or commit of a hub name")
     json: bool = setting(False, "one JSON object a line")
 
 
@@ -57,6 +58,7 @@ def _print_anatomy(settings: Models) -> int:
         dtype=settings.dtype,
         device=settings.device,
         trust_remote_code=settings.trust_remote_code,
+        revision=settings.revision,
     )
     anatomy = measured_anatomy(hf)
     rows = [{"layer": i, **_block(block)} for i, block in enumerate(anatomy.blocks)]

@@ -28,7 +28,7 @@ def load_model(
     device: str = DEFAULTS.device,
     template: TemplateLike = DEFAULTS.template,
     trust_remote_code: bool = DEFAULTS.trust_remote_code,
-    revision: str | None = None,
+    revision: str | None = DEFAULTS.revision,
 ) -> Model:
     """Load a decoder by hub name, local Hugging Face folder, GGUF file, or bundled alias (`smollm2`).
 

@@ -49,6 +49,9 @@ class HFLoadingOptions:
         "answer", "part of what a thinking model writes that is read", choices=get_args(ReadPart)
     )
     trust_remote_code: bool = setting(False, "run Python code that a model folder brings")
+    revision: str | None = setting(
+        None, "branch, tag or commit of a model that is named by its hub name"
+    )
 
     def __post_init__(self) -> None:
         self.chat_format  # noqa: B018  (bad values fail before any work)

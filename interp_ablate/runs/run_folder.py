@@ -276,7 +276,9 @@ class Run:
             return
         out = self.out / "export"
         self.split  # noqa: B018  (bad prompts are cheaper still)
-        check_source_exports(resolve(self.configuration.model), out, overwrite=True)
+        check_source_exports(
+            resolve(self.configuration.model, self.configuration.revision), out, overwrite=True
+        )
         check_model_exports(self.model, out, overwrite=True)
 
     def _check_model(self, model: Model) -> None:

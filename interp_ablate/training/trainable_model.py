@@ -119,6 +119,7 @@ def load_base(
     device: str = LOADING.device,
     template: TemplateLike = LOADING.template,
     trust_remote_code: bool = LOADING.trust_remote_code,
+    revision: str | None = LOADING.revision,
 ) -> TrainableModel:
     """Load a model to train, on one device.
 
@@ -132,6 +133,7 @@ def load_base(
             "axolotl.yaml that `interp-ablate heal` writes"
         )
     options: Any = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    options["revision"] = revision
     hf, tokenizer, source = hf_from_name(name, **options)
     return TrainableModel(
         hf, tokenizer, source, template, read_again=lambda: hf_from_name(name, **options)[0]

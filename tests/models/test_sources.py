@@ -44,6 +44,20 @@ def test_a_revision_of_a_hub_name_is_what_is_loaded(tmp_path: Path) -> None:
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("refused")
+    for revision, code in (("one", 0), ("none", 2)):
+        command = [
+            sys.executable,
+            "-m",
+            "interp_ablate",
+            "models",
+            "owner/name",
+            "--revision",
+            revision,
+            "--json",
+        ]
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        assert code or json.loads(done.stdout)["model_type"] == "llama"
 
 
 def test_only_hub_names_have_revisions(tmp_path: Path) -> None:
