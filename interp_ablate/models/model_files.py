@@ -317,8 +317,9 @@ def auto_class(config: Any) -> Any:
         return transformers.AutoModelForImageTextToText
     if decodes or not kind.__module__.startswith("transformers."):
         return transformers.AutoModelForCausalLM
-    own = getattr(transformers, named[0], None) if named else None
-    return own or transformers.AutoModelForCausalLM
+    own: Any = getattr(transformers, named[0], None) if named else None
+    of_kind = own is not None and isinstance(config, getattr(own, "config_class", None) or ())
+    return own if of_kind else transformers.AutoModelForCausalLM
 
 
 def _load_without_data(folder: Path, config: Mapping[str, Any], trust_remote_code: bool) -> None:
