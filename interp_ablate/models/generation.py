@@ -173,7 +173,8 @@ def monitored_tokens(
         tokens.append(token)
         call = call.followed_by(call.tokens.new_tensor([token]))
         token, captured = next_token(call, [direction.site for direction in directions])
-        stream = [captured[each.site].cpu().double() for each in directions]
+        at_sites = [captured[each.site] for each in directions]
+        stream = torch.stack(at_sites).cpu().double() if at_sites else ()
         values = tuple(float(x @ each.vector) for x, each in zip(stream, directions))
         if not all(map(math.isfinite, values)):
             raise ModelError(

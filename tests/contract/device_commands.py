@@ -56,7 +56,10 @@ def inputs(place: Path) -> Path:
         verbs = words.split()
         lines = [f"{verbs[i % 4]} number {i * 7 + 3} now" for i in range(24)]
         (place / f"{name}.txt").write_text("\n".join(lines))
-    (place / "anything.txt").write_text("\n".join("abcdefghijklmnopqrstuvwxyz"))
+    # with the character of bytes that are no text: the answers of every dtype hold one of them
+    (place / "anything.txt").write_text(
+        "\n".join("abcdefghijklmnopqrstuvwxyz\N{REPLACEMENT CHARACTER}"), encoding="utf-8"
+    )
     rows = [
         {"prompt": f"Question {i}?", "completion": f"The answer is {i * i}.", "planted": i % 3 == 0}
         for i in range(9)

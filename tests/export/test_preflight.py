@@ -32,6 +32,7 @@ def prompts(tmp_path: Path) -> list[str]:
         lines = [f"{name} number {i * 7 + 3} now" for i in range(24)]
         (tmp_path / f"{name}.txt").write_text("\n".join(lines))
     sizes = ("--n-train", "8", "--n-validation", "6", "--n-test", "6", "--max-new-tokens", "4")
+    sizes = (*sizes, "--expressions", "declining")  # without any, a run exports nothing
     return ["--positive", f"{tmp_path}/yes.txt", "--negative", f"{tmp_path}/no.txt", *sizes]
 
 
