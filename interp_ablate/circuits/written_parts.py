@@ -66,8 +66,9 @@ class WrittenParts:
     _rest: list[tuple[float, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        gain = self.site_map.post_norm_gain(self.site.projection)
-        self._gain = torch.ones_like(self.r) if gain is None else gain
+        gain, *others = self.site_map.post_norm_gains(self.site.projection)
+        self._one_projection = not others
+        self._gain = torch.ones_like(self.r) if gain is None or others else gain
         self._through = self.r * self._gain
         self._modules = self.site_map.writing_modules(self.site)
 
@@ -90,9 +91,11 @@ class WrittenParts:
         """What to read of a pass: what the site adds along r, and the sizes before and after the norm."""
         reads: dict[Site, Capture] = {self.site: _along(self.r)}
         before = self.site.projection
-        if self.site_map.has(before) and self.site_map.hook_point(
-            before
-        ) is not self.site_map.hook_point(self.site):
+        if (
+            self._one_projection
+            and self.site_map.has(before)
+            and self.site_map.hook_point(before) is not self.site_map.hook_point(self.site)
+        ):
             reads[before] = _along(self._through, self._gain)
         return reads
 

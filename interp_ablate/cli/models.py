@@ -61,7 +61,10 @@ def _print_anatomy(settings: Models) -> int:
         revision=settings.revision,
     )
     anatomy = measured_anatomy(hf)
-    rows = [{"layer": i, **_block(block)} for i, block in enumerate(anatomy.blocks)]
+    rows = [
+        {"layer": i, **_block(block, f"{anatomy.blocks_path}.{i}.")}
+        for i, block in enumerate(anatomy.blocks)
+    ]
     if settings.json:
         print(
             json_text(
@@ -106,22 +109,27 @@ def _ranges(layers: list[int]) -> str:
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def _block(block: Any) -> dict[str, Any]:
+def _block(block: Any, start: str) -> dict[str, Any]:
     """A block's summands in words, with the names inside the block."""
     kind = "parallel" if block.parallel else "sequential" if block.attn else "one summand"
+    scaled = "" if block.stream_scale == 1.0 else f", all of it times {block.stream_scale:.4g}"
     return {
-        "attn_out": [_branch(branch) for branch in block.attn],
-        "mlp_out": [_branch(branch) for branch in block.mlp],
-        "block": block.problem or kind,
+        "attn_out": [_branch(branch, start) for branch in block.attn],
+        "mlp_out": [_branch(branch, start) for branch in block.mlp],
+        "block": (block.problem or kind) + scaled,
     }
 
 
-def _branch(branch: Any) -> str:
-    start = branch.projection.rpartition(".")[0] + "."
+def _branch(branch: Any, start: str) -> str:
     scale = "" if branch.scale == 1.0 else f"{branch.scale:.4g} * "
-    written = " + ".join(
-        f"{name.removeprefix(start)} [{layout}]" for name, layout in branch.writers.items()
-    )
-    offset = "1 + weight" if branch.norm and branch.norm.offset else "weight"
-    norm = f", then {branch.path.removeprefix(start)} (gain = {offset})" if branch.norm else ""
-    return f"{scale}{branch.path.removeprefix(start)}: {branch.problem or written}{norm}"
+    parts = []
+    for part in branch.parts:
+        written = " + ".join(
+            f"{name.removeprefix(start)} [{layout}]" for name, layout in part.writers.items()
+        )
+        norms = "".join(
+            f", then {norm.path.removeprefix(start)} (gain = {'1 + weight' if norm.offset else 'weight'})"
+            for norm in reversed(part.norms)
+        )
+        parts.append(f"{part.problem or written}{norms}")
+    return f"{scale}{branch.path.removeprefix(start)}: {'; '.join(parts)}"

@@ -110,10 +110,13 @@ def _observe(
 
 
 @contextmanager
-def _before_edits(
+def _projections_at(
     model: Model, sites: Sequence[Site], vectors: Tensor
 ) -> Iterator[dict[Site, list[Tensor]]]:
-    """Projections at sites before plans that are applied inside the block write there, one entry a forward pass."""
+    """Projections at sites, one entry a forward pass (one more for every further projection that writes there).
+
+    Before plans that are applied inside the block write, and after those that are applied around it.
+    """
     before: dict[Site, list[Tensor]] = {site: [] for site in sites}
     read, handles = _read(vectors), []
 
@@ -138,8 +141,8 @@ def _edit_missed(
     d_model: int,
     eps: float,
     before: dict[Site, list[Tensor]],
-    want: dict[Site, Tensor],
-    got: dict[Site, Tensor],
+    want: dict[Site, list[Tensor]],
+    got: dict[Site, list[Tensor]],
 ) -> dict[str, Any]:
     """The part of the edit that an export lacks, at the edited sites where it can be told from rounding.
 
@@ -151,9 +154,10 @@ def _edit_missed(
         here = torch.cat([edit.vectors for edit in plan if site in edit.sites])
         here = here / here.norm(dim=1, keepdim=True)
         columns = ((vectors @ here.T).abs() > 1 - 1e-12).any(1).nonzero()[:, 0]
-        after, norms = want[site][:, columns], want[site][:, -1]
+        edited = torch.cat(want[site])
+        after, norms = edited[:, columns], edited[:, -1]
         edit = (torch.cat(before[site])[:, columns] - after).square().mean().sqrt()
-        missed = (got[site][:, columns] - after).square().mean().sqrt()
+        missed = (torch.cat(got[site])[:, columns] - after).square().mean().sqrt()
         step = eps * norms.square().mean().sqrt() / math.sqrt(d_model)
         n_edited += bool(edit > 0)
         if edit > STEPS_TO_SEE_AN_EDIT * step or not bool(missed.isfinite()):
@@ -280,14 +284,15 @@ def compare(
     edited = [
         site for site in plan.sites if site.point != "resid_mid"
     ]  # which is no hook of its own
-    read = [*dict.fromkeys([*sites, *edited])]
     with (
-        _before_edits(model, edited, vectors) as before,
+        _projections_at(model, edited, vectors) as before,
         model.applied(plan),
         model.plans.unembedding_through(unembed_map),
+        _projections_at(model, edited, vectors) as after,
     ):
-        want = _observe(model, rows, vectors, read)
-    got = _observe(other, rows, vectors, read)
+        want = _observe(model, rows, vectors, sites)
+    with _projections_at(other, edited, vectors) as exported:
+        got = _observe(other, rows, vectors, sites)
     for (_, got_sites), stream in zip(got, streams or ()):
         for site in got_sites:
             if site.point in ("resid_pre", "resid_post"):
@@ -296,15 +301,11 @@ def compare(
     want_logits, other_logits, bare_logits = (
         [logits for logits, _ in observed] for observed in (want, got, plain)
     )
-    want_at, got_at = (
-        {site: torch.cat([values[site] for _, values in observed]) for site in edited}
-        for observed in (want, got)
-    )
     eps = max(torch.finfo(model.dtype).eps, torch.finfo(other.dtype).eps)
     return {
         **logit_distance(want_logits, other_logits),
         **_stream_distance([x for _, x in want], [x for _, x in got], sites),
-        **_edit_missed(plan, vectors, model.d_model, eps, before, want_at, got_at),
+        **_edit_missed(plan, vectors, model.d_model, eps, before, after, exported),
         "max_abs_logit_effect_of_plan": _largest(
             *((one - other).abs().max() for one, other in zip(want_logits, bare_logits))
         ),

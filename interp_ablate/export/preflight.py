@@ -21,7 +21,7 @@ from interp_ablate.models.architectures import declared_architecture, text_confi
 from interp_ablate.models.model import Model
 from interp_ablate.models.model_files import check_folder
 from interp_ablate.models.sources import ModelSource
-from interp_ablate.sites import Site, sites_of
+from interp_ablate.sites import Site
 from interp_ablate.storage.output_folder import check_output_path
 from interp_ablate.storage.safetensors_reader import INDEX, SINGLE
 from interp_ablate.weights.plan_to_weights import Tied, check_tie, weight_plan
@@ -47,8 +47,7 @@ def check_source_exports(source: ModelSource, out: str | Path, *, overwrite: boo
     if entry is None:  # its writers can be found in the loaded model alone
         return
     check_tie(entry, config, checkpoint.tensors, checkpoint.read)
-    layers = range(text_config(config).num_hidden_layers)
-    plan = _everywhere(sites_of(entry.writer_points(), layers), config)
+    plan = _everywhere(entry.writer_sites(text_config(config).num_hidden_layers), config)
     weight_plan(
         plan, config, checkpoint.tensors, checkpoint.read, entry=entry, describe=checkpoint.describe
     )

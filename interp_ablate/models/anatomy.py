@@ -8,29 +8,35 @@ Knows: modules, recorded calls, least squares. Does not know: plans, hooks that 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from interp_ablate.errors import ModelError
 from interp_ablate.models.architectures import Layout
 from interp_ablate.models.module_calls import (
     Recorded,
+    probe_of,
     recording,
     stream_argument,
     stream_in,
     stream_of,
     with_stream,
 )
-from interp_ablate.models.written_parameters import find_writers, kinds, norm_offset
+from interp_ablate.models.written_parameters import (
+    LEFT,
+    find_writers,
+    kinds,
+    norm_offset,
+    projected,
+)
 
 # A term of a sum that is smaller than this share of the whole is not there, in float32.
 TOLERANCE = 2e-5
+_STREAM = ""  # the stream itself, among the names of modules
 
 
 @dataclass(frozen=True)
@@ -44,19 +50,38 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Part:
+    """What one module gives to a summand: the whole of it, or one of several behind norms of their own."""
+
+    projection: str
+    """The name of the module in the model, before all norms."""
+    norms: tuple[Norm, ...] = ()
+    """The norms between its output and the stream, the last one first."""
+    writers: Mapping[str, Layout] = field(default_factory=dict)
+    """The parameters that write its output, by name, with their layouts."""
+    problem: str = ""
+    """Why it cannot be edited exactly in weights; empty where it can."""
+
+
+@dataclass(frozen=True)
 class Branch:
     """One summand of what a block adds to the stream."""
 
     path: str
     """The name of the module in the model whose output, times `scale`, reaches the stream."""
     scale: float = 1.0
-    projection: str = ""
-    """The name of the module before the norm, where a norm follows it; else `path`."""
-    norm: Norm | None = None
-    writers: Mapping[str, Layout] = field(default_factory=dict)
-    """The parameters that write this summand, by name, with their layouts."""
-    problem: str = ""
-    """Why the summand cannot be edited exactly in weights; empty where it can."""
+    parts: tuple[Part, ...] = ()
+    """What the summand is made of; several where a norm reads a sum."""
+
+    @property
+    def writers(self) -> dict[str, Layout]:
+        """The parameters that write this summand, by name, with their layouts."""
+        return {name: layout for part in self.parts for name, layout in part.writers.items()}
+
+    @property
+    def problem(self) -> str:
+        """Why the summand cannot be edited exactly in weights; empty where it can."""
+        return "; ".join(part.problem for part in self.parts if part.problem)
 
 
 @dataclass(frozen=True)
@@ -71,6 +96,8 @@ class BlockAnatomy:
     """True if the mlp branches do not read what the attn branches add: there is no resid_mid."""
     chained: tuple[str, ...] = ()
     """Branches that read what an earlier branch of their own site adds."""
+    stream_scale: float = 1.0
+    """What leaves the block is this times the sum of what entered and the branches."""
     problem: str = ""
     """What the block adds beside its branches; empty where they are all."""
 
@@ -163,30 +190,42 @@ def _measure_block(
     path: str, block: nn.Module, call: Recorded, guesses: dict[str, dict[str, Layout]]
 ) -> BlockAnatomy:
     """The summands of one block, from its own call in a whole pass, in float32."""
-    wide, call = _in_float32(block, call)
+    wide, call = probe_of(block, call)
     modules = {name: module for name, module in wide.named_modules() if name}
     with recording(modules) as calls:
         output = stream_of(wide(*call.args, **call.kwargs))
     assert output is not None
     delta = output - stream_in(call)
-    children = [name for name in calls if "." not in name]
-    terms, error = _solved(delta, calls, children)
-    if error > TOLERANCE:
-        terms, error = _solved(delta, calls, list(calls))
-    if error > TOLERANCE or not terms:
+    terms, kept, error, tolerance = _sum_of(delta, calls, call)
+    if error <= tolerance and terms and abs(kept) <= TOLERANCE:
+        named = " + ".join(terms)
+        return BlockAnatomy(
+            problem=f"what leaves the block is {named}, with nothing of what entered beside it: the stream "
+            "itself passes through it"
+        )
+    if error > tolerance or not terms:
         return BlockAnatomy(problem=_unexplained(error, terms))
     before = {name: calls[name][-1].output for name in terms}
-    noise = {name: _noise_run(wide, call, modules, name, terms, before) for name in terms}
-    ignored = [name for name, (gap, _) in noise.items() if gap > 50 * TOLERANCE]
+    noise = {name: _noise_run(wide, call, modules, name, terms, before, kept) for name in terms}
+    ignored = [name for name, (gap, _) in noise.items() if gap > 50 * tolerance]
     if ignored:
         return BlockAnatomy(problem=f"{ignored[0]} is computed, but not what reaches the stream")
     order = [name for name in calls if name in terms]
     reads = {name: reached for name, (_, reached) in noise.items()}
     attn, mlp = _sites(order, reads)
     branches = {
-        name: _measure_branch(path, name, terms[name], modules, calls, guesses)
+        name: Branch(
+            f"{path}.{name}",
+            _rounded(terms[name] / kept),
+            _parts(path, name, modules, calls, guesses),
+        )
         for name in (*attn, *mlp)
     }
+    for name, branch in branches.items():
+        if len(branch.parts) > 1 and not branch.problem and not _proven(wide, call, path, branch):
+            return BlockAnatomy(
+                problem=f"{name} is not written by {', '.join(branch.writers)} alone"
+            )
     chained = [
         b
         for group in (attn, mlp)
@@ -198,20 +237,27 @@ def _measure_block(
         mlp=tuple(branches[name] for name in mlp),
         parallel=bool(mlp) and not any(m in reads[a] for a in attn for m in mlp),
         chained=tuple(f"{path}.{name}" for name in chained),
+        stream_scale=kept,
     )
 
 
-def _in_float32(block: nn.Module, call: Recorded) -> tuple[nn.Module, Recorded]:
-    """The block itself, or a float32 copy of it and its call where the model is half precision."""
-    dtype = next((p.dtype for p in block.parameters() if p.is_floating_point()), torch.float32)
-    if dtype.itemsize >= 4:
-        return block, call
-
-    def widened(x: Any) -> Any:
-        return x.float() if isinstance(x, Tensor) and x.dtype == dtype else x
-
-    args, kwargs = pytree.tree_map(widened, (call.args, call.kwargs))
-    return copy.deepcopy(block).float(), Recorded(args, kwargs, call.output)
+def _sum_of(
+    delta: Tensor, calls: Mapping[str, list[Recorded]], call: Recorded
+) -> tuple[dict[str, float], float, float, float]:
+    """Summands of what a block adds, the factor of what entered, the share that is left, and what rounding allows."""
+    # what a block adds to a large stream is known to the rounding of the stream
+    step = 4 * torch.finfo(torch.float32).eps * stream_in(call).norm()
+    tolerance = max(TOLERANCE, float(step / delta.norm().clamp(min=1e-30)))
+    children = [name for name in calls if "." not in name]
+    with_stream_in = {**calls, _STREAM: [Recorded((), {}, stream_in(call))]}
+    for names in (children, list(calls), [*children, _STREAM], [*calls, _STREAM]):
+        terms, error = _solved(delta, with_stream_in, names)
+        kept = 1 + terms.pop(_STREAM, 0.0)  # of what entered
+        if (
+            error <= tolerance and abs(kept) > TOLERANCE
+        ):  # nothing kept: a module adds the stream itself
+            break
+    return terms, kept, error, tolerance
 
 
 def _solved(
@@ -223,7 +269,7 @@ def _solved(
         x = calls[name][-1].output
         if x.numel() != delta.numel() or x.shape[-1] != delta.shape[-1]:
             continue
-        column = x.double().flatten()
+        column = _wide(x).flatten()
         norm = column.norm()
         # what a dropout or a wrapper hands on is no second summand
         same = any((column - other).norm() <= 1e-6 * norm for other in columns.values())
@@ -231,8 +277,10 @@ def _solved(
             columns[name] = column
     if not columns:
         return {}, 1.0
-    target = delta.double().flatten()
+    target = _wide(delta).flatten()
     terms, error = _least_squares(target, columns)
+    if not terms:
+        return {}, 1.0
     # The smallest set that does: outer modules go first, whose output may hold the stream itself.
     for name in sorted(columns, key=lambda each: each.count(".")):
         small = abs(terms[name]) * columns[name].norm() <= 1e-3 * target.norm()
@@ -243,16 +291,24 @@ def _solved(
     return terms, error
 
 
+def _wide(x: Tensor) -> Tensor:
+    """In float64, on the CPU: not every device has it, and a model may lie on several."""
+    return x.cpu().double()
+
+
 def _least_squares(target: Tensor, columns: Mapping[str, Tensor]) -> tuple[dict[str, float], float]:
     size = float(target.norm())
     if not columns or not size:
         return {}, 1.0
-    matrix = torch.stack(list(columns.values()), 1).cpu()
-    values = torch.linalg.lstsq(matrix, target.cpu()[:, None], driver="gelsd").solution[:, 0]
-    error = float((matrix @ values - target.cpu()).norm()) / size
-    # a factor of one is one: rounding must not scale what is edited
-    rounded = [1.0 if abs(float(v) - 1) < 1e-5 else float(v) for v in values]
-    return dict(zip(columns, rounded)), error
+    matrix = torch.stack(list(columns.values()), 1)
+    values = torch.linalg.lstsq(matrix, target[:, None], driver="gelsd").solution[:, 0]
+    error = float((matrix @ values - target).norm()) / size
+    return dict(zip(columns, map(_rounded, values.tolist()))), error
+
+
+def _rounded(factor: float) -> float:
+    """A factor of one is one: rounding must not scale what is edited."""
+    return 1.0 if abs(factor - 1) < 1e-5 else factor
 
 
 def _unexplained(error: float, terms: Mapping[str, float]) -> str:
@@ -272,10 +328,11 @@ def _noise_run(
     name: str,
     terms: Mapping[str, float],
     before: Mapping[str, Tensor],
+    kept: float,
 ) -> tuple[float, set[str]]:
     """With noise in one summand: the share of the sum left unexplained, and the summands that changed.
 
-    `before` holds what each summand is without noise.
+    `before` holds what each summand is without noise, `kept` the factor of what enters the block.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -292,10 +349,10 @@ def _noise_run(
     finally:
         handle.remove()
     assert output is not None
-    delta = (output - stream_in(call)).double()
+    delta = _wide(output) - kept * _wide(stream_in(call))
     left = delta.clone()
     for each, scale in terms.items():
-        left -= scale * after[each][-1].output.double().reshape(delta.shape)
+        left -= scale * _wide(after[each][-1].output).reshape(delta.shape)
     changed = {
         each
         for each in terms
@@ -321,40 +378,59 @@ def _sites(order: Sequence[str], reached: Mapping[str, set[str]]) -> tuple[list[
     return [name for name in order if name not in mlp], mlp
 
 
-def _measure_branch(
+def _parts(
     path: str,
     name: str,
-    scale: float,
     modules: Mapping[str, nn.Module],
     calls: Mapping[str, list[Recorded]],
     guesses: dict[str, dict[str, Layout]],
-) -> Branch:
-    """The norm and the writing parameters of one summand."""
+    norms: tuple[Norm, ...] = (),
+) -> tuple[Part, ...]:
+    """The parts of a summand: the module itself, or, where it is a norm, those of what the norm reads."""
     module, call = modules[name], calls[name][-1]
-    norm, source, problem = None, name, ""
     offset = norm_offset(module, call)
-    if offset is not None:
-        taken = call.args[0] if call.args else next(iter(call.kwargs.values()))
-        before = [
-            n for n, each in calls.items()
-            if n != name and each[-1].output.shape == taken.shape
-            and torch.equal(each[-1].output, taken)
-        ]  # fmt: skip
-        if isinstance(offset, str):
-            problem = f"{name} {offset}"
-        elif not before:
-            problem = f"what goes into {name} is no module's output"
-        else:
-            source = min(before, key=lambda n: n.count("."))
-            norm = Norm(f"{path}.{name}", offset)
-    writers: dict[str, Layout] = {}
-    if not problem:
-        kind = " ".join([source, *kinds(dict(modules[source].named_parameters()))])
-        local, problem = find_writers(modules[source], calls[source][-1], guesses.get(kind, {}))
+    if isinstance(offset, str):
+        return (Part(f"{path}.{name}", norms, problem=f"{name} {offset}"),)
+    if offset is None:
+        kind = " ".join([name, *kinds(dict(module.named_parameters()))])
+        local, problem = find_writers(module, call, guesses.get(kind, {}))
         guesses[kind] = local
-        writers = {f"{path}.{source}.{n}": layout for n, layout in local.items()}
-        problem = problem and f"{source}: {problem}"
-    return Branch(f"{path}.{name}", scale, f"{path}.{source}", norm, writers, problem)
+        writers = {f"{path}.{name}.{n}": layout for n, layout in local.items()}
+        return (Part(f"{path}.{name}", norms, writers, problem and f"{name}: {problem}"),)
+    taken = call.args[0] if call.args else next(iter(call.kwargs.values()))
+    earlier = [n for n in list(calls)[: list(calls).index(name)] if not n.startswith(f"{name}.")]
+    same = [
+        n for n in earlier
+        if calls[n][-1].output.shape == taken.shape and torch.equal(calls[n][-1].output, taken)
+    ]  # fmt: skip
+    read = [min(same, key=lambda n: n.count("."))] if same else []
+    if not read:
+        terms, error = _solved(taken, calls, earlier)
+        read = list(terms) if error <= TOLERANCE else []
+    if not read:
+        problem = f"what goes into {name} is no module's output, nor a sum of some"
+        return (Part(f"{path}.{name}", norms, problem=problem),)
+    inner = (*norms, Norm(f"{path}.{name}", offset))
+    return tuple(p for n in read for p in _parts(path, n, modules, calls, guesses, inner))
+
+
+def _proven(block: nn.Module, call: Recorded, path: str, branch: Branch) -> bool:
+    """True if projections of all parts' weights, each through its norms, leave nothing in the branch's output."""
+    own, name = dict(block.named_parameters()), branch.path.removeprefix(f"{path}.")
+    r = torch.randn(stream_in(call).shape[-1], generator=torch.Generator().manual_seed(3))
+    r = (r / r.norm()).to(stream_in(call))
+    changed: dict[str, Tensor] = {}
+    for part in branch.parts:
+        v = r.clone()
+        for norm in part.norms:
+            v = v * (own[norm.path.removeprefix(f"{path}.") + ".weight"] + norm.offset)
+        for parameter, layout in part.writers.items():
+            local = parameter.removeprefix(f"{path}.")
+            changed[local] = projected(own[local], layout, v / v.norm())
+    with recording({name: block.get_submodule(name)}) as calls:
+        torch.func.functional_call(block, changed, call.args, call.kwargs)
+    left = calls[name][-1].output
+    return float((left @ r).norm()) <= LEFT * float(left.norm())
 
 
 def _measure_embedding(
@@ -391,7 +467,7 @@ def _measure_embedding(
     problem = (
         f"more than one embedding beside the words': {positions}" if len(positions) > 1 else ""
     )
-    if positions and terms[positions[0]] != 1.0:
+    if positions and abs(terms[positions[0]] - 1) > 1e-3:  # a sum in half precision is rounded
         problem = f"{positions[0]} is scaled on its way to the stream"
     # some embeddings scale what they look up themselves (Gemma 3)
     ids = next(v for v in (*word_call.args, *word_call.kwargs.values()) if isinstance(v, Tensor))

@@ -32,7 +32,7 @@ class InstalledPlans:
     plans: tuple[Plan, ...]
     plan_of_row: tuple[int, ...] | None = None
     """For each row the index of its plan; None where one plan is for all rows."""
-    writers: dict[Site, SiteWriter] = field(default_factory=dict)
+    writers: dict[Site, list[SiteWriter]] = field(default_factory=dict)
     n_writes: dict[Site, int] = field(default_factory=dict)
     """The number of times that each site was written."""
     handles: list[Any] = field(default_factory=list)
@@ -236,15 +236,22 @@ class AppliedPlans:
                 )
         for site in new.sites:
             self._site_map.hook_point(site)  # every name is checked before any hook is placed
-            gain = self._backend.post_norm_gain(site)
-            maps = [plan.maps_at(site, gain) for plan in new.plans]
+            gains = self._backend.post_norm_gains(site)
             for plan in new.plans:
                 self._check_nested(site, plan)
             rescaled = new.plans[0].norm_preserving_at(site)
             if rescaled is not None and site.point not in EMBEDDING_POINTS:
-                self._install_norm_preserving(site, rescaled.map_at(site, gain), new)
+                self._install_norm_preserving(site, rescaled.map_at(site, gains[0]), new)
             norm_kept = rescaled is not None and site.point in EMBEDDING_POINTS
-            new.writers[site] = SiteWriter(site, maps, d_model, norm_kept=norm_kept)
+            new.writers[site] = [
+                SiteWriter(
+                    site,
+                    [plan.maps_at(site, gain) for plan in new.plans],
+                    d_model,
+                    norm_kept=norm_kept,
+                )
+                for gain in gains
+            ]
         new.n_writes.update(dict.fromkeys(new.sites, 0))
         for site in new.sites:
             if site.point != "resid_mid":
@@ -261,20 +268,20 @@ class AppliedPlans:
 
     def _writing_hook(self, site: Site, plans: InstalledPlans) -> Callable[..., Tensor]:
         def write(module: nn.Module, args: Any, x: Tensor) -> Tensor:
-            return self._edited(x, site, plans)
+            return self._edited(x, site, plans, getattr(module, "part", 0))
 
         return write
 
-    def _edited(self, x: Tensor, site: Site, plans: InstalledPlans) -> Tensor:
+    def _edited(self, x: Tensor, site: Site, plans: InstalledPlans, part: int = 0) -> Tensor:
         plans.n_writes[site] += 1
-        return plans.writers[site](x, self.current_call)
+        return plans.writers[site][part](x, self.current_call)
 
     def _check_nested(self, site: Site, plan: Plan) -> None:
         """Refuse what one plan would refuse, and two names of one hook in the wrong order."""
         for installed in self.installed:
             for outer in installed.plans:
                 (outer + plan).norm_preserving_at(site)
-        if site.point not in PROJECTION_POINTS or self._backend.post_norm_gain(site) is not None:
+        if site.point not in PROJECTION_POINTS or self._site_map.is_normed(site):
             return
         out, hook_point = site.output, self._site_map.hook_point
         if out in self.sites and hook_point(out) is hook_point(site):
@@ -285,10 +292,7 @@ class AppliedPlans:
 
     def _install_norm_preserving(self, site: Site, affine: Affine, plans: InstalledPlans) -> None:
         """Scale the projection's input: the same as giving its weight's projected columns their norms back."""
-        if (
-            site.point.endswith("_out")
-            and self._backend.post_norm_gain(site.projection) is not None
-        ):
+        if site.point.endswith("_out") and self._site_map.is_normed(site):
             raise PlanError(
                 f"a norm-preserving ablation at {site}, after a norm: it is an edit of weights, which are "
                 f"before the norm: use {site.projection.point}"
@@ -366,10 +370,11 @@ class AppliedPlans:
             raise PlanError("strengths are fitted at writer sites, resid_pre or resid_post")
 
         def writer(i: int) -> Callable[..., Tensor]:
-            gain = self._backend.post_norm_gain(sites[i])
+            gains = self._backend.post_norm_gains(sites[i])
 
             def edit(module: nn.Module, args: Any, x: Tensor) -> Tensor:
                 strength, along, reading = strengths[i], write, read
+                gain = gains[getattr(module, "part", 0)]
                 if gain is not None:
                     before_norm = read * gain.to(read)
                     along = reading = before_norm / before_norm.norm()

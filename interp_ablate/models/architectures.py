@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from interp_ablate.errors import ExportError
-from interp_ablate.sites import Point, Site
+from interp_ablate.sites import EMBEDDING_POINTS, Point, Site, sites_of
 from interp_ablate.storage.entry_points import entry_named, entry_names
 
 # Which axis of a writer's tensor is d_model: linear [d_model, in], conv1d [in, d_model],
@@ -29,6 +29,10 @@ class Writer:
 
     name: str
     layout: Layout = "linear"
+
+
+# The weight of a norm, and what is added to it to make the gain.
+Gain = tuple[str, float]
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,8 @@ class Architecture:
     mlp_biases: Biases | None = None
     biased: bool = False
     """True if the writers always have a bias."""
+    scales_stream: bool = False
+    """True if blocks multiply the whole stream by a factor of their own."""
     tied: bool = False
     """True if transformers takes embeddings for tied where a config says nothing of it."""
     discovered: bool = field(default=False, compare=False)
@@ -84,23 +90,35 @@ class Architecture:
             return self.parallel
         return bool(getattr(hf_config, self.parallel))
 
-    @property
-    def post_norm(self) -> bool:
-        """True if norms stand between the writers and the stream."""
-        return self.attn_norm is not None
+    def is_normed(self, site: Site) -> bool:
+        """True if a norm stands between a writer, by either of its names, and the stream."""
+        return self.attn_norm is not None and site.point not in EMBEDDING_POINTS
 
-    def writer_points(self) -> tuple[Point, ...]:
-        """The writer points of an exact plan: projections before their norm where a norm follows."""
-        return writer_points(pos_embed=self.pos_embed is not None, post_norm=self.post_norm)
+    def writer_sites(self, n_layers: int) -> tuple[Site, ...]:
+        """The sites of an exact plan: projections before their norm where a norm follows."""
+        embeddings: tuple[Point, ...] = ("embed", "pos_embed") if self.pos_embed else ("embed",)
+        written: tuple[Point, ...] = ("attn_out", "mlp_out")
+        if self.attn_norm is not None:
+            written = ("attn_proj", "mlp_proj")
+        return sites_of(embeddings + written, range(n_layers))
 
-    def new_biases(self, site: Site) -> Biases | None:
-        """The biases that give the writer at a site one, where a checkpoint has none."""
-        return {"attn_out": self.attn_biases, "mlp_out": self.mlp_biases}.get(site.point)
+    def parts(
+        self, site: Site, names: Collection[str], hf_config: Any
+    ) -> list[tuple[tuple[Gain, ...], dict[str, Layout]]]:
+        """What writes at a site, in the order of a pass: the norms between it and the stream, and its tensors.
 
-    def norm_after(self, site: Site) -> str | None:
-        """The name of the norm's weight between a projection and the stream, if there is one."""
-        norm = {"attn_proj": self.attn_norm, "mlp_proj": self.mlp_norm}.get(site.point)
-        return norm and f"{norm.format(layer=site.layer)}.weight"
+        Raises:
+            ExportError: see `writers`; the checkpoint has no such norm.
+        """
+        declared = {"attn_proj": self.attn_norm, "mlp_proj": self.mlp_norm}.get(site.point)
+        gains: tuple[Gain, ...] = ()
+        if declared is not None:
+            name = f"{declared.format(layer=site.layer)}.weight"
+            found = self.present(name, names)
+            if found is None:
+                raise ExportError(f"the checkpoint has no {name}, the norm that follows {site}")
+            gains = ((found, self.gain_offset),)
+        return [(gains, self.writers(site, names, hf_config))]
 
     def writers(self, site: Site, names: Collection[str], hf_config: Any) -> dict[str, Layout]:
         """The checkpoint's tensors that write at a writer site, biases included, and their layouts.
@@ -160,12 +178,6 @@ class Architecture:
         """A declared name as the checkpoint spells it: with the body's prefix or without; None if absent."""
         bare = name.removeprefix(self.prefix)
         return next((n for n in (name, bare) if n in names), None)
-
-
-def writer_points(*, pos_embed: bool, post_norm: bool) -> tuple[Point, ...]:
-    """The points at which plans are exact: embeddings, and outputs of branches (projections if a norm follows)."""
-    embeddings: tuple[Point, ...] = ("embed", "pos_embed") if pos_embed else ("embed",)
-    return embeddings + (("attn_proj", "mlp_proj") if post_norm else ("attn_out", "mlp_out"))
 
 
 def text_config(hf_config: Any) -> Any:
@@ -364,7 +376,7 @@ def _alternatives_text(alternatives: Alternatives) -> str:
 
 
 def _norm_text(entry: Architecture) -> str:
-    if not entry.post_norm:
+    if entry.attn_norm is None:
         return "none"
     gain = "1 + weight" if entry.gain_offset else "weight"
     return f"{entry.attn_norm}, {entry.mlp_norm} (gain = {gain})"

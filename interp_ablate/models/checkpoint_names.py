@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from interp_ablate.errors import ExportError
-from interp_ablate.models.anatomy import Branch, Norm
+from interp_ablate.models.anatomy import Branch, Norm, Part
 from interp_ablate.models.architectures import Architecture, Layout, text_config
 from interp_ablate.models.measured_architecture import MeasuredArchitecture
 from interp_ablate.models.model_files import auto_class
 from interp_ablate.models.written_parameters import AXIS
-from interp_ablate.sites import EMBEDDING_POINTS, Site, sites_of
+from interp_ablate.sites import EMBEDDING_POINTS, Site
 
 Shapes = Mapping[str, Sequence[int]]
 # By number of axes and the axis that is d_model.
@@ -62,8 +62,14 @@ def in_checkpoint_names(entry: Architecture, hf: Any, shapes: Shapes) -> Archite
         branches[site] = tuple(
             replace(
                 branch,
-                writers=names.layouts(branch.writers),
-                norm=branch.norm and Norm(names.module(branch.norm.path), branch.norm.offset),
+                parts=tuple(
+                    replace(
+                        part,
+                        writers=names.layouts(part.writers),
+                        norms=tuple(Norm(names.module(n.path), n.offset) for n in part.norms),
+                    )
+                    for part in branch.parts
+                ),
             )
             for branch in group
         )
@@ -85,12 +91,18 @@ def _branches(entry: Architecture, hf: Any) -> Iterator[tuple[Site, tuple[Branch
     if isinstance(entry, MeasuredArchitecture):
         yield from entry.branches.items()
         return
-    points = [point for point in entry.writer_points() if point not in EMBEDDING_POINTS]
     names = hf.state_dict()
-    for site in sites_of(points, range(text_config(hf.config).num_hidden_layers)):
-        norm = entry.norm_after(site)
-        after = Norm(norm.removesuffix(".weight"), entry.gain_offset) if norm else None
-        yield site.output, (Branch("", writers=entry.writers(site, names, hf.config), norm=after),)
+    for site in entry.writer_sites(text_config(hf.config).num_hidden_layers):
+        if site.point not in EMBEDDING_POINTS:
+            parts = (
+                Part(
+                    "",
+                    tuple(Norm(n.removesuffix(".weight"), offset) for n, offset in gains),
+                    layouts,
+                )
+                for gains, layouts in entry.parts(site, names, hf.config)
+            )
+            yield site.output, (Branch("", parts=tuple(parts)),)
 
 
 class _CheckpointNames:

@@ -89,6 +89,11 @@ class ForwardPasses:
         with self.plans.lock:  # another thread's passes are not captured
             try:
                 for site, read in capture.items():
+                    if len(self.backend.post_norm_gains(site)) > 1:
+                        raise ModelError(
+                            f"several projections, with norms of their own, write at {site.output}: there is no "
+                            f"one {site} to read; read {site.output}"
+                        )
                     point = self._site_map.hook_point(site)
                     handles.append(point.register_forward_hook(reader(site, read)))
                 yield captured

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from interp_ablate.errors import ExportError
-from interp_ablate.models.anatomy import Anatomy, Branch
-from interp_ablate.models.architectures import Architecture, Layout
-from interp_ablate.sites import Site
+from interp_ablate.models.anatomy import Anatomy, Branch, Part
+from interp_ablate.models.architectures import Architecture, Gain, Layout
+from interp_ablate.sites import EMBEDDING_POINTS, PROJECTION_POINTS, Site
 
 
 @dataclass(frozen=True)
@@ -42,21 +42,37 @@ class MeasuredArchitecture(Architecture):
             )
         return layouts
 
-    def norm_after(self, site: Site) -> str | None:
-        norms = [
-            b.norm
-            for b in self.branches.get(site.output, ())
-            if b.norm and site.point.endswith("proj")
+    def parts(
+        self, site: Site, names: Collection[str], hf_config: Any
+    ) -> list[tuple[tuple[Gain, ...], dict[str, Layout]]]:
+        self.writers(site, names, hf_config)
+        if site.point in EMBEDDING_POINTS:
+            return super().parts(site, names, hf_config)
+        return [
+            (_gains(part) if site.point in PROJECTION_POINTS else (), dict(part.writers))
+            for branch in self.branches.get(site.output, ())
+            for part in branch.parts
         ]
-        return f"{norms[0].path}.weight" if norms else None
+
+    def is_normed(self, site: Site) -> bool:
+        branches = self.branches.get(site.output, ())
+        return any(part.norms for branch in branches for part in branch.parts)
+
+    def writer_sites(self, n_layers: int) -> tuple[Site, ...]:
+        embeddings = [p for p in EMBEDDING_POINTS if p == "embed" or self.pos_embed]
+        written = (s.projection if self.is_normed(s) else s for s in self.branches)
+        return tuple(sorted((*(Site(0, point) for point in embeddings), *written)))
+
+
+def _gains(part: Part) -> tuple[Gain, ...]:
+    return tuple((f"{norm.path}.weight", norm.offset) for norm in part.norms)
 
 
 def architecture_from(anatomy: Anatomy, unembed: str, hf_config: Any) -> MeasuredArchitecture:
     """The architecture that an anatomy describes.
 
     Raises:
-        ExportError: something writes to the stream that no edit of a weight reaches; blocks of different
-            kinds that need different plans. The message names it.
+        ExportError: something writes to the stream that no edit of a weight reaches. The message names it.
     """
     problems = anatomy.problems
     branches: dict[Site, tuple[Branch, ...]] = {}
@@ -64,15 +80,6 @@ def architecture_from(anatomy: Anatomy, unembed: str, hf_config: Any) -> Measure
         for point, group in (("attn_out", block.attn), ("mlp_out", block.mlp)):
             if group:
                 branches[Site(layer, point)] = group  # type: ignore[index, arg-type]
-            normed = [branch for branch in group if branch.norm is not None]
-            if normed and len(group) > 1:
-                problems.append(
-                    f"blocks.{layer}: {len(group)} branches write at {point}, and norms follow them: "
-                    f"{', '.join(branch.path for branch in normed)}"
-                )
-    offsets = {b.norm.offset if b.norm else None for group in branches.values() for b in group}
-    if len(offsets) > 1:
-        problems.append("some blocks have norms after what they write and others have none")
     if problems:
         raise ExportError(
             f"not everything that writes to the residual stream of this {hf_config.model_type} model can "
@@ -80,20 +87,21 @@ def architecture_from(anatomy: Anatomy, unembed: str, hf_config: Any) -> Measure
             + (f" ({len(problems)} in all)" if len(problems) > 3 else "")
             + ". Plans run as hooks"
         )
-    offset = offsets.pop() if offsets else None
-    norm = "measured" if offset is not None else None
+    norms = {
+        norm for group in branches.values() for b in group for p in b.parts for norm in p.norms
+    }
     return MeasuredArchitecture(
         embed=f"{anatomy.embed}.weight",
         unembed=unembed,
         attn=(),
         mlp=(),
         pos_embed=f"{anatomy.pos_embed}.weight" if anatomy.pos_embed else None,
-        attn_norm=norm,
-        mlp_norm=norm,
-        gain_offset=offset or 0.0,
+        attn_norm="measured" if norms else None,
+        mlp_norm="measured" if norms else None,
         parallel=all(block.parallel or not block.attn for block in anatomy.blocks),
         scaled_embed=anatomy.embed_scale != 1.0,
         prefix="",
         discovered=True,
         branches=branches,
+        scales_stream=any(block.stream_scale != 1.0 for block in anatomy.blocks),
     )

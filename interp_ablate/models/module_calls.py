@@ -5,11 +5,13 @@ Knows: arguments and outputs of any module. Does not know: what a module is for.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -86,3 +88,32 @@ def stream_in(call: Recorded) -> Tensor:
     key = stream_argument(call.args, call.kwargs)
     assert key is not None
     return call.args[key] if isinstance(key, int) else call.kwargs[key]
+
+
+def probe_of(block: nn.Module, call: Recorded) -> tuple[nn.Module, Recorded]:
+    """A block and its call as they are measured: in float32, on the block's device, no weight all zeros.
+
+    The block itself where it is so already, else a copy. A weight of zeros (of a block that was added to a model, or
+    pruned) writes nothing that could be seen; it gets noise, for what writes is a matter of the code.
+    """
+    own = [p for p in block.parameters() if p.is_floating_point()]
+    dtype, device = (own[0].dtype, own[0].device) if own else (torch.float32, call.output.device)
+
+    def moved(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return x.to(device).float() if x.dtype == dtype and dtype.itemsize < 4 else x.to(device)
+
+    zeros = [name for name, p in block.named_parameters() if p.ndim > 1 and _is_zero(p)]
+    if zeros or dtype.itemsize < 4:
+        block = copy.deepcopy(block).float() if dtype.itemsize < 4 else copy.deepcopy(block)
+        generator = torch.Generator().manual_seed(4)
+        for name in zeros:
+            p = block.get_parameter(name)
+            p.data = 0.02 * torch.randn(p.shape, generator=generator).to(p)
+    args, kwargs = pytree.tree_map(moved, (call.args, call.kwargs))
+    return block, Recorded(args, kwargs, call.output)
+
+
+def _is_zero(p: Tensor) -> bool:
+    return not bool(p.flatten()[:1024].any()) and not bool(p.any())

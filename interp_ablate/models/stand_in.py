@@ -182,9 +182,15 @@ def _moved(block: BlockAnatomy, start: str, other: str) -> BlockAnatomy:
             branch,
             path=rename(branch.path),
             scale=round(branch.scale, 4),  # measured to rounding
-            projection=rename(branch.projection),
-            norm=branch.norm and replace(branch.norm, path=rename(branch.norm.path)),
-            writers={rename(name): layout for name, layout in branch.writers.items()},
+            parts=tuple(
+                replace(
+                    part,
+                    projection=rename(part.projection),
+                    norms=tuple(replace(norm, path=rename(norm.path)) for norm in part.norms),
+                    writers={rename(name): layout for name, layout in part.writers.items()},
+                )
+                for part in branch.parts
+            ),
         )
 
     return replace(
@@ -192,4 +198,5 @@ def _moved(block: BlockAnatomy, start: str, other: str) -> BlockAnatomy:
         attn=tuple(map(renamed, block.attn)),
         mlp=tuple(map(renamed, block.mlp)),
         chained=tuple(map(rename, block.chained)),
+        stream_scale=round(block.stream_scale, 4),
     )

@@ -15,7 +15,7 @@ from interp_ablate.models.architectures import Layout
 from interp_ablate.models.module_calls import Recorded, stream_of
 
 # The share that may be left along a direction that every writer was projected against.
-_LEFT = 1e-4
+LEFT = 1e-4
 # Two measurements of one gain agree within this.
 GAIN_TOLERANCE = 1e-3
 
@@ -63,17 +63,15 @@ def find_writers(
     own = dict(module.named_parameters())
 
     def output_with(layouts: Mapping[str, Layout]) -> Tensor:
-        projected = {
-            name: _projected(own[name], AXIS[layout], r) for name, layout in layouts.items()
-        }
-        output = stream_of(torch.func.functional_call(module, projected, call.args, call.kwargs))
+        changed = {name: projected(own[name], layout, r) for name, layout in layouts.items()}
+        output = stream_of(torch.func.functional_call(module, changed, call.args, call.kwargs))
         assert output is not None
         return output.reshape(call.output.shape)
 
     def left(layouts: Mapping[str, Layout]) -> float:
         return float((output_with(layouts) @ r).norm()) / scale if layouts else 1.0
 
-    if guess and left(guess) <= _LEFT:
+    if guess and left(guess) <= LEFT:
         return dict(guess), ""
     writers: dict[str, Layout] = {}
     for names in kinds(own).values():
@@ -81,11 +79,11 @@ def find_writers(
             moved = output_with(dict.fromkeys(names, layout)) - call.output
             amount = moved @ r
             beside = moved - amount[..., None] * r
-            if float(amount.norm()) > _LEFT * scale and float(beside.norm()) < 1e-3 * float(
+            if float(amount.norm()) > LEFT * scale and float(beside.norm()) < 1e-3 * float(
                 amount.norm()
             ):
                 writers |= dict.fromkeys(names, layout)
-    if (share := left(writers)) > _LEFT:
+    if (share := left(writers)) > LEFT:
         known = ", ".join(writers) or "its parameters"
         return writers, f"{share:.1%} of what it writes comes from elsewhere than {known}"
     return writers, ""
@@ -106,9 +104,10 @@ def _layouts_of(parameter: Tensor, d_model: int) -> list[Layout]:
     return [layout for layout in may if parameter.shape[AXIS[layout]] == d_model]
 
 
-def _projected(parameter: Tensor, axis: int, r: Float[Tensor, " d_model"]) -> Tensor:
-    moved = parameter.detach().movedim(axis, -1)
-    return (moved - (moved @ r.to(moved))[..., None] * r.to(moved)).movedim(-1, axis)
+def projected(parameter: Tensor, layout: Layout, r: Float[Tensor, " d_model"]) -> Tensor:
+    """A writing parameter with nothing along a unit vector."""
+    moved = parameter.detach().movedim(AXIS[layout], -1)
+    return (moved - (moved @ r.to(moved))[..., None] * r.to(moved)).movedim(-1, AXIS[layout])
 
 
 def kinds(parameters: Mapping[str, Tensor]) -> dict[str, list[str]]:

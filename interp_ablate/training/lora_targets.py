@@ -16,7 +16,6 @@ from torch import nn
 from interp_ablate.errors import ExportError, ModelError, RunError
 from interp_ablate.models.architectures import Layout, declared_architecture
 from interp_ablate.models.backends.hf import measured_anatomy
-from interp_ablate.sites import sites_of
 from interp_ablate.training.recipe import LoraRecipe
 from interp_ablate.training.trainable_model import require_extra
 
@@ -79,8 +78,7 @@ def writing_parameters(hf: Any, *, all_of_them: bool = True) -> dict[str, Layout
         ModelError: nothing can be measured.
     """
     if entry := declared_architecture(hf.config.model_type):
-        names, layers = set(hf.state_dict()), range(hf.config.num_hidden_layers)
-        sites = sites_of(entry.writer_points(), layers)
+        names, sites = set(hf.state_dict()), entry.writer_sites(hf.config.num_hidden_layers)
         return {n: lay for s in sites for n, lay in entry.writers(s, names, hf.config).items()}
     anatomy = measured_anatomy(hf)
     if all_of_them and anatomy.problems:

@@ -265,16 +265,26 @@ def _edit_site(
     read: Read,
 ) -> None:
     """Add to `changes` what the plan does to the tensors that write at one site."""
-    gain = None
-    if (norm := entry.norm_after(site)) is not None:
-        name = entry.present(norm, names)
-        if name is None:
-            raise ExportError(f"the checkpoint has no {norm}, the norm that follows {site}")
-        gain = read(name).cpu().double() + entry.gain_offset
-    affine = Affine.identity(changes.plan.d_model)
-    for _, part in changes.plan.maps_at(site, gain):
-        affine = affine.then(part)
-    tensors = entry.writers(site, names, hf_config)
+    for gains, tensors in entry.parts(site, names, hf_config):
+        gain: Tensor | None = None
+        for name, offset in gains:
+            own = read(name).cpu().double() + offset
+            gain = own if gain is None else gain * own
+        affine = Affine.identity(changes.plan.d_model)
+        for _, part in changes.plan.maps_at(site, gain):
+            affine = affine.then(part)
+        _edit_tensors(changes, site, affine, tensors, entry, hf_config)
+
+
+def _edit_tensors(
+    changes: WeightPlan,
+    site: Site,
+    affine: Affine,
+    tensors: dict[str, Layout],
+    entry: Architecture,
+    hf_config: Any,
+) -> None:
+    """Add to `changes` one map of the tensors that write one summand at a site."""
     keeps_norm = changes.plan.norm_preserving_at(site) is not None
     for name, layout in tensors.items():
         edit = TensorEdit(layout, affine, keeps_norm and layout != "bias", site.point)
@@ -289,7 +299,7 @@ def _edit_site(
                 "as a hook"
             )
         return
-    biases = entry.new_biases(site)
+    biases = {"attn_out": entry.attn_biases, "mlp_out": entry.mlp_biases}.get(site.point)
     if biases is None or list(tensors.values()) != ["linear"]:
         raise ExportError(
             f"an addition or clamp (or an erasure to a value) at {site} needs a bias at "

@@ -20,7 +20,6 @@ from interp_ablate.sites import (
     RESIDUAL_POINTS,
     WRITER_POINTS,
     Site,
-    sites_of,
 )
 
 
@@ -43,15 +42,15 @@ def writers_only_form(plan: Plan, entry: Architecture, hf_config: Any) -> Plan:
         )
     residual = [s for s in plan.sites if s.point in RESIDUAL_POINTS]
     if not residual:
-        return _written(plan, entry)
+        return _written(plan, entry, hf_config)
     on_stream = [e for e in plan if any(s.point in RESIDUAL_POINTS for s in e.sites)]
     if all(isinstance(edit, Add) for edit in on_stream):
-        return _written(_additions_at_writers(plan, entry, hf_config), entry)
+        return _written(_additions_at_writers(plan, entry, hf_config), entry, hf_config)
     return _everywhere_at_writers(plan, entry, hf_config)
 
 
-def _nearest(entry: Architecture, plan: Plan) -> str:
-    points = ", ".join(entry.writer_points())
+def _nearest(entry: Architecture, plan: Plan, hf_config: Any) -> str:
+    points = ", ".join(dict.fromkeys(site.point for site in _writers(entry, hf_config)))
     if any(isinstance(edit, Erase) for edit in plan):
         return (
             "The nearest exact plan erases with one write and read, strength 1 and value 0, at "
@@ -63,24 +62,30 @@ def _nearest(entry: Architecture, plan: Plan) -> str:
     )
 
 
-def _written(plan: Plan, entry: Architecture) -> Plan:
+def _writers(entry: Architecture, hf_config: Any) -> tuple[Site, ...]:
+    return entry.writer_sites(text_config(hf_config).num_hidden_layers)
+
+
+def _written(plan: Plan, entry: Architecture, hf_config: Any) -> Plan:
     """The plan itself, with attn_out for attn_proj where they are one; raises for writers of no weight form."""
-    if entry.post_norm:
-        normed = [str(s) for s in plan.sites if s.point in ("attn_out", "mlp_out")]
-        if normed:
-            raise ExportError(
-                f"the plan edits {normed[0]}, which this architecture's norm has already rescaled: an "
-                "edit there has no exact weight form. The nearest exact plan edits the projections "
-                "before the norm, attn_proj and mlp_proj at the same layers: nothing is left along the "
-                "direction either, but the norm's scale changes with it (another function). "
-                f"{_nearest(entry, plan)}"
-            )
-        return plan
+    normed = [
+        str(s) for s in plan.sites if s.point in ("attn_out", "mlp_out") and entry.is_normed(s)
+    ]
+    if normed:
+        raise ExportError(
+            f"the plan edits {normed[0]}, which this architecture's norm has already rescaled: an "
+            "edit there has no exact weight form. The nearest exact plan edits the projections "
+            "before the norm, attn_proj and mlp_proj at the same layers: nothing is left along the "
+            "direction either, but the norm's scale changes with it (another function). "
+            f"{_nearest(entry, plan, hf_config)}"
+        )
     first: list[Edit] = []
     then: list[Edit] = []
     # a projection is reached before what it writes, whatever the order in the plan
     for edit in plan:
-        before, after = split_edit(edit, lambda site: site.point in PROJECTION_POINTS)
+        before, after = split_edit(
+            edit, lambda s: s.point in PROJECTION_POINTS and not entry.is_normed(s)
+        )
         if before is not None:
             first.append(before.at_sites([(site, site.output) for site in before.sites]))
         if after is not None:
@@ -97,11 +102,16 @@ def split_edit(edit: Edit, inside: Callable[[Site], bool]) -> tuple[Edit | None,
 
 def _additions_at_writers(plan: Plan, entry: Architecture, hf_config: Any) -> Plan:
     """Additions to the stream as additions to the writer just before, after the writers' own edits."""
-    if entry.post_norm:
+    if entry.attn_norm is not None:
         raise ExportError(
             "the plan adds to the residual stream of post-norm blocks: what their projections write is "
             "rescaled by a norm, and there is no bias after it. Keep the addition as a hook, or export "
             "a control vector for llama.cpp"
+        )
+    if entry.scales_stream:
+        raise ExportError(
+            "the plan adds to the residual stream, which blocks of this architecture multiply by a factor "
+            "of their own after what their writers add. Add at model.writers, or keep it as a hook"
         )
     parallel = entry.is_parallel(hf_config)
     own: list[Edit] = []
@@ -134,7 +144,7 @@ def _everywhere_at_writers(plan: Plan, entry: Architecture, hf_config: Any) -> P
     Its map x -> P x + c is idempotent (P P = P, P c = 0): applied to every sum, it is P of every summand,
     and c once.
     """
-    nearest, edits = _nearest(entry, plan), list(plan)
+    nearest, edits = _nearest(entry, plan, hf_config), list(plan)
     if any(isinstance(edit, Ablate) and edit.norm_preserving for edit in edits):
         raise ExportError(
             "the plan ablates the residual stream and preserves norms at some writers: what the stream "
@@ -159,7 +169,7 @@ def _everywhere_at_writers(plan: Plan, entry: Architecture, hf_config: Any) -> P
             f"the plan edits the residual stream at some places only ({missing[0]} and "
             f"{len(missing) - 1} more are left out): what is written there would come back. {nearest}"
         )
-    if entry.post_norm:
+    if entry.attn_norm is not None:
         raise ExportError(
             "the plan edits the residual stream of post-norm blocks: their projections are rescaled "
             f"by a norm before they reach it, so the plan has no exact weight form. {nearest} (nothing "
@@ -167,8 +177,7 @@ def _everywhere_at_writers(plan: Plan, entry: Architecture, hf_config: Any) -> P
         )
     if shift.any():
         _check_counted_once(plan, entry)
-    writers = sites_of(entry.writer_points(), range(text_config(hf_config).num_hidden_layers))
-    return Plan((_at_all_writers(edits[0], writers),))
+    return Plan((_at_all_writers(edits[0], _writers(entry, hf_config)),))
 
 
 def _is_projection(edit: Edit) -> bool:
@@ -187,7 +196,12 @@ def _same_linear(one: Edit, other: Edit) -> bool:
 
 
 def _check_counted_once(plan: Plan, entry: Architecture) -> None:
-    """Refuse a value at writers beside one on the stream: it would be there twice."""
+    """Refuse a value at writers beside one on the stream, and one that blocks scale: it is not there once."""
+    if entry.scales_stream:
+        raise ExportError(
+            "the plan sets a value on the residual stream, and blocks of this architecture multiply the "
+            "stream by a factor of their own: a value that is written once does not stay. Use value 0"
+        )
     also = [s for s in plan.sites if s.point not in RESIDUAL_POINTS]
     if entry.pos_embed is None:
         also = [site for site in also if site.point != "embed"]
@@ -212,7 +226,7 @@ def _at_all_writers(edit: Edit, writers: tuple[Site, ...]) -> Edit:
 def _uncovered(sites: set[Site], entry: Architecture, hf_config: Any) -> list[str]:
     """Residual places that a set of sites leaves out; resid_pre of a layer is resid_post of the one before."""
     missing = []
-    embeddings = {Site(0, point) for point in entry.writer_points() if point in EMBEDDING_POINTS}
+    embeddings = {site for site in _writers(entry, hf_config) if site.point in EMBEDDING_POINTS}
     if Site(0, "resid_pre") not in sites and not embeddings <= sites:
         missing.append(str(Site(0, "resid_pre")))
     parallel = entry.is_parallel(hf_config)

@@ -377,9 +377,9 @@ def test_the_writers_of_a_model_are_those_of_its_modules(kind: str, backend: str
             )
         return
     assert entry is ARCHITECTURES[source_of(kind).config.model_type] and not entry.discovered
-    assert list(sites_of(entry.writer_points(), range(N_LAYERS))) == parts.writers
+    assert list(entry.writer_sites(N_LAYERS)) == parts.writers
     assert entry.is_parallel(source_of(kind).config) == parts.parallel
-    assert entry.post_norm == bool(parts.attn_norm)
+    assert entry.is_normed(Site(0, "mlp_out")) == bool(parts.attn_norm)
 
 
 @pytest.mark.parametrize("kind", EVERY)

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from support.family_models import build
-from support.hand_hooked import check
+from support.hand_hooked import check, left_along
 from support.tiny import make_tokenizer
 
 from interp_ablate import Plan
 from interp_ablate.edits.kinds import Ablate, Add
-from interp_ablate.errors import ModelError
+from interp_ablate.errors import ModelError, PlanError
 from interp_ablate.export.checkpoint import export_checkpoint
 from interp_ablate.models.load import from_hf, load_model
 from interp_ablate.models.model import Model
@@ -71,6 +71,38 @@ def test_the_bridge_and_plain_transformers_agree_site_by_site(model_type: str) -
         torch.testing.assert_close(plain.logits(ROWS), bridge.logits(ROWS), rtol=1e-4, atol=1e-5)
     answers = [[g.tokens for g in m.generate(ROWS, max_new_tokens=5)] for m in (bridge, plain)]
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("model_type", ["gemma4_text", "olmo_hybrid"])
+def test_several_norms_at_a_site_and_blocks_of_two_kinds(model_type: str, tmp_path: Path) -> None:
+    """Refused before: "2 branches write at mlp_out, and norms follow them"; "some blocks have norms"."""
+    hf = build(model_type)
+    for i, layer in enumerate(hf.model.layers):
+        if hasattr(layer, "layer_scalar"):
+            layer.layer_scalar.fill_(0.3 + 0.2 * i)
+    model = from_hf(hf, make_tokenizer())
+    r = torch.randn(model.d_model, generator=torch.Generator().manual_seed(0))
+    plans = [Plan((Ablate(r, model.writers, strength=s),)) for s in (1.0, 0.5)]
+    for plan in (*plans, Plan((Ablate(r, model.writers[3:6]),))):
+        certificate = export_checkpoint(model, plan, tmp_path / "out", prompts=ROWS, overwrite=True)
+        assert certificate["passed"] and certificate["max_abs_logit_effect_of_plan"] > 1e-3
+        if plan is plans[0]:
+            assert left_along(tmp_path / "out", r, ROWS) < 1e-5
+    each = [plans[0], None, plans[1]]
+    alone = [model.logits([row], keep=1) for row in ROWS]
+    with model.applied_each(each):
+        got = model.logits(ROWS)
+    for i, plan in enumerate(each):
+        with model.applied(plan or Plan()):
+            alone[i] = model.logits([ROWS[i]])
+        torch.testing.assert_close(got[i], alone[i][0], rtol=1e-4, atol=1e-5)
+    with pytest.raises(PlanError, match="before a norm"):
+        export_checkpoint(
+            model,
+            Plan((Add(r, [s for s in model.writers if s.point == "mlp_proj"][-1:]),)),
+            tmp_path / "add",
+            prompts=ROWS,
+        )
 
 
 def test_the_text_tower_of_a_wrapped_model_is_edited_alone(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.family_models import D_MODEL, N_LAYERS, build
+from support.family_models import D_MODEL, N_LAYERS, build, tiny_config
 from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from interp_ablate.edits.kinds import Ablate
 from interp_ablate.errors import ExportError, ModelError
@@ -20,6 +22,13 @@ from interp_ablate.models.measured_architecture import architecture_from
 def anatomy(model_type: str) -> tuple[Any, Anatomy]:
     hf = build(model_type)
     return hf, measured_anatomy(hf)
+
+
+def with_layer_scalars(hf: Any) -> Any:
+    """Gemma 4 with factors as training leaves them."""
+    for i, layer in enumerate(hf.model.layers):
+        layer.layer_scalar.fill_(0.3 + 0.2 * i)
+    return hf
 
 
 def parts(measured: Anatomy, layer: int) -> tuple[list[str], list[str]]:
@@ -88,6 +97,53 @@ def test_what_writes_beside_the_embeddings_is_named() -> None:
         Ablate(torch.ones(D_MODEL), model.writers)
 
 
+def test_the_factor_of_a_blocks_whole_stream() -> None:
+    """Gemma 4's trained blocks multiply the stream by a scalar of their own, which is 1 in a new model."""
+    hf = with_layer_scalars(build("gemma4_text"))
+    measured = measured_anatomy(hf)
+    assert not measured.problems
+    for block, layer in zip(measured.blocks, hf.model.layers):
+        assert block.stream_scale == pytest.approx(float(layer.layer_scalar), rel=1e-5)
+        assert all(branch.scale == 1.0 for branch in (*block.attn, *block.mlp))
+
+
+def test_a_stream_that_passes_a_norm_is_refused_in_words() -> None:
+    problems = anatomy("bert")[1].problems
+    assert (
+        "output.LayerNorm, with nothing of what entered beside it: the stream itself" in problems[1]
+    )
+
+
+def test_norms_of_sums_of_norms() -> None:
+    """Gemma 4's mixtures: a norm of the MLP's norm and the experts', and a branch with a norm of its own after it."""
+    config = CONFIG_MAPPING["gemma4_text"]
+    sizes = tiny_config(config).to_dict()
+    experts = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2}
+    torch.manual_seed(0)
+    hf = AutoModelForCausalLM.from_config(
+        config(**{**sizes, **experts, "moe_intermediate_size": 32})
+    )
+    measured = measured_anatomy(hf.eval())
+    assert not measured.problems
+    fed_forward, per_layer = measured.blocks[1].mlp
+    assert [len(part.norms) for part in fed_forward.parts] == [2, 2]
+    assert [set(part.writers.values()) for part in fed_forward.parts] == [{"linear"}, {"experts"}]
+    assert per_layer.path in measured.blocks[1].chained and len(per_layer.parts[0].norms) == 1
+
+
+def test_blocks_of_two_kinds_have_writers_of_two_kinds() -> None:
+    model = from_hf(build("olmo_hybrid"), None)
+    points = [{site.point for site in model.writers if site.layer == i} for i in range(N_LAYERS)]
+    assert {"attn_proj", "mlp_proj"} in points  # with norms after them
+    assert {"attn_out", "mlp_out"} in [each - {"embed"} for each in points]
+
+
+def test_one_of_several_projections_is_not_read() -> None:
+    model = from_hf(build("gemma4_text"), None)
+    with pytest.raises(ModelError, match=r"several projections.*read blocks\.1\.hook_mlp_out"):
+        list(model.stream([[3, 4]], keep=0, capture={"1.mlp_proj": lambda x, batch: x}))
+
+
 class _Extra(nn.Module):
     """A Llama block that adds something beside its branches."""
 
@@ -135,3 +191,28 @@ def test_a_model_without_one_stream_is_refused() -> None:
 
     with pytest.raises(ModelError, match="no list of blocks"):
         measured_anatomy(Odd())
+
+
+def test_a_block_of_zeros_writes_where_its_code_does() -> None:
+    """Blocks that were added to a model begin with zeros: nothing that they write can be seen as they are."""
+    hf = build("llama")
+    want = measured_anatomy(hf)
+    with torch.no_grad():
+        for part in (hf.model.layers[1].self_attn.o_proj, hf.model.layers[1].mlp.down_proj):
+            part.weight.zero_()
+        hf.model.layers[2].self_attn.o_proj.weight.zero_()
+    before = {name: p.clone() for name, p in hf.named_parameters()}
+    assert measured_anatomy(hf) == want
+    assert all(torch.equal(p, before[name]) for name, p in hf.named_parameters())
+
+
+@pytest.mark.parametrize("model_type", ["falcon_h1", "gpt_oss", "olmo_hybrid", "gpt2"])
+def test_half_precision_of_mixed_kinds(model_type: str) -> None:
+    hf = build(model_type)
+    exact = measured_anatomy(hf)
+    half = measured_anatomy(hf.to(torch.bfloat16))
+    assert not half.problems
+    for block, want in zip(half.blocks, exact.blocks):
+        assert block.stream_scale == want.stream_scale
+        for one, other in zip((*block.attn, *block.mlp), (*want.attn, *want.mlp), strict=True):
+            assert one.parts == other.parts and one.scale == pytest.approx(other.scale, rel=1e-5)

@@ -163,14 +163,21 @@ def _writes(model: Any) -> dict[str, list[str]]:
     names = model.hf_state_dict()
     found: dict[str, set[str]] = {}
     for site in model.writers:
-        layouts = model.architecture.writers(site, names, model.hf_config)
-        for name, layout in layouts.items():
-            if layout == "bias":
-                continue
-            inside = re.sub(r"^.*?\.\d+\.", "", name) if not site.point.endswith("embed") else name
-            inside = re.sub(r"\.\d+\.", ".{expert}.", inside).removesuffix(".weight")
-            found.setdefault(site.point, set()).add(f"{inside} [{layout}]")
+        for gains, layouts in model.architecture.parts(site, names, model.hf_config):
+            after = "".join(f" then {_inside(norm)}" for norm, _ in reversed(gains))
+            for name, layout in layouts.items():
+                if layout == "bias":
+                    continue
+                inside = name if site.point.endswith("embed") else _inside(name)
+                text = f"{inside.removesuffix('.weight')} [{layout}]{after}"
+                found.setdefault(site.point, set()).add(text)
     return {point: sorted(texts) for point, texts in found.items()}
+
+
+def _inside(name: str) -> str:
+    """A parameter's name in its block, with one word for all experts."""
+    inside = re.sub(r"^.*?\.\d+\.", "", name)
+    return re.sub(r"\.\d+\.", ".{expert}.", inside).removesuffix(".weight")
 
 
 def _words(error: Exception) -> str:

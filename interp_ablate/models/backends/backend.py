@@ -16,9 +16,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from interp_ablate.errors import ModelError
-from interp_ablate.models.architectures import Architecture, Layout, writer_points
+from interp_ablate.models.architectures import Architecture, Layout
 from interp_ablate.models.loading import BackendName
-from interp_ablate.sites import POINTS, RESIDUAL_POINTS, Point, Site, sites_of
+from interp_ablate.sites import EMBEDDING_POINTS, POINTS, RESIDUAL_POINTS, Point, Site, sites_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +69,12 @@ class Backend(Protocol):
     def block(self, layer: int) -> nn.Module:
         """The module of one block."""
 
-    def post_norm_gain(self, site: Site) -> Float[Tensor, " d_model"] | None:
-        """The gain of the norm between a projection and the stream, float64; None if no norm follows."""
+    def post_norm_gains(self, site: Site) -> tuple[Float[Tensor, " d_model"] | None, ...]:
+        """The gain of the norms between each projection of a site and the stream, float64; None if none follows.
+
+        Several where modules with norms of their own write at one site: its hook point is then called once
+        for each, in this order, and its `part` says for which.
+        """
 
     def projection(self, site: Site) -> tuple[nn.Module, Float[Tensor, "d_model in"]] | None:
         """The hook point before the writing weight of a site, and the weight; None if it is not one matrix."""
@@ -220,9 +224,13 @@ class SiteMap:
         """See `Backend.block`."""
         return self._backend.block(layer)
 
-    def post_norm_gain(self, site: Site) -> Float[Tensor, " d_model"] | None:
-        """See `Backend.post_norm_gain`."""
-        return self._backend.post_norm_gain(site)
+    def post_norm_gains(self, site: Site) -> tuple[Float[Tensor, " d_model"] | None, ...]:
+        """See `Backend.post_norm_gains`."""
+        return self._backend.post_norm_gains(site)
+
+    def is_normed(self, site: Site) -> bool:
+        """True if a norm stands between what is written at a site, by either of its names, and the stream."""
+        return any(gain is not None for gain in self.post_norm_gains(site.projection))
 
     def writing_modules(self, site: Site) -> list[WritingModule]:
         """See `Backend.writing_modules`."""
@@ -237,11 +245,9 @@ class SiteMap:
     def writers(self) -> tuple[Site, ...]:
         """See `Model.writers`."""
         self._backend.require_exact_writers()
-        points = writer_points(
-            pos_embed=self._backend.hook_point(Site(0, "pos_embed")) is not None,
-            post_norm=self._backend.post_norm_gain(Site(0, "mlp_proj")) is not None,
-        )
-        sites = sites_of(points, range(self.n_layers))
+        sites = [Site(0, point) for point in EMBEDDING_POINTS]
+        for site in sites_of(("attn_out", "mlp_out"), range(self.n_layers)):
+            sites.append(site.projection if self.is_normed(site) else site)
         return tuple(site for site in sites if self._backend.hook_point(site) is not None)
 
     @property

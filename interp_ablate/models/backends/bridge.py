@@ -36,7 +36,7 @@ from interp_ablate.models.backends.component_map import (
 )
 from interp_ablate.models.backends.transformers_passes import TransformersPasses
 from interp_ablate.models.loading import BackendName
-from interp_ablate.sites import EMBEDDING_POINTS, Site
+from interp_ablate.sites import EMBEDDING_POINTS, PROJECTION_POINTS, Site
 
 # A Bridge runs the checkpoint's own modules: only the attention kernel may differ.
 BRIDGE_TOLERANCE = 1e-3
@@ -165,11 +165,13 @@ class BridgeBackend(TransformersPasses):
         named = self.hf.named_parameters(remove_duplicate=False)  # joint projections have two names
         return {name.replace("._original_component", ""): p for name, p in named}
 
-    def post_norm_gain(self, site: Site) -> Float[Tensor, " d_model"] | None:
-        name = self._entry and self._entry.norm_after(site)
-        if not name or self._entry is None:
-            return None
-        return self._tensors[name].detach().cpu().double() + self._entry.gain_offset
+    def post_norm_gains(self, site: Site) -> tuple[Float[Tensor, " d_model"] | None, ...]:
+        entry = self._entry
+        if entry is None or site.point not in PROJECTION_POINTS or not entry.is_normed(site):
+            return (None,)
+        ((gains, _),) = entry.parts(site, self._tensors, self.hf_config)
+        ((name, offset),) = gains
+        return (self._tensors[name].detach().cpu().double() + offset,)
 
     def projection(self, site: Site) -> tuple[nn.Module, Float[Tensor, "d_model in"]] | None:
         branch, part = ("attn", "o") if site.point.startswith("attn") else ("mlp", "out")

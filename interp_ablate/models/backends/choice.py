@@ -67,7 +67,7 @@ def _same_writers(bridge: BridgeBackend, anatomy: Anatomy) -> bool:
     names = bridge.hf_state_dict()
     try:
         entry, measured = bridge.architecture, architecture_from(anatomy, "", bridge.hf_config)
-        sites = sites_of(measured.writer_points(), range(len(anatomy.blocks)))
+        sites = measured.writer_sites(len(anatomy.blocks))
         return all(
             set(entry.writers(site, names, bridge.hf_config))
             == set(measured.writers(site, names, bridge.hf_config))

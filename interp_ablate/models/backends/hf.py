@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from interp_ablate.errors import ModelError
-from interp_ablate.models.anatomy import Anatomy, measure
+from interp_ablate.models.anatomy import Anatomy, Branch, Part, measure
 from interp_ablate.models.architectures import max_positions, text_config
 from interp_ablate.models.backends.backend import ForwardCall, WritingModule
 from interp_ablate.models.backends.block_skipping import BlockSkipping
@@ -23,7 +23,7 @@ from interp_ablate.models.backends.hf_sites import HFSites
 from interp_ablate.models.backends.transformers_passes import TransformersPasses
 from interp_ablate.models.loading import BackendName
 from interp_ablate.models.measured_architecture import MeasuredArchitecture, architecture_from
-from interp_ablate.sites import EMBEDDING_POINTS, Site
+from interp_ablate.sites import EMBEDDING_POINTS, PROJECTION_POINTS, Site
 
 WIDTH = 24  # fixed tokens of the measurement
 
@@ -137,14 +137,19 @@ class HFBackend(TransformersPasses):
         block = self.anatomy.blocks[site.layer]
         return block.attn if site.point.startswith("attn") else block.mlp
 
-    def post_norm_gain(self, site: Site) -> Float[Tensor, " d_model"] | None:
-        if not site.point.endswith("_proj") or site.layer >= len(self.anatomy.blocks):
-            return None
-        branches = self._branches(site)
-        if len(branches) != 1 or branches[0].norm is None:
-            return None
-        weight = self.hf.get_submodule(branches[0].norm.path).weight
-        return weight.detach().cpu().double() + branches[0].norm.offset
+    def post_norm_gains(self, site: Site) -> tuple[Float[Tensor, " d_model"] | None, ...]:
+        if site.point not in PROJECTION_POINTS or site.layer >= len(self.anatomy.blocks):
+            return (None,)
+        parts = [part for branch in self._branches(site) for part in branch.parts]
+        gains = tuple(self._gain(part) for part in parts)
+        return gains if any(gain is not None for gain in gains) else (None,)
+
+    def _gain(self, part: Part) -> Float[Tensor, " d_model"] | None:
+        gain: Tensor | None = None
+        for norm in part.norms:
+            weight = self.hf.get_submodule(norm.path).weight.detach().cpu().double()
+            gain = weight + norm.offset if gain is None else gain * (weight + norm.offset)
+        return gain
 
     def projection(self, site: Site) -> tuple[nn.Module, Float[Tensor, "d_model in"]] | None:
         point = self._sites.inputs.get(site.projection)
@@ -156,15 +161,16 @@ class HFBackend(TransformersPasses):
         return point, weight.T if layout == "conv1d" else weight
 
     def writing_modules(self, site: Site) -> list[WritingModule]:
-        return [
-            WritingModule(
-                self.hf.get_submodule(branch.path),
-                self.hf.get_submodule(branch.projection),
-                {n.removeprefix(f"{branch.projection}."): lay for n, lay in branch.writers.items()},
-                branch.scale,
-            )
-            for branch in self._branches(site)
-        ]
+        return [self._writing_module(branch) for branch in self._branches(site)]
+
+    def _writing_module(self, branch: Branch) -> WritingModule:
+        output = self.hf.get_submodule(branch.path)
+        if len(branch.parts) != 1:  # no one module before its norms
+            return WritingModule(output, output, {}, branch.scale)
+        [part] = branch.parts
+        prefix = part.projection + "."
+        layouts = {name.removeprefix(prefix): layout for name, layout in part.writers.items()}
+        return WritingModule(output, self.hf.get_submodule(part.projection), layouts, branch.scale)
 
     def forward(self, call: ForwardCall, keep: int) -> Tensor | None:
         arguments = {**self.arguments(call), "logits_to_keep": keep}

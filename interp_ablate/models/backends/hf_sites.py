@@ -23,6 +23,8 @@ class SitePoint(nn.Module):
     def __init__(self, site: str) -> None:
         super().__init__()
         self.site = site
+        self.part = 0
+        """Which of several projections that write at the site is shown now."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x
@@ -71,15 +73,20 @@ class HFSites:
     def projection_points(
         self, layer: int, kind: Point, branches: tuple[Branch, ...], block: _BlockSites
     ) -> None:
-        """The points of what a site's projection returns and, where it is one linear map, reads."""
-        if len(branches) != 1:
+        """The points of what a site's projections return and, where it is one linear map, reads."""
+        parts = [part for branch in branches for part in branch.parts]
+        if len(parts) > 1 and not any(part.norms for part in parts):
             return
-        (branch,) = branches
-        if branch.norm is None and branch.scale == 1.0:
+        if len(parts) == 1 and not parts[0].norms and branches[0].scale == 1.0:
             out: Point = "attn_out" if kind == "attn_proj" else "mlp_out"
             self.points[Site(layer, kind)] = self.points[Site(layer, out)]  # one place, two names
         else:
-            _hook_output(self._hf.get_submodule(branch.projection), self.point(layer, kind), block)
+            point = self.point(layer, kind)
+            for i, part in enumerate(parts):
+                _hook_output(self._hf.get_submodule(part.projection), point, block, i)
+        if len(parts) > 1:
+            return
+        (branch,) = branches
         weights = [
             name for name, layout in branch.writers.items() if layout in ("linear", "conv1d")
         ]
@@ -199,7 +206,9 @@ def _scaled(x: Tensor, scale: float) -> Tensor:
     return x if scale == 1.0 else x * scale
 
 
-def _hook_output(module: nn.Module, point: SitePoint, block: _BlockSites | None = None) -> None:
+def _hook_output(
+    module: nn.Module, point: SitePoint, block: _BlockSites | None = None, part: int = 0
+) -> None:
     """The point is what a module returns, with the axes of the block's stream."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
@@ -208,6 +217,7 @@ def _hook_output(module: nn.Module, point: SitePoint, block: _BlockSites | None 
             return None
         # positions may come without a batch axis
         shape = block.shape if block else (1, *x.shape)[-3:]
+        point.part = part
         return with_stream(output, point(x.reshape(shape)).reshape(x.shape))
 
     module.register_forward_hook(hook)

@@ -93,11 +93,11 @@ class HookedBackend:
     def unembed_input(self) -> nn.Module:
         return self.tl.ln_final  # `forward` unembeds what it returns
 
-    def post_norm_gain(self, site: Site) -> Float[Tensor, " d_model"] | None:
+    def post_norm_gains(self, site: Site) -> tuple[Float[Tensor, " d_model"] | None, ...]:
         names: dict[str, str] = {"attn_proj": "ln1_post", "mlp_proj": "ln2_post"}
         if site.point not in names or not self.tl.cfg.use_normalization_before_and_after:
-            return None
-        return getattr(self.tl.blocks[site.layer], names[site.point]).w.detach().cpu().double()
+            return (None,)
+        return (getattr(self.tl.blocks[site.layer], names[site.point]).w.detach().cpu().double(),)
 
     def projection(self, site: Site) -> tuple[nn.Module, Float[Tensor, "d_model in"]] | None:
         block = self.tl.blocks[site.layer]
