@@ -95,7 +95,7 @@ def test_several_norms_at_a_site_and_blocks_of_two_kinds(model_type: str, tmp_pa
     for i, plan in enumerate(each):
         with model.applied(plan or Plan()):
             alone[i] = model.logits([ROWS[i]])
-        torch.testing.assert_close(got[i], alone[i][0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got[i], alone[i][0], rtol=1e-3, atol=1e-4)
     with pytest.raises(PlanError, match="before a norm"):
         export_checkpoint(
             model,
