@@ -8,7 +8,7 @@ Knows: answers with and without a plan, their scores, tokens, attributions, kept
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from interp_ablate.activations.token_html import tokens_html
 from interp_ablate.activations.token_view import token_projections
 from interp_ablate.circuits.attribution import attribute
 from interp_ablate.directions.direction import Direction
+from interp_ablate.directions.direction_set import one_per_layer
 from interp_ablate.display import html_table, marked_differences
 from interp_ablate.edits.plan import Plan, ablate_layers
 from interp_ablate.errors import RunError
@@ -70,10 +71,8 @@ class ExplorerSession:
         points = [each.site.point for each in self.directions]
         point = "resid_post" if "resid_post" in points else points[0]
         first = self.directions[points.index(point)]
-        chosen = {
-            e.site: e for e in reversed(self.directions) if e.is_of(first.position, first.method)
-        }
-        return [chosen[site] for site in sorted(chosen) if site.point == point]
+        alike = [each for each in self.directions if each.is_of(first.position, first.method)]
+        return one_per_layer(alike, point)
 
     def warm_up(self) -> None:
         """Answer once, so that what is measured of the model before its first answer is not waited for later."""
@@ -99,19 +98,11 @@ class ExplorerSession:
         prompt, limit = _prompt(request), _limit(request)
         plan = self.plan(request)
         outputs = ModelOutputs(self.model, [prompt], max_new_tokens=limit)
-        edited: list[int] = []
-        for token, values in self._streamed(prompt, plan, limit):
-            edited.append(token.id)
-            yield {"side": "edited", "text": token.text, "values": [round(v, 4) for v in values]}
-        after = Generation(tuple(edited), self.model.decode(edited), len(edited) < limit)
+        after = yield from self._answered("edited", prompt, plan, limit)
         key = (tuple(outputs.rows[0]), limit)
         before = self._unedited.get(key)
         if before is None:
-            tokens: list[int] = []
-            for token, _ in self._streamed(prompt, Plan(), limit):
-                tokens.append(token.id)
-                yield {"side": "unedited", "text": token.text}
-            before = Generation(tuple(tokens), self.model.decode(tokens), len(tokens) < limit)
+            before = yield from self._answered("unedited", prompt, Plan(), limit)
             self._unedited[key] = before
             while len(self._unedited) > REMEMBERED:
                 self._unedited.popitem(last=False)
@@ -120,6 +111,24 @@ class ExplorerSession:
             "edited": marked_differences(before.text, after.text),
             "scores": self._scores(outputs, plan, before, after),
         }
+
+    def _answered(
+        self, side: str, prompt: Prompt, plan: Plan, limit: int
+    ) -> Generator[Event, None, Generation]:
+        """An event a token as it is made, an edited one with its projections; returns the answer."""
+        ids: list[int] = []
+        for token, values in self._streamed(prompt, plan, limit):
+            ids.append(token.id)
+            event = {"side": side, "text": token.text}
+            yield (
+                event
+                if side == "unedited"
+                else {
+                    **event,
+                    "values": [round(value, 4) for value in values],
+                }
+            )
+        return Generation(tuple(ids), self.model.decode(ids), len(ids) < limit)
 
     def _streamed(self, prompt: Prompt, plan: Plan, limit: int) -> Iterator[Any]:
         with self.model.applied(plan) if plan.edits else nullcontext():

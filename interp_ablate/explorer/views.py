@@ -18,9 +18,9 @@ from interp_ablate.plots.run_charts import (
     separation_chart,
     trials_chart,
 )
+from interp_ablate.plots.run_tables import read_projections
 from interp_ablate.plots.svg_charts import Mark, marks_svg
 from interp_ablate.runs.kept_plans import plan_names
-from interp_ablate.runs.report_charts import read_projections
 from interp_ablate.runs.report_claims import number
 from interp_ablate.search.trial_table import read_trials
 from interp_ablate.storage.bundled_data import bundled

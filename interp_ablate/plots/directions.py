@@ -26,6 +26,12 @@ _NEEDED = tuple(column for column in PROJECTION_COLUMNS if column != "split")
 SIDES = ("negative", "positive")
 
 
+def held_out_rows(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of validation prompts; all where there are none."""
+    rows = frame[frame["split"] == "validation"]
+    return rows if len(rows) else frame
+
+
 def projections(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Both labels' projections at every layer of one point, as pairs of half violins with medians.
 
@@ -47,8 +53,7 @@ def projections(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
                 f"projections() draws one {column}, and these rows hold "
                 f"{sorted(map(str, frame[column].unique()))}: pass one {column}'s rows"
             )
-    held_out = frame[frame["split"] == "validation"]
-    rows = held_out if len(held_out) else frame
+    rows = held_out_rows(frame)
     rows = rows[np.isfinite(rows["projection"].astype(float))]
     style.require_rows(rows, "projections with finite values")
     layers = sorted(rows["layer"].unique())

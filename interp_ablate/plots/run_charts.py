@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from interp_ablate.display import Html, shortened
+from interp_ablate.plots.directions import held_out_rows
 from interp_ablate.plots.style import finished_trials
 from interp_ablate.plots.svg_charts import Mark, heat_svg, marks_svg
 
@@ -29,8 +30,7 @@ def held_out(
 
     `point`, `position`: default: the last point of a layer, and the first position.
     """
-    rows = frame[frame["split"] == "validation"]
-    rows = rows if len(rows) else frame
+    rows = held_out_rows(frame)
     points = list(dict.fromkeys(rows["point"]))
     chosen = point or ("resid_post" if "resid_post" in points else points[-1])
     rows = rows[rows["point"] == chosen]

@@ -12,7 +12,7 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -28,21 +28,18 @@ from interp_ablate.plots.attribution import (
     next_token_effects,
 )
 from interp_ablate.plots.directions import (
-    PROJECTION_COLUMNS,
     Measure,
     cosine_similarity,
     projections,
     separation_by_layer,
 )
 from interp_ablate.plots.evaluation import before_after, rate_rows
+from interp_ablate.plots.run_tables import read_directions, read_projections
 from interp_ablate.plots.tokens import TOKEN_COLUMNS, token_heatmap
 from interp_ablate.plots.trials import Value, pareto, search_front, sweep_heatmap
 from interp_ablate.search.trial_table import read_trials
 from interp_ablate.storage.entry_points import entry_named, entry_names
 from interp_ablate.storage.tables import read_json, read_table
-
-if TYPE_CHECKING:
-    from interp_ablate.directions.direction import Direction
 
 logger = logging.getLogger(__name__)
 GROUP = "interp_ablate.plots"
@@ -89,11 +86,8 @@ def save_figures(
 
 
 def _draw_projections(folder: Path) -> dict[str, Figure]:
-    path = folder / "projections.csv"
-    if not path.exists():
-        return {}
-    frame = read_table(path, PROJECTION_COLUMNS, numbers=("layer", "projection"), complete=True)
-    if not len(frame):
+    frame = read_projections(folder)
+    if frame is None:
         return {}
     if "position" not in frame:
         frame = frame.assign(position="-1")
@@ -113,19 +107,8 @@ def _draw_projections(folder: Path) -> dict[str, Figure]:
     return figures
 
 
-def _directions(folder: Path) -> list[Direction]:
-    from interp_ablate.directions.direction_set import Directions
-
-    path = folder / "directions.safetensors"
-    if not path.exists():
-        return []
-    directions = Directions.load(path)
-    # the plain estimates; beside each stands its variant orthogonalized to the negative mean
-    return list(directions.of("difference_in_means") or directions)
-
-
 def _draw_separation(folder: Path) -> dict[str, Figure]:
-    items = [item for item in _directions(folder) if item.separation is not None]
+    items = [item for item in read_directions(folder) if item.separation is not None]
     if not items:
         return {}
     figure = style.new_figure(height=6.2)
@@ -136,7 +119,7 @@ def _draw_separation(folder: Path) -> dict[str, Figure]:
 
 
 def _draw_cosine(folder: Path) -> dict[str, Figure]:
-    items = _directions(folder)
+    items = read_directions(folder)
     if not items:
         return {}
     figure = style.new_figure(height=6.6)

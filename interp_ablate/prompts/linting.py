@@ -85,8 +85,9 @@ def lint(contrast: ContrastSet) -> LintReport:
     prompts = contrast.positive + contrast.negative
     words = [_words(f"{prompt.system or ''}\n{prompt.text}") for prompt in prompts]
     labels = [True] * len(contrast.positive) + [False] * len(contrast.negative)
-    near = _near_pairs(contrast)
-    groups = _groups(contrast, near)
+    keys = [normalised(prompt) for prompt in prompts]
+    near = _near_pairs(contrast, keys)
+    groups = _groups(contrast, keys, near)
     sample = _sample(contrast, groups)
     worded, labelled = [words[i] for i in sample], [labels[i] for i in sample]
     words_auc = _bag_of_words_auc(worded, labelled, [groups[i] for i in sample])
@@ -113,7 +114,7 @@ def _words(text: str) -> list[str]:
     return _WORD.findall(unicodedata.normalize("NFC", text).casefold().replace("’", "'"))
 
 
-def _near_pairs(contrast: ContrastSet) -> list[tuple[int, int]]:
+def _near_pairs(contrast: ContrastSet, keys: Sequence[str]) -> list[tuple[int, int]]:
     """Index pairs i < j of different prompts that are nearly the same, under the same system prompt and turns.
 
     Of many that are alike, each has some pairs, not all; of a matched pair it is always known.
@@ -121,8 +122,8 @@ def _near_pairs(contrast: ContrastSet) -> list[tuple[int, int]]:
     prompts = contrast.positive + contrast.negative
     n_positive = len(contrast.positive)
     places: dict[tuple[bool, str], int] = {}
-    for i, prompt in enumerate(prompts):
-        places.setdefault((i < n_positive, normalised(prompt)), i)
+    for i, key in enumerate(keys):
+        places.setdefault((i < n_positive, key), i)
     firsts = list(places.values())  # of each side's prompts
     words = [frozenset(_words(prompts[i].text)) for i in firsts]
     groups = [(i < n_positive, prompts[i].system, prompts[i].history) for i in firsts]
@@ -141,13 +142,15 @@ def _matched(contrast: ContrastSet) -> bool:
     return len(contrast.positive) == len(contrast.negative)
 
 
-def _groups(contrast: ContrastSet, near: Sequence[tuple[int, int]]) -> list[int]:
+def _groups(
+    contrast: ContrastSet, keys: Sequence[str], near: Sequence[tuple[int, int]]
+) -> list[int]:
     """A group for each prompt: repeats, near duplicates, and prompts of a matched pair, share theirs."""
-    prompts, n_positive = contrast.positive + contrast.negative, len(contrast.positive)
+    n_positive = len(contrast.positive)
     pairs = [(i, n_positive + i) for i in range(n_positive)] if _matched(contrast) else []
     first: dict[str, int] = {}
-    repeats = [(first.setdefault(normalised(prompt), i), i) for i, prompt in enumerate(prompts)]
-    return _components(len(prompts), [*near, *pairs, *repeats])
+    repeats = [(first.setdefault(key, i), i) for i, key in enumerate(keys)]
+    return _components(len(keys), [*near, *pairs, *repeats])
 
 
 def _components(n: int, pairs: Iterable[tuple[int, int]]) -> list[int]:

@@ -21,7 +21,7 @@ import pandas as pd
 
 from interp_ablate.errors import RunError
 from interp_ablate.runs.report_answers import answer_groups, first_pairs
-from interp_ablate.runs.report_charts import alt_texts, report_charts
+from interp_ablate.runs.report_charts import RunTables, alt_texts, report_charts
 from interp_ablate.runs.report_claims import (
     duration,
     ends_text,
@@ -196,6 +196,7 @@ def _context(folder: Path) -> dict[str, Any]:
     directions = read_json(folder / "directions.json") or {}
     configuration = part_of(run, "configuration")
     test, limits = part_of(selected, "test"), part_of(selected, "limits")
+    tables = RunTables.read(folder)
     generations, trials = answer_groups(folder), _trials(folder, selected, configuration)
     behaviour = str(
         part_of(run, "contrast").get("name") or configuration.get("contrast") or "the behaviour"
@@ -222,8 +223,8 @@ def _context(folder: Path) -> dict[str, Any]:
         "limits": limits and {**limits, "removed": part_of(limits, "removed")},
         "advice": str(limits.get("relax") or (selected or {}).get("relax") or ""),
         "has_plan": bool((selected or {}).get("plan")),
-        "figures": _figures(folder, alt_texts(folder)),
-        "charts": report_charts(folder),
+        "figures": _figures(folder, alt_texts(tables)),
+        "charts": report_charts(tables),
         "trials": trials,
         "estimators": _estimators(folder),
         "target_tokens": objects(run.get("target_tokens")),

@@ -5,7 +5,8 @@ Knows: which files of a run folder they are made of. Does not know: the page.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,7 @@ import numpy as np
 import pandas as pd
 
 from interp_ablate.directions.direction import Direction, cosine_similarities
-from interp_ablate.directions.direction_set import Directions
-from interp_ablate.plots.directions import PROJECTION_COLUMNS
+from interp_ablate.plots.directions import held_out_rows
 from interp_ablate.plots.run_charts import (
     centre_and_spread,
     held_out,
@@ -22,55 +22,53 @@ from interp_ablate.plots.run_charts import (
     separation_chart,
     trials_chart,
 )
+from interp_ablate.plots.run_tables import read_directions, read_projections
 from interp_ablate.plots.style import finished_trials
 from interp_ablate.runs.report_claims import number, part_of, rate
 from interp_ablate.search.trial_table import read_trials
-from interp_ablate.storage.tables import read_json, read_table
+from interp_ablate.storage.tables import read_json
 
 
-def read_projections(folder: Path) -> pd.DataFrame | None:
-    """projections.csv of a run folder; None where there is none, or no row in it."""
-    path = folder / "projections.csv"
-    if not path.exists():
-        return None
-    frame = read_table(path, PROJECTION_COLUMNS, numbers=("layer", "projection"), complete=True)
-    return frame if len(frame) else None
+@dataclass(frozen=True)
+class RunTables:
+    """The tables of a run folder that its report is drawn of, each read once."""
+
+    projections: pd.DataFrame | None
+    directions: Sequence[Direction]
+    trials: pd.DataFrame | None
+    """The trials, where some have a log-odds and a KL."""
+    selected: Mapping[str, Any]
+    """selected.json; empty where there is none."""
+
+    @classmethod
+    def read(cls, folder: Path) -> RunTables:
+        """The tables that are there."""
+        selected = read_json(folder / "selected.json") or {}
+        return cls(read_projections(folder), read_directions(folder), _trials(folder), selected)
 
 
-def read_directions(folder: Path) -> list[Direction]:
-    """The plain estimates of a run folder's directions; all where there are none of that method."""
-    path = folder / "directions.safetensors"
-    if not path.exists():
-        return []
-    directions = Directions.load(path)
-    return list(directions.of("difference_in_means") or directions)
-
-
-def report_charts(folder: Path) -> list[dict[str, Any]]:
+def report_charts(tables: RunTables) -> list[dict[str, Any]]:
     """Headings and charts of what the folder holds."""
     charts = []
-    frame, directions = read_projections(folder), read_directions(folder)
-    if frame is not None:
-        rows = held_out(frame)
+    if tables.projections is not None:
+        rows = held_out(tables.projections)
         heading = f"Projections at {rows['point'].iloc[0]}, prompt by prompt"
         charts.append({"heading": heading, "svg": projections_chart(rows)})
-    if any(each.separation for each in directions):
-        charts.append({"heading": "Separation by layer", "svg": separation_chart(directions)})
-    trials = _trials(folder)
-    if trials is not None:
-        chosen = part_of(read_json(folder / "selected.json"), "trial").get("trial")
-        svg = trials_chart(trials, chosen)
+    if any(each.separation for each in tables.directions):
+        svg = separation_chart(tables.directions)
+        charts.append({"heading": "Separation by layer", "svg": svg})
+    if tables.trials is not None:
+        svg = trials_chart(tables.trials, part_of(tables.selected, "trial").get("trial"))
         charts.append({"heading": "Behaviour against damage, trial by trial", "svg": svg})
     return charts
 
 
-def alt_texts(folder: Path) -> dict[str, str]:
+def alt_texts(tables: RunTables) -> dict[str, str]:
     """For a figure's name what is seen in it, from the numbers that it is drawn of."""
-    test = part_of(read_json(folder / "selected.json"), "test")
+    test, directions = part_of(tables.selected, "test"), tables.directions
     alts = {"before_after": _before_after(test)} if test else {}
-    frame, directions, trials = read_projections(folder), read_directions(folder), _trials(folder)
-    if frame is not None:
-        alts["projections"] = _projections(frame)
+    if tables.projections is not None:
+        alts["projections"] = _projections(tables.projections)
     d_primes = {each.site: each.separation.d_prime for each in directions if each.separation}
     d_primes = {site: value for site, value in d_primes.items() if np.isfinite(value)}
     if d_primes:
@@ -84,8 +82,8 @@ def alt_texts(folder: Path) -> dict[str, str]:
             f"Heat map of the cosines of {len(directions)} directions: neighbours "
             f"{float(cosines.diagonal(1).mean()):.2f} on average, the first and the last {float(cosines[0, -1]):.2f}."
         )
-    if trials is not None:
-        alts |= _of_trials(trials, part_of(read_json(folder / "selected.json"), "trial"))
+    if tables.trials is not None:
+        alts |= _of_trials(tables.trials, part_of(tables.selected, "trial"))
     return alts
 
 
@@ -108,7 +106,7 @@ def _before_after(test: Mapping[str, Any]) -> str:
 
 def _projections(frame: pd.DataFrame) -> str:
     gaps = {}
-    for (layer, point), rows in held_out_points(frame):
+    for (layer, point), rows in _held_out_points(frame):
         positive = (rows["label"] == "positive").to_numpy()
         values = rows["projection"].to_numpy(float)
         if positive.any() and not positive.all():
@@ -123,10 +121,9 @@ def _projections(frame: pd.DataFrame) -> str:
     )
 
 
-def held_out_points(frame: pd.DataFrame) -> Any:
+def _held_out_points(frame: pd.DataFrame) -> Any:
     """The rows of each layer and point, of held-out prompts where there are any, at the first position."""
-    rows = frame[frame["split"] == "validation"]
-    rows = rows if len(rows) else frame
+    rows = held_out_rows(frame)
     if "position" in rows:
         rows = rows[rows["position"] == rows["position"].iloc[0]]
     return rows.groupby(["layer", "point"])

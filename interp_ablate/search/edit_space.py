@@ -5,7 +5,6 @@ Knows: the parameters, their ranges, how they become a plan. Does not know: who 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -217,9 +216,8 @@ def _layer_parameter(space: EditSpace) -> Float | Choice:
     layers = [layer for layer in space.layers if low <= layer <= high] or list(space.layers)
     if layers != list(range(layers[0], layers[-1] + 1)):
         return Choice("layer", tuple(layers), when=("edit", "band"))
-    if math.ceil(low) == layers[0] and layers[0] - 1 in space.layers:
-        return Float("layer", low, layers[-1], when=("edit", "band"))
-    return Float("layer", layers[0], layers[-1], when=("edit", "band"))
+    start = low if layers[0] - 1 in space.layers else layers[0]
+    return Float("layer", start, layers[-1], when=("edit", "band"))
 
 
 def _nearest_layer(space: EditSpace, layer: float) -> float:

@@ -22,8 +22,8 @@ from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import PlanError
 from interp_ablate.explorer.controls import Controls, bands_of
 from interp_ablate.explorer.session import ExplorerSession
+from interp_ablate.plots.run_tables import read_directions
 from interp_ablate.runs.configuration import Configuration
-from interp_ablate.runs.report_charts import read_directions
 from interp_ablate.runs.run_folder import Run, read_run
 from interp_ablate.sites import Site
 
