@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from interp_ablate.cli.options import run_with_directions
 from interp_ablate.cli.progress_bars import ProgressBars
 from interp_ablate.cli.settings import adding, settings_from
 from interp_ablate.errors import RunError
@@ -90,14 +90,9 @@ def _open(folder: str, listener: Any) -> Any:
         RunError: no run there, or one without directions.
     """
     from interp_ablate.runs.configuration import Configuration
-    from interp_ablate.runs.run_folder import Run, read_run
+    from interp_ablate.runs.run_folder import Run
 
-    saved = read_run(folder)
-    if saved is None or not (Path(folder) / "directions.safetensors").exists():
-        raise RunError(
-            f"{folder} holds no directions: make them with `interp-ablate directions --out {folder}`"
-        )
-    stored = {k: v for k, v in saved["configuration"].items() if k != "trust_remote_code"}
+    stored = Configuration.stored_in(run_with_directions(folder))
     return Run(folder, Configuration.from_dict(stored), listener=listener)
 
 
@@ -107,19 +102,16 @@ def _direction(opened: Any, wanted: str | None) -> Any:
     Raises:
         RunError: none in the residual stream, or none at that site.
     """
+    from interp_ablate.directions.direction_set import most_separating
+    from interp_ablate.runs.concept import attributable
     from interp_ablate.runs.configuration import MAIN_METHOD
-    from interp_ablate.runs.stages import most_separating
-    from interp_ablate.sites import RESIDUAL_POINTS, Site
+    from interp_ablate.sites import Site
 
-    items = [
-        item
-        for item in opened.directions.of(MAIN_METHOD)
-        if item.site.point in RESIDUAL_POINTS and item.position.lstrip("-").isdigit()
-    ]
+    items = attributable(opened.directions.of(MAIN_METHOD))
     if wanted is not None:
         site = Site.parse(wanted)
         items = [item for item in items if item.site == site]
-    if not [item for item in items if item.separation is not None]:
+    if not items:
         raise RunError(
             f"{opened.out} has no direction {'at ' + wanted if wanted else 'that was read'} in the residual "
             "stream at one token: give --site, or make directions with --positions -1"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from interp_ablate.cli.options import ModelSettings, load, tell
+from interp_ablate.cli.options import ModelSettings, load, run_with_directions, tell
 from interp_ablate.cli.settings import adding, given_flags, settings_from
 from interp_ablate.errors import RunError
 from interp_ablate.settings import setting
@@ -68,9 +68,9 @@ def _session(args: Namespace, settings: Explore) -> Any:
     from interp_ablate.directions.direction_set import Directions
     from interp_ablate.directions.foreign_files import read_directions
     from interp_ablate.explorer.session import ExplorerSession
+    from interp_ablate.plots.run_tables import read_directions as directions_of_run
     from interp_ablate.runs.configuration import Configuration
-    from interp_ablate.runs.report_charts import read_directions as directions_of_run
-    from interp_ablate.runs.run_folder import Run, read_run
+    from interp_ablate.runs.run_folder import Run
     from interp_ablate.scoring.expressions import expression_scorer
 
     scorer = expression_scorer(settings.expressions, contrast="") if settings.expressions else None
@@ -84,13 +84,9 @@ def _session(args: Namespace, settings: Explore) -> Any:
         directions: Any = list(read(settings.directions))
         model = load(settings, settings.model)
         return ExplorerSession(model, directions, settings.out, expression=scorer)
-    saved = read_run(settings.run)
+    saved = run_with_directions(settings.run)
     directions = directions_of_run(Path(settings.run))
-    if saved is None or not directions:
-        raise RunError(
-            f"{settings.run} holds no directions: make them with `interp-ablate directions --out {settings.run}`"
-        )
-    asked = {**saved["configuration"], **given_flags(args, ModelSettings)}
+    asked = {**Configuration.stored_in(saved), **given_flags(args, ModelSettings)}
     of_run = Run(str(settings.run), Configuration.from_dict(asked))
     return ExplorerSession(
         of_run.model, directions, of_run.out, run=of_run, expression=scorer or of_run.expression

@@ -93,6 +93,22 @@ def chosen_in_run(folder: str) -> tuple[dict[str, Any], Path]:
     return loading_of_run(saved), selected
 
 
+def run_with_directions(folder: str | Path) -> dict[str, Any]:
+    """run.json of a folder that has directions.
+
+    Raises:
+        RunError: no run folder, or one without directions.
+    """
+    from interp_ablate.runs.run_folder import read_run
+
+    saved = read_run(folder)
+    if saved is None or not (Path(folder) / "directions.safetensors").exists():
+        raise RunError(
+            f"{folder} holds no directions: make them with `interp-ablate directions --out {folder}`"
+        )
+    return saved
+
+
 def loading_of_run(saved: dict[str, Any]) -> dict[str, Any]:
     """How a run's model is loaded, from its run.json."""
     names = ("model", "backend", "dtype", "device", *CHAT_SETTINGS)

@@ -96,8 +96,7 @@ def open_run(args: Namespace, executor: ExecutorSettings | None = None) -> Any:
     settings |= given_flags(args, Configuration)
     saved = read_run(place.out)
     if args.command != "run" and saved is not None:
-        stored = {k: v for k, v in saved["configuration"].items() if k != "trust_remote_code"}
-        settings = {**stored, **settings}
+        settings = {**Configuration.stored_in(saved), **settings}
     configuration = Configuration.from_dict(settings)
     listener = ProgressBars(quiet=args.quiet)
     return Run(place.out, configuration, ray=_ray_settings(executor), listener=listener)

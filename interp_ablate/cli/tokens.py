@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from interp_ablate.cli.options import ModelSettings, load
+from interp_ablate.cli.options import ModelSettings, load, loading_of_run, run_with_directions
 from interp_ablate.cli.settings import adding, settings_from
 from interp_ablate.errors import RunError
 from interp_ablate.settings import MAX_NEW_TOKENS, setting
@@ -54,7 +54,7 @@ def run(args: Namespace) -> int:
     check_format(settings.format, settings.dpi)
     file = Path(settings.folder)
     if file.is_dir():
-        settings = settings_from(args, Tokens, under=_of_run(file))
+        settings = settings_from(args, Tokens, under=loading_of_run(run_with_directions(file)))
         file = file / "directions.safetensors"
     directions = _of_one_method(Directions.load(file), settings.point)
     plan = Plan.load(settings.plan) if settings.plan else None
@@ -79,23 +79,6 @@ def run(args: Namespace) -> int:
     for path in (out / "tokens.html", picture, out / "tokens.csv"):
         print(path)
     return 0
-
-
-def _of_run(folder: Path) -> dict[str, Any]:
-    """How a run's model is loaded.
-
-    Raises:
-        RunError: no run folder, or one without directions.
-    """
-    from interp_ablate.cli.options import loading_of_run
-    from interp_ablate.runs.run_folder import read_run
-
-    saved = read_run(folder)
-    if saved is None or not (folder / "directions.safetensors").exists():
-        raise RunError(
-            f"{folder} holds no directions: make them with `interp-ablate directions --out {folder}`"
-        )
-    return loading_of_run(saved)
 
 
 def _of_one_method(directions: Any, point: Point) -> Any:

@@ -211,6 +211,12 @@ def one_per_layer(
     return [first[site] for site in sorted(first)]
 
 
+def most_separating(directions: Iterable[Direction]) -> Direction:
+    """The first of the directions that best separate held-out prompts, among those of which it was measured."""
+    measured = [item for item in directions if item.separation is not None]
+    return max(measured, key=lambda item: item.separation.d_prime if item.separation else 0.0)
+
+
 def to_record(item: Direction) -> dict[str, Any]:
     """Everything about a direction but its vector, as plain data."""
     d_prime: float | str | None = item.separation.d_prime if item.separation else None

@@ -8,12 +8,14 @@ Knows: when a run is one of a concept, its tables. Does not know: trials, plans 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
 
 from interp_ablate.circuits.attribution import attribute
 from interp_ablate.directions.direction import Direction
+from interp_ablate.directions.direction_set import most_separating
 from interp_ablate.edits.kinds import Ablate, Add
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import InterpAblateError
@@ -82,18 +84,24 @@ def run_concept(run: Run) -> None:
     run.write("layer_effects.csv", _layer_effects(run, directions))
 
 
-def _attribution(run: Run, directions: list[Direction]) -> pd.DataFrame:
-    """What writes the direction that separates best, among those read in the stream at one token."""
-    usable = [
+def attributable(directions: Iterable[Direction]) -> list[Direction]:
+    """The directions that were read in the residual stream at one token, and whose separation was measured."""
+    return [
         item
         for item in directions
-        if item.site.point in RESIDUAL_POINTS and item.position.lstrip("-").isdigit()
+        if item.site.point in RESIDUAL_POINTS
+        and item.position.lstrip("-").isdigit()
+        and item.separation is not None
     ]
-    measured = [item for item in usable if item.separation is not None]
+
+
+def _attribution(run: Run, directions: list[Direction]) -> pd.DataFrame:
+    """What writes the direction that separates best, among those read in the stream at one token."""
+    measured = attributable(directions)
     if not measured:
         run.note("no attribution: no direction was read in the residual stream at one token")
         return pd.DataFrame(columns=["term", "kind", "layer", "module", "index", "difference"])
-    best = max(measured, key=lambda item: item.separation.d_prime if item.separation else 0.0)
+    best = most_separating(measured)
     prompts = run.split.validation
     total = len(prompts.positive) + len(prompts.negative)
     with run.step("attribution", total) as advance:

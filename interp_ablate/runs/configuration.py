@@ -84,6 +84,12 @@ class Configuration(LoadingOptions):
         del stored["trust_remote_code"]
         return {k: list(v) if isinstance(v, tuple) else v for k, v in stored.items()}
 
+    @staticmethod
+    def stored_in(saved: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings that a run.json holds, without a permission that somebody wrote into it."""
+        stored = saved["configuration"]
+        return {name: value for name, value in stored.items() if name != "trust_remote_code"}
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Configuration:
         """From flags, TOML or run.json; lists become tuples, unset values the defaults.

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import pandas as pd
 
 from interp_ablate.activations.activations import Activations
 from interp_ablate.activations.projection import project
-from interp_ablate.directions.direction import Direction
-from interp_ablate.directions.direction_set import Directions
+from interp_ablate.directions.direction_set import Directions, most_separating
 from interp_ablate.directions.estimators import comparison
 from interp_ablate.directions.mean_difference import estimate_directions
 from interp_ablate.edits.plan import Plan
@@ -92,12 +91,6 @@ def run_directions(run: Run) -> None:
     splits = {"train": train, "validation": validation}
     tables = [_projections(main, activations, name) for name, activations in splits.items()]
     run.write("projections.csv", pd.concat(tables, ignore_index=True))
-
-
-def most_separating(directions: Iterable[Direction]) -> Direction:
-    """The direction that best separates validation prompts."""
-    measured = [item for item in directions if item.separation is not None]
-    return max(measured, key=lambda item: item.separation.d_prime if item.separation else 0.0)
 
 
 def _projections(directions: Directions, activations: Activations, split: str) -> pd.DataFrame:

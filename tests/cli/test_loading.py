@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from interp_ablate.cli.main import main
+from interp_ablate.directions.direction import Direction, Separation
+from interp_ablate.directions.direction_set import Directions
 from interp_ablate.errors import ModelError
 from interp_ablate.runs.configuration import Configuration
 from interp_ablate.runs.run_folder import FORMAT
 from interp_ablate.runs.trial_session import make_worker
+from interp_ablate.sites import Site
 
 
 @pytest.fixture
@@ -47,6 +51,25 @@ def test_trust_remote_code_reaches_the_loader(
     (out / "run.json").write_text(json.dumps(state))
     assert main(["--quiet", "collect", "--out", str(out)]) == 2
     assert requests[-1]["trust_remote_code"] is False
+
+
+@pytest.mark.parametrize("command", ["circuit", "explore"])
+def test_a_folder_that_is_looked_at_grants_no_permission(
+    command: str, requests: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """Before, `explore` took a permission that somebody had written into run.json."""
+    if command == "explore":
+        pytest.importorskip("uvicorn")
+    sizes = {"n_train": 64, "n_validation": 32, "n_test": 32}
+    asked = Configuration(model="smollm2", contrast="declining", **sizes).to_dict()
+    state: dict[str, Any] = {"format": FORMAT, "made_of": {}, "stages": {}, "notes": []}
+    state["configuration"] = {**asked, "trust_remote_code": True}
+    (tmp_path / "run.json").write_text(json.dumps(state))
+    measured = Separation(0.9, 2.0)
+    one = Direction(torch.eye(8)[0], 1.0, Site(0, "resid_post"), separation=measured)
+    Directions((one,)).save(tmp_path / "directions.safetensors")
+    assert main(["--quiet", command, str(tmp_path)]) == 2
+    assert [each["trust_remote_code"] for each in requests] == [False]
 
 
 def test_a_worker_loads_the_model_as_the_run_does(
