@@ -2,7 +2,7 @@
 
 The stream at a site is the sum of what the embeddings, every attention and every MLP added before it. So its
 scalar product with a direction is the sum of their scalar products; heads are split by the columns of W_O,
-experts by their own weights. Nothing is linearized: norms before a module decide what it writes, and norms after
+neurons by those of W_out, experts by their own weights. Nothing is linearized: norms before a module decide what it writes, and norms after
 it keep the scale that they had in that pass. Source: direct logit attribution in Elhage et al. 2021,
 https://transformer-circuits.pub/2021/framework, with a direction in place of an unembedding's row.
 
@@ -12,7 +12,7 @@ Knows: passes, terms, means over prompts. Does not know: what a module reads, or
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Positions = int | Sequence[int] | Literal["all"]
+_AT_ONCE = 2**28  # bytes of neurons' shares that one batch may hold
+_IN_ALL = (
+    2**32
+)  # bytes of neurons' shares that an attribution may hold before the largest are chosen
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,10 +160,11 @@ def attribute(
     *,
     site: SiteLike | None = None,
     positions: Positions | None = None,
+    neurons: int = 0,
     batch_size: int | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Attribution:
-    """The projection of the stream on a direction as a sum over embeddings, heads, MLPs and experts.
+    """The projection of the stream on a direction as a sum over embeddings, heads, MLPs, neurons and experts.
 
     It adds up to the projection, to rounding: `Attribution.error`. A module whose parts do not (heads of
     state-space layers, norms that centre) is one term, and `whole` says why.
@@ -167,11 +172,14 @@ def attribute(
     Args:
         site: a point of the residual stream (default: the direction's own).
         positions: offsets from the end of a prompt, such as -1, or "all" (default: the direction's own).
+        neurons: so many neurons have terms of their own: those with the largest mean (of a contrast set the
+            largest difference) over these prompts. The other neurons of each MLP are one term.
         on_batch: called with the number of prompts done in each batch.
 
     Raises:
         DirectionError: a direction of another d_model.
-        ModelError: a site that is no point of the stream; positions that no prompt or not every prompt has.
+        ModelError: a site that is no point of the stream; positions that no prompt or not every prompt has;
+            a negative number of neurons, or more shares of neurons than memory should hold.
         PlanError: a plan is applied: its edits write to the stream too.
     """
     place = Site.parse(site if site is not None else direction.site)
@@ -183,16 +191,37 @@ def attribute(
         texts, labels = as_prompts(prompts), None
     rows = model.encode_all(texts)
     offsets = _offsets(positions, direction, min(map(len, rows)))
-    watched = _Watched(model, direction.vector, place)
+    watched = _Watched(model, direction.vector, place, neurons=neurons > 0)
+    if neurons:
+        batch_size = batch_size or watched.batch_size(neurons, rows, offsets)
     pieces = list(watched.pieces(rows, offsets, batch_size, on_batch))
     merged = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
     order = torch.argsort(merged["prompt"], stable=True)
     merged = {name: value[order] for name, value in merged.items()}
     values, terms = watched.settled(merged)
-    return Attribution(
+    found = Attribution(
         values, merged["projection"], terms, merged["prompt"], merged["position"], merged["token_ids"],
         place, direction.name, labels, watched.whole,
     )  # fmt: skip
+    return _largest_neurons(found, neurons) if neurons else found
+
+
+def _largest_neurons(found: Attribution, count: int) -> Attribution:
+    """The same sum with the `count` largest neurons as terms; the others of an MLP are added up."""
+    means = found.prompt_means()
+    size = np.abs(means.mean(0))
+    if found.labels is not None:
+        mask = found.labels[torch.unique(found.prompt)].numpy()
+        size = np.abs(means[mask].mean(0) - means[~mask].mean(0))
+    ours = [i for i, term in enumerate(found.terms) if term.kind == "neuron"]
+    kept = set(sorted(ours, key=lambda i: -size[i])[:count])
+    groups: dict[Term, list[int]] = {}
+    for i, term in enumerate(found.terms):
+        if term.kind == "neuron" and i not in kept:
+            term = Term("mlp", term.layer, "mlp", None, f"L{term.layer}.mlp.others")
+        groups.setdefault(term, []).append(i)
+    values = torch.stack([found.values[:, group].sum(1) for group in groups.values()], 1)
+    return replace(found, values=values, terms=tuple(groups))
 
 
 def _check(model: Model, direction: Direction, site: Site) -> None:
@@ -236,12 +265,14 @@ def _offsets(positions: Positions | None, direction: Direction, shortest: int) -
 class _Watched:
     """The hooks and captures of one attribution, and what they saw."""
 
-    def __init__(self, model: Model, r: Float[Tensor, " d_model"], site: Site) -> None:
+    def __init__(
+        self, model: Model, r: Float[Tensor, " d_model"], site: Site, *, neurons: bool
+    ) -> None:
         self.model, self.r, self.site = model, r, site
         self.tolerance = tolerance(model.dtype)
         outputs = [Site(i, p) for i in range(site.layer + 1) for p in ("attn_out", "mlp_out")]  # type: ignore[arg-type]
         self.parts = [
-            WrittenParts(model.site_map, out, r, self.tolerance)
+            WrittenParts(model.site_map, out, r, self.tolerance, neurons)
             for out in outputs
             if out < site and model.site_map.has(out)
         ]
@@ -253,6 +284,19 @@ class _Watched:
     def whole(self) -> dict[str, str]:
         """The modules without parts, and why."""
         return {part.whole.name: part.reason for part in self.parts if part.reason}
+
+    def batch_size(self, neurons: int, rows: list[list[int]], offsets: list[int] | None) -> int:
+        """How many prompts go through at once, so that the shares of all neurons fit; refuses what never does."""
+        mlps = [part.site for part in self.parts if part.module == "mlp"]
+        weights = [each[1] for each in map(self.model.site_map.projection, mlps) if each]
+        a_token = 8 * sum(weight.shape[-1] for weight in weights)
+        tokens = sum(map(len, rows)) if offsets is None else len(rows) * len(offsets)
+        if neurons < 0 or tokens * a_token > _IN_ALL:
+            raise ModelError(
+                f"neurons={neurons} over {tokens} tokens: give a number from 0, and so few prompts or positions "
+                f"that all neurons' shares take {_IN_ALL / 2**30:.0f} GiB at most, not {tokens * a_token / 2**30:.1f}"
+            )
+        return max(1, int(_AT_ONCE / max(1, a_token * max(map(len, rows)))))
 
     def _captures(self) -> dict[SiteLike, Capture]:
         def read(x: Tensor, batch: Batch) -> Tensor:

@@ -1,9 +1,11 @@
 """Logit lens of a direction: the tokens that it promotes and suppresses, beside random directions.
 
 Source: nostalgebraist 2020, https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru. The final norm's gain is measured
-and folded into the direction; its scale is left out, as it is one number a token.
+and folded into the direction; its scale is left out, as it is one number a token. With the matrix of a fitted
+Jacobian lens, it is that lens (Gurnee et al. 2026, https://transformer-circuits.pub/2026/workspace).
 
-Knows: the unembedding, the final norm. Does not know: what layers between the direction and the end do to it.
+Knows: the unembedding, the final norm. Does not know: what layers between the direction and the end do to it, unless
+it is told.
 """
 
 from __future__ import annotations
@@ -73,15 +75,22 @@ class LogitLens:
 
 
 def logit_lens(
-    model: Model, direction: Direction, *, controls: int = 50, seed: int = 0
+    model: Model,
+    direction: Direction,
+    *,
+    transport: Float[Tensor, "d_model d_model"] | None = None,
+    controls: int = 50,
+    seed: int = 0,
 ) -> LogitLens:
     """The tokens that a direction promotes and suppresses if nothing between it and the unembedding changes it.
 
     Args:
-        controls: random directions of equal norm to compare with.
+        transport: what the layers between the direction and the last block's output do to it, as one matrix:
+            `jacobians[layer]` of a TransformerLens `JacobianLens`, for a direction at that layer's resid_post.
+        controls: random directions of equal norm to compare with, transported alike.
 
     Raises:
-        DirectionError: a direction of another d_model.
+        DirectionError: a direction or a transport of another d_model.
         ModelError: no unembedding; something else than a norm before it.
         PlanError: a plan is applied.
     """
@@ -99,6 +108,12 @@ def logit_lens(
             f"what {model.source.name} unembeds is not a norm of the last block's output: a direction "
             "has no logits of its own there"
         )
+    if transport is not None:
+        if tuple(transport.shape) != (model.d_model, model.d_model):
+            raise DirectionError(
+                f"transport has shape {tuple(transport.shape)}: give one matrix [{model.d_model}, {model.d_model}]"
+            )
+        fold = transport.detach().to(fold).T @ fold
     random = random_directions(direction, controls, seed=seed)
     vectors = torch.stack([direction.vector, *(each.vector for each in random)]) @ fold
     weight = to_float64(unembedding)

@@ -1,4 +1,4 @@
-"""The parts that one module writes along a vector in a pass: its attention heads, its experts, its branches.
+"""The parts that one module writes along a vector in a pass: its attention heads, its neurons, experts or branches.
 
 A part's share is computed from what enters the writing weight in that pass. Where a norm follows, its gain is
 taken into the vector, and its scale of that pass stays as it was. Whether the parts add up to what the module
@@ -26,7 +26,9 @@ from interp_ablate.models.module_calls import stream_of
 from interp_ablate.precision import to_float64
 from interp_ablate.sites import Site
 
-Kind = Literal["embed", "pos_embed", "attn", "head", "mlp", "expert", "branch", "bias", "rest"]
+Kind = Literal[
+    "embed", "pos_embed", "attn", "head", "mlp", "neuron", "expert", "branch", "bias", "rest"
+]
 _EXPERT = re.compile(r"(?:^|\.)experts\.(?:(\d+)\.)?")
 
 
@@ -40,7 +42,7 @@ class Term:
     module: Literal["embed", "attn", "mlp", "block"] = "embed"
     """The module that the summand is of, or a part of."""
     index: int | None = None
-    """The number of the head or expert."""
+    """The number of the head, neuron or expert."""
     name: str = ""
     """Such as `L3.H5`; unique in one attribution."""
 
@@ -59,6 +61,8 @@ class WrittenParts:
     """`attn_out` or `mlp_out` of a layer."""
     r: Float[Tensor, " d_model"]
     tolerance: float
+    neurons: bool = False
+    """Whether an MLP is split by the columns of its writing weight."""
     terms: list[Term] = field(default_factory=list)
     reason: str = ""
     """Why there are no parts; empty where there are some."""
@@ -103,8 +107,7 @@ class WrittenParts:
         """Hooks that compute the parts; their handles. None where the module has no parts of a known kind."""
         if len(self._modules) > 1:
             return self._watch_branches()
-        handles = self._watch_heads() if self.module == "attn" else self._watch_experts(d_model)
-        return handles
+        return self._watch_heads() if self.module == "attn" else self._watch_mlp(d_model)
 
     def _watch_branches(self) -> list[Any]:
         found: dict[int, Tensor] = {}
@@ -133,29 +136,37 @@ class WrittenParts:
         ]
 
     def _watch_heads(self) -> list[Any]:
-        projection, size = (
-            self.site_map.projection(self.site),
-            self.site_map.head_sizes[self.site.layer],
-        )
-        if projection is None or size is None or projection[1].shape[1] % size:
-            self.reason = (
-                "no attention that keeps values of each token"
-                if size is None
-                else "its output is not one matrix of heads"
-            )
+        size = self.site_map.head_sizes[self.site.layer]
+        if size is None:
+            self.reason = "no attention that keeps values of each token"
+            return []
+        return self._watch_columns("head", "H", size)
+
+    def _watch_columns(self, kind: Kind, letter: str, size: int) -> list[Any]:
+        """Parts by groups of `size` columns of the one weight that writes."""
+        projection = self.site_map.projection(self.site)
+        if projection is None or projection[1].ndim != 2 or projection[1].shape[1] % size:
+            self.reason = f"its output is not one matrix of {kind}s"
             return []
         point, weight = projection
-        n_heads = weight.shape[1] // size
         read = to_float64(weight).T @ self._through.to(to_float64(weight))
 
         def hook(module: nn.Module, args: Any, z: Tensor) -> None:
             wide = to_float64(z).reshape(-1, weight.shape[1])
-            self._parts = (wide * read.to(wide)).unflatten(-1, (n_heads, size)).sum(-1).cpu()
+            self._parts = (wide * read.to(wide)).unflatten(-1, (-1, size)).sum(-1).cpu()
 
         self.terms = [
-            Term("head", self.site.layer, "attn", h, f"{self.prefix}H{h}") for h in range(n_heads)
+            Term(kind, self.site.layer, self.module, i, f"{self.prefix}{letter}{i}")
+            for i in range(weight.shape[1] // size)
         ]
         return [point.register_forward_hook(hook)]
+
+    def _watch_mlp(self, d_model: int) -> list[Any]:
+        """Parts by experts where there are some, else by neurons if they are asked for."""
+        handles = self._watch_experts(d_model)
+        if not self.neurons or handles or self.reason:
+            return handles
+        return self._watch_columns("neuron", "N", 1)
 
     def _watch_experts(self, d_model: int) -> list[Any]:
         if len(self._modules) != 1:

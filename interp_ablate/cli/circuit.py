@@ -33,11 +33,13 @@ class Circuit:
     n_patched: int = setting(
         8, "positive validation prompts for path patching; 0: none (it is slow)"
     )
+    neurons: int = setting(0, "so many neurons, those that write most, are told from their MLPs")
 
     def __post_init__(self) -> None:
-        if self.top < 1 or self.n_patched < 0:
+        if self.top < 1 or min(self.n_patched, self.neurons) < 0:
             raise RunError(
-                f"--top is at least 1 and --n-patched at least 0; got {self.top} and {self.n_patched}"
+                "--top is at least 1, --n-patched and --neurons at least 0; "
+                f"got {self.top}, {self.n_patched} and {self.neurons}"
             )
 
 
@@ -59,7 +61,9 @@ def run(args: Namespace) -> int:
     prompts, out = opened.split.validation, opened.out / "circuit"
     total = len(prompts.positive) + len(prompts.negative)
     with opened.step("attribution", total) as advance:
-        attribution = attribute(opened.model, prompts, direction, on_batch=advance)
+        attribution = attribute(
+            opened.model, prompts, direction, neurons=settings.neurons, on_batch=advance
+        )
     lens = logit_lens(opened.model, direction)
     tables = {
         "attribution": attribution.to_frame(),

@@ -163,6 +163,79 @@ def test_experts_are_what_removal_of_their_weights_takes_away(kind: str) -> None
     assert bool(shared_expert) == (kind == "qwen2_moe")
 
 
+@torch.no_grad()
+def neurons_by_removal(kind: str, row: list[int], layer: int, chosen: list[int]) -> Tensor:
+    """What neurons add along r: the MLP's output less that with the neuron's activation zero, [pos, neuron]."""
+    hf, name, gains = (
+        source_of(kind),
+        f"{PARTS[kind].layers}.{layer}.mlp",
+        gains_of(source_of(kind), kind),
+    )
+    mlp = hf.get_submodule(name)
+    last = [m for m in mlp.modules() if getattr(m, "weight", None) is not None][-1]
+    read: list[Tensor] = []
+    handle = last.register_forward_pre_hook(lambda m, args: read.append(args[0]))
+    try:
+        hf(torch.tensor([row]), use_cache=False)
+    finally:
+        handle.remove()
+    a = read[0].reshape(len(row), -1)
+    whole, shares = last(a).double(), []
+    gain = gains.get(Site(layer, "mlp_proj"), torch.ones_like(unit()))
+    eps = getattr(hf.config, "rms_norm_eps", 0.0)
+    scale = (whole.pow(2).mean(-1) + eps).rsqrt() if gains else torch.ones(len(row))
+    for neuron in chosen:
+        without = a.clone()
+        without[:, neuron] = 0
+        shares.append(((whole - last(without).double()) * gain) @ unit() * scale)
+    return torch.stack(shares, 1)
+
+
+@pytest.mark.parametrize("kind", ["llama_gqa", "llama_biases", "gemma2", "olmo2", "gpt2"])
+@pytest.mark.parametrize("backend", ["hf", "bridge"])
+def test_neurons_are_what_their_removal_takes_away_and_add_up_to_the_mlp(
+    kind: str, backend: str
+) -> None:
+    model, plain = shared(kind, backend), attributed(kind, backend)
+    result = attribute(model, ROWS, direction(), positions="all", neurons=5)
+    assert result.error < 1e-6 and result.whole == plain.whole
+    neurons = [t for t in result.terms if t.kind == "neuron"]
+    assert len(neurons) == 5
+    for layer in range(N_LAYERS):
+        mine = [i for i, t in enumerate(result.terms) if t.layer == layer and t.module == "mlp"]
+        (whole,) = [i for i, t in enumerate(plain.terms) if t.layer == layer and t.module == "mlp"]
+        torch.testing.assert_close(
+            result.values[:, mine].sum(1), plain.values[:, whole], atol=1e-5, rtol=1e-5
+        )
+        columns = [i for i in mine if result.terms[i].kind == "neuron"]
+        if columns:
+            chosen = [int(result.terms[i].index or 0) for i in columns]
+            want = torch.cat([neurons_by_removal(kind, row, layer, chosen) for row in ROWS])
+            torch.testing.assert_close(result.values[:, columns], want, atol=2e-5, rtol=1e-4)
+
+
+def test_the_neurons_shown_are_the_largest_of_all() -> None:
+    model = shared("llama_gqa", "hf")
+    every = attribute(model, ROWS, direction(), neurons=10**6)
+    few = attribute(model, ROWS, direction(), neurons=3)
+    assert not [t for t in every.terms if t.name.endswith("others")]
+    frames = [
+        f[f["kind"] == "neuron"].set_index("term")["mean"].abs()
+        for f in (every.to_frame(), few.to_frame())
+    ]
+    assert set(frames[1].index) == set(frames[0].nlargest(3).index)
+    assert [t.name for t in few.terms if t.name.endswith("others")] == [
+        "L0.mlp.others",
+        "L1.mlp.others",
+        "L2.mlp.others",
+    ][:N_LAYERS]
+
+
+def test_an_mlp_of_experts_stays_one_of_experts() -> None:
+    terms = attribute(shared("mixtral", "hf"), ROWS, direction(), neurons=3).terms
+    assert {t.kind for t in terms if t.module == "mlp"} == {"expert"}
+
+
 @pytest.mark.parametrize("point, n_terms", [("resid_pre", 1 + 5), ("resid_mid", 1 + 5 + 4)])
 def test_only_what_came_before_the_site_is_a_term(point: str, n_terms: int) -> None:
     model = shared("llama_gqa", "hf")
@@ -216,6 +289,8 @@ def test_what_has_no_attribution_is_refused_in_words() -> None:
         attribute(model, ROWS, direction(position="response_mean"))
     with pytest.raises(ModelError, match="-1 to -5"):
         attribute(model, ROWS, direction(), positions=-6)
+    with pytest.raises(ModelError, match="neurons=-1"):
+        attribute(model, ROWS, direction(), neurons=-1)
     with pytest.raises(DirectionError, match="d_model"):
         attribute(model, ROWS, Direction(torch.ones(7), 1.0, LAST))
     plan = Plan((Ablate(unit(), model.writers),))

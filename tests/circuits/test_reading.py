@@ -149,3 +149,42 @@ def test_a_direction_of_another_width_is_refused() -> None:
             ask(model, other)
     with pytest.raises(DirectionError, match="d_model"):
         path_patching(model, ROWS, other)
+
+
+def test_a_jacobian_lens_of_transformer_lens_is_the_mean_derivative() -> None:
+    from transformer_lens.tools.analysis import JacobianLens
+
+    model, hf = shared("llama_gqa", "bridge"), copy.deepcopy(source_of("llama_gqa")).double()
+    text, skip = "one two three", 3
+    fitted = JacobianLens.fit(
+        model.tl, [text], corpus="test", skip_first_positions=skip, show_progress=False
+    )
+    lens = logit_lens(model, direction(0), transport=fitted.jacobians[0])
+
+    row = model.tl.to_tokens(text)
+    valid, r, step = range(skip, row.shape[1] - 1), unit(), 3e-3  # norms round to float32
+    moved = torch.zeros(len(r), dtype=torch.float64)
+    for t in valid:  # central differences of the last block's output
+        ends = []
+        for sign in (1, -1):
+            stream: list[Tensor] = []
+
+            def push(m: Any, a: Any, out: Tensor, sign: int = sign, t: int = t) -> Tensor:
+                out = out.clone()
+                out[0, t] += sign * step * r
+                return out
+
+            def keep(m: Any, a: Any, out: Tensor, stream: list[Tensor] = stream) -> None:
+                stream.append(out[0])
+
+            hooks = [hf.model.layers[0].register_forward_hook(push)]
+            hooks += [hf.model.layers[N_LAYERS - 1].register_forward_hook(keep)]
+            hf(row, use_cache=False)
+            for hook in hooks:
+                hook.remove()
+            ends.append(stream[0][list(valid)].sum(0))
+        moved += (ends[0] - ends[1]).detach() / (2 * step * len(valid))
+    want = hf.lm_head.weight.detach() @ (hf.model.norm.weight.detach() * moved)
+    torch.testing.assert_close(lens.logits, want, atol=2e-3, rtol=2e-3)
+    with pytest.raises(DirectionError, match="transport has shape"):
+        logit_lens(model, direction(), transport=torch.eye(3))

@@ -29,13 +29,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_it_leaves_tables_and_pictures(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
-        main(["--quiet", "circuit", str(folder), "--site", "1.resid_post", "--n-patched", "2"]) == 0
+        main(
+            [
+                "--quiet",
+                "circuit",
+                str(folder),
+                "--site",
+                "1.resid_post",
+                "--n-patched",
+                "2",
+                "--neurons",
+                "2",
+            ]
+        )
+        == 0
     )
     names = {path.name for path in (folder / "circuit").iterdir()}
     tables = {"attribution.csv", "lens.csv", "readers.csv", "path_patching.csv"}
     assert names == tables | {"attribution.png", "attribution_map.png"}
     terms = pd.read_csv(folder / "circuit" / "attribution.csv")
-    assert {"embed", "L0.H3", "L1.mlp"} <= set(terms["term"]) and "L2.mlp" not in set(terms["term"])
+    assert {"embed", "L0.H3", "L1.mlp.others"} <= set(terms["term"])
+    assert (terms["kind"] == "neuron").sum() == 2 and not terms["layer"].eq(2).any()
     frame = pd.read_csv(folder / "projections.csv")
     rows = frame[
         (frame["split"] == "validation") & (frame["layer"] == 1) & (frame["point"] == "resid_post")
@@ -54,6 +68,7 @@ def test_it_leaves_tables_and_pictures(folder: Path, capsys: pytest.CaptureFixtu
     [
         (["--site", "9.resid_post"], "no direction at 9.resid_post"),
         (["--top", "0"], "--top is at least 1"),
+        (["--neurons", "-1"], "--neurons at least 0"),
     ],
 )
 def test_what_it_cannot_do_is_said_in_words(
