@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interp_ablate.errors import ModelError
+from interp_ablate.models.converted_gguf import converted_folder, is_whole, keep
 from interp_ablate.models.model_files import (
     ADAPTER,
     CONFIG,
@@ -246,6 +247,37 @@ def load_hf(
     Raises:
         ModelError: what transformers could not load, with its reason and what to check.
     """
+    bundled = source.name in BUNDLED and source.kind == "gguf"
+    converted = converted_folder(Path(source.path or "")) if bundled else None
+
+    def read_converted(folder: Path) -> tuple[Any, Any]:
+        return _read(replace(source, kind="converted", path=str(folder)), dtype, device)
+
+    if converted is not None and is_whole(converted):
+        model, tokenizer = read_converted(converted)
+    else:
+        model, tokenizer = _read(source, dtype, device, trust_remote_code)
+        if converted is not None and str(dtype) == "torch.float32":
+            keep(converted, model, tokenizer, read_converted)
+    if device is not None:
+        return model.to(device).eval().requires_grad_(False), tokenizer
+    placed = set(map(str, getattr(model, "hf_device_map", {}).values()))
+    if placed & {"cpu", "disk"} and placed - {"cpu"}:
+        raise ModelError(
+            f"{source.name} does not fit into the GPUs: accelerate would put parts of it on "
+            f"{', '.join(sorted(placed & {'cpu', 'disk'}))}, and what is offloaded cannot be edited. Use more "
+            "GPUs, --dtype bfloat16, or --device cpu"
+        )
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def _read(
+    source: ModelSource,
+    dtype: torch.dtype,
+    device: torch.device | None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """The model as transformers loads it, all of it checked, and its tokenizer."""
     from transformers import AutoConfig, AutoTokenizer
 
     where: dict[str, Any] = {"pretrained_model_name_or_path": source.path or source.name}
@@ -282,13 +314,4 @@ def load_hf(
     check_report(report, source.name, whole=getattr(model.config, "text_config", None) is None)
     if source.kind == "gguf":
         _forget_quantization(model)
-    if device is not None:
-        return model.to(device).eval().requires_grad_(False), tokenizer
-    placed = set(map(str, getattr(model, "hf_device_map", {}).values()))
-    if placed & {"cpu", "disk"} and placed - {"cpu"}:
-        raise ModelError(
-            f"{source.name} does not fit into the GPUs: accelerate would put parts of it on "
-            f"{', '.join(sorted(placed & {'cpu', 'disk'}))}, and what is offloaded cannot be edited. Use more "
-            "GPUs, --dtype bfloat16, or --device cpu"
-        )
-    return model.eval().requires_grad_(False), tokenizer
+    return model, tokenizer
