@@ -33,6 +33,11 @@ class Circuit:
     n_patched: int = setting(
         8, "positive validation prompts for path patching; 0: none (it is slow)"
     )
+    beside: str | None = setting(
+        None,
+        "directions to compare with: a run folder (this one too), a file of directions, or a SAELens folder",
+        metavar="OTHER",
+    )
     neurons: int = setting(0, "so many neurons, those that write most, are told from their MLPs")
 
     def __post_init__(self) -> None:
@@ -58,12 +63,14 @@ def run(args: Namespace) -> int:
     settings = settings_from(args, Circuit)
     opened = _open(settings.folder, ProgressBars(quiet=args.quiet))
     direction = _direction(opened, settings.site)
+    others = settings.beside and _others(settings.beside, len(direction.vector))
     prompts, out = opened.split.validation, opened.out / "circuit"
     total = len(prompts.positive) + len(prompts.negative)
     with opened.step("attribution", total) as advance:
         attribution = attribute(
             opened.model, prompts, direction, neurons=settings.neurons, on_batch=advance
         )
+    beside = _beside(opened, direction, others) if others else None
     lens = logit_lens(opened.model, direction)
     tables = {
         "attribution": attribution.to_frame(),
@@ -76,6 +83,8 @@ def run(args: Namespace) -> int:
             tables["path_patching"] = path_patching(
                 opened.model, patched, direction, on_module=advance
             )
+    if beside is not None:
+        tables["features" if "feature" in beside else "beside"] = beside
     for name, table in tables.items():
         write_atomic(out / f"{name}.csv", table.to_csv(index=False))
     for name, draw in (("attribution", attribution_bars), ("attribution_map", attribution_map)):
@@ -123,6 +132,49 @@ def _direction(opened: Any, wanted: str | None) -> Any:
     return most_separating(items)
 
 
+def _others(place: str, d_model: int) -> Any:
+    """What --beside names: an SAE's decoder, or directions.
+
+    Raises:
+        RunError, DirectionError: nothing of the kind there, or of another d_model.
+    """
+    from pathlib import Path
+
+    from interp_ablate.directions.direction_set import Directions
+    from interp_ablate.directions.foreign_files import read_directions
+    from interp_ablate.directions.sae_features import CONFIG, SAEDecoder
+
+    if (Path(place) / CONFIG).is_file():
+        others: Any = SAEDecoder.open(place)
+    elif Path(place).is_dir():
+        run_with_directions(place)
+        others = Directions.load(Path(place) / "directions.safetensors")
+    else:
+        others = read_directions(place)
+    width = others.d_model if isinstance(others, SAEDecoder) else len(others.items[0].vector)
+    if width != d_model:
+        raise RunError(
+            f"--beside {place} is of d_model {width}, and the run's direction of {d_model}: streams of different "
+            "widths have no cosine"
+        )
+    return others
+
+
+def _beside(opened: Any, direction: Any, others: Any) -> Any:
+    """The direction beside others, with what shuffled labels of this run's training prompts give."""
+    from interp_ablate.directions.beside import cosine_table, shuffled_directions
+    from interp_ablate.directions.sae_features import SAEDecoder, nearest_features
+
+    activations = opened.activations("train")
+    if isinstance(others, SAEDecoder):
+        controls = shuffled_directions(direction, activations)
+        return nearest_features(direction, others, top=100, controls=controls)
+    own = {item.fingerprint for item in opened.directions}
+    again = activations if all(item.fingerprint in own for item in others) else None
+    named = {item.name: item for item in others if item.name != direction.name or again is None}
+    return cosine_table(direction, named, activations=activations, other_activations=again)
+
+
 def _print(direction: Any, attribution: Any, lens: Any, tables: dict[str, Any], top: int) -> None:
     """The largest rows of each table."""
 
@@ -136,6 +188,12 @@ def _print(direction: Any, attribution: Any, lens: Any, tables: dict[str, Any], 
     show("What writes it (difference of both sets' means)", frame.loc[order, columns].head(top))
     for module, reason in list((attribution.whole or {}).items())[:top]:
         print(f"{module} is given whole: {reason}")
+    if "beside" in tables:
+        columns = ["second", "cosine", "null_low", "null_high", "outside"]
+        largest = tables["beside"].sort_values("cosine", key=abs, ascending=False)
+        show("What it resembles (null: with shuffled labels)", largest[columns].head(top))
+    if "features" in tables:
+        show("Which features it resembles", tables["features"].head(top))
     show("What it says (logit lens; z in SDs over random directions)", tables["lens"])
     average, largest = lens.random_largest
     print(f"a random direction's largest z: {average:.1f} on average, {largest:.1f} at most")

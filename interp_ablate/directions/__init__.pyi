@@ -1,5 +1,8 @@
 from .adjustments import interpolated as interpolated
 from .adjustments import winsorized as winsorized
+from .beside import cosine_table as cosine_table
+from .beside import principal_angles as principal_angles
+from .beside import shuffled_directions as shuffled_directions
 from .direction import Direction as Direction
 from .direction import Separation as Separation
 from .direction import cosine_similarities as cosine_similarities
@@ -18,6 +21,8 @@ from .leace_eraser import Eraser as Eraser
 from .leace_eraser import leace as leace
 from .mean_difference import difference_in_means as difference_in_means
 from .mean_difference import estimate_directions as estimate_directions
+from .sae_features import SAEDecoder as SAEDecoder
+from .sae_features import nearest_features as nearest_features
 from .subspaces import Subspace as Subspace
 from .subspaces import pca as pca
 from .subspaces import subspace as subspace

@@ -24,6 +24,8 @@ Measure = Literal["d_prime", "auc"]
 PROJECTION_COLUMNS = ("layer", "point", "split", "label", "prompt", "projection")
 _NEEDED = tuple(column for column in PROJECTION_COLUMNS if column != "split")
 SIDES = ("negative", "positive")
+BESIDE_COLUMNS = ("first", "second", "cosine", "null_low", "null_high")
+_MOST_PAIRS = 40
 
 
 def held_out_rows(frame: pd.DataFrame) -> pd.DataFrame:
@@ -205,6 +207,51 @@ def cosine_similarity(directions: Iterable[Direction], ax: Axes | None = None) -
         grid="",
     )
     style.add_colour_bar(image, ax, "cosine", fraction=0.046, pad=0.03)
+    return ax
+
+
+def cosines_beside(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Cosines of directions with others and the band of shuffled labels, a row a pair (`cosine_table`).
+
+    Filled points have left their band. The farthest from it come first where there are more than forty.
+
+    Raises:
+        RunError: a missing column, or no rows.
+    """
+    style.require_columns(frame, BESIDE_COLUMNS, "cosines")
+    style.require_rows(frame, "pairs of directions")
+    middle, half = (
+        (frame["null_low"] + frame["null_high"]) / 2,
+        (frame["null_high"] - frame["null_low"]) / 2,
+    )
+    far = ((frame["cosine"] - middle.fillna(0)).abs() - half.fillna(0)).sort_values(ascending=False)
+    rows = frame.loc[sorted(far.index[:_MOST_PAIRS])]
+    ax = style.axes_or_new(ax, height=1.6 + 0.24 * len(rows))
+    one = rows["first"].nunique() == 1
+    for row, pair in enumerate(rows.itertuples()):
+        low, high, cosine = float(pair.null_low), float(pair.null_high), float(pair.cosine)
+        banded = np.isfinite([low, high]).all()
+        if banded:
+            ax.plot([low, high], [row, row], color=style.FAINT, linewidth=7, solid_capstyle="butt")
+        inside = banded and low <= cosine <= high
+        colour = style.CONTROL if inside else style.POSITIVE
+        ax.plot(
+            cosine,
+            row,
+            "o",
+            color=colour,
+            markerfacecolor="none" if inside else colour,
+            markersize=5,
+        )
+    style.set_row_axis(
+        ax, [str(p.second) if one else f"{p.first} | {p.second}" for p in rows.itertuples()]
+    )
+    ax.axvline(0, color=style.INK, linewidth=0.8)
+    ax.set_xlim(-1.05, 1.05)
+    shown = f"{len(rows)} of {len(frame)} pairs" if len(rows) < len(frame) else f"{len(rows)} pairs"
+    bands = "grey: the middle 95% with shuffled labels" if half.notna().any() else "no band"
+    title = f"Cosines with {rows['first'].iloc[0]}" if one else "Cosines of directions"
+    style.finish_axes(ax, title, f"{shown}; {bands}", "cosine", "", grid="x")
     return ax
 
 

@@ -28,8 +28,10 @@ from interp_ablate.plots.attribution import (
     next_token_effects,
 )
 from interp_ablate.plots.directions import (
+    BESIDE_COLUMNS,
     Measure,
     cosine_similarity,
+    cosines_beside,
     projections,
     separation_by_layer,
 )
@@ -125,6 +127,16 @@ def _draw_cosine(folder: Path) -> dict[str, Figure]:
     figure = style.new_figure(height=6.6)
     cosine_similarity(items, figure.add_subplot())
     return {"cosine_similarity.png": figure}
+
+
+def _draw_beside(folder: Path) -> dict[str, Figure]:
+    path = folder / "circuit" / "beside.csv"
+    if not path.exists():
+        return {}
+    frame = read_table(path, BESIDE_COLUMNS, numbers=BESIDE_COLUMNS[2:])
+    figure = style.new_figure(height=1.6 + 0.24 * min(len(frame), 40))
+    cosines_beside(frame, figure.add_subplot())
+    return {"beside.png": figure}
 
 
 def _draw_sweep(folder: Path) -> dict[str, Figure]:
@@ -237,6 +249,7 @@ RUN_FIGURES: dict[str, Drawer] = {
     "projections": _draw_projections,
     "separation": _draw_separation,
     "cosine": _draw_cosine,
+    "beside": _draw_beside,
     "sweep": _draw_sweep,
     "pareto": _draw_pareto,
     "search": _draw_search,

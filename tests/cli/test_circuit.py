@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import save_file
 from tiny import folder_of
 
 from interp_ablate.cli.main import main
+from interp_ablate.directions.direction_set import Directions, write_directions
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +65,49 @@ def test_it_leaves_tables_and_pictures(folder: Path, capsys: pytest.CaptureFixtu
     assert len(pd.read_csv(folder / "circuit" / "path_patching.csv")) == 6
     said = capsys.readouterr().out
     assert "What writes it" in said and "What reads it" in said and "random direction" in said
+
+
+def test_a_direction_stands_beside_the_runs_own_and_those_of_a_file(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = ["--quiet", "circuit", str(folder), "--site", "1.resid_post", "--n-patched", "0"]
+    assert main([*quick, "--beside", str(folder)]) == 0
+    own = Directions.load(folder / "directions.safetensors")
+    table = pd.read_csv(folder / "circuit" / "beside.csv")
+    assert len(table) == len(own) - 1 and table["null_low"].notna().all()
+    direction = own["1.resid_post"]
+    for name, cosine in zip(table["second"], table["cosine"]):
+        (other,) = (item for item in own if item.name == name)
+        assert cosine == pytest.approx(direction.cosine(other))
+    assert "What it resembles" in capsys.readouterr().out
+    assert main(["--quiet", "plot", str(folder)]) == 0
+    assert (folder / "figures" / "beside.png").stat().st_size > 5000
+    write_directions([own["2.resid_post"]], tmp_path / "other.safetensors")
+    assert main([*quick, "--beside", str(tmp_path / "other.safetensors")]) == 0
+    table = pd.read_csv(folder / "circuit" / "beside.csv")
+    assert table["cosine"].item() == pytest.approx(direction.cosine(own["2.resid_post"]))
+
+
+def test_a_direction_stands_beside_the_features_of_an_sae(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    direction = Directions.load(folder / "directions.safetensors")["1.resid_post"]
+    rows = torch.randn(50, len(direction.vector), generator=torch.Generator().manual_seed(0))
+    rows[9] = 3 * direction.vector
+    save_file({"W_dec": rows}, tmp_path / "sae_weights.safetensors")
+    about = {"d_in": rows.shape[1], "d_sae": 50, "metadata": {"neuronpedia_id": "tiny/1-res"}}
+    (tmp_path / "cfg.json").write_text(json.dumps(about))
+    quick = ["--quiet", "circuit", str(folder), "--site", "1.resid_post", "--n-patched", "0"]
+    assert main([*quick, "--beside", str(tmp_path)]) == 0
+    table = pd.read_csv(folder / "circuit" / "features.csv")
+    assert table["feature"].iloc[0] == 9 and table["cosine"].iloc[0] == pytest.approx(1)
+    assert table["address"].iloc[0].endswith("/tiny/1-res/9") and bool(table["outside"].iloc[0])
+    assert "tiny/1-res/9" in capsys.readouterr().out
+    save_file({"W_dec": rows[:, 1:].contiguous()}, tmp_path / "sae_weights.safetensors")
+    (tmp_path / "cfg.json").write_text("{}")
+    assert main([*quick, "--beside", str(tmp_path)]) == 2
+    assert "streams of different widths" in capsys.readouterr().err
+    assert main([*quick, "--beside", str(tmp_path / "none")]) == 2
 
 
 @pytest.mark.parametrize(
