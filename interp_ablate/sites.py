@@ -17,6 +17,7 @@ from interp_ablate.errors import InterpAblateError
 Point = Literal[
     "embed",
     "pos_embed",
+    "embed_bias",
     "resid_pre",
     "resid_mid",
     "resid_post",
@@ -27,7 +28,8 @@ Point = Literal[
 ]
 POINTS: tuple[Point, ...] = get_args(Point)
 RESIDUAL_POINTS: tuple[Point, ...] = ("resid_pre", "resid_mid", "resid_post")
-EMBEDDING_POINTS: tuple[Point, ...] = ("embed", "pos_embed")
+# Where a norm follows the embeddings (BLOOM), embed and pos_embed are before it, and embed_bias is its bias.
+EMBEDDING_POINTS: tuple[Point, ...] = ("embed", "pos_embed", "embed_bias")
 # attn_out and mlp_out are what is added to the stream, after the norm that follows it in post-norm
 # blocks (Gemma 2 and 3, OLMo 2); attn_proj and mlp_proj are the outputs of W_O and W_out themselves.
 PROJECTION_POINTS: tuple[Point, ...] = ("attn_proj", "mlp_proj")
@@ -42,13 +44,14 @@ _PROJECTIONS: dict[str, Point] = {"attn_out": "attn_proj", "mlp_out": "mlp_proj"
 _ORDER: dict[str, int] = {
     "embed": 0,
     "pos_embed": 1,
-    "resid_pre": 2,
-    "attn_proj": 3,
-    "attn_out": 4,
-    "resid_mid": 5,
-    "mlp_proj": 6,
-    "mlp_out": 7,
-    "resid_post": 8,
+    "embed_bias": 2,
+    "resid_pre": 3,
+    "attn_proj": 4,
+    "attn_out": 5,
+    "resid_mid": 6,
+    "mlp_proj": 7,
+    "mlp_out": 8,
+    "resid_post": 9,
 }
 _BLOCK_NAME = re.compile(r"blocks\.(\d+)\.hook_(\w+)")
 # Points whose TransformerLens name is not hook_<point> in their block.
@@ -60,7 +63,8 @@ class Site:
     """One place in a decoder: a layer index (from 0) and a point inside that layer.
 
     `str(site)` is the TransformerLens hook name. The embeddings' outputs have no layer: they are
-    `Site(0, "embed")`, written `hook_embed`, and `Site(0, "pos_embed")` (GPT-2's learned positions).
+    `Site(0, "embed")`, written `hook_embed`, and `Site(0, "pos_embed")` (GPT-2's learned positions). So is
+    `Site(0, "embed_bias")`, the bias of a norm that follows them.
 
     Raises:
         InterpAblateError: for a layer that is negative or no integer, an unknown point, or an embedding

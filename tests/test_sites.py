@@ -54,6 +54,7 @@ def test_forward_order() -> None:
     expected = [
         Site(0, "embed"),
         Site(0, "pos_embed"),
+        Site(0, "embed_bias"),
         *(Site(i, p) for i in range(12) for p in layer),
     ]  # type: ignore[arg-type]
     assert set(layer) == set(IN_BLOCKS)

@@ -73,6 +73,7 @@ def _print_anatomy(settings: Models) -> int:
                     "embed": anatomy.embed,
                     "embed_scale": anatomy.embed_scale,
                     "pos_embed": anatomy.pos_embed,
+                    "embed_norms": [norm.path for norm in anatomy.embed_norms],
                     "blocks": rows,
                     "problems": anatomy.problems,
                 }
@@ -82,7 +83,8 @@ def _print_anatomy(settings: Models) -> int:
     print(f"{hf.config.model_type}, {len(rows)} blocks at {anatomy.blocks_path}")
     scale = "" if anatomy.embed_scale == 1.0 else f"{anatomy.embed_scale:.4g} * "
     positions = f" + {anatomy.pos_embed}" if anatomy.pos_embed else ""
-    print(f"    stream      {scale}{anatomy.embed}{positions}, and in each block:")
+    norms = _norms(anatomy.embed_norms, "")
+    print(f"    stream      {scale}{anatomy.embed}{positions}{norms}, and in each block:")
     described: dict[str, list[int]] = {}
     for row in rows:
         text = "\n".join(
@@ -127,9 +129,15 @@ def _branch(branch: Any, start: str) -> str:
         written = " + ".join(
             f"{name.removeprefix(start)} [{layout}]" for name, layout in part.writers.items()
         )
-        norms = "".join(
-            f", then {norm.path.removeprefix(start)} (gain = {'1 + weight' if norm.offset else 'weight'})"
-            for norm in reversed(part.norms)
-        )
-        parts.append(f"{part.problem or written}{norms}")
+        parts.append(f"{part.problem or written}{_norms(part.norms, start)}")
     return f"{scale}{branch.path.removeprefix(start)}: {'; '.join(parts)}"
+
+
+def _norms(norms: Any, start: str) -> str:
+    """Norms in words, in the order of a pass."""
+    texts = []
+    for norm in reversed(norms):
+        gain = "1 + weight" if norm.offset else "weight" if norm.weighted else "1"
+        more = (", centred" if norm.centred else "") + (", and a bias" if norm.biased else "")
+        texts.append(f", then {norm.path.removeprefix(start)} (gain = {gain}{more})")
+    return "".join(texts)

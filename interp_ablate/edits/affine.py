@@ -5,6 +5,7 @@ Knows: x -> A x + b as low-rank factors. Does not know: sites, models or weights
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,8 @@ from interp_ablate.errors import PlanError
 
 # Below this cosine of write and read an erasure scales rounding (and everything else) up a millionfold.
 SMALLEST_COSINE = 1e-6
+# What norms multiply the stream by: channel by channel, or through a matrix where one centres it (`norm_gain`).
+NormGain = Float[Tensor, "*d_model d_model"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,14 +114,47 @@ def projection_map(vectors: Float[Tensor, "k d_model"], amount: float) -> Affine
     return Affine(-amount * basis, basis, torch.zeros(len(basis), dtype=torch.float64))
 
 
-def through_gain(
-    vectors: Float[Tensor, "k d_model"], gain: Float[Tensor, " d_model"]
-) -> Float[Tensor, "k d_model"]:
-    """Orthonormal directions before an RMS norm whose removal leaves nothing along `vectors` after it.
+def norm_gain(norms: Iterable[tuple[Float[Tensor, " d_model"], bool]]) -> NormGain | None:
+    """The gain of norms that stand one after another, the last one first; None for no norm.
 
-    The normed output is gain * x / rms(x): along r it is x . (gain * r) / rms(x).
+    Args:
+        norms: of each its gain, and whether it takes the mean over the channels off first.
+
+    Returns [d_model], float64; where a norm takes the mean off, the matrix [d_model, d_model] of gain times centring.
     """
-    return orthonormal_rows(vectors * gain.detach().to("cpu", torch.float64))
+    total: Tensor | None = None
+    for gain, centred in norms:
+        own = gain.detach().to("cpu", torch.float64)
+        total = own if total is None else total * own
+        if centred:
+            total = torch.diag(total) if total.ndim == 1 else total
+            total = total - total.mean(-1, keepdim=True)
+    return total
+
+
+def before_norm(
+    vectors: Float[Tensor, "*k d_model"], gain: NormGain
+) -> Float[Tensor, "*k d_model"]:
+    """What along vectors before a norm leaves it along `vectors`: the normed output is gain * x / rms(x).
+
+    So along r it is x . (gain * r) / rms(x). Of a norm that takes the mean off, the same holds with a matrix.
+    """
+    return vectors * gain.to(vectors) if gain.ndim == 1 else vectors @ gain.to(vectors)
+
+
+def through_gain(vectors: Float[Tensor, "k d_model"], gain: NormGain) -> Float[Tensor, "k d_model"]:
+    """Orthonormal directions before a norm whose removal leaves nothing along `vectors` after it.
+
+    Raises:
+        PlanError: nothing before the norm leaves it along one of them.
+    """
+    rows = before_norm(vectors, gain.detach().to("cpu", torch.float64))
+    if float(rows.norm(dim=-1).min()) <= 1e-12 * float(vectors.norm()):
+        raise PlanError(
+            "a norm here takes the mean over the channels off, and the direction is the same in all of them: "
+            "nothing is written along it, so nothing can be removed. Leave this site out"
+        )
+    return orthonormal_rows(rows)
 
 
 def rescale_rows(

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp_ablate.directions.direction import Direction
-from interp_ablate.edits.affine import Affine
+from interp_ablate.edits.affine import Affine, NormGain
 from interp_ablate.errors import InterpAblateError, PlanError
 from interp_ablate.sites import Site, SiteLike, as_sites
 
@@ -144,13 +144,13 @@ class EditBase:
     def d_model(self) -> int:
         return self.vectors.shape[1]
 
-    def map_at(self, site: SiteLike, gain: Float[Tensor, " d_model"] | None = None) -> Affine:
+    def map_at(self, site: SiteLike, gain: NormGain | None = None) -> Affine:
         """The affine map of this edit at one of its sites.
 
         Args:
             gain: of the norm between this site and the residual stream, in post-norm blocks. The edit's
                 direction r is one of the stream; what the map projects against is normalize(gain * r),
-                after which the normed output has nothing along r.
+                after which the normed output has nothing along r (see `before_norm`).
 
         Raises:
             PlanError: a site that this edit does not write; an addition or a clamp before a norm.
@@ -168,10 +168,11 @@ class EditBase:
         """The map at the i-th site."""
         raise NotImplementedError
 
-    def _map_before_norm(self, i: int, gain: Tensor) -> Affine:
+    def _map_before_norm(self, i: int, gain: NormGain) -> Affine:
         raise PlanError(
             f"{self!r} at {self.sites[i]}, before a norm: what is added there is rescaled with the rest, "
-            "so it has no fixed effect on the stream. Write it after the norm, at attn_out or mlp_out"
+            "so it has no fixed effect on the stream. Write it after the norm, at attn_out or mlp_out (behind an "
+            "embedding's norm, at blocks.0.hook_resid_pre)"
         )
 
     def at_sites(self: _E, pairs: Sequence[tuple[Site, Site]]) -> _E:

@@ -16,6 +16,7 @@ from torch import Tensor
 from interp_ablate.directions.direction import Direction
 from interp_ablate.edits.affine import (
     Affine,
+    NormGain,
     as_vectors,
     oblique_rows,
     one_row,
@@ -79,7 +80,7 @@ class Ablate(EditBase):
     def _map(self, i: int) -> Affine:
         return projection_map(self.vectors, self.amounts[i])
 
-    def _map_before_norm(self, i: int, gain: Tensor) -> Affine:
+    def _map_before_norm(self, i: int, gain: NormGain) -> Affine:
         return projection_map(through_gain(self.vectors, gain), self.amounts[i])
 
     def to_dict(self) -> dict[str, Any]:
@@ -263,7 +264,7 @@ class Erase(EditBase):
         shift = amount * self.values[i] * self.write
         return Affine(-amount * self.write[:, None], self.read[:, None], shift)
 
-    def _map_before_norm(self, i: int, gain: Tensor) -> Affine:
+    def _map_before_norm(self, i: int, gain: NormGain) -> Affine:
         if self.amounts[i] * self.values[i]:
             return super()._map_before_norm(i, gain)
         return projection_map(through_gain(self.read[None], gain), self.amounts[i])

@@ -16,12 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from jaxtyping import Float
-from torch import Tensor
-
 from interp_ablate.directions.direction import Direction
 from interp_ablate.display import html_table
-from interp_ablate.edits.affine import Affine
+from interp_ablate.edits.affine import Affine, NormGain
 from interp_ablate.edits.edit import EditBase, Positions, is_number, range_text
 from interp_ablate.edits.kinds import Ablate, Add, Clamp, Edit, edit_from_dict
 from interp_ablate.errors import PlanError
@@ -124,7 +121,7 @@ class Plan:
         return norm_preserving[0] if norm_preserving else None
 
     def maps_at(
-        self, site: SiteLike, gain: Float[Tensor, " d_model"] | None = None
+        self, site: SiteLike, gain: NormGain | None = None
     ) -> list[tuple[Positions, Affine]]:
         """The maps at one site in order, neighbours of equal positions composed into one.
 

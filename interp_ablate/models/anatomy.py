@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from interp_ablate.errors import ModelError
 from interp_ablate.models.architectures import Layout
+from interp_ablate.models.embedding_anatomy import measure_embedding
 from interp_ablate.models.module_calls import (
     Recorded,
     probe_of,
@@ -26,27 +27,17 @@ from interp_ablate.models.module_calls import (
     stream_of,
     with_stream,
 )
+from interp_ablate.models.module_sums import TOLERANCE, rounded, solved, wide_of
 from interp_ablate.models.written_parameters import (
     LEFT,
+    Norm,
     find_writers,
     kinds,
-    norm_offset,
+    norm_of,
     projected,
 )
 
-# A term of a sum that is smaller than this share of the whole is not there, in float32.
-TOLERANCE = 2e-5
 _STREAM = ""  # the stream itself, among the names of modules
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A norm between what a branch computes and the stream."""
-
-    path: str
-    """The norm module's name in the model."""
-    offset: float
-    """The gain is the norm's weight plus this: 0 or 1."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +105,20 @@ class Anatomy:
     embed_scale: float = 1.0
     pos_embed: str | None = None
     """The name of the learned positions' module."""
+    embed_norms: tuple[Norm, ...] = ()
+    """The norms between the embeddings and the stream, the last one first (BLOOM)."""
     embed_problem: str = ""
     """What enters the first block beside the embeddings."""
+
+    @property
+    def embeddings(self) -> dict[str, str]:
+        """The parameters that write what enters the first block, by the point of their site."""
+        biased = self.embed_norms and self.embed_norms[0].biased
+        return {
+            "embed": f"{self.embed}.weight",
+            **({"pos_embed": f"{self.pos_embed}.weight"} if self.pos_embed else {}),
+            **({"embed_bias": f"{self.embed_norms[0].path}.bias"} if biased else {}),
+        }
 
     @property
     def problems(self) -> list[str]:
@@ -141,7 +144,7 @@ def measure(hf: Any, run: Callable[[], Any]) -> Anatomy:
             _measure_block(f"{path}.{i}", block, call, guesses)
             for i, (block, call) in enumerate(zip(blocks, calls))
         )
-        embedding = _measure_embedding(hf, run, path, stream_in(calls[0]))
+        embedding = measure_embedding(hf, run, path, stream_in(calls[0]))
     return Anatomy(path, measured, **embedding)
 
 
@@ -216,7 +219,7 @@ def _measure_block(
     branches = {
         name: Branch(
             f"{path}.{name}",
-            _rounded(terms[name] / kept),
+            rounded(terms[name] / kept),
             _parts(path, name, modules, calls, guesses),
         )
         for name in (*attn, *mlp)
@@ -251,64 +254,13 @@ def _sum_of(
     children = [name for name in calls if "." not in name]
     with_stream_in = {**calls, _STREAM: [Recorded((), {}, stream_in(call))]}
     for names in (children, list(calls), [*children, _STREAM], [*calls, _STREAM]):
-        terms, error = _solved(delta, with_stream_in, names)
+        terms, error = solved(delta, with_stream_in, names)
         kept = 1 + terms.pop(_STREAM, 0.0)  # of what entered
         if (
             error <= tolerance and abs(kept) > TOLERANCE
         ):  # nothing kept: a module adds the stream itself
             break
     return terms, kept, error, tolerance
-
-
-def _solved(
-    delta: Tensor, calls: Mapping[str, list[Recorded]], names: Sequence[str]
-) -> tuple[dict[str, float], float]:
-    """The modules whose outputs sum to `delta`, with their coefficients, and the share left unexplained."""
-    columns: dict[str, Tensor] = {}
-    for name in names:
-        x = calls[name][-1].output
-        if x.numel() != delta.numel() or x.shape[-1] != delta.shape[-1]:
-            continue
-        column = _wide(x).flatten()
-        norm = column.norm()
-        # what a dropout or a wrapper hands on is no second summand
-        same = any((column - other).norm() <= 1e-6 * norm for other in columns.values())
-        if norm > 0 and len(calls[name]) == 1 and not same:
-            columns[name] = column
-    if not columns:
-        return {}, 1.0
-    target = _wide(delta).flatten()
-    terms, error = _least_squares(target, columns)
-    if not terms:
-        return {}, 1.0
-    # The smallest set that does: outer modules go first, whose output may hold the stream itself.
-    for name in sorted(columns, key=lambda each: each.count(".")):
-        small = abs(terms[name]) * columns[name].norm() <= 1e-3 * target.norm()
-        without = {each: columns[each] for each in terms if each != name}
-        fewer, worse = _least_squares(target, without)
-        if worse <= TOLERANCE or (small and worse <= 2 * error):
-            terms, error = fewer, worse
-    return terms, error
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In float64, on the CPU: not every device has it, and a model may lie on several."""
-    return x.cpu().double()
-
-
-def _least_squares(target: Tensor, columns: Mapping[str, Tensor]) -> tuple[dict[str, float], float]:
-    size = float(target.norm())
-    if not columns or not size:
-        return {}, 1.0
-    matrix = torch.stack(list(columns.values()), 1)
-    values = torch.linalg.lstsq(matrix, target[:, None], driver="gelsd").solution[:, 0]
-    error = float((matrix @ values - target).norm()) / size
-    return dict(zip(columns, map(_rounded, values.tolist()))), error
-
-
-def _rounded(factor: float) -> float:
-    """A factor of one is one: rounding must not scale what is edited."""
-    return 1.0 if abs(factor - 1) < 1e-5 else factor
 
 
 def _unexplained(error: float, terms: Mapping[str, float]) -> str:
@@ -349,10 +301,10 @@ def _noise_run(
     finally:
         handle.remove()
     assert output is not None
-    delta = _wide(output) - kept * _wide(stream_in(call))
+    delta = wide_of(output) - kept * wide_of(stream_in(call))
     left = delta.clone()
     for each, scale in terms.items():
-        left -= scale * _wide(after[each][-1].output).reshape(delta.shape)
+        left -= scale * wide_of(after[each][-1].output).reshape(delta.shape)
     changed = {
         each
         for each in terms
@@ -388,12 +340,18 @@ def _parts(
 ) -> tuple[Part, ...]:
     """The parts of a summand: the module itself, or, where it is a norm, those of what the norm reads."""
     module, call = modules[name], calls[name][-1]
-    offset = norm_offset(module, call)
-    if isinstance(offset, str):
-        return (Part(f"{path}.{name}", norms, problem=f"{name} {offset}"),)
-    if offset is None:
+    norm = norm_of(module, call, f"{path}.{name}")
+    if isinstance(norm, Norm) and (norm.centred or norm.biased):
+        does = "centres what it reads" if norm.centred else "has a bias"
+        norm = f"is a norm that {does}, which has no exact weight form inside a block"
+    if isinstance(norm, str):
+        return (Part(f"{path}.{name}", norms, problem=f"{name} {norm}"),)
+    if norm is None:
         kind = " ".join([name, *kinds(dict(module.named_parameters()))])
         local, problem = find_writers(module, call, guesses.get(kind, {}))
+        inner = _handed_on(name, calls) if problem else None
+        if inner is not None:
+            return _parts(path, inner, modules, calls, guesses, norms)
         guesses[kind] = local
         writers = {f"{path}.{name}.{n}": layout for n, layout in local.items()}
         return (Part(f"{path}.{name}", norms, writers, problem and f"{name}: {problem}"),)
@@ -405,13 +363,28 @@ def _parts(
     ]  # fmt: skip
     read = [min(same, key=lambda n: n.count("."))] if same else []
     if not read:
-        terms, error = _solved(taken, calls, earlier)
+        terms, error = solved(taken, calls, earlier)
         read = list(terms) if error <= TOLERANCE else []
     if not read:
         problem = f"what goes into {name} is no module's output, nor a sum of some"
         return (Part(f"{path}.{name}", norms, problem=problem),)
-    inner = (*norms, Norm(f"{path}.{name}", offset))
-    return tuple(p for n in read for p in _parts(path, n, modules, calls, guesses, inner))
+    then = (*norms, norm)
+    return tuple(p for n in read for p in _parts(path, n, modules, calls, guesses, then))
+
+
+def _handed_on(name: str, calls: Mapping[str, list[Recorded]]) -> str | None:
+    """The module inside another whose output that one returns as it is; None if there is none."""
+    output = calls[name][-1].output
+    return next(
+        (
+            inner
+            for inner, (*_, call) in calls.items()
+            if inner.startswith(f"{name}.")
+            and call.output.numel() == output.numel()
+            and torch.equal(call.output.reshape(output.shape), output)
+        ),
+        None,
+    )
 
 
 def _proven(block: nn.Module, call: Recorded, path: str, branch: Branch) -> bool:
@@ -423,7 +396,8 @@ def _proven(block: nn.Module, call: Recorded, path: str, branch: Branch) -> bool
     for part in branch.parts:
         v = r.clone()
         for norm in part.norms:
-            v = v * (own[norm.path.removeprefix(f"{path}.") + ".weight"] + norm.offset)
+            if norm.weighted:
+                v = v * (own[norm.path.removeprefix(f"{path}.") + ".weight"] + norm.offset)
         for parameter, layout in part.writers.items():
             local = parameter.removeprefix(f"{path}.")
             changed[local] = projected(own[local], layout, v / v.norm())
@@ -431,60 +405,3 @@ def _proven(block: nn.Module, call: Recorded, path: str, branch: Branch) -> bool
         torch.func.functional_call(block, changed, call.args, call.kwargs)
     left = calls[name][-1].output
     return float((left @ r).norm()) <= LEFT * float(left.norm())
-
-
-def _measure_embedding(
-    hf: Any, run: Callable[[], Any], blocks: str, entering: Tensor
-) -> dict[str, Any]:
-    """What enters the first block, as a sum of embeddings."""
-    word = hf.get_input_embeddings()
-    outside = {
-        name: module
-        for name, module in hf.named_modules()
-        if name and not name.startswith(f"{blocks}.") and not isinstance(module, nn.ModuleList)
-    }
-    name_of = next(name for name, module in outside.items() if module is word)
-    with recording(outside) as calls:
-        run()
-    word_call = calls[name_of][-1]
-    for each in calls.values():  # positions may come without a batch axis
-        x = each[-1].output
-        if x.shape == entering.shape[1:]:
-            each[-1].output = x.expand(entering.shape)
-    before = list(calls)
-    embeddings = [n for n in before if isinstance(outside[n], nn.Embedding) or outside[n] is word]
-    tolerance = max(TOLERANCE, 4 * torch.finfo(entering.dtype).eps)
-    terms, error = _solved(entering, calls, embeddings)
-    if error > tolerance or name_of not in terms:
-        wider, better = _solved(entering, calls, [n for n in before if not _holds(n, before)])
-        others = ", ".join(n for n in wider if n not in embeddings) if better < tolerance else ""
-        problem = (
-            f"what enters the first block is not a sum of embeddings: {error:.1%} of it is left"
-            + (f", and {others} writes there too" if others else "")
-        )
-        return {"embed": name_of, "embed_problem": problem}
-    positions = [n for n in terms if n != name_of]
-    problem = (
-        f"more than one embedding beside the words': {positions}" if len(positions) > 1 else ""
-    )
-    if positions and abs(terms[positions[0]] - 1) > 1e-3:  # a sum in half precision is rounded
-        problem = f"{positions[0]} is scaled on its way to the stream"
-    # some embeddings scale what they look up themselves (Gemma 3)
-    ids = next(v for v in (*word_call.args, *word_call.kwargs.values()) if isinstance(v, Tensor))
-    rows = word.weight[ids].reshape(word_call.output.shape)
-    inside = float(word_call.output.norm() / rows.norm())
-    if float((word_call.output - inside * rows).norm()) > tolerance * float(
-        word_call.output.norm()
-    ):
-        problem = f"{name_of} does more than scale the rows that it looks up"
-    return {
-        "embed": name_of,
-        "embed_scale": 1.0 if abs(terms[name_of] * inside - 1) < 1e-3 else terms[name_of] * inside,
-        "pos_embed": positions[0] if positions else None,
-        "embed_problem": problem,
-    }
-
-
-def _holds(name: str, names: Sequence[str]) -> bool:
-    """True for a module that others of the list are inside of."""
-    return any(other.startswith(f"{name}.") for other in names)

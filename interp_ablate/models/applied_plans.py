@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from interp_ablate.edits.affine import Affine, rescale_rows
+from interp_ablate.edits.affine import Affine, before_norm, rescale_rows
 from interp_ablate.edits.kinds import Edit
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import PlanError
@@ -242,7 +242,7 @@ class AppliedPlans:
             rescaled = new.plans[0].norm_preserving_at(site)
             if rescaled is not None and site.point not in EMBEDDING_POINTS:
                 self._install_norm_preserving(site, rescaled.map_at(site, gains[0]), new)
-            norm_kept = rescaled is not None and site.point in EMBEDDING_POINTS
+            norm_kept = rescaled is not None and site.point in ("embed", "pos_embed")
             new.writers[site] = [
                 SiteWriter(
                     site,
@@ -376,8 +376,8 @@ class AppliedPlans:
                 strength, along, reading = strengths[i], write, read
                 gain = gains[getattr(module, "part", 0)]
                 if gain is not None:
-                    before_norm = read * gain.to(read)
-                    along = reading = before_norm / before_norm.norm()
+                    reading = before_norm(read, gain)
+                    along = reading = reading / reading.norm()
                     strength = strength * (read @ write)
                 return x - strength.to(x) * (x @ reading.to(x))[..., None] * along.to(x)
 

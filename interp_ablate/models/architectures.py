@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from interp_ablate.errors import ExportError
 from interp_ablate.sites import EMBEDDING_POINTS, Point, Site, sites_of
@@ -31,8 +31,15 @@ class Writer:
     layout: Layout = "linear"
 
 
-# The weight of a norm, and what is added to it to make the gain.
-Gain = tuple[str, float]
+class Gain(NamedTuple):
+    """What a norm multiplies each channel by."""
+
+    name: str | None
+    """The norm's weight; None for a norm that has none."""
+    offset: float = 0.0
+    """What is added to the weight to make the gain."""
+    centred: bool = False
+    """True if the norm takes the mean over the channels off first."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +124,7 @@ class Architecture:
             found = self.present(name, names)
             if found is None:
                 raise ExportError(f"the checkpoint has no {name}, the norm that follows {site}")
-            gains = ((found, self.gain_offset),)
+            gains = (Gain(found, self.gain_offset),)
         return [(gains, self.writers(site, names, hf_config))]
 
     def writers(self, site: Site, names: Collection[str], hf_config: Any) -> dict[str, Layout]:

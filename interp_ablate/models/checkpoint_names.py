@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from interp_ablate.errors import ExportError
-from interp_ablate.models.anatomy import Branch, Norm, Part
+from interp_ablate.models.anatomy import Branch, Part
 from interp_ablate.models.architectures import Architecture, Layout, text_config
 from interp_ablate.models.measured_architecture import MeasuredArchitecture
 from interp_ablate.models.model_files import auto_class
-from interp_ablate.models.written_parameters import AXIS
+from interp_ablate.models.written_parameters import AXIS, Norm
 from interp_ablate.sites import EMBEDDING_POINTS, Site
 
 Shapes = Mapping[str, Sequence[int]]
@@ -56,7 +56,7 @@ def in_checkpoint_names(entry: Architecture, hf: Any, shapes: Shapes) -> Archite
     """
     if not entry.discovered:
         return entry
-    names = _CheckpointNames(hf, shapes)
+    names, bias = _CheckpointNames(hf, shapes), getattr(entry, "embed_bias", None)
     branches = {}
     for site, group in _branches(entry, hf):
         branches[site] = tuple(
@@ -66,7 +66,7 @@ def in_checkpoint_names(entry: Architecture, hf: Any, shapes: Shapes) -> Archite
                     replace(
                         part,
                         writers=names.layouts(part.writers),
-                        norms=tuple(Norm(names.module(n.path), n.offset) for n in part.norms),
+                        norms=names.norms(part.norms),
                     )
                     for part in branch.parts
                 ),
@@ -83,6 +83,8 @@ def in_checkpoint_names(entry: Architecture, hf: Any, shapes: Shapes) -> Archite
         },
         branches=branches,
         shared=names.shared({entry.embed, entry.unembed}),
+        embed_norms=names.norms(getattr(entry, "embed_norms", ())),
+        embed_bias=bias and names.only(bias),
     )
 
 
@@ -97,7 +99,7 @@ def _branches(entry: Architecture, hf: Any) -> Iterator[tuple[Site, tuple[Branch
             parts = (
                 Part(
                     "",
-                    tuple(Norm(n.removesuffix(".weight"), offset) for n, offset in gains),
+                    tuple(Norm(str(g.name).removesuffix(".weight"), g.offset) for g in gains),
                     layouts,
                 )
                 for gains, layouts in entry.parts(site, names, hf.config)
@@ -159,7 +161,11 @@ class _CheckpointNames:
             )
         return group[0][0]
 
-    def module(self, path: str) -> str:
+    def norms(self, norms: Iterable[Norm]) -> tuple[Norm, ...]:
+        """Norms under their names in the checkpoint."""
+        return tuple(replace(n, path=self._module(n.path)) if n.weighted else n for n in norms)
+
+    def _module(self, path: str) -> str:
         """The name of a module with one weight."""
         name = self.only(f"{path}.weight")
         if not name.endswith(".weight"):

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from interp_ablate.errors import ExportError
-from interp_ablate.models.anatomy import Anatomy, Branch, Part
+from interp_ablate.models.anatomy import Anatomy, Branch
 from interp_ablate.models.architectures import Architecture, Gain, Layout
+from interp_ablate.models.written_parameters import Norm
 from interp_ablate.sites import EMBEDDING_POINTS, PROJECTION_POINTS, Site
 
 
@@ -21,6 +22,10 @@ class MeasuredArchitecture(Architecture):
 
     branches: Mapping[Site, tuple[Branch, ...]] = field(default_factory=dict)
     """The summands at `attn_out` and `mlp_out` of every layer."""
+    embed_norms: tuple[Norm, ...] = ()
+    """The norms between the embeddings and the stream, the last one first."""
+    embed_bias: str | None = None
+    """The bias of the last of them, where it has one."""
     shared: Mapping[str, str] = field(default_factory=dict)
     """Tensors beside the unembedding that a tied checkpoint leaves out, each with the tensor that it is."""
 
@@ -32,6 +37,8 @@ class MeasuredArchitecture(Architecture):
         """
         embedding = {"embed": self.embed, "pos_embed": self.pos_embed}.get(site.point)
         layouts: dict[str, Layout] = {embedding: "embedding"} if embedding else {}
+        if site.point == "embed_bias" and self.embed_bias:
+            layouts[self.embed_bias] = "bias"
         for branch in self.branches.get(site.output, ()):
             layouts |= branch.writers
         missing = [name for name in layouts if name not in names]
@@ -45,27 +52,31 @@ class MeasuredArchitecture(Architecture):
     def parts(
         self, site: Site, names: Collection[str], hf_config: Any
     ) -> list[tuple[tuple[Gain, ...], dict[str, Layout]]]:
-        self.writers(site, names, hf_config)
         if site.point in EMBEDDING_POINTS:
-            return super().parts(site, names, hf_config)
+            norms = self.embed_norms if self.is_normed(site) else ()
+            return [(_gains(norms), self.writers(site, names, hf_config))]
+        self.writers(site, names, hf_config)
         return [
-            (_gains(part) if site.point in PROJECTION_POINTS else (), dict(part.writers))
+            (_gains(part.norms) if site.point in PROJECTION_POINTS else (), dict(part.writers))
             for branch in self.branches.get(site.output, ())
             for part in branch.parts
         ]
 
     def is_normed(self, site: Site) -> bool:
+        if site.point in EMBEDDING_POINTS:
+            return bool(self.embed_norms) and site.point != "embed_bias"
         branches = self.branches.get(site.output, ())
         return any(part.norms for branch in branches for part in branch.parts)
 
     def writer_sites(self, n_layers: int) -> tuple[Site, ...]:
-        embeddings = [p for p in EMBEDDING_POINTS if p == "embed" or self.pos_embed]
+        there = {"embed": True, "pos_embed": self.pos_embed, "embed_bias": self.embed_bias}
+        embeddings = [point for point in EMBEDDING_POINTS if there[point]]
         written = (s.projection if self.is_normed(s) else s for s in self.branches)
         return tuple(sorted((*(Site(0, point) for point in embeddings), *written)))
 
 
-def _gains(part: Part) -> tuple[Gain, ...]:
-    return tuple((f"{norm.path}.weight", norm.offset) for norm in part.norms)
+def _gains(norms: tuple[Norm, ...]) -> tuple[Gain, ...]:
+    return tuple(norm.gain for norm in norms)
 
 
 def architecture_from(anatomy: Anatomy, unembed: str, hf_config: Any) -> MeasuredArchitecture:
@@ -91,11 +102,13 @@ def architecture_from(anatomy: Anatomy, unembed: str, hf_config: Any) -> Measure
         norm for group in branches.values() for b in group for p in b.parts for norm in p.norms
     }
     return MeasuredArchitecture(
-        embed=f"{anatomy.embed}.weight",
+        embed=anatomy.embeddings["embed"],
         unembed=unembed,
         attn=(),
         mlp=(),
-        pos_embed=f"{anatomy.pos_embed}.weight" if anatomy.pos_embed else None,
+        pos_embed=anatomy.embeddings.get("pos_embed"),
+        embed_norms=anatomy.embed_norms,
+        embed_bias=anatomy.embeddings.get("embed_bias"),
         attn_norm="measured" if norms else None,
         mlp_norm="measured" if norms else None,
         parallel=all(block.parallel or not block.attn for block in anatomy.blocks),

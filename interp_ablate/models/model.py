@@ -54,7 +54,7 @@ class Model:
 
     The sites, in the order in which a forward pass reaches them:
 
-        embed (and pos_embed, where positions are learned)
+        embed (and pos_embed, where positions are learned; embed_bias, where a norm with a bias follows)
         block L
         ├── resid_pre                                     the stream that enters the block
         ├── attention ── attn_proj ── (norm) ── attn_out  added to the stream
@@ -149,7 +149,7 @@ class Model:
     def writers(self) -> tuple[Site, ...]:
         """Every site that writes to the residual stream and has an exact weight form, in forward order.
 
-        embed (and pos_embed), and a layer's attn_out and mlp_out; in post-norm blocks attn_proj and
+        embed (pos_embed, embed_bias), and a layer's attn_out and mlp_out; in post-norm blocks attn_proj and
         mlp_proj, the projections before their norm. Ablating a direction at all of them with strength 1
         leaves nothing along it anywhere.
         """

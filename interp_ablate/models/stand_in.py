@@ -159,7 +159,7 @@ def _whole_anatomy(small: Anatomy, stand_in: Any, model: Any) -> Anatomy:
     blocks = list(model.get_submodule(path))
     strange = [i for i, block in enumerate(blocks) if _kind(block) not in kinds]
     if strange or not all(
-        name in outside[1] for name in (small.embed, small.pos_embed or small.embed)
+        name.rpartition(".")[0] in outside[1] for name in small.embeddings.values()
     ):
         raise ExportError(f"{path}.{(strange or [0])[0]} has other modules than every block of it")
     return replace(

@@ -1,17 +1,18 @@
 """The parameters of a module that write its output, and the norm that it is, measured on one recorded call.
 
-Knows: projections of parameters, scales of norms. Does not know: names, blocks or plans.
+Knows: projections of parameters, gains of norms. Does not know: blocks, embeddings or plans.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from interp_ablate.models.architectures import Layout
+from interp_ablate.models.architectures import Gain, Layout
 from interp_ablate.models.module_calls import Recorded, stream_of
 
 # The share that may be left along a direction that every writer was projected against.
@@ -20,8 +21,29 @@ LEFT = 1e-4
 GAIN_TOLERANCE = 1e-3
 
 
-def norm_offset(module: nn.Module, call: Recorded) -> float | str | None:
-    """None for a module that is no norm; for one, what its weight needs to be the gain, or why it has none."""
+@dataclass(frozen=True)
+class Norm:
+    """A norm between what is computed and the stream: gain * x / rms(x), and what it has besides."""
+
+    path: str
+    """The norm module's name in the model."""
+    offset: float = 0.0
+    """The gain is the norm's weight plus this: 0 or 1."""
+    centred: bool = False
+    """True if the mean over the channels is taken off first (LayerNorm)."""
+    weighted: bool = True
+    """False if it has no weight: its gain is 1."""
+    biased: bool = False
+    """True if it adds a bias after the gain."""
+
+    @property
+    def gain(self) -> Gain:
+        """The gain, as weights are edited by it."""
+        return Gain(f"{self.path}.weight" if self.weighted else None, self.offset, self.centred)
+
+
+def norm_of(module: nn.Module, call: Recorded, path: str) -> Norm | str | None:
+    """None for a module that is no norm; for one, what it does, or why it cannot be written as a `Norm`."""
     parameters = dict(module.named_parameters())
     tensors = [v for v in (*call.args, *call.kwargs.values()) if isinstance(v, Tensor)]
     x = tensors[0] if tensors else None
@@ -32,18 +54,22 @@ def norm_offset(module: nn.Module, call: Recorded) -> float | str | None:
     large = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x) * 1e3
     bias = parameters.get("bias", torch.zeros(1).to(x))
     one, other = (module(factor * large) - bias for factor in (1, 2))
-    if float((one - other).norm()) > GAIN_TOLERANCE * float(one.norm()):
+    if not float((one - other).norm()) <= GAIN_TOLERANCE * float(one.norm()):
         return None  # not free of scale: no norm
-    gains = one * large.pow(2).mean(-1, keepdim=True).sqrt() / large
-    gain = gains.flatten(0, -2).median(0).values
-    if float((gains - gain).abs().max()) > GAIN_TOLERANCE * float(gain.abs().max()):
-        return "is a norm that centres what it reads, which has no exact weight form"
-    if "bias" in parameters:
-        return "is a norm with a bias, which has no exact weight form"
-    weight = next(iter(parameters.values()), torch.ones_like(gain))
+    for centred in (False, True):
+        read = large - large.mean(-1, keepdim=True) if centred else large
+        gains = one * read.pow(2).mean(-1, keepdim=True).sqrt() / read
+        gain = gains.flatten(0, -2).median(0).values
+        wide = read.abs() > 0.1 * read.pow(2).mean().sqrt()  # of the others rounding is seen
+        if float(((gains - gain) * wide).abs().max()) <= GAIN_TOLERANCE * float(gain.abs().max()):
+            break
+    else:
+        return "is a norm that does more than centre and scale what it reads"
+    own = [name for name in parameters if name != "bias"]
+    weight = parameters[own[0]] if own else torch.ones_like(gain)
     for offset in (0.0, 1.0):
         if torch.allclose(weight + offset, gain, rtol=GAIN_TOLERANCE, atol=GAIN_TOLERANCE):
-            return offset if parameters else "is a norm without a weight"
+            return Norm(path, offset, centred, bool(own), "bias" in parameters)
     return "is a norm whose gain is not its weight"
 
 

@@ -87,7 +87,8 @@ def writing_parameters(hf: Any, *, all_of_them: bool = True) -> dict[str, Layout
             f"adapter cannot keep off it: {'; '.join(anatomy.problems[:3])}. Use --preserve-edit none"
         )
     writers: dict[str, Layout] = {
-        f"{name}.weight": "embedding" for name in (anatomy.embed, anatomy.pos_embed) if name
+        name: "bias" if point == "embed_bias" else "embedding"
+        for point, name in anatomy.embeddings.items()
     }
     for block in anatomy.blocks:
         for branch in (*block.attn, *block.mlp):

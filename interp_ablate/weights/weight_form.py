@@ -121,11 +121,11 @@ def _additions_at_writers(plan: Plan, entry: Architecture, hf_config: Any) -> Pl
         if stay is not None:
             own.append(stay)
         for site in go.sites if go is not None else ():
-            moved.append(edit.at_sites([(site, _writer_before(site, parallel))]))
+            moved.append(edit.at_sites([(site, _writer_before(site, parallel, entry))]))
     return Plan((*own, *moved))
 
 
-def _writer_before(site: Site, parallel: bool) -> Site:
+def _writer_before(site: Site, parallel: bool, entry: Architecture) -> Site:
     if site.point == "resid_mid":
         if parallel:
             raise ExportError(
@@ -135,7 +135,9 @@ def _writer_before(site: Site, parallel: bool) -> Site:
         return Site(site.layer, "attn_out")
     if site.point == "resid_post":
         return Site(site.layer, "mlp_out")
-    return Site(site.layer - 1, "mlp_out") if site.layer else Site(0, "embed")
+    if site.layer:
+        return Site(site.layer - 1, "mlp_out")
+    return Site(0, "embed_bias" if entry.is_normed(Site(0, "embed")) else "embed")
 
 
 def _everywhere_at_writers(plan: Plan, entry: Architecture, hf_config: Any) -> Plan:
@@ -169,11 +171,14 @@ def _everywhere_at_writers(plan: Plan, entry: Architecture, hf_config: Any) -> P
             f"the plan edits the residual stream at some places only ({missing[0]} and "
             f"{len(missing) - 1} more are left out): what is written there would come back. {nearest}"
         )
-    if entry.attn_norm is not None:
+    where = "post-norm blocks: their projections" if entry.attn_norm is not None else None
+    if entry.is_normed(Site(0, "embed")):
+        where = "a model with a norm after its embeddings, which"
+    if where is not None:
         raise ExportError(
-            "the plan edits the residual stream of post-norm blocks: their projections are rescaled "
-            f"by a norm before they reach it, so the plan has no exact weight form. {nearest} (nothing "
-            "is left along the direction either, but it is another function: the norm's scale changes)"
+            f"the plan edits the residual stream of {where} are rescaled by a norm before they reach it, so "
+            f"the plan has no exact weight form. {nearest} (nothing is left along the direction either, but "
+            "it is another function: the norm's scale changes)"
         )
     if shift.any():
         _check_counted_once(plan, entry)

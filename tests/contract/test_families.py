@@ -20,7 +20,20 @@ from interp_ablate.models.load import from_hf
 
 @pytest.mark.parametrize(
     "model_type",
-    ["falcon_h1", "gpt_oss", "granitemoeshared", "mamba", "opt", "aya_vision", "llama4", "zamba2"],
+    [
+        "falcon_h1",
+        "gpt_oss",
+        "granitemoeshared",
+        "mamba",
+        "opt",
+        "aya_vision",
+        "llama4",
+        "zamba2",
+        "bloom",
+        "mbart",
+        "axk1",
+        "nanochat",
+    ],
 )
 def test_a_type_is_exported_exactly(model_type: str, tmp_path: Path) -> None:
     """On 4297ea7 falcon_h1 kept 3.5% of the stream along the direction; the others did not load or not export."""
@@ -47,9 +60,17 @@ def test_what_is_no_single_stream_is_refused_in_words_before_any_work(
     assert result.outcome == "refused", (result.outcome, result.detail)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("llama", "model.layers.2.mlp.down_proj.weight"),
+        ("gemma2", "model.layers.2.mlp.down_proj.weight"),
+        ("bloom", "transformer.word_embeddings.weight"),
+        ("bloom", "transformer.word_embeddings_layernorm.bias"),
+    ],
+)
 def test_the_second_checker_finds_one_tensor_that_was_not_edited(
-    model_type: str, tmp_path: Path
+    model_type: str, name: str, tmp_path: Path
 ) -> None:
     hf = build(model_type)
     before = {name: p.clone() for name, p in hf.named_parameters()}
@@ -58,7 +79,6 @@ def test_the_second_checker_finds_one_tensor_that_was_not_edited(
     out = tmp_path / "out"
     export_checkpoint(model, Plan((Ablate(r, model.writers),)), out, prompts=ROWS)
     assert check(hf, out, r, ROWS)["logits"] < 1e-4
-    name = "model.layers.2.mlp.down_proj.weight"
     weights = load_file(out / "model.safetensors")
     save_file(weights | {name: before[name]}, out / "model.safetensors", {"format": "pt"})
     found = check(hf, out, r, ROWS)

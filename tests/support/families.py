@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import transformers
 from support.family_models import build, config_classes
-from support.hand_hooked import blocks_of, check, reloaded, run_by
+from support.hand_hooked import blocks_of, check, norms_before, reloaded, run_by
 from support.tiny import make_tokenizer
 from torch import nn
 from transformers.models.auto.modeling_auto import (
@@ -142,7 +142,9 @@ def _changed_elsewhere(hf: Any, out: Path) -> Iterator[str]:
     if type(export) is not type(hf):
         yield f"the folder names {type(export).__name__}, not {type(hf).__name__}"
     embeddings = [m for m in run_by(hf, ROWS[0]) if isinstance(m, nn.Embedding)]
-    written = [*blocks_of(hf, ROWS[0]), *embeddings, hf.get_output_embeddings()]
+    blocks = blocks_of(hf, ROWS[0])
+    norms = norms_before(hf, blocks, hf.get_input_embeddings().weight.shape[-1], ROWS[0])
+    written = [*blocks, *embeddings, *norms, hf.get_output_embeddings()]
     own = {id(p) for module in written if module is not None for p in module.parameters()}
     after = dict(export.named_parameters())
     for name, p in hf.named_parameters():
@@ -164,7 +166,10 @@ def _writes(model: Any) -> dict[str, list[str]]:
     found: dict[str, set[str]] = {}
     for site in model.writers:
         for gains, layouts in model.architecture.parts(site, names, model.hf_config):
-            after = "".join(f" then {_inside(norm)}" for norm, _ in reversed(gains))
+            after = "".join(
+                f" then {_inside(gain.name) if gain.name else 'a norm without a weight'}"
+                for gain in reversed(gains)
+            )
             for name, layout in layouts.items():
                 if layout == "bias":
                     continue

@@ -148,25 +148,61 @@ class _Projected(TorchDispatchMode):
 
 def _is_norm(module: nn.Module, width: int) -> bool:
     shapes = [tuple(p.shape) for p in module.parameters()]
-    return (
-        bool(shapes)
-        and all(s == (width,) for s in shapes)
-        and "norm" in type(module).__name__.lower()
-    )
+    return all(s == (width,) for s in shapes) and "norm" in type(module).__name__.lower()
 
 
 def _through(norm: nn.Module, unit: Tensor) -> Tensor:
-    """The direction that a norm without a mean turns into `unit`: what of it enters leaves along it."""
-    gain = norm.forward(torch.ones(1, 1, len(unit)))[0, 0]  # the mean square of ones is one
+    """The direction before a norm that it turns into `unit`: what of it enters leaves along it.
+
+    Seen from outside: the gain of a channel by a one there and a minus one beside it, which have no mean; a norm
+    that gives nothing for equal channels takes their mean off.
+    """
+    size = len(unit)
+    pairs = 1e3 * (torch.eye(size) - torch.eye(size).roll(1, 1))
+    ones = 1e3 * torch.ones(1, 1, size)
+    gain = (norm.forward(pairs[None]) - norm.forward(-pairs[None]))[0].diagonal() / (
+        2 * size
+    ) ** 0.5
+    of_equal = norm.forward(ones) - norm.forward(-ones)
     vector = gain * unit
+    if float(of_equal.norm()) < 1e-3 * float(gain.norm()):
+        vector = vector - vector.mean()
     return vector / vector.norm()
+
+
+def norms_before(
+    hf: Any, blocks: Sequence[nn.Module], width: int, row: Sequence[int]
+) -> list[nn.Module]:
+    """The norms outside the blocks that give what enters the first one, in the order of a pass."""
+    inside = {id(part) for block in blocks for part in block.modules()}
+    given: list[tuple[nn.Module, Tensor, Tensor]] = []
+    entered: list[Tensor] = []
+    with ExitStack() as stack:
+        for module in hf.modules():
+            if id(module) not in inside and _is_norm(module, width):
+                stack.callback(
+                    module.register_forward_hook(
+                        lambda m, args, out: given.append((m, args[0].clone(), out.clone()))
+                    ).remove
+                )
+        first = blocks[0].register_forward_pre_hook(
+            lambda m, args, kwargs: entered.append(_stream([*args, *kwargs.values()])),  # type: ignore[func-returns-value]
+            with_kwargs=True,
+        )
+        stack.callback(first.remove)
+        passed(hf, row)
+    found, wanted = [], entered[0]
+    for norm, read, gave in reversed(given):
+        if gave.shape == wanted.shape and torch.equal(gave, wanted):
+            found, wanted = [norm, *found], read
+    return found
 
 
 def hand_hooked(hf: Any, blocks: Sequence[nn.Module], unit: Tensor, row: Sequence[int]) -> Tensor:
     """Logits of a row where a unit vector is projected out of the stream of a plain model.
 
-    Where a norm stands between what a block computes and the stream, its input is projected instead: that is
-    where a weight can be edited.
+    Where a norm stands between what a block computes, or the embeddings, and the stream, its input is projected
+    instead: that is where a weight can be edited.
     """
     return _pass(hf, unit, blocks, row, _pass(hf, unit, blocks, row, None)[1])[0]
 
@@ -176,9 +212,18 @@ def _pass(
 ) -> tuple[Tensor, Sums]:
     """Logits, and the sums that stayed in the stream; `only` are those of an earlier pass."""
     mode = _Projected(unit, only)
+    first = norms_before(hf, blocks, len(unit), row)
+    assert len(first) < 2
+    waiting = list(first)  # one norm may be before the blocks and after them
 
     def embedded(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return mode.clean(output)
+        return output if first else mode.clean(output)
+
+    def before_first(module: nn.Module, args: Any) -> Any:
+        return before_norm(module, args) if waiting else None
+
+    def after_first(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return mode.clean(output) if waiting and waiting.pop() else output
 
     def enters(module: nn.Module, args: Any, kwargs: Any) -> Any:
         named = [*enumerate(args), *kwargs.items()]
@@ -213,6 +258,9 @@ def _pass(
             for norm in block.modules():
                 if _is_norm(norm, len(unit)):
                     stack.callback(norm.register_forward_hook(normed).remove)
+        for norm in first:
+            stack.callback(norm.register_forward_pre_hook(before_first).remove)
+            stack.callback(norm.register_forward_hook(after_first).remove)
         for norm in only.norms if only else ():
             stack.callback(norm.register_forward_pre_hook(before_norm).remove)
         with torch.no_grad(), mode:

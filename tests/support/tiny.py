@@ -48,7 +48,7 @@ HAS_HOOKED = HookedTransformer is not None
 BACKENDS = ("bridge", "hooked") if HAS_HOOKED else ("bridge",)
 KINDS = ("llama_gqa", "llama", "mistral", "qwen2", "qwen3")
 # What a model without learned positions has.
-ROTARY_POINTS: tuple[Point, ...] = tuple(point for point in POINTS if point != "pos_embed")
+ROTARY_POINTS: tuple[Point, ...] = tuple(p for p in POINTS if p not in ("pos_embed", "embed_bias"))
 N_LAYERS, D_MODEL = 3, 32
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from interp_ablate.edits.affine import NormGain
 from interp_ablate.errors import ModelError
 from interp_ablate.models.architectures import Architecture, Layout
 from interp_ablate.models.loading import BackendName
@@ -69,8 +70,8 @@ class Backend(Protocol):
     def block(self, layer: int) -> nn.Module:
         """The module of one block."""
 
-    def post_norm_gains(self, site: Site) -> tuple[Float[Tensor, " d_model"] | None, ...]:
-        """The gain of the norms between each projection of a site and the stream, float64; None if none follows.
+    def post_norm_gains(self, site: Site) -> tuple[NormGain | None, ...]:
+        """The gain of the norms between each projection of a site, or an embedding, and the stream; None if none follows.
 
         Several where modules with norms of their own write at one site: its hook point is then called once
         for each, in this order, and its `part` says for which.
@@ -224,7 +225,7 @@ class SiteMap:
         """See `Backend.block`."""
         return self._backend.block(layer)
 
-    def post_norm_gains(self, site: Site) -> tuple[Float[Tensor, " d_model"] | None, ...]:
+    def post_norm_gains(self, site: Site) -> tuple[NormGain | None, ...]:
         """See `Backend.post_norm_gains`."""
         return self._backend.post_norm_gains(site)
 

@@ -170,8 +170,8 @@ class BridgeBackend(TransformersPasses):
         if entry is None or site.point not in PROJECTION_POINTS or not entry.is_normed(site):
             return (None,)
         ((gains, _),) = entry.parts(site, self._tensors, self.hf_config)
-        ((name, offset),) = gains
-        return (self._tensors[name].detach().cpu().double() + offset,)
+        (gain,) = gains
+        return (self._tensors[str(gain.name)].detach().cpu().double() + gain.offset,)
 
     def projection(self, site: Site) -> tuple[nn.Module, Float[Tensor, "d_model in"]] | None:
         branch, part = ("attn", "o") if site.point.startswith("attn") else ("mlp", "out")

@@ -68,7 +68,7 @@ def _same_writers(bridge: BridgeBackend, anatomy: Anatomy) -> bool:
     try:
         entry, measured = bridge.architecture, architecture_from(anatomy, "", bridge.hf_config)
         sites = measured.writer_sites(len(anatomy.blocks))
-        return all(
+        return not anatomy.embed_norms and all(
             set(entry.writers(site, names, bridge.hf_config))
             == set(measured.writers(site, names, bridge.hf_config))
             for site in sites

@@ -10,11 +10,13 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from interp_ablate.edits.affine import NormGain, norm_gain
 from interp_ablate.errors import ModelError
-from interp_ablate.models.anatomy import Anatomy, Branch, Part, measure
+from interp_ablate.models.anatomy import Anatomy, Branch, measure
 from interp_ablate.models.architectures import max_positions, text_config
 from interp_ablate.models.backends.backend import ForwardCall, WritingModule
 from interp_ablate.models.backends.block_skipping import BlockSkipping
@@ -23,6 +25,7 @@ from interp_ablate.models.backends.hf_sites import HFSites
 from interp_ablate.models.backends.transformers_passes import TransformersPasses
 from interp_ablate.models.loading import BackendName
 from interp_ablate.models.measured_architecture import MeasuredArchitecture, architecture_from
+from interp_ablate.models.written_parameters import Norm
 from interp_ablate.sites import EMBEDDING_POINTS, PROJECTION_POINTS, Site
 
 WIDTH = 24  # fixed tokens of the measurement
@@ -137,19 +140,22 @@ class HFBackend(TransformersPasses):
         block = self.anatomy.blocks[site.layer]
         return block.attn if site.point.startswith("attn") else block.mlp
 
-    def post_norm_gains(self, site: Site) -> tuple[Float[Tensor, " d_model"] | None, ...]:
+    def post_norm_gains(self, site: Site) -> tuple[NormGain | None, ...]:
+        if site.point in ("embed", "pos_embed"):
+            return (self._gain(self.anatomy.embed_norms),)
         if site.point not in PROJECTION_POINTS or site.layer >= len(self.anatomy.blocks):
             return (None,)
         parts = [part for branch in self._branches(site) for part in branch.parts]
-        gains = tuple(self._gain(part) for part in parts)
+        gains = tuple(self._gain(part.norms) for part in parts)
         return gains if any(gain is not None for gain in gains) else (None,)
 
-    def _gain(self, part: Part) -> Float[Tensor, " d_model"] | None:
-        gain: Tensor | None = None
-        for norm in part.norms:
-            weight = self.hf.get_submodule(norm.path).weight.detach().cpu().double()
-            gain = weight + norm.offset if gain is None else gain * (weight + norm.offset)
-        return gain
+    def _gain(self, norms: tuple[Norm, ...]) -> NormGain | None:
+        ones = torch.ones(self.tl.cfg.d_model, dtype=torch.float64)
+        weights = (
+            self.hf.get_submodule(n.path).weight.detach().cpu().double() if n.weighted else ones
+            for n in norms
+        )
+        return norm_gain((w + n.offset, n.centred) for w, n in zip(weights, norms))
 
     def projection(self, site: Site) -> tuple[nn.Module, Float[Tensor, "d_model in"]] | None:
         point = self._sites.inputs.get(site.projection)

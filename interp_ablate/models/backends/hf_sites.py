@@ -50,6 +50,9 @@ class HFSites:
         self._output_point(hf.get_submodule(anatomy.embed), Site(0, "embed"))
         if anatomy.pos_embed:
             self._output_point(hf.get_submodule(anatomy.pos_embed), Site(0, "pos_embed"))
+        if "embed_bias" in anatomy.embeddings:
+            norm = hf.get_submodule(anatomy.embed_norms[0].path)
+            _hook_bias(norm, self.point(0, "embed_bias"))
         head = hf.get_output_embeddings()
         if head is not None:
             _hook_input(head, self.unembed_input)
@@ -221,6 +224,16 @@ def _hook_output(
         return with_stream(output, point(x.reshape(shape)).reshape(x.shape))
 
     module.register_forward_hook(hook)
+
+
+def _hook_bias(norm: nn.Module, point: SitePoint) -> None:
+    """The point is what a norm's bias adds, at every position."""
+
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        bias = module.get_parameter("bias").expand_as(output)
+        return output + (point(bias) - bias) if point.is_hooked else None
+
+    norm.register_forward_hook(hook)
 
 
 def _hook_input(module: nn.Module, point: SitePoint) -> None:
