@@ -278,7 +278,6 @@ class _Watched:
         ]
         self.entering = [Site(i, "resid_pre") for i in range(site.layer + 1)]
         embedding = Site(0, "pos_embed")
-        # behind a norm, words and positions are one term
         apart = model.site_map.has(embedding) and not model.site_map.is_normed(embedding)
         self.positions_site = embedding if apart else None
 

@@ -19,13 +19,7 @@ from interp_ablate.models.written_parameters import Norm, norm_of
 def measure_embedding(
     hf: Any, run: Callable[[], Any], blocks: str, entering: Tensor
 ) -> dict[str, Any]:
-    """What enters the first block, as a sum of embeddings, or as norms of one: fields of an `Anatomy`.
-
-    Args:
-        run: passes fixed tokens through the model.
-        blocks: the name of the list of blocks.
-        entering: what entered the first of them in such a pass.
-    """
+    """What entered the first block in a pass, as a sum of embeddings, or norms of one: fields of an `Anatomy`."""
     word = hf.get_input_embeddings()
     outside = {
         name: module
@@ -67,21 +61,26 @@ def measure_embedding(
         problem = f"{norms[-1].path} has a bias, and is read by another norm, or run again later"
     if positions and abs(terms[positions[0]] - 1) > 1e-3:  # a sum in half precision is rounded
         problem = f"{positions[0]} is scaled on its way to the stream"
-    # some embeddings scale what they look up themselves (Gemma 3)
-    ids = next(v for v in (*word_call.args, *word_call.kwargs.values()) if isinstance(v, Tensor))
-    rows = word.weight[ids].reshape(word_call.output.shape)
-    inside = float(word_call.output.norm() / rows.norm())
-    if float((word_call.output - inside * rows).norm()) > tolerance * float(
-        word_call.output.norm()
-    ):
-        problem = f"{name_of} does more than scale the rows that it looks up"
+    inside = _inner_scale(word, word_call, tolerance)
+    if inside is None:
+        inside, problem = 1.0, f"{name_of} does more than scale the rows that it looks up"
+    scale = terms[name_of] * inside
     return {
         "embed": name_of,
-        "embed_scale": 1.0 if abs(terms[name_of] * inside - 1) < 1e-3 else terms[name_of] * inside,
+        "embed_scale": 1.0 if abs(scale - 1) < 1e-3 else scale,
         "pos_embed": positions[0] if positions else None,
         "embed_norms": tuple(norms),
         "embed_problem": problem,
     }
+
+
+def _inner_scale(word: Any, call: Recorded, tolerance: float) -> float | None:
+    """The factor by which an embedding scales the rows that it looks up (Gemma 3's); None if it does more."""
+    ids = next(v for v in (*call.args, *call.kwargs.values()) if isinstance(v, Tensor))
+    rows = word.weight[ids].reshape(call.output.shape)
+    inside = float(call.output.norm() / rows.norm())
+    beside = float((call.output - inside * rows).norm())
+    return inside if beside <= tolerance * float(call.output.norm()) else None
 
 
 def _norm_that_gave(
