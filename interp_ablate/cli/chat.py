@@ -47,6 +47,8 @@ add = adding(Chat)
 def run(args: Namespace) -> int:
     """Read lines from standard input, and print answers until it ends."""
     from interp_ablate.models.conversation import Conversation
+    from interp_ablate.models.rendering import require_room
+    from interp_ablate.prompts.prompt import Prompt
     from interp_ablate.runs.kept_plans import plan_names
 
     settings = settings_from(args, Chat)
@@ -58,6 +60,7 @@ def run(args: Namespace) -> int:
     first = settings.plan or ("chosen" if "chosen" in names else None)
     plan = named_plan(settings.run, first) if first else None
     model = load(settings, settings.model)
+    require_room(model, Prompt("Hi", settings.system), settings.max_new_tokens)
     conversation = Conversation(
         model, settings.system, settings.max_new_tokens, settings.temperature, settings.seed
     )

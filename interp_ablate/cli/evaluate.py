@@ -9,6 +9,7 @@ import sys
 import time
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,9 @@ def run(args: Namespace) -> int:
     if settings.plan:
         plan = Plan.load(settings.plan)
     measures = _measures(args, settings)
-    before = load(settings, settings.before)
+    both = [partial(load, settings, name) for name in (settings.before, settings.after)]
     same = settings.after in (None, settings.before)
-    after = before if same else load(settings, settings.after)
+    before, after = (both[0](),) * 2 if same else both
     began = time.perf_counter()
     results = evaluate(
         before,

@@ -115,8 +115,14 @@ def measure_samples(
 
     Raises:
         RowFileError: a row that cannot be used, with its line.
-        RunError: a store of other data, settings, direction or model.
+        RunError: a store of other data, settings, direction or model; own answers for which no prompt leaves room.
     """
+    room = model.tl.cfg.n_ctx - model.thinking.budget((), settings.max_new_tokens).most
+    if settings.own and room < 1:
+        raise RunError(
+            f"max_new_tokens={settings.max_new_tokens} (and a thought) leave no room for a prompt: "
+            f"{model.source.name} takes {model.tl.cfg.n_ctx} tokens"
+        )
     lines = _store(model, direction, data, Path(store), settings, layout)
     with lines.open() as done:
         parts: dict[int, dict[str, Any]] = {}

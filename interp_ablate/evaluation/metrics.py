@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from interp_ablate.errors import InterpAblateError
-from interp_ablate.evaluation.outputs import ModelOutputs
+from interp_ablate.evaluation.outputs import ModelOutputs, answered_parts
 from interp_ablate.models.thinking import has_thought
 from interp_ablate.precision import to_float64
 from interp_ablate.scoring.expressions import ExpressionScorer
@@ -207,11 +207,7 @@ def continuation_scores(
         "perplexity_after": torch.ones(n, dtype=torch.float64),
     }
     answers = [list(generation.tokens) for generation in baseline.generations]
-    # a few prompts at a time: every token's whole distribution is held for both models
-    for start in range(0, n, 8):
-        part = [i for i in range(start, min(start + 8, n)) if answers[i]]
-        if not part:
-            continue
+    for part in answered_parts(baseline.generations):
         ends, leads = [answers[i] for i in part], [baseline.generations[i].lead for i in part]
         before = baseline.answer_logprobs(part)
         after = outputs.subset(part).continuation_logprobs(ends, leads=leads)

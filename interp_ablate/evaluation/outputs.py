@@ -6,7 +6,7 @@ Knows: how outputs are computed once and shared. Does not know: what they are sc
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
@@ -168,11 +168,9 @@ class ModelOutputs:
         Raises:
             InterpAblateError: the chat format opens a thought; with the options that close it.
         """
-        model = getattr(self, "model", None)  # none: see `without_model`
-        if model is not None and any(map(model.thinking.is_opened, self.rows)):
-            raise InterpAblateError(
-                model.thinking.no_answer_next("the chat format opens a thought")
-            )
+        if self.has_model and any(map(self.model.thinking.is_opened, self.rows)):
+            why = self.model.thinking.no_answer_next("the chat format opens a thought")
+            raise InterpAblateError(why)
 
     @property
     def generations(self) -> list[Generation]:
@@ -260,21 +258,36 @@ class ModelOutputs:
             [answer.tokens for answer in answers], leads=[answer.lead for answer in answers]
         )
 
-    def without_model(self) -> ModelOutputs:
-        """The same outputs, all computed now and kept on the CPU: to compare others with when this model is gone."""
+    @property
+    def has_model(self) -> bool:
+        """False for outputs that were kept `without_model`."""
+        return "model" in vars(self)
+
+    def without_model(self, *, logprobs: bool = True) -> ModelOutputs:
+        """The same outputs, all computed now and kept on the CPU: to compare others with when this model is gone.
+
+        Args:
+            logprobs: keep log-probabilities, of the first token and along the answers; False: the answers alone.
+        """
         kept = copy.copy(self)
-        kept._first_logprobs = self.first_logprobs.cpu()
         kept._generations, kept._unedited = self.generations, None
-        answered = [i for i, generation in enumerate(self.generations) if generation.tokens]
-        logprobs = [torch.empty(0)] * len(self.rows)
-        for start in range(0, len(answered), 8):
-            part = answered[start : start + 8]
-            for i, along in zip(part, self.answer_logprobs(part)):
-                logprobs[i] = along.cpu()
-        kept._answer_logprobs = logprobs
         kept.__dict__.pop("residual_cache", None)
         del kept.model
+        if logprobs:
+            kept._first_logprobs = self.first_logprobs.cpu()
+            kept._answer_logprobs = [torch.empty(0)] * len(self.rows)
+            for part in answered_parts(self.generations):
+                for i, along in zip(part, self.answer_logprobs(part)):
+                    kept._answer_logprobs[i] = along.cpu()
         return kept
+
+
+def answered_parts(generations: Sequence[Generation]) -> Iterator[list[int]]:
+    """Indices of answers with tokens, a few at a time: every token's whole distribution is held."""
+    for start in range(0, len(generations), 8):
+        part = range(start, min(start + 8, len(generations)))
+        if answered := [i for i in part if generations[i].tokens]:
+            yield answered
 
 
 def _finite(values: Tensor, what: str) -> Tensor:

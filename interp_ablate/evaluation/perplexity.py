@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -221,18 +222,6 @@ def _tokens(model: Model, document: str) -> tuple[list[int], int, list[int] | No
     return row, max(1, extra), starts
 
 
-def same_vocabulary(one: Model, other: Model) -> bool:
-    if one is other:
-        return True
-    if (
-        one.tokenizer is None
-        or other.tokenizer is None
-        or one.tl.cfg.d_vocab != other.tl.cfg.d_vocab
-    ):
-        return False
-    return one.tokenizer.get_vocab() == other.tokenizer.get_vocab()
-
-
 def perplexity_rows(
     name: str,
     before: Sequence[WindowLoss],
@@ -276,11 +265,11 @@ def whole_documents(*sides: Sequence[WindowLoss]) -> list[list[WindowLoss]]:
     return summed
 
 
-def document_start(model: Model) -> str:
+def document_start(tokenizer: Any) -> str:
     """Say which tokens a document begins with."""
-    row = encode(Prompt("x"), model.tokenizer, template="none")
-    plain = model.tokenizer("x", add_special_tokens=False)["input_ids"]
-    tokens = model.tokenizer.convert_ids_to_tokens(row[: len(row) - len(plain)])
+    row = encode(Prompt("x"), tokenizer, template="none")
+    plain = tokenizer("x", add_special_tokens=False)["input_ids"]
+    tokens = tokenizer.convert_ids_to_tokens(row[: len(row) - len(plain)])
     if not tokens:
         return "The tokenizer puts no BOS in front of text: a document's first token is not counted"
     return f"A document begins with {' '.join(tokens)}"

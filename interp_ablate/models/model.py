@@ -253,21 +253,6 @@ class Model:
             )
         return rows
 
-    def _check_fits(self, length: int) -> None:
-        """Refuse rows with more tokens than there are positions, where positions are learned.
-
-        Raises:
-            ModelError: a row is longer.
-        """
-        fixed = (
-            self.backend == "hooked" or self._backend.hook_point(Site(0, "pos_embed")) is not None
-        )
-        if fixed and length > self.tl.cfg.n_ctx:
-            raise ModelError(
-                f"{length} tokens, and {self.source.name} has {self.tl.cfg.n_ctx} positions: give shorter "
-                "prompts, or ask for fewer new tokens"
-            )
-
     @contextmanager
     def applied(self, plan: Plan | Edit) -> Iterator[Model]:
         """Run everything inside the block under the plan, generation with a KV cache included.
@@ -328,7 +313,7 @@ class Model:
             residual_cache: what `cache_residuals` kept of these rows: blocks below the first that is
                 edited or captured are not run again.
         """
-        self._check_fits(max(map(len, rows), default=0))
+        self.site_map.check_positions(max(map(len, rows), default=0))
         sites = {Site.parse(site): read for site, read in (capture or {}).items()}
         return self._passes.stream(
             rows,
@@ -399,7 +384,7 @@ class Model:
         rows = self.encode_all(prompts)
         opened = [self.thinking.is_opened(row) for row in rows]
         budget = self.thinking.budget(opened, max_new_tokens)
-        self._check_fits(max(map(len, rows)) + budget.most - 1)
+        self.site_map.check_positions(max(map(len, rows)) + budget.most - 1)
         written = generate_tokens(self._passes, rows, decoding, budget, batch_size=batch_size)
         return [
             self.thinking.generation(*each, opened=inside) for each, inside in zip(written, opened)
@@ -439,7 +424,7 @@ class Model:
         self.site_map.first_block(item.site for item in watched)  # the model has these sites
         decoding = Decoding(max_new_tokens, temperature, seed, self.eos_token_ids)
         (row,) = self.encode_all([prompt])
-        self._check_fits(len(row) + max_new_tokens)
+        self.site_map.check_positions(len(row) + max_new_tokens)
         in_force = self.plans.in_force
         pieces = monitored_tokens(self._passes, row, watched, decoding, self.decode, in_force)
         return ((token, values[0] if single else values) for token, values in pieces)

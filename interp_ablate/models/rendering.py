@@ -1,4 +1,4 @@
-"""Rendering: the tokens that prompts become, as a fingerprint of how questions are put to a model.
+"""Rendering: the tokens that prompts become, as a fingerprint of how questions are put to a model, and their room.
 
 Knows: what of a model and of the day decides the tokens of a prompt. Does not know: what the answers are for.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from interp_ablate.errors import PromptError
 from interp_ablate.models.model import Model
@@ -29,3 +29,19 @@ def rendering(model: Model, prompts: Iterable[PromptLike] = PROBES) -> str:
         except PromptError:
             rows.append(None)
     return hashlib.sha256(json.dumps([model.chat_format.to_dict(), rows]).encode()).hexdigest()
+
+
+def require_room(
+    model: Model, prompts: PromptLike | Sequence[PromptLike], max_new_tokens: int
+) -> None:
+    """Refuse, before any work, prompts after which so many new tokens do not fit into a model's positions.
+
+    A thought counts too where the model may think, and so does the last new token: answers are read again whole.
+
+    Raises:
+        ModelError: positions are learned (or the backend is HookedTransformer), and there are fewer.
+    """
+    rows = model.encode_all(prompts)
+    opened = [model.thinking.is_opened(row) for row in rows]
+    most = model.thinking.budget(opened, max_new_tokens).most
+    model.site_map.check_positions(max(map(len, rows)) + most)

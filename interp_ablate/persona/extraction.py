@@ -19,7 +19,7 @@ from interp_ablate.directions.direction_set import Directions
 from interp_ablate.errors import DirectionError, InterpAblateError, RunError
 from interp_ablate.jobs.progress import NoProgress, Progress
 from interp_ablate.models.model import Model
-from interp_ablate.models.rendering import rendering
+from interp_ablate.models.rendering import rendering, require_room
 from interp_ablate.persona.persona import Persona, load_persona
 from interp_ablate.persona.readout import TraitReadout, fit_readout
 from interp_ablate.persona.rollouts import (
@@ -231,6 +231,7 @@ def _rollouts(
     options: dict[str, Any],
 ) -> tuple[list[Rollout], FilteredRollouts]:
     """Answers under both sides' system prompts: all of them, and those that passed the filter."""
+    require_room(model, questions.selection, settings.sampling.max_new_tokens)
     requests = rollout_requests(trait, questions.extraction, samples=settings.samples)
     path = out / "rollouts.jsonl"
     rollouts = run_rollouts(model, requests, path, sampling=settings.sampling, **options)

@@ -25,7 +25,7 @@ from interp_ablate.evaluation.metrics import chosen_logprobs, repetition
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.jobs.progress import NoProgress, Progress
 from interp_ablate.models.model import Model
-from interp_ablate.models.rendering import rendering
+from interp_ablate.models.rendering import rendering, require_room
 from interp_ablate.persona.settings import SamplingConfig
 from interp_ablate.persona.traits import Trait
 from interp_ablate.prompts.prompt import Prompt
@@ -202,9 +202,11 @@ def run_rollouts(
 
     Raises:
         RunError: `path` holds answers to other requests, of another model or sampling; see `JsonlLog`.
+        ModelError: prompts and answers do not fit into the model's positions.
         InterpAblateError: a scorer that gives something else than numbers from 0 to 100, one an answer.
     """
     listener, sampling = listener or NoProgress(), sampling or SamplingConfig()
+    require_room(model, [request.prompt for request in requests], sampling.max_new_tokens)
     store = _Store(model, requests, Path(path), sampling, replace_other)
     with store.log.open() as lines:
         store.read(lines)
@@ -279,13 +281,9 @@ class _Store:
             "plan": outer.fingerprint if len(outer) else None,
         }
         self.log = JsonlLog(
-            self.path,
-            identity,
-            kind="answer file",
-            format=FORMAT,
-            lost="its answer is written again",
+            self.path, identity, kind="answer file", format=FORMAT, lost="its answer is written again",
             replace=self.replace_other,
-        )
+        )  # fmt: skip
 
     def read(self, lines: Iterable[dict[str, Any]]) -> None:
         for place, line in enumerate(lines, 2):

@@ -282,7 +282,7 @@ class Run:
         check_model_exports(self.model, out, overwrite=True)
 
     def _check_model(self, model: Model) -> None:
-        from interp_ablate.models.rendering import rendering
+        from interp_ablate.models.rendering import rendering, require_room
         from interp_ablate.storage.provenance import versions
 
         facts = {
@@ -299,6 +299,7 @@ class Run:
             for part in (self.split.train, self.split.validation, self.split.test)
             for prompt in (*part.positive, *part.negative)
         ]
+        require_room(model, prompts, self.configuration.max_new_tokens)
         # the rendering first: it is a part of the fingerprint, and what differs is named by its closest cause
         self._made_of({"rendering": rendering(model, prompts), "model": model.fingerprint})
         contrast = self.contrast_set

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 
 from interp_ablate.cli import main as cli
 from interp_ablate.cli.main import main
@@ -134,3 +135,32 @@ def test_a_typo_is_told_also_where_something_is_missing(
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2 and meant in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["run", "search", "evaluate", "chat", "extract", "heal"])
+def test_answers_that_do_not_fit_are_refused_before_any_work(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """GPT-2 has as many positions as it learned: before, `run` failed after it had collected."""
+    model = str(tiny.folder_of(tmp_path / "gpt2", "gpt2"))
+    files = []
+    for name in ("Order", "Draw"):
+        (tmp_path / name).write_text("\n".join(f"{name} {letter}" for letter in "abcdefghijkl"))
+        files.append(str(tmp_path / name))
+    sets = ["--positive", files[0], "--negative", files[1], "--expressions", "hedging"]
+    arguments = {
+        "run": ["run", "--model", model, *sets],
+        "search": ["search", "--model", model, *sets],
+        "evaluate": ["evaluate", model, model + "/", "--prompts", files[0], "--tasks", "none"],
+        "chat": ["chat", "--model", model],
+        "extract": ["persona", "extract", "formal", "--model", model],
+        "heal": ["heal", model, "--original", model, "--make-preferences", files[0]],
+    }[command]
+    out = tmp_path / "out"
+    place = [] if command == "chat" else ["--out", str(out)]
+    assert main([*arguments, *place, "--max-new-tokens", "250"]) == 2
+    assert (
+        "has 256 positions: give shorter prompts, or ask for fewer new tokens"
+        in capsys.readouterr().err
+    )
+    assert not out.exists()

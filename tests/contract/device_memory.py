@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from tiny import N_LAYERS, folder_of, rows_of, unit
 
 from interp_ablate import Ablate, Add, ContrastSet, Plan, collect, export_checkpoint, load_model
 from interp_ablate.directions.direction import Direction
+from interp_ablate.evaluation.compare import evaluate
+from interp_ablate.evaluation.measures import EvaluationConfig
+from interp_ablate.evaluation.perplexity import Corpus
 from interp_ablate.export.lora import export_lora
 from interp_ablate.persona.persona import addition_plan
 from interp_ablate.prompts.prompt import Prompt
@@ -65,6 +69,25 @@ def test_a_certificate_takes_one_copy_and_a_block(
     assert export_checkpoint(model, plan_of(model), tmp_path / "out", prompts=prompts)["passed"]
     assert export_lora(model, plan_of(model), tmp_path / "lora", prompts=prompts)["passed"]
     assert projections.most <= N_LAYERS + 2  # a block on its way is there twice
+
+
+def test_two_models_are_compared_in_the_memory_of_one(tmp_path: Path, projections: Watch) -> None:
+    folders = [folder_of(tmp_path / str(seed), tied=False, seed=seed) for seed in (0, 1)]
+    measures = EvaluationConfig(
+        text=Corpus("text", ("A short one.", "And another one.")),
+        prompts={"words": tuple(Prompt(word) for word in WORDS)},
+        scorers=(make_scorer("lexicon:length"),),
+        max_new_tokens=5,
+        context=20,
+        stride=10,
+    )
+    loaders = [partial(load_model, folder, device="pretend:0") for folder in folders]
+    found = evaluate(*loaders, measures=measures)
+    assert (
+        projections.most <= N_LAYERS + 2 and projections.now == 0
+    )  # two copies are twice N_LAYERS
+    (kl,) = [row for row in found.rows if row.measure == "KL a token over answers"]
+    assert kl.after is not None and kl.after.value > 0
 
 
 def test_healing_takes_one_copy(tmp_path: Path, projections: Watch) -> None:

@@ -523,6 +523,9 @@ def test_screen_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     own = [*command[:-1], str(tmp_path / "own"), "--max-new-tokens", "3", "--threshold", "0"]
     assert main(own) == 0 and "adjusted" in capsys.readouterr().out
     assert json.loads((tmp_path / "own" / "screening.json").read_text())["slope"] is not None
+    long = [*command[:-1], str(tmp_path / "long"), "--max-new-tokens", "9999"]
+    assert main(long) == 2 and "no room for a prompt" in capsys.readouterr().err
+    assert not (tmp_path / "long").exists()
     assert main([*own, "--by", "difference"]) == 0 and "difference" in capsys.readouterr().out
     assert main([*command, "--no-own", "--by", "difference"]) == 2
     assert main([*command, "--no-own", "--layer", "2"]) == 2  # the persona has one layer's

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ from tokenizers import processors
 
 from interp_ablate import Ablate, Add, Direction, Plan, Prompt, Site, export_checkpoint, load_model
 from interp_ablate.cli.main import main
-from interp_ablate.errors import InterpAblateError, PlanError, RunError
+from interp_ablate.errors import InterpAblateError, ModelError, PlanError, RunError
 from interp_ablate.evaluation.compare import _task_row, evaluate
 from interp_ablate.evaluation.harness import TaskScore
 from interp_ablate.evaluation.measures import EvaluationConfig, read_prompts
@@ -256,6 +257,33 @@ def test_a_plan_as_hooks_and_the_exported_checkpoint_give_the_same_numbers(tmp_p
     assert named(hooked, "perplexity a token").difference.value != 0  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_models_that_are_loaded_one_after_the_other_give_the_same_table(
+    tmp_path: Path, dtype: str
+) -> None:
+    both = [tiny.folder_of(tmp_path / str(seed), seed=seed) for seed in (0, 4)]
+    loaders = [partial(load_model, folder, dtype=dtype) for folder in both]
+    plan, told = plan_of(loaders[1]()), list[str]()
+    apart = evaluate(*loaders, plan=plan, measures=SMALL, out=tmp_path / "out", on_part=told.append)
+    together = evaluate(*(load() for load in loaders), plan=plan, measures=SMALL)
+    assert apart == together
+    assert [part for part in told if "after" in part] == [
+        "text, after", "answers to short, after", "vowels of the answers to short, after"
+    ]  # fmt: skip
+    # killed when the second is measured: what the first has is read, and what is compared with it made again
+    log = tmp_path / "out" / "measured.jsonl"
+    header, *lines = log.read_text().splitlines(True)
+    log.write_text(header + "".join(line for line in lines if "before" in line))
+    again: list[str] = []
+    resumed = evaluate(
+        *loaders, plan=plan, measures=SMALL, out=tmp_path / "out", on_part=again.append
+    )
+    assert resumed == together and not [part for part in again if "before" in part]
+    assert evaluate(loaders[1], plan=plan, measures=SMALL) == evaluate(
+        loaders[1](), plan=plan, measures=SMALL
+    )
+
+
 def test_kl_is_that_of_plain_transformers() -> None:
     hf, other = tiny.tiny()[0], tiny.tiny(seed=4)[0]
     before, after = tiny.shared(), tiny.shared(seed=4)
@@ -325,7 +353,7 @@ def test_logits_with_nan_are_an_error() -> None:
             evaluate(tiny.shared(), broken, measures=measures)
 
 
-def test_what_is_refused() -> None:
+def test_what_is_refused(tmp_path: Path) -> None:
     model = tiny.shared()
     with pytest.raises(RunError, match="nothing to compare"):
         evaluate(model)
@@ -340,7 +368,14 @@ def test_what_is_refused() -> None:
             vector=torch.eye(64)[0], site=Site(0, "resid_post"), norm=1.0, method="test"
         )
         plan = Plan(Ablate(wide, [Site(0, "resid_post")]))
-        evaluate(model, plan=plan, measures=EvaluationConfig(text=TEXT, prompts={}))
+        evaluate(
+            model, plan=plan, measures=EvaluationConfig(text=TEXT, prompts={}), out=tmp_path / "out"
+        )
+    with pytest.raises(ModelError, match="has 256 positions"):
+        gpt2 = tiny.make("gpt2")
+        long = EvaluationConfig(text=TEXT, prompts=PROMPTS, max_new_tokens=250)
+        evaluate(model, gpt2, measures=long, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # ---- the folder ----------------------------------------------------------------------------------

@@ -491,10 +491,15 @@ def greedy(
 
 
 def folder_of(
-    place: Path, kind: str = "llama_gqa", *, tied: bool = True, dtype: str = "float32"
+    place: Path,
+    kind: str = "llama_gqa",
+    *,
+    tied: bool = True,
+    dtype: str = "float32",
+    seed: int = 0,
 ) -> Path:
     """A sharded Hugging Face folder of a tiny model, with its tokenizer."""
-    hf, tokenizer = tiny(kind, tied=tied)
+    hf, tokenizer = tiny(kind, tied=tied, seed=seed)
     hf.to(getattr(torch, dtype)).save_pretrained(place, max_shard_size="40KB")
     tokenizer.save_pretrained(place)
     return place

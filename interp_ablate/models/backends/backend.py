@@ -207,6 +207,19 @@ class SiteMap:
         """True if the model has the site."""
         return site.layer < self.n_layers and self._backend.hook_point(site) is not None
 
+    def check_positions(self, length: int) -> None:
+        """Refuse rows with more tokens than there are positions, where positions are learned.
+
+        Raises:
+            ModelError: a row is longer.
+        """
+        fixed = self._backend.name == "hooked" or self.has(Site(0, "pos_embed"))
+        if fixed and length > self._backend.tl.cfg.n_ctx:
+            raise ModelError(
+                f"{length} tokens, and {self._model_name} has {self._backend.tl.cfg.n_ctx} positions: give "
+                "shorter prompts, or ask for fewer new tokens"
+            )
+
     def projection(self, site: Site) -> tuple[nn.Module, Float[Tensor, "d_model in"]] | None:
         """See `Backend.projection`; None for a site that the model lacks too."""
         return self._backend.projection(site) if self.has(site) else None
