@@ -15,6 +15,7 @@ from .discriminants import lda as lda
 from .discriminants import logistic as logistic
 from .estimators import ESTIMATORS as ESTIMATORS
 from .estimators import comparison as comparison
+from .estimators import control_separations as control_separations
 from .estimators import estimate_with as estimate_with
 from .foreign_files import read_directions as read_directions
 from .leace_eraser import Eraser as Eraser

@@ -24,6 +24,7 @@ from interp_ablate.directions.mean_difference import (
     difference_in_means,
     directions_at,
     labels_of,
+    shuffled_labels,
     signed_direction,
     with_separation,
 )
@@ -36,6 +37,16 @@ if TYPE_CHECKING:
     import pandas as pd
 
 GROUP = "interp_ablate.estimators"
+CONTROL_COLUMNS = (
+    "layer",
+    "point",
+    "position",
+    "control",
+    "auc",
+    "d_prime",
+    "positive",
+    "negative",
+)
 
 
 class Estimator(Protocol):
@@ -154,6 +165,43 @@ def comparison(
         rows.append(row)
     columns = ["estimator", "auc", "d_prime", "cosine", "norm", "left_out"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def control_separations(
+    train: HasActivations,
+    held_out: HasActivations,
+    directions: Iterable[Direction],
+    *,
+    count: int = 20,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """How well directions of shuffled training labels separate the held-out prompts, at every place of `directions`.
+
+    A row a place and shuffle: layer, point, position, control (its number), auc, d_prime, and the held-out prompts
+    of each set. Every shuffle leaves both sides the same share of positives (`shuffled_labels`), so what such a
+    direction separates comes from the spread of the activations and not from the concept.
+
+    Raises:
+        DirectionError: activations without labels, with NaN or of another d_model.
+    """
+    import pandas as pd
+
+    labels, held_labels = labels_of(train), labels_of(held_out)
+    sides = {"positive": int(held_labels.sum()), "negative": int((~held_labels).sum())}
+    shuffles = [shuffled_labels(labels, seed=1000 * seed + i) for i in range(count)]
+    rows: list[dict[str, Any]] = []
+    for site, position in dict.fromkeys((item.site, item.position) for item in directions):
+        values, held = train.at(site, position), held_out.at(site, position)
+        place = {"layer": site.layer, "point": site.point, "position": position}
+        for i, shuffled in enumerate(shuffles):
+            item = difference_in_means(values[shuffled], values[~shuffled], site, position=position)
+            if item is not None:
+                found = with_separation(item, held, held_labels).separation
+                assert found is not None
+                rows.append(
+                    {**place, "control": i, "auc": found.auc, "d_prime": found.d_prime, **sides}
+                )
+    return pd.DataFrame(rows, columns=list(CONTROL_COLUMNS))
 
 
 def _side_by_side(

@@ -18,8 +18,9 @@ from interp_ablate.plots.run_charts import (
     separation_chart,
     trials_chart,
 )
-from interp_ablate.plots.run_tables import read_projections
+from interp_ablate.plots.run_tables import read_choice, read_controls, read_projections
 from interp_ablate.plots.svg_charts import Mark, marks_svg
+from interp_ablate.plots.trials import is_comparable
 from interp_ablate.runs.kept_plans import plan_names
 from interp_ablate.runs.report_claims import number
 from interp_ablate.search.trial_table import read_trials
@@ -55,9 +56,9 @@ def page_of(session: ExplorerSession) -> str:
         first=best_direction(session.directions),
         plans=plan_names(session.folder),
         projections=None if frame is None else projections_chart(held_out(frame)),
-        separation=separation_chart(session.directions),
+        separation=separation_chart(session.directions, _controls(session)),
         cosines=cosines_chart(session.directions),
-        trials_chart=None if trials is None else trials_chart(trials, _chosen(session)),
+        trials_chart=None if trials is None else _trials_chart(session, trials),
         trials=None if trials is None else _trials_table(trials),
     )
 
@@ -121,7 +122,11 @@ def _histogram(rows: pd.DataFrame) -> Html:
     alt = "Counts of prompts by projection. Means: " + ", ".join(
         f"{label} {mean:.3g}" for label, mean in means.items()
     )
-    return marks_svg(marks, alt=alt + ".", xlabel="projection", ylabel="prompts", lines=True)
+    n = " + ".join(f"{count} {label}" for label, count in rows["label"].value_counts().items())
+    return marks_svg(
+        marks, alt=alt + ".", xlabel="projection (units of the stream)", ylabel="prompts", lines=True,
+        caption=f"n = {n} prompts.",
+    )  # fmt: skip
 
 
 def _projections(session: ExplorerSession) -> pd.DataFrame | None:
@@ -135,11 +140,15 @@ def _trials(session: ExplorerSession) -> pd.DataFrame | None:
     return read_trials(run.out / "trials.csv")
 
 
-def _chosen(session: ExplorerSession) -> Any:
-    from interp_ablate.storage.tables import read_json
+def _controls(session: ExplorerSession) -> pd.DataFrame | None:
+    return read_controls(session.run.out) if session.run is not None else None
 
-    selected = read_json(session.folder / "selected.json") or {}
-    return (selected.get("trial") or {}).get("trial")
+
+def _trials_chart(session: ExplorerSession, trials: pd.DataFrame) -> Html | None:
+    if session.run is None or not is_comparable(trials):
+        return None
+    choice = read_choice(session.run.out)
+    return trials_chart(trials, choice.trial.get("trial"), n=choice.n, max_kl=choice.max_kl)
 
 
 def _trials_table(trials: pd.DataFrame) -> dict[str, Any]:

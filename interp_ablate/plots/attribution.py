@@ -37,6 +37,10 @@ def _value_column(frame: pd.DataFrame) -> str:
     )
 
 
+def _n(frame: pd.DataFrame) -> str:
+    return f"n = {int(frame['n'].max())} prompts" if "n" in frame else "n = 1 token"
+
+
 def attribution_bars(frame: pd.DataFrame, ax: Axes | None = None, *, top: int = 20) -> Axes:
     """The terms that write most along a direction, the largest first, with 95% intervals where there are some.
 
@@ -59,11 +63,10 @@ def attribution_bars(frame: pd.DataFrame, ax: Axes | None = None, *, top: int = 
     style.set_row_axis(ax, [str(term) for term in rows["term"]])
     ax.axvline(0, color=style.INK, linewidth=0.8)
     rest = float(frame[name].sum() - rows[name].sum())
-    n = f", n = {int(rows['n'].iloc[0])} prompts" if "n" in rows else ""
     style.finish_axes(
         ax,
         f"What writes the direction: the {len(rows)} largest of {len(frame)} terms",
-        f"sum of all terms {frame[name].sum():.3g}, of those not shown {rest:.3g}{n}",
+        f"{_n(frame)}; sum of all terms {frame[name].sum():.3g}, of those not shown {rest:.3g}",
         f"{'difference of the means' if name == 'difference' else name} along the direction (units of the stream)",
         "",
         grid="x",
@@ -116,7 +119,7 @@ def attribution_map(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     style.finish_axes(
         ax,
         "What writes the direction, by layer and head",
-        "blank: no such head" if np.isnan(values).any() else f"{n_layers} layers",
+        _n(rows) + ("; blank: no such head" if np.isnan(values).any() else f"; {n_layers} layers"),
         "head; the whole MLP last",
         "layer",
         grid="",
@@ -132,6 +135,8 @@ def next_token_effects(
 ) -> Axes:
     """The effect of ablating and of adding each layer's direction, one line an edit and point, with intervals.
 
+    resid_pre of a layer, which is resid_post of the layer before, is drawn as that, once.
+
     `value`: log_odds_change or kl.
 
     Raises:
@@ -140,8 +145,9 @@ def next_token_effects(
     ax = style.axes_or_new(ax, height=3.6)
     style.require_columns(frame, EFFECT_COLUMNS, "effects by layer")
     style.require_rows(frame, "effects by layer")
+    frame = style.distinct_rows(frame)
     names = {
-        "log_odds_change": "change of the target tokens' log-odds",
+        "log_odds_change": "change of the target\ntokens' log-odds",
         "kl": "KL, next token (nats)",
     }
     if value not in names:
@@ -171,7 +177,8 @@ def next_token_effects(
     style.finish_axes(
         ax,
         "Effect of each layer's direction on the next token",
-        f"ablated at all writers on positive prompts, added at its site on negative ones; n = {int(frame['n'].min())}",
+        f"n = {int(frame['n'].min())} prompts a side; ablated at all writers on positive ones, added at its site on "
+        "negative ones; bands: 95% intervals",
         "layer",
         names[value],
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 import pandas as pd
 
+from interp_ablate.directions.estimators import CONTROL_COLUMNS
 from interp_ablate.errors import RunError
 from interp_ablate.plots import style
 
@@ -26,6 +27,7 @@ _NEEDED = tuple(column for column in PROJECTION_COLUMNS if column != "split")
 SIDES = ("negative", "positive")
 BESIDE_COLUMNS = ("first", "second", "cosine", "null_low", "null_high")
 _MOST_PAIRS = 40
+MOST_DOTS = 40  # prompts a side and layer; a density of fewer would be mostly its bandwidth
 
 
 def held_out_rows(frame: pd.DataFrame) -> pd.DataFrame:
@@ -35,9 +37,9 @@ def held_out_rows(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def projections(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Both labels' projections at every layer of one point, as pairs of half violins with medians.
+    """Both labels' projections at every layer of one point: a dot a prompt, the quartiles, and the median as a bar.
 
-    The stream grows with depth, so each layer's values are centred between the two label means and
+    More than 40 prompts a side are drawn as half violins instead. The stream grows with depth, so each layer's values are centred between the two label means and
     divided by that layer's pooled standard deviation within the labels: a pair's gap is its d'.
     The validation split is drawn; where a frame has none, whatever split it has, and the caption
     says which. Non-finite values are left out.
@@ -64,12 +66,11 @@ def projections(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     for layer in layers:
         groups = standardised_projections(rows[rows["layer"] == layer])
         for values, colour, side in zip(groups, (style.NEGATIVE, style.POSITIVE), (-1, 1)):
-            _half_violin(ax, float(layer), values, colour, side * half_width)
+            few = len(values) <= MOST_DOTS
+            (_dots if few else _half_violin)(ax, float(layer), values, colour, side * half_width)
         everything += list(groups)
     cut = _limit_outliers(ax, np.concatenate(everything))
-    counts = [int((rows[rows["layer"] == layers[0]]["label"] == name).sum()) for name in SIDES]
-    splits = " + ".join(sorted(map(str, rows["split"].unique())))
-    caption = f"{splits} split, {counts[1]} positive + {counts[0]} negative prompts a layer"
+    caption = _caption_of_projections(rows[rows["layer"] == layers[0]])
     style.finish_axes(
         ax,
         f"Projections at {rows['point'].iloc[0]}, on each layer's own direction",
@@ -84,9 +85,25 @@ def projections(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
         style.colour_patch(style.NEGATIVE, "negative"),
     ]
     style.add_legend(
-        ax, handles, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderpad=0.1
+        ax,
+        handles,
+        loc="lower right",
+        bbox_to_anchor=(1.0, 1.0),
+        ncols=2,
+        borderpad=0.1,
+        borderaxespad=1.8,
     )
     return ax
+
+
+def _caption_of_projections(rows: pd.DataFrame) -> str:
+    """Split and n of one layer's rows, and what is shaded."""
+    splits = " + ".join(sorted(map(str, rows["split"].unique())))
+    counts = [int((rows["label"] == name).sum()) for name in SIDES]
+    shaded = "" if max(counts) > MOST_DOTS else "; shaded: quartiles"
+    return (
+        f"{splits} split, n = {counts[1]} positive + {counts[0]} negative prompts a layer{shaded}"
+    )
 
 
 def _of_one_method(directions: Iterable[Direction], what: str) -> list[Direction]:
@@ -105,13 +122,28 @@ def _of_one_method(directions: Iterable[Direction], what: str) -> list[Direction
     return items
 
 
+def distinct_directions(directions: Iterable[Direction]) -> list[Direction]:
+    """The directions without those at resid_pre of a layer that have their like at resid_post of the layer before."""
+    items = list(directions)
+    drawn = style.drawn_places((d.site.layer, d.site.point, d.position) for d in items)
+    return [d for d in items if drawn[d.site.layer, d.site.point, d.position] is not None]
+
+
 def separation_by_layer(
-    directions: Iterable[Direction], ax: Axes | None = None, *, measure: Measure = "d_prime"
+    directions: Iterable[Direction],
+    ax: Axes | None = None,
+    *,
+    measure: Measure = "d_prime",
+    controls: pd.DataFrame | None = None,
 ) -> Axes:
     """Separation of held-out prompts by each site's direction, by layer, one line a site kind.
 
-    Several positions differ by the line's dashes. Directions without a separation, or with
-    an infinite one, leave a gap.
+    resid_pre of a layer, which is resid_post of the layer before, is drawn as that, once. Several positions differ
+    by the line's dashes. Directions without a separation, or with an infinite one, leave a gap.
+
+    Args:
+        controls: the separations by directions of shuffled labels (`CONTROL_COLUMNS`): a band from their lowest to
+            their highest at each layer, over all that is drawn of it.
 
     Raises:
         RunError: no direction has a separation, an unknown measure, or directions of several estimators.
@@ -119,16 +151,13 @@ def separation_by_layer(
     ax = style.axes_or_new(ax, height=3.6)
     if measure not in get_args(Measure):
         raise RunError(f"unknown measure {measure!r}: accepted are {', '.join(get_args(Measure))}")
-    lines: dict[tuple[str, str], dict[int, float]] = {}
-    for item in _of_one_method(directions, "separation_by_layer()"):
-        if item.separation is not None:
-            line = lines.setdefault((item.site.point, item.position), {})
-            value = getattr(item.separation, measure)
-            line[item.site.layer] = value if np.isfinite(value) else np.nan
-    if not lines:
-        raise RunError(
-            "no direction has a separation: run `interp-ablate directions` with held-out prompts"
-        )
+    lines = _lines(_of_one_method(directions, "separation_by_layer()"), measure)
+    layers = {layer for line in lines.values() for layer in line}
+    caption = f"{sum(map(len, lines.values()))} directions"
+    if controls is None or controls.empty:
+        caption = f"n = {caption}"
+    else:
+        caption += _control_band(ax, controls, measure, layers)
     positions = sorted({position for _, position in lines}, key=style.position_key)
     for point, position in sorted(lines, key=lambda key: (style.point_order(key[0]), key[1])):
         line = lines[point, position]
@@ -145,24 +174,78 @@ def separation_by_layer(
         )
     chance, ylabel = {
         "d_prime": (0.0, "d′ (gap of the means\nin pooled SDs)"),
-        "auc": (0.5, "AUC (chance = 0.5)"),
+        "auc": (0.5, "AUC (share of pairs,\nchance = 0.5)"),
     }[measure]
     ax.axhline(chance, color=style.CONTROL, linewidth=0.9, linestyle=(0, (4, 3)))
-    count = sum(len(line) for line in lines.values())
     style.finish_axes(
         ax,
         f"Separation of held-out prompts by layer ({'AUC' if measure == 'auc' else 'd′'})",
-        f"{count} directions; dashed line: no separation",
+        f"{caption}; dashed line: no separation",
         "layer",
         ylabel,
     )
-    style.set_layer_axis(ax, [layer for line in lines.values() for layer in line])
+    style.set_layer_axis(ax, layers)
     style.add_legend(ax, loc="best", ncols=1 if len(lines) <= 3 else 2)
     return ax
 
 
+def _lines(
+    directions: list[Direction], measure: Measure
+) -> dict[tuple[str, str], dict[int, float]]:
+    """For each point and position the separation by layer, each place of the stream once.
+
+    Raises:
+        RunError: no direction has a separation.
+    """
+    measured = {
+        (item.site.layer, item.site.point, item.position): getattr(item.separation, measure)
+        for item in directions
+        if item.separation is not None
+    }
+    if not measured:
+        raise RunError(
+            "no direction has a separation: run `interp-ablate directions` with held-out prompts"
+        )
+    drawn = style.drawn_places(measured)
+    lines: dict[tuple[str, str], dict[int, float]] = {}
+    for key, value in measured.items():
+        if (place := drawn[key]) is not None:
+            line = lines.setdefault(place[1:], {})
+            line[place[0]] = value if np.isfinite(value) else np.nan
+    return lines
+
+
+def control_ends(controls: pd.DataFrame, measure: Measure, layers: Iterable[int]) -> pd.DataFrame:
+    """The lowest (`min`) and highest (`max`) value of the controls at each of these layers.
+
+    Raises:
+        RunError: a missing column.
+    """
+    style.require_columns(controls, CONTROL_COLUMNS, "controls of the separation")
+    rows = style.distinct_rows(controls)
+    rows = rows[rows["layer"].isin(set(layers)) & np.isfinite(rows[measure])]
+    return rows.groupby("layer")[measure].agg(["min", "max"])
+
+
+def _control_band(ax: Axes, controls: pd.DataFrame, measure: Measure, layers: set[int]) -> str:
+    """The controls' lowest and highest value at each layer; what the caption says of them."""
+    ends = control_ends(controls, measure, layers)
+    count = controls["control"].nunique()
+    ax.fill_between(
+        ends.index, ends["min"], ends["max"], color=style.CONTROL, alpha=0.22, linewidth=0,
+        label=f"{count} shuffles of the labels",
+    )  # fmt: skip
+    sides = [int(controls[name].max()) for name in ("positive", "negative")]
+    return (
+        f" on n = {sides[0]} positive + {sides[1]} negative prompts; grey: {count} directions of shuffled labels, "
+        "lowest to highest"
+    )
+
+
 def cosine_similarity(directions: Iterable[Direction], ax: Axes | None = None) -> Axes:
     """Cosine of every pair of directions, sites in forward order; several positions make blocks.
+
+    resid_pre of a layer, which is resid_post of the layer before, is left out where that is there.
 
     Raises:
         RunError: no directions, or those of several estimators.
@@ -170,10 +253,8 @@ def cosine_similarity(directions: Iterable[Direction], ax: Axes | None = None) -
     ax = style.axes_or_new(ax, height=6.6)
     from interp_ablate.directions.direction import cosine_similarities
 
-    items = sorted(
-        _of_one_method(directions, "cosine_similarity()"),
-        key=lambda item: (style.position_key(item.position), item.site.order),
-    )
+    items = distinct_directions(_of_one_method(directions, "cosine_similarity()"))
+    items.sort(key=lambda item: (style.position_key(item.position), item.site.order))
     if not items:
         raise RunError("no directions to compare: run `interp-ablate directions` first")
     matrix = cosine_similarities(items).numpy()
@@ -201,7 +282,7 @@ def cosine_similarity(directions: Iterable[Direction], ax: Axes | None = None) -
     style.finish_axes(
         ax,
         "Cosine similarity of the directions",
-        f"{len(items)} sites in forward order; within a layer: {order}",
+        f"n = {len(items)} sites in forward order; within a layer: {order}",
         "layer",
         "layer",
         grid="",
@@ -251,7 +332,7 @@ def cosines_beside(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     shown = f"{len(rows)} of {len(frame)} pairs" if len(rows) < len(frame) else f"{len(rows)} pairs"
     bands = "grey: the middle 95% with shuffled labels" if half.notna().any() else "no band"
     title = f"Cosines with {rows['first'].iloc[0]}" if one else "Cosines of directions"
-    style.finish_axes(ax, title, f"{shown}; {bands}", "cosine", "", grid="x")
+    style.finish_axes(ax, title, f"n = {shown}; {bands}", "cosine", "", grid="x")
     return ax
 
 
@@ -270,6 +351,24 @@ def standardised_projections(rows: pd.DataFrame) -> list[np.ndarray]:
     # Constant within each label: one unit apart is all that can be said.
     scale = spread or max(abs(group.mean() - centre) for group in filled) or 1.0
     return [(group - centre) / scale for group in groups]
+
+
+def _dots(ax: Axes, x: float, values: np.ndarray, colour: str, width: float) -> None:
+    """Each value to one side of x, spread so that neighbours are told apart; quartiles shaded, the median as a bar."""
+    if not len(values):
+        return
+    low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
+    ax.fill_between([x, x + width], low, high, color=colour, alpha=0.22, linewidth=0)
+    spread = 0.1 + 0.8 * (np.arange(len(values)) * 0.618034 % 1)  # evenly, whatever their number
+    ax.scatter(
+        x + width * spread[np.argsort(np.argsort(values))],
+        values,
+        s=5,
+        color=colour,
+        alpha=0.6,
+        linewidths=0,
+    )
+    ax.plot([x, x + width], [median, median], color=colour, linewidth=1.8, solid_capstyle="butt")
 
 
 def _half_violin(ax: Axes, x: float, values: np.ndarray, colour: str, width: float) -> None:

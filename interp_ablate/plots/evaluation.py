@@ -42,7 +42,7 @@ def evaluation_shares(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.plot([], [], "o", color=colour, label=key)
     style.set_row_axis(ax, _names(rows))
     ax.set_xlim(-0.03, 1.03)
-    caption = "filled where the 95% interval of the difference excludes 0"
+    caption = f"{_n(rows)}; filled where the 95% interval of the difference excludes 0"
     xlabel = "share of prompts, of 3-grams or of items"
     style.finish_axes(ax, "Shares before and after", caption, xlabel, "", grid="x")
     style.add_legend(ax, loc="best")
@@ -63,7 +63,7 @@ def evaluation_changes(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     style.set_row_axis(ax, _names(rows))
     low, high = ax.get_xlim()
     ax.set_xlim(low, high + 0.22 * (high - low))  # room for the numbers
-    caption = "intervals of the paired differences, over the value before"
+    caption = f"{_n(rows)}; 95% intervals of the paired differences, over the value before"
     xlabel = "after / before - 1, percent"
     style.finish_axes(ax, "Change of what has a scale of its own", caption, xlabel, "", grid="x")
     return ax
@@ -78,7 +78,10 @@ def evaluation_divergences(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
         style.whisker(ax, place, row["after"], interval, style.POSITIVE, text=f"{row['after']:.3f}")
     style.set_row_axis(ax, _names(rows))
     ax.set_xlim(left=min(0.0, ax.get_xlim()[0]), right=ax.get_xlim()[1] * 1.08)
-    caption, xlabel = "0: the two answer alike", "KL to the first model, nats"
+    caption, xlabel = (
+        f"{_n(rows)}; 95% intervals; 0: the two answer alike",
+        "KL to the first model, nats",
+    )
     style.finish_axes(ax, "Divergence", caption, xlabel, "", grid="x")
     return ax
 
@@ -123,7 +126,18 @@ def _rows_with_units(frame: pd.DataFrame, units: tuple[str, ...]) -> pd.DataFram
 
 
 def _names(rows: pd.DataFrame) -> list[str]:
-    return [f"{row['on']}: {row['measure']}" for row in rows.to_dict("records")]
+    """What each row is of; with its n where they differ (`_n`)."""
+    several = rows["n"].nunique() > 1
+    return [
+        f"{row['on']}: {row['measure']}"
+        + (f" ({row['n']:g})" if several and row["n"] == row["n"] else "")
+        for row in rows.to_dict("records")
+    ]
+
+
+def _n(rows: pd.DataFrame) -> str:
+    counts = sorted(set(rows["n"].dropna()))
+    return f"n = {counts[0]:g}" if len(counts) == 1 else "n in brackets" if counts else "n unknown"
 
 
 _RATES: tuple[tuple[str, str, str], ...] = (
@@ -154,7 +168,11 @@ def before_after(test: Mapping[str, Any], ax: Axes | None = None) -> Axes:
     ax.set_xlim(-0.03, 1.09)
     ax.set_xticks(np.linspace(0, 1, 6))
     drawn = any(interval for _, _, interval, _ in rows)
-    caption = "test split; " + ("whiskers: 95% intervals" if drawn else "no intervals given")
+    counts = test.get("n") or {}
+    n = " + ".join(f"{counts[side]} {side}" for side in ("positive", "negative") if side in counts)
+    caption = f"test split, n = {n or 'unknown'} prompts; " + (
+        "whiskers: 95% intervals" if drawn else "no intervals given"
+    )
     title, xlabel = "How often answers express the behaviour", "share of generated answers"
     style.finish_axes(ax, title, caption, xlabel, "", grid="x")
     return ax
@@ -205,7 +223,12 @@ _TRAIT = {
         "on the trait's vector, in its lengths",
     ),
 }
-_MODELS = {"original": style.CONTROL, "edited": style.POSITIVE, "healed": style.NEGATIVE}
+_MODELS = {"original": style.CONTROL, "edited": style.NEGATIVE, "healed": "#009E73"}
+_VERDICTS = {
+    -1: (", better", "#009E73"),
+    0: (", no clear change", "#009E73"),
+    1: (", worse", style.POSITIVE),
+}
 _COSTS = {
     "behaviour": ("Behaviour, held-out requests", "share of answers"),
     "kl_first_token": ("KL to the original, first token", "nats"),
@@ -214,9 +237,13 @@ _COSTS = {
 
 
 def _whiskers(
-    rows: Sequence[tuple[str, Mapping[str, Any], str]], ax: Axes, *, digits: int = 2
+    rows: Sequence[tuple[str, Mapping[str, Any], str]],
+    ax: Axes,
+    *,
+    digits: int = 2,
+    notes: Mapping[str, str] | None = None,
 ) -> None:
-    """A dot and its interval a row, from the top: (label, {"mean", "interval"}, colour).
+    """A dot and its interval a row, from the top: (label, {"mean", "interval"}, colour); behind it a note by label.
 
     Raises:
         RunError: no row has a mean.
@@ -225,7 +252,7 @@ def _whiskers(
     if not rows:
         raise RunError("there is no mean to draw: every value is missing")
     for place, (_, value, colour) in enumerate(rows):
-        text = f"{value['mean']:.{digits}f}"
+        text = f"{value['mean']:.{digits}f}{(notes or {}).get(rows[place][0], '')}"
         style.whisker(ax, place, value["mean"], value["interval"], colour, text=text)
     style.set_row_axis(ax, [label for label, *_ in rows])
     ax.margins(x=0.22)
@@ -251,7 +278,7 @@ def trait_after_training(
     _whiskers(rows, ax, digits=0 if measure == "score" else 2)
     title, xlabel = _TRAIT[measure]
     n = max(value["n"] for _, value, _ in rows)
-    style.finish_axes(ax, title, f"{n} held-out questions, 95% intervals", xlabel, "", grid="x")
+    style.finish_axes(ax, title, f"n = {n} held-out questions, 95% intervals", xlabel, "", grid="x")
     return ax
 
 
@@ -259,6 +286,9 @@ def recovery_cost(
     report: Mapping[str, Any], ax: Axes | None = None, *, measure: str = "kl_continuation"
 ) -> Axes:
     """One number of the original, the edited and the healed model, with intervals.
+
+    The healed model's is called worse or better, and coloured so, where the 95% interval of the paired difference
+    from the edited model excludes 0: a KL is worse higher, a behaviour where it goes back towards the original.
 
     Raises:
         RunError: an unknown measure; a report without measurements.
@@ -275,14 +305,34 @@ def recovery_cost(
     ]
     if not rows:
         raise RunError(f"the report has no {measure}: heal with --original")
-    _whiskers(rows, ax, digits=2 if measure == "behaviour" else 3)
+    verdict = _verdict(report, measure)
+    word, colour = _VERDICTS[verdict or 0]
+    rows = [(name, value, colour if name == "healed" else own) for name, value, own in rows]
+    notes = {} if verdict is None else {"healed": word}
+    _whiskers(rows, ax, digits=2 if measure == "behaviour" else 3, notes=notes)
     title, xlabel = _COSTS[measure]
-    style.finish_axes(ax, title, f"{rows[0][1]['n']} prompts, 95% intervals", xlabel, "", grid="x")
+    caption = f"n = {rows[0][1]['n']} prompts, 95% intervals"
+    style.finish_axes(ax, title, caption, xlabel, "", grid="x")
     if measure == "behaviour":
         ax.set_xlim(-0.05, 1.12)
     else:
         ax.set_xlim(left=0)
     return ax
+
+
+def _verdict(report: Mapping[str, Any], measure: str) -> int | None:
+    """1 where healing made a measure worse, -1 where better, 0 where neither is clear; None: not known."""
+    interval = ((report.get("healed_minus_edited") or {}).get(measure) or {}).get("interval")
+    if not interval or any(end is None for end in interval):
+        return None
+    change = 1 if interval[0] > 0 else -1 if interval[1] < 0 else 0
+    if measure != "behaviour":
+        return change
+    means = [(report["measured"].get(name) or {}).get(measure) for name in ("original", "edited")]
+    if any(value is None or value["mean"] is None for value in means):
+        return None
+    original, edited = (value["mean"] for value in means)  # type: ignore[index]
+    return change if original >= edited else -change
 
 
 def save_trait(report: Mapping[str, Any], path: str | Path) -> Path:

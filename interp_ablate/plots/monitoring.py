@@ -70,7 +70,7 @@ def monitoring_scatter(monitoring: Monitoring, ax: Axes | None = None) -> Axes:
     style.finish_axes(
         ax,
         f"Before the first word: projection on '{trait}' against the answer's score",
-        f"{len(rows)} answers under {len(levels)} system prompts (large: their means){missing}",
+        f"n = {len(rows)} answers under {len(levels)} system prompts (large: their means){missing}",
         f"projection of the last prompt token at {monitoring.details.get('site', 'the site')}",
         "score of the answer (0 to 100)",
     )
@@ -169,7 +169,7 @@ def token_strip(
     ax.set_xlim(0, _WIDTH_IN_CHARACTERS)
     ax.set_ylim(-line - 0.6, 0.6)
     values = np.array([projection for _, projection in readings])
-    caption = f"{len(values)} tokens, mean projection {values.mean():+.2f}"
+    caption = f"n = {len(values)} tokens, mean projection {values.mean():+.2f}"
     style.finish_axes(ax, title, caption, "", "", grid="")
     ax.set_axis_off()
     return ax
@@ -263,7 +263,7 @@ def screening_histogram(
         ax,
         f"Training samples by {by if by != 'adjusted' else 'adjusted projection'}"
         + (f": {trait!r}" if trait else ""),
-        f"{len(array)} samples, {above} of them above the threshold {threshold:.3g}"
+        f"n = {len(array)} samples, {above} of them above the threshold {threshold:.3g}"
         + (f"; {lost} without a value left out" if lost else ""),
         _MEASURES.get(by, by),
         "samples",

@@ -20,7 +20,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Value = Literal["score", "coherence"]
-_LAYER_COLUMNS = ("layer", "coefficient", "score", "score_low", "score_high", "coherence", "chosen")
+_LAYER_COLUMNS = (
+    "layer",
+    "coefficient",
+    "score",
+    "score_low",
+    "score_high",
+    "coherence",
+    "questions",
+    "chosen",
+)
 _READOUT_COLUMNS = ("layer", "r", "r_low", "r_high", "answers", "questions", "chosen")
 _CURVE_COLUMNS = (
     "condition", "coefficient", "score", "score_low", "score_high", "coherence", "coherence_low",
@@ -67,7 +76,7 @@ def steering_by_layer(
     style.finish_axes(
         ax,
         f"Steering towards {trait!r} by layer",
-        f"questions that made no vector; bands: 95% intervals; hollow: coherence below {min_coherence:g}",
+        f"n = {rows['questions'].max():.0f} questions that made no vector; bands: 95% intervals; hollow: coherence below {min_coherence:g}",
         "layer (resid_post)",
         "trait score of the answers\n(0 to 100)",
     )
@@ -121,7 +130,7 @@ def readout_by_layer(frame: pd.DataFrame, ax: Axes | None = None, *, trait: str 
     style.finish_axes(
         ax,
         f"Reading {trait!r} off answers by layer",
-        f"{first['answers']:.0f} answers, each read by what the other {first['questions'] - 1:.0f} questions "
+        f"n = {first['answers']:.0f} answers, each read by what the other {first['questions'] - 1:.0f} questions "
         "made; band: 95% interval",
         "layer (resid_post)",
         "Pearson's r of projection\nand score",
@@ -180,7 +189,7 @@ def steering_curve(
     style.finish_axes(
         ax,
         title,
-        f"{count} questions; bands: 95% intervals",
+        f"n = {count} questions; bands: 95% intervals",
         "coefficient (added at generated tokens)",
         ylabel,
     )

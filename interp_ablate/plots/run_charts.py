@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 
 from interp_ablate.display import Html, shortened
-from interp_ablate.plots.directions import held_out_rows
-from interp_ablate.plots.style import finished_trials
+from interp_ablate.plots.directions import control_ends, distinct_directions, held_out_rows
+from interp_ablate.plots.style import distinct_rows, drawn_places, finished_trials, layer_name
 from interp_ablate.plots.svg_charts import Mark, heat_svg, marks_svg
+from interp_ablate.plots.trials import change_from_unedited, counted, prompts_of
 
 if TYPE_CHECKING:
     from interp_ablate.directions.direction import Direction
@@ -23,19 +24,16 @@ MOST_MARKS = 4000  # a page with more is slow to open
 MOST_CELLS = 48  # of a side of the cosines
 
 
-def held_out(
-    frame: pd.DataFrame, point: str | None = None, position: str | None = None
-) -> pd.DataFrame:
-    """The rows of one point and position of projections.csv: validation prompts where there are any.
+def held_out(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the last point of a layer and of the first position: validation prompts where there are any.
 
-    `point`, `position`: default: the last point of a layer, and the first position.
+    Each place of the stream is there once: the stream before layer 0 is layer -1 (`style.distinct_rows`).
     """
-    rows = held_out_rows(frame)
+    rows = distinct_rows(held_out_rows(frame))
     points = list(dict.fromkeys(rows["point"]))
-    chosen = point or ("resid_post" if "resid_post" in points else points[-1])
-    rows = rows[rows["point"] == chosen]
+    rows = rows[rows["point"] == ("resid_post" if "resid_post" in points else points[-1])]
     if "position" in rows:
-        rows = rows[rows["position"] == (position or rows["position"].iloc[0])]
+        rows = rows[rows["position"] == rows["position"].iloc[0]]
     return rows
 
 
@@ -57,18 +55,22 @@ def projections_chart(rows: pd.DataFrame) -> Html:
                 Mark(
                     float(layer) + (0.17 if is_positive else -0.17),  # type: ignore[arg-type]
                     float(value),
-                    f"layer {layer}: {raw:.3g} ({value:+.2f} SD) · {shortened(prompt, 90)}",
+                    f"layer {layer_name(int(layer))}: {raw:.3g} ({value:+.2f} SD) · {shortened(prompt, 90)}",
                     "positive" if is_positive else "negative",
                     str(layer),
                 )
             )
     best = max(gaps, key=lambda layer: gaps[layer]) if gaps else 0
+    first = rows[rows["layer"] == rows["layer"].min()]["label"].value_counts()
+    n = f"n = {' + '.join(f'{count} {label}' for label, count in first.items())} prompts a layer"
     alt = (
-        f"Projections of {rows['prompt'].nunique()} prompts at {len(gaps)} layers. The two sets are furthest "
-        f"apart at layer {best}, by {gaps.get(best, 0):.1f} standard deviations."
+        f"Projections of {n} at {len(gaps)} layers. The two sets are furthest "
+        f"apart at layer {layer_name(best)}, by {gaps.get(best, 0):.1f} standard deviations."
     )
     shown = marks[:: max(1, -(-len(marks) // MOST_MARKS))]
-    return marks_svg(shown, alt=alt, xlabel="layer", ylabel="projection (pooled SDs)")
+    return marks_svg(
+        shown, alt=alt, xlabel="layer", ylabel="projection (pooled SDs)", caption=n + "."
+    )
 
 
 def centre_and_spread(values: np.ndarray, positive: np.ndarray) -> tuple[float, float]:
@@ -79,33 +81,47 @@ def centre_and_spread(values: np.ndarray, positive: np.ndarray) -> tuple[float, 
     return middle, float(np.sqrt(squares / max(len(values) - len(groups), 1))) or 1.0
 
 
-def separation_chart(directions: Sequence[Direction]) -> Html:
-    """d' of held-out prompts by layer, a line a point; what is infinite is left out."""
-    measured = [each for each in directions if each.separation is not None]
-    marks = [
-        Mark(
-            each.site.layer,
-            each.separation.d_prime,
-            f"{each.site}[{each.position}]: d′ {each.separation.d_prime:.3g}, AUC {each.separation.auc:.3f}",
-            f"{each.site.point} [{each.position}]",
-            str(each.site.layer),
+def separation_chart(directions: Sequence[Direction], controls: pd.DataFrame | None = None) -> Html:
+    """d' of held-out prompts by layer, a line a point; what is infinite is left out.
+
+    Args:
+        controls: the separations by directions of shuffled labels: a band behind the lines.
+    """
+    places = drawn_places(
+        (d.site.layer, d.site.point, d.position) for d in directions if d.separation is not None
+    )
+    marks = []
+    for each in directions:
+        place = places.get((each.site.layer, each.site.point, each.position))
+        if place is None or each.separation is None:
+            continue
+        text = f"{each.site}[{each.position}]: d′ {each.separation.d_prime:.3g}, AUC {each.separation.auc:.3f}"
+        layer, point, position = place
+        marks.append(
+            Mark(layer, each.separation.d_prime, text, f"{point} [{position}]", str(layer))
         )
-        for each in measured
-        if each.separation is not None
-    ]
     finite = [mark for mark in marks if np.isfinite(mark.y)]
     best = max(finite, key=lambda mark: mark.y, default=None)
-    alt = f"Separation of {len(marks)} directions by layer." + (
+    alt = f"Separation of n = {len(marks)} directions by layer." + (
         f" Highest: {best.text}." if best else ""
     )
-    return marks_svg(marks, alt=alt, xlabel="layer", ylabel="d′", lines=True)
+    caption, band = f"n = {len(marks)} directions.", []
+    if controls is not None and len(controls):
+        ends = control_ends(controls, "d_prime", {int(mark.x) for mark in marks})
+        band = list(ends.itertuples(name=None))
+        caption += f" Grey: {controls['control'].nunique()} directions of shuffled labels, lowest to highest."
+        alt += f" Directions of shuffled labels reach from {ends['min'].min():.2g} to {ends['max'].max():.2g}."
+    return marks_svg(
+        marks, alt=alt, xlabel="layer", ylabel="d′", lines=True, band=band, caption=caption
+    )
 
 
 def cosines_chart(directions: Sequence[Direction]) -> Html:
     """Cosines of every pair of directions, in forward order; of many, evenly spaced ones."""
     from interp_ablate.directions.direction import cosine_similarities
 
-    items = sorted(directions, key=lambda each: (each.position, each.site.order))
+    items = distinct_directions(directions)
+    items.sort(key=lambda each: (each.position, each.site.order))
     items = items[:: max(1, -(-len(items) // MOST_CELLS))]
     if not items:
         return Html('<p class="soft">No directions.</p>')
@@ -120,42 +136,48 @@ def cosines_chart(directions: Sequence[Direction]) -> Html:
     return heat_svg(cosines, names, alt=alt)
 
 
-def _on_prompts(row: Any) -> str:
-    count = getattr(row, "prompts", None)
-    return "" if count in (None, "") or count != count else f" on {count} prompts"
+def trials_chart(
+    trials: pd.DataFrame, chosen: Any = None, *, n: int | None = None, max_kl: float | None = None
+) -> Html:
+    """Change of behaviour against damage, a mark a trial that has both, beside the unedited model.
 
+    Each change is from the unedited model on the same prompts. Trials of fewer prompts than the most are hollow, and
+    the front, on which no trial beats another within the limit, is of the others.
 
-def trials_chart(trials: pd.DataFrame, chosen: Any = None) -> Html:
-    """Behaviour against damage, a mark a trial that has both, with the front on which no trial beats another."""
+    Args:
+        n: validation prompts a side, where a trial was scored on all.
+    """
     rows = trials[finished_trials(trials, ("target_log_odds", "kl"))]
-    marks = [
-        Mark(
-            row.kl,
-            row.target_log_odds,
-            f"trial {row.trial}, {row.stage}{_on_prompts(row)}, {row.layer:g}.{row.point}: KL {row.kl:.3g} nats, "
-            f"log-odds {row.target_log_odds:.3g}",
-            str(row.stage),
-            str(row.trial),
-            str(row.trial) == str(chosen),
+    counts = prompts_of(rows)
+    whole = counts >= min(counts.max(), n or np.inf)
+    marks = [Mark(0.0, 0.0, "the unedited model: KL 0, no change", "unedited")]
+    for row, change, count, full in zip(
+        rows.itertuples(), change_from_unedited(rows, "target_log_odds"), counts, whole
+    ):
+        on = counted(count, n)
+        text = (
+            f"trial {row.trial}, {row.stage} on {on} prompts, {row.layer:g}.{row.point}: KL {row.kl:.3g} nats, "
+            f"log-odds {row.target_log_odds:.3g}, {change:+.3g} from unedited"
         )
-        for row in rows.itertuples()
-    ]
+        is_chosen = str(row.trial) == str(chosen)
+        series = f"{row.stage}, n = {on}"
+        marks.append(Mark(row.kl, change, text, series, str(row.trial), is_chosen, not full))
     front: list[tuple[float, float]] = []
-    # scores of few prompts are not held against those of all
-    partial = (
-        set(rows["trial"][rows["prompts"].notna() & (rows["prompts"] != "")].astype(str))
-        if "prompts" in rows
-        else set()
-    )
-    whole = [mark for mark in marks if mark.key not in partial] or marks
-    for mark in sorted(whole, key=lambda each: (each.x, each.y)):
-        if not front or mark.y < front[-1][1]:
+    for mark in sorted(marks[1:], key=lambda each: (each.x, each.y)):
+        inside = max_kl is None or mark.x <= max_kl
+        if inside and not mark.hollow and (not front or mark.y < front[-1][1]):
             front.append((mark.x, mark.y))
     at = next((mark for mark in marks if mark.chosen), None)
+    limit = "" if max_kl is None else f" within the limit of {max_kl:g} nats"
     alt = (
-        f"{len(marks)} trials by KL and behaviour; {len(front)} are on the front of those scored on all prompts."
-        + (f" Chosen: {at.text}." if at else "")
+        f"n = {len(marks) - 1} trials by KL and change of the behaviour; {len(front)} are on the front of those scored "
+        f"on the most prompts{limit}." + (f" Chosen: {at.text}." if at else "")
     )
     return marks_svg(
-        marks, alt=alt, xlabel="KL, first token (nats)", ylabel="behaviour (log-odds)", front=front
+        marks,
+        alt=alt,
+        xlabel="KL, first token (nats)",
+        ylabel="change of log-odds (0: unedited)",
+        front=front,
+        caption=f"n: prompts a side; hollow: fewer than the most. Line: the front{limit}.",
     )

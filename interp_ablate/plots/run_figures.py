@@ -12,23 +12,15 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from interp_ablate.errors import RunError
 from interp_ablate.plots import style
-from interp_ablate.plots.attribution import (
-    ATTRIBUTION_COLUMNS,
-    EFFECT_COLUMNS,
-    EFFECT_NUMBERS,
-    attribution_bars,
-    attribution_map,
-    next_token_effects,
-)
+from interp_ablate.plots.attribution import attribution_bars, attribution_map, next_token_effects
 from interp_ablate.plots.directions import (
-    BESIDE_COLUMNS,
     Measure,
     cosine_similarity,
     cosines_beside,
@@ -36,12 +28,21 @@ from interp_ablate.plots.directions import (
     separation_by_layer,
 )
 from interp_ablate.plots.evaluation import before_after, rate_rows
-from interp_ablate.plots.run_tables import read_directions, read_projections
-from interp_ablate.plots.tokens import TOKEN_COLUMNS, token_heatmap
+from interp_ablate.plots.run_tables import (
+    read_attribution,
+    read_beside,
+    read_choice,
+    read_comparable_trials,
+    read_controls,
+    read_directions,
+    read_layer_effects,
+    read_projections,
+    read_tokens,
+)
+from interp_ablate.plots.tokens import token_heatmap
 from interp_ablate.plots.trials import Value, pareto, search_front, sweep_heatmap
-from interp_ablate.search.trial_table import read_trials
 from interp_ablate.storage.entry_points import entry_named, entry_names
-from interp_ablate.storage.tables import read_json, read_table
+from interp_ablate.storage.tables import read_json
 
 logger = logging.getLogger(__name__)
 GROUP = "interp_ablate.plots"
@@ -93,6 +94,7 @@ def _draw_projections(folder: Path) -> dict[str, Figure]:
         return {}
     if "position" not in frame:
         frame = frame.assign(position="-1")
+    frame = style.distinct_rows(frame)
     figures = {}
     for place, position in enumerate(sorted(frame["position"].unique(), key=style.position_key)):
         rows = frame[frame["position"] == position]
@@ -115,8 +117,10 @@ def _draw_separation(folder: Path) -> dict[str, Figure]:
         return {}
     figure = style.new_figure(height=6.2)
     measures: tuple[Measure, ...] = get_args(Measure)
+    controls = read_controls(folder)
     for index, measure in enumerate(measures):
-        separation_by_layer(items, figure.add_subplot(2, 1, index + 1), measure=measure)
+        ax = figure.add_subplot(2, 1, index + 1)
+        separation_by_layer(items, ax, measure=measure, controls=controls)
     return {"separation.png": figure}
 
 
@@ -130,56 +134,55 @@ def _draw_cosine(folder: Path) -> dict[str, Figure]:
 
 
 def _draw_beside(folder: Path) -> dict[str, Figure]:
-    path = folder / "circuit" / "beside.csv"
-    if not path.exists():
+    frame = read_beside(folder)
+    if frame is None:
         return {}
-    frame = read_table(path, BESIDE_COLUMNS, numbers=BESIDE_COLUMNS[2:])
     figure = style.new_figure(height=1.6 + 0.24 * min(len(frame), 40))
     cosines_beside(frame, figure.add_subplot())
     return {"beside.png": figure}
 
 
 def _draw_sweep(folder: Path) -> dict[str, Figure]:
-    trials = _trials(folder)
+    trials = read_comparable_trials(folder)
     if trials is None or not (trials["stage"] == "screen").any():
         return {}
-    figure = style.new_figure(height=2.8 + 0.14 * max(trials["layer"].nunique(), 8))
+    figure = style.new_figure(height=3.0 + 0.14 * max(trials["layer"].nunique(), 8))
     values: tuple[Value, ...] = get_args(Value)
     for index, value in enumerate(values):
-        sweep_heatmap(trials, figure.add_subplot(1, 3, index + 1), value=value)
+        ax = figure.add_subplot(1, 3, index + 1)
+        sweep_heatmap(trials, ax, value=value, selected=read_choice(folder).trial)
     return {"sweep.png": figure}
 
 
 def _draw_pareto(folder: Path) -> dict[str, Figure]:
-    trials = _trials(folder)
+    trials = read_comparable_trials(folder)
     if trials is None or not style.finished_trials(trials, ("target_log_odds", "kl")).any():
         return {}
     trials = trials[trials["stage"] != "search"]  # which have no target log-odds
-    selected, max_kl = _choice(folder)
-    chosen = selected.get("trial") if selected.get("plan") else None
-    figure = style.new_figure(height=5.4)
-    pareto(trials, figure.add_subplot(), selected=chosen, max_kl=max_kl)
+    choice, figure = read_choice(folder), style.new_figure(height=5.4)
+    ax = figure.add_subplot()
+    pareto(trials, ax, selected=choice.trial, max_kl=choice.max_kl, n=choice.n)
     return {"pareto.png": figure}
 
 
-def _choice(folder: Path) -> tuple[dict[str, Any], float | None]:
-    """selected.json, and the limit of the KL under which was chosen."""
-    run = read_json(folder / "run.json") or {}
-    return read_json(folder / "selected.json") or {}, (run.get("configuration") or {}).get("max_kl")
-
-
 def _draw_search(folder: Path) -> dict[str, Figure]:
-    trials = _trials(folder)
+    trials = read_comparable_trials(folder)
     if trials is None:
         return {}
     trials = trials[(trials["stage"] == "search") & (trials["status"] == "ok")]
     if trials.empty:
         return {}
-    selected, max_kl = _choice(folder)
-    repetition = selected.get("validation_baseline", {}).get("positive_repetition")
-    figure, chosen = style.new_figure(height=5.4), selected.get("trial")
-    ax = figure.add_subplot()
-    search_front(trials, ax, repetition=repetition, selected=chosen, max_kl=max_kl)
+    choice, figure = read_choice(folder), style.new_figure(height=5.4)
+    unedited = choice.selected.get("validation_baseline") or {}
+    search_front(
+        trials,
+        figure.add_subplot(),
+        repetition=unedited.get("positive_repetition"),
+        selected=choice.selected.get("trial"),
+        max_kl=choice.max_kl,
+        unedited=unedited.get("expression_rate"),
+        n=choice.n,
+    )
     return {"search.png": figure}
 
 
@@ -193,13 +196,8 @@ def _draw_before_after(folder: Path) -> dict[str, Figure]:
 
 
 def _draw_attribution(folder: Path) -> dict[str, Figure]:
-    path = folder / "attribution.csv"
-    if not path.exists():
-        return {}
-    numbers = ("index", "difference", "low", "high", "n")
-    frame = read_table(path, ATTRIBUTION_COLUMNS, numbers=numbers)
-    frame["layer"] = pd.to_numeric(frame["layer"], errors="coerce")  # embeddings have none
-    if not frame["layer"].notna().any():
+    frame = read_attribution(folder)
+    if frame is None:
         return {}
     bars = style.new_figure(height=1.4 + 0.24 * min(len(frame), 20))
     attribution_bars(frame, bars.add_subplot())
@@ -209,25 +207,19 @@ def _draw_attribution(folder: Path) -> dict[str, Figure]:
 
 
 def _draw_layer_effects(folder: Path) -> dict[str, Figure]:
-    path = folder / "layer_effects.csv"
-    if not path.exists():
+    frame = read_layer_effects(folder)
+    if frame is None:
         return {}
-    frame = read_table(path, EFFECT_COLUMNS, numbers=EFFECT_NUMBERS)
     values = [v for v in ("log_odds_change", "kl") if frame[v].notna().any()]
-    figure = style.new_figure(height=0.4 + 2.9 * len(values))
+    figure = style.new_figure(height=0.4 + 3.1 * len(values))
     for place, value in enumerate(values):
         next_token_effects(frame, figure.add_subplot(len(values), 1, place + 1), value=value)
     return {"layer_effects.png": figure}
 
 
 def _draw_tokens(folder: Path) -> dict[str, Figure]:
-    path = folder / "tokens.csv"
-    if not path.exists():
-        return {}
-    numbers = ("index", "layer", "projection")
-    return {
-        "tokens.png": tokens_figure(read_table(path, TOKEN_COLUMNS, numbers=numbers, complete=True))
-    }
+    frame = read_tokens(folder)
+    return {} if frame is None else {"tokens.png": tokens_figure(frame)}
 
 
 def tokens_figure(frame: pd.DataFrame) -> Figure:
@@ -237,10 +229,6 @@ def tokens_figure(frame: pd.DataFrame) -> Figure:
     figure = style.new_figure(height=2.4 + 0.13 * n_layers, width=width)
     token_heatmap(frame, figure.add_subplot())
     return figure
-
-
-def _trials(folder: Path) -> pd.DataFrame | None:
-    return read_trials(folder / "trials.csv") if (folder / "trials.csv").exists() else None
 
 
 Drawer = Callable[[Path], dict[str, Figure]]

@@ -5,14 +5,53 @@ Knows: the files and their columns. Does not know: how anything is drawn.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from interp_ablate.directions.direction import Direction
 from interp_ablate.directions.direction_set import Directions
-from interp_ablate.plots.directions import PROJECTION_COLUMNS
-from interp_ablate.storage.tables import read_table
+from interp_ablate.directions.estimators import CONTROL_COLUMNS
+from interp_ablate.plots.attribution import ATTRIBUTION_COLUMNS, EFFECT_COLUMNS, EFFECT_NUMBERS
+from interp_ablate.plots.directions import BESIDE_COLUMNS, PROJECTION_COLUMNS
+from interp_ablate.plots.tokens import TOKEN_COLUMNS
+from interp_ablate.plots.trials import is_comparable
+from interp_ablate.search.trial_table import read_trials
+from interp_ablate.storage.tables import read_json, read_table
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a run chose, by which limit, on how many prompts."""
+
+    selected: Mapping[str, Any]
+    """selected.json; empty where there is none."""
+    max_kl: float | None
+    """The limit of the KL in nats."""
+    n: int | None
+    """Validation prompts a side."""
+
+    @property
+    def trial(self) -> Mapping[str, Any]:
+        """The chosen trial's row; empty where none was chosen."""
+        trial = self.selected.get("trial") if self.selected.get("plan") else None
+        return trial if isinstance(trial, Mapping) else {}
+
+
+def read_choice(folder: Path) -> Choice:
+    """What a run folder chose; what its files do not say, or not as a number, is None."""
+    selected = read_json(folder / "selected.json") or {}
+    settings = (read_json(folder / "run.json") or {}).get("configuration")
+    limit = settings.get("max_kl") if isinstance(settings, Mapping) else None
+    n = selected.get("validation_prompts")
+    return Choice(
+        selected,
+        float(limit) if isinstance(limit, (int, float)) else None,
+        n if isinstance(n, int) else None,
+    )
 
 
 def read_projections(folder: Path) -> pd.DataFrame | None:
@@ -34,3 +73,50 @@ def read_directions(folder: Path) -> list[Direction]:
         return []
     directions = Directions.load(path)
     return list(directions.of("difference_in_means") or directions)
+
+
+def read_controls(folder: Path) -> pd.DataFrame | None:
+    """separation_controls.csv of a run folder; None where there is none."""
+    path = folder / "separation_controls.csv"
+    if not path.exists():
+        return None
+    numbers = [name for name in CONTROL_COLUMNS if name not in ("point", "position")]
+    return read_table(path, CONTROL_COLUMNS, numbers=numbers)
+
+
+def read_attribution(folder: Path) -> pd.DataFrame | None:
+    """attribution.csv of a run folder; None where there is none, or no term of a layer in it."""
+    path = folder / "attribution.csv"
+    if not path.exists():
+        return None
+    numbers = ("index", "difference", "low", "high", "n")
+    frame = read_table(path, ATTRIBUTION_COLUMNS, numbers=numbers)
+    frame["layer"] = pd.to_numeric(frame["layer"], errors="coerce")  # embeddings have none
+    return frame if frame["layer"].notna().any() else None
+
+
+def read_layer_effects(folder: Path) -> pd.DataFrame | None:
+    """layer_effects.csv of a run folder; None where there is none."""
+    path = folder / "layer_effects.csv"
+    return read_table(path, EFFECT_COLUMNS, numbers=EFFECT_NUMBERS) if path.exists() else None
+
+
+def read_tokens(folder: Path) -> pd.DataFrame | None:
+    """tokens.csv of a run folder; None where there is none."""
+    path, numbers = folder / "tokens.csv", ("index", "layer", "projection")
+    return (
+        read_table(path, TOKEN_COLUMNS, numbers=numbers, complete=True) if path.exists() else None
+    )
+
+
+def read_comparable_trials(folder: Path) -> pd.DataFrame | None:
+    """trials.csv of a run folder; None where there is none, or none that says what the unedited model scored."""
+    path = folder / "trials.csv"
+    trials = read_trials(path) if path.exists() else None
+    return trials if trials is not None and is_comparable(trials) else None
+
+
+def read_beside(folder: Path) -> pd.DataFrame | None:
+    """circuit/beside.csv of a run folder, the cosines with other directions; None where there is none."""
+    path, numbers = folder / "circuit" / "beside.csv", BESIDE_COLUMNS[2:]
+    return read_table(path, BESIDE_COLUMNS, numbers=numbers) if path.exists() else None

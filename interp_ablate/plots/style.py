@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -44,6 +45,7 @@ POINT_STYLE: dict[str, tuple[str, str]] = {
 }
 LINE_STYLES = ("-", "--", ":", "-.")
 _DPI, _WIDTH = 150, 7.8
+Place = tuple[int, str, str]  # layer, point, position
 FORMATS = ("png", "svg", "pdf")
 
 
@@ -112,10 +114,45 @@ def require_rows(frame: pd.DataFrame, what: str) -> None:
         raise RunError(f"there are no {what} to draw")
 
 
+def same_place(place: Place) -> Place:
+    """resid_pre of a layer as what it is too: resid_post of the layer before, which is -1 before layer 0."""
+    layer, point, position = place
+    return (layer - 1, "resid_post", position) if point == "resid_pre" else place
+
+
+def drawn_places(places: Iterable[Place]) -> dict[Place, Place | None]:
+    """Where each place of a figure is drawn, so that none of the stream is drawn twice.
+
+    resid_pre becomes resid_post of the layer before (`same_place`), or None where that is there too. Without any
+    resid_post every place stays what it is.
+    """
+    there = set(places)
+    if not any(point == "resid_post" for _, point, _ in there):
+        return {place: place for place in there}
+    moved = {place: same_place(place) for place in there}
+    return {a: None if b != a and b in there else b for a, b in moved.items()}
+
+
+def distinct_rows(frame: pd.DataFrame) -> pd.DataFrame:
+    """A table by layer and point (and position), each place of the stream once: see `drawn_places`."""
+    positions = frame["position"].astype(str) if "position" in frame else [""] * len(frame)
+    keys = list(zip(frame["layer"].astype(int), frame["point"].astype(str), positions))
+    drawn = drawn_places(keys)
+    places = [place for key in keys if (place := drawn[key]) is not None]
+    kept = frame[[drawn[key] is not None for key in keys]]
+    return kept.assign(layer=[layer for layer, *_ in places], point=[p for _, p, _ in places])
+
+
+def layer_name(layer: int) -> str:
+    """A layer's number; "pre 0" for the stream before layer 0, which `same_place` calls -1."""
+    return "pre 0" if layer == -1 else str(layer)
+
+
 def set_layer_axis(ax: Axes, layers: Iterable[int]) -> None:
     """Whole layer numbers, at most sixteen of them, with room at the ends."""
     numbers = sorted({int(layer) for layer in layers})
-    ax.set_xticks(numbers[:: max(1, -(-len(numbers) // 16))])
+    ticks = numbers[:: max(1, -(-len(numbers) // 16))]
+    ax.set_xticks(ticks, [layer_name(tick) for tick in ticks])
     ax.set_xlim(numbers[0] - 0.7, numbers[-1] + 0.7)
 
 
@@ -166,10 +203,12 @@ def finish_axes(
     grid: Literal["both", "x", ""] = "both",
 ) -> None:
     """Title on top, a caption (with n) below it in grey, labelled axes, no frame on two sides."""
-    ax.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=INK, pad=19)
+    lines = textwrap.wrap(caption, _line_length(ax))
+    pad = 8 + 11 * len(lines)
+    ax.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=INK, pad=pad)
     ax.annotate(
-        caption, (0, 1), (0, 6), xycoords="axes fraction", textcoords="offset points",
-        fontsize=8.5, color="#555555", annotation_clip=False,
+        "\n".join(lines), (0, 1), (0, 6), xycoords="axes fraction", textcoords="offset points",
+        fontsize=8.5, color="#555555", annotation_clip=False, linespacing=1.15,
     )  # fmt: skip
     ax.set_xlabel(xlabel, fontsize=9)
     ax.set_ylabel(ylabel, fontsize=9)
@@ -179,6 +218,13 @@ def finish_axes(
     if grid:
         ax.grid(visible=True, axis=grid, color="#E8E8E8", linewidth=0.7)
         ax.set_axisbelow(True)
+
+
+def _line_length(ax: Axes) -> int:
+    """Characters of a caption that fit the width of axes: the layout would otherwise squeeze the plot."""
+    spec, figure = ax.get_subplotspec(), ax.get_figure()
+    columns = spec.get_gridspec().ncols if spec is not None else 1
+    return max(24, int(13.0 * (figure.get_figwidth() / columns - 0.7)))  # type: ignore[union-attr]
 
 
 def new_figure(*, height: float, width: float = _WIDTH) -> Figure:

@@ -31,6 +31,8 @@ class Mark:
     key: str = ""
     """What a page knows it by when it is clicked."""
     chosen: bool = False
+    hollow: bool = False
+    """Of less evidence than the others, such as of fewer prompts."""
 
 
 def marks_svg(
@@ -41,6 +43,8 @@ def marks_svg(
     ylabel: str,
     lines: bool = False,
     front: Sequence[tuple[float, float]] = (),
+    band: Sequence[tuple[float, float, float]] = (),
+    caption: str = "",
 ) -> Html:
     """A chart of marks by series, with a legend where there are several; marks that are not finite are left out.
 
@@ -48,16 +52,25 @@ def marks_svg(
         alt: what is seen, for those who do not see it.
         lines: join the marks of a series, in the order of x.
         front: points of a line that is drawn over all.
+        band: an area below all, as (x, low, high) in the order of x.
+        caption: what is said above the chart, such as n.
     """
     marks = [mark for mark in marks if math.isfinite(mark.x) and math.isfinite(mark.y)]
     if not marks:
         return Html('<p class="soft">No values to draw.</p>')
     xs, ys = (
-        _Scale([m.x for m in marks], _LEFT, _WIDTH - _RIGHT),
-        _Scale([m.y for m in marks], _HEIGHT - _BOTTOM, _TOP),
+        _Scale([*(m.x for m in marks), *(x for x, _, _ in band)], _LEFT, _WIDTH - _RIGHT),
+        _Scale(
+            [*(m.y for m in marks), *(y for _, *ends in band for y in ends)],
+            _HEIGHT - _BOTTOM,
+            _TOP,
+        ),
     )
     names = list(dict.fromkeys(mark.series for mark in marks))
     parts = [_axes(xs, ys, xlabel, ylabel)]
+    if band:
+        edge = [(x, high) for x, _, high in band] + [(x, low) for x, low, _ in reversed(band)]
+        parts.append(_line(edge, xs, ys, "band", shape="polygon"))
     if lines:
         for i, name in enumerate(names):
             row = sorted((m.x, m.y) for m in marks if m.series == name)
@@ -65,7 +78,8 @@ def marks_svg(
     if front:
         parts.append(_line(front, xs, ys, "front"))
     for mark in marks:
-        style = f"m s{names.index(mark.series) % _N_STYLES}" + (" chosen" if mark.chosen else "")
+        style = f"m s{names.index(mark.series) % _N_STYLES}"
+        style += " chosen" * mark.chosen + " hollow" * mark.hollow
         key = f' data-key="{html_of(mark.key)}"' if mark.key else ""
         radius = 6.5 if mark.chosen else 3.6
         parts.append(
@@ -77,7 +91,7 @@ def marks_svg(
         for i, name in enumerate(names)
     )
     return Html(
-        f'<div class="chart"><p class="legend">{legend if len(names) > 1 else ""}</p>'
+        f'<div class="chart"><p class="legend">{html_of(caption)} {legend if len(names) > 1 else ""}</p>'
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{html_of(alt)}">{"".join(parts)}</svg></div>'
     )
 
@@ -123,9 +137,16 @@ class _Scale:
         return self.start + share * (self.end - self.start)
 
 
-def _line(points: Sequence[tuple[float, float]], xs: _Scale, ys: _Scale, style: str) -> str:
+def _line(
+    points: Sequence[tuple[float, float]],
+    xs: _Scale,
+    ys: _Scale,
+    style: str,
+    *,
+    shape: str = "polyline",
+) -> str:
     joined = " ".join(f"{xs(x):.1f},{ys(y):.1f}" for x, y in points)
-    return f'<polyline class="line {style}" points="{joined}"/>'
+    return f'<{shape} class="line {style}" points="{joined}"/>'
 
 
 def _axes(xs: _Scale, ys: _Scale, xlabel: str, ylabel: str) -> str:

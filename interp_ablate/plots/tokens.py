@@ -74,7 +74,7 @@ def token_heatmap(
     style.finish_axes(
         ax,
         f"Projection of every token at {frame['point'].iloc[0]}, on each layer's direction",
-        f"{len(tokens)} tokens ({parts}) x {len(layers)} layers",
+        f"n = {len(tokens)} tokens ({parts}) x {len(layers)} layers",
         "token",
         "layer",
         grid="",

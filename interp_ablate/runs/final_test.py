@@ -76,6 +76,7 @@ def choose_and_test(
         "plan": None,
         "control": control,
         "validation_baseline": unedited,
+        "validation_prompts": run.bench.n_prompts,
     }
     generations: list[dict[str, Any]] = []
     run.record(no_plan=choice.row is None)

@@ -70,15 +70,15 @@ _FIGURES = {
     ),
     "projections": (
         "Projections of both sets",
-        "Each prompt's activation projected on the direction of its own site, one half violin a "
-        "set and layer; the bars are medians. Values are centred and divided by the layer's pooled "
+        "Each prompt's activation projected on the direction of its own site, set beside set in "
+        "each layer; the bars are medians. Values are centred and divided by the layer's pooled "
         "standard deviation, since the stream grows with depth. Validation split, unless the "
         "figure says otherwise.",
     ),
     "separation": (
         "Separation by layer",
-        "How well the projections tell the two sets apart, as d′ and as AUC. Held-out prompts. A "
-        "direction that separates well need not be one the model uses: see the sweep.",
+        "How well the projections tell the two sets apart, as d′ and as AUC. Held-out prompts. The "
+        "grey band is of directions of shuffled labels. A direction that separates well need not be one the model uses: see the sweep.",
     ),
     "cosine_similarity": (
         "Similarity of the directions",
@@ -102,12 +102,13 @@ _FIGURES = {
     "sweep": (
         "The sweep",
         "Each site's direction, ablated everywhere at full strength (behaviour, damage) and added "
-        "at its own site. Hatched: failed or not tried. Validation split.",
+        "at its own site, as changes from the unedited model on the same prompts. Hatched: fewer prompts; grey: "
+        "failed or not tried; star: the chosen plan's direction. Validation split.",
     ),
     "pareto": (
         "Behaviour against damage",
-        "Every finished trial; on the green line nothing is better on both counts. The behaviour "
-        "is measured on positive prompts, the damage on negative ones. Validation split.",
+        "Every finished trial beside the unedited model; on the green line nothing scored on as many prompts is "
+        "better on both counts. The behaviour is measured on positive prompts, the damage on negative ones. Validation split.",
     ),
 }
 # Key of selected.json's test report -> name, prompts, whether it is a rate.

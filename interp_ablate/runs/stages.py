@@ -14,7 +14,7 @@ import pandas as pd
 from interp_ablate.activations.activations import Activations
 from interp_ablate.activations.projection import project
 from interp_ablate.directions.direction_set import Directions, most_separating
-from interp_ablate.directions.estimators import comparison
+from interp_ablate.directions.estimators import comparison, control_separations
 from interp_ablate.directions.mean_difference import estimate_directions
 from interp_ablate.edits.plan import Plan
 from interp_ablate.runs.concept import found_no_behaviour, is_concept, run_concept
@@ -88,6 +88,8 @@ def run_directions(run: Run) -> None:
     best = most_separating(main)
     table = comparison(train, validation, best.site, best.position)
     run.write("estimators.csv", table.assign(site=str(best.site), position=best.position))
+    controls = control_separations(train, validation, main, seed=run.configuration.seed)
+    run.write("separation_controls.csv", controls)
     splits = {"train": train, "validation": validation}
     tables = [_projections(main, activations, name) for name, activations in splits.items()]
     run.write("projections.csv", pd.concat(tables, ignore_index=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -124,8 +125,12 @@ def make_trials(n_layers: int = 30, n_refine: int = 120, seed: int = 0) -> pd.Da
     frame.insert(0, "trial", range(len(frame)))
     frame = frame.assign(
         position="-1", status="ok", reason="", seconds=0.9, repetition=np.nan, length=np.nan,
-        expression_rate=np.nan,
+        expression_rate=np.nan, target_log_odds_baseline=2.0, addition_baseline=-6.0, prompts=np.nan,
     )  # fmt: skip
+    screen = frame["stage"] == "screen"
+    few = screen & (frame["layer"] % 3 != 0)
+    frame.loc[screen, "prompts"] = 32.0
+    frame.loc[few, ["prompts", "target_log_odds_baseline", "addition_baseline"]] = [3.0, 0.5, -4.0]
     finalists = frame[frame["stage"] == "refine"].nsmallest(8, "target_log_odds").index
     frame.loc[finalists, "expression_rate"] = np.linspace(0, 0.2, len(finalists))
     failed = frame.index[[0, min(44, len(frame) - 1)]]
@@ -142,6 +147,7 @@ TEST: dict[str, Any] = {
         "behaviour_before": [0.69, 0.91], "behaviour_after": [0.0, 0.06],
         "negative_before": [0, 0], "addition_after": [0.58, 0.84], "kl_first_token": [0.02, 0.07],
     },
+    "n": {"positive": 32, "negative": 30},
     "controls": [
         {"name": "random 0", "behaviour_after": 0.66, "kl_first_token": 0.1},
         {"name": "random 1", "behaviour_after": 0.75, "kl_first_token": 0.08},
@@ -192,7 +198,8 @@ def everything_said(ax) -> str:
         *(t.get_text() for t in ax.texts),
     ]
     legend = ax.get_legend()
-    return " | ".join(texts + ([t.get_text() for t in legend.get_texts()] if legend else []))
+    texts += [t.get_text() for t in legend.get_texts()] if legend else []
+    return " | ".join(" ".join(text.split()) for text in texts)
 
 
 # Projections
@@ -202,10 +209,20 @@ def test_projections_draw_distributions_of_the_validation_split(ax):
     frame = make_projections(4)
     rows = frame[frame["point"] == "resid_mid"]
     assert projections(rows, ax) is ax
-    assert len(ax.collections) == 8  # two half violins a layer
+    assert len(ax.collections) == 16  # dots and a box of quartiles, a layer and set
+    dots = [c for c in ax.collections if len(c.get_offsets()) == 32]
+    drawn = np.sort(dots[0].get_offsets()[:, 1])
+    first = rows[(rows["layer"] == 0) & (rows["split"] == "validation")]
+    np.testing.assert_allclose(drawn, np.sort(standardised_projections(first)[0]))
     said = everything_said(ax)
     assert "resid_mid" in said and "pooled SDs" in said
-    assert "validation split, 32 positive + 32 negative prompts" in said
+    assert "validation split, n = 32 positive + 32 negative prompts" in said and "quartiles" in said
+
+
+def test_projections_of_many_prompts_are_half_violins(ax):
+    frame = make_projections(4, n=60)
+    projections(frame[frame["point"] == "resid_mid"], ax)
+    assert len(ax.collections) == 8 and "quartiles" not in everything_said(ax)
 
 
 def test_projections_read_alike_however_large_the_stream_is(ax):
@@ -301,8 +318,60 @@ def test_separation_has_one_line_a_site_kind(ax, measure):
         getattr(directions[Site(layer, "resid_mid")].separation, measure) for layer in range(6)
     ]
     assert list(line.get_ydata()) == wanted
-    assert list(lines_of(ax, "resid_pre").get_xdata()) == list(range(1, 6))  # one was left out
-    assert "17 directions" in everything_said(ax)
+    assert [line.get_label() for line in ax.lines[:2]] == ["resid_mid", "resid_post"]
+    assert "n = 12 directions" in everything_said(ax)
+
+
+def test_separation_stands_before_the_band_of_its_controls(ax):
+    rows = [
+        {"layer": layer, "point": point, "position": "-1", "control": i, "auc": 0.5 + 0.1 * i,
+         "d_prime": i - 1.0 + layer, "positive": 9, "negative": 7}
+        for layer in range(6) for point in POINTS for i in range(3)
+    ]  # fmt: skip
+    separation_by_layer(make_directions(6), ax, controls=pd.DataFrame(rows))
+    band = ax.collections[0].get_paths()[0].vertices
+    at_two = band[band[:, 0] == 2][:, 1]
+    # of layer 2 are drawn resid_mid and resid_post, and not resid_pre of layer 3, which is the latter again
+    assert (at_two.min(), at_two.max()) == (1.0, 3.0)
+    said = everything_said(ax).replace("\n", " ")
+    assert "n = 9 positive + 7 negative" in said and "3 shuffles of the labels" in said
+    with pytest.raises(RunError, match=r"lack the columns? .*control"):
+        separation_by_layer(make_directions(2), ax, controls=pd.DataFrame({"layer": [0]}))
+
+
+def test_one_place_of_the_stream_is_drawn_once():
+    every = [(layer, point, "-1") for layer in range(3) for point in POINTS]
+    drawn = style.drawn_places(every)
+    assert drawn[1, "resid_pre", "-1"] is None and drawn[2, "resid_pre", "-1"] is None
+    assert drawn[0, "resid_pre", "-1"] == (-1, "resid_post", "-1")  # nothing else shows it
+    assert all(drawn[p] == p for p in every if p[1] != "resid_pre")
+    some = style.drawn_places(
+        [(2, "resid_pre", "-1"), (2, "resid_post", "-1"), (1, "resid_post", "-2")]
+    )
+    assert some[2, "resid_pre", "-1"] == (
+        1,
+        "resid_post",
+        "-1",
+    )  # the other position is another place
+    alone = [(layer, "resid_pre", "-1") for layer in range(3)]
+    assert style.drawn_places(alone) == {place: place for place in alone}
+    rows = pd.DataFrame(every, columns=["layer", "point", "position"]).assign(number=range(9))
+    kept = style.distinct_rows(rows)
+    assert list(kept["number"]) == [0, 1, 2, 4, 5, 7, 8] and kept["layer"].iloc[0] == -1
+
+
+def test_the_stream_before_layer_0_has_a_name(ax):
+    style.set_layer_axis(ax, [-1, 0, 1])
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["pre 0", "0", "1"]
+
+
+def test_a_long_caption_is_broken_and_not_squeezed():
+    figure = Figure(figsize=(7.8, 3.0), layout="constrained")
+    ax = figure.add_subplot()
+    style.finish_axes(ax, "title", "word " * 60, "layer", "units")
+    figure.savefig(io.BytesIO())
+    assert ax.get_position().width > 0.8
+    assert all(len(line) < 100 for line in ax.texts[0].get_text().split("\n"))
 
 
 def test_separation_tells_positions_apart_and_leaves_gaps_at_infinity(ax):
@@ -339,12 +408,15 @@ def test_cosine_is_a_matrix_in_forward_order(ax):
     directions = make_directions(5)
     shuffled = list(directions)[::-1]
     cosine_similarity(shuffled, ax)
-    vectors = torch.stack([item.vector for item in directions])
+    once = [
+        d for d in directions if d.site.point != "resid_pre"
+    ]  # that of layer 0 is left out anyhow
+    vectors = torch.stack([item.vector for item in once])
     drawn = np.asarray(ax.images[0].get_array())
     np.testing.assert_allclose(drawn, (vectors @ vectors.T).numpy(), atol=1e-12)
     assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "1", "2", "3", "4"]
-    assert list(ax.get_xticks()) == [0, 2, 5, 8, 11]  # layer 0 has no resid_pre
-    assert "14 sites" in everything_said(ax)
+    assert list(ax.get_xticks()) == [0, 2, 4, 6, 8]
+    assert "n = 10 sites" in everything_said(ax)
 
 
 def test_cosine_of_several_positions_and_of_none(ax):
@@ -361,15 +433,44 @@ def test_cosine_of_several_positions_and_of_none(ax):
 
 
 @pytest.mark.parametrize("value", ["target_log_odds", "kl", "addition"])
-def test_heatmap_puts_each_screening_score_in_its_cell(ax, value):
+def test_heatmap_puts_each_change_in_its_cell(ax, value):
     trials = make_trials(5)
     sweep_heatmap(trials, ax, value=value)
     grid = np.ma.filled(ax.images[0].get_array(), np.nan)
-    assert grid.shape == (5, 3)
     screen = trials[trials["stage"] == "screen"].set_index(["layer", "point"])
-    assert grid[3, 1] == screen.loc[(3, "resid_mid"), value]
-    assert np.isnan(grid[0, 0])  # the failed one
-    assert "14 of 15 sites" in everything_said(ax)
+    before = 0.0 if value == "kl" else screen.loc[(3, "resid_mid"), f"{value}_baseline"]
+    # resid_pre of layer 0, which failed, has a row of its own; those of the others are the resid_post before
+    assert grid.shape == (6, 2)
+    assert grid[4, 0] == screen.loc[(3, "resid_mid"), value] - before
+    assert np.isnan(grid[0]).all()
+    assert "10 of 12 sites" in everything_said(ax)
+    assert "n = 32, 3 ///" in everything_said(ax)
+    hatched = {
+        (round(p.get_y() + 0.5), round(p.get_x() + 0.5)) for p in ax.patches if p.get_hatch()
+    }
+    assert hatched == {(layer + 1, column) for layer in (1, 2, 4) for column in (0, 1)}
+    if value != "kl":
+        low, high = ax.images[0].get_clim()
+        assert low == -high  # the unedited model is in the middle of the colours
+
+
+def test_the_same_effect_on_few_and_on_all_prompts_looks_the_same(ax):
+    trials = make_trials(2, n_refine=0).assign(status="ok", kl=0.1, addition=0.0)
+    trials["target_log_odds"] = trials["target_log_odds_baseline"] - 1.5
+    sweep_heatmap(trials, ax, value="target_log_odds")
+    assert np.unique(ax.images[0].get_array().compressed()).tolist() == [-1.5]
+    with pytest.raises(RunError, match="column target_log_odds_baseline"):
+        sweep_heatmap(trials.drop(columns="target_log_odds_baseline"), ax, value="target_log_odds")
+
+
+def test_heatmap_marks_the_chosen_plan_and_no_other(ax):
+    trials = make_trials(5)
+    sweep_heatmap(trials, ax, value="target_log_odds")
+    assert not ax.lines  # the strongest effect may be a broken model's
+    chosen = {"layer": 3, "point": "resid_pre", "position": "-1"}
+    sweep_heatmap(trials, ax, value="target_log_odds", selected=chosen)
+    star = lines_of(ax, "the chosen plan's direction")
+    assert (star.get_xdata()[0], star.get_ydata()[0]) == (1, 3)  # resid_post of layer 2
 
 
 def test_heatmap_has_a_column_for_each_position(ax):
@@ -377,15 +478,15 @@ def test_heatmap_has_a_column_for_each_position(ax):
     both = pd.concat([trials, trials.assign(position=-2)])
     sweep_heatmap(both, ax, value="kl")
     labels = [label.get_text() for label in ax.get_xticklabels()]
-    assert labels[0] == "resid_pre\n-1" and labels[-1] == "resid_post\n-2"
+    assert labels[0] == "resid_mid\n-1" and labels[-1] == "resid_post\n-2"
 
 
-def test_heatmap_of_failures_only_is_all_hatched(ax):
+def test_heatmap_of_failures_only_is_blank(ax):
     trials = make_trials(3).assign(status="failed", target_log_odds=np.nan, kl=np.nan)
     for value in ("target_log_odds", "kl"):
         sweep_heatmap(trials, Figure().add_subplot(), value=value)
     sweep_heatmap(trials, ax, value="target_log_odds")
-    assert "0 of 9 sites" in everything_said(ax)
+    assert "0 of 8 sites" in everything_said(ax)
     ax.figure.canvas.draw()
 
 
@@ -412,11 +513,12 @@ def test_trials_refuse_what_they_cannot_draw(ax):
             sweep_heatmap(trials.drop(columns=column), ax, value="kl")
 
 
-def test_no_trial_beats_the_pareto_front(ax):
+def test_no_trial_on_all_prompts_beats_the_pareto_front(ax):
     trials = make_trials()
     pareto(trials, ax)
     front = np.column_stack(lines_of(ax, "Pareto front").get_data())
-    good = trials[trials["status"] == "ok"][["kl", "target_log_odds"]].to_numpy()
+    whole = trials[(trials["status"] == "ok") & trials["prompts"].isna()]
+    good = whole.assign(change=whole["target_log_odds"] - 2.0)[["kl", "change"]].to_numpy()
     for kl, behaviour in front:
         better = (good <= (kl, behaviour)).all(1) & (good < (kl, behaviour)).any(1)
         assert not better.any()
@@ -427,14 +529,20 @@ def test_no_trial_beats_the_pareto_front(ax):
 def test_pareto_counts_what_it_leaves_out_and_marks_the_choice(ax):
     trials = make_trials()
     trials.loc[trials.index[-1], "kl"] = np.nan
-    chosen = {"trial": 7, "kl": 0.04, "target_log_odds": -8.0}
-    pareto(trials, ax, selected=chosen, max_kl=0.1)
-    said = everything_said(ax)
-    assert "207 of 210 trials; 3 failed or NaN" in said
+    chosen = {"trial": 7, "kl": 0.04, "target_log_odds": -8.0, "target_log_odds_baseline": 2.0}
+    pareto(trials, ax, selected=chosen, max_kl=0.1, n=40)
+    said = everything_said(ax).replace("\n", " ")
+    assert "n = 40 prompts a side" in said and "207 of 210 trials; 3 failed or NaN" in said
     assert "limit: KL 0.1" in said and "finalist" in said
+    assert "one site's direction, n = 3 " in said and "strengths per layer, n = 40 " in said
     star = lines_of(ax, "chosen: trial 7")
-    assert (star.get_xdata()[0], star.get_ydata()[0]) == (0.04, -8.0)
+    assert (star.get_xdata()[0], star.get_ydata()[0]) == (0.04, -10.0)
     assert ax.get_xscale() == "log"
+    unedited = lines_of(ax, "unedited model (KL 0)")
+    assert unedited.get_ydata() == [0.0] or list(unedited.get_ydata()) == [0.0]
+    beyond = lines_of(ax, "Pareto front, over the limit")
+    assert beyond.get_linestyle() == ":" and min(beyond.get_xdata()) > 0.1
+    assert max(lines_of(ax, "Pareto front").get_xdata()) <= 0.1
 
 
 def test_pareto_takes_a_zero_kl_and_a_choice_without_scores(ax):
@@ -444,7 +552,9 @@ def test_pareto_takes_a_zero_kl_and_a_choice_without_scores(ax):
     assert "chosen" not in everything_said(ax)
     with pytest.raises(RunError, match="not numbers"):
         pareto(
-            make_trials(2), Figure().add_subplot(), selected={"kl": "low", "target_log_odds": 1.0}
+            make_trials(2),
+            Figure().add_subplot(),
+            selected={"kl": "low", "target_log_odds": 1.0, "target_log_odds_baseline": 0.0},
         )
 
 
@@ -459,7 +569,7 @@ def test_before_after_draws_rates_controls_and_intervals(ax):
     values = [text.get_text() for text in ax.texts]
     assert "0.81" in values and "0.72" in values
     assert [0.69, 0.91] in [list(line.get_xdata()) for line in ax.lines]
-    assert "95%" in everything_said(ax)
+    assert "95%" in everything_said(ax) and "n = 32 positive + 30 negative" in everything_said(ax)
 
 
 def test_before_after_takes_what_there_is(ax):
@@ -555,12 +665,14 @@ def test_search_front_marks_loops_the_limit_and_the_choice(ax):
         }
     )
     chosen = {"trial": 2, "kl": 0.05, "expression_rate": 0.2}
-    search_front(trials, ax, repetition=0.1, selected=chosen, max_kl=0.1)
+    search_front(trials, ax, repetition=0.1, selected=chosen, max_kl=0.1, unedited=0.7, n=8)
     said = everything_said(ax)
-    assert "3 of 4 trials scored" in said and "limit: KL 0.1" in said
+    assert "n = 8 prompts a side; 3 of 4 trials scored" in said and "limit: KL 0.1" in said
+    assert list(lines_of(ax, "unedited model (KL 0)").get_ydata()) == [0.7]
     assert "kernels of strengths, positive prompts' answers repeat more (1)" in said
     front = lines_of(ax, "Pareto front")
-    assert list(front.get_xdata()) == [0.01, 0.05, 0.2]
+    assert list(front.get_xdata()) == [0.01, 0.05]
+    assert list(lines_of(ax, "Pareto front, over the limit").get_xdata()) == [0.2]
     assert list(lines_of(ax, "chosen: trial 2").get_ydata()) == [0.2]
 
 
@@ -670,29 +782,6 @@ def test_the_token_heat_map_shows_the_values_it_was_given() -> None:
         token_heatmap(pd.concat([frame, frame]), Figure().add_subplot())
     with pytest.raises(RunError, match="no token projections"):
         token_heatmap(frame[:0], Figure().add_subplot())
-
-
-def test_a_plot_without_axes_makes_its_own() -> None:
-    from matplotlib import pyplot
-
-    ax = token_heatmap(make_tokens())
-    assert pyplot.fignum_exists(ax.get_figure().number)
-    pyplot.close("all")
-
-
-def test_every_public_plot_can_do_without_axes():
-    import inspect
-
-    import interp_ablate.plots as door
-
-    plots = {
-        name: parameters
-        for name in door.__all__
-        if callable(getattr(door, name))
-        and "ax" in (parameters := inspect.signature(getattr(door, name)).parameters)
-    }
-    assert len(plots) >= 20
-    assert [name for name, each in plots.items() if each["ax"].default is not None] == []
 
 
 def test_a_figure_is_written_as_its_name_ends(tmp_path):

@@ -97,11 +97,11 @@ CERTIFICATE = {
 }  # fmt: skip
 TRIALS = """\
 trial,stage,layer,point,position,operation,attention_strength,target_log_odds,addition,kl,\
-expression_rate,status,reason,seconds
-0,screen,0,resid_pre,-1,ablate,,,,,,failed,no direction here,0.1
-1,screen,22,resid_mid,-1,ablate,,-11.5,3.1,0.41,,ok,,0.9
-2,refine,25,resid_mid,-1,band,1.2,-9.5,3.3,0.04,0.03125,ok,,0.9
-3,refine,25,resid_mid,-1,band,0.7,-9.9,3.3,0.09,,ok,,0.9
+expression_rate,status,reason,seconds,prompts,target_log_odds_baseline,addition_baseline
+0,screen,0,resid_pre,-1,ablate,,,,,,failed,no direction here,0.1,3,,
+1,screen,22,resid_mid,-1,ablate,,-11.5,3.1,0.41,,ok,,0.9,3,2.5,-5
+2,refine,25,resid_mid,-1,band,1.2,-9.5,3.3,0.04,0.03125,ok,,0.9,,1.5,-6
+3,refine,25,resid_mid,-1,band,0.7,-9.9,3.3,0.09,,ok,,0.9,,1.5,-6
 """
 
 
@@ -223,7 +223,8 @@ def test_figures_come_in_order_with_captions_and_alternatives(run):
         "edit; controls: 66%, 75%.",
         "Projections of both sets",  # no table of projections says more
         "Projections of both sets, position -2",
-        "3 trials by KL and behaviour, and their front. The chosen one has a KL of 0.04 and log-odds of -9.5.",
+        "3 trials by KL and change of the log-odds (from -14 to -11), on 3 prompts a side or more, beside the "
+        "unedited model, with their front. The chosen one has a KL of 0.04 and log-odds of -9.5.",
         "my own",
     ]
     for image in images:
@@ -334,11 +335,20 @@ def test_charts_say_every_value(run):
     assert "furthest apart at layer" in str(charts[0]["aria-label"])
     assert "trial 2" in str(charts[1]["aria-label"])  # the chosen one
     titles = re.findall(r"<title>(.*?)</title>", (run / "report.html").read_text())[1:]
-    assert len(titles) == 2 * 6 + 3  # validation prompts of both layers; trials that finished
+    # validation prompts of both layers; trials that finished, and the unedited model
+    assert len(titles) == 2 * 6 + 3 + 1
+    assert any("on 3 prompts" in t and "-14 from unedited" in t for t in titles)
+    hollow = [a for tag, a in page.tags if tag == "circle" and "hollow" in str(a["class"])]
+    assert [each["data-key"] for each in hollow] == ["1"]  # of fewer prompts
+    assert "2 are on the front" in str(charts[1]["aria-label"])
     assert any(
         t.startswith("layer 1: 2.2 ") and "&lt;b&gt;positive 2&lt;/b&gt;" in t for t in titles
     )
-    (alt,) = [a["alt"] for tag, a in page.tags if tag == "img" and "half violin" in str(a["alt"])]
+    (alt,) = [
+        a["alt"]
+        for tag, a in page.tags
+        if tag == "img" and "positive beside negative" in str(a["alt"])
+    ]
     assert alt.endswith("resid_post: 10.0 standard deviations.")
 
 
