@@ -27,7 +27,7 @@ _LAYER_COLUMNS = (
     "score_low",
     "score_high",
     "coherence",
-    "questions",
+    "answers",
     "chosen",
 )
 _READOUT_COLUMNS = ("layer", "r", "r_low", "r_high", "answers", "questions", "chosen")
@@ -76,7 +76,8 @@ def steering_by_layer(
     style.finish_axes(
         ax,
         f"Steering towards {trait!r} by layer",
-        f"n = {rows['questions'].max():.0f} questions that made no vector; bands: 95% intervals; hollow: coherence below {min_coherence:g}",
+        f"n = {rows['answers'].max():.0f} answers a point, to questions that made no vector; bands: 95% intervals; "
+        f"hollow: coherence below {min_coherence:g}",
         "layer (resid_post)",
         "trait score of the answers\n(0 to 100)",
     )

@@ -86,6 +86,7 @@ def persona_table(**columns: Any) -> pd.DataFrame:
         "condition": "persona",
         "score": 50.0,
         "coherence": 80.0,
+        "answers": 12,
         "questions": 12,
         "chosen": "False",
         **ends,

@@ -134,7 +134,7 @@ def test_the_plot_shows_the_changes(frame: pd.DataFrame) -> None:
     np.testing.assert_array_equal(
         lines["at all writers"].get_ydata(), rows[rows["where"] == "writers"]["change"]
     )
-    said = ax.texts[0].get_text() + ax.get_ylabel()
+    said = " ".join((ax.texts[0].get_text() + ax.get_ylabel()).split())
     assert "n = 6" in said and "nats" in said and "2 directions of shuffled labels" in said
     with pytest.raises(RunError, match="no rows of nothing"):
         layer_effects(frame, Figure().add_subplot(), score="nothing")
