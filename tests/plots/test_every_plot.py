@@ -50,6 +50,11 @@ def effects() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def beside() -> pd.DataFrame:
+    head = {"first": "own", "null_low": -0.1, "null_high": 0.1}
+    return pd.DataFrame([{**head, "second": f"feature {i}", "cosine": i / 4} for i in LAYERS])
+
+
 def evaluation() -> pd.DataFrame:
     rows = []
     for measure, unit in (("expressions", "share"), ("perplexity", "perplexity"), ("KL", "nats")):
@@ -140,6 +145,7 @@ EXAMPLES: dict[str, tuple[Any, dict[str, Any]]] = {
     "attribution_bars": (attribution(), {}),
     "attribution_map": (attribution(), {}),
     "before_after": (TEST, {}),
+    "cosines_beside": (beside(), {}),
     "cosine_similarity": (make_directions(4), {}),
     "evaluation_changes": (evaluation(), {}),
     "evaluation_divergences": (evaluation(), {}),
@@ -207,14 +213,24 @@ def test_every_figure_of_the_report_says_what_is_seen(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", 3)
     attribution().to_csv(run / "attribution.csv", index=False)
     effects().to_csv(run / "layer_effects.csv", index=False)
+    (run / "circuit").mkdir()
+    beside().to_csv(run / "circuit" / "beside.csv", index=False)
     more = trials().assign(stage="search")
     pd.concat([pd.read_csv(run / "trials.csv"), more]).to_csv(run / "trials.csv", index=False)
     stems = {path.stem for path in save_figures(run, dpi=20)}
-    assert stems >= {"attribution", "attribution_map", "layer_effects", "search", "sweep", "tokens"}
+    assert stems >= {
+        "attribution",
+        "beside",
+        "attribution_map",
+        "layer_effects",
+        "search",
+        "sweep",
+        "tokens",
+    }
     alts = alt_texts(RunTables.read(run))
     assert stems - set(alts) == set()
     assert all(len(text) > 40 for text in alts.values())
-    assert len(RUN_FIGURES) == 10  # a new one is added above
+    assert len(RUN_FIGURES) == 11  # a new one is added above
 
 
 @pytest.mark.parametrize(
