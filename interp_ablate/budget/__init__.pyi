@@ -1,6 +1,6 @@
-from .costs import ConfigTraits as ConfigTraits
-from .costs import Dimensions as Dimensions
 from .costs import Machine as Machine
 from .costs import Workload as Workload
-from .costs import dimensions_of as dimensions_of
+from .sizes import Dimensions as Dimensions
+from .sizes import Layer as Layer
+from .sizes import dimensions_of as dimensions_of
 from .stages import budget as budget

@@ -1,7 +1,6 @@
-"""A model's sizes from its config, and FLOPs and bytes of its forward calls, gradients and KV caches.
+"""FLOPs and bytes of forward calls, gradients and KV caches, from a model's sizes.
 
-Knows: the formulas, the work and the machine, what a config does not say. Does not know: which stage makes which
-calls.
+Knows: the formulas, the work and the machine. Does not know: which stage makes which calls.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from interp_ablate.errors import InterpAblateError
 from interp_ablate.models.model_files import check_gguf, transformers_reads
@@ -18,157 +17,8 @@ from interp_ablate.models.sources import read_hf_config, resolve
 from interp_ablate.settings import DECODED_ROWS, MAX_NEW_TOKENS, STEP_ROWS, STREAM_ROWS, setting
 from interp_ablate.training.recipe import RECIPE
 
-
-@dataclass(frozen=True)
-class ConfigTraits:
-    """The traits of a model type that its config does not say in numbers.
-
-    A bias is always there, never, or where the named field of the config is true.
-    """
-
-    gated: bool = True
-    """True for an MLP of three matrices."""
-    norms: int = 2
-    """Norms of a block over d_model."""
-    norm_bias: bool = False
-    head_norm: Literal["none", "head", "whole"] = "none"
-    """Norms of queries and keys: none, one a head, or one over all heads."""
-    wide_norm: bool = True
-    """True where a norm keeps a float32 copy of its input for the gradient."""
-    qkv_bias: bool | str = False
-    out_bias: bool | str = False
-    mlp_bias: bool | str = False
-    positions: str | None = None
-    """Field of the config with the number of learned positions."""
-    mlp_width: str = "intermediate_size"
-    """Field of the config with the width of the MLP."""
-    saved_mlp: int = 3
-    """Tensors of d_mlp numbers that a gradient keeps for each token of a block."""
-
-
-_BIASED = ConfigTraits(qkv_bias="attention_bias", out_bias="attention_bias")
-# model_type of the Hugging Face config -> its traits; a missing one raises.
-TRAITS: dict[str, ConfigTraits] = {
-    "llama": ConfigTraits(qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias"),
-    "smollm3": ConfigTraits(qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias"),
-    "mistral": ConfigTraits(),
-    "phi3": ConfigTraits(),
-    "qwen2": ConfigTraits(qkv_bias=True),
-    "qwen3": ConfigTraits(qkv_bias="attention_bias", out_bias="attention_bias", head_norm="head"),
-    "gemma": _BIASED,
-    "gemma2": ConfigTraits(qkv_bias="attention_bias", out_bias="attention_bias", norms=4),
-    "gemma3_text": ConfigTraits(
-        qkv_bias="attention_bias", out_bias="attention_bias", norms=4, head_norm="head"
-    ),
-    "olmo2": ConfigTraits(qkv_bias="attention_bias", out_bias="attention_bias", head_norm="whole"),
-    "gpt2": ConfigTraits(
-        gated=False, norm_bias=True, wide_norm=False, qkv_bias=True, out_bias=True, mlp_bias=True,
-        positions="max_position_embeddings", mlp_width="n_inner", saved_mlp=4,
-    ),
-    "gpt_neox": ConfigTraits(
-        gated=False, norm_bias=True, wide_norm=False, qkv_bias="attention_bias",
-        out_bias="attention_bias", mlp_bias=True, saved_mlp=1,
-    ),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Dimensions:
-    """The numbers of a decoder that everything else follows from."""
-
-    n_layers: int
-    d_model: int
-    n_heads: int
-    n_kv_heads: int
-    d_head: int
-    d_mlp: int
-    d_vocab: int
-    tied: bool
-    n_positions: int = 0
-    biases: int = 0
-    """Bias parameters of one block."""
-    traits: ConfigTraits = ConfigTraits()
-
-    @property
-    def queries(self) -> int:
-        """Width of a token's queries in one layer."""
-        return self.n_heads * self.d_head
-
-    @property
-    def keys(self) -> int:
-        """Width of a token's keys, and of its values, in one layer."""
-        return self.n_kv_heads * self.d_head
-
-    @property
-    def block_matrices(self) -> int:
-        """Weights of a block that multiply each token: attention's four and the MLP's two or three."""
-        mlp = (3 if self.traits.gated else 2) * self.d_mlp
-        return self.d_model * (2 * self.queries + 2 * self.keys + mlp)
-
-    @property
-    def unembedding(self) -> int:
-        """Weights of the unembedding."""
-        return self.d_model * self.d_vocab
-
-    @property
-    def parameters(self) -> int:
-        """Every parameter, counted once: a tied unembedding is the embedding."""
-        norm = self.d_model * (2 if self.traits.norm_bias else 1)
-        block = self.block_matrices + self.biases + self.traits.norms * norm + self._head_norms
-        embeddings = (1 if self.tied else 2) * self.unembedding + self.n_positions * self.d_model
-        return self.n_layers * block + norm + embeddings
-
-    @property
-    def _head_norms(self) -> int:
-        widths = {"none": 0, "head": 2 * self.d_head, "whole": self.queries + self.keys}
-        return widths[self.traits.head_norm]
-
-    @property
-    def parameters_a_step(self) -> int:
-        """Parameters that a forward call with logits reads; of an untied embedding it reads only some rows."""
-        return self.parameters - (0 if self.tied else self.unembedding)
-
-    @property
-    def n_residual_sites(self) -> int:
-        """Number of sites that `collect` reads by default: resid_pre, resid_mid and resid_post of every layer."""
-        return 3 * self.n_layers
-
-
-def dimensions_of(hf_config: Any) -> Dimensions:
-    """Read from a Hugging Face config.
-
-    Raises:
-        InterpAblateError: a model type without an entry in `TRAITS` (mixtures of experts among them).
-    """
-    traits = TRAITS.get(hf_config.model_type)
-    if traits is None:
-        raise InterpAblateError(
-            f"no arithmetic for model type {hf_config.model_type!r}: there is for "
-            f"{', '.join(TRAITS)}. For a decoder of the same shape, make Dimensions(...) by hand"
-        )
-    d_model, heads = hf_config.hidden_size, hf_config.num_attention_heads
-    kv_heads = getattr(hf_config, "num_key_value_heads", None) or heads
-    d_head = getattr(hf_config, "head_dim", None) or d_model // heads
-    d_mlp = getattr(hf_config, traits.mlp_width) or 4 * d_model
-
-    def has(bias: bool | str) -> bool:
-        return bias if isinstance(bias, bool) else bool(getattr(hf_config, bias))
-
-    biases = has(traits.qkv_bias) * (heads + 2 * kv_heads) * d_head + has(traits.out_bias) * d_model
-    biases += has(traits.mlp_bias) * ((2 if traits.gated else 1) * d_mlp + d_model)
-    return Dimensions(
-        n_layers=hf_config.num_hidden_layers,
-        d_model=d_model,
-        n_heads=heads,
-        n_kv_heads=kv_heads,
-        d_head=d_head,
-        d_mlp=d_mlp,
-        d_vocab=hf_config.vocab_size,
-        tied=bool(hf_config.tie_word_embeddings),
-        n_positions=getattr(hf_config, traits.positions) if traits.positions else 0,
-        biases=biases,
-        traits=traits,
-    )
+if TYPE_CHECKING:
+    from interp_ablate.budget.sizes import Dimensions
 
 
 def config_at(name: str | Path) -> Any:
@@ -266,13 +116,10 @@ class Call(NamedTuple):
 def forward_flops(sizes: Dimensions, *, rows: int, new: int, past: int = 0, logits: int = 0) -> int:
     """FLOPs of one forward call: `rows` x `new` tokens, each after `past` cached ones; `logits` positions a row.
 
-    A multiplication and an addition are two. Attention scores are counted for every pair of a new token
-    and a token so far, as masked kernels compute them, not for half of them.
+    A multiplication and an addition are two.
     """
-    tokens = rows * new
-    attention = 4 * tokens * (past + new) * sizes.queries
-    products = sizes.n_layers * (2 * tokens * sizes.block_matrices + attention)
-    return products + 2 * rows * logits * sizes.unembedding
+    blocks = new * sizes.token_flops + sizes.pair_flops(past, new)
+    return rows * (blocks + 2 * logits * sizes.unembedding)
 
 
 def gradient_flops(
@@ -285,15 +132,15 @@ def gradient_flops(
     products have no way back.
     """
     forward = forward_flops(sizes, rows=rows, new=new, past=past, logits=logits)
-    scores = 4 * rows * new * (past + new) * sizes.queries
-    others = sizes.block_matrices - 2 * sizes.d_model * sizes.keys
-    without = 2 * rows * new * others + 2 * scores if prefix else 0
-    return 2 * forward + sizes.n_layers * scores - without
-
-
-def kv_bytes(sizes: Dimensions, dtype_bytes: int) -> int:
-    """Bytes of KV cache per token and row. Sliding windows count as if they were the whole sequence."""
-    return 2 * sizes.n_layers * sizes.keys * dtype_bytes
+    without = 0
+    if prefix and sizes.layers:
+        last = sizes.layers[-1]
+        others = (
+            sizes.token_flops // sizes.n_layers
+            - 2 * sizes.d_model * last.token // sizes.dtype_bytes
+        )
+        without = rows * new * (others + 2 * last.pairs * (past + new))
+    return 2 * forward + rows * sizes.pair_flops(past, new) - without
 
 
 def kv_places(*, tokens: int, max_new_tokens: int, prefix: int = 0) -> int:
@@ -308,58 +155,38 @@ def kv_places(*, tokens: int, max_new_tokens: int, prefix: int = 0) -> int:
     return tokens + made_with + (SPARE + 1) * grown
 
 
-def saved_bytes(
-    sizes: Dimensions, *, rows: int, new: int, past: int = 0, dtype_bytes: int = 4
-) -> int:
+def saved_bytes(sizes: Dimensions, *, rows: int, new: int, past: int = 0) -> int:
     """Bytes that a gradient step keeps of the blocks of one forward call, with an erasure at every writer.
 
-    Of each token and block: inputs of the norms and of the erasures, queries and attention's output, the MLP's
-    inner tensors; and the keys and values of all tokens so far, repeated to every query head.
+    Of each token: what the blocks keep, and the inputs of the erasures; and the keys and values of all tokens so
+    far, repeated to every query head.
     """
-    traits, d_model = sizes.traits, sizes.d_model
-    norm = max(4, dtype_bytes) if traits.wide_norm else dtype_bytes
-    head_norms = 0 if traits.head_norm == "none" else sizes.queries + sizes.keys
-    token = norm * (traits.norms * d_model + head_norms)
-    token += dtype_bytes * (2 * d_model + 2 * sizes.queries + traits.saved_mlp * sizes.d_mlp)
-    seen = 2 * sizes.queries * dtype_bytes * (past + new)
-    ends = d_model * new * (norm + dtype_bytes)  # the embedding's erasure, the final norm
-    return rows * (sizes.n_layers * (token * new + seen) + ends)
-
-
-def adapted_widths(sizes: Dimensions, *, writers: bool = True) -> tuple[int, int]:
-    """A block's linear layers: their inputs and outputs added up, and the inputs alone.
-
-    Without `writers`, those that read the residual stream alone.
-    """
-    n_up, d_model = (2 if sizes.traits.gated else 1), sizes.d_model
-    read = (3 + n_up) * d_model
-    made = sizes.queries + 2 * sizes.keys + n_up * sizes.d_mlp
-    written = sizes.queries + sizes.d_mlp if writers else 0
-    return read + made + written + (2 * d_model if writers else 0), read + written
+    erasures = (2 * sizes.n_layers + 1) * sizes.d_model * sizes.dtype_bytes
+    seen = past * sum(layer.repeated for layer in sizes.layers)
+    return rows * (new * (sizes.saved + erasures) + new * new * sizes.saved_pairs + seen)
 
 
 def adapter_bytes(sizes: Dimensions, *, rank: int, writers: bool = True) -> int:
-    """Bytes of a LoRA in training: weights, gradients and Adam's two moments, all float32."""
-    return 16 * rank * sizes.n_layers * adapted_widths(sizes, writers=writers)[0]
+    """Bytes of a LoRA in training: weights, gradients and Adam's two moments, all float32.
+
+    Without `writers`, of one on what reads the residual stream alone.
+    """
+    return 16 * rank * (sizes.linear if writers else sizes.readers)[0]
 
 
-def trained_bytes(
-    sizes: Dimensions, *, rows: int, new: int, dtype_bytes: int, writers: bool = True
-) -> int:
+def trained_bytes(sizes: Dimensions, *, rows: int, new: int, writers: bool = True) -> int:
     """Bytes that a training step keeps of rows: of the blocks, of the adapters' inputs, and of the logits.
 
     An adapter reads its input in float32: each has a copy of its own where the model is narrower. Logits are there
     in the model's dtype, as float32, as log-probabilities and as their gradient.
     """
-    n_up, d_model = (2 if sizes.traits.gated else 1), sizes.d_model
-    inputs = adapted_widths(sizes, writers=writers)[1]
-    if dtype_bytes == 4:  # queries, keys and values share theirs, and so do gate and up
-        inputs -= (2 + n_up - 1) * d_model
-    adapters = 4 * rows * new * sizes.n_layers * inputs
-    logits = rows * new * sizes.d_vocab * (12 + dtype_bytes)
-    return saved_bytes(sizes, rows=rows, new=new, dtype_bytes=dtype_bytes) + adapters + logits
+    inputs = (sizes.linear if writers else sizes.readers)[1]
+    if sizes.dtype_bytes == 4:  # queries, keys and values share theirs, and so do gate and up
+        inputs -= sizes.shared_inputs
+    logits = new * sizes.d_vocab * (12 + sizes.dtype_bytes)
+    return saved_bytes(sizes, rows=rows, new=new) + rows * (4 * new * inputs + logits)
 
 
-def activation_bytes(sizes: Dimensions, *, rows: int, new: int, dtype_bytes: int) -> int:
+def activation_bytes(sizes: Dimensions, *, rows: int, new: int) -> int:
     """Bytes of activations alive at once in a forward call: one block's, by the rule that sizes batches."""
-    return rows * new * (6 * sizes.d_model + 3 * sizes.d_mlp) * dtype_bytes
+    return rows * new * (6 * sizes.d_model + 3 * sizes.d_inner) * sizes.dtype_bytes

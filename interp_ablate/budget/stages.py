@@ -1,6 +1,6 @@
 """The budget of a run: memory and time of each stage, by arithmetic from a model's config.
 
-Nothing is loaded and nothing is run; `tests/budget` holds each formula against what torch counts on small models.
+No weights are loaded; `tests/budget` holds each formula against what torch counts on small models.
 
 Knows: which calls each stage makes, and what it holds. Does not know: weights, or what a stage measures.
 """
@@ -12,19 +12,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from interp_ablate.budget.costs import (
     Call,
-    Dimensions,
     Machine,
     Workload,
     activation_bytes,
     adapter_bytes,
-    dimensions_of,
     forward_flops,
     gradient_flops,
-    kv_bytes,
     kv_places,
     saved_bytes,
     trained_bytes,
 )
+from interp_ablate.budget.sizes import Dimensions, dimensions_of
 from interp_ablate.models.backends.bridge_shortcuts import SPARE
 from interp_ablate.search.gradient_fit import N_KEPT, N_TOKENS, PASSAGE_TOKENS
 from interp_ablate.storage.output_folder import WAITING
@@ -52,15 +50,15 @@ def _calls(
     sizes: Dimensions, work: Workload, prompts: int, batch: int, steps: Sequence[tuple[int, int]], logits: int
 ) -> list[Call]:  # fmt: skip
     """The shared prefix once, then for each batch every step: (cached tokens, new tokens) of a row."""
-    prefix, each = work.shared(prompts), kv_bytes(sizes, work.dtype_bytes)
-    body = sizes.n_layers * sizes.block_matrices * work.dtype_bytes
-    reads = sizes.parameters_a_step * work.dtype_bytes if logits else body
+    prefix, size = work.shared(prompts), sizes.dtype_bytes
+    body = size * sizes.parameters_a_step(prefix, logits=False)
     calls = [Call(forward_flops(sizes, rows=1, new=prefix), body)] if prefix else []
     for start in range(0, prompts, batch):
         rows = min(batch, prompts - start)
         for past, new in steps:
             flops = forward_flops(sizes, rows=rows, new=new, past=past, logits=logits)
-            calls.append(Call(flops, reads + rows * past * each))
+            weights = size * sizes.parameters_a_step(rows * new, logits=bool(logits))
+            calls.append(Call(flops, weights + rows * (past > 0) * sizes.cache_bytes(past)))
     return calls
 
 
@@ -86,28 +84,35 @@ def forward_bytes(
     """Bytes that `forward_calls` hold at once: a batch's KV cache, its live activations, its logits."""
     prefix, rows = work.shared(prompts), min(prompts, work.rows)
     new = work.tokens - prefix + more
-    places = rows * (prefix + new + SPARE) + prefix if prefix else 0
-    live = activation_bytes(sizes, rows=rows, new=new, dtype_bytes=work.dtype_bytes)
-    scores = rows * logits * sizes.d_vocab * (work.dtype_bytes + 8)
-    return places * kv_bytes(sizes, work.dtype_bytes) + live + scores
+    cache = 0
+    if prefix:
+        cache = rows * sizes.cache_bytes(prefix + new, prefix + new + SPARE) + sizes.cache_bytes(
+            prefix
+        )
+    live = activation_bytes(sizes, rows=rows, new=new)
+    scores = rows * logits * sizes.d_vocab * (sizes.dtype_bytes + 8)
+    return cache + live + scores
 
 
 def decode_bytes(sizes: Dimensions, work: Workload, prompts: int) -> tuple[int, int]:
     """Bytes that `decode_calls` hold at once: the KV cache, and live activations with logits."""
     prefix, rows = work.shared(prompts), min(prompts, work.decoded_rows)
     places = kv_places(tokens=work.tokens, max_new_tokens=work.max_new_tokens, prefix=prefix)
-    cache = (rows * places + prefix) * kv_bytes(sizes, work.dtype_bytes)
-    live = activation_bytes(
-        sizes, rows=rows, new=work.tokens - prefix, dtype_bytes=work.dtype_bytes
-    )
-    return cache, live + rows * sizes.d_vocab * (work.dtype_bytes + 8)
+    tokens = work.tokens + work.max_new_tokens - 1
+    cache = rows * sizes.cache_bytes(tokens, places) + (sizes.cache_bytes(prefix) if prefix else 0)
+    live = activation_bytes(sizes, rows=rows, new=work.tokens - prefix)
+    return cache, live + rows * sizes.d_vocab * (sizes.dtype_bytes + 8)
 
 
 def load_stage(sizes: Dimensions, work: Workload, machine: Machine) -> Stage:
     """Weights from disk; over several devices they pass through the machine's RAM in parts."""
-    size = sizes.parameters * work.dtype_bytes
+    size = sizes.parameters * sizes.dtype_bytes
     host = size if machine.devices == 1 else 0
     note = f"{sizes.parameters / 1e9:.2f}e9 parameters, {size / 1e9:.1f} GB of weights"
+    if sizes.idle:
+        note += f"; {sizes.active / 1e9:.2f}e9 are active for a token"
+    if sizes.towers:
+        note += f"; {sizes.towers / 1e9:.2f}e9 are in other towers than the text's"
     return Stage("load", 0, host, (), note, size / machine.disk)
 
 
@@ -116,8 +121,10 @@ def collect_stage(sizes: Dimensions, work: Workload) -> Stage:
     prompts = 2 * work.prompts
     row = sizes.n_residual_sites * sizes.d_model
     rows = min(prompts, work.rows)
-    held = 2 * rows * row * work.dtype_bytes  # as captured, and as one tensor
-    host = prompts * row * work.dtype_bytes + (2 * rows + 4) * row * 8  # values; moments in float64
+    held = 2 * rows * row * sizes.dtype_bytes  # as captured, and as one tensor
+    host = (
+        prompts * row * sizes.dtype_bytes + (2 * rows + 4) * row * 8
+    )  # values; moments in float64
     calls = forward_calls(sizes, work, prompts)
     note = (
         f"{prompts} prompts, {sizes.n_residual_sites} sites, {work.shared(prompts)} tokens run once"
@@ -133,17 +140,18 @@ def trial_stage(sizes: Dimensions, work: Workload) -> Stage:
     answers = decode_calls(sizes, work, prompts)
     cache, live = decode_bytes(sizes, work, prompts)
     passing = forward_bytes(sizes, work, work.scored, more=N_TOKENS, logits=N_TOKENS + 1)
+    read = sizes.dtype_bytes * sizes.parameters_a_step(min(prompts, work.decoded_rows))
     note = (
         f"{prompts} answers of {work.max_new_tokens} tokens; a step reads "
-        f"{sizes.parameters_a_step * work.dtype_bytes / 1e9:.1f} GB of weights, KV cache {cache / 1e9:.2f} GB"
+        f"{read / 1e9:.1f} GB of weights, caches {cache / 1e9:.2f} GB"
     )
     return Stage("trial", max(cache + live, passing), 0, (*first, *second, *answers), note)
 
 
 def fit_stage(sizes: Dimensions, work: Workload, *, passages: bool = False) -> Stage:
     """A gradient step: each side forward and back by itself, all of its rows in one graph."""
-    unwanted, size = max(work.fitted // 2, 1), work.dtype_bytes
-    weights = sizes.parameters_a_step * size
+    unwanted, size = max(work.fitted // 2, 1), sizes.dtype_bytes
+    weights = size * sizes.parameters_a_step(work.fitted * work.tokens)
     sides = [  # rows, tokens behind each prompt, logits, bytes kept a logit
         (work.fitted, N_TOKENS, N_TOKENS + 1, 4),  # log-probabilities in float32
         (work.fitted, N_KEPT - 1, N_KEPT, 12),  # and the reference's chances in float64
@@ -155,11 +163,11 @@ def fit_stage(sizes: Dimensions, work: Workload, *, passages: bool = False) -> S
         new = work.tokens - prefix + more
         flops = gradient_flops(sizes, rows=rows, new=new, past=prefix, logits=logits)
         held = rows * logits * sizes.d_vocab * kept_bytes
-        held += saved_bytes(sizes, rows=rows, new=new, past=prefix, dtype_bytes=size)
-        held += activation_bytes(sizes, rows=rows, new=new, dtype_bytes=size)
+        held += saved_bytes(sizes, rows=rows, new=new, past=prefix)
+        held += activation_bytes(sizes, rows=rows, new=new)
         if prefix:
             flops += gradient_flops(sizes, rows=1, new=prefix, prefix=True)
-            held += saved_bytes(sizes, rows=1, new=prefix, dtype_bytes=size)
+            held += saved_bytes(sizes, rows=1, new=prefix)
         calls.append(Call(flops, (4 if prefix else 2) * weights))
         memory.append(held)
     name = "gradient step" + (", with passages" if passages else "")
@@ -181,11 +189,11 @@ def persona_stage(sizes: Dimensions, work: Workload) -> Stage:
 
 def train_stage(sizes: Dimensions, work: Workload) -> Stage:
     """A step of `persona train`: a LoRA on all linear layers; the model is read again for each arm."""
-    rows, new, size = work.trained_rows, work.trained_tokens, work.dtype_bytes
+    rows, new, size = work.trained_rows, work.trained_tokens, sizes.dtype_bytes
     memory = adapter_bytes(sizes, rank=work.rank)
-    memory += trained_bytes(sizes, rows=rows, new=new, dtype_bytes=size)
+    memory += trained_bytes(sizes, rows=rows, new=new)
     flops = gradient_flops(sizes, rows=rows, new=new, logits=new)
-    calls = [Call(flops, 2 * sizes.parameters_a_step * size)]
+    calls = [Call(flops, 2 * size * sizes.parameters_a_step(rows * new))]
     note = (
         f"{rows} rows of {new} tokens, LoRA of rank {work.rank}; without --gradient-checkpointing"
     )
@@ -197,30 +205,30 @@ def heal_stage(sizes: Dimensions, work: Workload) -> Stage:
 
     Of the original, its unembedding is there.
     """
-    rows, new, size = work.trained_rows, work.trained_tokens, work.dtype_bytes
+    rows, new, size = work.trained_rows, work.trained_tokens, sizes.dtype_bytes
     memory = adapter_bytes(sizes, rank=work.rank, writers=False) + sizes.unembedding * size
-    memory += trained_bytes(sizes, rows=3 * rows, new=new, dtype_bytes=size, writers=False)
+    memory += trained_bytes(sizes, rows=3 * rows, new=new, writers=False)
     flops = gradient_flops(sizes, rows=3 * rows, new=new, logits=new)
     flops += forward_flops(sizes, rows=2 * rows, new=new, logits=new)
-    calls = [Call(flops, 4 * sizes.parameters_a_step * size)]
+    calls = [Call(flops, 4 * size * sizes.parameters_a_step(rows * new))]
     note = f"{rows} pairs of {new} tokens; the original's unembedding beside the edited model"
     return Stage("heal, a step", memory, 0, calls, note)
 
 
 def certificate_stage(sizes: Dimensions, work: Workload, machine: Machine) -> Stage:
     """The reloaded export beside the hooked model: embeddings, and one block at a time; the rest in RAM."""
-    size, ends = work.dtype_bytes, (1 if sizes.tied else 2) * sizes.unembedding
+    size, ends = sizes.dtype_bytes, (1 if sizes.tied else 2) * sizes.unembedding
     whole = sizes.parameters * size
-    memory = (ends + sizes.block_matrices) * size
+    memory = (ends + sizes.block) * size
     note = "the export, block by block, beside the model"
     return Stage("certificate", memory, whole, (), note, whole / machine.disk)
 
 
 def export_stage(sizes: Dimensions, work: Workload, machine: Machine) -> Stage:
     """`export --source`: one writer as a whole, blocks of it in float32, what waits for the disk."""
-    largest = sizes.d_model * max(sizes.d_mlp, sizes.queries) * work.dtype_bytes
+    largest = sizes.largest * sizes.dtype_bytes
     host = largest + 2 * BLOCK * 4 + WAITING
-    size = sizes.parameters * work.dtype_bytes
+    size = sizes.parameters * sizes.dtype_bytes
     note = f"largest tensor that is held {largest / 1e9:.2f} GB; {size / 1e9:.1f} GB of disk"
     return Stage("export, streamed", 0, host, (), note, 2 * size / machine.disk)
 
@@ -237,13 +245,15 @@ def budget(
         hf_config: a Hugging Face config (`read_hf_config`), or `Dimensions`.
 
     Raises:
-        InterpAblateError: a model type without arithmetic.
+        InterpAblateError: a model that does not run without data.
     """
     import pandas as pd
 
     work, machine = workload or Workload(), machine or Machine()
-    sizes = hf_config if isinstance(hf_config, Dimensions) else dimensions_of(hf_config)
-    weights = sizes.parameters * work.dtype_bytes
+    sizes = hf_config
+    if not isinstance(sizes, Dimensions):
+        sizes = dimensions_of(hf_config, work.dtype_bytes)
+    weights = sizes.parameters * sizes.dtype_bytes
     rows = []
     for stage in (
         load_stage(sizes, work, machine),

@@ -103,17 +103,26 @@ def _stream(settings: Monitor, sampling: SamplingConfig, persona: Any, out: Path
     model = load(settings, settings.model or persona.model)
     persona.check(model)
     amount = settings.coefficient
-    seen = []
+    seen, other = [], 0
     with model.applied(persona.plan(amount)) if amount else nullcontext():
         prompt = Prompt(str(settings.prompt), settings.system)
         limit = sampling.max_new_tokens
         for token, projection in model.monitor(prompt, persona.direction, max_new_tokens=limit):
-            print(f"{projection:+8.3f}  {token.text!r}", flush=True)
-            seen.append((token, projection))
+            if token.part == settings.read:
+                print(f"{projection:+8.3f}  {token.text!r}", flush=True)
+                seen.append((token, projection))
+            else:
+                other += 1
+    if not seen and other:
+        raise RunError(
+            f"the model wrote {other} tokens and no {settings.read}, which is what is read (--read): raise "
+            "--max-thought-tokens, or close the thought (--template-arg)"
+        )
     if not seen:
         raise RunError("the model ended its answer at once: there is no token to look at")
     mean = sum(projection for _, projection in seen) / len(seen)
-    print(f"{mean:+8.3f}  mean of {len(seen)} tokens at {persona.direction.site}")
+    beside = f"; {other} tokens beside the {settings.read} are not read" if other else ""
+    print(f"{mean:+8.3f}  mean of {len(seen)} tokens at {persona.direction.site}{beside}")
     title = f"{settings.prompt}" + (f"  (steered, coefficient {amount:g})" if amount else "")
     print(f"figure: {tokens_figure({title: seen}, out / 'figures' / 'tokens.png')}")
     return 0

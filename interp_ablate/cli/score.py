@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, get_args
 
 from interp_ablate.cli.options import (
     REPLACE,
@@ -28,6 +28,7 @@ from interp_ablate.cli.options import (
 )
 from interp_ablate.cli.settings import adding, settings_from
 from interp_ablate.errors import InterpAblateError, RunError
+from interp_ablate.prompts.chat_format import ReadPart
 from interp_ablate.settings import setting
 from interp_ablate.storage.strict_json import json_text
 
@@ -56,6 +57,9 @@ class Score:
     cache: str | None = setting(None, "judge's replies (default: OUT.replies.jsonl beside --out)")
     answer: str | None = setting(None, "the key of the answer, beside 'prompt'", metavar="KEY")
     layout: str | None = setting(None, "of chat data that fits several")
+    read: ReadPart = setting(
+        "answer", "part of what a thinking model wrote that is scored", choices=get_args(ReadPart)
+    )
     by: tuple[str, ...] = setting(
         (), "a line of the table for each of their values", metavar="KEY,KEY"
     )
@@ -137,20 +141,24 @@ def _rows(settings: Score) -> Iterator[_Row]:
     if key is None and {"prompt", "text", "condition"} <= set(next(file.rows()).values):
         key = "text"
     if key is not None:
-        yield from _plain(file, key)
+        yield from _plain(file, key, settings.read)
         return
     for sample in read_samples(path, layout=settings.layout):
         try:
-            exchange = sample.exchange
+            exchange = sample.last_turn(read=settings.read).exchange
         except InterpAblateError as error:
             raise RunError(f"{file.place(sample.number)}: {error}") from error
         fields = {k: v for k, v in sample.raw.items() if isinstance(v, (str, int, float, bool))}
         yield _Row(sample.number, fields, exchange)
 
 
-def _plain(file: Any, key: str) -> Iterator[_Row]:
-    """Rows with a prompt, an answer under `key`, and whatever else."""
+def _plain(file: Any, key: str, read: ReadPart) -> Iterator[_Row]:
+    """Rows with a prompt, an answer under `key`, and whatever else.
+
+    A thought is in front of the answer, or under a key of its own, as `generate` writes it.
+    """
     from interp_ablate.prompts.prompt import Prompt
+    from interp_ablate.prompts.thoughts import split_thought
     from interp_ablate.scoring.exchange import PromptResponse
 
     for row in file.rows():
@@ -160,6 +168,8 @@ def _plain(file: Any, key: str) -> Iterator[_Row]:
                 f"{file.place(row.number)}: expected texts under 'prompt' and {key!r}; its keys are "
                 f"{', '.join(row.values)}"
             )
+        if read == "thought":
+            answer = split_thought(answer)[0] or str(row.values.get(f"{key}_thought") or "")
         try:
             exchange = PromptResponse(Prompt(prompt, row.values.get("system")), answer)
         except InterpAblateError as error:

@@ -143,10 +143,18 @@ class Sample:
         Raises:
             RowFileError: there is no answer, or no prompt before it.
         """
-        turns = self.turns("last")
+        return self.last_turn().exchange
+
+    def last_turn(self, *, read: ReadPart = "answer") -> Turn:
+        """The last answer, or the thought before it.
+
+        Raises:
+            RowFileError: there is no answer.
+        """
+        turns = self.turns("last", read=read)
         if not turns:
             raise RowFileError(f"sample {self.number} has no answer of the assistant")
-        return turns[0].exchange
+        return turns[0]
 
     @property
     def as_dicts(self) -> list[dict[str, Any]]:

@@ -32,8 +32,8 @@ def answer_metrics(
     """Measure a model's answers to prompts: a list of values for every metric, one a prompt.
 
     `repetition` is the share of repeated 3-grams, `length` the number of tokens, `empty` 1 for an answer
-    without a word, `no_answer` (where there are thoughts) 1 for one that never ended. With a baseline come `kl_first_token` and `kl_continuation` (`divergences`). Each of
-    `scorers` adds its values under its name.
+    without a word, `no_answer` (where there are thoughts) 1 for one that never ended. With a baseline come
+    `kl_first_token` and `kl_continuation` (`divergences`). Each of `scorers` adds its values under its name.
     """
     answers = outputs.generations
     values: dict[str, list[float | None]] = {
@@ -47,6 +47,21 @@ def answer_metrics(
         scores = scorer(outputs, outputs if baseline is None else baseline)
         values[name] = scores.tolist() if isinstance(scores, Tensor) else list(scores)
     return values if baseline is None else values | divergences(outputs, baseline)
+
+
+def unanswered(outputs: ModelOutputs) -> Float[Tensor, " prompt"]:
+    """1 for every answer of which nothing is there to be read: a thought was begun and did not end."""
+    return torch.tensor([float(g.answer is None and not g.text) for g in outputs.generations])
+
+
+def behaviour_left(
+    scorer: ExpressionScorer, outputs: ModelOutputs, baseline: ModelOutputs
+) -> Float[Tensor, " prompt"]:
+    """1 for every prompt of which it is not shown that its answer lacks the behaviour.
+
+    A thought that did not end has no answer, and so no verdict: it must not count as a success of an edit.
+    """
+    return torch.maximum(scorer(outputs, baseline), unanswered(outputs))
 
 
 def divergences(outputs: ModelOutputs, baseline: ModelOutputs) -> dict[str, list[float | None]]:
@@ -65,6 +80,13 @@ def divergences(outputs: ModelOutputs, baseline: ModelOutputs) -> dict[str, list
     if not any(map(has_thought, answers)):
         along["kl_first_token"] = first_token_kl(outputs, baseline).tolist()
     return along
+
+
+def answer_kl(outputs: ModelOutputs, baseline: ModelOutputs) -> list[float | None]:
+    """The KL of `divergences` at the answer's first token alone: one pass over the prompts where nothing thinks."""
+    if any(map(has_thought, baseline.generations)):
+        return divergences(outputs, baseline)["kl_first_token"]
+    return first_token_kl(outputs, baseline).tolist()
 
 
 @dataclass(frozen=True)

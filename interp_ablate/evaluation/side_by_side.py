@@ -17,7 +17,7 @@ from interp_ablate.display import Html, html_of, html_table, marked_differences,
 from interp_ablate.edits.kinds import Ablate, Edit
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import RunError
-from interp_ablate.evaluation.metrics import Metric, first_token_kl
+from interp_ablate.evaluation.metrics import Metric, answer_kl
 from interp_ablate.evaluation.outputs import ModelOutputs, generate_outputs_together
 from interp_ablate.models.applied_plans import as_plan
 from interp_ablate.models.model import Model
@@ -130,8 +130,8 @@ def compare(
 ) -> Comparison:
     """Answer the same prompts under several plans, all in one batch, and score the answers.
 
-    Besides `scores` stands `kl_first_token`, the KL divergence in nats of each condition's first-token
-    distribution from the first condition's.
+    Besides `scores` stands `kl_first_token`, the KL divergence in nats of each condition's distribution over the
+    answer's first token from the first condition's. Where that one thinks first, both are read after its thought.
 
     Args:
         conditions: name -> plan, the reference first; None is the unedited model.
@@ -163,7 +163,7 @@ def compare(
     if len(together) > 1:
         generate_outputs_together([outputs[name] for name in together])
     answers = {name: each.generations for name, each in outputs.items()}
-    metrics = {"kl_first_token": first_token_kl} | {
+    metrics: dict[str, Metric] = {"kl_first_token": answer_kl} | {
         name: as_metric(name, score) for name, score in scores.items()
     }
     values = {

@@ -19,6 +19,7 @@ from interp_ablate.models.backends.backend import ForwardCall
 from interp_ablate.models.batches import Batch, SharedPrefix, batches, call_of, in_parts
 from interp_ablate.models.forward import ForwardPasses
 from interp_ablate.models.thinking import Budget
+from interp_ablate.prompts.chat_format import ReadPart
 from interp_ablate.settings import DECODED_ROWS
 from interp_ablate.sites import Site
 
@@ -32,6 +33,8 @@ class MonitoredToken:
     id: int
     text: str
     """The added text: "" until a character of several tokens is whole."""
+    part: ReadPart = "answer"
+    """Whether it belongs to the answer, or to a thought before it (with its tags)."""
 
     def __str__(self) -> str:
         return self.text
@@ -139,6 +142,7 @@ def monitored_tokens(
     decoding: Decoding,
     decode: Callable[[Sequence[int]], str],
     in_force: tuple[object, ...],
+    budget: Budget,
 ) -> Iterator[tuple[MonitoredToken, tuple[float, ...]]]:
     """Generate token by token; with each, the projections of the stream on directions at their sites.
 
@@ -163,13 +167,14 @@ def monitored_tokens(
     choose = decoding.chooser(passes.device)
     (batch,) = batches([row], size=1, device=passes.device)
     passes.plans.require(in_force, "monitor was called")
-    cached = passes.checks.cache_is_exact(len(row) + decoding.max_new_tokens)
+    cached = passes.checks.cache_is_exact(len(row) + budget.most)
     plan_of_row = passes.plans.plan_of_rows(1)
     call = call_of(passes.backend, batch, SharedPrefix(), plan_of_row, cached=cached)
     token, _ = next_token(call, ())
     tokens: list[int] = []
     shown = ""
-    while token not in decoding.stop_tokens and len(tokens) < decoding.max_new_tokens:
+    ended = token in decoding.stop_tokens
+    while not ended:
         tokens.append(token)
         call = call.followed_by(call.tokens.new_tensor([token]))
         token, captured = next_token(call, [direction.site for direction in directions])
@@ -181,9 +186,9 @@ def monitored_tokens(
                 f"NaN or infinity in the activations at token {len(tokens)}: float16 overflows on "
                 "many models; use --dtype bfloat16 or float32"
             )
-        ended = token in decoding.stop_tokens or len(tokens) == decoding.max_new_tokens
+        ended = budget.is_spent(0, tokens) or token in decoding.stop_tokens
         text = decode(tokens)
         whole = ended or not text.endswith("\N{REPLACEMENT CHARACTER}")
         added = text[len(shown) :] if whole else ""
         shown += added
-        yield MonitoredToken(tokens[-1], added), values
+        yield MonitoredToken(tokens[-1], added, budget.part(0, tokens)), values

@@ -404,7 +404,8 @@ class Model:
         Yields (token, projection) for every generated token but the end of sequence, as it is made. The
         projection is the scalar product of the activation at the direction's own site with its unit vector,
         float64, after what the plans write there; a tuple of them if a sequence of directions is given. An
-        empty sequence only generates.
+        empty sequence only generates. Of each token it is known whether it is the thought's or the answer's, and
+        each has its limit, as in `generate`.
         Hooks are in place only while a token is computed: a consumer may stop at any token, or run other
         prompts in between.
 
@@ -424,7 +425,10 @@ class Model:
         self.site_map.first_block(item.site for item in watched)  # the model has these sites
         decoding = Decoding(max_new_tokens, temperature, seed, self.eos_token_ids)
         (row,) = self.encode_all([prompt])
-        self.site_map.check_positions(len(row) + max_new_tokens)
+        budget = self.thinking.budget([self.thinking.is_opened(row)], max_new_tokens)
+        self.site_map.check_positions(len(row) + budget.most)
         in_force = self.plans.in_force
-        pieces = monitored_tokens(self._passes, row, watched, decoding, self.decode, in_force)
+        pieces = monitored_tokens(
+            self._passes, row, watched, decoding, self.decode, in_force, budget
+        )
         return ((token, values[0] if single else values) for token, values in pieces)

@@ -14,7 +14,7 @@ from typing import Any
 
 from interp_ablate.display import html_table, shortened
 from interp_ablate.errors import PromptError
-from interp_ablate.prompts.chat_format import ChatFormat
+from interp_ablate.prompts.chat_format import ChatFormat, ReadPart
 from interp_ablate.prompts.chat_template import (
     encode,
     has_template,
@@ -215,6 +215,11 @@ class Budget:
         if start is None:
             return len(tokens) >= self._of_thought
         return len(tokens) - start >= self._most
+
+    def part(self, row: int, tokens: Sequence[int]) -> ReadPart:
+        """What the last of a row's new tokens is part of; asked after `is_spent`."""
+        start = self._answer.get(row)
+        return "thought" if start is None or len(tokens) <= start else "answer"
 
     def _begun(self, row: int, tokens: Sequence[int]) -> int | None:
         """The number of tokens before the answer; None inside a thought, or where there may be one yet."""

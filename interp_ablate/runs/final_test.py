@@ -18,7 +18,12 @@ from interp_ablate.edits.kinds import Add
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import DirectionError
 from interp_ablate.evaluation.float32_kl import first_token_kl_floor, float32_first_token_kl
-from interp_ablate.evaluation.metrics import answer_metrics, continuation_scores
+from interp_ablate.evaluation.metrics import (
+    answer_metrics,
+    behaviour_left,
+    continuation_scores,
+    unanswered,
+)
 from interp_ablate.evaluation.outputs import ModelOutputs, generate_outputs_together
 from interp_ablate.models.float32 import in_float32
 from interp_ablate.models.model import Model
@@ -117,20 +122,13 @@ def _tested(
     controls = _controls(run, plan, directions)
     test = measure_on_test(outputs, run.bench.expression, controls, run.step, seed=c.seed)
     test["how"] = _how(run)
-    cut = sum(
-        each.answer is None
-        for side in (
-            outputs.positive,
-            outputs.ablated_positive,
-            outputs.negative,
-            outputs.ablated_negative,
-        )
-        for each in side.generations
-    )
-    if cut:
+    sides = (outputs.positive, outputs.ablated_positive, outputs.negative, outputs.ablated_negative)
+    cut = [int(unanswered(side).sum()) for side in sides]
+    if any(cut):
         run.note(
-            f"{cut} of the test split's answers are none: a thought began and did not end. They count as answers "
-            "without the behaviour"
+            f"{sum(cut)} of the test split's answers are none: a thought began and did not end. {cut[1]} of them are "
+            "of positive prompts under the plan, where no answer counts as one with the behaviour; elsewhere it "
+            "counts as one without"
         )
     selected = {
         "plan": plan.to_dict(),
@@ -214,7 +212,7 @@ class TestOutputs:
         return cls(positive, negative, *ablated, negative.with_plan(addition))
 
     def generations(self, test: Any, scorer: ExpressionScorer) -> list[dict[str, Any]]:
-        """The texts, a row each."""
+        """The texts, a row each; `expressed` is None of a thought that did not end."""
         sides = {"positive": test.positive, "negative": test.negative}
         conditions = (
             ("baseline", "positive", self.positive),
@@ -229,11 +227,11 @@ class TestOutputs:
                 "prompt": prompt.text,
                 "condition": condition,
                 "text": text,
-                "expressed": scorer.outcome(text) == "expressed",
+                "expressed": None if none else scorer.outcome(text) == "expressed",
                 "matches": [match.expression for match in scorer.matches(text)],
             }
             for condition, side, outputs in conditions
-            for prompt, text in zip(sides[side], outputs.texts)
+            for prompt, text, none in zip(sides[side], outputs.texts, unanswered(outputs))
         ]
 
 
@@ -294,7 +292,9 @@ def _values(
         ("negative_after", new_n, base_n),
         ("addition_after", added, base_n),
     ):
-        values[name] = scorer(on, base)
+        values[name] = (
+            behaviour_left(scorer, on, base) if name == "behaviour_after" else scorer(on, base)
+        )
         advance(1)
     assert new_n.plan is not None
     (values["kl_first_token"],) = float32_first_token_kl(base_n, [new_n.plan])
@@ -308,6 +308,7 @@ def _values(
         )
         values[f"positive_repetition_{when}"] = of_positive["repetition"]
         values[f"positive_empty_{when}"] = of_positive["empty"]
+        values[f"positive_no_answer_{when}"] = unanswered(positive)
         values[f"repetition_{when}"] = of_negative["repetition"]
         values[f"length_{when}"] = of_negative["length"]
     advance(1)

@@ -127,6 +127,15 @@ def headline(
                 f"edit and {after} after the ablation."
             )
         )
+    if test.get("positive_no_answer_after"):
+        none = with_interval(test, "positive_no_answer_after", as_rate=True)
+        claims.append(
+            _claim(
+                f"After the ablation {none} of these prompts have no answer: a thought began and did not end. "
+                "They count as answers with it.",
+                "warn",
+            )
+        )
     if test.get("kl_first_token") is not None:
         claims.append(_damage(test, configuration.get("max_kl")))
     if test.get("addition_after") is not None:

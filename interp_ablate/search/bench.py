@@ -19,7 +19,9 @@ from interp_ablate.evaluation.metrics import (
     TargetLogOdds,
     UneditedAnswerLogProb,
     answer_metrics,
+    behaviour_left,
     first_token_kl,
+    unanswered,
 )
 from interp_ablate.evaluation.outputs import ModelOutputs, generate_outputs_together
 from interp_ablate.models.model import Model
@@ -133,7 +135,10 @@ class ValidationBench:
     def _positive_scores(self, on_positive: ModelOutputs) -> dict[str, float]:
         answers = answer_metrics(on_positive)
         return {
-            "expression_rate": float(self.expression(on_positive, self.positive).mean()),
+            "expression_rate": float(
+                behaviour_left(self.expression, on_positive, self.positive).mean()
+            ),
+            "no_answer": float(unanswered(on_positive).mean()),
             "positive_repetition": _mean(answers["repetition"]),
             "empty": _mean(answers["empty"]),
         }
@@ -143,7 +148,11 @@ class ValidationBench:
         return self.positive.with_plan(plan), self.negative.with_plan(plan)
 
     def text_scores(self, on_positive: ModelOutputs, on_negative: ModelOutputs) -> dict[str, float]:
-        """What the answers say: the expression rate, repetition and length of all answers."""
+        """What the answers say: the expression rate, repetition and length of all answers.
+
+        `no_answer` is the share of positive prompts after which a thought did not end; the expression rate
+        holds them for answers with the behaviour.
+        """
         generate_outputs_together([on_positive, on_negative])
         lengths = [_mean(answer_metrics(side)["length"]) for side in (on_positive, on_negative)]
         return {

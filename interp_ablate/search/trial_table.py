@@ -37,6 +37,7 @@ SCORES = (
     "positive_repetition",
     "length",
     "empty",
+    "no_answer",
     "target_log_odds_baseline",
     "unedited_answer_logprob_baseline",
     "addition_baseline",

@@ -11,28 +11,27 @@ from typing import Any
 
 import pytest
 import torch
+from support.family_models import config_classes, tiny_config
 from tiny import PARTS, make, rows_of, shared, tiny
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig
 
 from interp_ablate import collect, load_model
 from interp_ablate.budget.costs import (
-    TRAITS,
-    Dimensions,
     Machine,
     Workload,
     adapter_bytes,
     config_at,
-    dimensions_of,
     forward_flops,
-    kv_bytes,
     kv_places,
     saved_bytes,
     trained_bytes,
 )
+from interp_ablate.budget.sizes import Dimensions, dimensions_of
 from interp_ablate.budget.stages import (
     as_text,
     budget,
@@ -59,10 +58,16 @@ from interp_ablate.search.gradient_fit import (
     fit_data,
 )
 
-# Kinds of tests/tiny.py that have arithmetic, in every form.
-KINDS = [kind for kind in PARTS if (PARTS[kind].model_type or kind).split("_gqa")[0] in TRAITS]
+KINDS = list(PARTS)
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_moe_mixed")
 FEW = ("llama_gqa", "gpt2", "qwen2", "gemma")
 PREFIX, TOKENS = 9, 14
+LLAMA_70B = dimensions_of(
+    LlamaConfig(
+        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, vocab_size=128256,
+        num_attention_heads=64, num_key_value_heads=8, tie_word_embeddings=False,
+    )
+)  # fmt: skip
 
 
 @contextmanager
@@ -95,16 +100,11 @@ def test_parameters(kind: str, tied: bool) -> None:
     assert sizes.tied == tied
 
 
-def test_every_form_is_tested() -> None:
-    assert {PARTS[kind].model_type or kind.removesuffix("_gqa") for kind in KINDS} == set(TRAITS)
-
-
 def test_sizes_of_a_published_model() -> None:
     """Llama 3.3 70B, from its published config: 70.55e9 parameters."""
-    sizes = Dimensions(80, 8192, 64, 8, 128, 28672, 128256, tied=False)
-    assert sizes.parameters == 70_553_706_496
-    assert kv_bytes(sizes, 2) == 327_680
-    assert sizes.n_residual_sites == 240
+    assert LLAMA_70B.parameters == LLAMA_70B.active == 70_553_706_496
+    assert LLAMA_70B.cache_bytes(1) == 327_680
+    assert LLAMA_70B.n_residual_sites == 240
 
 
 # --------------------------------------------------------------------------------- operations
@@ -112,8 +112,11 @@ def test_sizes_of_a_published_model() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_operations_of_a_forward_call(kind: str) -> None:
-    model, rows = shared(kind), rows_of(TOKENS, TOKENS, TOKENS)
-    sizes = dimensions_of(model.hf_config)
+    hf, tokenizer = tiny(kind)
+    if kind in EXPERTS:
+        hf.set_experts_implementation("eager")  # the operations of the others torch does not count
+    model, rows = from_hf(hf, tokenizer), rows_of(TOKENS, TOKENS, TOKENS)
+    sizes = dimensions_of(model.hf_config, 4)
     with counted() as total:
         model.logits(rows, keep=2)
     near(total(), forward_flops(sizes, rows=3, new=TOKENS, logits=2), 0.003)
@@ -127,7 +130,7 @@ def test_operations_of_collect(kind: str) -> None:
     collect(model, rows, batch_size=4)  # once a model it is measured what rows may share
     with counted() as total:
         collect(model, rows, batch_size=4)
-    calls = forward_calls(dimensions_of(model.hf_config), work, 6)
+    calls = forward_calls(dimensions_of(model.hf_config, 4), work, 6)
     assert len(calls) == 3  # the prefix, four rows, two rows
     near(total(), sum(call.flops for call in calls), 0.003)
 
@@ -141,7 +144,7 @@ def test_operations_of_decoding(kind: str, prefix: int) -> None:
     model.generate(rows, max_new_tokens=7)  # once a model it is measured what rows may share
     with counted() as total:
         model.generate(rows, max_new_tokens=7, batch_size=2)
-    calls = decode_calls(dimensions_of(model.hf_config), work, 3)
+    calls = decode_calls(dimensions_of(model.hf_config, 4), work, 3)
     assert len(calls) == 2 * 7 + (prefix > 0)
     near(total(), sum(call.flops for call in calls), 0.003)
 
@@ -163,14 +166,15 @@ def test_kv_cache(prefix: int, max_new_tokens: int, monkeypatch: pytest.MonkeyPa
     model.generate(rows, max_new_tokens=max_new_tokens)
     held = sum(buffer.nbytes for layer in caches[-1].layers for buffer in layer._buffers)
     places = kv_places(tokens=TOKENS, max_new_tokens=max_new_tokens, prefix=prefix)
-    assert held == 3 * places * kv_bytes(dimensions_of(model.hf_config), 4)
+    sizes = dimensions_of(model.hf_config, 4)
+    assert held == 3 * sizes.cache_bytes(TOKENS, places)
 
 
 @pytest.mark.parametrize("kind", FEW)
 def test_values_of_collect(kind: str) -> None:
     model = shared(kind)
     values = collect(model, rows_of(12, 13, 14, 15)).values
-    sizes = dimensions_of(model.hf_config)
+    sizes = dimensions_of(model.hf_config, 4)
     assert values.nbytes == 4 * sizes.n_residual_sites * sizes.d_model * 4
 
 
@@ -187,7 +191,7 @@ def test_memory_of_a_training_step(kind: str, where: Any, dtype: torch.dtype) ->
     from interp_ablate.training.recipe import LoraRecipe
 
     hf, _ = tiny(kind)
-    sizes, rows, new = dimensions_of(hf.config), 4, 48
+    sizes, rows, new = dimensions_of(hf.config, dtype.itemsize), 4, 48
     hf.to(dtype).requires_grad_(False).train()
     weights = {p.untyped_storage().data_ptr() for p in hf.parameters()}
     model = peft.get_peft_model(hf, lora_config(hf, LoraRecipe(rank=4), lora_targets(hf, where)))
@@ -209,7 +213,7 @@ def test_memory_of_a_training_step(kind: str, where: Any, dtype: torch.dtype) ->
     logits = (
         rows * new * sizes.d_vocab * (12 + size)
     )  # of which the way back keeps the log-probabilities
-    expected = trained_bytes(sizes, rows=rows, new=new, dtype_bytes=size, writers=writers) - logits
+    expected = trained_bytes(sizes, rows=rows, new=new, writers=writers) - logits
     near(found - 4 * rows * new * sizes.d_vocab, expected, 0.25)
 
 
@@ -281,15 +285,13 @@ def tiny_step(kind: str, prefix: int, rows: int = 4) -> Step:
     return Step(model, steps_data(model, rows, TOKENS, prefix))
 
 
-def expected_saved(
-    sizes: Dimensions, side: str, *, rows: int, tokens: int, prefix: int, dtype_bytes: int = 4
-) -> int:
+def expected_saved(sizes: Dimensions, side: str, *, rows: int, tokens: int, prefix: int) -> int:
     """The formula for the blocks, and the logits as `fit_stage` counts them."""
     more, logits, kept = (N_TOKENS, N_TOKENS + 1, 4) if side == "own" else (N_KEPT - 1, N_KEPT, 12)
     new = tokens - prefix + more
-    size = saved_bytes(sizes, rows=rows, new=new, past=prefix, dtype_bytes=dtype_bytes)
+    size = saved_bytes(sizes, rows=rows, new=new, past=prefix)
     if prefix:
-        size += saved_bytes(sizes, rows=1, new=prefix, dtype_bytes=dtype_bytes)
+        size += saved_bytes(sizes, rows=1, new=prefix)
     return size + rows * logits * kept * sizes.d_vocab
 
 
@@ -299,7 +301,7 @@ def test_operations_of_a_gradient_step(kind: str, prefix: int) -> None:
     """Weights get no gradient: a product costs twice the forward one, attention scores three times."""
     step = tiny_step(kind, prefix)
     work = Workload(tokens=TOKENS, prefix=prefix, fitted=4, dtype_bytes=4)
-    calls = fit_stage(dimensions_of(step.model.hf_config), work).calls
+    calls = fit_stage(dimensions_of(step.model.hf_config, 4), work).calls
     near(step.flops(), sum(call.flops for call in calls), 0.003)
 
 
@@ -308,7 +310,7 @@ def test_operations_of_a_gradient_step(kind: str, prefix: int) -> None:
 @pytest.mark.parametrize("kind", (*FEW, "qwen3", "gemma3_text", "olmo2"))
 def test_saved_tensors_of_a_gradient_step(kind: str, side: str, prefix: int) -> None:
     step = tiny_step(kind, prefix)
-    sizes = dimensions_of(step.model.hf_config)
+    sizes = dimensions_of(step.model.hf_config, 4)
     expected = expected_saved(sizes, side, rows=4, tokens=TOKENS, prefix=prefix)
     near(step.saved(side), expected, 0.15)
 
@@ -319,9 +321,9 @@ def test_saved_tensors_in_16_bits(kind: str) -> None:
     hf, tokenizer = tiny(kind)
     model = from_hf(hf.to(torch.bfloat16), tokenizer)
     model.__dict__["eos_token_ids"] = frozenset()
-    step, sizes = Step(model, steps_data(model, 4, TOKENS, PREFIX)), dimensions_of(hf.config)
+    step, sizes = Step(model, steps_data(model, 4, TOKENS, PREFIX)), dimensions_of(hf.config, 2)
     for side in ("own", "kl"):
-        expected = expected_saved(sizes, side, rows=4, tokens=TOKENS, prefix=PREFIX, dtype_bytes=2)
+        expected = expected_saved(sizes, side, rows=4, tokens=TOKENS, prefix=PREFIX)
         near(step.saved(side), expected, 0.15)
 
 
@@ -331,13 +333,10 @@ def test_gradient_step_of_a_real_model(dtype: str, bundled_model: str) -> None:
     """SmolLM2-135M: saved tensors, and the operations, with a chat template's length of prefix."""
     model, tokens, prefix = load_model("smollm2", dtype=dtype), 60, 40
     model.__dict__["eos_token_ids"] = frozenset()
-    sizes = dimensions_of(model.hf_config)
+    sizes = dimensions_of(model.hf_config, getattr(torch, dtype).itemsize)
     step = Step(model, steps_data(model, 4, tokens, prefix))
-    size = getattr(torch, dtype).itemsize
     for side in ("own", "kl"):
-        expected = expected_saved(
-            sizes, side, rows=4, tokens=tokens, prefix=prefix, dtype_bytes=size
-        )
+        expected = expected_saved(sizes, side, rows=4, tokens=tokens, prefix=prefix)
         near(step.saved(side), expected, 0.1)
     if dtype == "float32":
         work = Workload(tokens=tokens, prefix=prefix, fitted=4)
@@ -369,7 +368,7 @@ def wide() -> Model:
 def test_peak_memory_of_every_stage(prefix: int) -> None:
     """The table's memory holds what is needed and, within a third, no more."""
     model, n = wide(), 60
-    sizes, rows = dimensions_of(model.hf_config), rows_of(*[n] * 32, prefix=prefix)
+    sizes, rows = dimensions_of(model.hf_config, 4), rows_of(*[n] * 32, prefix=prefix)
     work = Workload(
         prompts=16, scored=16, fitted=8, tokens=n, prefix=prefix, max_new_tokens=32, dtype_bytes=4
     )
@@ -384,9 +383,6 @@ def test_peak_memory_of_every_stage(prefix: int) -> None:
 
 
 # --------------------------------------------------------------------------------- the table
-
-
-LLAMA_70B = Dimensions(80, 8192, 64, 8, 128, 28672, 128256, tied=False)
 
 
 def column(table: Any, name: str) -> dict[str, float]:
@@ -455,8 +451,8 @@ def test_configs_are_found(tmp_path: Path) -> None:
 
 
 def test_refused() -> None:
-    with pytest.raises(InterpAblateError, match="no arithmetic for model type 'mixtral'"):
-        budget(tiny("mixtral")[0].config)
+    with pytest.raises(InterpAblateError, match="no arithmetic for this dbrx model"):
+        budget(tiny_config(config_classes()["dbrx"]))
     with pytest.raises(InterpAblateError, match="shared prefix shorter"):
         Workload(tokens=10, prefix=10)
     with pytest.raises(InterpAblateError, match="at least 1"):

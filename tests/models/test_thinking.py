@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,22 +16,33 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from interp_ablate.activations.collection import collect
 from interp_ablate.activations.pooling import pooled
-from interp_ablate.errors import InterpAblateError
+from interp_ablate.cli import persona_monitor
+from interp_ablate.cli.main import main
+from interp_ablate.directions.direction import Direction
+from interp_ablate.edits.kinds import Ablate
+from interp_ablate.edits.plan import Plan
+from interp_ablate.errors import InterpAblateError, RunError
 from interp_ablate.evaluation.metrics import (
     TargetLogOdds,
+    answer_kl,
     answer_metrics,
     chosen_logprobs,
     divergences,
     first_token_kl,
 )
 from interp_ablate.evaluation.outputs import ModelOutputs
+from interp_ablate.evaluation.side_by_side import compare
 from interp_ablate.models.load import from_hf
 from interp_ablate.models.model import Model
 from interp_ablate.models.thinking import Generation, Thinking
 from interp_ablate.persona.rollouts import Rollout
+from interp_ablate.persona.settings import SamplingConfig
 from interp_ablate.prompts.chat_format import ChatFormat
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.prompts.thoughts import KNOWN_TAGS, split_thought, thought_places
+from interp_ablate.scoring.expressions import ExpressionScorer
+from interp_ablate.search.bench import ValidationBench
+from interp_ablate.sites import Site
 
 PLAIN = (
     "{% for m in messages %}{{ '<s>' + m['role'] + ':' + m['content'] + '</s>' }}{% endfor %}"
@@ -240,3 +254,97 @@ def test_log_probabilities_along_an_answer_follow_its_thought() -> None:
     outputs = ModelOutputs(chain(THINKS, SWITCH), ["q"])
     along = chosen_logprobs(outputs.answer_logprobs([0])[0], outputs.generations[0].tokens)
     assert bool((along > -10).all()) and len(along) == 3
+
+
+@pytest.mark.parametrize("template", [SWITCH, OPENS])
+def test_what_is_monitored_is_told_apart_and_has_two_limits(template: str) -> None:
+    model = chain(THINKS[1:] if template == OPENS else THINKS, template)
+    direction = Direction(torch.ones(256), 1.0, Site(1, "resid_post"))
+    for limit, text in ((9, "xyz"), (2, "xy")):
+        seen = [token for token, _ in model.monitor("q", direction, max_new_tokens=limit)]
+        (one,) = model.generate(["q"], max_new_tokens=limit)
+        assert tuple(t.id for t in seen if t.part == "thought") == one.lead
+        assert "".join(t.text for t in seen if t.part == "answer") == one.text == text
+
+
+def test_persona_monitor_shows_what_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    direction = Direction(torch.ones(256), 1.0, Site(1, "resid_post"))
+    persona = SimpleNamespace(model="m", direction=direction, check=lambda model: None)
+    for read, text, other in (("answer", "xyz", 5), ("thought", "bcd", 3)):
+        monkeypatch.setattr(persona_monitor, "load", lambda *_: chain(THINKS, SWITCH))
+        settings = persona_monitor.Monitor(folder="x", prompt="q", read=read)
+        assert not persona_monitor._stream(
+            settings, SamplingConfig(max_new_tokens=9), persona, tmp_path
+        )
+        *lines, mean, _ = capsys.readouterr().out.splitlines()
+        assert text in "".join(line.split("'")[1] for line in lines)
+        assert f"{other} tokens beside the {read} are not read" in mean
+    monkeypatch.setattr(
+        persona_monitor, "load", lambda *_: chain(THINKS, SWITCH, max_thought_tokens=3)
+    )
+    settings = persona_monitor.Monitor(folder="x", prompt="q")
+    with pytest.raises(RunError, match="wrote 3 tokens and no answer"):
+        persona_monitor._stream(settings, SamplingConfig(max_new_tokens=9), persona, tmp_path)
+
+
+def test_an_answer_that_vanishes_is_no_success() -> None:
+    """Of a plan under which thoughts do not end, nothing shows that the behaviour is gone."""
+    model, said = chain(THINKS, SWITCH), ExpressionScorer(("x",))
+    bench = ValidationBench(
+        model, ["q"] * 4, ["r"] * 4, target=TargetLogOdds((5,)), expression=said, max_new_tokens=4
+    )
+    cut = Generation((), "", False, "bc", (8, 9), None)
+    words = [Generation((6,), text, True, "", (), text) for text in ("x", "y", "y", "y")]
+    plan = Plan((Ablate(torch.ones(256), Site(1, "resid_post")),))
+    found = []
+    for answers in (words, [*words[:2], cut, cut], [cut] * 4):
+        on_positive, on_negative = bench.outputs_under(plan)
+        on_positive.generations, on_negative.generations = answers, words
+        found.append(bench.text_scores(on_positive, on_negative))
+    assert [each["expression_rate"] for each in found] == [0.25, 0.75, 1.0]
+    assert [each["no_answer"] for each in found] == [0, 0.5, 1]
+
+
+def test_side_by_side_reads_the_answers_first_token_after_a_thought() -> None:
+    model = chain(THINKS[1:], OPENS)
+    plan = Plan((Ablate(torch.randn(256), Site(1, "resid_post")),))
+    found = compare(model, ["q"], {"unedited": None, "ablated": plan}, max_new_tokens=4)
+    one = ModelOutputs(model, ["q"], max_new_tokens=4)
+    want = divergences(one.with_plan(plan), one)["kl_first_token"]
+    assert found.scores["kl_first_token"] == {
+        "unedited": pytest.approx([0.0], abs=1e-9),
+        "ablated": pytest.approx(want),
+    }
+    assert want[0] > 0
+    assert answer_kl(one, one) == pytest.approx([0.0], abs=1e-9)
+
+
+def test_score_reads_the_thought_where_it_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = {
+        "chat.jsonl": [
+            {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "<think>sorry</think>yes"}]},
+            {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "yes", "reasoning_content": "sorry"}]},
+        ],
+        "generated.jsonl": [
+            {"prompt": "q", "unedited": "yes", "unedited_thought": "sorry"},
+            {"prompt": "q", "unedited": "<think>sorry</think>yes"},
+        ],
+    }  # fmt: skip
+    (tmp_path / "list.txt").write_text("sorry\n")
+    for name, lines in rows.items():
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        key = ["--answer", "unedited"] if name == "generated.jsonl" else []
+        for read, mean in (("answer", 0.0), ("thought", 100.0)):
+            arguments = [
+                "score",
+                str(tmp_path / name),
+                "--scorer",
+                f"expressions:{tmp_path / 'list.txt'}",
+            ]
+            assert main([*arguments, "--read", read, "--json", *key]) == 0
+            line = json.loads(capsys.readouterr().out)
+            assert (line["n"], line["mean"]) == (2, mean)

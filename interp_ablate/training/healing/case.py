@@ -17,7 +17,7 @@ from interp_ablate.activations.collection import collect
 from interp_ablate.edits.kinds import Ablate, Clamp, Erase
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import RunError
-from interp_ablate.evaluation.metrics import answer_metrics
+from interp_ablate.evaluation.metrics import answer_metrics, unanswered
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.models.architectures import declared_architecture
 from interp_ablate.models.backends.hf import measured_architecture
@@ -36,7 +36,7 @@ from interp_ablate.training.trainable_model import TrainableModel
 from interp_ablate.weights.plan_to_weights import WeightPlan, weight_plan
 
 # what is reported of the answers to benign prompts
-_DAMAGE = ("behaviour_benign", "repetition", "kl_first_token", "kl_continuation")
+_DAMAGE = ("behaviour_benign", "no_answer", "repetition", "kl_first_token", "kl_continuation")
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,14 +78,17 @@ def measure_damage(
 ) -> tuple[dict[str, list[float | None]], ModelOutputs]:
     """Measure a model's answers to held-out prompts, a value a prompt; also returns its benign answers.
 
-    `behaviour` and `behaviour_benign` are 1 where an answer expresses the behaviour; `repetition` and, with a
+    `behaviour` and `behaviour_benign` are 1 where an answer expresses the behaviour, the first None where a thought
+    did not end; `no_answer` (of models that think), `repetition` and, with a
     baseline, the KL to it are those of benign prompts (`answer_metrics`).
     """
     requests = ModelOutputs(model, by.requests, max_new_tokens=by.max_new_tokens)
     benign = ModelOutputs(model, by.benign, max_new_tokens=by.max_new_tokens)
     metrics = answer_metrics(benign, baseline, {"behaviour_benign": by.expression})
     names = [name for name in _DAMAGE if name in metrics]
-    behaviour = by.expression.score_texts(requests.texts).tolist()
+    scores = by.expression.score_texts(requests.texts).tolist()
+    none = unanswered(requests).bool().tolist()
+    behaviour = [None if cut else score for score, cut in zip(scores, none)]
     return {"behaviour": behaviour, **{name: metrics[name] for name in names}}, benign
 
 

@@ -1,0 +1,500 @@
+"""A model's sizes, measured: its class is built from a config without data, and its decoder is run on tokens of no value.
+
+Torch counts operations, transformers builds the caches, and what a gradient would keep is recorded. Routed experts are
+not run, since a router has no values to decide by: their share is what the router says that each token takes.
+
+Knows: torch's meta device, attention and experts as transformers calls them. Does not know: stages, time or files.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from interp_ablate.errors import InterpAblateError
+from interp_ablate.models.architectures import text_config
+from interp_ablate.models.checkpoint_names import without_data
+from interp_ablate.training.lora_targets import linear_modules
+
+_ATTENTION = "interp_ablate_counted"
+_STEP, _CHUNK = (
+    8,
+    64,
+)  # tokens of the first pass; where recurrences are padded to chunks, a multiple of these
+_CHUNKS = ("chunk_size", "mamba_chunk_size", "mamba_chunk_scan_chunk_size")
+_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
+_DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one layer keeps in a cache and does for each pair of tokens."""
+
+    token: int = 0
+    """Bytes of keys and values that it keeps of a token."""
+    window: int | None = None
+    """Tokens that it keeps at most, all together; None: every one."""
+    state: int = 0
+    """Bytes that it keeps of a row, however long: of convolutions and recurrences."""
+    pairs: int = 0
+    """Operations of attention for each query and key."""
+    repeated: int = 0
+    """Bytes of a token's keys and values, repeated to every query head."""
+
+    def kept(self, tokens: int) -> int:
+        """Tokens that are in its cache after so many."""
+        return tokens if self.window is None else min(tokens, self.window)
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """The numbers of a decoder that everything else follows from (`dimensions_of`)."""
+
+    n_layers: int
+    d_model: int
+    d_vocab: int
+    tied: bool
+    dtype_bytes: int
+    """Of a number of its weights."""
+    parameters: int
+    """Every parameter, as torch counts them: a tied unembedding is the embedding."""
+    towers: int
+    """Those of them that text does not pass: vision, audio, what projects them."""
+    experts: int
+    """Those of them in experts that a router chooses from."""
+    idle: float
+    """Those of the experts' that one token does not take."""
+    skipped: bool
+    """True where experts that no token takes are not run (Llama 4's are, in transformers)."""
+    token_flops: int
+    """Operations for a token in all blocks, attention's pairs and the unembedding left out."""
+    layers: tuple[Layer, ...]
+    saved: int
+    """Bytes that a gradient keeps of a token in all blocks, without erasures."""
+    saved_pairs: int
+    """The same for each pair of tokens, where attention keeps its scores."""
+    d_inner: int
+    """The widest input of what writes to the stream, for one token."""
+    largest: int
+    """Parameters of the largest tensor that writes to the stream."""
+    block: int
+    """Parameters of the largest block."""
+    linear: tuple[int, int]
+    """All linear layers and experts: their inputs and outputs added up, and the inputs alone."""
+    readers: tuple[int, int]
+    """The same of those that read the stream."""
+    shared_inputs: int
+    """Of the readers' inputs, those that another reader has too."""
+
+    @property
+    def unembedding(self) -> int:
+        """Weights of the unembedding."""
+        return self.d_model * self.d_vocab
+
+    @property
+    def active(self) -> int:
+        """Parameters that a token of text uses: without towers, and without the experts that it does not take."""
+        return self.parameters - self.towers - round(self.idle)
+
+    def parameters_a_step(self, tokens: int, *, logits: bool = True) -> int:
+        """Parameters that a forward call over so many tokens reads; of an untied embedding it reads only some rows.
+
+        Of experts, as many as these tokens take if the router treats all alike.
+        """
+        share = self.idle / self.experts if self.experts and self.skipped else 0
+        missed = self.experts * share**tokens
+        embedding = 0 if self.tied else self.unembedding
+        read = self.parameters - self.towers - round(missed) - embedding
+        return read if logits else read - self.unembedding
+
+    def cache_bytes(self, tokens: int, places: int | None = None) -> int:
+        """Bytes of a row's cache: layers without a window have room for `places` tokens, or for all that there are."""
+        places = tokens if places is None else places
+        return sum(
+            layer.state + layer.token * (places if layer.window is None else layer.kept(tokens))
+            for layer in self.layers
+        )
+
+    def pair_flops(self, past: int, new: int) -> int:
+        """Operations of attention for a row's `new` tokens after `past` ones, in all layers.
+
+        For every pair of a new token and a token in the cache, as masked kernels compute them, not for half of them.
+        """
+        return sum(layer.pairs * new * (layer.kept(past) + new) for layer in self.layers)
+
+    @property
+    def n_residual_sites(self) -> int:
+        """Number of sites that `collect` reads by default: resid_pre, resid_mid and resid_post of every layer."""
+        return 3 * self.n_layers
+
+
+def dimensions_of(hf_config: Any, dtype_bytes: int = 2) -> Dimensions:
+    """Measure a model of which the config alone is there; takes seconds, and no memory for weights.
+
+    Args:
+        hf_config: a Hugging Face config (`read_hf_config`).
+        dtype_bytes: of a number of the weights: 2 for bfloat16, 4 for float32.
+
+    Raises:
+        InterpAblateError: transformers cannot build it, or its pass depends on values.
+    """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_ATTENTION, _counted_attention)
+    faults = []
+    for attention in (_ATTENTION, "eager"):  # the second for classes with attentions of their own
+        try:
+            model = _model(hf_config, _DTYPES[dtype_bytes], attention)
+            decoder = _decoder(model)
+            step = _step(decoder)
+            passes = [_Pass(decoder, n * step) for n in (1, 2, 3)]
+            return _dimensions(model, decoder, passes, step, dtype_bytes)
+        except Exception as error:  # transformers' own code, under a config that nobody has loaded
+            faults.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
+    raise InterpAblateError(
+        f"no arithmetic for this {hf_config.model_type} model: its decoder cannot be counted without data "
+        f"({'; '.join(dict.fromkeys(faults))}). Load it and measure what it takes"
+    )
+
+
+def _model(hf_config: Any, dtype: torch.dtype, attention: str) -> Any:
+    config = copy.deepcopy(hf_config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # such weights are loaded dequantized
+    config._attn_implementation = attention
+    return without_data(config).to(dtype).eval().requires_grad_(False)
+
+
+def _decoder(model: Any) -> Any:
+    """The part that text passes, without the unembedding."""
+    head = model.get_output_embeddings()
+    named = model.get_decoder() if hasattr(model, "get_decoder") else model
+    parts = [named, getattr(named, "model", named), model.base_model]
+    found = next(p for p in parts if hasattr(p, "config") and head not in set(p.modules()))
+    vars(found.config)["pad_token_id"] = None  # else tokens are searched for it
+    return found
+
+
+def _step(decoder: Any) -> int:
+    """Tokens of a pass that no padding to chunks makes longer; few, as some recurrences go token by token."""
+    if "chunk_size" not in inspect.getsource(sys.modules[type(decoder).__module__]):
+        return _STEP
+    return math.lcm(_CHUNK, *(getattr(decoder.config, name, None) or 1 for name in _CHUNKS))
+
+
+class _Attention(torch.autograd.Function):
+    """Attention without a softmax: the operations and the kept tensors of a kernel that keeps no scores."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = query @ key.transpose(-1, -2) @ value
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+
+def _counted_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it, which also notes its widths at its module."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(repeats, 1) if repeats > 1 else x for x in (key, value))
+    heads, widths = query.shape[1], key.shape[-1] + value.shape[-1]
+    module.__dict__["counted"] = (2 * heads * widths, heads * widths * key.element_size())
+    return _Attention.apply(query, key, value).transpose(1, 2).contiguous(), None
+
+
+class _Pass:
+    """One pass of a decoder over tokens of no value: operations, what a gradient would keep, and the caches."""
+
+    def __init__(self, decoder: Any, tokens: int) -> None:
+        self.kept: dict[int, Tensor] = {}
+        self._weights = {p.untyped_storage()._cdata for p in decoder.parameters()}
+        embedding = decoder.get_input_embeddings()
+        ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+        handle = embedding.register_forward_hook(lambda _, __, out: out.requires_grad_())
+        try:
+            with (
+                _routed(decoder) as self.experts,
+                FlopCounterMode(display=False) as counter,
+                saved_tensors_hooks(self._keep, lambda x: x),
+                _streams(decoder) as self.read,
+            ):
+                out = decoder(input_ids=ids, use_cache=True)
+        finally:
+            handle.remove()
+        self.flops, self.tokens = counter.get_total_flops(), tokens
+        self.saved = sum(x.untyped_storage().nbytes() for x in self.kept.values())
+        self.caches = _caches(out)
+
+    def _keep(self, x: Tensor) -> Tensor:
+        if x.untyped_storage()._cdata not in self._weights:
+            self.kept[x.untyped_storage()._cdata] = x
+        return x
+
+
+@contextmanager
+def _routed(decoder: Any) -> Iterator[dict[str, int]]:
+    """Inside the block experts of stacked weights that are given choices note how many each token takes, and pass."""
+    chosen: dict[str, int] = {}
+
+    def stands_in(name: str) -> Any:
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            given = [*args, *kwargs.values()]
+            choices = [a for a in given if isinstance(a, Tensor) and not a.is_floating_point()]
+            chosen[name] = choices[0].shape[-1]
+            return x.clone()
+
+        return forward
+
+    found = {name: m for name, m in decoder.named_modules() if _is_routed(m)}
+    for name, module in found.items():
+        module.__dict__["forward"] = stands_in(name)
+    try:
+        yield chosen
+    finally:
+        for module in found.values():
+            module.__dict__.pop("forward", None)
+
+
+def _is_routed(module: nn.Module) -> bool:
+    """True for stacked experts whose choices come as arguments; Llama 4's compute every expert for every token."""
+    stacked = any(p.ndim == 3 for p in module._parameters.values() if p is not None)
+    return (
+        stacked
+        and "xperts" in type(module).__name__
+        and len(inspect.signature(type(module).forward).parameters) > 2
+    )
+
+
+@contextmanager
+def _streams(decoder: Any) -> Iterator[dict[str, int]]:
+    """Inside the block: for every linear layer that reads what a norm over the stream made, that tensor's number."""
+    read: dict[str, int] = {}
+    made: dict[int, Tensor] = {}
+    width = decoder.get_input_embeddings().weight.shape[-1]
+
+    def norm_made(_: Any, __: Any, out: Any) -> None:
+        if isinstance(out, Tensor) and out.shape[-1] == width:
+            made[out.untyped_storage()._cdata] = out
+
+    def reads(name: str) -> Any:
+        def note(_: Any, args: Any) -> None:
+            if args and args[0].untyped_storage()._cdata in made:
+                read[name] = args[0].untyped_storage()._cdata
+
+        return note
+
+    handles = []
+    for name, module in decoder.named_modules():
+        own = [p for p in module._parameters.values() if p is not None]
+        if name and own and all(p.ndim == 1 for p in own):
+            handles.append(module.register_forward_hook(norm_made))
+        elif own:
+            handles.append(module.register_forward_pre_hook(reads(name)))
+    try:
+        yield read
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _caches(out: Any) -> list[dict[str, Any]]:
+    """Of every layer of a cache its tensors by name, and its window."""
+    for name in ("past_key_values", "cache_params", "state"):
+        cache = out.get(name) if hasattr(out, "get") else None
+        if cache is None:
+            continue
+        parts = getattr(cache, "layers", None) or [cache]
+        return [
+            {"tensors": dict(_tensors(part)), "window": getattr(part, "sliding_window", None)}
+            for part in parts
+        ]
+    return []
+
+
+def _tensors(part: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    if isinstance(part, Tensor):
+        if part.ndim > 1:
+            yield name, part
+    elif isinstance(part, Mapping):
+        for key, each in part.items():
+            yield from _tensors(each, f"{name}.{key}")
+    elif isinstance(part, (list, tuple)):
+        yield from _tensors(dict(enumerate(part)), name)
+    elif hasattr(part, "__dict__"):
+        yield from _tensors(vars(part), name)
+
+
+@dataclass(frozen=True)
+class _Experts:
+    """The stacked experts of one block."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    """Of their tensors: experts first."""
+    chosen: int
+    """Experts that a token takes."""
+    run: int
+    """Experts that are run for a token: the same, or all of them."""
+    d_model: int
+
+    @property
+    def parameters(self) -> int:
+        return sum(map(math.prod, self.shapes))
+
+    @property
+    def number(self) -> int:
+        return self.shapes[0][0]
+
+    @property
+    def matrices(self) -> list[tuple[int, ...]]:
+        """Shapes of one expert's matrices; the last one writes."""
+        return [shape[1:] for shape in self.shapes if len(shape) == 3]
+
+    @property
+    def inner(self) -> int:
+        """Numbers inside the experts that run for a token."""
+        return self.run * min(min(shape) for shape in self.matrices)
+
+    @property
+    def flops(self) -> int:
+        """Operations for a token of experts that were not run; none of those that were."""
+        taken = sum(map(math.prod, self.matrices))
+        return 2 * self.run * taken if self.run < self.number else 0
+
+    @property
+    def saved(self) -> int:
+        """Numbers that a gradient keeps of a token: the gate, the rest and their product; what is weighed."""
+        return 3 * self.inner + self.run * self.d_model if self.flops else 0
+
+
+def _experts(decoder: Any, chosen: Mapping[str, int]) -> list[_Experts]:
+    config, found = decoder.config, []
+    said = next((k for name in _TOP_K if (k := getattr(config, name, None))), None)
+    for name, module in decoder.named_modules():
+        own = [p for p in module._parameters.values() if p is not None]
+        if "xperts" not in type(module).__name__ or not any(p.ndim == 3 for p in own):
+            continue
+        shapes = tuple(tuple(p.shape) for p in own)
+        run = chosen.get(name, shapes[0][0])
+        taken = run if name in chosen else said or run
+        found.append(_Experts(shapes, taken, run, config.hidden_size))
+    return found
+
+
+def _fit(values: list[int], step: int) -> tuple[int, int]:
+    """a and b of c + a n + b n * n, from its values at one, two and three steps."""
+    one, two, three = values
+    b = (three - 2 * two + one) // (2 * step * step)
+    return (two - one) // step - 3 * step * b, b
+
+
+def _layers(decoder: Any, passes: list[_Pass], step: int, pairs: int) -> tuple[Layer, ...]:
+    """The layers of the caches; what of attention's operations none of them has is in one more."""
+    attention: Counter[int] = Counter()
+    repeated: Counter[int] = Counter()
+    for module in decoder.modules():
+        counted = module.__dict__.pop("counted", None)
+        if counted is not None:
+            index = getattr(module, "layer_idx", None) or 0
+            attention[index] += counted[0]
+            repeated[index] += counted[1]
+    layers = []
+    first = passes[0]
+    for index, parts in enumerate(zip(*(each.caches for each in passes))):
+        window = parts[0]["window"] - 1 if parts[0]["window"] else None
+        token = state = 0
+        for name, tensor in parts[0]["tensors"].items():
+            one, two, three = (part["tensors"][name].nbytes for part in parts)
+            if window is not None and name in (".keys", ".values"):
+                token += one // tensor.shape[-2]
+            elif three - two == two - one and (one == two > 0 or first.tokens in tensor.shape):
+                token += (two - one) // step
+                state += one - (two - one)
+            else:
+                raise InterpAblateError(f"{name[1:]} of layer {index} does not grow by the token")
+        layers.append(Layer(token, window, state, attention[index], repeated[index]))
+    rest = pairs - sum(layer.pairs for layer in layers)
+    return (*layers, Layer(pairs=rest)) if rest > 0 else tuple(layers)
+
+
+def _linear(model: Any, decoder: Any) -> list[tuple[str, nn.Module]]:
+    """The linear layers that a LoRA would adapt, by their names in the decoder."""
+    adapted = {id(model.get_submodule(name)) for name in linear_modules(model)}
+    return [(name, m) for name, m in decoder.named_modules() if id(m) in adapted]
+
+
+def _widths(module: Any) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer; transformers' Conv1D has its axes the other way round."""
+    first, second = module.weight.shape
+    return (second, first) if isinstance(module, nn.Linear) else (first, second)
+
+
+def _dimensions(
+    model: Any, decoder: Any, passes: list[_Pass], step: int, dtype_bytes: int
+) -> Dimensions:
+    config, embedding = text_config(model.config), decoder.get_input_embeddings()
+    d_model, head = config.hidden_size, model.get_output_embeddings()
+    inside = {id(p): p.numel() for p in decoder.parameters()}
+    inside |= {id(p): p.numel() for p in head.parameters()} if head is not None else {}
+    experts = _experts(decoder, passes[0].experts)
+    flops, pairs = _fit([each.flops for each in passes], step)
+    if passes[0].flops > 1.1 * step * (flops + step * pairs):
+        raise InterpAblateError("it computes more than what its tokens need")
+    saved, saved_pairs = _fit([each.saved for each in passes], step)
+    total, n_layers = sum(p.numel() for p in model.parameters()), config.num_hidden_layers
+    return Dimensions(
+        n_layers=n_layers,
+        d_model=d_model,
+        d_vocab=config.vocab_size,
+        tied=head is not None and head.weight is embedding.weight,
+        dtype_bytes=dtype_bytes,
+        parameters=total,
+        towers=total - sum(inside.values()),
+        experts=sum(each.parameters for each in experts),
+        idle=sum(each.parameters * (1 - each.chosen / each.number) for each in experts),
+        skipped=all(each.flops for each in experts),
+        token_flops=flops + sum(each.flops for each in experts),
+        layers=_layers(decoder, passes, step, pairs),
+        saved=saved + sum(each.saved for each in experts) * dtype_bytes,
+        saved_pairs=saved_pairs,
+        **_tensors_of(model, decoder, passes[0].read, experts, n_layers),
+    )
+
+
+def _tensors_of(
+    model: Any, decoder: Any, reads: Mapping[str, int], experts: list[_Experts], n_layers: int
+) -> dict[str, Any]:
+    """Sizes of single tensors and blocks, and the widths that an adapter has."""
+    d_model = text_config(model.config).hidden_size
+    linear = [(*_widths(m), reads.get(name)) for name, m in _linear(model, decoder)]
+    shared = Counter(key for *_, key in linear if key is not None)
+    read = [(n_in, n_out) for n_in, n_out, key in linear if key is not None]
+    write = [n_in for n_in, n_out, key in linear if n_out == d_model and key is None]
+    stacked = [each.number * sum(shape) for each in experts for shape in each.matrices]
+    of_readers = [each.number * sum(shape) for each in experts for shape in each.matrices[:-1]]
+    lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
+    blocks = [sum(p.numel() for p in block.parameters()) for each in lists for block in each]
+    written = [math.prod((each.number, *each.matrices[-1])) for each in experts]
+    return {
+        "d_inner": max([*write, *(each.inner for each in experts)], default=d_model),
+        "largest": max([d_model * max(write, default=1), *written]),
+        "block": max(blocks, default=sum(p.numel() for p in decoder.parameters())),
+        "linear": (
+            sum(n_in + n_out for n_in, n_out, _ in linear) + sum(stacked),
+            sum(n_in for n_in, *_ in linear),
+        ),
+        "readers": (sum(map(sum, read)) + sum(of_readers), sum(n_in for n_in, _ in read)),
+        "shared_inputs": d_model * (sum(shared.values()) - len(shared)),
+    }
