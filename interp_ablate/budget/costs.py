@@ -182,7 +182,7 @@ def trained_bytes(sizes: Dimensions, *, rows: int, new: int, writers: bool = Tru
     """
     inputs = (sizes.linear if writers else sizes.readers)[1]
     if sizes.dtype_bytes == 4:  # queries, keys and values share theirs, and so do gate and up
-        inputs -= sizes.shared_inputs
+        inputs -= sizes.readers[2]
     logits = new * sizes.d_vocab * (12 + sizes.dtype_bytes)
     return saved_bytes(sizes, rows=rows, new=new) + rows * (4 * new * inputs + logits)
 

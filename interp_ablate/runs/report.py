@@ -126,7 +126,6 @@ _MEASURES = (
     ("repetition_after", "repetition of generated text, ablated", "generated", False),
     ("positive_empty_before", "empty answers, unedited", "positive", True),
     ("positive_empty_after", "empty answers, ablated", "positive", True),
-    ("positive_no_answer_before", "thoughts without an answer, unedited", "positive", True),
     ("positive_no_answer_after", "thoughts without an answer, ablated", "positive", True),
     ("length_before", "length of generated text, unedited (tokens)", "generated", False),
     ("length_after", "length of generated text, ablated (tokens)", "generated", False),

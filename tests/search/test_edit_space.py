@@ -446,7 +446,14 @@ def test_objectives_are_the_benchs_scores_of_the_plan() -> None:
     ground = EditSpace(activations(), model.writers, fits=FITS)
     plan = plan_of(PARAMS, ground)
     [got], whole = bench.objectives_of([plan]), bench.score(plan, generate=True)
-    assert set(got) == {"expression_rate", "positive_repetition", "empty", "kl", "kl_high"}
+    assert set(got) == {
+        "expression_rate",
+        "positive_repetition",
+        "empty",
+        "no_answer",
+        "kl",
+        "kl_high",
+    }
     assert got == pytest.approx({name: whole[name] for name in got})
     assert got["kl"] > 1e-3
     # several at once, each as alone
