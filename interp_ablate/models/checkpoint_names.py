@@ -173,14 +173,17 @@ class _CheckpointNames:
         return name.removesuffix(".weight")
 
     def unembed(self, parameter: str) -> str:
-        """The unembedding's name; one that would become it where a tied checkpoint has none."""
+        """The unembedding's name; where a tied checkpoint has none, the one that transformers would write it under."""
+        from transformers.core_model_loading import revert_weight_conversion
+
         if parameter in self._group_of:
             return self.only(parameter)
-        if self._target(parameter)[0] != parameter:
+        (name,) = revert_weight_conversion(self._hf, {parameter: torch.empty(0)})
+        if self._target(name)[0] != parameter:
             raise ExportError(
-                f"the checkpoint has no {parameter}, and under this name none would become it: {_LOAD_IT}"
+                f"the checkpoint has no {parameter}, and under the name {name} none would become it: {_LOAD_IT}"
             )
-        return parameter
+        return name
 
     def shared(self, embeddings: set[str]) -> dict[str, str]:
         """The tensors that the checkpoint leaves out for being others of it, embeddings apart."""

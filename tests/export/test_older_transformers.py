@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import D_MODEL, DECLARED, rows_of, tiny
+from tiny import D_MODEL, DECLARED, make, rows_of, tiny, unit
 from transformers import AutoConfig
 
-from interp_ablate import Plan
+from interp_ablate import Ablate, Plan
 from interp_ablate.export.auditing import AuditSource, audit
 from interp_ablate.export.checkpoint import export_checkpoint, export_folder
 from interp_ablate.export.older_transformers import (
@@ -24,6 +24,7 @@ from interp_ablate.export.older_transformers import (
     unreadable_in_4,
 )
 from interp_ablate.models.load import from_hf
+from interp_ablate.storage.safetensors_reader import Checkpoint
 
 ROWS = rows_of(9)
 _HEAD = D_MODEL // 4
@@ -205,3 +206,15 @@ def test_a_token_in_front_where_tokenizer_json_says_so(bos: bool, nested: bool) 
         "add_bos_token": True,
     }
     assert tokenizer_for_both(config, {"post_processor": None})["add_bos_token"] is False
+
+
+@pytest.mark.parametrize("kind", sorted(DECLARED))
+def test_an_unembedding_that_is_untied_has_the_name_that_checkpoints_have(
+    kind: str, tmp_path: Path
+) -> None:
+    """GPT-NeoX's is `embed_out.weight`, which transformers 5 calls lm_head: 4 answered from random numbers."""
+    model = make(kind, tied=True)
+    export_checkpoint(model, Plan((Ablate(unit(), model.writers),)), tmp_path / "out")
+    tiny(kind, tied=False)[0].save_pretrained(tmp_path / "untied")
+    names = [set(Checkpoint.open(tmp_path / place).tensors) for place in ("out", "untied")]
+    assert names[0] == names[1]

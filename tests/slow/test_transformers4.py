@@ -102,6 +102,10 @@ def test_the_types_that_cards_name(tmp_path: Path) -> None:
         streamed = tmp_path / f"{kind}-streamed"
         export_folder(tmp_path / kind, Plan((Ablate(unit(1), model.writers),)), streamed)
         folders[streamed.name] = streamed
+        tied = make(kind, tied=True)
+        plan = Plan((Ablate(unit(), tied.writers),))
+        export_checkpoint(tied, plan, tmp_path / f"{kind}-tied", prompts=ROWS)
+        folders[f"{kind}-tied"] = tmp_path / f"{kind}-tied"
     check(folders, tmp_path)
 
 
