@@ -2,8 +2,9 @@
 
 A template comes with a model: it is somebody else's program. Jinja's sandbox keeps it from files and attributes,
 not from loops without end or strings of gigabytes; counting steps inside Jinja leaves as many holes as it has
-filters. A process can be stopped whatever it does, from any thread, on every system; the limit of memory is the
-kernel's, where it has one (not on Windows and macOS). One process, started when first needed, renders for all.
+filters. A process can be stopped whatever it does, from any thread, on every system. Its memory is limited by the
+kernel where that can (Linux), and looked at every 20 ms everywhere. One process, started when first needed, renders
+for all.
 
 Knows: the process, its limits, what transformers renders with. Does not know: prompts, or which template is right.
 """
@@ -12,10 +13,12 @@ from __future__ import annotations
 
 import atexit
 import json
+import math
 import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +27,7 @@ from interp_ablate.errors import PromptError
 TIME_LIMIT = 20.0  # seconds of one rendering, which takes a thousandth of one
 MEMORY_LIMIT = 1 << 30  # bytes beside those that the process starts with
 MAX_TEXT = 1 << 24  # characters
+_LOOK_EVERY = 0.02  # seconds between two looks at the memory of a rendering
 _START_LIMIT = 300.0  # seconds until the process has imported what it needs
 _CODE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {0} import serve; serve()"
 
@@ -39,6 +43,7 @@ class TemplateProcess:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = 0
+        self._most_memory = math.inf  # bytes
 
     def render(
         self, template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
@@ -71,8 +76,9 @@ class TemplateProcess:
         """The reply; None where the process had to be stopped, or stopped."""
         process = self._started()
         assert process.stdin is not None and process.stdout is not None
-        watch = threading.Timer(seconds, process.kill)
-        watch.start()
+        done = threading.Event()
+        limits = (process, seconds, self._most_memory, done)
+        threading.Thread(target=_stop_beyond, args=limits, daemon=True).start()
         try:
             process.stdin.write(line)
             process.stdin.flush()
@@ -83,7 +89,7 @@ class TemplateProcess:
             self.stop()
             raise
         finally:
-            watch.cancel()
+            done.set()
         if not reply.endswith(b"\n"):
             self.stop()
             return None
@@ -100,11 +106,12 @@ class TemplateProcess:
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is this process's affair
         )
-        self._owner = os.getpid()
+        self._owner, self._most_memory = os.getpid(), math.inf
         if self._ask(b"{}\n", _START_LIMIT) is None:
             raise PromptError(
                 "the process that renders chat templates does not start: is jinja2 there?"
             )
+        self._most_memory = _memory(self._process.pid) + MEMORY_LIMIT
         return self._process
 
     def stop(self) -> None:
@@ -113,6 +120,27 @@ class TemplateProcess:
         if process is not None and self._owner == os.getpid():
             process.kill()
             process.communicate()
+
+
+def _memory(pid: int) -> float:
+    """The bytes that a process has in memory; infinity for one that is gone."""
+    import psutil
+
+    try:
+        return float(psutil.Process(pid).memory_info().rss)
+    except psutil.Error:
+        return math.inf
+
+
+def _stop_beyond(
+    process: subprocess.Popen[bytes], seconds: float, memory: float, done: threading.Event
+) -> None:
+    """Kill a process that is not done in time, or takes more memory."""
+    end = time.monotonic() + seconds
+    while not done.wait(_LOOK_EVERY):
+        if time.monotonic() > end or _memory(process.pid) > memory:
+            process.kill()
+            return
 
 
 RENDERER = TemplateProcess()
@@ -143,7 +171,7 @@ def serve() -> None:
 def _limit_memory() -> None:
     try:
         import resource
-    except ImportError:  # Windows
+    except ImportError:  # Windows; see `_stop_beyond`
         return
     import psutil
 

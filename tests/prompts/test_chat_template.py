@@ -5,13 +5,16 @@ from __future__ import annotations
 import resource
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from interp_ablate.errors import PromptError
+from interp_ablate.prompts import template_process
 from interp_ablate.prompts.chat_template import apply_template, encode, render, suffix_length
 from interp_ablate.prompts.prompt import Prompt
+from interp_ablate.prompts.template_process import TemplateProcess
 
 CHATML = (
     "{% for m in messages %}{{ '<|start|>' + m['role'] + ' ' + m['content'] + '<|end|> ' }}"
@@ -253,6 +256,34 @@ def test_a_hostile_template_is_one_message(name: str, monkeypatch: pytest.Monkey
         render(Prompt("Hello?"), make_tokenizer(HOSTILE[name]))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kilobytes
     assert render(Prompt("Hello?"), make_tokenizer(CHATML)).templated  # and others are rendered
+
+
+@pytest.mark.parametrize("name", ["a product", "a wide field", "doubling"])
+def test_memory_is_looked_at_where_the_kernel_does_not_limit_it(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on macOS and Windows: before, 3.5 GB were taken there."""
+    code = template_process._CODE.replace(
+        "from {0}", "import resource; resource.setrlimit = print; from {0}"
+    )
+    monkeypatch.setattr(template_process, "_CODE", code)
+    renderer, looked = TemplateProcess(), [0.0]
+
+    def memory(pid: int) -> float:
+        looked.append(psutil.Process(pid).memory_info().rss)
+        return looked[-1]
+
+    monkeypatch.setattr(template_process, "_memory", memory)
+    try:
+        with pytest.raises(PromptError, match="more memory than 1 GiB"):
+            renderer.render(HOSTILE[name], [{"role": "user", "content": "Hi"}], {})
+        assert (
+            max(looked) - looked[1] > template_process.MEMORY_LIMIT
+        )  # that was why, and not the time
+        assert max(looked) - looked[1] < 2.5 * template_process.MEMORY_LIMIT
+        assert renderer.render("{{ 1 + 1 }}", [{"role": "user", "content": "Hi"}], {}) == "2"
+    finally:
+        renderer.stop()
 
 
 def test_the_process_renders_what_the_tokenizer_does() -> None:
