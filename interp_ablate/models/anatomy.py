@@ -123,11 +123,17 @@ class Anatomy:
     @property
     def problems(self) -> list[str]:
         """Everything that keeps an ablation at all writers from being exact in weights."""
-        texts = [self.embed_problem]
-        for i, block in enumerate(self.blocks):
-            texts.append(f"blocks.{i}: {block.problem}" if block.problem else "")
-            texts += [f"blocks.{i}: {b.problem}" for b in (*block.attn, *block.mlp) if b.problem]
-        return [text for text in texts if text]
+        return [*filter(None, [self.embed_problem]), *problems_of(self.blocks)]
+
+
+def problems_of(blocks: Sequence[BlockAnatomy]) -> list[str]:
+    """Everything that blocks add to the stream and no edit of a weight reaches, by block."""
+    return [
+        f"blocks.{i}: {problem}"
+        for i, block in enumerate(blocks)
+        for problem in (block.problem, *(b.problem for b in (*block.attn, *block.mlp)))
+        if problem
+    ]
 
 
 def measure(hf: Any, run: Callable[[], Any]) -> Anatomy:
@@ -137,15 +143,28 @@ def measure(hf: Any, run: Callable[[], Any]) -> Anatomy:
         ModelError: no list of blocks whose outputs are the next one's inputs; blocks that keep several
             streams, or none.
     """
+    path, blocks, entering = measure_blocks(hf, run)
     with torch.no_grad():
-        path, blocks, calls = find_blocks(hf, run)
-        guesses: dict[str, dict[str, Layout]] = {}
-        measured = tuple(
-            _measure_block(f"{path}.{i}", block, call, guesses)
-            for i, (block, call) in enumerate(zip(blocks, calls))
-        )
-        embedding = measure_embedding(hf, run, path, stream_in(calls[0]))
-    return Anatomy(path, measured, **embedding)
+        embedding = measure_embedding(hf, run, path, entering)
+    return Anatomy(path, blocks, **embedding)
+
+
+@torch.no_grad()
+def measure_blocks(
+    model: nn.Module, run: Callable[[], Any]
+) -> tuple[str, tuple[BlockAnatomy, ...], Tensor]:
+    """The name of a decoder's list of blocks, what each adds to the stream, and what enters the first.
+
+    Raises:
+        ModelError: see `measure`.
+    """
+    path, blocks, calls = find_blocks(model, run)
+    guesses: dict[str, dict[str, Layout]] = {}
+    measured = tuple(
+        _measure_block(f"{path}.{i}", block, call, guesses)
+        for i, (block, call) in enumerate(zip(blocks, calls))
+    )
+    return path, measured, stream_in(calls[0])
 
 
 def find_blocks(hf: Any, run: Callable[[], Any]) -> tuple[str, list[nn.Module], list[Recorded]]:

@@ -77,7 +77,7 @@ def measure_embedding(
 def _inner_scale(word: Any, call: Recorded, tolerance: float) -> float | None:
     """The factor by which an embedding scales the rows that it looks up (Gemma 3's); None if it does more."""
     ids = next(v for v in (*call.args, *call.kwargs.values()) if isinstance(v, Tensor))
-    rows = word.weight[ids].reshape(call.output.shape)
+    rows = word.weight[ids.to(word.weight.device)].reshape(call.output.shape).to(call.output)
     inside = float(call.output.norm() / rows.norm())
     beside = float((call.output - inside * rows).norm())
     return inside if beside <= tolerance * float(call.output.norm()) else None
@@ -89,7 +89,7 @@ def _norm_that_gave(
     """The norm that returned a tensor, and what it read; None if none did."""
     for name, of_one in calls.items():
         for call in of_one:
-            if call.output.shape == x.shape and torch.equal(call.output, x):
+            if call.output.shape == x.shape and torch.equal(call.output.to(x.device), x):
                 norm = norm_of(*probe_of(modules[name], call), name)
                 if isinstance(norm, Norm):
                     return norm, next(v for v in (*call.args, *call.kwargs.values()))

@@ -5,7 +5,7 @@ Knows: which parameters write at a site, the norms after them. Does not know: ho
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,6 +79,12 @@ def _gains(norms: tuple[Norm, ...]) -> tuple[Gain, ...]:
     return tuple(norm.gain for norm in norms)
 
 
+def some_of(problems: Sequence[str]) -> str:
+    """The first of some problems, and how many there are."""
+    more = f" ({len(problems)} in all)" if len(problems) > 3 else ""
+    return "; ".join(problems[:3]) + more
+
+
 def architecture_from(anatomy: Anatomy, unembed: str, hf_config: Any) -> MeasuredArchitecture:
     """The architecture that an anatomy describes.
 
@@ -94,9 +100,7 @@ def architecture_from(anatomy: Anatomy, unembed: str, hf_config: Any) -> Measure
     if problems:
         raise ExportError(
             f"not everything that writes to the residual stream of this {hf_config.model_type} model can "
-            f"be edited exactly in weights: {'; '.join(problems[:3])}"
-            + (f" ({len(problems)} in all)" if len(problems) > 3 else "")
-            + ". Plans run as hooks"
+            f"be edited exactly in weights: {some_of(problems)}. Plans run as hooks"
         )
     norms = {
         norm for group in branches.values() for b in group for p in b.parts for norm in p.norms

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from interp_ablate.errors import ExportError, ModelError
+from interp_ablate.errors import ExportError, InterpAblateError, ModelError
+from interp_ablate.models.anatomy import Anatomy
 from interp_ablate.models.architectures import (
     Architecture,
     declared_architecture,
@@ -34,8 +35,18 @@ from interp_ablate.models.backends.component_map import (
     describe_components,
     discovered_architecture,
 )
+from interp_ablate.models.backends.foreign_hooks import without_hooks
+from interp_ablate.models.backends.hf import measured_anatomy
+from interp_ablate.models.backends.proof import (
+    Proof,
+    plain_modules,
+    refusal,
+    sums_that_fail,
+    unlike,
+)
 from interp_ablate.models.backends.transformers_passes import TransformersPasses
 from interp_ablate.models.loading import BackendName
+from interp_ablate.models.measured_architecture import architecture_from
 from interp_ablate.sites import EMBEDDING_POINTS, PROJECTION_POINTS, Site
 
 # A Bridge runs the checkpoint's own modules: only the attention kernel may differ.
@@ -65,6 +76,9 @@ class BridgeBackend(TransformersPasses):
     name: BackendName = "bridge"
 
     def __init__(self, tl: Any) -> None:
+        self.anatomy: Anatomy | None = None
+        """What was measured of the checkpoint's model before the Bridge was built on it."""
+        self._proof = Proof(tl, self._fault)
         self.tl = self.module = tl
         self.hf = tl.original_model
         self.hf_config = self.hf.config
@@ -129,7 +143,8 @@ class BridgeBackend(TransformersPasses):
         """The tensors that write to the stream: the declared entry, or the component map's.
 
         Raises:
-            ExportError: neither names every writer; the message shows the component map.
+            ExportError: neither names every writer, and the message shows the component map; or it was measured
+                that something else writes.
         """
         if self._entry is None:
             raise ExportError(
@@ -137,10 +152,26 @@ class BridgeBackend(TransformersPasses):
                 f"is named there, and there is no entry for {self.hf_config.model_type!r} among "
                 f"{', '.join(declared_types())}. Plans run as hooks; they cannot be written into weights"
             )
+        self.require_exact_writers()
         return self._entry
 
     def require_exact_writers(self) -> None:
-        """The writers are those of the architecture's entry."""
+        self._proof.require()
+
+    def _fault(self) -> str:
+        """Why the sites and the entry are not all that was measured to write to the stream; empty if they are."""
+        config = self.hf_config
+        with without_hooks(self.tl, points_only=True):
+            try:
+                with plain_modules(self.hf):
+                    anatomy = self.anatomy or measured_anatomy(self.hf)
+                self.anatomy = None  # another proof, of other modules, measures again
+                measured = architecture_from(anatomy, "", config)
+            except InterpAblateError as error:
+                return str(error)
+            faults = unlike(self._entry, measured, self._tensors, config) if self._entry else []
+            faults += sums_that_fail(self, (1.0, anatomy.embed_scale))
+        return refusal(f"Bridge on this {config.model_type} model", faults)
 
     def hook_point(self, site: Site) -> nn.Module | None:
         # on models with rotary positions hook_pos_embed is an alias of the rotary tables

@@ -27,14 +27,18 @@ def foreign_hooks(module: nn.Module) -> Iterator[tuple[dict[int, Any], int]]:
     )
     if not any(tables):
         return
-    from transformer_lens.hook_points import HookPoint
-
+    anyones = is_point(module)
     for table in tables:
         for number, hook in table.items():
-            if isinstance(module, (HookPoint, SitePoint)) or not _module_of(hook).startswith(
-                _HOOKING
-            ):
+            if anyones or not _module_of(hook).startswith(_HOOKING):
                 yield table, number
+
+
+def is_point(module: nn.Module) -> bool:
+    """True for a module that is there to be hooked, and computes nothing."""
+    from transformer_lens.hook_points import HookPoint
+
+    return isinstance(module, (HookPoint, SitePoint))
 
 
 def _module_of(hook: Any) -> str:
@@ -47,9 +51,19 @@ def hook_ids(root: nn.Module) -> frozenset[int]:
 
 
 @contextmanager
-def without_hooks(root: nn.Module) -> Iterator[None]:
-    """Inside the block no hook of others below a module is called; afterwards all are as they were."""
-    found = [pair for module in root.modules() for pair in foreign_hooks(module)]
+def without_hooks(root: nn.Module, *, points_only: bool = False) -> Iterator[None]:
+    """Inside the block no hook of others below a module is called; afterwards all are as they were.
+
+    Args:
+        points_only: take out those at hook points alone (plans are there, and captures), not those that somebody
+            put on a module of the model.
+    """
+    found = [
+        pair
+        for module in root.modules()
+        if not points_only or is_point(module)
+        for pair in foreign_hooks(module)
+    ]
     tables = {id(table): table for table, _ in found}
     before = {key: dict(table) for key, table in tables.items()}
     for table, number in found:

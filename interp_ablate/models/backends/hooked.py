@@ -6,6 +6,7 @@ Knows: HookedTransformer, its hook names, its KV cache. Does not know: prompts, 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -15,10 +16,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from interp_ablate.errors import ModelError
+from interp_ablate.models.anatomy import measure_blocks, problems_of
 from interp_ablate.models.architectures import Architecture, architecture_of
 from interp_ablate.models.backends.backend import ForwardCall, WritingModule
 from interp_ablate.models.backends.checks import check_logits, fixed_tokens, tokenizer_copy
 from interp_ablate.models.backends.foreign_hooks import hook_ids, without_hooks
+from interp_ablate.models.backends.proof import WIDTH, Proof, refusal, sums_that_fail
 from interp_ablate.models.loading import BackendName
 from interp_ablate.sites import PROJECTION_POINTS, Site
 from interp_ablate.storage.atomic_files import temporary_folder
@@ -27,6 +30,8 @@ from interp_ablate.storage.atomic_files import temporary_folder
 HOOKED_TOLERANCE = 5e-3
 # HookedTransformer allocates [n_ctx, n_ctx] masks in every block; longer contexts only cost memory.
 MAX_HOOKED_CONTEXT = 2048
+# The parameters of blocks that its sites say write to the stream.
+_WRITES = re.compile(r"blocks\.\d+\.(attn\.[Wb]_O|mlp\.(.*\.)?([Wb]_out|W_out\.weight))")
 
 
 class HookedBackend:
@@ -38,6 +43,7 @@ class HookedBackend:
     def __init__(self, tl: Any, hf_config: Any = None, generation_config: Any = None) -> None:
         self.tl = self.module = tl
         self.hf_config, self.generation_config = hf_config, generation_config
+        self._proof = Proof(tl, self._fault)
 
     @classmethod
     def from_hf(cls, hf: Any, tokenizer: Any) -> HookedBackend:
@@ -70,17 +76,40 @@ class HookedBackend:
         """The declared entry of the checkpoint's config.
 
         Raises:
-            ExportError: there is no entry.
+            ExportError: there is no entry, or it was measured that something else writes.
             ModelError: the object was wrapped without the config.
         """
         if self.hf_config is None:
             raise ModelError(
                 "the model was wrapped without its Hugging Face config: Model.wrap(..., hf_config=...)"
             )
+        self.require_exact_writers()
         return architecture_of(self.hf_config)
 
     def require_exact_writers(self) -> None:
-        """The writers are those of the architecture's entry."""
+        self._proof.require()
+
+    @torch.no_grad()
+    def _fault(self) -> str:
+        """Why W_E, W_pos, W_O and W_out are not all that was measured to write to the stream; empty if they are."""
+        tl, width = self.tl, min(WIDTH, self.tl.cfg.n_ctx)
+        tokens = fixed_tokens(tl.cfg.d_vocab, width).to(tl.cfg.device)
+        with without_hooks(tl, points_only=True):
+            try:
+                _, blocks, _ = measure_blocks(tl, lambda: tl(tokens))
+            except Exception as error:  # of a HookedTransformer that somebody has changed
+                return f"what writes to its stream could not be measured: {error}"
+            faults = problems_of(blocks) + sums_that_fail(self, (1.0,))
+            if not torch.equal(tl.embed(tokens), tl.embed.W_E[tokens]):
+                faults.append("embed does more than look up rows of W_E")
+            if self.hook_point(Site(0, "pos_embed")) and not torch.equal(
+                tl.pos_embed(tokens)[0], tl.pos_embed.W_pos[:width]
+            ):
+                faults.append("pos_embed does more than look up rows of W_pos")
+        branches = (branch for block in blocks for branch in (*block.attn, *block.mlp))
+        written = (name for branch in branches for name in branch.writers)
+        faults += [f"{name} writes too" for name in written if not _WRITES.fullmatch(name)]
+        return refusal("HookedTransformer", faults)
 
     def hook_point(self, site: Site) -> nn.Module | None:
         if site.point in PROJECTION_POINTS and site.layer < self.tl.cfg.n_layers:
