@@ -255,10 +255,14 @@ class SiteMap:
         """See `Backend.head_sizes`."""
         return self._backend.head_sizes()
 
-    @cached_property
+    @property
     def writers(self) -> tuple[Site, ...]:
         """See `Model.writers`."""
         self._backend.require_exact_writers()
+        return self._declared_writers
+
+    @cached_property
+    def _declared_writers(self) -> tuple[Site, ...]:
         sites = [Site(0, point) for point in EMBEDDING_POINTS]
         for site in sites_of(("attn_out", "mlp_out"), range(self.n_layers)):
             sites.append(site.projection if self.is_normed(site) else site)

@@ -16,6 +16,7 @@ from interp_ablate.errors import ExportError
 from interp_ablate.models.architectures import Architecture, text_config
 from interp_ablate.models.backends.backend import Backend, ForwardCall
 from interp_ablate.models.backends.checks import fixed_tokens
+from interp_ablate.models.backends.foreign_hooks import foreign_hooks, is_point
 from interp_ablate.models.backends.hf import WIDTH
 from interp_ablate.models.measured_architecture import some_of
 from interp_ablate.sites import EMBEDDING_POINTS, RESIDUAL_POINTS, Point, Site, sites_of
@@ -49,6 +50,8 @@ def plain_modules(hf: Any) -> Iterator[None]:
 class Proof:
     """That a model's writers are all that write: tried when it is first needed, and again once modules are others.
 
+    Modules are others too if somebody hooks them (not: if hook points are).
+
     Args:
         root: holds all modules.
         fault: why they are not, from a measurement; empty if they are.
@@ -56,7 +59,7 @@ class Proof:
 
     def __init__(self, root: nn.Module, fault: Callable[[], str]) -> None:
         self._root, self._measured = root, fault
-        self._found: tuple[list[int], str] | None = None
+        self._found: tuple[list[Any], str] | None = None
 
     def require(self) -> None:
         """Refuse writers that are not all.
@@ -64,7 +67,10 @@ class Proof:
         Raises:
             ExportError: it names what writes.
         """
-        modules = [id(module) for module in self._root.modules()]
+        modules = [
+            (id(m), type(m), *(n for _, n in foreign_hooks(m) if not is_point(m)))
+            for m in self._root.modules()
+        ]
         if self._found is None or self._found[0] != modules:
             self._found = modules, self._measured()
         if self._found[1]:
