@@ -50,7 +50,7 @@ class Backend(Protocol):
         """The tensors that write to the stream."""
 
     def require_exact_writers(self) -> None:
-        """Refuse a model of which it was measured that something else writes to the stream than its writers.
+        """Refuse a model of which it is measured that something else writes to the stream than its writers.
 
         Raises:
             ExportError: it names what writes.

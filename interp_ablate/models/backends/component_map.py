@@ -1,6 +1,6 @@
 """An architecture entry read from a Bridge's own component map, for models that have no declared one.
 
-Knows: the map that a TransformerBridge adapter holds. Does not know: whether the entry is true (the export's certificate proves it).
+Knows: the map that a TransformerBridge adapter holds. Does not know: whether the entry is true (it is measured before it is believed).
 """
 
 from __future__ import annotations
