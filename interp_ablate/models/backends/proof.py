@@ -113,7 +113,7 @@ def _written(entry: Architecture, site: Site, names: Any, hf_config: Any) -> Any
 def _words(parts: Any) -> str:
     texts = [
         " + ".join(f"{name} [{layout}]" for name, layout in layouts.items())
-        + "".join(f" behind {name}" for name, _ in gains)
+        + "".join(f" behind {gain.name or 'a norm'}" for gain in gains)
         for gains, layouts in parts
     ]
     return "; ".join(texts) or "nothing"
