@@ -156,9 +156,15 @@ def measure_blocks(
     """The name of a decoder's list of blocks, what each adds to the stream, and what enters the first.
 
     Raises:
-        ModelError: see `measure`.
+        ModelError: see `measure`; a block that returns NaN or infinity.
     """
     path, blocks, calls = find_blocks(model, run)
+    spoiled = next((i for i, call in enumerate(calls) if not call.output.isfinite().all()), None)
+    if spoiled is not None:
+        raise ModelError(
+            f"{path}.{spoiled} returns NaN or infinity on fixed tokens: what it writes cannot be measured. Are its "
+            f"weights whole, and not too large for {calls[spoiled].output.dtype}?"
+        )
     guesses: dict[str, dict[str, Layout]] = {}
     measured = tuple(
         _measure_block(f"{path}.{i}", block, call, guesses)

@@ -213,3 +213,14 @@ def test_it_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ExportError, match=r"of blocks\.2\.hook_resid_pre is nothing that"):
         assert model.writers
     assert len(measured) == 2
+
+
+@pytest.mark.parametrize("backend", ("auto", *BACKENDS))
+def test_spoiled_weights_are_loaded_and_not_believed(backend: str) -> None:
+    """Somebody may look at what is broken; what writes in it cannot be measured."""
+    hf, tokenizer = tiny()
+    hf.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
+    model = from_hf(hf, tokenizer, backend=backend)  # type: ignore[arg-type]
+    assert model.backend == ("bridge" if backend == "auto" else backend)
+    with pytest.raises(ExportError, match=r"\.1 returns NaN or infinity on fixed tokens"):
+        assert model.writers
