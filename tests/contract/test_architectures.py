@@ -215,6 +215,10 @@ def put_in(source: Any, state: dict[str, Tensor], done: WeightPlan) -> Any:
     for name, value in done.config.items():
         setattr(config, name, value)
     hf = type(source)(config).eval().requires_grad_(False)
+    in_memory = {
+        "embed_out.weight": "lm_head.weight"
+    }  # files of GPT-NeoX, as transformers reads them
+    state = {in_memory.get(name, name): tensor for name, tensor in state.items()}
     missing, unexpected = hf.load_state_dict(state, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     if missing:
