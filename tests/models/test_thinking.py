@@ -348,3 +348,53 @@ def test_score_reads_the_thought_where_it_is_asked_for(
             assert main([*arguments, "--read", read, "--json", *key]) == 0
             line = json.loads(capsys.readouterr().out)
             assert (line["n"], line["mean"]) == (2, mean)
+
+
+HARMONY = (
+    "{% for m in messages %}{{ '<|start|>' + m['role'] + '<|message|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}{# <|channel|>analysis<|message|> #}"
+)
+CHANNELS = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>")
+
+
+def harmony_tokenizer() -> Any:
+    """A tokenizer with the special tokens of gpt-oss, and its channels in the template."""
+    from copy import deepcopy
+
+    tokenizer = deepcopy(tokenizer_of(PLAIN, True))
+    tokenizer.add_tokens(list(CHANNELS), special_tokens=True)
+    tokenizer.chat_template = HARMONY
+    return tokenizer
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_channels_of_harmony(several: bool) -> None:
+    """Analysis (and what it says about tools) is the thought, the final channel the answer that is scored."""
+    thinking = Thinking(harmony_tokenizer(), ChatFormat())
+    analysis = "<|channel|>analysis<|message|>sorry, thinking"
+    if several:
+        analysis += "<|end|><|start|>assistant<|channel|>commentary<|message|>I call nothing"
+    written = f"{analysis}<|end|><|start|>assistant<|channel|>final<|message|>yes"
+    encode = thinking.tokenizer
+    tokens = encode(written, add_special_tokens=False)["input_ids"]
+    assert thinking.thinks and not thinking.opens
+    one = thinking.generation(tokens, True, opened=False)
+    assert (one.text, one.answer, one.finished) == ("yes", "yes", True)
+    assert "sorry, thinking" in one.thought and "final" not in one.thought
+    assert [*one.lead, *one.tokens] == tokens
+    read = Thinking(thinking.tokenizer, ChatFormat(read="thought")).generation(
+        tokens, True, opened=False
+    )
+    assert "sorry" in read.text and "yes" not in read.text
+    cut = thinking.generation(
+        encode(analysis, add_special_tokens=False)["input_ids"], False, opened=False
+    )
+    assert cut.answer is None and cut.text == ""
+    alone = encode("<|channel|>final<|message|>yes", add_special_tokens=False)["input_ids"]
+    assert thinking.generation(alone, True, opened=False).answer == "yes"
+    from interp_ablate.prompts.prompt import Prompt as Asked
+    from interp_ablate.scoring.exchange import PromptResponse
+    from interp_ablate.scoring.expressions import ExpressionTextScorer
+
+    scorer = ExpressionTextScorer(ExpressionScorer(("sorry",)))
+    assert scorer([PromptResponse(Asked("q"), written)]) == [0.0]
