@@ -42,7 +42,6 @@ from interp_ablate.storage.tables import read_json, read_table
 
 logger = logging.getLogger(__name__)
 
-
 TOP_TRIALS = 400
 
 _STAGE_OF = {
