@@ -6,10 +6,7 @@ Knows: flags and what is printed. Does not know: how a sample is judged.
 from __future__ import annotations
 
 import argparse
-import sys
-import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +26,6 @@ from interp_ablate.datasets.filter_recipe import FilterRecipe
 from interp_ablate.datasets.filtering import FilterSettings
 from interp_ablate.errors import RunError
 from interp_ablate.settings import setting
-
-_EVERY = 2.0  # seconds between two lines of progress
 
 
 @dataclass(frozen=True)
@@ -120,7 +115,7 @@ def run(args: Namespace) -> int:
     rules = tuple(_rules(filtering, args.tests, judge_settings(args)))
     recipe = settings_from(args, FilterRecipe, under={"rules": rules, "action": args.action})
     settings = settings_from(args, FilterSettings, under={"labels": label})
-    manifest = filter_file(data, filtering.out, recipe, settings=settings, progress=_progress(args))
+    manifest = filter_file(data, filtering.out, recipe, settings=settings)
     tell_spent(args, *(rule.scorer for rule in rules if hasattr(rule, "scorer")))
     if filtering.json:
         print((Path(filtering.out) / "manifest.json").read_text(encoding="utf-8"), end="")
@@ -164,21 +159,6 @@ def _limited(filtering: Filter, test: dict[str, Any], endpoint: dict[str, Any]) 
         "endpoint": endpoint,
     }
     return score_rule(test["spec"], **asked, **limits)
-
-
-def _progress(args: Namespace) -> Callable[[int], None] | None:
-    if args.quiet or not sys.stderr.isatty():
-        return None
-    began = last = time.monotonic()
-
-    def tell(rows: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= _EVERY:
-            last = now
-            print(f"{rows} rows, {rows / (now - began):.0f} a second", file=sys.stderr)
-
-    return tell
 
 
 def _print(manifest: dict[str, Any], out: Path) -> None:

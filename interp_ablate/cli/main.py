@@ -22,7 +22,9 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from interp_ablate import __version__
+from interp_ablate.cli.progress_bars import LogLines
 from interp_ablate.errors import InterpAblateError
+from interp_ablate.jobs.bars import quiet_libraries, showing
 from interp_ablate.settings import suggestion
 from interp_ablate.storage.entry_points import entry_named, entry_names, entry_points_of
 
@@ -158,8 +160,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 args = parser_for(argv).parse_args(argv)
                 command = f"interp-ablate {args.command}"
-                _quiet_libraries()
-                return int(args.work(args))
+                _quiet_advice()
+                with showing(False if args.quiet else None), quiet_libraries():
+                    return int(args.work(args))
             finally:
                 if sys.stdout is not None:
                     sys.stdout.flush()  # here, where a closed pipe or a full disk still has a message
@@ -214,12 +217,13 @@ def _ending_signals_interrupt() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _quiet_libraries() -> None:
-    """Progress bars and advice of the libraries below would drown our own."""
+def _quiet_advice() -> None:
+    """Advice of the libraries below would drown our own words."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    lines = LogLines()
+    lines.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[lines])
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Knows: model, training, run-folder, scorer and rubric flags. Does not know: what
 from __future__ import annotations
 
 import os
-import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from interp_ablate.errors import RunError
+from interp_ablate.jobs.bars import write
 from interp_ablate.models.loading import CHAT_SETTINGS, HFLoadingOptions, LoadingOptions
 from interp_ablate.scoring.endpoint import DEFAULTS as ENDPOINT
 from interp_ablate.settings import setting
@@ -182,7 +182,7 @@ def rubric_of(text_or_file: str | None) -> str | None:
 def tell(args: Namespace, text: str) -> None:
     """Print to standard error, unless --quiet."""
     if not args.quiet:
-        print(text, file=sys.stderr, flush=True)
+        write(text)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -79,9 +78,8 @@ def run(args: Namespace) -> int:
     persona.check(model)
 
     def measured(path: Any, store: str, total: int) -> Any:
-        tell = _counting(args, path, total)
         return measure_samples(
-            model, direction, path, out / store, settings=settings, layout=layout, on_rows=tell
+            model, direction, path, out / store, settings=settings, layout=layout, total=total
         )
 
     reference = measured(screen.reference, "reference.jsonl", clean.samples) if clean else None
@@ -144,20 +142,6 @@ def _adjusted(table: Any, reference: Any) -> tuple[Any, Any, float]:
     slope = baseline_slope(table if reference is None else reference)
     adjusted = None if reference is None else baseline_adjusted(reference, slope)
     return baseline_adjusted(table, slope), adjusted, slope
-
-
-def _counting(args: Namespace, path: Any, total: int) -> Callable[[int], None]:
-    """A function that is told of further rows and shows their count on a terminal."""
-    done = 0
-
-    def tell(n: int) -> None:
-        nonlocal done
-        done += n
-        if sys.stderr.isatty() and not args.quiet:
-            end = "\n" if done == total else "\r"
-            print(f"{path}: {done} of {total} samples", end=end, file=sys.stderr, flush=True)
-
-    return tell
 
 
 def _check(

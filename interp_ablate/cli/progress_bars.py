@@ -1,51 +1,48 @@
-"""Command line, progress: bars on a terminal, a line a stage elsewhere.
+"""Command line, progress: bars on a terminal, a line a stage everywhere.
 
-Knows: rich, standard error. Does not know: what is done meanwhile.
+Knows: standard error. Does not know: what is done meanwhile, or how a bar is drawn.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from typing import Any
+
+from interp_ablate.jobs import bars
 
 
-class ProgressBars:
-    """Progress bars on standard error; plain lines where it is no terminal."""
+class ProgressBars(bars.Bars):
+    """Bars, and a line on standard error for each stage that is done and for each note."""
 
     def __init__(self, *, quiet: bool) -> None:
-        from rich.console import Console
-
-        self.quiet, self.console = quiet, Console(stderr=True)
-        self.bar: Any = None
+        super().__init__()
+        self.quiet = quiet
         self.name, self.began = "", 0.0
 
     def start(self, stage: str, total: int | None) -> None:
-        self.finish()
+        """Begin a stage, and end the one before."""
+        super().start(stage, total)
         self.name, self.began = stage, time.perf_counter()
-        if self.quiet or not self.console.is_terminal:
-            return
-        from rich import progress
-
-        self.bar = progress.Progress(
-            "{task.description}", progress.BarColumn(), progress.MofNCompleteColumn(),
-            progress.TimeRemainingColumn(), console=self.console, transient=True,
-        )  # fmt: skip
-        self.bar.start()
-        self.task = self.bar.add_task(f"{stage:<24}", total=total)
-
-    def advance(self, n: int = 1) -> None:
-        if self.bar is not None:
-            self.bar.advance(self.task, n)
 
     def note(self, text: str) -> None:
+        """Print a note."""
         if not self.quiet:
-            self.console.print(f"note: {text}", style="yellow", markup=False, highlight=False)
+            bars.write(f"note: {text}")
 
     def finish(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
+        """End the stage, and print how long it took."""
+        super().finish()
         if self.name and not self.quiet:
-            seconds = time.perf_counter() - self.began
-            self.console.print(f"{self.name:<24} {seconds:6.1f} s", markup=False, highlight=False)
+            bars.write(f"{self.name:<24} {time.perf_counter() - self.began:6.1f} s")
         self.name = ""
+
+
+class LogLines(logging.StreamHandler):  # type: ignore[type-arg]
+    """A handler of log records whose lines break no bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record."""
+        try:
+            bars.write(self.format(record))
+        except Exception:
+            self.handleError(record)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -34,6 +34,7 @@ from interp_ablate.datasets.filter_recipe import (
 )
 from interp_ablate.datasets.filter_rules import Rule, RuleValue, ScoreRule
 from interp_ablate.errors import RunError
+from interp_ablate.jobs.bars import bar
 from interp_ablate.scoring.exchange import UNANSWERED
 from interp_ablate.settings import setting
 from interp_ablate.stats.intervals import rate
@@ -92,7 +93,6 @@ def filter_file(
     recipe: FilterRecipe | None = None,
     *,
     settings: FilterSettings = DEFAULTS,
-    progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Filter a file (see `read_samples`) into the folder `out`; returns the manifest.
 
@@ -104,7 +104,6 @@ def filter_file(
 
     Args:
         recipe: by default the Dolphin approach: drop what `DeclineRule` finds in any answer.
-        progress: called with the number of rows done.
 
     Raises:
         RowFileError: data that cannot be read, by its line.
@@ -122,7 +121,7 @@ def filter_file(
         replace=settings.force,
     )
     with journal.open() as lines:
-        run.work(_Stored(journal, lines), progress)
+        run.work(_Stored(journal, lines))
         return run.finish()
 
 
@@ -237,7 +236,7 @@ class _Run:
         ours = isinstance(manifest, dict) and manifest.get("format") == FORMAT
         return manifest if ours else {}
 
-    def work(self, ask: _Stored, progress: Callable[[int], None] | None) -> None:
+    def work(self, ask: _Stored) -> None:
         """Read, decide and write."""
         faults: list[MalformedRow] = []
         skip = faults.append if self.settings.skip_malformed else None
@@ -249,7 +248,7 @@ class _Run:
             }
             why = stack.enter_context(_Bytes(self.out / "why.jsonl"))
             bad = stack.enter_context(_Bytes(self.out / "malformed.jsonl", always=False))
-            more = True
+            advance, more = stack.enter_context(bar("rows", None)), True
             while more:
                 chunk = list(islice(samples, _CHUNK))
                 more = bool(chunk)
@@ -268,8 +267,7 @@ class _Run:
                         write["kept"](decision.sample)
                     else:
                         write["dropped"](sample)
-                if progress is not None:
-                    progress(self.counts["rows"])
+                advance(len(chunk))
             self._check_end()
             # from here on the files are new ones: the old manifest is of none, and the folder is a filter's
             ask.journal.begin()

@@ -6,7 +6,7 @@ Knows: the store, and the model's own answers. Does not know: thresholds, or how
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,6 +21,7 @@ from interp_ablate.datasets.conversations import Sample
 from interp_ablate.datasets.screening_settings import ScreeningSettings
 from interp_ablate.directions.direction import Direction
 from interp_ablate.errors import RunError
+from interp_ablate.jobs.bars import bar
 from interp_ablate.models.model import Model
 from interp_ablate.models.rendering import rendering
 from interp_ablate.prompts.chat_format import ReadPart
@@ -106,12 +107,12 @@ def measure_samples(
     *,
     settings: ScreeningSettings = DEFAULTS,
     layout: str | None = None,
-    on_rows: Callable[[int], None] | None = None,
+    total: int | None = None,
 ) -> pd.DataFrame:
     """Measure every sample: its projection, that of the model's own answer, and their difference.
 
     Numbers are appended to `store` and not measured again when the call is repeated; samples are in memory
-    `settings.rows` at a time. The columns are COLUMNS; NaN where there is nothing to measure.
+    `settings.rows` at a time. `total` says how many there are, where that is known. The columns are COLUMNS; NaN where there is nothing to measure.
 
     Raises:
         RowFileError: a row that cannot be used, with its line.
@@ -124,7 +125,7 @@ def measure_samples(
             f"{model.source.name} takes {model.tl.cfg.n_ctx} tokens"
         )
     lines = _store(model, direction, data, Path(store), settings, layout)
-    with lines.open() as done:
+    with lines.open() as done, bar(f"samples of {Path(data).name}", total) as advance:
         parts: dict[int, dict[str, Any]] = {}
         for place, part in enumerate(done, 2):
             if not {"start", *COLUMNS[:3]} <= set(part):
@@ -137,8 +138,7 @@ def measure_samples(
                 lines.append(part)
                 parts[start] = part
             start += len(samples)
-            if on_rows:
-                on_rows(len(samples))
+            advance(len(samples))
     ordered = [parts[key] for key in sorted(parts)]
     frame = pd.DataFrame({name: [x for p in ordered for x in p[name]] for name in COLUMNS[:3]})
     if len(frame) != start:

@@ -20,6 +20,7 @@ from interp_ablate.edits.kinds import Ablate, Erase
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import ExportError
 from interp_ablate.evaluation.metrics import kl_divergence
+from interp_ablate.jobs.bars import quiet_libraries, waiting
 from interp_ablate.models.anatomy import find_blocks
 from interp_ablate.models.load import from_hf
 from interp_ablate.models.model import Model
@@ -336,6 +337,7 @@ def in_blocks(hf: Any, device: torch.device) -> Any:
     return hf
 
 
+@quiet_libraries()
 def load_in_blocks(folder: str | Path, device: torch.device, **options: Any) -> Any:
     """A folder in plain transformers, computing on a device (`in_blocks`).
 
@@ -353,6 +355,7 @@ def load_in_blocks(folder: str | Path, device: torch.device, **options: Any) -> 
     return in_blocks(hf.eval().requires_grad_(False), device)
 
 
+@waiting("certificate")
 def certify(
     model: Model,
     plan: Plan,

@@ -40,6 +40,7 @@ from interp_ablate.export.source_folder import (
     said_of_quantization,
     weights_config,
 )
+from interp_ablate.jobs.bars import waiting
 from interp_ablate.models.architectures import Architecture, is_tied
 from interp_ablate.models.backends.hooked_to_hf import CONVERTIBLE
 from interp_ablate.models.model import Model
@@ -112,6 +113,7 @@ def export_into(model: Model, plan: Plan | None, place: Path) -> dict[str, Any]:
     return certificate
 
 
+@waiting("export")
 def export_checkpoint(
     model: Model,
     plan: Plan | None,
@@ -235,6 +237,7 @@ def _untied_or_not(model: Model) -> dict[str, Tensor]:
     return state
 
 
+@waiting("export")
 def export_folder(
     source: str | Path,
     plan: Plan,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from interp_ablate.errors import ExportError
 from interp_ablate.export.gguf_tokenizer import add_tokenizer
+from interp_ablate.jobs.bars import waiting
 from interp_ablate.models.model_files import check_folder, read_config
 from interp_ablate.models.sources import read_hf_config
 from interp_ablate.storage.atomic_files import atomic_path
@@ -88,6 +89,7 @@ class _Entry:
         return self.info.shape
 
 
+@waiting("export")
 def export_gguf(
     folder: str | Path, out: str | Path, *, dtype: DType = "f16", overwrite: bool = False
 ) -> dict[str, Any]:

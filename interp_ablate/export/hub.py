@@ -14,6 +14,7 @@ from typing import Any
 
 from interp_ablate.errors import ExportError
 from interp_ablate.export.model_card import CARD, CERTIFICATE
+from interp_ablate.jobs.bars import waiting
 from interp_ablate.storage.incoming_files import incoming_object
 from interp_ablate.storage.provenance import MANIFEST, weight_digests
 from interp_ablate.storage.strict_json import json_text
@@ -29,6 +30,7 @@ _TEMPORARY = (".tmp", ".partial", ".old", ".lock", ".part", ".incomplete", "~")
 _REPLACED = (*WEIGHTS, INDEX)
 
 
+@waiting("upload")
 def push_to_hub(
     folder: str | Path,
     repo_id: str,

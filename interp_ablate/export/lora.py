@@ -34,6 +34,7 @@ from interp_ablate.export.checkpoint import atomic_folder
 from interp_ablate.export.checkpoint_files import write_json
 from interp_ablate.export.lora_adapter import Adapter, lora_adapter
 from interp_ablate.export.model_card import export_manifest, write_documents
+from interp_ablate.jobs.bars import waiting
 from interp_ablate.models.load import from_hf
 from interp_ablate.models.model import Model
 from interp_ablate.models.model_files import auto_class
@@ -45,6 +46,7 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
 
+@waiting("export")
 def export_lora(
     model: Model,
     plan: Plan,
@@ -192,6 +194,7 @@ def untied_base(hf_model: Any) -> Any:
     return hf_model
 
 
+@waiting("certificate")
 def certify_lora(
     model: Model, plan: WeightPlan, folder: str | Path, *, prompts: Sequence[PromptLike] = PROBES
 ) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from interp_ablate.errors import ModelError
+from interp_ablate.jobs.bars import bar
 from interp_ablate.models.backends.backend import Backend, ForwardCall
 
 logger = logging.getLogger(__name__)
@@ -119,12 +120,20 @@ def common_prefix(rows: Sequence[Sequence[int]], *, keep: int) -> int:
     return max(limit, 0)
 
 
-def in_parts(parts: Sequence[Batch], run: Callable[[Batch], Result]) -> Iterator[Result]:
-    """Run every batch; where memory runs out, its halves, and no larger ones after that.
+def in_parts(parts: Sequence[Batch], run: Callable[[Batch], Result], what: str) -> Iterator[Result]:
+    """Run every batch, under a bar that counts rows; where memory runs out, its halves, and no larger ones after that.
 
     Raises:
         ModelError: a single row does not fit.
     """
+    total = sum(len(batch.index) for batch in parts) if parts[1:] else 1  # one batch is one step
+    with bar(what, total) as advance:
+        yield from _in_parts(parts, run, advance)
+
+
+def _in_parts(
+    parts: Sequence[Batch], run: Callable[[Batch], Result], advance: Callable[[int], Any]
+) -> Iterator[Result]:
     waiting, most = deque(parts), max(len(batch.index) for batch in parts)
     while waiting:
         batch = waiting.popleft()
@@ -143,6 +152,7 @@ def in_parts(parts: Sequence[Batch], run: Callable[[Batch], Result]) -> Iterator
                 raise _no_memory(f"in a pass over {batch.tokens.shape[1]} tokens") from error
         else:
             yield result
+            advance(size)
             continue
         # outside of `except`, which would keep the failed call's tensors alive
         most = (size + 1) // 2

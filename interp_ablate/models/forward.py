@@ -133,7 +133,7 @@ class ForwardPasses:
 
             size = batch_size or self.rows_that_fit(width, keep, len(capture) * tail, STREAM_ROWS)
             parts = self.batches(rows, size, width, prompt_lengths=lengths, prefix=n_shared)
-            yield from in_parts(parts, run)
+            yield from in_parts(parts, run, "passes")
 
         return results()
 

@@ -96,7 +96,7 @@ def generate_tokens(
 
     size = batch_size or passes.rows_that_fit(width, 1, 0, DECODED_ROWS)
     answers: dict[int, tuple[list[int], bool]] = {}
-    for part in in_parts(passes.batches(rows, size, width, prefix=n_shared), run):
+    for part in in_parts(passes.batches(rows, size, width, prefix=n_shared), run, "answers"):
         answers.update(part)
     return [answers[i] for i in range(len(rows))]
 

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import torch
 
 from interp_ablate.errors import ModelError
+from interp_ablate.jobs.bars import waiting
 from interp_ablate.models.backends.backend import Backend
 from interp_ablate.models.backends.choice import chosen_backend
 from interp_ablate.models.backends.registry import BACKENDS
@@ -20,6 +21,7 @@ from interp_ablate.models.sources import ModelSource, check_device, load_hf, res
 from interp_ablate.prompts.chat_format import TemplateLike
 
 
+@waiting("loading the model")
 def load_model(
     name_or_path: str | Path,
     *,

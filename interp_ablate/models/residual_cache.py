@@ -158,7 +158,7 @@ class ResidualCaching:
 
         size = passes.rows_that_fit(width, 0, 0, STREAM_ROWS)
         parts = passes.batches(rows, size, width, prefix=n_shared)
-        for _ in in_parts(parts, run):
+        for _ in in_parts(parts, run, "passes"):
             pass
 
     def resume(

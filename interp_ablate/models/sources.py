@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interp_ablate.errors import ModelError
+from interp_ablate.jobs.bars import quiet_libraries
 from interp_ablate.models.converted_gguf import converted_folder, is_whole, keep
 from interp_ablate.models.model_files import (
     ADAPTER,
@@ -233,6 +234,7 @@ def _forget_quantization(model: Any) -> None:
         model.is_quantized = False  # else a trainer refuses it
 
 
+@quiet_libraries()
 def load_hf(
     source: ModelSource,
     *,

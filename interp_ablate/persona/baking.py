@@ -17,7 +17,7 @@ from interp_ablate.errors import InterpAblateError
 from interp_ablate.export.checkpoint import atomic_folder, export_into
 from interp_ablate.export.model_card import add_to_card
 from interp_ablate.export.preflight import check_model_exports
-from interp_ablate.jobs.progress import Progress
+from interp_ablate.jobs.bars import Progress
 from interp_ablate.models.model import Model
 from interp_ablate.persona.persona import Persona
 from interp_ablate.persona.rollouts import Rollout, run_rollouts

@@ -17,7 +17,7 @@ from interp_ablate.activations.pooling import POOLED_ROWS, POOLINGS, POSITIONS, 
 from interp_ablate.directions.direction import ZERO_TOLERANCE, Direction
 from interp_ablate.directions.direction_set import Directions
 from interp_ablate.errors import DirectionError, InterpAblateError, RunError
-from interp_ablate.jobs.progress import NoProgress, Progress
+from interp_ablate.jobs.bars import Bars, Progress
 from interp_ablate.models.model import Model
 from interp_ablate.models.rendering import rendering, require_room
 from interp_ablate.persona.persona import Persona, load_persona
@@ -188,7 +188,7 @@ def extract(
         RunError: too few answers pass the filter; no candidate gives coherent answers; `out` is other work.
         InterpAblateError: settings that do not fit the trait or the model.
     """
-    listener, out = listener or NoProgress(), Path(out)
+    listener, out = listener or Bars(), Path(out)
     candidates = sites_of(("resid_post",), _candidate_layers(model, settings))
     made_of = _made_of(model, trait, scorer, coherence, settings)
     done = load_persona(out) if (out / "persona.json").exists() else None
@@ -351,7 +351,7 @@ def trait_directions(
     Raises:
         DirectionError: the sides do not differ anywhere; NaN or infinity in the activations.
     """
-    listener = listener or NoProgress()
+    listener = listener or Bars()
     sites = sites_of(("resid_post",), range(model.n_layers))
     listener.start("activations", len(rollouts.positive) + len(rollouts.negative))
     positive, negative = (

@@ -20,7 +20,7 @@ import torch
 from interp_ablate.activations.collection import collect
 from interp_ablate.directions.direction import Direction, random_directions
 from interp_ablate.errors import PromptError, RunError
-from interp_ablate.jobs.progress import Progress
+from interp_ablate.jobs.bars import Progress
 from interp_ablate.models.model import Model
 from interp_ablate.persona.persona import Persona
 from interp_ablate.persona.rollouts import Rollout, RolloutRequest, run_rollouts

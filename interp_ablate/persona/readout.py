@@ -22,7 +22,7 @@ from torch import Tensor
 from interp_ablate.activations.activations import RESPONSE_MEAN
 from interp_ablate.activations.pooling import POOLED_ROWS, response_activations
 from interp_ablate.directions.direction import ZERO_TOLERANCE, Direction
-from interp_ablate.jobs.progress import NoProgress, Progress
+from interp_ablate.jobs.bars import Bars, Progress
 from interp_ablate.models.model import Model
 from interp_ablate.persona.rollouts import Rollout
 from interp_ablate.persona.settings import MIN_ANSWERS, MIN_COHERENCE
@@ -103,7 +103,7 @@ def fit_readout(
     Raises:
         DirectionError: NaN or infinity in the activations.
     """
-    sites, listener = as_sites(sites), listener or NoProgress()
+    sites, listener = as_sites(sites), listener or Bars()
     usable = _usable(answers, min_coherence)
     questions = np.array([answer.prompt.text for answer in usable])
     n_questions = len(set(questions.tolist()))

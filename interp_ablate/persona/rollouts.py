@@ -23,7 +23,7 @@ from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import InterpAblateError, PromptError, RunError
 from interp_ablate.evaluation.metrics import chosen_logprobs, repetition
 from interp_ablate.evaluation.outputs import ModelOutputs
-from interp_ablate.jobs.progress import NoProgress, Progress
+from interp_ablate.jobs.bars import Bars, Progress
 from interp_ablate.models.model import Model
 from interp_ablate.models.rendering import rendering, require_room
 from interp_ablate.persona.settings import SamplingConfig
@@ -205,7 +205,7 @@ def run_rollouts(
         ModelError: prompts and answers do not fit into the model's positions.
         InterpAblateError: a scorer that gives something else than numbers from 0 to 100, one an answer.
     """
-    listener, sampling = listener or NoProgress(), sampling or SamplingConfig()
+    listener, sampling = listener or Bars(), sampling or SamplingConfig()
     require_room(model, [request.prompt for request in requests], sampling.max_new_tokens)
     store = _Store(model, requests, Path(path), sampling, replace_other)
     with store.log.open() as lines:

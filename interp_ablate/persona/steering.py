@@ -15,7 +15,7 @@ import pandas as pd
 from interp_ablate.directions.direction import Direction, random_directions
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import InterpAblateError, RunError
-from interp_ablate.jobs.progress import Progress
+from interp_ablate.jobs.bars import Progress
 from interp_ablate.models.model import Model
 from interp_ablate.persona.persona import Persona, addition_plan
 from interp_ablate.persona.rollouts import Rollout, RolloutRequest, run_rollouts

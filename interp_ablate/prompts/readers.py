@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from interp_ablate.errors import PromptError
+from interp_ablate.jobs.bars import quiet_libraries, waiting
 from interp_ablate.prompts.messages import is_chat, message_of
 from interp_ablate.prompts.prompt import Prompt, as_prompt
 from interp_ablate.storage.bundled_data import bundled
@@ -268,7 +269,8 @@ def _hub_rows(text: str, split: str | None) -> list[_Row]:
     if not name:
         raise PromptError(f"{text!r} names no dataset: write hf:owner/name")
     try:
-        dataset = datasets.load_dataset(name, configuration or None)
+        with quiet_libraries(), waiting("download"):
+            dataset = datasets.load_dataset(name, configuration or None)
     except Exception as error:  # datasets, hub, http and builder errors share no base class
         reason = " ".join(str(error).split())[:200]
         raise PromptError(

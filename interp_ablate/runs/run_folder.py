@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from interp_ablate import __version__
 from interp_ablate.errors import RunError
-from interp_ablate.jobs.progress import NoProgress, Progress
+from interp_ablate.jobs.bars import Bars, Progress
 from interp_ablate.runs.configuration import NAMES, Configuration
 from interp_ablate.settings import SPLIT_SIZES
 from interp_ablate.sites import RESIDUAL_POINTS, Point, Site, sites_of
@@ -75,7 +75,7 @@ class Run:
         self.out = Path(out)
         self.configuration, self.ray = configuration, ray
         self._directions: Directions | None = None
-        self.listener: Progress = listener or NoProgress()
+        self.listener: Progress = listener or Bars()
         saved = read_run(self.out)
         self.state: dict[str, Any] = {"format": FORMAT, "made_of": {}, "stages": {}, "notes": []}
         if saved is not None and (saved["stages"] or self._has_files()):

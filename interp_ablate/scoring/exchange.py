@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 from urllib.parse import parse_qsl
 
 from interp_ablate.errors import RunError
+from interp_ablate.jobs.bars import with_bar
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.prompts.thoughts import split_thought
 
@@ -98,7 +99,7 @@ class ExplainingScorer(ABC):
                 asked.append(replace(exchange, answer=answer))
             else:
                 yield number, Verdict(None, EMPTY)
-        for place, verdict in self.judged_each(asked):
+        for place, verdict in with_bar(self.judged_each(asked), "scores", total=len(asked)):
             yield numbers[place], verdict
 
     def explain(self, exchanges: Sequence[PromptResponse]) -> list[Verdict]:

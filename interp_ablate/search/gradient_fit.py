@@ -21,6 +21,7 @@ from interp_ablate.edits.kinds import Ablate, Erase
 from interp_ablate.errors import InterpAblateError, PlanError
 from interp_ablate.evaluation.metrics import kl_divergence, repeats
 from interp_ablate.evaluation.outputs import ModelOutputs
+from interp_ablate.jobs.bars import with_bar
 from interp_ablate.models.batches import telling_of_memory
 from interp_ablate.models.model import Model
 from interp_ablate.scoring.expressions import ExpressionScorer
@@ -231,7 +232,7 @@ def fit_edit(
         telling_of_memory("while an edit was fitted"),
         model.plans.fitting_erasure(read, write, sites, strengths),
     ):
-        for step in range(steps):
+        for step in with_bar(range(steps), "fit"):
             fall = 0.15 + 0.85 * 0.5 * (1 + math.cos(math.pi * step / steps))
             for group in optimizer.param_groups:
                 group["lr"] = group["rate"] * fall

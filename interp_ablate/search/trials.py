@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 from interp_ablate.edits.kinds import Add
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import InterpAblateError
+from interp_ablate.jobs.bars import bar
 from interp_ablate.jobs.executors import Executor
 from interp_ablate.search.bench import ValidationBench
 from interp_ablate.search.edit_space import EditSpace, plan_of
@@ -248,9 +249,12 @@ def run_trials(
             results = ((batch, score_trials(bench, batch)) for batch in batches())
         else:
             results = executor.run(batches())  # type: ignore[assignment]
-        for _, finished in results:
-            for trial in finished:
-                record(trial)
+        with bar("trials", len(trials)) as advance:
+            advance(sum(trial.key in log.done for trial in trials))
+            for _, finished in results:
+                for trial in finished:
+                    record(trial)
+                advance(len(finished))
     except BaseException:
         log.release(list(begun))
         raise

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from interp_ablate.errors import RunError
+from interp_ablate.jobs.bars import bar, quiet_libraries
 from interp_ablate.models.batches import telling_of_memory
 from interp_ablate.storage.incoming_files import incoming_object
 from interp_ablate.storage.jsonl_log import JsonlLog
@@ -221,6 +222,7 @@ def train(
 
     class Steps(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            advance(1)
             if on_step:
                 on_step(state.global_step)
 
@@ -229,7 +231,12 @@ def train(
     # without a name PEFT does not ask the hub whether the vocabulary was resized
     trainer.model.peft_config["default"].base_model_name_or_path = ""
     try:
-        with telling_of_memory("in training"), _no_advice():
+        with (
+            telling_of_memory("in training"),
+            _no_advice(),
+            quiet_libraries(),
+            bar("training steps", trainer.args.max_steps) as advance,
+        ):
             trainer.train(resume_from_checkpoint=_last_checkpoint(work))
     except (AttributeError, TypeError, NotImplementedError) as error:
         kind = trainer.model.config.model_type

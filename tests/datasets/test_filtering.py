@@ -12,12 +12,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from interp_ablate.cli.main import main
+from interp_ablate.datasets import filtering
 from interp_ablate.datasets.chat_reader import read_samples
 from interp_ablate.datasets.conversations import Sample, Turn
 from interp_ablate.datasets.filter_recipe import FilterRecipe, decide
@@ -546,16 +548,16 @@ def test_two_at_once(tmp_path: Path) -> None:
         filter_file(path, tmp_path / "out")
 
 
-def test_input_that_changes_meanwhile(tmp_path: Path) -> None:
+def test_input_that_changes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = pairs(tmp_path / "a.jsonl", ["x"] * 600)
 
     def meddle(rows: int) -> None:
-        if rows < 300:
-            with open(path, "a") as file:
-                file.write("\n")
+        with open(path, "a") as file:
+            file.write("\n")
 
+    monkeypatch.setattr(filtering, "bar", lambda *_: nullcontext(meddle))
     with pytest.raises(RunError, match="changed while"):
-        filter_file(path, tmp_path / "out", progress=meddle)
+        filter_file(path, tmp_path / "out")
     assert not (tmp_path / "out" / "manifest.json").exists()
     assert not (tmp_path / "out" / "kept.jsonl").exists()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from interp_ablate import Add, Direction, Directions, Plan, Prompt, Site, collect
 from interp_ablate.activations.pooling import project_responses, response_means
 from interp_ablate.cli.main import main
+from interp_ablate.datasets import screening_measure
 from interp_ablate.datasets.chat_reader import read_samples
 from interp_ablate.datasets.labelled_mixtures import (
     bag_of_words,
@@ -202,8 +204,9 @@ def test_an_interrupted_file_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
         if len(seen) == 2:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        measure_samples(model, DIRECTION, data, store, settings=settings, on_rows=interrupt)
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        patch.setattr(screening_measure, "bar", lambda *_: nullcontext(interrupt))
+        measure_samples(model, DIRECTION, data, store, settings=settings)
     kept = store.read_bytes()
     store.write_bytes(kept + b'{"start": 6, "numb')  # killed while it wrote
     asked: list[int] = []
