@@ -249,8 +249,7 @@ def run_trials(
             results = ((batch, score_trials(bench, batch)) for batch in batches())
         else:
             results = executor.run(batches())  # type: ignore[assignment]
-        with bar("trials", len(trials)) as advance:
-            advance(sum(trial.key in log.done for trial in trials))
+        with bar("trials", sum(trial.key not in log.done for trial in trials)) as advance:
             for _, finished in results:
                 for trial in finished:
                     record(trial)
