@@ -257,7 +257,7 @@ def members(node: ast.ClassDef) -> Iterator[str]:
 
 @pytest.mark.parametrize("module", [name for name in FILES if wing_of(name) != "cli" and name != "jobs.bars"])
 def test_only_the_command_line_prints(module: str) -> None:
-        for node in ast.walk(TREES[module]):
+    for node in ast.walk(TREES[module]):
         called = node.func if isinstance(node, ast.Call) else None
         assert not (isinstance(called, ast.Name) and called.id == "print"), (
             f"{module}, line {node.lineno}: print; the library logs"  # type: ignore[attr-defined]
