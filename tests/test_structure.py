@@ -255,7 +255,9 @@ def members(node: ast.ClassDef) -> Iterator[str]:
 # --------------------------------------------------------------------------------- manners
 
 
-@pytest.mark.parametrize("module", [name for name in FILES if wing_of(name) != "cli" and name != "jobs.bars"])
+@pytest.mark.parametrize(
+    "module", [name for name in FILES if wing_of(name) != "cli" and name != "jobs.bars"]
+)
 def test_only_the_command_line_prints(module: str) -> None:
     for node in ast.walk(TREES[module]):
         called = node.func if isinstance(node, ast.Call) else None
