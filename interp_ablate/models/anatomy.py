@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from interp_ablate.models.written_parameters import (
     LEFT,
     Norm,
     find_writers,
+    gated,
     kinds,
     norm_of,
     projected,
@@ -189,6 +191,10 @@ def find_blocks(hf: Any, run: Callable[[], Any]) -> tuple[str, list[nn.Module], 
         if all(len(found) == 1 for found in each) and _is_chain([found[0] for found in each]):
             chains[name] = [found[0] for found in each]
     if not chains:
+        for name, items in lists.items():
+            run_once = [call for i in range(len(items)) for call in calls.get(f"{name}.{i}", [])]
+            if len(run_once) == len(items) and (scaled := _scaled_between(run_once)):
+                raise ModelError(f"{type(hf).__name__}: {scaled.format(name)}")
         raise ModelError(
             f"{type(hf).__name__} has no list of blocks of which each takes the stream that the one before "
             f"returns (lists of modules: {', '.join(lists) or 'none'}): models with several residual "
@@ -207,6 +213,26 @@ def _is_chain(calls: Sequence[Recorded]) -> bool:
         if i and not _equal(calls[i - 1].output, stream_in(call)):
             return False
     return True
+
+
+def _scaled_between(calls: Sequence[Recorded]) -> str:
+    """What is said of a stream that is multiplied between two blocks; empty if it is not."""
+    for i, (one, after) in enumerate(pairwise(calls)):
+        if stream_argument(after.args, after.kwargs) is None or not bool(one.output.any()):
+            return ""
+        left, entering = wide_of(one.output), wide_of(stream_in(after))
+        if left.shape != entering.shape:
+            return ""
+        factor = float((left * entering).sum() / left.pow(2).sum())
+        if float((entering - factor * left).norm()) > TOLERANCE * float(left.norm()):
+            return ""
+        if abs(factor - 1) > TOLERANCE:
+            return (
+                f"the stream is multiplied by {factor:.4g} between {{0}}.{i} and {{0}}.{i + 1}, outside the "
+                "blocks, so that what they write is not one sum. RWKV does so when it does not train: set "
+                "rescale_every to 0 in its config.json, which is the function that was trained"
+            )
+    return ""
 
 
 def _equal(some: Tensor, others: Tensor) -> bool:
@@ -232,6 +258,10 @@ def _measure_block(
             "itself passes through it"
         )
     if error > tolerance or not terms:
+        own = _own_parameters(wide, delta, calls)
+        if own:
+            problem = f"the block itself adds {', '.join(own)}, which no module of it returns"
+            return BlockAnatomy(problem=problem)
         return BlockAnatomy(problem=_unexplained(error, terms))
     before = {name: calls[name][-1].output for name in terms}
     noise = {name: _noise_run(wide, call, modules, name, terms, before, kept) for name in terms}
@@ -286,6 +316,19 @@ def _sum_of(
         ):  # nothing kept: a module adds the stream itself
             break
     return terms, kept, error, tolerance
+
+
+def _own_parameters(
+    block: nn.Module, delta: Tensor, calls: Mapping[str, list[Recorded]]
+) -> list[str]:
+    """The parameters that, beside modules' outputs, make up what a block adds; empty if they do not."""
+    own = {
+        name: [Recorded((), {}, p.detach().expand(delta.shape))]
+        for name, p in block.named_parameters()
+        if p.shape == delta.shape[-1:]
+    }
+    terms, error = solved(delta, {**calls, **own}, [*calls, *own])
+    return [name for name in terms if name in own] if error <= TOLERANCE else []
 
 
 def _unexplained(error: float, terms: Mapping[str, float]) -> str:
@@ -377,6 +420,7 @@ def _parts(
         inner = _handed_on(name, calls) if problem else None
         if inner is not None:
             return _parts(path, inner, modules, calls, guesses, norms)
+        problem = problem and (gated(module, call) or problem)
         guesses[kind] = local
         writers = {f"{path}.{name}.{n}": layout for n, layout in local.items()}
         return (Part(f"{path}.{name}", norms, writers, problem and f"{name}: {problem}"),)

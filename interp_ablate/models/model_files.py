@@ -124,6 +124,11 @@ def transformers_reads(what: str, advice: str = WHOLE) -> Iterator[None]:
         yield
     except InterpAblateError:
         raise
+    except ImportError as error:
+        reason = shortened(" ".join(str(error).split()), 300)
+        raise ModelError(
+            f"transformers needs a package that is not installed here to load {what}: {reason}"
+        ) from error
     except Exception as error:
         lines = str(error).strip().splitlines() or ["no reason given"]
         reason = shortened(lines[0], 300)
@@ -311,7 +316,10 @@ def auto_class(config: Any) -> Any:
 
     kind, named = type(config), config.architectures or ()
     wrapping: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    decodes = kind in MODEL_FOR_CAUSAL_LM_MAPPING
+    takes = getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None), "config_class", None)
+    inner = {name for name, each in getattr(kind, "sub_configs", {}).items() if each is takes}
+    # MusicGen's class for text takes the config of its inner decoder alone
+    decodes = kind in MODEL_FOR_CAUSAL_LM_MAPPING and inner <= {"text_config"}
     # of a type with both classes, the one that the folder names: the other would leave the towers behind
     if kind in wrapping and (wrapping[kind].__name__ in named or not decodes):
         return transformers.AutoModelForImageTextToText

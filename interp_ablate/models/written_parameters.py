@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from interp_ablate.models.architectures import Gain, Layout
-from interp_ablate.models.module_calls import Recorded, stream_of
+from interp_ablate.models.module_calls import Recorded, stream_of, with_stream
 
 # The share that may be left along a direction that every writer was projected against.
 LEFT = 1e-4
@@ -113,6 +114,45 @@ def find_writers(
         known = ", ".join(writers) or "its parameters"
         return writers, f"{share:.1%} of what it writes comes from elsewhere than {known}"
     return writers, ""
+
+
+def gated(module: nn.Module, call: Recorded) -> str:
+    """What is said of a module that multiplies inner ones' outputs, channel by channel; empty for any other.
+
+    A change of half of the channels of the inner output is then one of the same channels outside, by a factor that
+    differs from token to token.
+    """
+    names = []
+    for name, inner in module.named_modules():
+        half: list[Tensor] = []
+
+        def disturb(_: nn.Module, args: Any, output: Any, half: list[Tensor] = half) -> Any:
+            x = stream_of(output)
+            if x is None or x.numel() != call.output.numel():
+                return None
+            half.append(torch.zeros_like(x))
+            half[0][..., ::2] = 1.0
+            return with_stream(output, x + half[0])
+
+        handle = inner.register_forward_hook(disturb)
+        try:
+            moved = stream_of(module(*call.args, **call.kwargs))
+        finally:
+            handle.remove()
+        if not name or len(half) != 1 or moved is None:
+            continue
+        factor = (moved - call.output).flatten(0, -2)
+        even, odd = factor[:, ::2], factor[:, 1::2]
+        if float(odd.abs().max()) > LEFT * float(even.abs().max()):
+            continue
+        if float(even.std(0).max()) > 1e-3 * float(even.abs().max()):
+            names.append(name)
+    if not names:
+        return ""
+    return (
+        f"it multiplies what {' and '.join(names)} give channel by channel, at every token by other numbers, which turns "
+        "every direction into another: no edit of a weight leaves nothing along it"
+    )
 
 
 # The axis of each layout that is d_model.

@@ -114,6 +114,44 @@ def test_a_stream_that_passes_a_norm_is_refused_in_words() -> None:
     )
 
 
+def test_a_gate_over_channels_is_refused_in_words() -> None:
+    """RWKV's channel mixing: sigmoid(receptance) * value, of which it was said only that no parameter writes it."""
+    problems = anatomy("rwkv")[1].problems
+    assert "pre_ln + attention.output + feed_forward, with nothing of what entered" in problems[0]
+    assert "multiplies what receptance and value give channel by channel" in problems[1].replace("value and receptance", "receptance and value")  # fmt: skip
+
+
+def test_a_stream_that_is_halved_between_blocks_is_refused_in_words() -> None:
+    """RWKV's rescale_every divides what leaves every sixth block by two, and its weights in place."""
+    config = tiny_config(CONFIG_MAPPING["rwkv"])
+    config.rescale_every = 3
+    hf = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(
+        ModelError, match=r"multiplied by 0\.5 between rwkv\.blocks\.2 and rwkv\.blocks\.3"
+    ):
+        measured_anatomy(hf)
+
+
+def test_a_parameter_that_a_block_adds_itself_is_named() -> None:
+    """GPT-NeoX Japanese's last block adds attention.dense_bias, which its attention only hands out."""
+    problems = anatomy("gpt_neox_japanese")[1].problems
+    assert problems == [
+        "blocks.3: the block itself adds attention.dense_bias, which no module of it returns"
+    ]
+
+
+def test_a_norm_inside_the_module_that_writes() -> None:
+    """A.X-K1's mixtures end in a norm: what they write seemed to come from no parameter."""
+    [branch] = anatomy("axk1")[1].blocks[1].mlp
+    assert [part.norms[0].path.rpartition(".")[2] for part in branch.parts] == [
+        "post_mlp_layernorm"
+    ] * 2
+    assert {layout for part in branch.parts for layout in part.writers.values()} == {
+        "experts",
+        "linear",
+    }
+
+
 def test_norms_of_sums_of_norms() -> None:
     """Gemma 4's mixtures: a norm of the MLP's norm and the experts', and a branch with a norm of its own after it."""
     config = CONFIG_MAPPING["gemma4_text"]

@@ -107,6 +107,7 @@ def carried(model_type: str, place: Path, **form: Any) -> Outcome:
         where = f"{Path(at.filename).name}:{at.lineno}"
         result = Outcome("raw", f"{stage[0]}: {_words(error)} ({where})")
     result.model_class = type(hf).__name__
+    result.detail = result.detail.replace(f"{place}/", "")
     return result
 
 

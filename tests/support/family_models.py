@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -83,6 +84,20 @@ _CLIP = {
     "image_size": 32,
     "patch_size": 8,
 }
+_DOTS = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
+_PE = {
+    "model_type": "timm_wrapper",
+    "architecture": "vit_pe_core_large_patch14_336",
+    "do_pooling": False,
+    "model_args": {"embed_dim": D_MODEL, "depth": 2, "num_heads": 4, "img_size": (32, 32), "patch_size": 8, "global_pool": "", "ref_feat_shape": (4, 4)},
+}  # fmt: skip
 _OWN: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"num_expert_group": 1},
     "bamba": {"attn_layer_indices": [1, 3]},
@@ -99,7 +114,9 @@ _OWN: dict[str, dict[str, Any]] = {
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
     "emu3": {"vocabulary_map": _IMAGE_WORDS},
     "emu3_vqgan": _SMALL_VQ | {"latent_channels": 4, "codebook_size": 32},
-    "dots3_note_text": {"per_layer_config": {}},
+    "dots3_note_audio_encoder": {"adapter_input_size": D_MODEL, "adapter_out_dim": D_MODEL},
+    "dots3_note_text": _DOTS | {"index_n_heads": 4, "index_head_dim": 16, "per_layer_config": {1: _DOTS, 3: _DOTS}},
+    "dots3_note_vision_encoder": {"adapter_in_dim": D_MODEL, "adapter_out_dim": D_MODEL, "mlp_layer_types": ["dense"] * N_LAYERS},
     "ernie4_5_vl_moe_text": {"moe_intermediate_size": [32, 16], "rope_parameters": _MROPE | {"mrope_section": [3, 3, 2]}},
     "fast_vlm": {"vision_config": _CLIP},
     "florence_vision": {"embed_dim": [16, 16, 32, D_MODEL], "depths": [1] * 4, "num_heads": [2] * 4, "num_groups": [2] * 4},
@@ -123,6 +140,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "molmo2_adapter": {"vision_feature_layer": [2, 1]},
     "muse_spark_audio": {"hidden_sizes": [16, 16, 32, 64]},
     "nemotron_h_omni": {"vision_hidden_size": D_MODEL},
+    "perception_lm": {"vision_config": _PE},
     "paddleocr_vl_text": {"rope_parameters": _MROPE},
     "qwen2_5_omni_text": {"rope_parameters": _MROPE},
     "qwen2_5_vl_text": {"rope_parameters": _MROPE},
@@ -139,6 +157,13 @@ _OWN: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# Types whose class in the mapping of decoders does not take their config.
+_CLASSES = {
+    "musicgen": "MusicgenForConditionalGeneration",
+    "musicgen_melody": "MusicgenMelodyForConditionalGeneration",
+}
+
+
 def config_classes() -> dict[str, Any]:
     """The config class of every model type that generates text, or text from images."""
     classes = [*MODEL_FOR_CAUSAL_LM_MAPPING, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING]
@@ -147,7 +172,8 @@ def config_classes() -> dict[str, Any]:
 
 def tiny_config(kind: Any) -> Any:
     """A config of a class with small sizes, its inner configs too."""
-    base = kind()
+    own = _OWN.get(kind.model_type, {})
+    base = kind(**{name: own[name] for name in getattr(kind, "sub_configs", {}) if name in own})
     values = base.to_dict()
     small: dict[str, Any] = {}
     for names, size in _SIZES.items():
@@ -169,9 +195,9 @@ def tiny_config(kind: Any) -> Any:
         small["rope_parameters"] = {**rope, "mrope_section": _MROPE["mrope_section"]}
     for name in getattr(kind, "sub_configs", {}):
         inner = getattr(base, name, None)
-        if inner is not None:
+        if inner is not None and name not in own:
             small[name] = tiny_config(type(inner))
-    return kind(**small | _OWN.get(kind.model_type, {}))
+    return kind(**small | own)
 
 
 def build(model_type: str, *, text: bool = False, tied: bool | None = None) -> Any:
@@ -189,8 +215,10 @@ def build(model_type: str, *, text: bool = False, tied: bool | None = None) -> A
         config.tie_word_embeddings = config.get_text_config(decoder=True).tie_word_embeddings = tied
     wrapped = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
 
+    whole = getattr(transformers, _CLASSES.get(model_type, ""), wrapped)
+
     def made() -> Any:
-        return wrapped(config) if wrapped and not text else AutoModelForCausalLM.from_config(config)
+        return whole(config) if whole and not text else AutoModelForCausalLM.from_config(config)
 
     with torch.device("meta"):
         size = sum(p.numel() for p in made().parameters())
