@@ -1,8 +1,7 @@
 """The HTML report of a run: one self-contained page with its result in plain words, tables and figures.
 
 The page's layout is `data/templates/report.html.j2`; every text of a model or a prompt passes through its
-autoescaping. The page loads nothing, and runs one script, its own, which its policy names by hash; everything can
-be read without it.
+autoescaping. The page loads nothing, and runs one script, its own, that its policy names by hash and nobody needs.
 
 Knows: the files of a run folder, and which split each number is from. Does not know: any model, how a number was
 measured, or how a figure is drawn.
