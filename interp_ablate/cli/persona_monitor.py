@@ -6,7 +6,6 @@ Knows: flags and what is printed. Does not know: how answers are made or correla
 from __future__ import annotations
 
 from argparse import Namespace
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +103,7 @@ def _stream(settings: Monitor, sampling: SamplingConfig, persona: Any, out: Path
     persona.check(model)
     amount = settings.coefficient
     seen, other = [], 0
-    with model.applied(persona.plan(amount)) if amount else nullcontext():
+    with model.applied(persona.plan(amount) if amount else None):
         prompt = Prompt(str(settings.prompt), settings.system)
         limit = sampling.max_new_tokens
         for token, projection in model.monitor(prompt, persona.direction, max_new_tokens=limit):

@@ -6,7 +6,6 @@ Knows: flags, files and what is printed. Does not know: how a projection is comp
 from __future__ import annotations
 
 from argparse import Namespace
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -60,7 +59,7 @@ def run(args: Namespace) -> int:
     plan = Plan.load(settings.plan) if settings.plan else None
     prompt = Prompt(settings.text, settings.system)
     model = load(settings, settings.model)
-    with model.applied(plan) if plan is not None else nullcontext():
+    with model.applied(plan):
         projections = token_projections(
             model,
             prompt,

@@ -212,8 +212,17 @@ def one_per_layer(
 
 
 def most_separating(directions: Iterable[Direction]) -> Direction:
-    """The first of the directions that best separate held-out prompts, among those of which it was measured."""
-    measured = [item for item in directions if item.separation is not None]
+    """The first of the directions that best separate held-out prompts; the middle one where none was measured.
+
+    Raises:
+        DirectionError: no direction.
+    """
+    items = list(directions)
+    if not items:
+        raise DirectionError("there is no direction to choose from")
+    measured = [item for item in items if item.separation is not None]
+    if not measured:
+        return items[len(items) // 2]
     return max(measured, key=lambda item: item.separation.d_prime if item.separation else 0.0)
 
 

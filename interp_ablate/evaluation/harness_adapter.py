@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 from interp_ablate.edits.plan import Plan
@@ -80,7 +79,7 @@ def _generations(
         rows = [encode(requests[number][0])[-room:] for number in numbers]
         for start in range(0, len(rows), REQUESTS):  # what is generated from NaN looks like text
             ModelOutputs(model, rows[start : start + REQUESTS], plan).first_logprobs  # noqa: B018
-        with model.applied(plan) if plan is not None else nullcontext():
+        with model.applied(plan):
             written = model.generate(rows, max_new_tokens=new, temperature=heat)
         for number, generation in zip(numbers, written):
             until = requests[number][1].get("until") or []

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -143,7 +142,7 @@ class ModelOutputs:
 
     def _under_plan(self) -> Any:
         self.require_state()
-        return self.model.applied(self.plan) if self.plan is not None else nullcontext()
+        return self.model.applied(self.plan)
 
     @property
     def first_logprobs(self) -> Float[Tensor, "prompt d_vocab"]:

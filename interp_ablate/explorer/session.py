@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +130,7 @@ class ExplorerSession:
         return Generation(tuple(ids), self.model.decode(ids), len(ids) < limit)
 
     def _streamed(self, prompt: Prompt, plan: Plan, limit: int) -> Iterator[Any]:
-        with self.model.applied(plan) if plan.edits else nullcontext():
+        with self.model.applied(plan):
             yield from self.model.monitor(prompt, self.by_layer, max_new_tokens=limit)
 
     def _scores(
@@ -155,7 +154,7 @@ class ExplorerSession:
     def tokens(self, request: Mapping[str, Any]) -> Event:
         """The prompt and its answer as coloured tokens, under the plan."""
         prompt, plan = _prompt(request), self.plan(request)
-        with self.model.applied(plan) if plan.edits else nullcontext():
+        with self.model.applied(plan):
             view = token_projections(
                 self.model, prompt, self.by_layer, max_new_tokens=_limit(request)
             )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from interp_ablate.directions.direction import Direction
+from interp_ablate.directions.direction_set import most_separating
 from interp_ablate.display import Html, html_table, shortened
 from interp_ablate.errors import RunError
 from interp_ablate.explorer.controls import OPERATIONS, bands_of
@@ -53,7 +54,7 @@ def page_of(session: ExplorerSession) -> str:
         ],
         operations=OPERATIONS,
         directions=[_name(each) for each in session.directions],
-        first=best_direction(session.directions),
+        first=session.directions.index(most_separating(session.directions)),
         plans=plan_names(session.folder),
         projections=None if frame is None else projections_chart(held_out(frame)),
         separation=separation_chart(session.directions, _controls(session)),
@@ -61,16 +62,6 @@ def page_of(session: ExplorerSession) -> str:
         trials_chart=None if trials is None else _trials_chart(session, trials),
         trials=None if trials is None else _trials_table(trials),
     )
-
-
-def best_direction(directions: list[Direction]) -> int:
-    """The number of the direction that separates best; of the middle one where none was measured."""
-    measured = [
-        (each.separation.d_prime, i)
-        for i, each in enumerate(directions)
-        if each.separation is not None
-    ]
-    return max(measured)[1] if measured else len(directions) // 2
 
 
 def layer_view(session: ExplorerSession, request: Any) -> dict[str, Any]:

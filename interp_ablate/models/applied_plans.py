@@ -181,9 +181,13 @@ class AppliedPlans:
         return list(each)
 
     @contextmanager
-    def applied(self, plan: Plan | Edit) -> Iterator[None]:
+    def applied(self, plan: Plan | Edit | None) -> Iterator[None]:
         """See `Model.applied`."""
-        with self._installed(InstalledPlans((as_plan(plan),))):
+        chosen = as_plan(plan)
+        if not chosen.edits:  # nothing to install: the model stays as it is
+            yield
+            return
+        with self._installed(InstalledPlans((chosen,))):
             yield
 
     @contextmanager

@@ -6,7 +6,6 @@ Knows: the turns that were said. Does not know: where they are shown, or which p
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from interp_ablate.edits.plan import Plan
@@ -40,7 +39,7 @@ class Conversation:
         """
         prompt = Prompt(text, self.system, tuple(self.turns))
         pieces: list[str] = []
-        with self.model.applied(plan) if plan is not None and plan.edits else nullcontext():
+        with self.model.applied(plan):
             for token, _ in self.model.monitor(
                 prompt,
                 (),

@@ -254,8 +254,10 @@ class Model:
         return rows
 
     @contextmanager
-    def applied(self, plan: Plan | Edit) -> Iterator[Model]:
+    def applied(self, plan: Plan | Edit | None) -> Iterator[Model]:
         """Run everything inside the block under the plan, generation with a KV cache included.
+
+        None, or a plan without edits, leaves the model as it is.
 
         Raises:
             PlanError: a plan that does not fit the model; on leaving the block without another

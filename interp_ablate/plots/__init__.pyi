@@ -1,6 +1,5 @@
 from .attribution import attribution_bars as attribution_bars
 from .attribution import attribution_map as attribution_map
-from .attribution import next_token_effects as next_token_effects
 from .directions import cosine_similarity as cosine_similarity
 from .directions import cosines_beside as cosines_beside
 from .directions import projections as projections

@@ -1,4 +1,4 @@
-"""Plots of what writes a direction: the largest terms as bars, heads and MLPs by layer, effects by layer.
+"""Plots of what writes a direction: the largest terms as bars, heads and MLPs by layer.
 
 Knows: how they are drawn. Does not know: how anything was measured.
 """
@@ -17,10 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ATTRIBUTION_COLUMNS = ("term", "kind", "layer", "module", "index")
-EFFECT_COLUMNS = ("layer", "point", "edit", "log_odds_change", "kl", "n")
-EFFECT_NUMBERS = (
-    "layer", "log_odds_change", "log_odds_low", "log_odds_high", "kl", "kl_low", "kl_high", "n",
-)  # fmt: skip
 
 
 def _value_column(frame: pd.DataFrame) -> str:
@@ -127,61 +123,4 @@ def attribution_map(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     style.add_colour_bar(
         image, ax, "along the direction (units of the stream)", fraction=0.046, pad=0.03
     )
-    return ax
-
-
-def next_token_effects(
-    frame: pd.DataFrame, ax: Axes | None = None, *, value: str = "log_odds_change"
-) -> Axes:
-    """The effect of ablating and of adding each layer's direction, one line an edit and point, with intervals.
-
-    resid_pre of a layer, which is resid_post of the layer before, is drawn as that, once.
-
-    `value`: log_odds_change or kl.
-
-    Raises:
-        RunError: a missing column, no rows, or another value.
-    """
-    ax = style.axes_or_new(ax, height=3.6)
-    style.require_columns(frame, EFFECT_COLUMNS, "effects by layer")
-    style.require_rows(frame, "effects by layer")
-    frame = style.distinct_rows(frame)
-    names = {
-        "log_odds_change": "change of the target\ntokens' log-odds",
-        "kl": "KL, next token (nats)",
-    }
-    if value not in names:
-        raise RunError(f"no effect {value!r}: accepted are {', '.join(names)}")
-    low, high = (
-        ("log_odds_low", "log_odds_high") if value == "log_odds_change" else ("kl_low", "kl_high")
-    )
-    for (point, edit), rows in frame.groupby(["point", "edit"], sort=True):
-        rows = rows.sort_values("layer")
-        colour, marker = style.POINT_STYLE.get(str(point), (style.INK, "o"))
-        line = "-" if edit == "ablate" else "--"
-        ax.plot(
-            rows["layer"],
-            rows[value],
-            line,
-            color=colour,
-            marker=marker,
-            markersize=4,
-            label=f"{edit}, {point}",
-        )
-        if low in rows:
-            ends = rows[[low, high]].astype(float)
-            ax.fill_between(
-                rows["layer"], ends[low], ends[high], color=colour, alpha=0.12, linewidth=0
-            )
-    ax.axhline(0, color=style.CONTROL, linewidth=0.9, linestyle=(0, (4, 3)))
-    style.finish_axes(
-        ax,
-        "Effect of each layer's direction on the next token",
-        f"n = {int(frame['n'].min())} prompts a side; ablated at all writers on positive ones, added at its site on "
-        "negative ones; bands: 95% intervals",
-        "layer",
-        names[value],
-    )
-    style.set_layer_axis(ax, frame["layer"])
-    style.add_legend(ax, loc="best")
     return ax

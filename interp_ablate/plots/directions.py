@@ -331,8 +331,8 @@ def cosines_beside(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_xlim(-1.05, 1.05)
     shown = f"{len(rows)} of {len(frame)} pairs" if len(rows) < len(frame) else f"{len(rows)} pairs"
     bands = "grey: the middle 95% with shuffled labels" if half.notna().any() else "no band"
-    title = f"Cosines with {rows['first'].iloc[0]}" if one else "Cosines of directions"
-    style.finish_axes(ax, title, f"n = {shown}; {bands}", "cosine", "", grid="x")
+    what = f"cosine with {rows['first'].iloc[0]}" if one else "cosine"
+    style.finish_axes(ax, "Directions beside directions", f"n = {shown}; {bands}", what, "", grid="x")
     return ax
 
 

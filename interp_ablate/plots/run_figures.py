@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from interp_ablate.errors import RunError
 from interp_ablate.plots import style
-from interp_ablate.plots.attribution import attribution_bars, attribution_map, next_token_effects
+from interp_ablate.plots.attribution import attribution_bars, attribution_map
 from interp_ablate.plots.directions import (
     Measure,
     cosine_similarity,
@@ -28,6 +28,7 @@ from interp_ablate.plots.directions import (
     separation_by_layer,
 )
 from interp_ablate.plots.evaluation import before_after, rate_rows
+from interp_ablate.plots.layers import layer_effects
 from interp_ablate.plots.run_tables import (
     read_attribution,
     read_beside,
@@ -210,10 +211,11 @@ def _draw_layer_effects(folder: Path) -> dict[str, Figure]:
     frame = read_layer_effects(folder)
     if frame is None:
         return {}
-    values = [v for v in ("log_odds_change", "kl") if frame[v].notna().any()]
-    figure = style.new_figure(height=0.4 + 3.1 * len(values))
-    for place, value in enumerate(values):
-        next_token_effects(frame, figure.add_subplot(len(values), 1, place + 1), value=value)
+    panels = list(frame.groupby(["score", "edit"], sort=False).groups)
+    figure = style.new_figure(height=0.4 + 3.1 * len(panels))
+    for place, (score, edit) in enumerate(panels):
+        ax = figure.add_subplot(len(panels), 1, place + 1)
+        layer_effects(frame, ax, score=score, edit=edit)
     return {"layer_effects.png": figure}
 
 

@@ -15,10 +15,11 @@ import pandas as pd
 from interp_ablate.directions.direction import Direction
 from interp_ablate.directions.direction_set import Directions
 from interp_ablate.directions.estimators import CONTROL_COLUMNS
-from interp_ablate.plots.attribution import ATTRIBUTION_COLUMNS, EFFECT_COLUMNS, EFFECT_NUMBERS
+from interp_ablate.plots.attribution import ATTRIBUTION_COLUMNS
 from interp_ablate.plots.directions import BESIDE_COLUMNS, PROJECTION_COLUMNS
 from interp_ablate.plots.tokens import TOKEN_COLUMNS
 from interp_ablate.plots.trials import is_comparable
+from interp_ablate.search.by_layer import COLUMNS
 from interp_ablate.search.trial_table import read_trials
 from interp_ablate.storage.tables import read_json, read_table
 
@@ -98,7 +99,7 @@ def read_attribution(folder: Path) -> pd.DataFrame | None:
 def read_layer_effects(folder: Path) -> pd.DataFrame | None:
     """layer_effects.csv of a run folder; None where there is none."""
     path = folder / "layer_effects.csv"
-    return read_table(path, EFFECT_COLUMNS, numbers=EFFECT_NUMBERS) if path.exists() else None
+    return read_table(path, COLUMNS, numbers=COLUMNS[6:]) if path.exists() else None
 
 
 def read_tokens(folder: Path) -> pd.DataFrame | None:

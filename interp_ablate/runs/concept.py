@@ -8,25 +8,24 @@ Knows: when a run is one of a concept, its tables. Does not know: trials, plans 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pandas as pd
 
 from interp_ablate.circuits.attribution import attribute
 from interp_ablate.directions.direction import Direction
-from interp_ablate.directions.direction_set import most_separating
-from interp_ablate.edits.kinds import Ablate, Add
-from interp_ablate.edits.plan import Plan
+from interp_ablate.directions.direction_set import most_separating, one_per_layer
 from interp_ablate.errors import InterpAblateError
-from interp_ablate.evaluation.metrics import TargetLogOdds, find_target_tokens, first_token_kl
+from interp_ablate.evaluation.metrics import first_token_kl
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.runs.configuration import MAIN_METHOD
 from interp_ablate.runs.run_folder import Run
-from interp_ablate.scoring.expression_lists import EXPRESSIONS_OF_CONTRAST
+from interp_ablate.runs.validation_bench import target_of
+from interp_ablate.search.by_layer import Job, LayerSweep
 from interp_ablate.sites import RESIDUAL_POINTS
-from interp_ablate.stats.intervals import AT_LEAST_0, Estimate, difference_estimate, mean_estimate
 
+N_SHUFFLED = 2  # directions of shuffled labels a layer, beside which effects stand
 MAKES_IT_ONE = (
     "To make it a run of a behaviour, say how its answers look: --expressions NAME_OR_FILE (a built-in list, "
     "or a file with a phrase a line), on prompts whose answers show it"
@@ -40,11 +39,7 @@ WITHOUT_BEHAVIOUR = (
 
 def is_concept(run: Run) -> bool:
     """True if nothing says how the behaviour looks, or the unedited model was found not to show it."""
-    c = run.configuration
-    named = c.expressions is not None or (
-        bool(c.contrast) and run.contrast_set.name in EXPRESSIONS_OF_CONTRAST
-    )
-    return not named or bool(run.state.get("no_behaviour"))
+    return not run.names_behaviour or bool(run.state.get("no_behaviour"))
 
 
 def found_no_behaviour(run: Run) -> bool:
@@ -76,7 +71,7 @@ def _unedited_rate(run: Run) -> tuple[int, float]:
 
 def run_concept(run: Run) -> None:
     """attribution.csv and layer_effects.csv, of validation prompts."""
-    if run.configuration.expressions is None and not run.state.get("no_behaviour"):
+    if not run.names_behaviour:
         run.note(WITHOUT_BEHAVIOUR)
     run.record(concept=True)
     directions = list(run.directions.of(MAIN_METHOD))
@@ -111,60 +106,26 @@ def _attribution(run: Run, directions: list[Direction]) -> pd.DataFrame:
 
 
 def _layer_effects(run: Run, directions: list[Direction]) -> pd.DataFrame:
-    """Next-token effects of ablating each direction at all writers, and of adding it at its site.
+    """The layer sweep of validation prompts: each layer's direction ablated at all writers, added at its site.
 
-    Ablation is measured on positive validation prompts, addition on negative ones: the change of the target
-    tokens' log-odds (mean, 95% interval), and the KL from the unedited model in nats.
+    The target tokens are those that training prompts tell; without any, the KL stands alone.
     """
-    train, validation = run.split.train, run.split.validation
-    target = _target(run, train)
-    sides = {
-        "ablate": ModelOutputs(run.model, validation.positive),
-        "add": ModelOutputs(run.model, validation.negative),
-    }
-    rows: list[dict[str, Any]] = []
-    with run.step("effects by layer", len(directions)) as advance:
-        for item in directions:
-            plans = {
-                "ablate": Plan((Ablate(item, run.model.writers),)),
-                "add": Plan((Add(item, item.site),)),
-            }
-            for edit, outputs in sides.items():
-                rows.append(_effect(item, edit, outputs, plans[edit], target))
-            advance(1)
-    return pd.DataFrame(rows)
-
-
-def _target(run: Run, train: Any) -> TargetLogOdds | None:
-    """The tokens with which answers to positive training prompts begin more often; None where there are none."""
-    first = [
-        ModelOutputs(run.model, side).first_logprobs for side in (train.positive, train.negative)
-    ]
+    scores: dict[str, Any] = {"kl_first_token": first_token_kl}
     try:
-        targets = find_target_tokens(*first)
+        target, records = target_of(run.model, run.split.train)
     except InterpAblateError as error:
         run.note(f"effects by layer have no log-odds: {str(error).partition('.')[0]}")
-        return None
-    run.record(
-        target_tokens=[
-            {"id": i, "text": run.model.decode([i]), "p_positive": p, "p_negative": q}
-            for i, p, q in targets
-        ]
-    )
-    return TargetLogOdds(tuple(token for token, _, _ in targets))
+    else:
+        run.record(target_tokens=records)
+        scores = {"target_log_odds": target, **scores}
+    items = one_per_layer(directions)
+    sweep = LayerSweep.of(run.model, items, run.split.validation, scores, N_SHUFFLED)
+    with run.step("effects by layer", len(items)) as advance:
 
+        def jobs() -> Iterator[Job]:
+            for item in items:
+                yield item, "ablate", "writers"
+                yield item, "add", "site"
+                advance(1)
 
-def _effect(
-    item: Direction, edit: str, unedited: ModelOutputs, plan: Plan, target: TargetLogOdds | None
-) -> dict[str, Any]:
-    edited = unedited.with_plan(plan)
-    odds = Estimate(float("nan"))
-    if target is not None:
-        before, after = target(unedited, unedited), target(edited, unedited)
-        odds = difference_estimate(before.tolist(), after.tolist())
-    kl = mean_estimate(first_token_kl(edited, unedited).tolist(), bounds=AT_LEAST_0)
-    return {
-        "layer": item.site.layer, "point": item.site.point, "position": item.position, "edit": edit,
-        "log_odds_change": odds.value, "log_odds_low": odds.low, "log_odds_high": odds.high,
-        "kl": kl.value, "kl_low": kl.low, "kl_high": kl.high, "n": len(unedited.rows),
-    }  # fmt: skip
+        return sweep.table(jobs())

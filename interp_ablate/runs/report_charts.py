@@ -132,11 +132,12 @@ def _of_other_tables(tables: RunTables) -> dict[str, str]:
             )
         )
         alts["attribution_map"] = "Heat map by layer and head of what writes the direction."
-    if tables.effects is not None and tables.effects["kl"].notna().any():
-        row = tables.effects.loc[tables.effects["kl"].idxmax()]
+    effects = tables.effects
+    if effects is not None and len(kl := effects[effects["score"] == "kl_first_token"]):
+        row = kl.loc[kl["change"].idxmax()]
         alts["layer_effects"] = (
-            f"Lines by layer of what each direction does to the next token. The largest KL, {number(row['kl'])} nats, "
-            f"is at layer {row['layer']:g}, {row['point']}, {row['edit']}."
+            f"Lines by layer of what each direction does to the next token. The largest KL, {number(row['change'])} "
+            f"nats, is at layer {row['layer']:g}, {row['point']}, {row['edit']}."
         )
     if tables.beside is not None and len(tables.beside):
         pair = tables.beside.loc[tables.beside["cosine"].abs().idxmax()]

@@ -214,13 +214,17 @@ class Run:
 
     @cached_property
     def expression(self) -> Any:
-        """The expressions that show the behaviour."""
-        from interp_ablate.scoring.expressions import expression_scorer as make_expression_scorer
+        """What scores the behaviour in answers."""
+        from interp_ablate.runs.validation_bench import behaviour_scorer
 
-        c = self.configuration
-        return make_expression_scorer(
-            c.expressions, contrast=self.contrast_set.name if c.contrast else ""
-        )
+        return behaviour_scorer(self.configuration, self.contrast_set.name)
+
+    @property
+    def names_behaviour(self) -> bool:
+        """Whether anything says how the behaviour looks; without it, a run is one of a concept."""
+        from interp_ablate.runs.validation_bench import names_behaviour
+
+        return names_behaviour(self.configuration, self.contrast_set.name)
 
     @cached_property
     def split(self) -> Any:
@@ -340,11 +344,7 @@ class Run:
     @cached_property
     def bench(self) -> ValidationBench:
         """The validation prompts with scorers and unedited answers."""
-        from interp_ablate.runs.validation_bench import (
-            base_rate_note,
-            default_list_note,
-            make_bench,
-        )
+        from interp_ablate.runs.validation_bench import DEFAULT_LIST, base_rate_note, make_bench
 
         c = self.configuration
         with self.step("baselines", 3) as advance:
@@ -356,8 +356,8 @@ class Run:
                 advance=advance,
             )
         self.record(target_tokens=targets)
-        if note := default_list_note(c.expressions, self.contrast_set.name if c.contrast else ""):
-            self.note(note)
+        if not self.names_behaviour:
+            self.note(DEFAULT_LIST)
         if note := base_rate_note(bench):
             self.note(note)
         return bench

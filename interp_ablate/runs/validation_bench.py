@@ -11,12 +11,27 @@ from typing import Any
 from interp_ablate.evaluation.metrics import TargetLogOdds, find_target_tokens
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.models.model import Model
+from interp_ablate.runs.configuration import Configuration
 from interp_ablate.scoring.expression_lists import DEFAULT_EXPRESSIONS, EXPRESSIONS_OF_CONTRAST
-from interp_ablate.scoring.expressions import ExpressionScorer
+from interp_ablate.scoring.expressions import ExpressionScorer, expression_scorer
 from interp_ablate.search.bench import ValidationBench
 
 FIT_PROMPTS = 64  # a side
+DEFAULT_LIST = (
+    "no --expressions were given for these prompts: behaviour is scored by the built-in "
+    f"list {DEFAULT_EXPRESSIONS!r}"
+)
 LOW_RATE = 0.2
+
+
+def names_behaviour(c: Configuration, contrast: str) -> bool:
+    """Whether anything says how the behaviour looks: expressions, or a bundled set that has some."""
+    return c.expressions is not None or (bool(c.contrast) and contrast in EXPRESSIONS_OF_CONTRAST)
+
+
+def behaviour_scorer(c: Configuration, contrast: str) -> ExpressionScorer:
+    """What scores the behaviour in answers; `contrast`: the name of the set of prompts."""
+    return expression_scorer(c.expressions, contrast=contrast if c.contrast else "")
 
 
 def make_bench(
@@ -28,26 +43,33 @@ def make_bench(
     advance: Callable[[int], None],
 ) -> tuple[ValidationBench, list[dict[str, Any]]]:
     """A bench over the validation prompts, and its target tokens, which training prompts tell; three steps."""
-    first = [
-        ModelOutputs(model, side[:FIT_PROMPTS]).first_logprobs
-        for side in (split.train.positive, split.train.negative)
-    ]
+    target, records = target_of(model, split.train)
     advance(1)
-    targets = find_target_tokens(*first)
     bench = ValidationBench(
         model,
         split.validation.positive,
         split.validation.negative,
-        target=TargetLogOdds(tuple(token for token, _, _ in targets)),
+        target=target,
         expression=expression,
         max_new_tokens=max_new_tokens,
     )
     advance(1)
     bench.repetition  # noqa: B018  (computed here, under the progress bar)
     advance(1)
-    return bench, [
-        {"id": i, "text": model.tokenizer.decode([i]), "p_positive": p, "p_negative": q}
-        for i, p, q in targets
+    return bench, records
+
+
+def target_of(model: Model, train: Any) -> tuple[TargetLogOdds, list[dict[str, Any]]]:
+    """The first tokens that tell a split's training prompts apart, and what run.json keeps of them.
+
+    Raises:
+        InterpAblateError: the sets do not differ at the first token.
+    """
+    sides = (train.positive, train.negative)
+    first = [ModelOutputs(model, side[:FIT_PROMPTS]).first_logprobs for side in sides]
+    found = find_target_tokens(*first)
+    return TargetLogOdds(tuple(token for token, _, _ in found)), [
+        {"id": i, "text": model.decode([i]), "p_positive": p, "p_negative": q} for i, p, q in found
     ]
 
 
@@ -70,13 +92,3 @@ def base_rate_note(bench: ValidationBench) -> str | None:
             f"positive ones: the expressions {shown} do not tell the two apart; give others (--expressions)"
         )
     return None
-
-
-def default_list_note(wanted: str | None, contrast: str) -> str | None:
-    """What a reader must know where nothing says how the behaviour looks; `contrast`: a bundled set's name."""
-    if wanted is not None or contrast in EXPRESSIONS_OF_CONTRAST:
-        return None
-    return (
-        "no --expressions were given for these prompts: behaviour is scored by the built-in "
-        f"list {DEFAULT_EXPRESSIONS!r}"
-    )

@@ -81,23 +81,23 @@ def layer_sweep(
         RunError: an unknown edit or place; no edit; n_shuffled below 0.
         DirectionError, PlanError: directions that do not fit the model.
     """
-    import pandas as pd
-
     _check(edits, where, n_shuffled)
     items = one_per_layer(directions, point)
     places: list[tuple[LayerEdit, Where]] = [
         (edit, place) for edit in edits for place in where if edit != "patch"
     ]
     places += [("patch", "site")] * ("patch" in edits)
-    sweep = _Sweep.of(model, items, contrast, scores, n_shuffled)
+    sweep = LayerSweep.of(model, items, contrast, scores, n_shuffled)
     jobs = [(item, edit, place) for item in items for edit, place in places]
-    rows = [row for job in with_bar(jobs, "layer sweep") for row in sweep.rows(*job)]
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    return sweep.table(with_bar(jobs, "layer sweep"))
+
+
+Job = tuple[Direction, LayerEdit, Where]
 
 
 @dataclass(frozen=True)
-class _Sweep:
-    """What all edits of a sweep share: prompts without an edit, their activations, how they are scored."""
+class LayerSweep:
+    """What all edits of a layer sweep share: prompts without an edit, their activations, how they are scored."""
 
     model: Model
     activations: Activations
@@ -116,7 +116,8 @@ class _Sweep:
         contrast: ContrastSet,
         scores: Mapping[str, Score] | None,
         n_shuffled: int,
-    ) -> _Sweep:
+    ) -> LayerSweep:
+        """The sweep of some directions; the arguments are those of `layer_sweep`."""
         positions = list(dict.fromkeys(item.position for item in items))
         activations = collect(model, contrast, [item.site for item in items], positions)
         sides = {"positive": contrast.positive, "negative": contrast.negative}
@@ -128,6 +129,12 @@ class _Sweep:
             for side, baseline in baselines.items()
         }
         return cls(model, activations, baselines, metrics, before, n_shuffled)
+
+    def table(self, jobs: Iterable[Job]) -> pd.DataFrame:
+        """The rows of `layer_sweep` for these edits at these places."""
+        import pandas as pd
+
+        return pd.DataFrame([row for job in jobs for row in self.rows(*job)], columns=list(COLUMNS))
 
     def rows(self, item: Direction, edit: LayerEdit, place: Where) -> Iterator[dict[str, Any]]:
         """A row a score of one edit of one direction."""

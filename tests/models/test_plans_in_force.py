@@ -175,3 +175,14 @@ def test_another_threads_plan_is_refused_in_words() -> None:
             with pytest.raises(PlanError, match="another thread has a plan applied"):
                 pool.submit(call).result()
         assert model.active_plan == PLAN
+
+
+@pytest.mark.parametrize("nothing", [None, Plan(())])
+def test_a_plan_without_edits_leaves_the_model_as_it_is(backend: str, nothing: Plan | None) -> None:
+    model = make(backend=backend)
+    outside = ModelOutputs(model, ROWS)
+    with model.applied(nothing):
+        assert not model.plans.is_edited
+        inside = model.logits(ROWS)
+        outside.first_logprobs  # noqa: B018  (begun outside, and nothing is applied here)
+    assert torch.equal(inside, model.logits(ROWS))

@@ -41,15 +41,6 @@ def attribution() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def effects() -> pd.DataFrame:
-    rows = [
-        {"layer": layer, "point": point, "edit": edit, "log_odds_change": -layer, "log_odds_low": -layer - 1,
-         "log_odds_high": -layer + 1, "kl": layer, "kl_low": 0, "kl_high": layer + 1, "n": 12}
-        for layer in LAYERS for point in ("resid_pre", "resid_post") for edit in ("ablate", "add")
-    ]  # fmt: skip
-    return pd.DataFrame(rows)
-
-
 def beside() -> pd.DataFrame:
     head = {"first": "own", "null_low": -0.1, "null_high": 0.1}
     return pd.DataFrame([{**head, "second": f"feature {i}", "cosine": i / 4} for i in LAYERS])
@@ -152,7 +143,6 @@ EXAMPLES: dict[str, tuple[Any, dict[str, Any]]] = {
     "evaluation_shares": (evaluation(), {}),
     "layer_effects": (layer_sweep_rows(), {}),
     "monitoring_scatter": (monitored(), {}),
-    "next_token_effects": (effects(), {}),
     "pareto": (trials(), {"n": 32}),
     "projections": (make_projections(4).query("point == 'resid_mid'"), {}),
     "readout_by_layer": (readout(), {}),
@@ -212,7 +202,7 @@ def test_a_plot_without_axes_makes_its_own() -> None:
 def test_every_figure_of_the_report_says_what_is_seen(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", 3)
     attribution().to_csv(run / "attribution.csv", index=False)
-    effects().to_csv(run / "layer_effects.csv", index=False)
+    layer_sweep_rows().to_csv(run / "layer_effects.csv", index=False)
     (run / "circuit").mkdir()
     beside().to_csv(run / "circuit" / "beside.csv", index=False)
     more = trials().assign(stage="search")
@@ -248,10 +238,3 @@ def test_what_healing_made_worse_is_drawn_as_worse(measure: str, said: str, wors
     unknown = {"measured": HEALED["measured"]}
     ax = door.recovery_cost(unknown, Figure().add_subplot(), measure=measure)
     assert not any("," in text.get_text() for text in ax.texts if "n =" not in text.get_text())
-
-
-def test_the_stream_is_drawn_once_in_effects_by_layer() -> None:
-    ax = door.next_token_effects(effects(), Figure().add_subplot())
-    drawn = {line.get_label() for line in ax.lines if not line.get_label().startswith("_")}
-    assert drawn == {"ablate, resid_post", "add, resid_post"}
-    assert list(ax.lines[0].get_xdata()) == [-1, 0, 1, 2, 3]

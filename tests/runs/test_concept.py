@@ -10,8 +10,12 @@ import pytest
 import torch
 from tiny import tiny
 
+from interp_ablate import ContrastSet, load_model
 from interp_ablate.cli.main import main
+from interp_ablate.directions.direction_set import Directions
+from interp_ablate.evaluation.metrics import TargetLogOdds, first_token_kl
 from interp_ablate.runs.run_folder import CONCEPT_STAGES
+from interp_ablate.search.by_layer import layer_sweep
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +81,7 @@ def test_a_concept_that_no_first_token_tells_has_effects_in_nats_alone(
     even, out = str(Path(flags[1]).parent / "even"), tmp_path / "run"
     assert main(["run", *flags, "--model", even, "--out", str(out)]) == 0
     frame = pd.read_csv(out / "layer_effects.csv")
-    assert frame["log_odds_change"].isna().all() and frame["kl"].notna().all()
+    assert set(frame["score"]) == {"kl_first_token"} and frame["change"].notna().all()
     notes = json.loads((out / "run.json").read_text())["notes"]
     assert any("no log-odds" in note for note in notes)
     words = tmp_path / "words.txt"
@@ -104,9 +108,32 @@ def test_its_attribution_adds_up_to_the_gap_of_the_projections(concept: Path) ->
 def test_its_effects_by_layer_have_intervals(concept: Path) -> None:
     frame = pd.read_csv(concept / "layer_effects.csv")
     assert set(frame["edit"]) == {"ablate", "add"} and (frame["n"] == 6).all()
-    assert (frame["kl"] >= 0).all() and frame["kl"].max() > 0
-    inside = frame.dropna(subset=["log_odds_low"])
-    assert (inside["log_odds_low"] <= inside["log_odds_change"]).all()
+    assert set(frame["score"]) == {"target_log_odds", "kl_first_token"}
+    assert (frame["n_shuffled"] == 2).all()
+    kl = frame[frame["score"] == "kl_first_token"]
+    assert (kl["value"] >= 0).all() and kl["value"].max() > 0 and (kl["baseline"] == 0).all()
+    inside = frame.dropna(subset=["change_low"])
+    assert len(inside) and (inside["change_low"] <= inside["change"]).all()
+
+
+def test_its_effects_are_the_layer_sweep_of_its_directions(concept: Path, flags: list[str]) -> None:
+    """One table by one mechanism: the public one gives it again from what the folder holds."""
+    run = json.loads((concept / "run.json").read_text())
+    model = load_model(flags[1])
+    contrast = ContrastSet.load(
+        positive=flags[flags.index("--positive") + 1], negative=flags[flags.index("--negative") + 1]
+    )
+    held = contrast.split(8, 6, 6, seed=0).validation
+    target = TargetLogOdds(tuple(token["id"] for token in run["target_tokens"]))
+    directions = Directions.load(concept / "directions.safetensors").of("difference_in_means")
+    again = layer_sweep(
+        model, directions, held, ("ablate",), where=("writers",),
+        scores={"target_log_odds": target, "kl_first_token": first_token_kl},
+    )  # fmt: skip
+    frame = pd.read_csv(concept / "layer_effects.csv")
+    pd.testing.assert_frame_equal(
+        frame[frame["edit"] == "ablate"].reset_index(drop=True), again, rtol=1e-4, atol=1e-6
+    )
 
 
 def test_it_is_not_done_twice(
