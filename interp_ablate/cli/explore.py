@@ -89,5 +89,9 @@ def _session(args: Namespace, settings: Explore) -> Any:
     asked = {**Configuration.stored_in(saved), **given_flags(args, ModelSettings)}
     of_run = Run(str(settings.run), Configuration.from_dict(asked))
     return ExplorerSession(
-        of_run.model, directions, of_run.out, run=of_run, expression=scorer or of_run.expression
+        of_run.model,
+        directions,
+        of_run.out,
+        run=of_run,
+        expression=scorer or (None if of_run.configuration.scorer else of_run.expression),
     )

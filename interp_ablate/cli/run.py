@@ -6,10 +6,19 @@ Knows: flags and what is printed. Does not know: how a stage works.
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from interp_ablate.cli.options import NO_PLAN, tell
+from interp_ablate.cli.options import (
+    NO_PLAN,
+    JudgeSettings,
+    judge_settings,
+    rubric_of,
+    tell,
+    tell_spent,
+)
 from interp_ablate.cli.progress_bars import ProgressBars
 from interp_ablate.cli.settings import adding, given_flags, read_toml, settings_from
 from interp_ablate.errors import RunError
@@ -56,7 +65,7 @@ class ExecutorSettings:
             raise RunError(f"--{of_ray[0]} is a setting of --executor ray")
 
 
-add = adding(Configuration, RunFolder, ExecutorSettings)
+add = adding(Configuration, RunFolder, ExecutorSettings, JudgeSettings)
 
 
 def run(args: Namespace) -> int:
@@ -65,9 +74,20 @@ def run(args: Namespace) -> int:
     from interp_ablate.runs.stages import do_all
 
     opened = open_run(args, settings_from(args, ExecutorSettings))
-    if not do_all(opened):
-        tell(args, f"{opened.out}: everything was done already")
+    with telling_spent(args, opened):
+        if not do_all(opened):
+            tell(args, f"{opened.out}: everything was done already")
     return _print_concept(opened) if is_concept(opened) else _print_summary(opened)
+
+
+@contextmanager
+def telling_spent(args: Namespace, opened: Any) -> Iterator[None]:
+    """Says at the end of the block what a judge cost, however it ends."""
+    try:
+        yield
+    finally:
+        if (opened.configuration.scorer or "").startswith("judge:"):
+            tell_spent(args, opened.expression)
 
 
 def _print_concept(opened: Any) -> int:
@@ -94,12 +114,18 @@ def open_run(args: Namespace, executor: ExecutorSettings | None = None) -> Any:
     place = settings_from(args, RunFolder)
     settings = read_toml(place.config, Configuration) if place.config else {}
     settings |= given_flags(args, Configuration)
+    settings["own_code"] = settings.get("scorer") is not None
+    settings["rubric"] = rubric_of(settings.get("rubric"))
     saved = read_run(place.out)
     if args.command != "run" and saved is not None:
-        settings = {**Configuration.stored_in(saved), **settings}
+        given = {name: value for name, value in settings.items() if value is not None}
+        settings = {**Configuration.stored_in(saved), **given}
     configuration = Configuration.from_dict(settings)
     listener = ProgressBars(quiet=args.quiet)
-    return Run(place.out, configuration, ray=_ray_settings(executor), listener=listener)
+    ray = _ray_settings(executor)
+    if ray is not None and (configuration.scorer or "").startswith("judge:"):
+        raise RunError("a judge's replies are kept by one process: leave --executor ray out")
+    return Run(place.out, configuration, ray=ray, listener=listener, endpoint=judge_settings(args))
 
 
 def _ray_settings(executor: ExecutorSettings | None) -> Any:

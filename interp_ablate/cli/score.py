@@ -48,7 +48,7 @@ class Score:
     )
     scorer: tuple[str, ...] = setting(
         help="expressions:NAME_OR_FILE[?languages=all&scope=first_sentence&negation=true&threshold=2], "
-        "lexicon:sentiment|formality|length, classifier:FOLDER#LABEL, judge:MODEL@BASE_URL; a - after the "
+        "lexicon:sentiment|formality|length, classifier:FOLDER#LABEL, judge:MODEL@BASE_URL, FILE.py:FUNCTION; a - after the "
         "colon reverses it; may be given again",
         repeat=True,
         metavar="SPEC",
@@ -101,6 +101,7 @@ def run(args: Namespace) -> int:
     cache = settings.cache or (out.with_name(out.name + ".replies.jsonl") if out else None)
     rubric = rubric_of(settings.rubric)
     options: dict[str, Any] = {"rubric": rubric, "cache": cache, "endpoint": judge_settings(args)}
+    options["own_code"] = True
     scorers = [make_scorer(spec, **options) for spec in settings.scorer]
     names = _distinct(settings.scorer, [scorer.name for scorer in scorers])
     rows, done = _rows(settings), 0

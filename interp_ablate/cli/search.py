@@ -7,13 +7,20 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from interp_ablate.cli.options import NO_PLAN
-from interp_ablate.cli.run import ExecutorSettings, RunFolder, open_run, print_test, selection_of
+from interp_ablate.cli.options import NO_PLAN, JudgeSettings
+from interp_ablate.cli.run import (
+    ExecutorSettings,
+    RunFolder,
+    open_run,
+    print_test,
+    selection_of,
+    telling_spent,
+)
 from interp_ablate.cli.settings import adding, settings_from
 from interp_ablate.runs.configuration import Configuration
 from interp_ablate.runs.search_settings import SearchSettings
 
-add = adding(Configuration, RunFolder, ExecutorSettings, SearchSettings)
+add = adding(Configuration, RunFolder, ExecutorSettings, SearchSettings, JudgeSettings)
 
 
 def run(args: Namespace) -> int:
@@ -22,7 +29,8 @@ def run(args: Namespace) -> int:
 
     settings = settings_from(args, SearchSettings)
     opened = open_run(args, settings_from(args, ExecutorSettings))
-    run_search(opened, settings)
+    with telling_spent(args, opened):
+        run_search(opened, settings)
     print(summary(opened))
     selected = selection_of(opened)
     if selected["plan"] is None:

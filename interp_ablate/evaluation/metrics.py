@@ -17,7 +17,7 @@ from interp_ablate.errors import InterpAblateError
 from interp_ablate.evaluation.outputs import ModelOutputs, answered_parts
 from interp_ablate.models.thinking import has_thought
 from interp_ablate.precision import to_float64
-from interp_ablate.scoring.expressions import ExpressionScorer
+from interp_ablate.scoring.behaviour import EXPRESSED, Behaviour
 
 # A metric takes outputs and a baseline's outputs on the same prompts; None is a prompt without a value.
 Metric = Callable[[ModelOutputs, ModelOutputs], Float[Tensor, " prompt"] | Sequence[float | None]]
@@ -55,7 +55,7 @@ def unanswered(outputs: ModelOutputs) -> Float[Tensor, " prompt"]:
 
 
 def behaviour_left(
-    scorer: ExpressionScorer, outputs: ModelOutputs, baseline: ModelOutputs
+    scorer: Behaviour, outputs: ModelOutputs, baseline: ModelOutputs
 ) -> Float[Tensor, " prompt"]:
     """1 for every prompt of which it is not shown that its answer lacks the behaviour.
 
@@ -135,7 +135,7 @@ class UneditedAnswerLogProb:
     an expression (all prompts where none does). Finer than a rate, and it sees past the first token.
     """
 
-    expression: ExpressionScorer
+    expression: Behaviour
     tokens: int = 4
 
     def _answers(self, baseline: ModelOutputs) -> list[list[int]]:
@@ -154,7 +154,7 @@ class UneditedAnswerLogProb:
     ) -> Float[Tensor, " prompt"]:
         """The score, from what `logprobs` returned."""
         answers = self._answers(baseline)
-        expressed = self.expression.score_texts(baseline.texts).bool().tolist()
+        expressed = (self.expression(baseline, baseline) >= EXPRESSED).tolist()
         chosen = [i for i, yes in enumerate(expressed) if yes] or range(len(answers))
         scores = [chosen_logprobs(logprobs[i], answers[i]).sum() for i in chosen]
         return torch.stack(scores).cpu()

@@ -28,10 +28,11 @@ from interp_ablate.sites import RESIDUAL_POINTS
 N_SHUFFLED = 2  # directions of shuffled labels a layer, beside which effects stand
 MAKES_IT_ONE = (
     "To make it a run of a behaviour, say how its answers look: --expressions NAME_OR_FILE (a built-in list, "
-    "or a file with a phrase a line), on prompts whose answers show it"
+    "or a file with a phrase a line) or --scorer (a lexicon, a classifier, a judge, a function of yours), on prompts "
+    "whose answers show it"
 )
 WITHOUT_BEHAVIOUR = (
-    "no --expressions were given, and the prompts are no bundled set that has some: this is a run of a concept "
+    "no --expressions or --scorer were given, and the prompts are no bundled set that has some: this is a run of a concept "
     "(directions, held-out probes, projections, attribution, effects by layer), without a plan and an export. "
     f"{MAKES_IT_ONE}"
 )

@@ -20,14 +20,17 @@ _OF_SIDE = tuple(
     f"(default {n}, or in proportion where there are fewer)" for n in SPLIT_SIZES.values()
 )
 # Settings that name a content: what it holds is part of a run's identity, the name is not.
-NAMES = ("model", "template", "contrast", "positive", "negative", "expressions")
+NAMES = (
+    "model", "template", "contrast", "positive", "negative", "expressions", "scorer", "rubric",
+)  # fmt: skip
+PERMISSIONS = ("trust_remote_code", "own_code")
 
 
 @dataclass(frozen=True)
 class Configuration(LoadingOptions):
     """Everything that decides a run's results. Two runs of equal configurations give equal results.
 
-    `trust_remote_code` is a permission: it is no part of what a folder stores, and a folder never grants it.
+    `trust_remote_code` and `own_code` are permissions: no part of what a folder stores, and never granted by one.
 
     Raises:
         RunError: values that cannot be used together, or out of range.
@@ -43,6 +46,13 @@ class Configuration(LoadingOptions):
     expressions: str | None = setting(
         None, "how the behaviour looks: a built-in list, or a file with a phrase a line"
     )
+    scorer: str | None = setting(
+        None,
+        "in place of expressions: lexicon:sentiment, classifier:FOLDER#LABEL, judge:MODEL@BASE_URL, "
+        "FILE.py:FUNCTION; its score over 100 is the rate",
+        metavar="SPEC",
+    )
+    rubric: str | None = setting(None, "of a judge: its text, or a file (@FILE)")
     sites: tuple[str, ...] = setting(RESIDUAL_POINTS, "comma-separated points of the stream")
     layers: str | None = setting(None, "A-B, both included (default: all)")
     positions: tuple[str, ...] = setting(
@@ -54,6 +64,8 @@ class Configuration(LoadingOptions):
     seed: int = setting(0, "of the split and of everything random")
     max_new_tokens: int = setting(MAX_NEW_TOKENS, "tokens of an answer, at most")
     max_kl: float = setting(MAX_KL, "first-token KL budget in nats")
+    own_code: bool = False
+    """Whether the scorer may be a file of Python: a permission, which no folder stores."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,6 +73,13 @@ class Configuration(LoadingOptions):
             self.negative is None
         ):
             raise RunError("give either --contrast, or both --positive and --negative")
+        if self.scorer is not None and self.expressions is not None:
+            raise RunError(
+                "give --expressions or --scorer: either says how the behaviour looks "
+                "(--scorer expressions:NAME?... takes a list with options)"
+            )
+        if self.rubric is not None and not (self.scorer or "").startswith("judge:"):
+            raise RunError("--rubric is of a judge: give --scorer judge:MODEL@BASE_URL with it")
         wrong = [site for site in self.sites if site not in POINTS]
         if wrong or not self.sites:
             raise RunError(
@@ -81,14 +100,15 @@ class Configuration(LoadingOptions):
     def to_dict(self) -> dict[str, Any]:
         """What a run folder stores, as JSON."""
         stored = asdict(self)
-        del stored["trust_remote_code"]
+        for permission in PERMISSIONS:
+            del stored[permission]
         return {k: list(v) if isinstance(v, tuple) else v for k, v in stored.items()}
 
     @staticmethod
     def stored_in(saved: Mapping[str, Any]) -> dict[str, Any]:
         """The settings that a run.json holds, without a permission that somebody wrote into it."""
         stored = saved["configuration"]
-        return {name: value for name, value in stored.items() if name != "trust_remote_code"}
+        return {name: value for name, value in stored.items() if name not in PERMISSIONS}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Configuration:

@@ -30,6 +30,7 @@ from interp_ablate.models.model import Model
 from interp_ablate.prompts.chat_format import described
 from interp_ablate.runs.fits import Step
 from interp_ablate.runs.run_folder import Run
+from interp_ablate.scoring.behaviour import Behaviour, lacking, told
 from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.search.bench import ValidationBench
 from interp_ablate.search.derived_edits import (
@@ -136,7 +137,13 @@ def _tested(
         "trial": choice.trial,
         "test": test,
     }
-    return selected, outputs.generations(run.split.test, run.bench.expression)
+    generations = outputs.generations(run.split.test, run.bench.expression)
+    if none := lacking(generations):
+        run.note(
+            f"{none} of the test split's answers have no verdict by {run.bench.expression.name} (generations.jsonl "
+            "says why). They count as answers without the behaviour"
+        )
+    return selected, generations
 
 
 @dataclass(frozen=True)
@@ -211,7 +218,7 @@ class TestOutputs:
         ablated = positive.with_plan(plan), negative.with_plan(plan)
         return cls(positive, negative, *ablated, negative.with_plan(addition))
 
-    def generations(self, test: Any, scorer: ExpressionScorer) -> list[dict[str, Any]]:
+    def generations(self, test: Any, scorer: Behaviour) -> list[dict[str, Any]]:
         """The texts, a row each; `expressed` is None of a thought that did not end."""
         sides = {"positive": test.positive, "negative": test.negative}
         conditions = (
@@ -227,17 +234,19 @@ class TestOutputs:
                 "prompt": prompt.text,
                 "condition": condition,
                 "text": text,
-                "expressed": None if none else scorer.outcome(text) == "expressed",
-                "matches": [match.expression for match in scorer.matches(text)],
+                **verdict,
+                **({"expressed": None} if none else {}),
             }
             for condition, side, outputs in conditions
-            for prompt, text, none in zip(sides[side], outputs.texts, unanswered(outputs))
+            for prompt, text, verdict, none in zip(
+                sides[side], outputs.texts, told(scorer, outputs), unanswered(outputs)
+            )
         ]
 
 
 def measure_on_test(
     outputs: TestOutputs,
-    scorer: ExpressionScorer,
+    scorer: Behaviour,
     controls: Sequence[Control],
     step: Step,
     *,
@@ -278,7 +287,7 @@ def _bounds_of(measure: str, max_new_tokens: int) -> Bounds:
 
 
 def _values(
-    outputs: TestOutputs, scorer: ExpressionScorer, advance: Callable[[int], None]
+    outputs: TestOutputs, scorer: Behaviour, advance: Callable[[int], None]
 ) -> dict[str, Tensor]:
     """A number a prompt for every measure; in seven steps."""
     base_p, base_n = outputs.positive, outputs.negative
@@ -335,7 +344,9 @@ def _how(run: Run) -> dict[str, str]:
         "contrast set": run.split.train.name,
         "train, validation, test prompts": ", ".join(counts),
         "decoding": f"greedy, {run.configuration.max_new_tokens} new tokens",
-        "behaviour": "share of answers in which a listed expression is found",
+        "behaviour": "share of answers in which a listed expression is found"
+        if isinstance(run.bench.expression, ExpressionScorer)
+        else f"mean over answers of the score by {run.bench.expression.name}, over 100",
         "KL": "weights in float32 where memory holds them",
         "controls": "the same edit along other directions, of equal strength and of equal KL (on validation prompts)",
         "intervals": "95%: exact for rates, studentized bootstrap over prompts for means",

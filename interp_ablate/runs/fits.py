@@ -18,6 +18,7 @@ from interp_ablate.edits.plan import Plan
 from interp_ablate.evaluation.outputs import ModelOutputs, generate_outputs_together
 from interp_ablate.models.model import Model
 from interp_ablate.runs.validation_bench import FIT_PROMPTS
+from interp_ablate.scoring.behaviour import Behaviour
 from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.search.edit_space import DirectionKey, fit_name
 from interp_ablate.search.gradient_fit import N_KEPT, FitData, NothingToFitError, fit_data, fit_edit
@@ -46,7 +47,7 @@ class EditFitter:
     model: Model
     train: Any
     """The training prompts, a `ContrastSet`."""
-    scorer: ExpressionScorer
+    scorer: Behaviour
     folder: Path
     max_new_tokens: int
     step: Step
@@ -57,6 +58,7 @@ class EditFitter:
         Raises:
             NothingToFitError: no answer expresses the behaviour, or the fit ends where it changes nothing.
         """
+        self._expressions  # noqa: B018  (without any, nothing is fitted)
         name = fit_name(source, start)
         path = self.folder / f"{name}.json"
         if not path.exists():
@@ -68,6 +70,14 @@ class EditFitter:
                 )
             Plan((edit,)).save(path)
         return name
+
+    @property
+    def _expressions(self) -> ExpressionScorer:
+        if not isinstance(self.scorer, ExpressionScorer):
+            raise NothingToFitError(
+                f"no edit was fitted: a fit makes expressions unlikely, and {self.scorer.name} has none"
+            )
+        return self.scorer
 
     def _outputs(self, plan: Plan | None, negative_tokens: int) -> list[ModelOutputs]:
         sides = (
@@ -83,7 +93,7 @@ class EditFitter:
     def _data(self) -> FitData:
         with self.step("answers to training prompts", None):
             positive, negative = self._outputs(None, N_KEPT)
-            return fit_data(positive, negative, self.scorer)
+            return fit_data(positive, negative, self._expressions)
 
     def _fitted(self, direction: Direction) -> Ablate | Erase:
         """The edit after all rounds.
@@ -98,7 +108,7 @@ class EditFitter:
                 with self.step(f"answers under it, {layer}", None):
                     both = self._outputs(Plan((edit,)), self.max_new_tokens)
                     generate_outputs_together(both)
-                    data = data.with_answers(both[0], self.scorer).with_loops(both)
+                    data = data.with_answers(both[0], self._expressions).with_loops(both)
             with self.step(f"fit, round {number}, {layer}", steps) as advance:
                 edit = fit_edit(
                     self.model,

@@ -45,7 +45,7 @@ _TRIED = 4  # prompts a side on which a model shows whether it thinks first
 _OTHER = {
     "interp-ablate": "by another version of this package: use that one",
     "contrast": "from other prompts than are given now",
-    "expressions": "with other expressions of the behaviour than are given now",
+    "expressions": "with another scorer or other expressions of the behaviour than are given now",
     "model": "with other weights, another config, tokenizer or chat template than are given now",
     "rendering": (
         "from the same prompts, which the chat template renders otherwise now: one that writes the date does so "
@@ -62,6 +62,7 @@ class Run:
 
     Args:
         ray: where trials are scored; None for this process.
+        endpoint: how a judge's server is asked.
     """
 
     def __init__(
@@ -71,9 +72,10 @@ class Run:
         *,
         ray: RaySettings | None = None,
         listener: Progress | None = None,
+        endpoint: dict[str, Any] | None = None,
     ) -> None:
         self.out = Path(out)
-        self.configuration, self.ray = configuration, ray
+        self.configuration, self.ray, self.endpoint = configuration, ray, endpoint
         self._directions: Directions | None = None
         self.listener: Progress = listener or Bars()
         saved = read_run(self.out)
@@ -85,17 +87,15 @@ class Run:
     # ---- the folder ---------------------------------------------------------------------------
 
     def _open(self) -> None:
-        """Take the configuration; bad prompts and expressions fail here, before anything is written.
+        """Take the configuration; bad prompts and scorers, and a folder of another run, are refused here."""
+        from interp_ablate.runs.validation_bench import behaviour_identity
 
-        Raises:
-            RunError: the folder is of another configuration, or made of something else.
-        """
         contrast, c = self.contrast_set, self.configuration
         self._made_of(
             {
                 "interp-ablate": __version__,
                 "contrast": contrast.fingerprint,
-                "expressions": self.expression.identity,
+                "expressions": behaviour_identity(c, contrast.name, self.state["made_of"]),
             }
         )
         wanted = {name: getattr(c, name) for name in SPLIT_SIZES}
@@ -217,7 +217,10 @@ class Run:
         """What scores the behaviour in answers."""
         from interp_ablate.runs.validation_bench import behaviour_scorer
 
-        return behaviour_scorer(self.configuration, self.contrast_set.name)
+        return behaviour_scorer(
+            self.configuration, self.contrast_set.name,
+            cache=self.out / "replies.jsonl", endpoint=self.endpoint,
+        )  # fmt: skip
 
     @property
     def names_behaviour(self) -> bool:

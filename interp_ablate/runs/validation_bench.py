@@ -1,19 +1,23 @@
-"""The bench of a run: its scorer of expressions, target tokens and unedited answers.
+"""The bench of a run: its scorer of the behaviour, target tokens and unedited answers.
 
 Knows: how a bench is made of a split. Does not know: trials.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from interp_ablate.evaluation.metrics import TargetLogOdds, find_target_tokens
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.models.model import Model
 from interp_ablate.runs.configuration import Configuration
+from interp_ablate.scoring.behaviour import Behaviour, ScoredBehaviour
 from interp_ablate.scoring.expression_lists import DEFAULT_EXPRESSIONS, EXPRESSIONS_OF_CONTRAST
-from interp_ablate.scoring.expressions import ExpressionScorer, expression_scorer
+from interp_ablate.scoring.expressions import ExpressionTextScorer, expression_scorer
+from interp_ablate.scoring.own_function import is_own_function
+from interp_ablate.scoring.registry import make_scorer
 from interp_ablate.search.bench import ValidationBench
 
 FIT_PROMPTS = 64  # a side
@@ -25,19 +29,55 @@ LOW_RATE = 0.2
 
 
 def names_behaviour(c: Configuration, contrast: str) -> bool:
-    """Whether anything says how the behaviour looks: expressions, or a bundled set that has some."""
-    return c.expressions is not None or (bool(c.contrast) and contrast in EXPRESSIONS_OF_CONTRAST)
+    """Whether anything says how the behaviour looks: expressions, a scorer, or a bundled set that has a list."""
+    return (c.expressions or c.scorer) is not None or (
+        bool(c.contrast) and contrast in EXPRESSIONS_OF_CONTRAST
+    )
 
 
-def behaviour_scorer(c: Configuration, contrast: str) -> ExpressionScorer:
-    """What scores the behaviour in answers; `contrast`: the name of the set of prompts."""
+def behaviour_scorer(
+    c: Configuration,
+    contrast: str,
+    *,
+    cache: Path | None = None,
+    endpoint: Mapping[str, Any] | None = None,
+) -> Behaviour:
+    """What scores the behaviour in answers.
+
+    Args:
+        contrast: the name of the set of prompts.
+        cache, endpoint: of a judge, as for `make_scorer`.
+
+    Raises:
+        RunError: a scorer that cannot be made.
+    """
+    if c.scorer is not None:
+        scorer = make_scorer(
+            c.scorer, rubric=c.rubric, cache=cache, endpoint=endpoint, own_code=c.own_code
+        )
+        if isinstance(scorer, ExpressionTextScorer):
+            return scorer.expressions
+        return ScoredBehaviour(scorer)
     return expression_scorer(c.expressions, contrast=contrast if c.contrast else "")
+
+
+def behaviour_identity(c: Configuration, contrast: str, made_of: Mapping[str, Any]) -> Any:
+    """What a rate of the behaviour depends on, made without a file of replies.
+
+    A file of Python that nobody named in this call is not run: its identity is what the folder has of it.
+
+    Raises:
+        RunError: a scorer that cannot be made.
+    """
+    if c.scorer and is_own_function(c.scorer) and not c.own_code and "expressions" in made_of:
+        return made_of["expressions"]
+    return behaviour_scorer(c, contrast).identity
 
 
 def make_bench(
     model: Model,
     split: Any,
-    expression: ExpressionScorer,
+    expression: Behaviour,
     *,
     max_new_tokens: int,
     advance: Callable[[int], None],
@@ -78,17 +118,22 @@ def base_rate_note(bench: ValidationBench) -> str | None:
     rate, other = (
         float(bench.expression(side, side).mean()) for side in (bench.positive, bench.negative)
     )
-    listed = bench.expression.expressions
-    own = (listed,) if isinstance(listed, str) else [getattr(e, "text", e) for e in listed]
-    shown = ", ".join(map(repr, own[:3])) + (", ..." if len(own) > 3 else "")
+    if isinstance(bench.expression, ScoredBehaviour):
+        shown, give = bench.expression.name, "--scorer"
+    else:
+        listed, give = bench.expression.expressions, "--expressions"
+        own = (listed,) if isinstance(listed, str) else [getattr(e, "text", e) for e in listed]
+        shown = f"the expressions {', '.join(map(repr, own[:3]))}" + (
+            ", ..." if len(own) > 3 else ""
+        )
     if rate < LOW_RATE:
         return (
-            f"only {rate:.0%} of the positive validation prompts show the behaviour by the expressions "
-            f"{shown}: is this the right list (--expressions), and the right chat template?"
+            f"only {rate:.0%} of the positive validation prompts show the behaviour by {shown}: is this the "
+            f"right one ({give}), and the right chat template?"
         )
     if other >= rate:
         return (
             f"{other:.0%} of the negative validation prompts show the behaviour, and {rate:.0%} of the "
-            f"positive ones: the expressions {shown} do not tell the two apart; give others (--expressions)"
+            f"positive ones: {shown} does not tell the two apart; give another ({give})"
         )
     return None

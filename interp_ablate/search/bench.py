@@ -26,7 +26,7 @@ from interp_ablate.evaluation.metrics import (
 from interp_ablate.evaluation.outputs import ModelOutputs, generate_outputs_together
 from interp_ablate.models.model import Model
 from interp_ablate.prompts.prompt import PromptLike
-from interp_ablate.scoring.expressions import ExpressionScorer
+from interp_ablate.scoring.behaviour import EXPRESSED, Behaviour
 from interp_ablate.settings import MAX_NEW_TOKENS
 from interp_ablate.stats.intervals import upper_bound
 
@@ -41,7 +41,7 @@ class ValidationBench:
         negative: Sequence[PromptLike],
         *,
         target: TargetLogOdds,
-        expression: ExpressionScorer,
+        expression: Behaviour,
         max_new_tokens: int = MAX_NEW_TOKENS,
     ) -> None:
         self.model, self.target, self.expression = model, target, expression
@@ -68,7 +68,7 @@ class ValidationBench:
         if n >= self.n_prompts:
             return self
         if self._head is None or self._head[0] != n:
-            expressed = self.expression.score_texts(self.positive.texts).bool().tolist()
+            expressed = (self.expression(self.positive, self.positive) >= EXPRESSED).tolist()
             telling = sorted(range(len(expressed)), key=lambda i: not expressed[i])[:n]
             small = copy.copy(self)
             small.positive = self.positive.subset(sorted(telling))
