@@ -332,7 +332,9 @@ def cosines_beside(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     shown = f"{len(rows)} of {len(frame)} pairs" if len(rows) < len(frame) else f"{len(rows)} pairs"
     bands = "grey: the middle 95% with shuffled labels" if half.notna().any() else "no band"
     what = f"cosine with {rows['first'].iloc[0]}" if one else "cosine"
-    style.finish_axes(ax, "Directions beside directions", f"n = {shown}; {bands}", what, "", grid="x")
+    style.finish_axes(
+        ax, "Directions beside directions", f"n = {shown}; {bands}", what, "", grid="x"
+    )
     return ax
 
 

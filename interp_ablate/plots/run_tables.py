@@ -99,7 +99,7 @@ def read_attribution(folder: Path) -> pd.DataFrame | None:
 def read_layer_effects(folder: Path) -> pd.DataFrame | None:
     """layer_effects.csv of a run folder; None where there is none."""
     path = folder / "layer_effects.csv"
-    return read_table(path, COLUMNS, numbers=COLUMNS[6:]) if path.exists() else None
+    return read_table(path, COLUMNS, numbers=("layer", *COLUMNS[6:])) if path.exists() else None
 
 
 def read_tokens(folder: Path) -> pd.DataFrame | None:

@@ -94,9 +94,8 @@ _FIGURES = {
     ),
     "layer_effects": (
         "Effects by layer",
-        "Each layer's direction, ablated at all writers on positive prompts and added at its own site on "
-        "negative ones: the target tokens' log-odds, and the KL of the next token; dotted: directions of "
-        "shuffled labels. Validation split.",
+        "Each layer's direction, ablated at all writers on positive prompts and added at its site on negative "
+        "ones: the target tokens' log-odds, and the next token's KL; dotted: shuffled labels. Validation split.",
     ),
     "sweep": (
         "The sweep",
