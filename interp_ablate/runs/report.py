@@ -94,8 +94,7 @@ _FIGURES = {
     ),
     "layer_effects": (
         "Effects by layer",
-        "Each layer's direction, ablated at all writers on positive prompts and added at its site on negative "
-        "ones: the target tokens' log-odds, and the next token's KL; dotted: shuffled labels. Validation split.",
+        "Each layer's direction ablated or added: log-odds and KL of the next token. Validation split.",
     ),
     "sweep": (
         "The sweep",
