@@ -30,7 +30,8 @@ def setting(default: Any = MISSING, help: str = "", **options: Any) -> Any:
         help: what the setting does. The default is added to it by whoever shows it.
         options: `flag`, the flag's name where it is not the field's; `choices`, the values accepted; `metavar`
             and `nargs` as in argparse; `positional=True` for an argument without a flag; `repeat=True` for a flag
-            that may be given again; `parse`, which makes the value of a text.
+            that may be given again; `empty=True` where a text without a character is a value; `least`,
+            the smallest number accepted.
     """
     return field(default=default, kw_only=True, metadata={"help": help, **options})
 

@@ -9,6 +9,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,9 @@ class Chat(ModelSettings):
         None, "run folder: its model, and its chosen plan to begin with", positional=True
     )
     plan: str | None = setting(None, "plan to begin with: a name in the run folder, or plan JSON")
-    system: str | None = setting(None, "system prompt")
-    max_new_tokens: int = setting(256, "tokens of an answer, at most")
-    temperature: float = setting(0.0, "0 answers greedily; above, tokens are sampled")
+    system: str | None = setting(None, "system prompt", empty=True)
+    max_new_tokens: int = setting(256, "tokens of an answer, at most", least=1)
+    temperature: float = setting(0.0, "0 answers greedily; above, tokens are sampled", least=0)
     seed: int = setting(0, "of the sampling")
 
 
@@ -127,6 +128,8 @@ class _Talk:
 
     def until_the_end(self, *, prompted: bool) -> None:
         """Answer line after line; what is wrong with one is said in one line, and the next is read."""
+        if isinstance(sys.stdin, TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # a prompt with such a byte is refused
         while True:
             if prompted:
                 print("> ", end="", flush=True)

@@ -58,13 +58,14 @@ def run(args: Namespace) -> int:
     from interp_ablate.circuits.reading import path_patching, reading_weights
     from interp_ablate.plots.attribution import attribution_bars, attribution_map
     from interp_ablate.plots.style import new_figure, save_figure
-    from interp_ablate.storage.atomic_files import write_atomic
+    from interp_ablate.storage.atomic_files import check_folder, write_atomic
 
     settings = settings_from(args, Circuit)
     opened = _open(settings.folder, ProgressBars(quiet=args.quiet))
     direction = _direction(opened, settings.site)
     others = settings.beside and _others(settings.beside, len(direction.vector))
     prompts, out = opened.split.validation, opened.out / "circuit"
+    check_folder(out)
     total = len(prompts.positive) + len(prompts.negative)
     with opened.step("attribution", total) as advance:
         attribution = attribute(

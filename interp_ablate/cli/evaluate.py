@@ -84,12 +84,14 @@ def run(args: Namespace) -> int:
     from interp_ablate.evaluation.compare import evaluate
     from interp_ablate.evaluation.results import as_text
     from interp_ablate.plots.evaluation import save_evaluation
+    from interp_ablate.storage.atomic_files import check_folder
 
     settings, plan = settings_from(args, Evaluate), None
     if settings.after is None and settings.plan is None:
         raise RunError("nothing to compare: give a second model B, or --plan")
     if settings.plan:
         plan = Plan.load(settings.plan)
+    check_folder(Path(settings.out))
     measures = _measures(args, settings)
     both = [partial(load, settings, name) for name in (settings.before, settings.after)]
     same = settings.after in (None, settings.before)

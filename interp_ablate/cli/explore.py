@@ -6,6 +6,7 @@ Knows: flags, the address, the token. Does not know: what the page shows.
 from __future__ import annotations
 
 import secrets
+import socket
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ def run(args: Namespace) -> int:
         raise RunError("explore needs its extra: pip install 'interp-ablate[explore]'") from error
     from interp_ablate.explorer.server import LOOPBACK, explorer_app
 
+    listening = _listening(settings.host, settings.port)
     session = _session(args, settings)
     token = None if settings.host in LOOPBACK else secrets.token_urlsafe(24)
     app = explorer_app(session, token=token)
@@ -50,13 +52,27 @@ def run(args: Namespace) -> int:
     config = uvicorn.Config(
         app, settings.host, settings.port, log_level="warning", server_header=False, ws="none"
     )
-    listening = config.bind_socket()
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     address = f"http://{host}:{listening.getsockname()[1]}/"
     print(address + (f"?token={token}" if token else ""), flush=True)
     tell(args, "Ctrl-C ends it")
     uvicorn.Server(config).run([listening])
     return 0
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """A socket at an address, before anything is loaded.
+
+    Raises:
+        RunError: an address that is taken, or none of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError, UnicodeError) as error:  # a number that no port has overflows
+        raise RunError(
+            f"cannot listen on {host} port {port}: {error}. Give another --host or --port (0: a free one)"
+        ) from error
 
 
 def _session(args: Namespace, settings: Explore) -> Any:
@@ -72,6 +88,7 @@ def _session(args: Namespace, settings: Explore) -> Any:
     from interp_ablate.runs.configuration import Configuration
     from interp_ablate.runs.run_folder import Run
     from interp_ablate.scoring.expressions import expression_scorer
+    from interp_ablate.storage.atomic_files import check_folder
 
     scorer = expression_scorer(settings.expressions, contrast="") if settings.expressions else None
     if settings.run is None:
@@ -80,10 +97,15 @@ def _session(args: Namespace, settings: Explore) -> Any:
         own = (
             Path(settings.directions).with_suffix(".json").exists()
         )  # of a run, or of Directions.save
+        check_folder(Path(settings.out) / "plans")
         read: Any = Directions.load if own else read_directions
         directions: Any = list(read(settings.directions))
         model = load(settings, settings.model)
         return ExplorerSession(model, directions, settings.out, expression=scorer)
+    if ignored := {"directions", "out"} & set(vars(args)):
+        raise RunError(
+            f"--{min(ignored)} is for --model without a run folder: leave one of them out"
+        )
     saved = run_with_directions(settings.run)
     directions = directions_of_run(Path(settings.run))
     asked = {**Configuration.stored_in(saved), **given_flags(args, ModelSettings)}

@@ -26,8 +26,8 @@ class Generate(ModelSettings):
     )
     run: str | None = setting(None, "run folder: its model and chosen plan")
     plan: str | None = setting(None, "plan JSON")
-    system: str | None = setting(None, "system prompt")
-    max_new_tokens: int = setting(64, "tokens of an answer, at most")
+    system: str | None = setting(None, "system prompt", empty=True)
+    max_new_tokens: int = setting(64, "tokens of an answer, at most", least=1)
     json: bool = setting(False, "one JSON object a prompt")
 
 

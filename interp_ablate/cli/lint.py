@@ -20,7 +20,7 @@ class Lint:
     contrast: str | None = setting(None, "bundled name, file, folder, or hf:NAME", positional=True)
     positive: str | None = setting(None, "file of prompts in which the concept is present")
     negative: str | None = setting(None, "file of prompts in which it is absent")
-    system: str | None = setting(None, "system prompt for every prompt without its own")
+    system: str | None = setting(None, "system prompt for every prompt without its own", empty=True)
     json: bool = setting(False, "the whole report as JSON")
 
 

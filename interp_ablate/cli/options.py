@@ -17,6 +17,7 @@ from interp_ablate.jobs.bars import write
 from interp_ablate.models.loading import CHAT_SETTINGS, HFLoadingOptions, LoadingOptions
 from interp_ablate.scoring.endpoint import DEFAULTS as ENDPOINT
 from interp_ablate.settings import setting
+from interp_ablate.storage.incoming_files import incoming_text
 
 NO_PLAN = 1  # exit status where no candidate passed the limits
 REPLIES = "replies.jsonl"  # what a judge answered
@@ -131,13 +132,16 @@ def check_new(
 
     Raises:
         ExportError: it says what is there.
+        RunError: nothing can be written there.
     """
+    from interp_ablate.storage.atomic_files import check_folder
     from interp_ablate.storage.output_folder import check_output_file, check_output_path
 
     if ours is None:
         check_output_path(out, overwrite=force, source=source)
     else:
         check_output_file(out, overwrite=force, ours=ours)
+    check_folder(Path(out).absolute().parent)
 
 
 def trait_scorer(
@@ -171,11 +175,10 @@ def rubric_of(text_or_file: str | None) -> str | None:
     if name == text_or_file and len(name.split()) > 1 and not os.path.isfile(name):
         return name
     try:
-        return Path(name).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
+        return incoming_text(name)
+    except RunError as error:
         raise RunError(
-            f"cannot read the rubric {name}: {why}. Give a file, or a text of several words"
+            f"cannot read the rubric {name}: {error}. Give a file, or a text of several words"
         ) from error
 
 

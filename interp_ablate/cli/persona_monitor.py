@@ -38,7 +38,7 @@ class Monitor(ModelSettings):
     scorer: str | None = setting(None, "default: the trait's own")
     out: str | None = setting(None, "default: the persona folder")
     prompt: str | None = setting(None, "instead: stream one answer, each token with its projection")
-    system: str | None = setting(None, "system prompt of --prompt")
+    system: str | None = setting(None, "system prompt of --prompt", empty=True)
     coefficient: float = setting(0.0, "with --prompt: steer by so much; 0 does not")
 
 

@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from interp_ablate.cli.options import (
@@ -110,6 +111,7 @@ def _print_concept(opened: Any) -> int:
 def open_run(args: Namespace, executor: ExecutorSettings | None = None) -> Any:
     """The run of --out. Settings that are not given come from --config, or else from the folder's run."""
     from interp_ablate.runs.run_folder import Run, read_run
+    from interp_ablate.storage.atomic_files import check_folder
 
     place = settings_from(args, RunFolder)
     settings = read_toml(place.config, Configuration) if place.config else {}
@@ -121,6 +123,7 @@ def open_run(args: Namespace, executor: ExecutorSettings | None = None) -> Any:
         given = {name: value for name, value in settings.items() if value is not None}
         settings = {**Configuration.stored_in(saved), **given}
     configuration = Configuration.from_dict(settings)
+    check_folder(Path(place.out))
     listener = ProgressBars(quiet=args.quiet)
     ray = _ray_settings(executor)
     if ray is not None and (configuration.scorer or "").startswith("judge:"):

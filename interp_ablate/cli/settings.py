@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 
 from interp_ablate.errors import RunError
 from interp_ablate.settings import suggestion
-from interp_ablate.storage.incoming_files import incoming_text
+from interp_ablate.storage.incoming_files import incoming_text, shortened
 
 T = TypeVar("T")
+_TYPES = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}  # of TOML
 _NUMBERS = {"int": int, "float": float}
 _OPTIONS = ("choices", "metavar", "nargs")  # that argparse takes as they are
 
@@ -71,16 +72,22 @@ def read_toml(path: str, cls: type) -> dict[str, Any]:
         import tomli as tomllib
     try:
         table = tomllib.loads(incoming_text(path))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"cannot read --config {path}: {error}") from error
-    accepted = {name: field.name for field in _settings_of(cls) for name in _keys(field)}
-    for key in table:
+    accepted = {name: field for field in _settings_of(cls) for name in _keys(field)}
+    for key, value in table.items():
         if key not in accepted:
             raise RunError(
                 f"unknown setting {key!r} in {path}{suggestion(key, accepted)}: accepted are "
-                f"{', '.join(sorted(set(accepted.values())))}"
+                f"{', '.join(sorted({field.name for field in accepted.values()}))}"
             )
-    return {accepted[key]: value for key, value in table.items()}
+        kind = _kind(accepted[key])
+        if kind in _TYPES and type(value) not in _TYPES[kind]:
+            raise RunError(
+                f"{key} = {shortened(value)} in {path} is of the wrong type: expected {kind}"
+            )
+        _check(accepted[key], value)
+    return {accepted[key].name: value for key, value in table.items()}
 
 
 def _settings_of(cls: type) -> list[Field[Any]]:
@@ -132,8 +139,30 @@ def _kind(field: Field[Any]) -> str:
     return str(field.type).removesuffix(" | None")
 
 
+def _check(field: Field[Any], value: Any) -> None:
+    """Refuse what no setting of that kind can be.
+
+    Raises:
+        RunError: nothing at all, most often a shell variable that is not set; a number too small, or no seed.
+    """
+    nothing = value == "" or (isinstance(value, list) and "" in value)
+    if nothing and field.default != "" and not field.metadata.get("empty"):
+        name = field.name if field.metadata.get("positional") else _flag(field)
+        raise RunError(f"{name} is empty: give it a value, or leave it out")
+    if field.name.endswith("seed") and not 0 <= value < 1 << 32:  # what every generator takes
+        raise RunError(f"{_flag(field)} is a number from 0 to 2^32 - 1; got {shortened(value)}")
+    least = field.metadata.get("least")
+    if least is not None and value is not None and not value >= least:
+        raise RunError(f"{_flag(field)} is at least {least}; got {value}")
+
+
 def _value(field: Field[Any], value: Any) -> Any:
-    """What a flag's text stands for: a tuple is written with commas, a range of layers A-B."""
+    """What a flag's text stands for: a tuple is written with commas, a range of layers A-B.
+
+    Raises:
+        RunError: numbers that are none; see `_check`.
+    """
+    _check(field, value)
     kind = _kind(field)
     if not kind.startswith("tuple"):
         return value

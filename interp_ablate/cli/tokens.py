@@ -25,11 +25,15 @@ class Tokens(ModelSettings):
         help="run folder, or a file of directions (with --model)", positional=True, metavar="RUN"
     )
     text: str = setting(help="the prompt", positional=True)
-    response: str | None = setting(None, "text of the answer (default: the model's own)")
-    system: str | None = setting(None, "system prompt")
+    response: str | None = setting(
+        None, "text of the answer (default: the model's own)", empty=True
+    )
+    system: str | None = setting(None, "system prompt", empty=True)
     plan: str | None = setting(None, "plan JSON: the edited stream is read")
     point: Point = setting("resid_post", "where the stream is read", choices=RESIDUAL_POINTS)
-    max_new_tokens: int = setting(MAX_NEW_TOKENS, "tokens of the model's answer, at most; 0: none")
+    max_new_tokens: int = setting(
+        MAX_NEW_TOKENS, "tokens of the model's answer, at most; 0: none", least=0
+    )
     format: str = setting("png", "of the figure", choices=("png", "svg", "pdf"))
     dpi: int | None = setting(None, "pixels an inch, of a PNG (default 150)")
     out: str | None = setting(None, "folder of the files (default: RUN, and RUN/figures)")
@@ -47,7 +51,7 @@ def run(args: Namespace) -> int:
     from interp_ablate.plots.run_figures import tokens_figure
     from interp_ablate.plots.style import check_format, save_figure
     from interp_ablate.prompts.prompt import Prompt
-    from interp_ablate.storage.atomic_files import write_atomic
+    from interp_ablate.storage.atomic_files import check_folder, write_atomic
 
     settings = settings_from(args, Tokens)
     check_format(settings.format, settings.dpi)
@@ -58,6 +62,8 @@ def run(args: Namespace) -> int:
     directions = _of_one_method(Directions.load(file), settings.point)
     plan = Plan.load(settings.plan) if settings.plan else None
     prompt = Prompt(settings.text, settings.system)
+    out = Path(settings.out) if settings.out else file.parent
+    check_folder(out / "figures")
     model = load(settings, settings.model)
     with model.applied(plan):
         projections = token_projections(
@@ -67,7 +73,6 @@ def run(args: Namespace) -> int:
             response=settings.response,
             max_new_tokens=0 if settings.response is not None else settings.max_new_tokens,
         )
-    out = Path(settings.out) if settings.out else file.parent
     frame = projections.to_frame()
     write_atomic(out / "tokens.csv", frame.to_csv(index=False))
     page = tokens_page(projections, title=f"Tokens of {settings.text[:80]!r}", point=settings.point)

@@ -24,7 +24,7 @@ from interp_ablate.models.model import Model
 from interp_ablate.prompts.chat_template import encode
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.storage.bundled_data import bundled
-from interp_ablate.storage.incoming_files import parse_json
+from interp_ablate.storage.incoming_files import incoming_text, parse_json
 
 SEPARATOR = "---"  # alone on a line of a text file, between documents
 # Log-probabilities held at a time, of whole distributions at the counted tokens.
@@ -69,14 +69,7 @@ def read_corpus(*paths: str | Path) -> Corpus:
 
 
 def _documents(path: Path) -> tuple[str, ...]:
-    try:
-        content = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise RunError(f"cannot read the text {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise RunError(
-            f"{path} is not UTF-8 text (byte {error.start}): convert it, or give a .txt or .jsonl file"
-        ) from error
+    content = incoming_text(path)
     if path.suffix == ".jsonl":
         documents = tuple(_row_text(path, i, line) for i, line in enumerate(content.split("\n"), 1))
         documents = tuple(text for text in documents if text)

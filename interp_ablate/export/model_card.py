@@ -18,7 +18,7 @@ from interp_ablate.errors import ExportError
 from interp_ablate.models.sources import ModelSource
 from interp_ablate.sites import Site
 from interp_ablate.storage.atomic_files import atomic_path
-from interp_ablate.storage.incoming_files import incoming_object
+from interp_ablate.storage.incoming_files import incoming_object, incoming_text
 from interp_ablate.storage.provenance import MANIFEST, versions, weight_digests
 from interp_ablate.storage.strict_json import json_text
 from interp_ablate.weights.plan_to_weights import WeightPlan
@@ -162,11 +162,11 @@ def source_front_matter(folder: str | Path | None) -> dict[str, Any]:
     if folder is None or not path.is_file():
         return {}
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = incoming_text(path, error=ExportError)
         match = re.match(r"---[ \t]*\r?\n(.*?)^---[ \t]*$", text, re.DOTALL | re.MULTILINE)
         front = _shortened(match[1]) if match else ""
         fields = yaml.load(front, Loader=yaml.BaseLoader) or {}  # texts only: safe
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    except (ExportError, yaml.YAMLError, RecursionError) as error:
         logger.warning(
             "the front matter of %s is ignored, and its licence with it: %s", path, error
         )

@@ -26,6 +26,9 @@ from interp_ablate.sites import Site
 Choose = Callable[[Float[Tensor, "batch d_vocab"]], Int[Tensor, " batch"]]
 
 
+OVERFLOWS = "float16 overflows on many models; use --dtype bfloat16 or float32"
+
+
 @dataclass(frozen=True)
 class MonitoredToken:
     """One generated token and the text it adds."""
@@ -68,7 +71,7 @@ class Decoding:
         def choose(logits: Float[Tensor, "batch d_vocab"]) -> Int[Tensor, " batch"]:
             if self.temperature == 0:
                 return logits.argmax(-1)
-            chances = (logits.float() / self.temperature).softmax(-1)
+            chances = (logits.float() / self.temperature).softmax(-1).nan_to_num(1.0)
             return torch.multinomial(chances, 1, generator=generator)[:, 0]
 
         return choose
@@ -101,6 +104,19 @@ def generate_tokens(
     return [answers[i] for i in range(len(rows))]
 
 
+def _check_finite(logits: Float[Tensor, "batch d_vocab"], in_force: tuple[object, ...]) -> None:
+    """Refuse a model whose own logits say nothing; those of a plan are a result, and scored as one.
+
+    Raises:
+        ModelError: NaN or infinity, and no plan that could have made it.
+    """
+    if not in_force and not bool(logits.amax(-1).isfinite().all()):
+        raise ModelError(
+            f"the model's logits are NaN or infinite without any plan: {OVERFLOWS}, or look at its config.json "
+            "and weights"
+        )
+
+
 def _decode(
     passes: ForwardPasses,
     call: ForwardCall,
@@ -115,6 +131,8 @@ def _decode(
     for n in range(budget.most):
         logits = passes.run(call, 1, in_force)
         assert logits is not None
+        if n == 0:
+            _check_finite(logits[:, -1], in_force)
         tokens = choose(logits[:, -1])
         going = []
         for place, (i, token) in enumerate(zip(active, tokens.tolist())):
@@ -162,6 +180,8 @@ def monitored_tokens(
         with passes.capturing(dict.fromkeys(sites, last), batch) as captured:
             logits = passes.run(call, 1, in_force)
         assert logits is not None
+        if call.tokens.shape[1] > 1:
+            _check_finite(logits[:, -1], in_force)
         return int(choose(logits[:, -1])), captured
 
     choose = decoding.chooser(passes.device)
@@ -183,8 +203,7 @@ def monitored_tokens(
         values = tuple(float(x @ each.vector) for x, each in zip(stream, directions))
         if not all(map(math.isfinite, values)):
             raise ModelError(
-                f"NaN or infinity in the activations at token {len(tokens)}: float16 overflows on "
-                "many models; use --dtype bfloat16 or float32"
+                f"NaN or infinity in the activations at token {len(tokens)}: {OVERFLOWS}"
             )
         ended = budget.is_spent(0, tokens) or token in decoding.stop_tokens
         text = decode(tokens)

@@ -47,6 +47,7 @@ LINE_STYLES = ("-", "--", ":", "-.")
 _DPI, _WIDTH = 150, 7.8
 Place = tuple[int, str, str]  # layer, point, position
 FORMATS = ("png", "svg", "pdf")
+MAX_DPI = 1200  # more is no sharper in print, and a page of it takes gigabytes
 
 
 def drawable(text: str) -> str:
@@ -238,12 +239,12 @@ def check_format(form: str, dpi: int | None) -> None:
     """Refuse what `save_figure` cannot write.
 
     Raises:
-        RunError: a format that is not one of FORMATS, or a dpi below 1.
+        RunError: a format that is not one of FORMATS, or a dpi that is none of 1 to MAX_DPI.
     """
-    if form not in FORMATS or (dpi is not None and dpi < 1):
+    if form not in FORMATS or (dpi is not None and not 1 <= dpi <= MAX_DPI):
         raise RunError(
-            f"no figure of the format {form!r} with dpi {dpi}: formats are {', '.join(FORMATS)}, a dpi is at "
-            "least 1"
+            f"no figure of the format {form!r} with dpi {dpi}: formats are {', '.join(FORMATS)}, a dpi is "
+            f"from 1 to {MAX_DPI}"
         )
 
 
@@ -253,7 +254,7 @@ def save_figure(figure: Figure, path: str | Path, *, dpi: int | None = None) -> 
     `dpi`: pixels an inch, of pictures in a PNG; default: the figure's own.
 
     Raises:
-        RunError: another end, dpi below 1, a place that cannot be written.
+        RunError: another end, another dpi than `check_format` takes, a place that cannot be written.
     """
     path = Path(path)
     form = path.suffix.removeprefix(".").lower()

@@ -42,7 +42,7 @@ class Configuration(LoadingOptions):
     )
     positive: str | None = setting(None, "file of prompts in which the concept is present")
     negative: str | None = setting(None, "file of prompts in which it is absent")
-    system: str | None = setting(None, "system prompt for every prompt without its own")
+    system: str | None = setting(None, "system prompt for every prompt without its own", empty=True)
     expressions: str | None = setting(
         None, "how the behaviour looks: a built-in list, or a file with a phrase a line"
     )

@@ -104,6 +104,21 @@ def remove_empty(folders: list[Path]) -> None:
             return
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written, before the work whose results go there; nothing is left.
+
+    Raises:
+        RunError: it says why.
+    """
+    try:
+        with folder_made(folder), tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise RunError(
+            f"cannot write into {folder}: {error.strerror or error}. Choose another place"
+        ) from error
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A place beside `path` to write to; it takes the place of `path` when the block ends well.

@@ -29,6 +29,7 @@ from interp_ablate.models.backends.bridge_shortcuts import OwnParts
 from interp_ablate.models.backends.checks import (
     check_logits,
     fixed_tokens,
+    plain_call,
     tokenizer_copy,
 )
 from interp_ablate.models.backends.component_map import (
@@ -124,14 +125,19 @@ class BridgeBackend(TransformersPasses):
             )
             with torch.no_grad():
                 got = hf(tokens).logits.float()
+            check_logits(got, want, hf, "TransformerBridge built on", BRIDGE_TOLERANCE)
+            built = cls(bridge)
+            with torch.no_grad():  # without a cache some components take another way
+                built.forward(plain_call(tokens), 1)
+        except ModelError:
+            raise
         except Exception as error:  # TransformerLens raises of every kind for what it does not know
             raise ModelError(
                 f"TransformerLens cannot build a TransformerBridge on {type(hf).__name__}, or not run it "
                 f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason'}): use "
                 "backend='hf'"
             ) from error
-        check_logits(got, want, hf, "TransformerBridge built on", BRIDGE_TOLERANCE)
-        return cls(bridge)
+        return built
 
     @cached_property
     def _entry(self) -> Architecture | None:

@@ -31,6 +31,13 @@ def fixed_tokens(d_vocab: int, width: int) -> Int[Tensor, "1 width"]:
     return torch.randint(0, d_vocab, (1, width), generator=generator)
 
 
+def plain_call(tokens: Int[Tensor, "1 pos"]) -> ForwardCall:
+    """One row of tokens, without a cache."""
+    ones = torch.ones_like(tokens)
+    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    return ForwardCall(tokens, ones, positions, ones.sum(1))
+
+
 def fixed_calls(d_vocab: int, device: torch.device, cache: Any) -> Iterator[ForwardCall]:
     """A prompt of 11 fixed tokens, and one decoding call after it with the cache."""
     width = 12
