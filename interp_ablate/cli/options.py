@@ -175,7 +175,7 @@ def rubric_of(text_or_file: str | None) -> str | None:
     if name == text_or_file and len(name.split()) > 1 and not os.path.isfile(name):
         return name
     try:
-        return incoming_text(name)
+        return incoming_text(name).replace("\r\n", "\n")
     except RunError as error:
         raise RunError(
             f"cannot read the rubric {name}: {error}. Give a file, or a text of several words"

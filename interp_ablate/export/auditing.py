@@ -31,7 +31,7 @@ from interp_ablate.export.source_folder import architecture_in, as_written, open
 from interp_ablate.models.architectures import Architecture, is_tied
 from interp_ablate.models.model_files import check_loadable
 from interp_ablate.models.sources import read_hf_config
-from interp_ablate.storage.incoming_files import incoming_json, incoming_object
+from interp_ablate.storage.incoming_files import incoming_bytes, incoming_json, incoming_object
 from interp_ablate.storage.provenance import MANIFEST
 from interp_ablate.storage.safetensors_reader import INDEX, Checkpoint
 from interp_ablate.weights.plan_to_weights import Tied, WeightPlan, edited_tensor, weight_plan
@@ -313,12 +313,13 @@ def _without_repeats(values: dict[str, Any]) -> dict[str, Any]:
 
 def _same_file(before: Path, after: Path) -> bool:
     """True for equal bytes, and for a tokenizer's configuration that says the same for transformers 4 too."""
-    if before.read_bytes() == after.read_bytes():
+    one, other = (incoming_bytes(path, error=ExportError) for path in (before, after))
+    if one == other:
         return True
     if after.name != TOKENIZER_CONFIG:
         return False
-    one, other = (incoming_json(path, error=ExportError) for path in (before, after))
-    return spelled_tokenizer(one, before.parent) == other
+    theirs, ours = (incoming_json(path, error=ExportError) for path in (before, after))
+    return spelled_tokenizer(theirs, before.parent) == ours
 
 
 def _file_problems(source: Path | None, result: Checkpoint) -> list[str]:

@@ -162,7 +162,7 @@ def source_front_matter(folder: str | Path | None) -> dict[str, Any]:
     if folder is None or not path.is_file():
         return {}
     try:
-        text = incoming_text(path, error=ExportError)
+        text = incoming_text(path, error=ExportError).replace("\r\n", "\n")
         match = re.match(r"---[ \t]*\r?\n(.*?)^---[ \t]*$", text, re.DOTALL | re.MULTILINE)
         front = _shortened(match[1]) if match else ""
         fields = yaml.load(front, Loader=yaml.BaseLoader) or {}  # texts only: safe

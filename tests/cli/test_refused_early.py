@@ -18,8 +18,9 @@ from interp_ablate import Add, Direction, Directions, Plan, Site, collect
 from interp_ablate.cli.main import main
 from interp_ablate.cli.options import rubric_of
 from interp_ablate.cli.settings import read_toml
-from interp_ablate.errors import ModelError, RunError
+from interp_ablate.errors import ExportError, ModelError, RunError
 from interp_ablate.evaluation.perplexity import read_corpus
+from interp_ablate.export.auditing import _same_file
 from interp_ablate.export.model_card import source_front_matter
 from interp_ablate.models.load import from_hf
 from interp_ablate.runs.configuration import Configuration
@@ -140,6 +141,8 @@ def test_files_that_never_end(tmp_path: Path) -> None:
     with open(tmp_path / "README.md", "wb") as file:
         file.truncate(1 << 40)
     assert source_front_matter(tmp_path) == {}
+    with pytest.raises(ExportError, match="at most"):
+        _same_file(tmp_path / "README.md", tmp_path / "README.md")
 
 
 def test_a_line_that_is_no_text(
