@@ -6,8 +6,10 @@ from .pooling import pooled as pooled
 from .pooling import project_responses as project_responses
 from .pooling import response_activations as response_activations
 from .projection import project as project
+from .token_activations import TokenActivations as TokenActivations
 from .token_html import tokens_html as tokens_html
 from .token_html import tokens_page as tokens_page
-from .token_view import Token as Token
+from .token_rows import Token as Token
+from .token_shards import Shards as Shards
 from .token_view import TokenProjections as TokenProjections
 from .token_view import token_projections as token_projections

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -97,9 +97,7 @@ class Activations:
     @property
     def label_names(self) -> list[str]:
         """positive or negative for each prompt; "" where the prompts were no ContrastSet."""
-        if self.labels is None:
-            return [""] * len(self.values)
-        return ["positive" if label else "negative" for label in self.labels.tolist()]
+        return label_names(self.labels, len(self.values))
 
     def tokens_at(self, position: Position) -> list[str]:
         """The text of the token that a position reads, a prompt each; "" where that is not known."""
@@ -121,7 +119,7 @@ class Activations:
             ],
             names=("prompt", "label", "position", "layer", "point"),
         )
-        return pd.DataFrame(_as_numpy(self.values).reshape(len(index), -1), index=index)
+        return pd.DataFrame(as_numpy(self.values).reshape(len(index), -1), index=index)
 
     def to_xarray(self) -> xarray.DataArray:
         """The values with named axes: prompt, position, site, d_model; label, layer and point as coordinates.
@@ -129,12 +127,7 @@ class Activations:
         Raises:
             InterpAblateError: xarray is not installed.
         """
-        try:
-            import xarray
-        except ImportError as error:
-            raise InterpAblateError(
-                "to_xarray needs xarray: pip install 'interp-ablate[xarray]'"
-            ) from error
+        xarray = xarray_or_error()
         coordinates = {
             "position": list(self.positions),
             "site": [str(site) for site in self.sites],
@@ -143,7 +136,7 @@ class Activations:
             "point": ("site", [site.point for site in self.sites]),
         }
         axes = ("prompt", "position", "site", "d_model")
-        return xarray.DataArray(_as_numpy(self.values), coordinates, axes, name="activation")
+        return xarray.DataArray(as_numpy(self.values), coordinates, axes, name="activation")
 
     def at(self, site: SiteLike, position: Position = -1) -> Float[Tensor, "prompt d_model"]:
         """Activations at one site and position.
@@ -153,14 +146,41 @@ class Activations:
         """
         site = Site.parse(site)
         if site not in self.sites or str(position) not in self.positions:
-            raise InterpAblateError(
-                f"no activations at {site}[{position}]: collected were {len(self.sites)} sites from "
-                f"{self.sites[0]} to {self.sites[-1]}, positions {', '.join(self.positions)}"
-            )
+            what = f"positions {', '.join(self.positions)}"
+            raise no_activations(f"{site}[{position}]", self.sites, what)
         return self.values[:, self.positions.index(str(position)), self.sites.index(site)]
 
 
-def _as_numpy(values: Tensor) -> np.ndarray:
+def label_names(labels: Bool[Tensor, " prompt"] | None, n_prompts: int) -> list[str]:
+    """positive or negative for each prompt; "" without labels."""
+    if labels is None:
+        return [""] * n_prompts
+    return ["positive" if label else "negative" for label in labels.tolist()]
+
+
+def no_activations(place: str, sites: Sequence[Site], what: str) -> InterpAblateError:
+    """The error for a place that was not collected."""
+    return InterpAblateError(
+        f"no activations at {place}: collected were {len(sites)} sites from {sites[0]} to {sites[-1]}, {what}"
+    )
+
+
+def xarray_or_error() -> Any:
+    """The module xarray.
+
+    Raises:
+        InterpAblateError: it is not installed.
+    """
+    try:
+        import xarray
+    except ImportError as error:
+        raise InterpAblateError(
+            "to_xarray needs xarray: pip install 'interp-ablate[xarray]'"
+        ) from error
+    return xarray
+
+
+def as_numpy(values: Tensor) -> np.ndarray:
     """The values as NumPy has them, which knows no bfloat16."""
     return (values.float() if values.dtype == torch.bfloat16 else values).detach().cpu().numpy()
 
@@ -176,6 +196,19 @@ def check_finite(
         )
 
 
+def check_captured(captured: Mapping[Site, Tensor], sites: Sequence[Site]) -> None:
+    """Refuse sites that no pass went through.
+
+    Raises:
+        ModelError: names the first.
+    """
+    dead = [str(site) for site in sites if site not in captured]
+    if dead:
+        raise ModelError(
+            f"the model has a hook point at {dead[0]}, and no pass goes through it: collect another site"
+        )
+
+
 def stacked(captured: Mapping[Site, Tensor], sites: Sequence[Site], dim: int) -> Tensor:
     """What was captured at several sites as one tensor on the CPU, the sites along a new axis.
 
@@ -184,11 +217,7 @@ def stacked(captured: Mapping[Site, Tensor], sites: Sequence[Site], dim: int) ->
     Raises:
         ModelError: a site whose hook point no pass went through.
     """
-    dead = [str(site) for site in sites if site not in captured]
-    if dead:
-        raise ModelError(
-            f"the model has a hook point at {dead[0]}, and no pass goes through it: collect another site"
-        )
+    check_captured(captured, sites)
     device = captured[sites[0]].device
     return torch.stack([captured[site].to(device) for site in sites], dim).cpu()
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache as cache_of_calls
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -28,50 +30,122 @@ from interp_ablate.activations.activations import (
     response_mean,
     stacked,
 )
+from interp_ablate.activations.token_activations import (
+    PARTS,
+    TokenActivations,
+    TokenPositions,
+    TokenSet,
+    list_of,
+)
+from interp_ablate.activations.token_collection import collect_tokens
+from interp_ablate.activations.token_rows import Token, after_prompts, answers_apart, flattened
+from interp_ablate.activations.token_shards import Shards
 from interp_ablate.errors import InterpAblateError
 from interp_ablate.models.batches import Batch
 from interp_ablate.models.model import Model
 from interp_ablate.prompts.chat_template import suffix_length
 from interp_ablate.prompts.contrast_set import ContrastSet
-from interp_ablate.prompts.prompt import PromptLike, as_prompts, text_of_prompt
-from interp_ablate.settings import MAX_NEW_TOKENS
+from interp_ablate.prompts.prompt import PromptLike, text_of_prompt
 from interp_ablate.sites import Site, SiteLike, as_sites, sites_of
 from interp_ablate.storage.atomic_files import atomic_path
+
+
+@overload
+def collect(  # type: ignore[overload-overlap]
+    model: Model,
+    prompts: ContrastSet | PromptLike | Sequence[PromptLike],
+    sites: SiteLike | Sequence[SiteLike] | None = ...,
+    *,
+    positions: TokenSet | Callable[[Token], bool] | list[list[bool]] | list[list[int]] | Tensor,
+    responses: Sequence[str] | None = ...,
+    batch_size: int | None = ...,
+    cache: str | Path | Shards | None = ...,
+    on_batch: Callable[[int], None] | None = ...,
+) -> TokenActivations: ...
+
+
+@overload
+def collect(
+    model: Model,
+    prompts: ContrastSet | PromptLike | Sequence[PromptLike],
+    sites: SiteLike | Sequence[SiteLike] | None = ...,
+    positions: Position | Sequence[Position] = ...,
+    *,
+    responses: Sequence[str] | None = ...,
+    batch_size: int | None = ...,
+    cache: str | Path | None = ...,
+    on_batch: Callable[[int], None] | None = ...,
+) -> Activations: ...
 
 
 def collect(
     model: Model,
     prompts: ContrastSet | PromptLike | Sequence[PromptLike],
     sites: SiteLike | Sequence[SiteLike] | None = None,
-    positions: Position | Sequence[Position] = (-1,),
+    positions: Position | Sequence[Position] | TokenPositions = (-1,),
     *,
     responses: Sequence[str] | None = None,
     batch_size: int | None = None,
-    cache: str | Path | None = None,
+    cache: str | Path | Shards | None = None,
     on_batch: Callable[[int], None] | None = None,
-) -> Activations:
+) -> Activations | TokenActivations:
     """Run the prompts once and keep activations of the sites at the positions; no logits are computed.
+
+    Positions that every prompt has give `Activations`, one tensor. Those that differ from prompt to prompt give
+    `TokenActivations`, a tensor a prompt.
 
     Args:
         sites: `Site`s or their names; default: resid_pre, resid_mid (not in parallel blocks) and resid_post of every layer.
-        positions: offsets from the end of the prompt (-1 is its last token; offsets reach back over
-            the tokens that follow the instruction in the chat template), "after_instruction" for all
-            of these (as in Arditi et al. 2024, https://arxiv.org/abs/2406.11717), and "response_mean".
-        responses: one text a prompt, appended to it, for "response_mean"; without them the model's own
-            greedy response of 32 tokens is used.
-        cache: a folder; what was collected before for the same model, plan, prompts, sites and
-            positions is read from it. Under hooks of your own nothing is read or kept.
+        positions: for `Activations` one or several: offsets from the end of the prompt (-1 is its last token) or
+            places from its start (0 is its first), "after_instruction" for all tokens of the chat template
+            behind the user's text (as in Arditi et al. 2024, https://arxiv.org/abs/2406.11717), "response_mean".
+            For `TokenActivations` one of these: "all"; "prompt" (with the template's tokens); "response"; a
+            function that is true for a `Token`; for each prompt a list of bools (one a token) or of indices.
+        responses: one text a prompt, appended to it; also the answers that chats end with. For "response_mean"
+            and "response" the model's own greedy response of 32 tokens is used without them.
+        cache: a folder; what was collected before for the same model, plan, prompts, sites and positions is read
+            from it. Tokens are streamed there as safetensors shards (`Shards` sets dtype and size): memory holds
+            one shard at a time, and a call that was killed goes on where it was. Under hooks of your own nothing
+            is read again.
         on_batch: called with the number of prompts done in each batch.
 
     Raises:
         ModelError: unknown layers or sites; NaN or infinity in activations, naming where.
-        InterpAblateError: positions that do not exist in the prompts; a corrupt cache file.
+        InterpAblateError: positions that do not exist in the prompts; a corrupt cache file; tokens' activations
+            that do not fit into memory.
     """
-    request, labels = _request(model, prompts, sites, positions, responses)
+    if differ_by_prompt(positions):
+        tokens: Any = positions
+        options: dict[str, Any] = {"responses": responses, "batch_size": batch_size}
+        places = _checked_sites(model, sites)
+        return collect_tokens(
+            model, prompts, places, tokens, cache=cache, on_batch=on_batch, **options
+        )
+    if isinstance(cache, Shards):
+        raise InterpAblateError(
+            "Shards are for positions that differ from prompt to prompt, such as 'all': give cache=FOLDER"
+        )
+    shared: Any = positions
+    request, labels = _request(model, prompts, sites, shared, responses)
     keeps = cache and not model.plans.has_unknown_edits
     path = request.cache_file(cache, model) if cache and keeps else None
     if path is not None and path.exists():
-        return replace(_read_cache(path, request, labels), **_texts(model, prompts, request))
+        return replace(_read_cache(path, request, labels), **_texts(model, request))
+    values, moments = _collected(model, request, batch_size, on_batch)
+    texts = _texts(model, request)
+    activations = Activations(values, request.sites, request.positions, labels, moments, **texts)
+    if path is not None:
+        _write_cache(path, values, moments)
+    return activations
+
+
+def _collected(
+    model: Model,
+    request: _Request,
+    batch_size: int | None,
+    on_batch: Callable[[int], None] | None,
+) -> tuple[Float[Tensor, "prompt position site d_model"], Moments]:
+    """The values of every prompt, and their moments."""
     values = torch.empty(0)
     moments: list[Moments] = []
     for batch, block in _blocks(model, request, batch_size):
@@ -81,17 +155,10 @@ def collect(
         moments.append(Moments.of(block))
         if on_batch:
             on_batch(len(batch.index))
-    merged = reduce(Moments.merge, moments)
-    texts = _texts(model, prompts, request)
-    activations = Activations(values, request.sites, request.positions, labels, merged, **texts)
-    if path is not None:
-        _write_cache(path, values, merged)
-    return activations
+    return values, reduce(Moments.merge, moments)
 
 
-def _texts(
-    model: Model, prompts: ContrastSet | PromptLike | Sequence[PromptLike], request: _Request
-) -> dict[str, Any]:
+def _texts(model: Model, request: _Request) -> dict[str, Any]:
     """The prompts' texts, and those of the tokens that are read."""
     offsets = [None if name == RESPONSE_MEAN else int(name) for name in request.positions]
     tokenizer = model.tokenizer
@@ -101,10 +168,13 @@ def _texts(
         return f"[{token}]" if tokenizer is None else tokenizer.decode([token])
 
     tokens = tuple(
-        tuple("" if offset is None else text(row[length + offset]) for offset in offsets)
+        tuple(
+            "" if offset is None else text(row[offset if offset >= 0 else length + offset])
+            for offset in offsets
+        )
         for row, length in zip(request.rows, request.prompt_lengths)
     )
-    return {"prompts": tuple(map(text_of_prompt, _flatten(prompts)[0])), "tokens": tokens}
+    return {"prompts": request.prompts, "tokens": tokens}
 
 
 def collect_moments(
@@ -117,6 +187,10 @@ def collect_moments(
     batch_size: int | None = None,
 ) -> Moments:
     """The moments of `collect` alone (float64), which need no memory for the values of every prompt."""
+    if differ_by_prompt(positions):
+        raise InterpAblateError(
+            f"moments are of positions that every prompt has, such as -1; got {positions!r:.60}"
+        )
     request, _ = _request(model, prompts, sites, positions, responses)
     blocks = _blocks(model, request, batch_size)
     return reduce(Moments.merge, (Moments.of(block) for _, block in blocks))
@@ -130,6 +204,7 @@ class _Request:
     prompt_lengths: list[int]
     sites: tuple[Site, ...]
     positions: tuple[str, ...]
+    prompts: tuple[str, ...]
 
     def cache_file(self, folder: str | Path, model: Model) -> Path:
         """The file that holds these activations; its name is a hash of what they depend on."""
@@ -154,17 +229,20 @@ def _request(
     responses: Sequence[str] | None,
 ) -> tuple[_Request, Bool[Tensor, " prompt"] | None]:
     """The checked request, and True for the positive prompts of a contrast set."""
-    if sites is None:
-        sites = sites_of(model.residual_points, range(model.n_layers))
-    chosen = as_sites(sites)
-    for site in chosen:
-        model.hook_point(site)
-    flat, labels = _flatten(prompts)
+    chosen = _checked_sites(model, sites)
+    flat, labels = flattened(prompts)
+    if RESPONSE_MEAN in list_of(positions):
+        flat, responses = answers_apart(flat, responses)
+    texts = tuple(map(text_of_prompt, flat))
     rows = model.encode_all(flat)
     names = _check_positions(model, positions, rows)
     lengths = [len(row) for row in rows]
     if RESPONSE_MEAN in names:
-        leads, ends = _responses(model, flat, rows, responses)
+        leads, ends = after_prompts(model, flat, rows, responses)
+        if empty := [i for i, end in enumerate(ends) if not end]:
+            raise InterpAblateError(
+                f"response_mean needs responses, but those of prompts {empty[:5]} are empty"
+            )
         if any(leads) and len(names) > 1:
             raise InterpAblateError(
                 "response_mean is read after a thought here, and other positions at the prompt's end: collect "
@@ -172,39 +250,55 @@ def _request(
             )
         lengths = [len(row) + len(lead) for row, lead in zip(rows, leads)]
         rows = [[*row, *lead, *end] for row, lead, end in zip(rows, leads, ends)]
-    return _Request(rows, lengths, chosen, names), labels
+    return _Request(rows, lengths, chosen, names, texts), labels
 
 
-def _flatten(
-    prompts: ContrastSet | PromptLike | Sequence[PromptLike],
-) -> tuple[list[PromptLike], Bool[Tensor, " prompt"] | None]:
-    if isinstance(prompts, ContrastSet):
-        both: list[PromptLike] = [*prompts.positive, *prompts.negative]
-        return both, torch.arange(len(both)) < len(prompts.positive)
-    return as_prompts(prompts), None
+def _checked_sites(model: Model, sites: SiteLike | Sequence[SiteLike] | None) -> tuple[Site, ...]:
+    """The sites asked for, all of which the model has; default: its residual points of every layer."""
+    if sites is None:
+        sites = sites_of(model.residual_points, range(model.n_layers))
+    chosen = as_sites(sites)
+    for site in chosen:
+        model.hook_point(site)
+    return chosen
+
+
+def differ_by_prompt(positions: Any) -> bool:
+    """True for positions that are other tokens, or another number of them, in each prompt.
+
+    Raises:
+        InterpAblateError: such a name in a list.
+    """
+    if isinstance(positions, str) or callable(positions):
+        return callable(positions) or positions in PARTS
+    each = list_of(positions)
+    if named := [name for name in each if isinstance(name, str) and name in PARTS]:
+        raise InterpAblateError(
+            f"{named[0]!r} keeps as many tokens as a prompt has, and is no position beside others: give "
+            f"positions={named[0]!r} alone to `collect`; a run takes positions that every prompt has, such as -1"
+        )
+    return any(isinstance(one, (list, tuple, np.ndarray, Tensor)) for one in each)
 
 
 def _check_positions(
     model: Model, positions: Position | Sequence[Position], rows: list[list[int]]
 ) -> tuple[str, ...]:
-    if not positions:
+    each = list_of(positions)
+    if not each:
         raise InterpAblateError("no positions: give offsets such as -1, or 'response_mean'")
-    suffix = (
-        1 if model.tokenizer is None else suffix_length(model.tokenizer, template=model.chat_format)
-    )
-    reach = min(suffix, min(map(len, rows)))
-    offsets = [str(-i) for i in range(1, reach + 1)]
+    reach = min(map(len, rows))
     names: list[str] = []
-    for position in (positions,) if isinstance(positions, (str, int)) else positions:
+    for position in each:
         text = str(position)
         if text == AFTER_INSTRUCTION:
-            names += offsets
+            names += [str(-i) for i in range(1, min(_suffix_length(model), reach) + 1)]
             continue
-        if text != RESPONSE_MEAN and text not in offsets:
+        is_offset = re.fullmatch(r"0|-?[1-9][0-9]*", text) and -reach <= int(text) < reach
+        if text != RESPONSE_MEAN and not is_offset:
             raise InterpAblateError(
-                f"unknown position {position!r}: accepted are -1 (the last token of the prompt) to "
-                f"-{reach} (the first one after the instruction, with this chat template), "
-                f"'{AFTER_INSTRUCTION}' for all of them, and '{RESPONSE_MEAN}'"
+                f"unknown position {position!r}: accepted are -1 (the last token of the prompt) to -{reach} and 0 "
+                f"(its first) to {reach - 1}, which every prompt has; '{AFTER_INSTRUCTION}', here -1 to "
+                f"-{min(_suffix_length(model), reach)}; '{RESPONSE_MEAN}'; and alone {', '.join(map(repr, PARTS))}"
             )
         names.append(text)
     if len(set(names)) != len(names):
@@ -212,30 +306,11 @@ def _check_positions(
     return tuple(names)
 
 
-def _responses(
-    model: Model,
-    prompts: PromptLike | Sequence[PromptLike],
-    rows: list[list[int]],
-    responses: Sequence[str] | None,
-) -> tuple[list[list[int]], list[list[int]]]:
-    """What is between each prompt and its response (a thought), and the response."""
-    leads = [model.thinking.before(row) for row in rows] if responses is not None else []
-    if responses is None:
-        written = model.generate(prompts, max_new_tokens=MAX_NEW_TOKENS)
-        leads, ends = [list(g.lead) for g in written], [list(g.tokens) for g in written]
-    else:
-        if len(responses) != len(rows):
-            raise InterpAblateError(f"{len(responses)} responses for {len(rows)} prompts")
-        ends = [
-            model.tokenizer(response, add_special_tokens=False)["input_ids"]
-            for response in responses
-        ]
-    empty = [i for i, end in enumerate(ends) if not end]
-    if empty:
-        raise InterpAblateError(
-            f"response_mean needs responses, but those of prompts {empty[:5]} are empty"
-        )
-    return leads, ends
+def _suffix_length(model: Model) -> int:
+    """The number of the template's tokens behind the user's text."""
+    if model.tokenizer is None:
+        return 1
+    return suffix_length(model.tokenizer, template=model.chat_format)
 
 
 def _reader(positions: tuple[str, ...]) -> Callable[[Tensor, Batch], Tensor]:
@@ -245,11 +320,10 @@ def _reader(positions: tuple[str, ...]) -> Callable[[Tensor, Batch], Tensor]:
     def read(x: Float[Tensor, "batch pos d_model"], batch: Batch) -> Tensor:
         # Rows end at the last column; a response, if there is one, is what follows the prompt.
         response = batch.row_lengths - batch.prompt_lengths
-        columns = (
-            x.shape[1]
-            - response[:, None]
-            + torch.tensor(offsets, dtype=torch.long, device=x.device)
-        )
+        wanted = torch.tensor(offsets, dtype=torch.long, device=x.device)
+        from_start = (wanted >= 0)[None]
+        ends = torch.where(from_start, batch.row_lengths[:, None], response[:, None])
+        columns = x.shape[1] - ends + wanted
         at_offsets = iter(x.gather(1, columns[..., None].expand(-1, -1, x.shape[2])).unbind(1))
         return torch.stack(
             [
@@ -266,15 +340,20 @@ def _blocks(
     model: Model, request: _Request, batch_size: int | None
 ) -> Iterator[tuple[Batch, Float[Tensor, "batch position site d_model"]]]:
     """Activations batch by batch, on the CPU."""
-    offsets = [-int(name) for name in request.positions if name != RESPONSE_MEAN]
-    lengths = zip(request.rows, request.prompt_lengths)
+    offsets = [int(name) for name in request.positions if name != RESPONSE_MEAN]
+    back = max((-offset for offset in offsets if offset < 0), default=0)
+    first = min((offset for offset in offsets if offset >= 0), default=None)
+    tails = [
+        max(len(row) - length + back, 0 if first is None else len(row) - first)
+        for row, length in zip(request.rows, request.prompt_lengths)
+    ]
     stream = model.stream(
         request.rows,
         keep=0,
         prompt_lengths=request.prompt_lengths,
         capture=dict.fromkeys(request.sites, _reader(request.positions)),
         batch_size=batch_size,
-        tail=max(len(row) - length for row, length in lengths) + max(offsets, default=0),
+        tail=max(tails),
     )
     for batch, _, captured in stream:
         block = stacked(captured, request.sites, 2)

@@ -6,10 +6,14 @@ or directions estimated.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal, get_args
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor
 
 from interp_ablate.activations.activations import Activations
+from interp_ablate.activations.token_activations import TokenActivations
 from interp_ablate.directions.direction import Direction
 from interp_ablate.errors import DirectionError
 
@@ -17,13 +21,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Unit = Literal["activation", "norm"]
-COLUMNS = (
-    "layer", "point", "position", "token", "label", "prompt", "projection", "unit", "direction",
-)  # fmt: skip
 
 
 def project(
-    activations: Activations,
+    activations: Activations | TokenActivations,
     directions: Direction | Iterable[Direction],
     *,
     unit: Unit = "activation",
@@ -31,10 +32,12 @@ def project(
     """The scalar products of activations with directions: a row for each prompt, direction and position.
 
     Each direction is projected on at its own site: at its own position where that was collected, else at
-    every collected position. Dtypes and devices take care of themselves; the products are float64.
+    every collected position, and of `TokenActivations` at every token. Dtypes and devices take care of themselves;
+    the products are float64.
 
-    Columns: layer, point, position; `token`, the text of the token that was read ("" for a mean); `label`
-    (positive, negative, or "" where the prompts were no contrast set); `prompt`, its text or number;
+    Columns: layer, point, position (of `TokenActivations` the place in the prompt's row, from 0); `token`, the text of
+    the token that was read ("" for a mean); for `TokenActivations` `part` (template, prompt, thought, response);
+    `label` (positive, negative, or "" where the prompts were no contrast set); `prompt`, its text or number;
     projection; unit; `direction`, its name.
 
     Args:
@@ -54,10 +57,10 @@ def project(
             f"directions and {unit!r}"
         )
     tables = []
+    places = _places_of(activations)
     for item in items:
-        own = item.position in activations.positions
-        for position in (item.position,) if own else activations.positions:
-            values = item @ activations.at(item.site, position)
+        for about, parts in places(item):
+            values = torch.cat([item @ x for x in parts])
             if unit == "norm":
                 if not item.norm > 0:
                     raise DirectionError(
@@ -67,13 +70,40 @@ def project(
             table = {
                 "layer": item.site.layer,
                 "point": item.site.point,
-                "position": position,
-                "token": activations.tokens_at(position),
-                "label": activations.label_names,
-                "prompt": activations.prompts or range(len(values)),
+                **about,
                 "projection": values.tolist(),
                 "unit": unit,
                 "direction": item.name,
             }
             tables.append(pd.DataFrame(table))
     return pd.concat(tables, ignore_index=True)
+
+
+# What a projection's rows are of, as columns, and the activations, in parts [row, d_model].
+Places = Iterator[tuple[dict[str, Any], Sequence[Tensor]]]
+
+
+def _places_of(activations: Activations | TokenActivations) -> Callable[[Direction], Places]:
+    """A function that gives the places at which a direction is projected on."""
+    if isinstance(activations, TokenActivations):
+        every = activations
+        columns = every.token_columns()
+        columns["prompt"] = [every.prompts[i] for i in columns.pop("prompt")]
+        columns = {name: columns[name] for name in ("position", "token", "part", "label", "prompt")}
+        return lambda item: iter([(columns, every.at(item.site))])
+
+    def places(item: Direction) -> Places:
+        own = item.position in activations.positions
+        for position in (item.position,) if own else activations.positions:
+            x = activations.at(item.site, position)
+            yield (
+                {
+                    "position": position,
+                    "token": activations.tokens_at(position),
+                    "label": activations.label_names,
+                    "prompt": activations.prompts or range(len(x)),
+                },
+                [x],
+            )
+
+    return places

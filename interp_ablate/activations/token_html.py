@@ -31,6 +31,7 @@ _STYLE = """
 .ia-tokens .text{white-space:pre-wrap;overflow-wrap:anywhere;font-family:ui-monospace,monospace}
 .ia-tokens .t{position:relative;unicode-bidi:isolate;border-radius:.2em;padding:.12em 0;cursor:default}
 .ia-tokens .template{font-style:italic;border-bottom:1px dotted}
+.ia-tokens .thought{border-bottom:2px dotted}
 .ia-tokens .response{border-bottom:2px solid}
 .ia-tokens .t:focus,.ia-tokens .t:hover{outline:2px solid;z-index:3}
 .ia-tokens .all{display:none;position:fixed;inset:auto 0 0 0;z-index:4;columns:9em;column-gap:1em;
@@ -86,7 +87,8 @@ def tokens_html(
 
     The row of numbers chooses the layer (arrow keys move along it). The pointer or the Tab key on a token
     shows its projections at every layer. Orange is above the layer's median over the tokens and blue below,
-    each layer on a scale of its own (`layer_shares`). Template tokens are slanted with dots below, the response has a line below.
+    each layer on a scale of its own (`layer_shares`). Template tokens are slanted with dots below, the response has a line
+    below, a thought a thick dotted one.
 
     Args:
         point: one direction a layer at this point; see `TokenProjections.one_per_layer`.
@@ -114,7 +116,7 @@ def tokens_html(
     about = (
         f"Projection of each of {len(shown.tokens)} tokens at {site.point} on {direction.method}, read at "
         f"position {direction.position}. Orange: above the layer's median; blue: below; full colour at its 98th "
-        "percentile. Slanted: the template's tokens; underlined: the response. Hover over a token, or move to "
+        "percentile. Slanted: the template's tokens; underlined: the response; dotted: a thought before it. Hover over a token, or move to "
         "it with Tab, for every layer."
     )
     return Html(

@@ -1,16 +1,14 @@
-"""Projections token by token: a text's tokens, told apart as template, prompt and response, on directions.
+"""Projections token by token: the tokens of one text, with its response, on directions.
 
-Knows: which token is of the template, the text that each token adds, one pass over one row. Does not know: how they
-are drawn (`token_html`, and `plots`), or where a direction came from.
+Knows: one pass over one row, a table. Does not know: which token is of the template (`token_rows`), how they are
+drawn (`token_html`, and `plots`), or where a direction came from.
 """
 
 from __future__ import annotations
 
-import itertools
-import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -18,30 +16,17 @@ from torch import Tensor
 
 from interp_ablate.activations.activations import check_finite
 from interp_ablate.activations.token_html import tokens_html
+from interp_ablate.activations.token_rows import Token, after_prompts, answers_apart, tokens_of
 from interp_ablate.directions.direction import Direction
 from interp_ablate.errors import DirectionError, InterpAblateError
 from interp_ablate.models.batches import Batch
 from interp_ablate.models.model import Model
 from interp_ablate.precision import to_float64
-from interp_ablate.prompts.messages import is_chat, message_of
-from interp_ablate.prompts.prompt import Prompt, PromptLike, as_prompt
+from interp_ablate.prompts.prompt import PromptLike
 from interp_ablate.sites import Point, Site, SiteLike, as_sites
 
 if TYPE_CHECKING:
     import pandas as pd
-
-TokenPart = Literal["template", "prompt", "response"]
-
-
-@dataclass(frozen=True)
-class Token:
-    """One token of a model's input or answer."""
-
-    id: int
-    text: str
-    """What it adds to the text of the tokens before it: "" until a character of several tokens is whole."""
-    part: TokenPart
-    """Written by the chat template, in a message of the prompt, or in the response."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,22 +130,21 @@ def token_projections(
         InterpAblateError: two responses; a prompt that cannot be rendered.
     """
     columns, places = _columns(model, directions, sites)
-    prompt, response = _without_answer(prompt, response)
-    if response is not None and max_new_tokens:
+    (prompt,), given = answers_apart([prompt], None if response is None else [response])
+    if given is not None and max_new_tokens:
         raise InterpAblateError(
             "the response is there: max_new_tokens is for the model's own; leave one out"
         )
     (start,) = model.encode_all([prompt])
+    lead: list[int] = []
     end: list[int] = []
-    if response:
-        end = list(model.tokenizer(response, add_special_tokens=False)["input_ids"])
-    elif max_new_tokens:
-        end = list(model.generate([prompt], max_new_tokens=max_new_tokens)[0].tokens)
-    row = start + end
-    values = _projected(model, row, len(start), columns, places)
-    pieces = token_pieces(row, _decoder(model))
-    parts: list[TokenPart] = [*_parts(model, prompt, start), *["response"] * len(end)]  # type: ignore[list-item]
-    tokens = tuple(Token(*each) for each in zip(row, pieces, parts))
+    if given is not None or max_new_tokens:
+        (lead,), (end,) = after_prompts(
+            model, [prompt], [start], given, max_new_tokens=max_new_tokens
+        )
+    tokens = tokens_of(model, prompt, start, lead, end)
+    row = [token.id for token in tokens]
+    values = _projected(model, row, len(start) + len(lead), columns, places)
     return TokenProjections(values, tokens, columns, places)
 
 
@@ -220,106 +204,3 @@ def _projected(
             check_finite(captured[site], f" at {site}")
             values[:, columns] = captured[site]
     return values
-
-
-def _without_answer(prompt: PromptLike, response: str | None) -> tuple[PromptLike, str | None]:
-    """A chat that ends with the assistant's message as the chat before it and that message.
-
-    Raises:
-        InterpAblateError: there is another response.
-    """
-    if not is_chat(prompt):
-        return prompt, response
-    chat: list[Any] = list(prompt)  # type: ignore[arg-type]
-    last = message_of(chat[-1], f"messages[{len(chat) - 1}]")
-    if last.role != "assistant":
-        return prompt, response
-    if response is not None:
-        raise InterpAblateError(
-            "the chat ends with an answer, and a response is given besides: leave one out"
-        )
-    return chat[:-1], last.content
-
-
-# ---- the text of tokens ----------------------------------------------------------------------
-
-
-def _decoder(model: Model) -> Callable[[Sequence[int]], str]:
-    tokenizer = model.tokenizer
-    if tokenizer is None:
-        return lambda ids: "".join(f"[{i}]" for i in ids)
-    return lambda ids: tokenizer.decode(list(ids), skip_special_tokens=False)
-
-
-def token_pieces(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
-    """The text that each token adds to that of the tokens before it; together they are the whole text.
-
-    A token that ends inside a character adds nothing; the token that completes it adds the character.
-    A token is decoded after the last whole piece, so that a tokenizer which strips the first space of a
-    text keeps those inside.
-    """
-    pieces, start, shown = [], 0, 0
-    for end in range(1, len(ids) + 1):
-        before, text = decode(ids[start:shown]), decode(ids[start:end])
-        whole = end == len(ids) or not text.endswith("\N{REPLACEMENT CHARACTER}")
-        pieces.append(text[len(before) :] if whole else "")
-        if whole:
-            start, shown = shown, end
-    return pieces
-
-
-def _parts(model: Model, prompt: PromptLike, row: Sequence[int]) -> list[TokenPart]:
-    """For each token of a prompt, whether the template wrote it.
-
-    The prompt is rendered again with a mark in place of every text; what stands around the marks is the
-    template's. A prompt of token ids has no texts: its special tokens count as the template's.
-    """
-    decode = _decoder(model)
-    pieces = token_pieces(row, decode)
-    spans = None
-    if isinstance(prompt, (str, Prompt)) or is_chat(prompt):
-        skeleton = "".join(token_pieces(model.encode(_marked(as_prompt(prompt))), decode))
-        spans = _between(re.split(_MARK, skeleton), "".join(pieces))
-    if spans is None:
-        special = set(getattr(model.tokenizer, "all_special_ids", ()) or ())
-        return ["template" if i in special else "prompt" for i in row]
-    parts: list[TokenPart] = []
-    begin = 0
-    for piece in pieces:
-        end = begin + max(len(piece), 1)  # without text of its own: it belongs to what comes next
-        inside = any(begin < last and end > first for first, last in spans)
-        parts.append("prompt" if inside else "template")
-        begin += len(piece)
-    return parts
-
-
-_MARK = r"Qz\d+zQ"
-
-
-def _marked(prompt: Prompt) -> Prompt:
-    """The prompt with a mark in place of every text that is not blank."""
-    count = itertools.count()
-
-    def mark(content: str) -> str:
-        return f"Qz{next(count)}zQ" if content.strip() else content
-
-    return Prompt(
-        mark(prompt.text),
-        None if prompt.system is None else mark(prompt.system),
-        tuple(replace(message, content=mark(message.content)) for message in prompt.history),
-    )
-
-
-def _between(literals: list[str], text: str) -> list[tuple[int, int]] | None:
-    """Where in the text the parts between the literals are; None where it does not consist of them."""
-    first, *middle, last = literals if len(literals) > 1 else ("", "")
-    if len(literals) < 2 or not (text.startswith(first) and text.endswith(last)):
-        return None
-    spans, begin, stop = [], len(first), len(text) - len(last)
-    for literal in middle:
-        at = text.find(literal, begin, stop)
-        if at < 0:
-            return None
-        spans.append((begin, at))
-        begin = at + len(literal)
-    return [*spans, (begin, stop)] if begin <= stop else None

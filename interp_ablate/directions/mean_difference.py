@@ -141,8 +141,13 @@ def labels_of(activations: HasActivations) -> Bool[Tensor, " prompt"]:
     """The labels of activations (True = positive).
 
     Raises:
-        DirectionError: the activations are of a list of prompts, without labels.
+        DirectionError: the activations are of a list of prompts, without labels; or of every token.
     """
+    if not activations.positions:
+        raise DirectionError(
+            "a direction is made of one vector a prompt, and these are activations of every token: average them, "
+            "as in activations.mean('response'), or collect positions that every prompt has, such as -1"
+        )
     if activations.labels is None:
         raise DirectionError("directions need labels: collect a ContrastSet, not a list of prompts")
     return activations.labels

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 TOKEN_COLUMNS = ("index", "token", "part", "layer", "point", "projection")
 _MOST_NAMED = 90  # tokens that can be written below the axis
-_PART_COLOURS = {"template": "#8A8A8A", "prompt": style.INK, "response": "#7A3E9D"}
+_PART_COLOURS = {
+    "template": "#8A8A8A",
+    "prompt": style.INK,
+    "thought": "#A65E00",
+    "response": "#7A3E9D",
+}
 
 
 def token_heatmap(
@@ -32,7 +37,8 @@ def token_heatmap(
 ) -> Axes:
     """Every token's projection at every layer of one point: layers upwards, tokens from left to right.
 
-    Tokens of the template are grey and slanted, those of the response purple, with a line before them.
+    Tokens of the template are grey and slanted, those of a thought brown, those of the response purple, with a line
+    before them.
 
     Args:
         projections: `token_projections`' result, or its frame with the rows of one point, position and method.

@@ -295,7 +295,9 @@ def test_nan_names_the_first_site(backend: str, point: str) -> None:
         collect(model, TEXTS)
 
 
-@pytest.mark.parametrize("position", (0, 1, -99, "last", "--1", "-01", "", "-1.0", "\u00b2", None))
+@pytest.mark.parametrize(
+    "position", (99, -99, "last", "--1", "-01", "-0", "", "-1.0", "\u00b2", None, True)
+)
 def test_unknown_positions(position: Any) -> None:
     with pytest.raises(InterpAblateError, match=r"unknown position .*-1 .*to -.*response_mean"):
         collect(shared(), TEXTS, positions=[position])
@@ -321,8 +323,10 @@ def test_offsets_end_with_the_template() -> None:
     model = shared()
     suffix = 3 + len("assistant\n")
     assert collect(model, ["Hi"], [Site(0, "embed")], [-suffix]).values.shape[0] == 1
-    with pytest.raises(InterpAblateError, match=rf"to -{suffix} "):
-        collect(model, ["Hi"], positions=[-suffix - 1])
+    found = collect(model, ["Hi"], positions="after_instruction")
+    assert found.positions == tuple(str(-i) for i in range(1, suffix + 1))
+    before = collect(model, ["Hi"], positions=[-suffix - 1])  # the instruction's own last token
+    assert before.tokens == (("i",),)
 
 
 def test_reading_what_was_not_collected() -> None:

@@ -22,7 +22,8 @@ from interp_ablate import (
     token_projections,
 )
 from interp_ablate.activations.token_html import layer_shares, tokens_html, tokens_page
-from interp_ablate.activations.token_view import TokenProjections, token_pieces
+from interp_ablate.activations.token_rows import token_pieces
+from interp_ablate.activations.token_view import TokenProjections
 from interp_ablate.errors import DirectionError, InterpAblateError
 from interp_ablate.models.load import from_hf
 from interp_ablate.sites import RESIDUAL_POINTS
