@@ -107,12 +107,13 @@ def tokens_of(
 ) -> tuple[Token, ...]:
     """The tokens of a prompt, of a thought and of a response, as one row with their texts and parts."""
     row = [*start, *lead, *end]
+    pieces = token_pieces(row, decoder(model))
     parts: list[TokenPart] = [
-        *prompt_parts(model, prompt, start),
+        *prompt_parts(model, prompt, start, pieces[: len(start)]),
         *["thought" for _ in lead],  # type: ignore[list-item]
         *["response" for _ in end],  # type: ignore[list-item]
     ]
-    return tuple(map(Token, row, token_pieces(row, decoder(model)), parts))
+    return tuple(map(Token, row, pieces, parts))
 
 
 # ---- the text of tokens ----------------------------------------------------------------------
@@ -142,17 +143,17 @@ def token_pieces(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> 
     return pieces
 
 
-def prompt_parts(model: Model, prompt: PromptLike, row: Sequence[int]) -> list[TokenPart]:
+def prompt_parts(
+    model: Model, prompt: PromptLike, row: Sequence[int], pieces: Sequence[str]
+) -> list[TokenPart]:
     """For each token of a prompt, whether the template wrote it.
 
     The prompt is rendered again with a mark in place of every text; what stands around the marks is the
     template's. A prompt of token ids has no texts: its special tokens count as the template's.
     """
-    decode = decoder(model)
-    pieces = token_pieces(row, decode)
     spans = None
     if isinstance(prompt, (str, Prompt)) or is_chat(prompt):
-        skeleton = "".join(token_pieces(model.encode(_marked(as_prompt(prompt))), decode))
+        skeleton = decoder(model)(model.encode(_marked(as_prompt(prompt))))
         spans = _between(re.split(_MARK, skeleton), "".join(pieces))
     if spans is None:
         special = set(getattr(model.tokenizer, "all_special_ids", ()) or ())

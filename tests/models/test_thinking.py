@@ -16,6 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from interp_ablate.activations.collection import collect
 from interp_ablate.activations.pooling import pooled
+from interp_ablate.activations.token_html import tokens_html
+from interp_ablate.activations.token_view import token_projections
 from interp_ablate.cli import persona_monitor
 from interp_ablate.cli.main import main
 from interp_ablate.directions.direction import Direction
@@ -225,6 +227,25 @@ def test_means_over_an_answer_leave_its_thought_out() -> None:
     row = opened.encode("q")
     text = opened.tokenizer.decode([*row, *opened.thinking.before(row)])
     assert text.endswith("<think>\n</think>\n\n")
+
+
+def test_tokens_of_an_answer_are_read_after_its_thought() -> None:
+    model = chain(THINKS, SWITCH)
+    site = Site(1, "resid_post")
+    (one,) = model.generate(["q"])
+    view = token_projections(model, "q", Direction(torch.eye(256)[0], 1.0, site), max_new_tokens=9)
+    found = collect(model, ["q"], [site], positions="response")
+    for tokens in (view.tokens, found.tokens[0]):
+        answer = [token.id for token in tokens if token.part == "response"]
+        assert tuple(answer) == one.tokens
+    thought = [token.id for token in view.tokens if token.part == "thought"]
+    assert tuple(thought) == one.lead and "thought" in tokens_html(view)
+    start = len(model.encode("q")) + len(one.lead)
+    assert found.indices[0] == tuple(range(start, start + len(one.tokens)))
+    opened = chain(THINKS[1:], OPENS)
+    given = token_projections(opened, "q", view.directions, response="xyz")
+    assert "".join(t.text for t in given.tokens).endswith("<think>\n</think>\n\nxyz")
+    assert [t.text for t in given.tokens if t.part == "response"] == [*"xyz"]
 
 
 @pytest.mark.parametrize("tags", KNOWN_TAGS)
