@@ -42,7 +42,7 @@ def projections(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     More than 40 prompts a side are drawn as half violins instead. The stream grows with depth, so each layer's values are centred between the two label means and
     divided by that layer's pooled standard deviation within the labels: a pair's gap is its d'.
     The validation split is drawn; where a frame has none, whatever split it has, and the caption
-    says which. Non-finite values are left out.
+    says which. Non-finite values are left out. Of tokens (rows with a part) all positions are drawn together.
 
     Raises:
         RunError: a missing column, no rows, or rows of several points, positions or methods.
@@ -51,7 +51,7 @@ def projections(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     style.require_columns(frame, _NEEDED, "projections")
     if "split" not in frame:
         frame = frame.assign(split="no")
-    for column in ("point", "position", "method"):
+    for column in ("point", *(() if "part" in frame else ("position",)), "method"):
         if column in frame and frame[column].nunique() > 1:
             raise RunError(
                 f"projections() draws one {column}, and these rows hold "
@@ -101,9 +101,8 @@ def _caption_of_projections(rows: pd.DataFrame) -> str:
     splits = " + ".join(sorted(map(str, rows["split"].unique())))
     counts = [int((rows["label"] == name).sum()) for name in SIDES]
     shaded = "" if max(counts) > MOST_DOTS else "; shaded: quartiles"
-    return (
-        f"{splits} split, n = {counts[1]} positive + {counts[0]} negative prompts a layer{shaded}"
-    )
+    what = "tokens" if "part" in rows else "prompts"
+    return f"{splits} split, n = {counts[1]} positive + {counts[0]} negative {what} a layer{shaded}"
 
 
 def _of_one_method(directions: Iterable[Direction], what: str) -> list[Direction]:
