@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from matplotlib.text import Text
 from tiny import D_MODEL, N_LAYERS, make, make_tokenizer, shared, tiny, unit
 
 from interp_ablate import (
@@ -255,12 +254,10 @@ def test_tables_have_a_row_a_token() -> None:
     asked = frame[(frame["part"] == "prompt") & (frame["layer"] == 0)].groupby("prompt")["token"]
     assert dict(asked.sum()) == {each: each * 2 for each in ("One", "Two more", "Three")}
     assert set(frame[frame["prompt"] == "Three"]["label"]) == {"negative"}
-    drawn = projections(frame[frame["part"] == "prompt"].assign(point="resid_post"))
+    drawn = projections(frame[(frame["part"] == "prompt") & (frame["point"] == "resid_post")])
     counts = [sum(t.part == "prompt" for t in row) for row in found.tokens]
-    assert any(
-        f"{counts[0] + counts[1]} positive + {counts[2]} negative tokens a layer" in text.get_text()
-        for text in drawn.figure.findobj(Text)
-    )
+    said = " ".join(" ".join(text.get_text() for text in drawn.texts).split())
+    assert f"{counts[0] + counts[1]} positive + {counts[2]} negative tokens a layer" in said
     table = found.to_frame()
     assert table.shape == (len(SITES) * n, D_MODEL)
     one = table.xs((1, "positive", 4, 2, "resid_post"), level=("prompt", "label", "position", "layer", "point"))  # fmt: skip
