@@ -12,7 +12,11 @@ from typing import Any
 import torch
 
 from interp_ablate.models.architectures import Architecture, declared_architecture
-from interp_ablate.models.checkpoint_names import in_checkpoint_names, without_data
+from interp_ablate.models.checkpoint_names import (
+    declared_in_files,
+    in_checkpoint_names,
+    without_data,
+)
 from interp_ablate.models.model_files import QUANTIZATION, check_folder, read_config
 from interp_ablate.models.sources import read_hf_config
 from interp_ablate.models.stand_in import measured_without_data
@@ -65,7 +69,7 @@ def architecture_in(
     """
     entry = measured or declared_architecture(hf_config.model_type)
     if entry is not None and not entry.discovered:
-        return entry
+        return declared_in_files(entry, hf_config)
     if entry is None:
         check_folder(checkpoint.folder)  # no model is built of what is not checked
     hf = without_data(hf_config)

@@ -219,7 +219,6 @@ def _decoder(
     mlp: str = "mlp.down_proj",
     layers: str = "layers",
     embed: str = "embed_tokens",
-    unembed: str = "lm_head",
     layout: Layout = "linear",
     more_mlp: Alternatives = (),
     **fields: Any,
@@ -233,7 +232,7 @@ def _decoder(
     )
     return Architecture(
         embed=f"{body}{embed}.weight",
-        unembed=f"{unembed}.weight",
+        unembed="lm_head.weight",
         attn=_one(f"{block}{attn}.weight", layout),
         mlp=(*_one(f"{block}{mlp}.weight", layout), *experts),
         prefix=body,
@@ -295,7 +294,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         attn="attention.dense",
         mlp="mlp.dense_4h_to_h",
         embed="embed_in",
-        unembed="embed_out",
         parallel="use_parallel_residual",
         biased=True,
     ),

@@ -31,6 +31,8 @@ Shapes = Mapping[str, Sequence[int]]
 _LAYOUTS: dict[tuple[int, int], Layout] = {
     (1, 0): "bias", (2, 0): "linear", (2, 1): "conv1d", (3, 1): "experts", (3, 2): "experts_conv1d",
 }  # fmt: skip
+# By type: what checkpoints call the unembedding of a declared architecture that is lm_head in memory.
+_UNEMBED_IN_FILES = {"gpt_neox": "embed_out.weight"}
 _FEW = 2  # experts, and entries of an axis, of the tensors on which a conversion is tried
 
 
@@ -45,7 +47,7 @@ def without_data(hf_config: Any) -> Any:
 
 
 def in_checkpoint_names(entry: Architecture, hf: Any, shapes: Shapes) -> Architecture:
-    """A discovered architecture, which has the names of a model in memory, in the names of a checkpoint of it.
+    """An architecture, which has the names of a model in memory, in the names of a checkpoint of it.
 
     Args:
         hf: the model, with or without data.
@@ -55,7 +57,7 @@ def in_checkpoint_names(entry: Architecture, hf: Any, shapes: Shapes) -> Archite
         ExportError: a tensor of the checkpoint holds what writes to the stream and something else; or none does.
     """
     if not entry.discovered:
-        return entry
+        return declared_in_files(entry, hf.config)
     names, bias = _CheckpointNames(hf, shapes), getattr(entry, "embed_bias", None)
     branches = {}
     for site, group in _branches(entry, hf):
@@ -86,6 +88,12 @@ def in_checkpoint_names(entry: Architecture, hf: Any, shapes: Shapes) -> Archite
         embed_norms=names.norms(getattr(entry, "embed_norms", ())),
         embed_bias=bias and names.only(bias),
     )
+
+
+def declared_in_files(entry: Architecture, hf_config: Any) -> Architecture:
+    """A declared architecture in the names of checkpoints: other than those in memory is only GPT-NeoX's unembedding."""
+    name = _UNEMBED_IN_FILES.get(hf_config.model_type, entry.unembed)
+    return replace(entry, unembed=name)
 
 
 def _branches(entry: Architecture, hf: Any) -> Iterator[tuple[Site, tuple[Branch, ...]]]:

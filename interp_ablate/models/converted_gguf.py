@@ -49,7 +49,7 @@ def converted_folder(gguf: Path) -> Path | None:
 def is_whole(folder: Path) -> bool:
     """True if every file is as it was when the folder was made."""
     try:
-        return parse_json((folder / _MADE).read_text("utf-8")) == _files(folder)
+        return parse_json((folder / _MADE).read_text(encoding="utf-8")) == _files(folder)
     except (OSError, ValueError):
         return False
 

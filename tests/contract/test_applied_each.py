@@ -216,7 +216,7 @@ ERRORS = (
 def test_batches_are_halved_where_memory_runs_out(error: Exception) -> None:
     given = batches(rows_of(*range(3, 25)), size=16)
     run = Hungry(5, error)
-    done = [i for part in in_parts(given, run) for i in part]
+    done = [i for part in in_parts(given, run, "rows") for i in part]
     assert sorted(done) == list(range(22))
     assert (
         run.sizes[:3] == [16, 8, 4] and max(run.sizes[3:]) <= 4
@@ -226,10 +226,10 @@ def test_batches_are_halved_where_memory_runs_out(error: Exception) -> None:
 def test_a_row_that_does_not_fit_and_other_errors_are_raised() -> None:
     given = batches(rows_of(5, 6), size=2)
     with pytest.raises(ModelError, match=r"memory ran out in a pass over \d tokens: use --dtype"):
-        list(in_parts(given, Hungry(0, MemoryError())))
+        list(in_parts(given, Hungry(0, MemoryError()), "rows"))
     run = Hungry(1, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="shapes"):
-        list(in_parts(given, run))
+        list(in_parts(given, run, "rows"))
     assert run.sizes == [2]
 
 

@@ -602,8 +602,13 @@ def test_one_text_is_one_prompt() -> None:
         for positions in ("response_mean", -1):
             values = collect(model, one, positions=positions).values
             assert torch.equal(values, collect(model, ["hello"], positions=[positions]).values)
-    with pytest.raises(InterpAblateError, match=r"unknown position 'all'"):
-        collect(model, "hello", positions="all")
+    whole = collect(model, "hello", positions="all")
+    assert torch.equal(
+        whole.at("blocks.0.hook_resid_post")[0],
+        collect(model, ["hello"], positions="all").at("blocks.0.hook_resid_post")[0],
+    )
+    with pytest.raises(InterpAblateError, match=r"unknown position 'al'"):
+        collect(model, "hello", positions="al")
 
 
 def test_a_chat_is_one_prompt() -> None:

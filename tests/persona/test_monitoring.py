@@ -217,7 +217,7 @@ def test_infinity_is_no_projection() -> None:
     model, watched = make(), along(Site(1, "resid_post"))
     with torch.no_grad():
         next(model.tl.parameters()).fill_(float("inf"))
-    with pytest.raises(ModelError, match="NaN or infinity"):
+    with pytest.raises(ModelError, match="NaN or infinite"):
         list(model.monitor(PROMPT, watched, max_new_tokens=3))
 
 
