@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from interp_ablate.export.source_folder import (
 from interp_ablate.jobs.bars import waiting
 from interp_ablate.models.architectures import Architecture, is_tied
 from interp_ablate.models.backends.hooked_to_hf import CONVERTIBLE
+from interp_ablate.models.checkpoint_names import NamesError
 from interp_ablate.models.model import Model
 from interp_ablate.models.model_files import check_loadable, read_config
 from interp_ablate.models.sources import ModelSource
@@ -148,8 +149,10 @@ def export_checkpoint(
         )
     plan = plan or Plan()
     source = _opened(model.source) if len(plan) else None
-    if source is not None:
-        entry = architecture_in(source, model.hf_config, model.architecture)
+    entry = None
+    with suppress(NamesError):  # its folder cannot be streamed
+        entry = source and architecture_in(source, model.hf_config, model.architecture)
+    if source is not None and entry is not None:
         weights = _streamed_plan(source, plan, model.hf_config, tied, entry)
         _check_unchanged(model, source)
         with streamed_folder(

@@ -6,6 +6,7 @@ Knows: the names and contents of these files. Does not know: plans.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ from torch import Tensor
 from interp_ablate.export.older_transformers import config_for_both
 from interp_ablate.export.side_files import copy_side_files, spell_tokenizer
 from interp_ablate.models.architectures import Architecture, is_tied
-from interp_ablate.models.checkpoint_names import in_checkpoint_names, without_data
+from interp_ablate.models.checkpoint_names import NamesError, in_checkpoint_names, without_data
 from interp_ablate.models.model import Model
 from interp_ablate.models.model_files import QUANTIZATION, read_config
 from interp_ablate.storage.safetensors_reader import INDEX
 from interp_ablate.storage.strict_json import json_text
 from interp_ablate.weights.plan_to_weights import WeightPlan
+
+logger = logging.getLogger(__name__)
 
 MAX_SHARD = "5GB"
 
@@ -46,17 +49,19 @@ def published(model: Model, state: dict[str, Tensor]) -> tuple[dict[str, Tensor]
     """A model's tensors, and its architecture, under the names and shapes of published checkpoints.
 
     Version 5 of transformers fuses the experts of a mixture in memory; files hold them one by one, as every
-    version reads them.
-
-    Raises:
-        ExportError: what writes to the stream is no tensor of its own in published checkpoints.
+    version reads them. Where what writes to the stream is no tensor of its own in such files, all names are those in
+    memory, which transformers reads as well.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
     hf = without_data(model.hf_config)
-    state = revert_weight_conversion(hf, state)
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    return state, in_checkpoint_names(model.architecture, hf, shapes)
+    files = revert_weight_conversion(hf, dict(state))
+    shapes = {name: tuple(tensor.shape) for name, tensor in files.items()}
+    try:
+        return files, in_checkpoint_names(model.architecture, hf, shapes)
+    except NamesError as error:
+        logger.info("the export has the names of tensors in memory: %s", error)
+        return state, model.architecture
 
 
 def write_weights(state: dict[str, Tensor], folder: Path) -> None:

@@ -36,6 +36,10 @@ _UNEMBED_IN_FILES = {"gpt_neox": "embed_out.weight"}
 _FEW = 2  # experts, and entries of an axis, of the tensors on which a conversion is tried
 
 
+class NamesError(ExportError):
+    """What writes to the stream has no tensor of its own in a checkpoint."""
+
+
 def without_data(hf_config: Any) -> Any:
     """The model of a config with parameters of no memory."""
     own_code = type(hf_config).__module__.startswith("transformers_modules")  # which was asked for
@@ -54,7 +58,7 @@ def in_checkpoint_names(entry: Architecture, hf: Any, shapes: Shapes) -> Archite
         shapes: of the checkpoint's tensors, by name.
 
     Raises:
-        ExportError: a tensor of the checkpoint holds what writes to the stream and something else; or none does.
+        NamesError: a tensor of the checkpoint holds what writes to the stream and something else; or none does.
     """
     if not entry.discovered:
         return declared_in_files(entry, hf.config)
@@ -163,7 +167,7 @@ class _CheckpointNames:
         """The one tensor that a parameter is, with the same shape."""
         group = self._groups.get(self._group_of.get(parameter, ""), [])
         if [pattern for _, pattern in group] != [None]:
-            raise ExportError(
+            raise NamesError(
                 f"{parameter} is {'no tensor' if not group else 'made of other tensors'} of the checkpoint"
                 f"{': ' + ', '.join(name for name, _ in group[:3]) if group else ''}: {_LOAD_IT}"
             )
@@ -177,7 +181,7 @@ class _CheckpointNames:
         """The name of a module with one weight."""
         name = self.only(f"{path}.weight")
         if not name.endswith(".weight"):
-            raise ExportError(f"{path}.weight is {name} in the checkpoint: {_LOAD_IT}")
+            raise NamesError(f"{path}.weight is {name} in the checkpoint: {_LOAD_IT}")
         return name.removesuffix(".weight")
 
     def unembed(self, parameter: str) -> str:
@@ -188,7 +192,7 @@ class _CheckpointNames:
             return self.only(parameter)
         (name,) = revert_weight_conversion(self._hf, {parameter: torch.empty(0)})
         if self._target(name)[0] != parameter:
-            raise ExportError(
+            raise NamesError(
                 f"the checkpoint has no {parameter}, and under the name {name} none would become it: {_LOAD_IT}"
             )
         return name
@@ -215,12 +219,12 @@ class _CheckpointNames:
                 result[group[0][0]] = layout
                 continue
             if not group:
-                raise ExportError(
+                raise NamesError(
                     f"the checkpoint has no tensor that becomes {parameter}: {_LOAD_IT}"
                 )
             others = set(self._parameters(self._group_of[parameter], group)) - set(writers)
             if others:
-                raise ExportError(
+                raise NamesError(
                     f"{group[0][0]} holds what becomes {parameter}, which writes to the stream, and {min(others)}, "
                     f"which does not: {_LOAD_IT}"
                 )
@@ -236,9 +240,10 @@ class _CheckpointNames:
             patterns[str(pattern)].append(name)
         shapes = [self._shapes[names[0]] for names in patterns.values()]
         axes = [[k for k, size in enumerate(s) if size == self._d_model] for s in shapes]
-        for chosen in itertools.product(*axes):
+        # some conversions compare shapes with the parameter's: after small tensors whole ones are tried
+        for few, chosen in itertools.product((_FEW, None), itertools.product(*axes)):
             tensors = {
-                pattern: [_counting(self._shapes[name], axis) for name in names[:_FEW]]
+                pattern: [_counting(self._shapes[name], axis, few) for name in names[:few]]
                 for (pattern, names), axis in zip(patterns.items(), chosen)
             }
             out = self._conversion(parameter, group, tensors)
@@ -251,7 +256,7 @@ class _CheckpointNames:
                         for names, axis in zip(patterns.values(), chosen)
                         for name in names
                     }
-        raise ExportError(
+        raise NamesError(
             f"how {', '.join(names[0] for names in patterns.values())} of the checkpoint becomes {parameter}, which "
             f"writes to the stream, is not a matter of axes: {_LOAD_IT}"
         )
@@ -283,9 +288,9 @@ _LOAD_IT = (
 )
 
 
-def _counting(shape: Sequence[int], axis: int) -> Tensor:
-    """A tensor whose values count along one axis, which alone is whole."""
-    small = [size if k == axis else min(size, _FEW) for k, size in enumerate(shape)]
+def _counting(shape: Sequence[int], axis: int, few: int | None) -> Tensor:
+    """A tensor whose values count along one axis; of the others it has a few entries, or (None) all."""
+    small = [size if k == axis or not few else min(size, few) for k, size in enumerate(shape)]
     numbers = torch.arange(shape[axis], dtype=torch.float32)
     return numbers.reshape([-1 if k == axis else 1 for k in range(len(shape))]).expand(small)
 

@@ -22,6 +22,8 @@ from interp_ablate.models.load import from_hf
     "model_type",
     [
         "falcon_h1",
+        "qwen3_vl_moe",  # experts whose files have other axes, which transformers tells by their shapes
+        "molmo2",  # an embedding of two tensors in files: the export has the names in memory
         "gpt_oss",
         "granitemoeshared",
         "mamba",
