@@ -150,8 +150,9 @@ def export_checkpoint(
     plan = plan or Plan()
     source = _opened(model.source) if len(plan) else None
     entry = None
-    with suppress(NamesError):  # its folder cannot be streamed
-        entry = source and architecture_in(source, model.hf_config, model.architecture)
+    if source is not None:
+        with suppress(NamesError):  # its folder cannot be streamed
+            entry = architecture_in(source, model.hf_config, model.architecture)
     if source is not None and entry is not None:
         weights = _streamed_plan(source, plan, model.hf_config, tied, entry)
         _check_unchanged(model, source)
