@@ -9,7 +9,7 @@ import hashlib
 import numbers
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -234,7 +234,7 @@ class TokenActivations:
             "prompts": list(self.prompts),
             "indices": [list(places) for places in self.indices],
             "tokens": [
-                {name: [asdict(token)[name] for token in row] for name in ("id", "text", "part")}
+                {name: [getattr(token, name) for token in row] for name in ("id", "text", "part")}
                 for row in self.tokens
             ],
         }

@@ -197,7 +197,8 @@ def _run(
     """Run these prompts, and hand each one's activations [token, d_model] at every site to `keep`, on the CPU."""
     if not prompts:
         return
-    rows, places = [wanted.rows[i] for i in prompts], [wanted.places[i] for i in prompts]
+    every = wanted.rows
+    rows, places = [every[i] for i in prompts], [wanted.places[i] for i in prompts]
     stream = model.stream(
         rows,
         keep=0,

@@ -25,10 +25,8 @@ from interp_ablate.models.architectures import text_config
 from interp_ablate.models.checkpoint_names import without_data
 from interp_ablate.training.lora_targets import linear_modules
 
-_STEP, _CHUNK = (
-    8,
-    64,
-)  # tokens of the first pass; where recurrences are padded to chunks, a multiple of these
+# Tokens of the first pass; where recurrences are padded to chunks, a multiple of the second number.
+_STEP, _CHUNK = 8, 64
 _CHUNKS = ("chunk_size", "mamba_chunk_size", "mamba_chunk_scan_chunk_size")
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
 _DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}

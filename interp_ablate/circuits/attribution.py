@@ -36,10 +36,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Positions = int | Sequence[int] | Literal["all"]
-_AT_ONCE = 2**28  # bytes of neurons' shares that one batch may hold
-_IN_ALL = (
-    2**32
-)  # bytes of neurons' shares that an attribution may hold before the largest are chosen
+# Bytes of neurons' shares that one batch may hold, and an attribution before the largest are chosen.
+_AT_ONCE, _IN_ALL = 2**28, 2**32
 
 
 @dataclass(frozen=True, eq=False)

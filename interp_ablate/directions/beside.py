@@ -21,7 +21,7 @@ from torch import Tensor
 from interp_ablate.directions.direction import Direction, orthogonalized
 from interp_ablate.directions.direction_set import HasActivations
 from interp_ablate.directions.estimators import estimator_named
-from interp_ablate.directions.mean_difference import as_float64, labels_of, shuffled_labels
+from interp_ablate.directions.mean_difference import as_float64, label_shuffles, labels_of
 from interp_ablate.directions.subspaces import Subspace
 from interp_ablate.errors import DirectionError, InterpAblateError
 
@@ -186,7 +186,7 @@ def _shuffled(
     if count < _FEWEST:
         raise DirectionError(f"n_shuffled={count}: a band of 95% takes {_FEWEST} shuffles or more")
     labels = labels_of(activations)
-    shuffles = [shuffled_labels(labels, seed=1000 * seed + i) for i in range(count)]
+    shuffles = label_shuffles(labels, count, seed=seed)
     made = []
     for name, item in items.items():
         try:

@@ -23,8 +23,8 @@ from interp_ablate.directions.mean_difference import (
     checked_means,
     difference_in_means,
     directions_at,
+    label_shuffles,
     labels_of,
-    shuffled_labels,
     signed_direction,
     with_separation,
 )
@@ -188,7 +188,7 @@ def control_separations(
 
     labels, held_labels = labels_of(train), labels_of(held_out)
     sides = {"positive": int(held_labels.sum()), "negative": int((~held_labels).sum())}
-    shuffles = [shuffled_labels(labels, seed=1000 * seed + i) for i in range(count)]
+    shuffles = label_shuffles(labels, count, seed=seed)
     rows: list[dict[str, Any]] = []
     for site, position in dict.fromkeys((item.site, item.position) for item in directions):
         values, held = train.at(site, position), held_out.at(site, position)

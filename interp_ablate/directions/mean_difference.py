@@ -169,6 +169,13 @@ def shuffled_labels(labels: Bool[Tensor, " prompt"], *, seed: int) -> Bool[Tenso
     return shuffled
 
 
+def label_shuffles(
+    labels: Bool[Tensor, " prompt"], count: int, *, seed: int
+) -> list[Bool[Tensor, " prompt"]]:
+    """So many `shuffled_labels`, the same ones for a seed, and others for another."""
+    return [shuffled_labels(labels, seed=1000 * seed + i) for i in range(count)]
+
+
 def with_separation(
     item: Direction, values: PerPrompt, labels: Bool[Tensor, " prompt"]
 ) -> Direction:

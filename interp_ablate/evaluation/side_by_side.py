@@ -6,7 +6,6 @@ is scored.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,7 +22,7 @@ from interp_ablate.models.applied_plans import as_plan
 from interp_ablate.models.model import Model
 from interp_ablate.models.thinking import Generation
 from interp_ablate.prompts.prompt import PromptLike, text_of_prompt
-from interp_ablate.scoring.exchange import TextScorer
+from interp_ablate.scoring.exchange import TextScorer, required_arguments
 from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.settings import MAX_NEW_TOKENS
 
@@ -186,11 +185,7 @@ def as_metric(name: str, score: Score) -> Metric:
             f"the score {name!r} is {shortened(repr(score))}: give a scorer, a metric "
             "(outputs, baseline) -> values, or a function of an answer's text"
         )
-    needed = [
-        each for each in inspect.signature(score).parameters.values()
-        if each.default is each.empty and each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
-    ]  # fmt: skip
-    if len(needed) == 2:
+    if len(required_arguments(score)) == 2:
         return score  # type: ignore[return-value]
     return lambda outputs, _: [score(text) for text in outputs.texts]  # type: ignore[call-arg, arg-type, misc]
 

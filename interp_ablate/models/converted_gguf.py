@@ -18,16 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from interp_ablate.errors import InterpAblateError
-from interp_ablate.storage.atomic_files import hash_file, temporary_folder, write_atomic
+from interp_ablate.storage.atomic_files import hash_file, remove, temporary_folder, write_atomic
 from interp_ablate.storage.incoming_files import parse_json
 from interp_ablate.storage.strict_json import json_text
 
 logger = logging.getLogger(__name__)
 
 VARIABLE = "INTERP_ABLATE_CACHE"
-_MADE = (
-    "converted.json"  # names, sizes and times of the files: what was changed since is not believed
-)
+_MADE = "converted.json"  # sizes and times of the files: what was changed since is not believed
 _LIBRARIES = ("transformers", "tokenizers", "gguf")
 
 
@@ -75,11 +73,8 @@ def keep(folder: Path, model: Any, tokenizer: Any, load: Callable[[Path], tuple[
 
 def _replace(place: Path, folder: Path) -> None:
     """The files of `place` become `folder`; another process's whole one stays."""
-    if folder.exists() and not is_whole(folder):
-        for file in folder.iterdir():
-            file.unlink()
-        folder.rmdir()
-    if not folder.exists():
+    if not is_whole(folder):
+        remove(folder)
         os.replace(place, folder)
         place.mkdir()  # its owner removes it
 

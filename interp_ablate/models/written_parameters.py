@@ -5,7 +5,7 @@ Knows: projections of parameters, gains of norms. Does not know: blocks, embeddi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from interp_ablate.edits.affine import NormGain, norm_gain
 from interp_ablate.models.architectures import Gain, Layout
 from interp_ablate.models.module_calls import Recorded, stream_of, with_stream
 
@@ -41,6 +42,15 @@ class Norm:
     def gain(self) -> Gain:
         """The gain, as weights are edited by it."""
         return Gain(f"{self.path}.weight" if self.weighted else None, self.offset, self.centred)
+
+
+def gain_of(gains: Iterable[Gain], read: Callable[[str], Tensor], d_model: int) -> NormGain | None:
+    """The gain of norms that stand one after another, the last one first, from their weights; None for no norm."""
+    ones = torch.ones(d_model, dtype=torch.float64)
+    return norm_gain(
+        ((ones if name is None else read(name).detach().cpu().double()) + offset, centred)
+        for name, offset, centred in gains
+    )
 
 
 def norm_of(module: nn.Module, call: Recorded, path: str) -> Norm | str | None:

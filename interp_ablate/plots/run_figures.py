@@ -149,9 +149,10 @@ def _draw_sweep(folder: Path) -> dict[str, Figure]:
         return {}
     figure = style.new_figure(height=3.0 + 0.14 * max(trials["layer"].nunique(), 8))
     values: tuple[Value, ...] = get_args(Value)
+    chosen = read_choice(folder).trial
     for index, value in enumerate(values):
         ax = figure.add_subplot(1, 3, index + 1)
-        sweep_heatmap(trials, ax, value=value, selected=read_choice(folder).trial)
+        sweep_heatmap(trials, ax, value=value, selected=chosen)
     return {"sweep.png": figure}
 
 

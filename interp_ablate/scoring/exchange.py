@@ -6,6 +6,7 @@ know: models, where exchanges come from, any one scorer.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -205,6 +206,20 @@ class ScorerKind:
                 f"{accepted}, joined by &"
             )
         return name, options
+
+
+def required_arguments(function: Callable[..., Any]) -> list[str]:
+    """The names of the arguments that a function must be given by place.
+
+    Raises:
+        TypeError, ValueError: something without a signature.
+    """
+    return [
+        each.name
+        for each in inspect.signature(function).parameters.values()
+        if each.default is each.empty
+        and each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
+    ]
 
 
 def as_flag(value: Any) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import inspect
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -18,7 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from interp_ablate.errors import RunError
-from interp_ablate.scoring.exchange import ExplainingScorer, PromptResponse, Verdict
+from interp_ablate.scoring.exchange import (
+    ExplainingScorer,
+    PromptResponse,
+    Verdict,
+    required_arguments,
+)
 
 _SPEC = re.compile(r"(?P<file>.+\.py):(?P<minus>-?)(?P<name>\w+)")
 
@@ -86,12 +90,7 @@ def own_function(spec: str) -> tuple[FunctionScorer, bool]:
     if not callable(function):
         raise RunError(f"{path} has no function {name!r}: give FILE.py:NAME")
     try:
-        needed = [
-            each.name
-            for each in inspect.signature(function).parameters.values()
-            if each.default is each.empty
-            and each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
-        ]
+        needed = required_arguments(function)
     except (TypeError, ValueError) as error:
         raise RunError(f"{spec} cannot be called with texts: {error}") from error
     if len(needed) not in (1, 2):

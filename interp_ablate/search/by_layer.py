@@ -16,7 +16,7 @@ from interp_ablate.activations.activations import Activations
 from interp_ablate.activations.collection import collect
 from interp_ablate.directions.direction import Direction
 from interp_ablate.directions.direction_set import one_per_layer
-from interp_ablate.directions.mean_difference import difference_in_means, shuffled_labels
+from interp_ablate.directions.mean_difference import difference_in_means, label_shuffles
 from interp_ablate.edits.kinds import Ablate, Add, Clamp
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import InterpAblateError, RunError
@@ -189,8 +189,7 @@ def _shuffled(item: Direction, activations: Activations, n: int) -> Iterator[Dir
     """Differences in means of shuffled labels, of the direction's own norm."""
     values, labels = activations.at(item.site, item.position), activations.labels
     assert labels is not None
-    for seed in range(n):
-        chosen = shuffled_labels(labels, seed=seed)
+    for chosen in label_shuffles(labels, n, seed=0):
         null = difference_in_means(
             values[chosen],
             values[~chosen],

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp_ablate.edits.affine import Affine, norm_gain, rescale_rows
+from interp_ablate.edits.affine import Affine, rescale_rows
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import ExportError
 from interp_ablate.models.architectures import (
@@ -25,6 +25,7 @@ from interp_ablate.models.architectures import (
     text_config,
 )
 from interp_ablate.models.measured_architecture import MeasuredArchitecture
+from interp_ablate.models.written_parameters import gain_of
 from interp_ablate.sites import EMBEDDING_POINTS, Site
 from interp_ablate.weights.weight_form import split_edit, writers_only_form
 
@@ -266,11 +267,7 @@ def _edit_site(
 ) -> None:
     """Add to `changes` what the plan does to the tensors that write at one site."""
     for gains, tensors in entry.parts(site, names, hf_config):
-        ones = torch.ones(changes.plan.d_model, dtype=torch.float64)
-        gain = norm_gain(
-            ((read(n).cpu().double() if n is not None else ones) + offset, centred)
-            for n, offset, centred in gains
-        )
+        gain = gain_of(gains, read, changes.plan.d_model)
         affine = Affine.identity(changes.plan.d_model)
         for _, part in changes.plan.maps_at(site, gain):
             affine = affine.then(part)

@@ -13,9 +13,8 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 from browser import Watched, browser
-from tiny import tiny
+from small_task import write_task
 
 from interp_ablate.cli.main import main
 from interp_ablate.edits.plan import Plan
@@ -36,15 +35,7 @@ EVIL = "<img src=x onerror=alert(1)> & <script>alert(2)</script>"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a tiny model."""
     root = tmp_path_factory.mktemp("explorer")
-    model, tokenizer = tiny(seed=3)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(6)
-    model.save_pretrained(root / "model")
-    tokenizer.save_pretrained(root / "model")
-    for name, words in (("yes", "order bring fetch send"), ("no", "name list tell describe")):
-        verbs = words.split()
-        lines = [f"{verbs[i % 4]} number {i * 7 + 3} now" for i in range(12)]
-        (root / f"{name}.txt").write_text("\n".join(lines))
+    write_task(root, 12)
     # what the answers hold: a run whose behaviour is not there has no trials
     (root / "words.txt").write_text("\N{REPLACEMENT CHARACTER}\n")
     arguments = ["--model", str(root / "model"), "--positive", str(root / "yes.txt")]

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from tiny import tiny
+from small_task import write_task
 
 from interp_ablate.cli.main import main
 from interp_ablate.errors import RunError
@@ -34,15 +34,7 @@ def wild(answer):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("scorer")
-    model, tokenizer = tiny(seed=3)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(6)  # peaked first tokens
-    model.save_pretrained(place / "model")
-    tokenizer.save_pretrained(place / "model")
-    for name, words in (("yes", "order bring fetch send"), ("no", "name list tell describe")):
-        verbs = words.split()
-        lines = [f"{verbs[i % 4]} number {i * 7 + 3} now" for i in range(24)]
-        (place / f"{name}.txt").write_text("\n".join(lines))
+    write_task(place)
     (place / "mine.py").write_text(MINE)
     return place
 

@@ -12,8 +12,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import torch
-from tiny import tiny
+from small_task import write_task
 
 from interp_ablate.cli.main import main
 from interp_ablate.edits.plan import Plan
@@ -27,15 +26,7 @@ TRIALS = 14
 def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A checkpoint with peaked first tokens, and two files of prompts."""
     place = tmp_path_factory.mktemp("search")
-    model, tokenizer = tiny(seed=3)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(6)
-    model.save_pretrained(place / "model")
-    tokenizer.save_pretrained(place / "model")
-    for name, words in (("yes", "order bring fetch send"), ("no", "name list tell describe")):
-        verbs = words.split()
-        lines = [f"{verbs[i % 4]} number {i * 7 + 3} now" for i in range(24)]
-        (place / f"{name}.txt").write_text("\n".join(lines))
+    write_task(place)
     anything = place / "anything.txt"  # a byte that most answers of this model hold
     anything.write_text("\n".join("abcdefghijklmnopqrstuvwxyz"))
     return [

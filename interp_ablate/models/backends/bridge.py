@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from interp_ablate.edits.affine import NormGain
 from interp_ablate.errors import ExportError, InterpAblateError, ModelError
 from interp_ablate.models.anatomy import Anatomy
 from interp_ablate.models.architectures import (
@@ -48,6 +49,7 @@ from interp_ablate.models.backends.proof import (
 from interp_ablate.models.backends.transformers_passes import TransformersPasses
 from interp_ablate.models.loading import BackendName
 from interp_ablate.models.measured_architecture import architecture_from
+from interp_ablate.models.written_parameters import gain_of
 from interp_ablate.sites import EMBEDDING_POINTS, PROJECTION_POINTS, Site
 
 # A Bridge runs the checkpoint's own modules: only the attention kernel may differ.
@@ -202,13 +204,12 @@ class BridgeBackend(TransformersPasses):
         named = self.hf.named_parameters(remove_duplicate=False)  # joint projections have two names
         return {name.replace("._original_component", ""): p for name, p in named}
 
-    def post_norm_gains(self, site: Site) -> tuple[Float[Tensor, " d_model"] | None, ...]:
+    def post_norm_gains(self, site: Site) -> tuple[NormGain | None, ...]:
         entry = self._entry
         if entry is None or site.point not in PROJECTION_POINTS or not entry.is_normed(site):
             return (None,)
         ((gains, _),) = entry.parts(site, self._tensors, self.hf_config)
-        (gain,) = gains
-        return (self._tensors[str(gain.name)].detach().cpu().double() + gain.offset,)
+        return (gain_of(gains, self._tensors.__getitem__, self.tl.cfg.d_model),)
 
     def projection(self, site: Site) -> tuple[nn.Module, Float[Tensor, "d_model in"]] | None:
         branch, part = ("attn", "o") if site.point.startswith("attn") else ("mlp", "out")

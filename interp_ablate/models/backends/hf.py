@@ -10,11 +10,10 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from interp_ablate.edits.affine import NormGain, norm_gain
+from interp_ablate.edits.affine import NormGain
 from interp_ablate.errors import ModelError
 from interp_ablate.models.anatomy import Anatomy, Branch, measure
 from interp_ablate.models.architectures import max_positions, text_config
@@ -25,7 +24,7 @@ from interp_ablate.models.backends.hf_sites import HFSites
 from interp_ablate.models.backends.transformers_passes import TransformersPasses
 from interp_ablate.models.loading import BackendName
 from interp_ablate.models.measured_architecture import MeasuredArchitecture, architecture_from
-from interp_ablate.models.written_parameters import Norm
+from interp_ablate.models.written_parameters import Norm, gain_of
 from interp_ablate.sites import EMBEDDING_POINTS, PROJECTION_POINTS, Site
 
 WIDTH = 24  # fixed tokens of the measurement
@@ -150,12 +149,7 @@ class HFBackend(TransformersPasses):
         return gains if any(gain is not None for gain in gains) else (None,)
 
     def _gain(self, norms: tuple[Norm, ...]) -> NormGain | None:
-        ones = torch.ones(self.tl.cfg.d_model, dtype=torch.float64)
-        weights = (
-            self.hf.get_submodule(n.path).weight.detach().cpu().double() if n.weighted else ones
-            for n in norms
-        )
-        return norm_gain((w + n.offset, n.centred) for w, n in zip(weights, norms))
+        return gain_of((n.gain for n in norms), self.hf.get_parameter, self.tl.cfg.d_model)
 
     def projection(self, site: Site) -> tuple[nn.Module, Float[Tensor, "d_model in"]] | None:
         point = self._sites.inputs.get(site.projection)

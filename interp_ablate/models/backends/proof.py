@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from interp_ablate.errors import ExportError
 from interp_ablate.models.architectures import Architecture, text_config
-from interp_ablate.models.backends.backend import Backend, ForwardCall
-from interp_ablate.models.backends.checks import fixed_tokens
+from interp_ablate.models.backends.backend import Backend
+from interp_ablate.models.backends.checks import fixed_tokens, plain_call
 from interp_ablate.models.backends.foreign_hooks import foreign_hooks, is_point
 from interp_ablate.models.backends.hf import WIDTH
 from interp_ablate.models.measured_architecture import some_of
@@ -151,7 +151,6 @@ def site_values(backend: Backend) -> dict[Site, Tensor]:
     """The stream of fixed tokens, and what the sites of a model add to it, in the order of a pass."""
     cfg, device = backend.tl.cfg, next(backend.tl.parameters()).device
     tokens = fixed_tokens(cfg.d_vocab, min(WIDTH, cfg.n_ctx)).to(device)
-    ones, positions = torch.ones_like(tokens), torch.arange(tokens.shape[1], device=device)[None]
     values: dict[Site, Tensor] = {}
 
     def reader(site: Site) -> Callable[..., None]:
@@ -164,7 +163,7 @@ def site_values(backend: Backend) -> dict[Site, Tensor]:
     places = {site: place for site in sites if (place := backend.hook_point(site)) is not None}
     handles = [place.register_forward_hook(reader(site)) for site, place in places.items()]
     try:
-        backend.forward(ForwardCall(tokens, ones, positions, ones.sum(1)), 0)
+        backend.forward(plain_call(tokens), 0)
     finally:
         for handle in handles:
             handle.remove()
