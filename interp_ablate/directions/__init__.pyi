@@ -3,6 +3,7 @@ from .adjustments import winsorized as winsorized
 from .beside import cosine_table as cosine_table
 from .beside import principal_angles as principal_angles
 from .beside import shuffled_directions as shuffled_directions
+from .biprojection import biprojected_directions as biprojected_directions
 from .direction import Direction as Direction
 from .direction import Separation as Separation
 from .direction import cosine_similarities as cosine_similarities
@@ -22,8 +23,14 @@ from .leace_eraser import Eraser as Eraser
 from .leace_eraser import leace as leace
 from .mean_difference import difference_in_means as difference_in_means
 from .mean_difference import estimate_directions as estimate_directions
+from .opposite_signs import mean_projections as mean_projections
+from .opposite_signs import with_opposite_signs as with_opposite_signs
+from .residualizing import residualized as residualized
+from .residualizing import residualized_directions as residualized_directions
 from .sae_features import SAEDecoder as SAEDecoder
 from .sae_features import nearest_features as nearest_features
+from .self_organizing_map import SelfOrganizingMap as SelfOrganizingMap
+from .self_organizing_map import som_directions as som_directions
 from .subspaces import Subspace as Subspace
 from .subspaces import pca as pca
 from .subspaces import subspace as subspace

@@ -4,6 +4,7 @@ from .kinds import Add as Add
 from .kinds import Clamp as Clamp
 from .kinds import Edit as Edit
 from .kinds import Erase as Erase
+from .layer_plans import ablate_by_layer as ablate_by_layer
 from .plan import Plan as Plan
 from .plan import ablate_layers as ablate_layers
 from .plan import add_to_layers as add_to_layers
