@@ -26,7 +26,7 @@ STOREYS = {
     "Mathematics": ("directions", "scoring", "edits"),
     "Core path": ("models", "activations", "evaluation", "weights", "search", "export", "circuits"),
     "Applications": ("persona", "datasets", "training"),
-    "Faces": ("plots", "budget", "runs", "explorer", "cli"),
+    "Faces": ("plots", "budget", "runs", "league", "explorer", "cli"),
 }
 """The wings by storey, from the ground up."""
 

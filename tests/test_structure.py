@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("training",),
     ("budget", "plots"),
     ("runs",),
-    ("explorer",),
+    ("explorer", "league"),
     ("cli",),
     ("__main__",),
 )

@@ -2,6 +2,7 @@ from .bench import ValidationBench as ValidationBench
 from .by_layer import layer_sweep as layer_sweep
 from .derived_edits import control_plan as control_plan
 from .derived_edits import scaled_to_kl as scaled_to_kl
+from .derived_edits import strength_at_kl as strength_at_kl
 from .edit_space import EditSpace as EditSpace
 from .edit_space import plan_of as plan_of
 from .gradient_fit import fit_data as fit_data

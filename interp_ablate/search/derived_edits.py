@@ -118,25 +118,48 @@ def scaled_to_kl(
 ) -> tuple[Plan, float] | None:
     """The plan with all its strengths times a factor, so that its KL is about `kl`; and the factor.
 
-    A KL grows about with the square of a small strength: the first steps; once one factor is too weak and one too
-    strong, the next lies on the line between them, both in logarithms. The factor that comes nearest is taken;
     None where no factor gives a KL.
 
     Args:
         kl_of: measures a plan's KL, in nats; called at most SCALING_STEPS times.
     """
-    factor, weak, strong = 0.0, (-math.inf, 0.0), (math.inf, 0.0)  # factor and miss, as logarithms
+
+    def times(factor: float) -> Plan:
+        parts = [scaled(edit, factor) for edit in plan if isinstance(edit, (Ablate, Erase))]
+        return Plan(tuple(part for part in parts if part is not None))
+
+    return strength_at_kl(times, kl, kl_of)
+
+
+def strength_at_kl(
+    family: Callable[[float], Plan],
+    kl: float,
+    kl_of: Callable[[Plan], float],
+    *,
+    start: float = 1.0,
+) -> tuple[Plan, float] | None:
+    """The plan of a family whose KL is about `kl`, and its strength.
+
+    A KL grows about with the square of a small strength: the first steps; once one strength is too weak and one too
+    strong, the next lies on the line between them, both in logarithms. The strength that comes nearest is taken;
+    None where no strength gives a KL.
+
+    Args:
+        family: from a strength above 0 to a plan.
+        kl_of: measures a plan's KL, in nats; called at most SCALING_STEPS times.
+        start: the strength that is tried first.
+    """
+    factor, weak, strong = math.log(start), (-math.inf, 0.0), (math.inf, 0.0)  # with their misses
     nearest: tuple[float, Plan, float] | None = None
     for _ in range(SCALING_STEPS):
-        times = math.exp(factor)
-        parts = [scaled(edit, times) for edit in plan if isinstance(edit, (Ablate, Erase))]
-        candidate = Plan(tuple(part for part in parts if part is not None))
+        strength = math.exp(factor)
         try:
+            candidate = family(strength)
             miss = math.log(max(kl_of(candidate), 1e-12) / kl)
         except InterpAblateError:  # so strong that nothing finite is left
             miss = FAR_OFF
         if miss < FAR_OFF and (nearest is None or abs(miss) < nearest[0]):
-            nearest = abs(miss), candidate, times
+            nearest = abs(miss), candidate, strength
         if abs(miss) < math.log(SAME_KL):
             break
         weak, strong = ((factor, miss), strong) if miss < 0 else (weak, (factor, miss))

@@ -1,0 +1,9 @@
+from .fitted import Detector as Detector
+from .fitted import FittedMethod as FittedMethod
+from .fitted import ablation as ablation
+from .fitted import addition as addition
+from .method import LeagueMethod as LeagueMethod
+from .registry import method_named as method_named
+from .registry import method_names as method_names
+from .task import LeagueTask as LeagueTask
+from .task import best_of_sites as best_of_sites
