@@ -1,5 +1,9 @@
 from .bench import ValidationBench as ValidationBench
 from .by_layer import layer_sweep as layer_sweep
+from .concept_cone import ConceptCone as ConceptCone
+from .concept_cone import fit_cone as fit_cone
+from .concept_inversion import ConceptInversion as ConceptInversion
+from .concept_inversion import cosmic as cosmic
 from .derived_edits import control_plan as control_plan
 from .derived_edits import scaled_to_kl as scaled_to_kl
 from .derived_edits import strength_at_kl as strength_at_kl
