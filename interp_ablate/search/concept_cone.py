@@ -26,6 +26,7 @@ from interp_ablate.search.gradient_fit import N_TOKENS, UNLIKELY, FitData
 
 CONE_KL_WEIGHT = 10.0
 """Nats of log-probability that a nat of KL outweighs: less than in a fit of strengths, as all are 1 here."""
+MIXTURES = 4  # random directions inside the cone that a step tries beside the basis
 RATE = 0.05  # of Adam at the start, in unit vectors; it falls along a cosine
 
 
@@ -64,7 +65,6 @@ def fit_cone(
     data: FitData,
     *,
     rank: int = 2,
-    mixtures: int = 4,
     steps: int = 12,
     kl_weight: float = CONE_KL_WEIGHT,
     orthogonal_to: Sequence[Direction] = (),
@@ -72,7 +72,7 @@ def fit_cone(
 ) -> ConceptCone:
     """Orthonormal directions of which every mixture without negative shares removes the behaviour when ablated.
 
-    Each step ablates every basis vector, and `mixtures` random ones inside the cone, one at a time at every writer
+    Each step ablates every basis vector, and four random directions inside the cone, one at a time at every writer
     with strength 1. Its loss is the log-probability of the expressing answers (above a floor) plus `kl_weight` times
     the KL of what follows other prompts. Adam moves the basis; it is made orthonormal again after each step. The first
     vector starts at `direction`, the others at random at right angles to it. Deterministic by seed.
@@ -90,7 +90,7 @@ def fit_cone(
         PlanError: numbers out of range.
         DirectionError: another d_model, directions that leave the first vector nothing.
     """
-    _check(model, direction, rank, mixtures, steps, kl_weight)
+    _check(model, direction, rank, steps, kl_weight)
     generator = torch.Generator().manual_seed(seed)
     outside = _outside(orthogonal_to, model.d_model)
     basis = _first_basis(direction, rank, outside, generator)
@@ -103,7 +103,7 @@ def fit_cone(
                 group["lr"] = RATE * (0.15 + 0.85 * 0.5 * (1 + math.cos(math.pi * step / steps)))
             optimizer.zero_grad()
             shares = torch.cat(
-                [torch.eye(rank), _mixtures(mixtures if rank > 1 else 0, rank, generator)]
+                [torch.eye(rank), _mixtures(MIXTURES if rank > 1 else 0, rank, generator)]
             )
             some, total = data.some(step), 0.0
             for share in shares.to(vectors):
@@ -210,14 +210,12 @@ def _orthonormal(vectors: Tensor, outside: Tensor) -> Float[Tensor, "rank d_mode
     return rows[len(outside) :].contiguous()
 
 
-def _check(
-    model: Model, direction: Direction, rank: int, mixtures: int, steps: int, kl_weight: float
-) -> None:
+def _check(model: Model, direction: Direction, rank: int, steps: int, kl_weight: float) -> None:
     if len(direction.vector) != model.d_model:
         raise DirectionError(
             f"the direction has d_model {len(direction.vector)}, the model {model.d_model}"
         )
-    limits = {"rank": (rank, 1), "mixtures": (mixtures, 0), "steps": (steps, 1)}
+    limits = {"rank": (rank, 1), "steps": (steps, 1)}
     for name, (value, least) in limits.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise PlanError(f"{name} is a whole number from {least}; got {value!r}")

@@ -58,7 +58,7 @@ def by_hand(item: Direction | torch.Tensor | None) -> tuple[torch.Tensor, float]
 @cache
 def fitted() -> ConceptCone:
     model, data, direction, _ = task()
-    return fit_cone(model, direction, data, rank=3, mixtures=3, steps=8, kl_weight=1.0)
+    return fit_cone(model, direction, data, rank=3, steps=8, kl_weight=1.0)
 
 
 def test_the_loss_is_that_of_the_plan_and_its_gradient_that_of_finite_differences() -> None:
@@ -117,7 +117,7 @@ def test_every_direction_of_the_cone_removes_the_behaviour() -> None:
 def test_the_same_seed_gives_the_same_cone_and_directions_stay_outside() -> None:
     model, data, direction, _ = task()
     other = Direction(unit(6), 1.0, direction.site)
-    options = {"rank": 2, "mixtures": 1, "steps": 2, "orthogonal_to": [other]}
+    options = {"rank": 2, "steps": 2, "orthogonal_to": [other]}
     first, again = (fit_cone(model, direction, data, **options) for _ in range(2))  # type: ignore[arg-type]
     assert torch.equal(first.vectors, again.vectors) and first.losses == again.losses
     assert (first.vectors @ other.vector).abs().max() < 1e-12
@@ -128,7 +128,7 @@ def test_the_same_seed_gives_the_same_cone_and_directions_stay_outside() -> None
 
 def test_what_cannot_be_fitted_is_refused() -> None:
     model, data, direction, _ = task()
-    for name, value in (("rank", 0), ("mixtures", -1), ("steps", 0), ("rank", True)):
+    for name, value in (("rank", 0), ("steps", 0), ("rank", True)):
         with pytest.raises(PlanError, match=f"{name} is a whole number from"):
             fit_cone(model, direction, data, **{name: value})
     with pytest.raises(PlanError, match="kl_weight"):
