@@ -5,7 +5,7 @@ Knows: x -> A x + b as low-rank factors. Does not know: sites, models or weights
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp_ablate.directions.direction import Direction
+from interp_ablate.directions.subspaces import Subspace
 from interp_ablate.errors import PlanError
 
 # Below this cosine of write and read an erasure scales rounding (and everything else) up a millionfold.
@@ -62,13 +63,25 @@ class Affine:
         return Affine(*(part.to(like) for part in (self.left, self.right, self.shift)))
 
 
-def as_vectors(direction: Direction | Tensor) -> Float[Tensor, "k d_model"]:
-    """The vectors of an edit as float64 rows on the CPU.
+def as_vectors(
+    direction: Direction | Subspace | Tensor | Sequence[Direction | Tensor],
+) -> Float[Tensor, "k d_model"]:
+    """The vectors of an edit as float64 rows on the CPU; of a list, those of its members one below the other.
 
     Raises:
-        PlanError: no tensor, another shape, NaN, infinity, or a zero row.
+        PlanError: no tensor, another shape, NaN, infinity, or a zero row; members of different sizes.
     """
+    if isinstance(direction, (list, tuple)) and any(
+        isinstance(each, (Direction, Subspace, Tensor)) for each in direction
+    ):
+        rows = [as_vectors(each) for each in direction]
+        if len({row.shape[1] for row in rows}) > 1:
+            raise PlanError(
+                f"directions of one edit have one d_model; got {[row.shape[1] for row in rows]}"
+            )
+        return torch.cat(rows)
     vectors = direction.vector if isinstance(direction, Direction) else direction
+    vectors = vectors.vectors if isinstance(vectors, Subspace) else vectors
     try:
         tensor = torch.as_tensor(vectors)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp_ablate.directions.direction import Direction
+from interp_ablate.directions.subspaces import Subspace
 from interp_ablate.edits.affine import Affine, NormGain
 from interp_ablate.errors import InterpAblateError, PlanError
 from interp_ablate.sites import Site, SiteLike, as_sites
@@ -83,9 +84,15 @@ def range_text(amounts: tuple[float, ...]) -> str:
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
-def joined_label(*directions: Direction | Tensor) -> str:
-    """The name of the first Direction, or "given" for tensors."""
-    return next((one.name for one in directions if isinstance(one, Direction)), "given")
+def joined_label(*directions: Any) -> str:
+    """The name of the first Direction or Subspace; all of them of a list; "given" for tensors."""
+    for one in directions:
+        if isinstance(one, (list, tuple)):
+            names = [each.name for each in one if isinstance(each, (Direction, Subspace))]
+            return " and ".join(dict.fromkeys(names)) or "given"
+        if isinstance(one, (Direction, Subspace)):
+            return one.name
+    return "given"
 
 
 _E = TypeVar("_E", bound="EditBase")
@@ -109,7 +116,7 @@ class EditBase:
 
     def _place(
         self,
-        direction: Direction | Tensor,
+        direction: Any,
         sites: SiteLike | Iterable[SiteLike],
         amounts: float | Sequence[float],
         **values: Any,

@@ -1,4 +1,4 @@
-"""The kinds of edit: Ablate, Add, Clamp, Erase.
+"""The kinds of edit: Ablate, Add, Clamp, Erase, and the table of these and of the kinds with files of their own.
 
 Knows: the affine map of each. Does not know: how edits combine or are applied.
 """
@@ -24,6 +24,7 @@ from interp_ablate.edits.affine import (
     projection_map,
     through_gain,
 )
+from interp_ablate.edits.affine_edit import AffineEdit
 from interp_ablate.edits.edit import (
     EditBase,
     Positions,
@@ -42,7 +43,8 @@ class Ablate(EditBase):
     """Directional ablation: x -> x - strength * (projection of x on the direction or subspace).
 
     Strength 1 removes everything along the direction, 0.5 half of it, 2 reflects. One number, or one
-    a site. A tensor [k, d_model] is a rank-k subspace; it is made orthonormal.
+    a site. A tensor [k, d_model], a `Subspace`, or a list of directions is a rank-k subspace; it is made
+    orthonormal, so that directions at any angle are ablated together. (For a strength each, see `jointly`.)
     Source: Arditi et al. 2024, https://arxiv.org/abs/2406.11717.
 
     At `attn_proj` and `mlp_proj` of post-norm blocks the direction is pulled back through the norm's
@@ -60,7 +62,7 @@ class Ablate(EditBase):
 
     def __init__(
         self,
-        direction: Direction | Float[Tensor, "*k d_model"],
+        direction: Direction | Float[Tensor, "*k d_model"] | Sequence[Direction | Tensor],
         sites: SiteLike | Iterable[SiteLike],
         *,
         strength: float | Sequence[float] = 1.0,
@@ -303,10 +305,8 @@ def _as_tensor(vector: Any) -> Tensor:
     return tensor.detach().to("cpu", torch.float64)
 
 
-Edit = Ablate | Add | Clamp | Erase
-_EDITS: dict[str, type[Ablate] | type[Add] | type[Clamp] | type[Erase]] = {
-    kind.op: kind for kind in (Ablate, Add, Clamp, Erase)
-}
+Edit = Ablate | Add | Clamp | Erase | AffineEdit
+_EDITS: dict[str, type[Edit]] = {kind.op: kind for kind in (Ablate, Add, Clamp, Erase, AffineEdit)}
 
 
 def edit_from_dict(entry: dict[str, Any]) -> Edit:

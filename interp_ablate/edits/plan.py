@@ -48,7 +48,7 @@ class Plan:
         for edit in edits:
             if not isinstance(edit, EditBase):
                 raise PlanError(
-                    f"a plan is made of Ablate, Add, Clamp and Erase; got {edit!r} ({type(edit).__name__})"
+                    f"a plan is made of Ablate, Add, Clamp and Erase, or AffineEdit; got {edit!r} ({type(edit).__name__})"
                 )
         object.__setattr__(self, "edits", edits)
         widths = {edit.d_model for edit in edits}
@@ -212,7 +212,7 @@ def _undone_ablations(edits: Iterable[Edit]) -> Iterator[str]:
             yield (
                 f"{first!r} and then {second!r}: their directions are not orthogonal (cosine up to "
                 f"{overlap.abs().max():.2f}), and the second puts back a part of the first. To ablate both, "
-                "give them to one edit: Ablate(torch.stack([v1, v2]), sites)"
+                "give them to one edit: Ablate([v1, v2], sites), or jointly(plan)"
             )
 
 

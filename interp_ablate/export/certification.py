@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp_ablate.edits.affine import Affine
+from interp_ablate.edits.affine_edit import AffineEdit
 from interp_ablate.edits.kinds import Ablate, Erase
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import ExportError
@@ -227,6 +228,10 @@ def removed_vectors(plan: Plan, model: Model) -> Float[Tensor, "k d_model"]:
     if len(plan) != 1 or not {*model.writers} <= {*plan.sites}:
         return nothing
     (edit,) = plan
+    if isinstance(edit, AffineEdit) and edit.is_projection and not edit.shift.any():
+        return (
+            edit.read / edit.read.norm(dim=1, keepdim=True) if edit.positions == "all" else nothing
+        )
     if edit.positions != "all" or not isinstance(edit, (Ablate, Erase)) or {*edit.amounts} != {1.0}:
         return nothing
     if isinstance(edit, Ablate):

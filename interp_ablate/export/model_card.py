@@ -317,7 +317,7 @@ def _edit(edit: Mapping[str, Any]) -> str:
     for site in map(Site.parse, edit["sites"]):
         layers.setdefault(site.point, []).append(site.layer)
     places = [p if p.endswith("embed") else f"{p} {_ranges(at)}" for p, at in layers.items()]
-    rank = len(edit.get("vectors") or [0])
+    rank = len(edit["read"] if edit["op"] == "affine" else edit.get("vectors") or [0])
     op = edit["op"] + (f", rank {rank}" if rank > 1 else "")
     op += ", norm-preserving" if edit.get("norm_preserving") else ""
     where = f"{len(edit['sites'])} sites: {'; '.join(places)}"

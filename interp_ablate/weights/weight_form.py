@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from interp_ablate.edits.affine_edit import AffineEdit
 from interp_ablate.edits.kinds import Ablate, Add, Clamp, Edit, Erase
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import ExportError
@@ -51,6 +52,11 @@ def writers_only_form(plan: Plan, entry: Architecture, hf_config: Any) -> Plan:
 
 def _nearest(entry: Architecture, plan: Plan, hf_config: Any) -> str:
     points = ", ".join(dict.fromkeys(site.point for site in _writers(entry, hf_config)))
+    if any(isinstance(edit, AffineEdit) for edit in plan):
+        return (
+            "An affine edit is exact at writers, fitted to what they write: AffineEdit.of(gaussian_transport(positive, "
+            f"negative, site, rank=k), site) at {points} of a layer (what it adds needs a bias there)"
+        )
     if any(isinstance(edit, Erase) for edit in plan):
         return (
             "The nearest exact plan erases with one write and read, strength 1 and value 0, at "
@@ -182,11 +188,13 @@ def _everywhere_at_writers(plan: Plan, entry: Architecture, hf_config: Any) -> P
         )
     if shift.any():
         _check_counted_once(plan, entry)
-    return Plan((_at_all_writers(edits[0], _writers(entry, hf_config)),))
+    return Plan(_at_all_writers(edits[0], _writers(entry, hf_config)))
 
 
 def _is_projection(edit: Edit) -> bool:
     """True if applying an edit twice is the same as applying it once."""
+    if isinstance(edit, AffineEdit):
+        return edit.is_projection
     return isinstance(edit, Clamp) or (
         isinstance(edit, (Ablate, Erase)) and set(edit.amounts) == {1.0}
     )
@@ -218,14 +226,18 @@ def _check_counted_once(plan: Plan, entry: Architecture) -> None:
         )
 
 
-def _at_all_writers(edit: Edit, writers: tuple[Site, ...]) -> Edit:
+def _at_all_writers(edit: Edit, writers: tuple[Site, ...]) -> tuple[Edit, ...]:
     """The projection of one edit, of every writer; what it sets a direction to, by the embedding."""
     if isinstance(edit, Ablate):
-        return Ablate(edit.vectors, writers, label=edit.label)
+        return (Ablate(edit.vectors, writers, label=edit.label),)
+    if isinstance(edit, AffineEdit):
+        embed = Site(0, "embed")
+        rest = [(edit.sites[0], site) for site in writers if site != embed]
+        return edit.at_sites([(edit.sites[0], embed)]), edit.without_shift().at_sites(rest)
     assert isinstance(edit, (Clamp, Erase))
     value = edit.values[0] if isinstance(edit, Erase) else edit.amounts[0]
     values = [value if site == Site(0, "embed") else 0.0 for site in writers]
-    return Erase(edit.vectors[0], edit.vectors[-1], writers, value=values, label=edit.label)
+    return (Erase(edit.vectors[0], edit.vectors[-1], writers, value=values, label=edit.label),)
 
 
 def _uncovered(sites: set[Site], entry: Architecture, hf_config: Any) -> list[str]:

@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from interp_ablate import Plan, Site
+from interp_ablate.edits.affine_edit import AffineEdit
 from interp_ablate.edits.kinds import Edit, Erase
 from interp_ablate.models.load import from_hf
 from interp_ablate.models.model import Model
@@ -424,6 +425,9 @@ def gains_of(hf: Any, kind: str) -> dict[Site, Tensor]:
 def _changed(one: Edit, i: int, x: Tensor, gain: Tensor | None) -> Tensor:
     """The activations at an edit's i-th site after the edit, by its formula."""
     amount, basis = one.amounts[i], one.vectors
+    if isinstance(one, AffineEdit):
+        assert gain is None
+        return x + amount * ((x @ one.read.T) @ one.write + one.shift)
     if isinstance(one, Erase):
         if gain is None:
             along = x @ one.read - one.values[i]
