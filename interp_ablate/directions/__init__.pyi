@@ -19,8 +19,8 @@ from .estimators import comparison as comparison
 from .estimators import control_separations as control_separations
 from .estimators import estimate_with as estimate_with
 from .foreign_files import read_directions as read_directions
-from .gaussian_transport import Transport as Transport
-from .gaussian_transport import gaussian_transport as gaussian_transport
+from .optimal_transport import Transport as Transport
+from .optimal_transport import gaussian_transport as gaussian_transport
 from .leace_eraser import Eraser as Eraser
 from .leace_eraser import leace as leace
 from .mean_difference import difference_in_means as difference_in_means

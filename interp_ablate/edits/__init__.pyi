@@ -1,8 +1,8 @@
 from .affine import Affine as Affine
 from .affine_concept import affine_concept_edit as affine_concept_edit
 from .affine_edit import AffineEdit as AffineEdit
-from .joint import ablate_by_layer as ablate_by_layer
 from .joint import ablate_by_site as ablate_by_site
+from .joint import ablate_sets as ablate_sets
 from .joint import jointly as jointly
 from .kinds import Ablate as Ablate
 from .kinds import Add as Add

@@ -68,7 +68,7 @@ def ablate_by_site(directions: Mapping[SiteLike, Directions], *, strength: float
     return Plan(tuple(Ablate(each, site, strength=strength) for site, each in directions.items()))  # type: ignore[arg-type]
 
 
-def ablate_by_layer(
+def ablate_sets(
     model: HasWriters, directions: Mapping[int, Directions], *, strength: float = 1.0
 ) -> Plan:
     """Directional ablation of what attention and MLP of each layer write, with directions of its own a layer.

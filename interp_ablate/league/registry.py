@@ -11,7 +11,9 @@ from __future__ import annotations
 from interp_ablate.errors import RunError
 from interp_ablate.league.method import LeagueMethod
 from interp_ablate.league.methods import (
+    ace,
     difference_in_means,
+    gaussian_transport,
     gradient_fit,
     lda,
     leace,
@@ -38,6 +40,8 @@ METHODS: dict[str, LeagueMethod] = {
         lda,
         logistic,
         leace,
+        ace,
+        gaussian_transport,
         norm_preserving,
         gradient_fit,
         random_direction,

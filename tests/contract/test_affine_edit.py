@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM
 
 from interp_ablate import Ablate, Add, Clamp, Plan, Site, collect, export_checkpoint
 from interp_ablate.directions.direction import Direction
-from interp_ablate.directions.gaussian_transport import gaussian_transport
+from interp_ablate.directions.optimal_transport import gaussian_transport
 from interp_ablate.edits.affine_concept import affine_concept_edit
 from interp_ablate.edits.affine_edit import AffineEdit
-from interp_ablate.edits.joint import ablate_by_layer, jointly
+from interp_ablate.edits.joint import ablate_sets, jointly
 from interp_ablate.edits.kinds import Erase
 from interp_ablate.errors import ExportError, PlanError
 from interp_ablate.export.auditing import AuditSource, audit
@@ -206,7 +206,7 @@ def test_rows_under_plans_of_their_own() -> None:
     plans = [
         Plan((affine(writers, shift=True),)),
         None,
-        ablate_by_layer(model, {0: TWO, 2: TWO[1]}),
+        ablate_sets(model, {0: TWO, 2: TWO[1]}),
     ]
     with model.applied_each(plans):
         each = model.logits(rows)

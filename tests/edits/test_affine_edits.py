@@ -18,7 +18,7 @@ from interp_ablate.directions.direction import Direction
 from interp_ablate.directions.subspaces import Subspace
 from interp_ablate.edits.affine_concept import affine_concept_edit
 from interp_ablate.edits.affine_edit import AffineEdit
-from interp_ablate.edits.joint import ablate_by_layer, ablate_by_site, jointly
+from interp_ablate.edits.joint import ablate_sets, ablate_by_site, jointly
 from interp_ablate.edits.kinds import Ablate, Add, Clamp, Erase
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import PlanError
@@ -237,12 +237,12 @@ def test_sets_of_directions_by_site_and_by_layer() -> None:
     x = stream()
     exactly(plan.maps_at(PRE)[0][1](x) @ two, 0.5 * (x @ two))
     assert plan.sites == (MLP, PRE)
-    layers = ablate_by_layer(TwoLayers(), {0: [one, two], -1: two})
+    layers = ablate_sets(TwoLayers(), {0: [one, two], -1: two})
     assert layers.sites == TwoLayers.writers[1:]
     exactly(layers.maps_at(ATTN)[0][1](x), Ablate(two, ATTN).map_at(ATTN)(x))
     exactly(layers.maps_at(Site(0, "mlp_out"))[0][1](x) @ one, 0 * x[..., 0])
     with pytest.raises(PlanError, match="no layers"):
-        ablate_by_layer(TwoLayers(), {2: one})
+        ablate_sets(TwoLayers(), {2: one})
     with pytest.raises(PlanError, match="one or more sites"):
         ablate_by_site({})
 

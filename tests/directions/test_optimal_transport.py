@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from interp_ablate.directions.gaussian_transport import gaussian_transport
+from interp_ablate.directions.optimal_transport import gaussian_transport
 from interp_ablate.edits.affine_edit import AffineEdit
 from interp_ablate.errors import DirectionError
 from interp_ablate.sites import Site
