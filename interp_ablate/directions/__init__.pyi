@@ -19,14 +19,14 @@ from .estimators import comparison as comparison
 from .estimators import control_separations as control_separations
 from .estimators import estimate_with as estimate_with
 from .foreign_files import read_directions as read_directions
-from .optimal_transport import Transport as Transport
-from .optimal_transport import gaussian_transport as gaussian_transport
 from .leace_eraser import Eraser as Eraser
 from .leace_eraser import leace as leace
 from .mean_difference import difference_in_means as difference_in_means
 from .mean_difference import estimate_directions as estimate_directions
 from .opposite_signs import mean_projections as mean_projections
 from .opposite_signs import with_opposite_signs as with_opposite_signs
+from .optimal_transport import Transport as Transport
+from .optimal_transport import gaussian_transport as gaussian_transport
 from .residualizing import residualized as residualized
 from .residualizing import residualized_directions as residualized_directions
 from .sae_features import SAEDecoder as SAEDecoder

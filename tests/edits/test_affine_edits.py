@@ -18,7 +18,7 @@ from interp_ablate.directions.direction import Direction
 from interp_ablate.directions.subspaces import Subspace
 from interp_ablate.edits.affine_concept import affine_concept_edit
 from interp_ablate.edits.affine_edit import AffineEdit
-from interp_ablate.edits.joint import ablate_sets, ablate_by_site, jointly
+from interp_ablate.edits.joint import ablate_by_site, ablate_sets, jointly
 from interp_ablate.edits.kinds import Ablate, Add, Clamp, Erase
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import PlanError

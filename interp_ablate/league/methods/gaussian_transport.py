@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp_ablate.directions.direction import PerPrompt
-from interp_ablate.directions.optimal_transport import gaussian_transport
 from interp_ablate.directions.mean_difference import as_float64
+from interp_ablate.directions.optimal_transport import gaussian_transport
 from interp_ablate.edits.affine_edit import AffineEdit
 from interp_ablate.edits.plan import Plan
 from interp_ablate.league.fitted import Detector, Family, FittedMethod
