@@ -12,6 +12,9 @@ from interp_ablate.errors import RunError
 from interp_ablate.league.method import LeagueMethod
 from interp_ablate.league.methods import (
     ace,
+    biprojected,
+    concept_cone,
+    cosmic,
     difference_in_means,
     gaussian_transport,
     gradient_fit,
@@ -19,10 +22,13 @@ from interp_ablate.league.methods import (
     leace,
     logistic,
     norm_preserving,
+    opposite_signs,
     orthogonalized,
     pca,
     random_direction,
+    residualized,
     shuffled_labels,
+    som,
     subspace,
     winsorized,
 )
@@ -43,7 +49,13 @@ METHODS: dict[str, LeagueMethod] = {
         ace,
         gaussian_transport,
         norm_preserving,
+        biprojected,
+        residualized,
+        cosmic,
+        opposite_signs,
+        som,
         gradient_fit,
+        concept_cone,
         random_direction,
         shuffled_labels,
     )

@@ -1,0 +1,46 @@
+"""Concept cone: two directions by gradient, each of which and every mixture of which carries the behaviour.
+
+Knows: the method, its source and steps. Does not know: how it is judged.
+"""
+
+from __future__ import annotations
+
+from interp_ablate.directions.direction import Direction
+from interp_ablate.evaluation.outputs import ModelOutputs
+from interp_ablate.league.fitted import FittedMethod, ablation
+from interp_ablate.league.method import LeagueMethod
+from interp_ablate.league.methods import difference_in_means
+from interp_ablate.league.task import LeagueTask
+from interp_ablate.runs.validation_bench import FIT_PROMPTS
+from interp_ablate.scoring.expressions import ExpressionScorer
+from interp_ablate.search.concept_cone import fit_cone
+from interp_ablate.search.gradient_fit import N_KEPT, NothingToFitError, fit_data
+
+RANK, STEPS = 2, 6
+
+
+def _fit(task: LeagueTask) -> FittedMethod:
+    scorer = task.scorer
+    if not isinstance(scorer, ExpressionScorer):
+        raise NothingToFitError("a cone makes expressions unlikely, and this behaviour has none")
+    start = difference_in_means.METHOD.fit(task).detection
+    assert isinstance(start, Direction)
+    positive, negative = (
+        ModelOutputs(task.model, side[:FIT_PROMPTS], max_new_tokens=tokens)
+        for side, tokens in (
+            (task.train.positive, task.max_new_tokens),
+            (task.train.negative, N_KEPT),
+        )
+    )
+    data = fit_data(positive, negative, scorer)
+    cone = fit_cone(task.model, start, data, rank=RANK, steps=STEPS, seed=task.seed)
+    # the first basis vector is the one that started at the difference in means: its sign is known
+    first = cone.directions[0]
+    detection = first if first.cosine(start) >= 0 else -first
+    about = {"layer": start.site.layer, "rank": RANK, "loss": min(cone.losses)}
+    return FittedMethod(detection, ablation(cone.vectors, task.model.writers), about=about)
+
+
+METHOD = LeagueMethod(
+    "concept_cone", _fit, "weights", "Wollschlaeger et al. 2025, https://arxiv.org/abs/2502.17420"
+)
