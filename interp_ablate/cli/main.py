@@ -35,7 +35,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("run", "all stages, into one folder"),
     "search": ("search", "search plans for little behaviour at little KL, and test the best"),
     "collect": ("stage", "one stage of a run: activations of the training and validation prompts"),
-    "directions": ("stage", "one stage of a run: estimate directions and their separation"),
+    "directions": (
+        "directions",
+        "one stage of a run: directions, their separation, and what is protected",
+    ),
     "sweep": ("sweep", "one stage of a run: race directions, refine plans, score finalists"),
     "plot": ("plot", "draw every figure of a run folder, and its report"),
     "select": ("select", "apply a selection rule to a table of evaluations"),

@@ -1,4 +1,4 @@
-"""`collect` and `directions`: one stage of a run, with those it needs.
+"""`collect`, and what it shares with other commands of one stage: the stage, with those it needs.
 
 Knows: flags and what is printed. Does not know: how a stage works.
 """

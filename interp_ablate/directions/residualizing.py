@@ -17,8 +17,8 @@ from interp_ablate.directions.direction import ZERO_TOLERANCE, Direction
 from interp_ablate.directions.direction_set import Directions
 from interp_ablate.errors import DirectionError
 from interp_ablate.precision import to_float64
+from interp_ablate.settings import RIDGE
 
-RIDGE = 0.01  # of unit vectors: one protected concept keeps 1% of its part in the direction
 SUFFIX = "_residualized"
 
 
