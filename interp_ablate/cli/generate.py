@@ -9,8 +9,9 @@ from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
 
-from interp_ablate.cli.options import ModelSettings, chosen_in_run, load
+from interp_ablate.cli.options import ModelSettings, chosen_in_run, load, tell
 from interp_ablate.cli.settings import adding, settings_from
+from interp_ablate.errors import RunError
 from interp_ablate.settings import setting
 from interp_ablate.storage.strict_json import json_text
 
@@ -26,6 +27,16 @@ class Generate(ModelSettings):
     )
     run: str | None = setting(None, "run folder: its model and chosen plan")
     plan: str | None = setting(None, "plan JSON")
+    strength: str | None = setting(
+        None,
+        "the plan's strengths and coefficients times a number; or kl:X, the strength whose KL on --kl-prompts is X "
+        "nats at quantile 0.9 (kl:X@Q: at quantile Q)",
+        metavar="X",
+    )
+    kl_prompts: str = setting(
+        "declining",
+        "with --strength kl:X: harmless prompts (negative ones of a contrast set, or a file with a prompt a line)",
+    )
     system: str | None = setting(None, "system prompt", empty=True)
     max_new_tokens: int = setting(64, "tokens of an answer, at most", least=1)
     json: bool = setting(False, "one JSON object a prompt")
@@ -37,14 +48,24 @@ add = adding(Generate)
 def run(args: Namespace) -> int:
     """Print each prompt's answers."""
     from interp_ablate.edits.plan import Plan
+    from interp_ablate.evaluation.calibration import KLStrength, strength_at_kl_quantile
 
     settings = settings_from(args, Generate)
     if settings.run:
         stored, selected = chosen_in_run(settings.run)
         settings = settings_from(args, Generate, under={**stored, "plan": selected})
     plan = Plan.load(settings.plan) if settings.plan else None
+    strength, harmless = _strength(settings, plan)
     prompts = _prompts(settings)
     model = load(settings, settings.model)
+    if isinstance(strength, KLStrength) and plan is not None:
+        found = strength_at_kl_quantile(
+            model, plan, harmless, kl=strength.kl, quantile=strength.quantile
+        )
+        plan = found.plan
+        tell(args, str(found))
+    elif plan is not None:
+        plan = plan.times(strength) if strength != 1 else plan
     limit = settings.max_new_tokens
     conditions = {"baseline": model.generate(prompts, max_new_tokens=limit)}
     if plan is not None:
@@ -64,6 +85,21 @@ def run(args: Namespace) -> int:
             answer = "(none: the thought did not end)" if each.answer is None else each.answer
             print(f"[{name}] {answer}\n")
     return 0
+
+
+def _strength(settings: Generate, plan: Any) -> tuple[Any, Any]:
+    """The strength that was asked for, and the prompts on which a KL is calibrated; refused before a model is loaded."""
+    from interp_ablate.evaluation.calibration import KLStrength, harmless_prompts, read_strength
+
+    if settings.strength is None:
+        return 1.0, ()
+    if plan is None:
+        raise RunError("--strength is the plan's: give --plan or --run too")
+    strength = read_strength(settings.strength)
+    plan.times(1.0)  # a plan without strengths is refused here
+    return strength, harmless_prompts(settings.kl_prompts) if isinstance(
+        strength, KLStrength
+    ) else ()
 
 
 def _prompts(settings: Generate) -> list[Any]:

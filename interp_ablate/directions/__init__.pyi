@@ -33,6 +33,7 @@ from .sae_features import SAEDecoder as SAEDecoder
 from .sae_features import nearest_features as nearest_features
 from .self_organizing_map import SelfOrganizingMap as SelfOrganizingMap
 from .self_organizing_map import som_directions as som_directions
+from .steering_plane import steering_plane as steering_plane
 from .subspaces import Subspace as Subspace
 from .subspaces import pca as pca
 from .subspaces import subspace as subspace

@@ -1,6 +1,8 @@
 from .affine import Affine as Affine
 from .affine_concept import affine_concept_edit as affine_concept_edit
 from .affine_edit import AffineEdit as AffineEdit
+from .conditional import Condition as Condition
+from .conditional import Conditional as Conditional
 from .joint import ablate_by_site as ablate_by_site
 from .joint import ablate_sets as ablate_sets
 from .joint import jointly as jointly
@@ -16,3 +18,4 @@ from .plan import add_to_layers as add_to_layers
 from .plan import band as band
 from .plan import everywhere as everywhere
 from .plan import layers_of as layers_of
+from .rotation import Rotate as Rotate

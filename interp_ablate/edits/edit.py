@@ -16,7 +16,7 @@ from torch import Tensor
 
 from interp_ablate.directions.direction import Direction
 from interp_ablate.directions.subspaces import Subspace
-from interp_ablate.edits.affine import Affine, NormGain
+from interp_ablate.edits.affine import NormGain
 from interp_ablate.errors import InterpAblateError, PlanError
 from interp_ablate.sites import Site, SiteLike, as_sites
 
@@ -107,6 +107,8 @@ class EditBase:
     """The name of the edit's number: strength, coefficient or value."""
     misscaled: ClassVar[str] = "are not unit, or not orthonormal"
     norm_preserving: ClassVar[bool] = False
+    hooks_only: ClassVar[str] = ""
+    """Why no weights can hold an edit of this kind, in words; empty where they can."""
     sites: tuple[Site, ...]
     vectors: Float[Tensor, "k d_model"]
     amounts: tuple[float, ...]
@@ -148,11 +150,16 @@ class EditBase:
         return f"{self.amount} {range_text(self.amounts)}"
 
     @property
+    def where(self) -> Any:
+        """Where the edit works within a pass: its positions, and for a conditional edit its condition too."""
+        return self.positions
+
+    @property
     def d_model(self) -> int:
         return self.vectors.shape[1]
 
-    def map_at(self, site: SiteLike, gain: NormGain | None = None) -> Affine:
-        """The affine map of this edit at one of its sites.
+    def map_at(self, site: SiteLike, gain: NormGain | None = None) -> Any:
+        """The affine map (of a rotation, the `Rotation`) of this edit at one of its sites.
 
         Args:
             gain: of the norm between this site and the residual stream, in post-norm blocks. The edit's
@@ -171,11 +178,11 @@ class EditBase:
         i = self.sites.index(site)
         return self._map(i) if gain is None else self._map_before_norm(i, gain)
 
-    def _map(self, i: int) -> Affine:
+    def _map(self, i: int) -> Any:
         """The map at the i-th site."""
         raise NotImplementedError
 
-    def _map_before_norm(self, i: int, gain: NormGain) -> Affine:
+    def _map_before_norm(self, i: int, gain: NormGain) -> Any:
         raise PlanError(
             f"{self!r} at {self.sites[i]}, before a norm: what is added there is rescaled with the rest, "
             "so it has no fixed effect on the stream. Write it after the norm, at attn_out or mlp_out (behind an "

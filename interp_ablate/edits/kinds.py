@@ -25,6 +25,7 @@ from interp_ablate.edits.affine import (
     through_gain,
 )
 from interp_ablate.edits.affine_edit import AffineEdit
+from interp_ablate.edits.conditional import Conditional
 from interp_ablate.edits.edit import (
     EditBase,
     Positions,
@@ -34,6 +35,7 @@ from interp_ablate.edits.edit import (
     strength_per_site,
     written_sites,
 )
+from interp_ablate.edits.rotation import Rotate
 from interp_ablate.errors import PlanError
 from interp_ablate.sites import WRITER_POINTS, Site, SiteLike
 
@@ -305,8 +307,10 @@ def _as_tensor(vector: Any) -> Tensor:
     return tensor.detach().to("cpu", torch.float64)
 
 
-Edit = Ablate | Add | Clamp | Erase | AffineEdit
-_EDITS: dict[str, type[Edit]] = {kind.op: kind for kind in (Ablate, Add, Clamp, Erase, AffineEdit)}
+Edit = Ablate | Add | Clamp | Erase | AffineEdit | Rotate | Conditional
+_EDITS: dict[str, type[Edit]] = {
+    kind.op: kind for kind in (Ablate, Add, Clamp, Erase, AffineEdit, Rotate, Conditional)
+}
 
 
 def edit_from_dict(entry: dict[str, Any]) -> Edit:
@@ -316,7 +320,10 @@ def edit_from_dict(entry: dict[str, Any]) -> Edit:
         PlanError: an unknown operation, a field that is missing or cannot be read.
     """
     try:
-        return _EDITS[entry["op"]]._from_entry(entry)
+        kind = _EDITS[entry["op"]]
+        if kind is Conditional:
+            return Conditional.read(entry, edit_from_dict)
+        return kind._from_entry(entry)
     except KeyError as error:
         raise PlanError(
             f"an edit of the plan lacks or misnames {error}: operations are {', '.join(_EDITS)}"

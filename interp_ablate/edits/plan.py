@@ -19,8 +19,10 @@ from typing import Any, Protocol
 from interp_ablate.directions.direction import Direction
 from interp_ablate.display import html_table
 from interp_ablate.edits.affine import Affine, NormGain
+from interp_ablate.edits.conditional import Gate
 from interp_ablate.edits.edit import EditBase, Positions, is_number, range_text
 from interp_ablate.edits.kinds import Ablate, Add, Clamp, Edit, edit_from_dict
+from interp_ablate.edits.rotation import Rotation
 from interp_ablate.errors import PlanError
 from interp_ablate.sites import EMBEDDING_POINTS, WRITER_POINTS, Point, Site, SiteLike, sites_of
 from interp_ablate.storage.atomic_files import write_atomic
@@ -48,7 +50,7 @@ class Plan:
         for edit in edits:
             if not isinstance(edit, EditBase):
                 raise PlanError(
-                    f"a plan is made of Ablate, Add, Clamp and Erase, or AffineEdit; got {edit!r} ({type(edit).__name__})"
+                    f"a plan is made of Ablate, Add, Clamp and Erase, AffineEdit, Rotate or Conditional; got {edit!r} ({type(edit).__name__})"
                 )
         object.__setattr__(self, "edits", edits)
         widths = {edit.d_model for edit in edits}
@@ -122,22 +124,28 @@ class Plan:
 
     def maps_at(
         self, site: SiteLike, gain: NormGain | None = None
-    ) -> list[tuple[Positions, Affine]]:
-        """The maps at one site in order, neighbours of equal positions composed into one.
+    ) -> list[tuple[Positions | Gate, Affine | Rotation]]:
+        """The maps at one site in order, affine neighbours of equal positions (and condition) composed into one.
 
         `gain`: of the norm that follows the site, as for `map_at`.
         """
         site = Site.parse(site)
-        maps: list[tuple[Positions, Affine]] = []
+        maps: list[tuple[Positions | Gate, Affine | Rotation]] = []
         for edit in self.edits:
             if site not in edit.sites:
                 continue
-            affine = edit.map_at(site, gain)
-            if maps and maps[-1][0] == edit.positions:
-                maps[-1] = (edit.positions, maps[-1][1].then(affine))
+            found, last = edit.map_at(site, gain), maps[-1] if maps else (None, None)
+            if last[0] == edit.where and isinstance(last[1], Affine) and isinstance(found, Affine):
+                maps[-1] = (edit.where, last[1].then(found))
             else:
-                maps.append((edit.positions, affine))
+                maps.append((edit.where, found))
         return maps
+
+    @property
+    def hooks_only(self) -> str:
+        """Why no weights can hold the plan, in words; empty where its kinds of edits have a weight form."""
+        found = next((edit for edit in self.edits if edit.hooks_only), None)
+        return f"{found!r} is {found.hooks_only}: it works on a running model only" if found else ""
 
     @property
     def fingerprint(self) -> str:

@@ -1,3 +1,5 @@
+from .calibration import Calibration as Calibration
+from .calibration import strength_at_kl_quantile as strength_at_kl_quantile
 from .compare import evaluate as evaluate
 from .float32_kl import first_token_kl_floor as first_token_kl_floor
 from .float32_kl import float32_first_token_kl as float32_first_token_kl

@@ -18,7 +18,7 @@ from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import RunError
 from interp_ablate.evaluation.metrics import Metric, answer_kl
 from interp_ablate.evaluation.outputs import ModelOutputs, generate_outputs_together
-from interp_ablate.models.applied_plans import as_plan
+from interp_ablate.models.installed_plans import as_plan
 from interp_ablate.models.model import Model
 from interp_ablate.models.thinking import Generation
 from interp_ablate.prompts.prompt import PromptLike, text_of_prompt

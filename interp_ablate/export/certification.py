@@ -388,8 +388,10 @@ def certify(
     Returns the certificate: the numbers of `compare`, the limits, and whether all hold.
 
     Raises:
-        ExportError: a folder transformers cannot load with no option.
+        ExportError: a folder transformers cannot load with no option; a plan that only hooks can do.
     """
+    if plan.hooks_only:
+        raise ExportError(f"{plan.hooks_only}: there is no export of it that could be certified")
     computed = str(model.dtype).removeprefix("torch.")
     stored = stored_dtype or computed
     reloaded = load_in_blocks(folder, model.device, dtype=model.dtype)

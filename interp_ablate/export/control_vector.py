@@ -102,6 +102,8 @@ def _block_vectors(plan: Plan, n_layers: int) -> dict[int, Float[Tensor, " d_mod
     """Block -> everything that is added to its output, in float32."""
     if not len(plan):
         raise ExportError("the plan has no edits: a control vector needs at least one addition")
+    if plan.hooks_only:
+        raise ExportError(f"{plan.hooks_only}. {_nearest(n_layers)}")
     sums: dict[int, Tensor] = {}
     for edit in plan:
         if not isinstance(edit, Add):

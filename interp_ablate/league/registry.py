@@ -12,6 +12,7 @@ from interp_ablate.errors import RunError
 from interp_ablate.league.method import LeagueMethod
 from interp_ablate.league.methods import (
     ace,
+    angular_steering,
     biprojected,
     concept_cone,
     cosmic,
@@ -48,6 +49,7 @@ METHODS: dict[str, LeagueMethod] = {
         leace,
         ace,
         gaussian_transport,
+        angular_steering,
         norm_preserving,
         biprojected,
         residualized,

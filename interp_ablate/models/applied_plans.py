@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from threading import RLock, get_ident
 from typing import Any
 
@@ -16,47 +15,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from interp_ablate.edits.affine import Affine, before_norm, rescale_rows
+from interp_ablate.edits.conditional import Condition
 from interp_ablate.edits.kinds import Edit
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import PlanError
 from interp_ablate.models.backends.backend import Backend, ForwardCall, SiteMap
+from interp_ablate.models.installed_plans import InstalledPlans, as_plan, condition_reader
 from interp_ablate.models.plan_hooks import SiteWriter
 from interp_ablate.precision import to_float64
 from interp_ablate.sites import EMBEDDING_POINTS, PROJECTION_POINTS, Site
-
-
-@dataclass(eq=False)
-class InstalledPlans:
-    """One plan for all rows, or one plan a row, and its hooks in the model."""
-
-    plans: tuple[Plan, ...]
-    plan_of_row: tuple[int, ...] | None = None
-    """For each row the index of its plan; None where one plan is for all rows."""
-    writers: dict[Site, list[SiteWriter]] = field(default_factory=dict)
-    n_writes: dict[Site, int] = field(default_factory=dict)
-    """The number of times that each site was written."""
-    handles: list[Any] = field(default_factory=list)
-    resid_mid_handles: list[Any] = field(default_factory=list)
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        """Every site that one of the plans writes, in forward order."""
-        return tuple(sorted({site for plan in self.plans for site in plan.sites}))
-
-    def remove(self, *, resid_mid_only: bool = False) -> None:
-        """Take the hooks out of the model."""
-        for handle in self.resid_mid_handles + ([] if resid_mid_only else self.handles):
-            handle.remove()
-        self.resid_mid_handles = []
-
-    @property
-    def hook_ids(self) -> list[int]:
-        return [handle.id for handle in self.handles + self.resid_mid_handles]
-
-
-def as_plan(plan: Plan | Edit | None) -> Plan:
-    """A plan as it is, an edit as a plan of one, None as the plan that edits nothing."""
-    return plan if isinstance(plan, Plan) else Plan((plan,) if plan is not None else ())
 
 
 class AppliedPlans:
@@ -164,6 +131,11 @@ class AppliedPlans:
         """Every site that an applied plan writes."""
         return {site for installed in self.installed for site in installed.sites}
 
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """Every condition of the prompt on which an applied plan depends."""
+        return tuple(each for installed in self.installed for each in installed.conditions)
+
     def plan_of_rows(self, n_rows: int) -> list[int] | None:
         """For each row the index of its plan; None where one plan (or none) is for all.
 
@@ -238,6 +210,8 @@ class AppliedPlans:
                     f"the plan's directions have d_model {plan.d_model}, the model {d_model}: "
                     "it was made for another model"
                 )
+        for condition in new.conditions:
+            self._site_map.hook_point(condition.site)
         for site in new.sites:
             self._site_map.hook_point(site)  # every name is checked before any hook is placed
             gains = self._backend.post_norm_gains(site)
@@ -257,6 +231,9 @@ class AppliedPlans:
                 for gain in gains
             ]
         new.n_writes.update(dict.fromkeys(new.sites, 0))
+        for condition in new.conditions:  # read before the plan writes there
+            reader = condition_reader(condition, lambda: self.current_call)
+            new.handles.append(self._hook(condition.site, reader))
         for site in new.sites:
             if site.point != "resid_mid":
                 new.handles.append(self._hook(site, self._writing_hook(site, new)))

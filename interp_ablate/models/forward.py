@@ -181,7 +181,7 @@ class ForwardPasses:
 
         0 where a model of rows up to `width` tokens would count the padding between prefix and rest.
         """
-        if len(rows) < 2:
+        if len(rows) < 2 or self.plans.conditions:  # a condition reads every prompt whole
             return 0
         n_shared = min(common_prefix(rows, keep=keep), *prompt_lengths)
         if n_shared < MIN_SHARED_PREFIX or not self.checks.sharing_is_exact(width):

@@ -167,7 +167,9 @@ class ResidualCaching:
         """Where passes over rows may start, under the applied plans; None where all blocks must run."""
         if cache is None or not cache.layers or self._plans.with_gradients:
             return None
-        block = cache.first_block(self._site_map.first_block({*self._plans.sites, *captured}))
+        read = {condition.site for condition in self._plans.conditions}
+        reached = {*self._plans.sites, *read, *captured}
+        block = cache.first_block(self._site_map.first_block(reached))
         if not block or not cache.holds(rows) or self._backend.is_hooked_below(block):
             return None
         if cache.weights_version != self._fingerprint.weights_version:

@@ -296,7 +296,7 @@ def _plans(selected: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 
 def _amount(edit: Mapping[str, Any]) -> str:
     amounts: list[str] = []
-    for key in ("strength", "coefficient", "value"):
+    for key in ("strength", "coefficient", "value", "angle"):
         amount = edit.get(key)
         if isinstance(amount, (list, tuple)) and amount:
             amounts.append(f"{key} {number(min(amount))} to {number(max(amount))}, one a site")

@@ -4,6 +4,8 @@ from .concept_cone import ConceptCone as ConceptCone
 from .concept_cone import fit_cone as fit_cone
 from .concept_inversion import ConceptInversion as ConceptInversion
 from .concept_inversion import cosmic as cosmic
+from .condition_choice import ConditionChoice as ConditionChoice
+from .condition_choice import best_condition as best_condition
 from .derived_edits import control_plan as control_plan
 from .derived_edits import scaled_to_kl as scaled_to_kl
 from .derived_edits import strength_at_kl as strength_at_kl

@@ -270,6 +270,7 @@ def _edit_site(
         gain = gain_of(gains, read, changes.plan.d_model)
         affine = Affine.identity(changes.plan.d_model)
         for _, part in changes.plan.maps_at(site, gain):
+            assert isinstance(part, Affine)  # rotations were refused (`writers_only_form`)
             affine = affine.then(part)
         _edit_tensors(changes, site, affine, tensors, entry, hf_config)
 

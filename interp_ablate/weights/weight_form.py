@@ -35,6 +35,11 @@ def writers_only_form(plan: Plan, entry: Architecture, hf_config: Any) -> Plan:
     Raises:
         ExportError: the reason, and the nearest plan that is exact.
     """
+    if plan.hooks_only:
+        raise ExportError(
+            f"{plan.hooks_only}, and no checkpoint, adapter or control vector can hold it. Keep the plan's file, and "
+            "apply it with model.applied(plan) or --plan. Of the other edits there is an exact weight form"
+        )
     limited = sorted({edit.positions for edit in plan if edit.positions != "all"})
     if limited:
         raise ExportError(

@@ -23,7 +23,7 @@ def test_its_snippets_run_one_after_another(monkeypatch: pytest.MonkeyPatch) -> 
     text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     text = text.split("## Before the methods below")[1]
     blocks = re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 7
+    assert len(blocks) == 14
     hf, tokenizer = tiny(eos_token_id=None)
     with torch.no_grad():
         hf.lm_head.weight.mul_(4)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -147,6 +147,8 @@ class ForwardCall:
     """Where the call starts; None for the embedding."""
     padded: bool = True
     """False where all tokens are real: the mask says nothing then."""
+    decisions: dict[str, Bool[Tensor, " batch"]] = field(default_factory=dict)
+    """For each condition that was read, by its key, the rows whose prompt meets it; kept while a row is decoded."""
 
     def of_rows(self, rows: Int[Tensor, " row"], cache: Any) -> ForwardCall:
         """The same call for some of its rows, with the cache of these rows."""
@@ -158,6 +160,7 @@ class ForwardCall:
             cache,
             None if self.plans is None else self.plans[rows],
             padded=self.padded,
+            decisions={key: met[rows.to(met.device)] for key, met in self.decisions.items()},
         )
 
     def followed_by(self, tokens: Int[Tensor, " batch"]) -> ForwardCall:
@@ -168,8 +171,9 @@ class ForwardCall:
             new = torch.cat([self.tokens, new], 1)
             positions = torch.cat([self.positions, positions], 1)
         return ForwardCall(
-            new, mask, positions, self.prompt_lengths, self.cache, self.plans, padded=self.padded
-        )
+            new, mask, positions, self.prompt_lengths, self.cache, self.plans,
+            padded=self.padded, decisions=self.decisions,
+        )  # fmt: skip
 
     @cached_property
     def generated(self) -> Bool[Tensor, "batch new"]:
