@@ -37,8 +37,8 @@ def steering_plane(
             f"{[len(row) for row in rows][:4]}"
         )
     units = torch.stack(rows)
-    _, _, axes = torch.linalg.svd(units, full_matrices=False)
-    for axis in axes:  # the first may be the feature's own direction
+    _, lengths, axes = torch.linalg.svd(units, full_matrices=False)
+    for axis in axes[lengths > SMALLEST_REST * lengths[0]]:  # the first may be the feature's own direction
         rest = axis - (axis @ first) * first
         if float(rest.norm()) > SMALLEST_REST:
             second = rest / rest.norm()
