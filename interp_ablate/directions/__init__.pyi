@@ -29,11 +29,11 @@ from .optimal_transport import Transport as Transport
 from .optimal_transport import gaussian_transport as gaussian_transport
 from .residualizing import residualized as residualized
 from .residualizing import residualized_directions as residualized_directions
+from .rotation_planes import steering_plane as steering_plane
 from .sae_features import SAEDecoder as SAEDecoder
 from .sae_features import nearest_features as nearest_features
 from .self_organizing_map import SelfOrganizingMap as SelfOrganizingMap
 from .self_organizing_map import som_directions as som_directions
-from .steering_plane import steering_plane as steering_plane
 from .subspaces import Subspace as Subspace
 from .subspaces import pca as pca
 from .subspaces import subspace as subspace

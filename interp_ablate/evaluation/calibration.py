@@ -101,16 +101,7 @@ def strength_at_kl_quantile(
     baseline = ModelOutputs(model, prompts)
     family(BEGIN)  # what has no strength is refused before anything is measured
     measured: dict[float, float] = {}
-
-    def measure(strength: float) -> float:
-        if strength not in measured:
-            try:
-                values = first_token_kl(baseline.with_plan(family(strength)), baseline)
-                measured[strength] = float(torch.quantile(values.double(), quantile))
-            except InterpAblateError:  # so strong that nothing finite is left
-                measured[strength] = math.inf
-        return measured[strength]
-
+    measure = _measuring(measured, baseline, family, quantile)
     baseline.first_logprobs  # noqa: B018 - an error of the unedited model is an error
     low, high = _crossing(measure, kl)
     for _ in range(MOST_BISECTIONS):
@@ -126,6 +117,26 @@ def strength_at_kl_quantile(
             "taken", ", ".join(f"{s:.3g}: {v:.3g}" for s, v in points), kl,
         )  # fmt: skip
     return Calibration(family(low), low, measure(low), kl, quantile, points, grows)
+
+
+def _measuring(
+    measured: dict[float, float],
+    baseline: ModelOutputs,
+    family: Callable[[float], Plan],
+    quantile: float,
+) -> Callable[[float], float]:
+    """A function that measures the quantile of the KL at a strength, once, and keeps it in `measured`."""
+
+    def measure(strength: float) -> float:
+        if strength not in measured:
+            try:
+                values = first_token_kl(baseline.with_plan(family(strength)), baseline)
+                measured[strength] = float(torch.quantile(values.double(), quantile))
+            except InterpAblateError:  # so strong that nothing finite is left
+                measured[strength] = math.inf
+        return measured[strength]
+
+    return measure
 
 
 def _crossing(measure: Callable[[float], float], kl: float) -> tuple[float, float]:

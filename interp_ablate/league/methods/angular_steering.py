@@ -6,7 +6,7 @@ Knows: the method and its source. Does not know: how it is judged.
 from __future__ import annotations
 
 from interp_ablate.directions.mean_difference import difference_in_means
-from interp_ablate.directions.steering_plane import steering_plane
+from interp_ablate.directions.rotation_planes import steering_plane
 from interp_ablate.edits.plan import Plan
 from interp_ablate.edits.rotation import Rotate
 from interp_ablate.league.fitted import Family, FittedMethod

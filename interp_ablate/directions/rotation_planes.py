@@ -38,7 +38,9 @@ def steering_plane(
         )
     units = torch.stack(rows)
     _, lengths, axes = torch.linalg.svd(units, full_matrices=False)
-    for axis in axes[lengths > SMALLEST_REST * lengths[0]]:  # the first may be the feature's own direction
+    for axis in axes[
+        lengths > SMALLEST_REST * lengths[0]
+    ]:  # the first may be the feature's own direction
         rest = axis - (axis @ first) * first
         if float(rest.norm()) > SMALLEST_REST:
             second = rest / rest.norm()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from interp_ablate.directions.direction import Direction
-from interp_ablate.directions.steering_plane import steering_plane
+from interp_ablate.directions.rotation_planes import steering_plane
 from interp_ablate.errors import DirectionError
 from interp_ablate.sites import Site
 
