@@ -34,6 +34,7 @@ ENTRY_POINTS = "interp_ablate.commands"
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("run", "all stages, into one folder"),
     "search": ("search", "search plans for little behaviour at little KL, and test the best"),
+    "league": ("league", "every method of removing and inducing behaviours, at one budget"),
     "collect": ("stage", "one stage of a run: activations of the training and validation prompts"),
     "directions": (
         "directions",

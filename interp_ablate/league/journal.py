@@ -1,0 +1,102 @@
+"""The journal of a league: one line a finished piece of work, on disk before the next begins.
+
+Knows: what is finished, what was begun and never ended. Does not know: what a piece of work is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from interp_ablate.search.trials import KILLS
+from interp_ablate.storage.jsonl_log import JsonlLog
+
+FORMAT = "interp_ablate.league/1"
+Key = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One finished piece of work, by its key; `failed` says why it came to nothing."""
+
+    key: Key
+    values: dict[str, Any]
+    seconds: float
+    failed: str = ""
+
+
+class LeagueJournal:
+    """Finished records on disk; work that was killed KILLS times is given up, since it may be the cause.
+
+    Raises:
+        RunError: a journal of other rules or another model, a corrupt line, one in use by another process.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        self._lines = JsonlLog(
+            path, identity, kind="journal of a league", format=FORMAT, lost="its work is done again"
+        )
+        self.done: dict[Key, Record] = {}
+        self._kills: Counter[Key] = Counter()
+
+    @contextmanager
+    def open(self) -> Iterator[LeagueJournal]:
+        """Read what is there; the other methods work inside the block, in one process at a time."""
+        with self._lines.open() as lines:
+            self.done, self._kills = {}, Counter()
+            for number, line in enumerate(lines, 2):
+                try:
+                    self._take(line)
+                except (TypeError, KeyError, ValueError) as error:
+                    raise self._lines.corrupt(number, error) from error
+            yield self
+
+    def _take(self, line: dict[str, Any]) -> None:
+        if "begun" in line:
+            self._kills.update(map(tuple, line["begun"]))
+        elif "released" in line:
+            self._kills.subtract(map(tuple, line["released"]))
+        else:
+            record = Record(
+                tuple(line["key"]), dict(line["values"]), float(line["seconds"]), line["failed"]
+            )
+            self.done[record.key] = record
+
+    def _append(self, line: dict[str, Any]) -> None:
+        self._lines.append(line)
+        self._take(json.loads(json.dumps(line)))
+
+    def work(self, keys: Sequence[Key], do: Callable[[], Sequence[Record]]) -> None:
+        """Do work whose keys are not done yet, and write down what came of it.
+
+        An interruption is written down too, and is no sign that the work kills its process.
+        """
+        given_up = [key for key in keys if self._kills[key] >= KILLS]
+        if given_up:
+            for key in given_up:
+                self.finish(Record(key, {}, 0.0, f"its process was killed {KILLS} times"))
+            return
+        self._append({"begun": [list(key) for key in keys]})
+        try:
+            for record in do():
+                self.finish(record)
+        except BaseException:
+            left = [list(key) for key in keys if key not in self.done]
+            self._append({"released": left})
+            raise
+
+    def finish(self, record: Record) -> None:
+        """Write down a finished record; it is on disk when this returns."""
+        self._append(
+            {
+                "key": list(record.key),
+                "values": record.values,
+                "seconds": round(record.seconds, 3),
+                "failed": record.failed,
+            }
+        )
