@@ -214,8 +214,10 @@ def _entry(entry: Any, where: str, language: str) -> Expression:
 
 
 EXPRESSIONS_OF_CONTRAST = {
+    "code": "code",
     "declining": "declining",
     "sentiment": "positive_sentiment",
     "language": "french",
 }
-"""The list that shows a bundled contrast set's behaviour in the model's answers."""
+"""The list that shows a bundled contrast set's behaviour in the model's answers; other sets are of a concept that is
+in the prompts alone."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from importlib import resources
@@ -163,13 +164,19 @@ def test_a_side_too_small_says_what_fits() -> None:
 # --------------------------------------------------------------------------------- bundled sets
 
 
+BUNDLED = (
+    *("bad_news", "code", "declining", "first_person", "formality", "language", "listing"),
+    *("questions", "sentiment"),
+)
+
+
 def test_bundled_names() -> None:
-    assert bundled_names() == ("declining", "language", "sentiment")
+    assert bundled_names() == BUNDLED
     provenance = resources.files("interp_ablate").joinpath("data", "PROVENANCE.md").read_text()
     assert all(f"`{name}`" in provenance for name in bundled_names())
 
 
-@pytest.mark.parametrize("name", ["declining", "language", "sentiment"])
+@pytest.mark.parametrize("name", BUNDLED)
 def test_the_contract_of_the_bundled_sets(name: str) -> None:
     contrast = ContrastSet.load(name)
     assert len(contrast.positive) == len(contrast.negative) == 128
@@ -181,6 +188,24 @@ def test_the_contract_of_the_bundled_sets(name: str) -> None:
     assert max(means) / min(means) < 1.05 and abs(report.length_auc - 0.5) < 0.05
     split = contrast.split()
     assert [len(p.positive) for p in (split.train, split.validation, split.test)] == [64, 32, 32]
+
+
+@pytest.mark.parametrize("name", ["code", "first_person", "formality", "listing", "questions"])
+def test_pairs_of_these_sets_have_the_same_words(name: str) -> None:
+    """Only their order differs, so that no bag of words and no length can tell the two apart."""
+    contrast = ContrastSet.load(name)
+    for p, n in zip(contrast.positive, contrast.negative, strict=True):
+        words = [
+            sorted(re.findall(r"[\w+#']+", re.sub(r"\ban\b", "a", each.text.lower())))
+            for each in (p, n)
+        ]
+        assert words[0] == words[1] and p.text != n.text
+
+
+@pytest.mark.parametrize("name", sorted(set(BUNDLED) - {"declining", "language", "sentiment"}))
+def test_lint_has_no_warning_of_the_sets_of_the_league(name: str) -> None:
+    report = lint(ContrastSet.load(name))
+    assert report.of("error") == report.of("warning") == () and report.bag_of_words_auc < 0.9
 
 
 def test_pairs_of_language_differ_in_the_language_only() -> None:
