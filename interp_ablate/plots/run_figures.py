@@ -41,7 +41,7 @@ from interp_ablate.plots.run_tables import (
     read_tokens,
 )
 from interp_ablate.plots.tokens import token_heatmap
-from interp_ablate.plots.trials import Value, pareto, search_front, sweep_heatmap
+from interp_ablate.plots.trials import RATE, Value, pareto, search_front, sweep_heatmap
 from interp_ablate.storage.entry_points import entry_named, entry_names
 from interp_ablate.storage.tables import read_json
 
@@ -174,17 +174,21 @@ def _draw_search(folder: Path) -> dict[str, Figure]:
     trials = trials[(trials["stage"] == "search") & (trials["status"] == "ok")]
     if trials.empty:
         return {}
-    choice, figure = read_choice(folder), style.new_figure(height=5.4)
+    choice = read_choice(folder)
+    shown = [each for each in choice.objectives if each.column in trials] or [RATE]
+    figure = style.new_figure(height=5.4 * len(shown))
     unedited = choice.selected.get("validation_baseline") or {}
-    search_front(
-        trials,
-        figure.add_subplot(),
-        repetition=unedited.get("positive_repetition"),
-        selected=choice.selected.get("trial"),
-        max_kl=choice.max_kl,
-        unedited=unedited.get("expression_rate"),
-        n=choice.n,
-    )
+    for place, objective in enumerate(shown, 1):
+        search_front(
+            trials,
+            figure.add_subplot(len(shown), 1, place),
+            repetition=unedited.get("positive_repetition"),
+            selected=choice.selected.get("trial"),
+            max_kl=choice.max_kl,
+            unedited=unedited.get(objective.column),
+            n=choice.n,
+            objective=objective,
+        )
     return {"search.png": figure}
 
 

@@ -20,6 +20,7 @@ from interp_ablate.plots.directions import BESIDE_COLUMNS, PROJECTION_COLUMNS
 from interp_ablate.plots.tokens import TOKEN_COLUMNS
 from interp_ablate.plots.trials import is_comparable
 from interp_ablate.search.by_layer import COLUMNS
+from interp_ablate.search.objectives import DEFAULT_OBJECTIVES, Objective, parse_objective
 from interp_ablate.search.trial_table import read_trials
 from interp_ablate.storage.tables import read_json, read_table
 
@@ -34,6 +35,18 @@ class Choice:
     """The limit of the KL in nats."""
     n: int | None
     """Validation prompts a side."""
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """What its search made small or large beside the KL; the repetition only where it is no default.
+
+        Raises:
+            RunError: objectives that are none.
+        """
+        named = [parse_objective(str(text)) for text in self.selected.get("objectives") or ()]
+        usual = [each.measure for each in named] == list(DEFAULT_OBJECTIVES)
+        left_out = ("kl", "repetition") if usual else ("kl",)
+        return tuple(each for each in named if each.measure not in left_out)
 
     @property
     def trial(self) -> Mapping[str, Any]:

@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from interp_ablate.errors import RunError
 from interp_ablate.plots import style
+from interp_ablate.search.objectives import Objective
 from interp_ablate.search.selection import pareto_front
 from interp_ablate.search.trial_table import TRIAL_COLUMNS
 
@@ -41,6 +42,7 @@ _HEAT: dict[Value, tuple[str, str, str]] = {
     ),
 }
 _SMALLEST_KL = 1e-8
+RATE = Objective("expressions", "expressions")
 _KL_LABEL = "KL to the unedited model, first token, negative prompts (nats, log scale)"
 _HATCHES = ("", "///", "xxx")  # from the most prompts to the fewest
 
@@ -277,12 +279,13 @@ def search_front(
     max_kl: float | None = None,
     unedited: float | None = None,
     n: int | None = None,
+    objective: Objective = RATE,
 ) -> Axes:
-    """Expression rate against KL of every plan of a search, and the front of the two.
+    """One objective (by default the expression rate) against KL of every plan of a search, and the front of the two.
 
     Args:
         repetition: the unedited model's; plans that repeat themselves more are drawn hollow.
-        unedited: the unedited model's expression rate.
+        unedited: the unedited model's number.
         n: validation prompts a side.
         selected: the chosen trial's row.
         max_kl: the KL limit to draw, in nats.
@@ -290,7 +293,7 @@ def search_front(
     Raises:
         RunError: a missing column, no finished trial, or a chosen trial without numbers.
     """
-    ax = style.axes_or_new(ax, height=5.4)
+    ax, score = style.axes_or_new(ax, height=5.4), objective.column
     style.require_columns(
         trials, ("edit", "expression_rate", "kl", "positive_repetition"), "the search's trials"
     )
@@ -307,19 +310,19 @@ def search_front(
             (loops, "none", ", positive prompts' answers repeat more"),
         ):
             _points(
-                ax, rows[(rows["edit"] == kind) & mask], "expression_rate", name + more, s=26,
+                ax, rows[(rows["edit"] == kind) & mask], score, name + more, s=26,
                 marker=marker, facecolors=face, edgecolors=colour, linewidths=1.1,
             )  # fmt: skip
     if unedited is not None:
         _unedited(ax, unedited)
-    _front_and_limits(ax, rows, "expression_rate", selected, max_kl)
+    _front_and_limits(ax, rows, objective, selected, max_kl)
     ax.set_ylim(bottom=-0.03)
     style.finish_axes(
         ax,
         "Plans of the search, validation split",
         f"n = {n or 'all'} prompts a side; {len(rows)} of {len(trials)} trials scored",
         _KL_LABEL,
-        "share of positive prompts whose answer\nshows the behaviour",
+        objective.said + (" (large is better)" if objective.maximize else ""),
     )
     return ax
 
@@ -333,12 +336,13 @@ def _points(ax: Axes, rows: pd.DataFrame, score: str, name: str, **look: Any) ->
 def _front_and_limits(
     ax: Axes,
     rows: pd.DataFrame,
-    score: str,
+    objective: str | Objective,
     selected: Mapping[str, Any] | None,
     max_kl: float | None,
 ) -> None:
     """The Pareto front (dotted beyond the limit), the chosen trial, the KL limit, and a logarithmic KL axis."""
-    front = pareto_front(rows, objectives=("kl", score))
+    score = objective if isinstance(objective, str) else objective.column
+    front = pareto_front(rows, objectives=("kl", objective))
     inside = front["kl"] <= (max_kl or math.inf)
     for part, line, label in (
         (front[inside], "-", "Pareto front"),

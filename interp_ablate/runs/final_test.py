@@ -29,6 +29,11 @@ from interp_ablate.models.float32 import in_float32
 from interp_ablate.models.model import Model
 from interp_ablate.prompts.chat_format import described
 from interp_ablate.runs.fits import Step
+from interp_ablate.runs.objective_results import (
+    limits_of,
+    tested_objectives,
+    unedited_objectives,
+)
 from interp_ablate.runs.run_folder import Run
 from interp_ablate.scoring.behaviour import Behaviour, lacking, told
 from interp_ablate.scoring.expressions import ExpressionScorer
@@ -66,14 +71,16 @@ def choose_and_test(
         control: of the search that the finalists come from.
     """
     c, bench = run.configuration, run.bench
-    unedited = bench.unedited_text_scores()
+    unedited = bench.unedited_text_scores() | unedited_objectives(bench)
+    max_kl, limited = limits_of(bench.objectives, c.max_kl)
     choice = least_behaviour_under_kl(
         finalists,
-        max_kl=c.max_kl,
+        max_kl=max_kl,
         at_most={
             "repetition": unedited["repetition"] + repetition_slack,
             "empty": unedited["empty"],
         },
+        limits=limited,
         tolerance=0.5 / len(bench.positive.rows),
     )
     selected: dict[str, Any] = {
@@ -81,6 +88,7 @@ def choose_and_test(
         "limits": choice.limits(),
         "plan": None,
         "control": control,
+        "objectives": [each.text for each in bench.objectives.objectives],
         "validation_baseline": unedited,
         "validation_prompts": run.bench.n_prompts,
     }
@@ -123,6 +131,13 @@ def _tested(
     controls = _controls(run, plan, directions)
     test = measure_on_test(outputs, run.bench.expression, controls, run.step, seed=c.seed)
     test["how"] = _how(run)
+    test["objectives"] = tested_objectives(
+        run.bench.objectives,
+        run.bench.expression,
+        (outputs.ablated_positive, outputs.ablated_negative),
+        (outputs.positive, outputs.negative),
+        seed=c.seed,
+    )
     sides = (outputs.positive, outputs.ablated_positive, outputs.negative, outputs.ablated_negative)
     cut = [int(unanswered(side).sum()) for side in sides]
     if any(cut):

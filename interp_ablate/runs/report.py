@@ -21,6 +21,7 @@ import pandas as pd
 from interp_ablate.errors import RunError
 from interp_ablate.runs.report_answers import answer_groups, first_pairs
 from interp_ablate.runs.report_charts import RunTables, alt_texts, report_charts
+from interp_ablate.runs.report_choice import choice_told, objective_rows
 from interp_ablate.runs.report_claims import (
     duration,
     ends_text,
@@ -34,7 +35,7 @@ from interp_ablate.runs.report_claims import (
     span_text,
     tiles,
 )
-from interp_ablate.search.trial_table import read_trials
+from interp_ablate.search.trial_table import COLUMNS, read_trials
 from interp_ablate.storage.atomic_files import write_atomic
 from interp_ablate.storage.bundled_data import bundled
 from interp_ablate.storage.tables import read_json, read_table
@@ -211,7 +212,7 @@ def _context(folder: Path) -> dict[str, Any]:
             behaviour, configuration, selected, certificate, concept=bool(run.get("concept"))
         ),
         "tiles": tiles(test, certificate, configuration),
-        "results": _results(test),
+        "results": [*_results(test), *objective_rows(test)],
         "controls": [
             {**control, "span": ends_text(control.get("interval"), as_rate=True)}
             for control in objects(test.get("controls"))
@@ -219,6 +220,7 @@ def _context(folder: Path) -> dict[str, Any]:
         "plans": _plans(selected),
         "trial": part_of(selected, "trial"),
         "rule": (selected or {}).get("rule"),
+        "choice": choice_told(run, selected or {}),
         "limits": limits and {**limits, "removed": part_of(limits, "removed")},
         "advice": str(limits.get("relax") or (selected or {}).get("relax") or ""),
         "has_plan": bool((selected or {}).get("plan")),
@@ -360,7 +362,7 @@ def _trials(
               for row in top.itertuples()]
     )  # fmt: skip
     columns = [
-        name for name in _TRIAL_COLUMNS
+        name for name in (*_TRIAL_COLUMNS, *frame.columns.difference(COLUMNS, sort=False))
         if name in top and not top[name].isna().all() and not (top[name] == "").all()
     ]  # fmt: skip
     rows = [
@@ -376,7 +378,7 @@ def _trials(
     failed = frame[frame["status"] == "failed"]
     reasons = failed["reason"].value_counts().to_dict() if "reason" in failed else {}
     return {
-        "heads": [_TRIAL_COLUMNS[name] for name in columns],
+        "heads": [_TRIAL_COLUMNS.get(name, name) for name in columns],
         "rows": rows,
         "total": len(frame),
         "failed": len(failed),

@@ -17,6 +17,7 @@ from interp_ablate.runs.configuration import MAIN_METHOD
 from interp_ablate.runs.final_test import choose_and_test
 from interp_ablate.runs.fits import load_fitted_edits
 from interp_ablate.runs.run_folder import Run
+from interp_ablate.runs.search_objectives import identity_of, objective_scores
 from interp_ablate.runs.search_settings import SearchSettings
 from interp_ablate.runs.stages import do_stage
 from interp_ablate.runs.trial_session import TrialSession, trial_session
@@ -30,60 +31,55 @@ from interp_ablate.search.edit_space import (
 )
 from interp_ablate.search.gradient_fit import NothingToFitError
 from interp_ablate.search.grid import as_finalist
-from interp_ablate.search.optuna_proposer import OBJECTIVES, OptunaProposer
+from interp_ablate.search.objective_scores import ObjectiveScores
+from interp_ablate.search.objectives import Objective, leading, meets
+from interp_ablate.search.optuna_proposer import OptunaProposer
 from interp_ablate.search.race import (
     layers_apart,
     race_directions,
     rank_directions,
     screening_trials,
 )
-from interp_ablate.search.selection import pareto_front
+from interp_ablate.search.selection import pareto_front, spread_out
 from interp_ablate.search.trial_table import read_trials, to_frame
 from interp_ablate.search.trials import Trial
 from interp_ablate.settings import DECODED_ROWS
 from interp_ablate.sites import Site
 
 N_SOURCES = 3  # promising layers that bands start at
+N_FRONT = 24  # finalists of the front, at most
 N_STRONG = 6  # finalists beside the front
 AT_ONCE = 3  # trials whose answers are written in one batch
 LEAST_SECONDS = 60.0  # of trials, whatever the preparation took
 
 
-def run_search(run: Run, search: SearchSettings) -> None:
+def run_search(run: Run, search: SearchSettings, objectives: ObjectiveScores | None = None) -> None:
     """Search plans and test the best; the same call again goes on where it was.
+
+    A call with more trials or minutes goes on after the last one of the calls before, with the draws that one long
+    search would have made.
+
+    Args:
+        objectives: those of the settings, where they are made already (`objective_scores`).
 
     Raises:
         RunError: a search of other settings in this folder, another process that works in it, or no plan that
             could be scored.
     """
     begin = time.monotonic()
+    objectives = objectives or objective_scores(run, search)
     run.check_export()
     do_stage(run, "directions")
-    with trial_session(run, control=search.control) as session:
-        _check_same_search(session, {"control": search.control, "sampler": search.sampler})
+    with trial_session(run, search) as session:
+        run.bench.objectives = objectives
+        settings = {"control": search.control, "sampler": search.sampler}
+        _check_same_search(session, settings | {"objectives": identity_of(objectives)})
         screened, layers = _prepared(session, search)
         fits = load_fitted_edits(run.out / "fits") if search.fits else {}
         _check_same_search(session, {"fits": sorted(fits)})
         session.space.fits = fits
-        n_positive = len(run.bench.positive.rows)
-        batch_size = max(1, min(AT_ONCE, DECODED_ROWS // n_positive))
-        proposer = OptunaProposer(
-            parameter_space(session.space),
-            fixed=_fixed(session, search),
-            initial=initial_params(session.space, layers),
-            sampler=search.sampler,  # type: ignore[arg-type]
-            seed=run.configuration.seed,
-            round_size=batch_size * session.n_workers,
-        )
-        seconds = 60 * search.minutes - (time.monotonic() - begin)
-        with run.step("search", search.trials) as advance:
-            trials = proposer.propose(
-                lambda some: session.run_trials(some, advance, batch_size=batch_size),
-                [trial for trial in session.log.done.values() if trial.stage == "search"],
-                n_trials=search.trials,
-                seconds=max(seconds, LEAST_SECONDS),
-            )
-        chosen = _finalists(trials, run.configuration.max_kl, 0.5 / n_positive)
+        trials = _searched(session, search, layers, begin)
+        chosen = _finalists(trials, objectives.objectives, run.configuration.max_kl, 0.5 / _n(run))
         finalists = session.score("finalists", chosen)
         table = session.write_table(screened, [*trials, *finalists])
     own = table.iloc[len(table) - len(finalists) :]
@@ -93,6 +89,84 @@ def run_search(run: Run, search: SearchSettings) -> None:
         plan_of(trial.params, session.space).save(run.out / "plans" / f"{number}.json")
     choose_and_test(run, own, control=search.control)
     run.discard_after("evaluate")
+
+
+def _n(run: Run) -> int:
+    """Positive validation prompts."""
+    return len(run.bench.positive.rows)
+
+
+def _searched(
+    session: TrialSession, search: SearchSettings, layers: Sequence[float], begin: float
+) -> list[Trial]:
+    """The search's trials, drawn and scored; how long they took and why they ended is kept in the folder.
+
+    Args:
+        begin: when this call began its preparation.
+    """
+    run, state = session.run, session.run.state["search"]
+    batch_size = max(1, min(AT_ONCE, DECODED_ROWS // _n(run)))
+    # the rounds of the first call: draws depend on them
+    state["round_size"] = state.get("round_size", batch_size * session.n_workers)
+    proposer = OptunaProposer(
+        parameter_space(session.space),
+        fixed=_fixed(session, search),
+        initial=initial_params(session.space, layers),
+        sampler=search.sampler,  # type: ignore[arg-type]
+        seed=run.configuration.seed,
+        round_size=state["round_size"],
+        objectives=run.bench.objectives.objectives,
+    )
+    logged = [trial for trial in session.log.done.values() if trial.stage == "search"]
+    clock = SearchClock(run, begin, sum(trial.seconds for trial in logged) / session.n_workers)
+    conditions = search.conditions
+    with run.step("search", search.trials) as advance:
+
+        def score(some: Sequence[Trial]) -> list[Trial]:
+            done = session.run_trials(some, advance, batch_size=batch_size)
+            clock.keep()
+            return done
+
+        trials = proposer.propose(
+            score,
+            logged,
+            n_trials=search.trials,
+            seconds=clock.left(60 * search.minutes),
+            until=lambda trial: bool(conditions) and meets(conditions, trial.scores),
+        )
+    clock.keep()
+    met = [trial.number for trial in trials if conditions and meets(conditions, trial.scores)]
+    enough = search.trials is not None and len(trials) >= search.trials
+    run.record(
+        search_end={
+            "trials": len(trials),
+            "minutes": search.minutes,
+            "by": "stop_at" if met else "trials" if enough else "minutes",
+            "stop_at": search.stop_at,
+            "met_by": met,
+        }
+    )
+    return trials
+
+
+class SearchClock:
+    """The wall time of a search over all of its calls, kept in the folder after every round."""
+
+    def __init__(self, run: Run, begin: float, in_trials: float) -> None:
+        self.run, self.last, self.in_trials = run, begin, in_trials
+        self.keep()
+
+    def keep(self) -> None:
+        """Add the time since the last call to what the folder holds."""
+        now, search = time.monotonic(), self.run.state["search"]
+        search["seconds"] = round(search.get("seconds", 0.0) + now - self.last, 2)
+        self.last = now
+        self.run.save()
+
+    def left(self, seconds: float) -> float:
+        """Of so many seconds for the whole search; trials get a minute at least."""
+        spent: float = self.run.state["search"]["seconds"]
+        return max(seconds - spent, LEAST_SECONDS - self.in_trials)
 
 
 def _fixed(session: TrialSession, search: SearchSettings) -> dict[str, Any]:
@@ -161,8 +235,10 @@ def _screening(session: TrialSession) -> list[Trial]:
     return screening_trials(deep or at_point)
 
 
-def _finalists(trials: Sequence[Trial], max_kl: float, tolerance: float) -> list[Trial]:
-    """The plans of the front, and the strongest within the KL limit.
+def _finalists(
+    trials: Sequence[Trial], objectives: Sequence[Objective], max_kl: float, tolerance: float
+) -> list[Trial]:
+    """The plans of the front, and the strongest within the limits.
 
     Raises:
         RunError: no plan could be scored.
@@ -175,21 +251,27 @@ def _finalists(trials: Sequence[Trial], max_kl: float, tolerance: float) -> list
             + (f"; the first failed with: {reasons[0]}" if reasons else ": give it more --minutes")
         )
     table = to_frame(ok)
-    front = pareto_front(table, objectives=OBJECTIVES)
-    rows = [*front.index, *_strongest(table, max_kl, tolerance).index]
+    front = spread_out(pareto_front(table, objectives=objectives), objectives, N_FRONT)
+    rows = [*front.index, *_strongest(table, objectives, max_kl, tolerance).index]
     return list({as_finalist(ok[i]).key: as_finalist(ok[i]) for i in rows}.values())
 
 
-def _strongest(table: pd.DataFrame, max_kl: float, tolerance: float) -> pd.DataFrame:
-    """Trials within the KL limit that leave the least of the behaviour, those nearest to the limit first.
+def _strongest(
+    table: pd.DataFrame, objectives: Sequence[Objective], max_kl: float, tolerance: float
+) -> pd.DataFrame:
+    """Trials within the limits that are best by the leading objective, those nearest to the KL limit first.
 
     A weaker plan with the same rate beats them in the front, and is likelier to fail on other prompts.
     """
     inside = table[table["kl_high"] <= max_kl]
+    for each in objectives:
+        excess = inside[each.column].map(each.excess)
+        inside = inside[excess <= 0]
     if inside.empty:
         return inside
-    least = inside["expression_rate"].min() + tolerance
-    return inside[inside["expression_rate"] <= least].nlargest(N_STRONG, "kl")
+    lead = leading(objectives)
+    cost = -inside[lead.column] if lead.maximize else inside[lead.column]
+    return inside[cost <= cost.min() + tolerance].nlargest(N_STRONG, "kl")
 
 
 def summary(run: Run) -> str:

@@ -5,9 +5,18 @@ Knows: the settings and their checks. Does not know: how a search runs. Nothing 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from interp_ablate.errors import RunError
+from interp_ablate.search.objectives import (
+    BUILT_IN,
+    DEFAULT_OBJECTIVES,
+    FORM,
+    Objective,
+    parse_conditions,
+    parse_objectives,
+)
 from interp_ablate.settings import setting
 
 CONTROLS = ("random", "shuffled")
@@ -24,9 +33,30 @@ class SearchSettings:
 
     minutes: float = setting(
         10.0,
-        "wall time for the race, fits and trials together (a minute of trials at least); the test follows",
+        "wall time of the whole search: race, fits and trials together, over all calls (a minute of trials at least); "
+        "the test follows",
     )
-    trials: int | None = setting(None, "of the whole study, at most")
+    trials: int | None = setting(None, "of the whole search, at most")
+    objective: tuple[str, ...] = setting(
+        (),
+        f"what the search minimizes, again for each: {FORM}. A measure is one of {', '.join(BUILT_IN)}, or a scorer as "
+        "for --scorer, whose mean score over 100 counts; max: makes it large, negative: scores answers to negative "
+        "prompts, a limit binds the chosen plan "
+        f"(default {' '.join(DEFAULT_OBJECTIVES)})",
+        repeat=True,
+        metavar="OBJECTIVE",
+    )
+    objective_rubric: tuple[str, ...] = setting(
+        (),
+        "of a judge among the objectives: [NAME=]TEXT or [NAME=]@FILE, again for each",
+        repeat=True,
+        metavar="RUBRIC",
+    )
+    stop_at: str | None = setting(
+        None,
+        "end when one trial meets all of these, such as expressions<=0.03,kl<=0.01",
+        metavar="NAME<=N,...",
+    )
     control: str | None = setting(
         None, "the same search from directions that are none of the concept's", choices=CONTROLS
     )
@@ -40,3 +70,26 @@ class SearchSettings:
             )
         if self.control not in (None, *CONTROLS):
             raise RunError(f"unknown control {self.control!r}: accepted are {', '.join(CONTROLS)}")
+        self.conditions  # noqa: B018  (bad ones are refused here, and bad objectives with them)
+        unread = set(self.rubrics) - {each.name for each in self.objectives} - {""}
+        if unread:
+            raise RunError(
+                f"--objective-rubric {min(unread)}=...: the search has no objective of that name; it has "
+                f"{', '.join(each.name for each in self.objectives)}"
+            )
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """What the search minimizes and maximizes."""
+        return parse_objectives(self.objective)
+
+    @property
+    def conditions(self) -> tuple[Objective, ...]:
+        """What a trial has to meet to end the search; none of `stop_at`."""
+        return parse_conditions(self.stop_at, self.objectives) if self.stop_at else ()
+
+    @property
+    def rubrics(self) -> dict[str, str]:
+        """Rubrics of judges by the objective's name; that of "" is any other judge's."""
+        named = (re.match(r"(?:(\w+)=)?(.*)", text, re.DOTALL) for text in self.objective_rubric)
+        return {match[1] or "": match[2] for match in named if match}

@@ -16,6 +16,8 @@ from interp_ablate.jobs.executors import Executor
 from interp_ablate.jobs.ray_executor import RayExecutor
 from interp_ablate.runs.configuration import Configuration
 from interp_ablate.runs.run_folder import Run
+from interp_ablate.runs.search_objectives import objective_scores
+from interp_ablate.runs.search_settings import SearchSettings
 from interp_ablate.search.edit_space import EditSpace
 from interp_ablate.search.trial_table import to_frame
 from interp_ablate.search.trials import Batch, Trial, TrialLog, run_trials, score_trials
@@ -72,26 +74,37 @@ class TrialSession:
 
 
 @contextmanager
-def trial_session(run: Run, *, control: str | None = None) -> Iterator[TrialSession]:
+def trial_session(run: Run, search: SearchSettings | None = None) -> Iterator[TrialSession]:
     """The log, in one process at a time, and the workers, for the length of a block.
+
+    Args:
+        search: whose objectives the trials are scored by, and whose control's directions they take.
 
     Raises:
         RunError: another process works in this folder.
     """
     log = TrialLog(run.out / "trials.jsonl", run.identity())
-    with log.open(), _executor(run) as executor:
+    with log.open(), _executor(run, search) as executor:
         run.bench  # noqa: B018  (made first: its progress is no trial's)
+        control = None if search is None else search.control
         yield TrialSession(run, log, run.edit_space(control=control), executor)
 
 
-def _executor(run: Run) -> Executor[Batch, list[Trial]] | nullcontext[None]:
+def _executor(
+    run: Run, search: SearchSettings | None
+) -> Executor[Batch, list[Trial]] | nullcontext[None]:
     """Ray's workers where the run asks for them; None scores trials in this process."""
     if run.ray is None:
         return nullcontext()
-    make = functools.partial(make_worker, run.configuration, str(run.out.resolve()))
+    make = functools.partial(make_worker, run.configuration, str(run.out.resolve()), search)
     return RayExecutor(make, run.ray)
 
 
-def make_worker(configuration: Configuration, out: str) -> Callable[[Batch], list[Trial]]:
+def make_worker(
+    configuration: Configuration, out: str, search: SearchSettings | None = None
+) -> Callable[[Batch], list[Trial]]:
     """What scores trials in a process of its own, with a model of its own; it writes no file."""
-    return functools.partial(score_trials, Run(out, configuration).bench)
+    run = Run(out, configuration)
+    if search is not None:
+        run.bench.objectives = objective_scores(run, search)
+    return functools.partial(score_trials, run.bench)

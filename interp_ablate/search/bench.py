@@ -27,6 +27,7 @@ from interp_ablate.evaluation.outputs import ModelOutputs, generate_outputs_toge
 from interp_ablate.models.model import Model
 from interp_ablate.prompts.prompt import PromptLike
 from interp_ablate.scoring.behaviour import EXPRESSED, Behaviour
+from interp_ablate.search.objective_scores import ObjectiveScores, PromptScores
 from interp_ablate.settings import MAX_NEW_TOKENS
 from interp_ablate.stats.intervals import upper_bound
 
@@ -45,6 +46,7 @@ class ValidationBench:
         max_new_tokens: int = MAX_NEW_TOKENS,
     ) -> None:
         self.model, self.target, self.expression = model, target, expression
+        self.objectives = ObjectiveScores()
         self.positive = ModelOutputs(model, positive, max_new_tokens=max_new_tokens)
         self.negative = ModelOutputs(model, negative, max_new_tokens=max_new_tokens)
         self.max_new_tokens = max_new_tokens
@@ -105,43 +107,57 @@ class ValidationBench:
             ),
         }
 
-    def score(self, plan: Plan, *, generate: bool) -> dict[str, float]:
+    def score(self, plan: Plan, *, generate: bool) -> PromptScores:
         """Means over prompts: behaviour and KL under the plan.
 
-        With `generate` the KL is measured in float32, and text scores come with it.
+        With `generate` the KL is measured in float32, and text scores and objectives come with it.
         """
         on_positive, on_negative = self.outputs_under(plan)
         scores = self._soft_scores(on_positive)
         if not generate:
-            return scores | bounded_kl(first_token_kl(on_negative, self.negative))
+            return PromptScores(scores | bounded_kl(first_token_kl(on_negative, self.negative)), {})
         (kl,) = float32_first_token_kl(self.negative, [plan])
-        return scores | bounded_kl(kl) | self.text_scores(on_positive, on_negative)
+        text = self.text_scores(on_positive, on_negative)
+        found = self._objectives(on_positive, on_negative, kl)
+        return PromptScores(scores | text | found, found.by_prompt)
 
-    def objectives_of(self, plans: Sequence[Plan]) -> list[dict[str, float]]:
-        """What a search makes small, at the least cost: answers to positive prompts, KL on negative ones.
+    def objectives_of(self, plans: Sequence[Plan]) -> list[PromptScores]:
+        """A search's objectives at the least cost: answers to positive prompts, KL on negative ones.
 
-        The answers under all the plans are written in one batch.
+        Negative prompts are answered only where an objective is of these answers. The answers under all the
+        plans are written in one batch.
         """
         sides = [self.outputs_under(plan) for plan in plans]
-        generate_outputs_together([on_positive for on_positive, _ in sides])
-        return [
-            {
-                **self._positive_scores(on_positive),
-                **bounded_kl(first_token_kl(on_negative, self.negative)),
-            }
-            for on_positive, on_negative in sides
-        ]
+        n_read = 2 if self.objectives.reads_negative else 1
+        generate_outputs_together([side for both in sides for side in both[:n_read]])
+        return [self._objectives(*both, first_token_kl(both[1], self.negative)) for both in sides]
+
+    def _objectives(
+        self,
+        on_positive: ModelOutputs,
+        on_negative: ModelOutputs,
+        kl: Float[Tensor, " prompt"],
+    ) -> PromptScores:
+        own = self.objectives.values(
+            self.expression, (on_positive, on_negative), (self.positive, self.negative)
+        )
+        values = self._positive_values(on_positive) | own
+        means = {name: fmean(each) for name, each in values.items()} | bounded_kl(kl)
+        return PromptScores(means, values | {"kl": kl.tolist()})
+
+    def _positive_values(self, on_positive: ModelOutputs) -> dict[str, list[float]]:
+        """A number a positive prompt, of its answer."""
+        answers = answer_metrics(on_positive)
+        left = behaviour_left(self.expression, on_positive, self.positive)
+        return {
+            "expression_rate": left.tolist(),
+            "no_answer": unanswered(on_positive).tolist(),
+            "positive_repetition": [value or 0.0 for value in answers["repetition"]],
+            "empty": [value or 0.0 for value in answers["empty"]],
+        }
 
     def _positive_scores(self, on_positive: ModelOutputs) -> dict[str, float]:
-        answers = answer_metrics(on_positive)
-        return {
-            "expression_rate": float(
-                behaviour_left(self.expression, on_positive, self.positive).mean()
-            ),
-            "no_answer": float(unanswered(on_positive).mean()),
-            "positive_repetition": _mean(answers["repetition"]),
-            "empty": _mean(answers["empty"]),
-        }
+        return {name: fmean(each) for name, each in self._positive_values(on_positive).items()}
 
     def outputs_under(self, plan: Plan) -> tuple[ModelOutputs, ModelOutputs]:
         """The positive and the negative prompts under a plan; nothing is run yet."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from interp_ablate.errors import RunError
+from interp_ablate.search.objectives import Objective, parse_objectives
 from interp_ablate.search.parameters import ParameterSpace
 from interp_ablate.search.trials import Trial
 
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     import optuna
 
 Sampler = Literal["tpe", "random", "nsga2"]
-# What a search makes small; repetition is that of answers to positive prompts, where loops are.
-OBJECTIVES = ("expression_rate", "kl", "positive_repetition")
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,8 @@ class OptunaProposer:
     """Random trials before "tpe" learns; the size of a generation for "nsga2"."""
     round_size: int = 1
     """Trials that are drawn at once, without knowing of each other's scores."""
+    objectives: tuple[Objective, ...] = field(default_factory=lambda: parse_objectives(()))
+    """What is made small, or large. Draws within their limits come before others ("tpe" and "nsga2")."""
 
     def propose(
         self,
@@ -49,6 +50,7 @@ class OptunaProposer:
         *,
         n_trials: int | None = None,
         seconds: float | None = None,
+        until: Callable[[Trial], bool] = lambda _: False,
     ) -> list[Trial]:
         """Draw and score until there are enough; all trials of the search, by number.
 
@@ -57,6 +59,7 @@ class OptunaProposer:
             logged: finished trials of this search, whose parameters are not drawn again.
             n_trials: of the whole search, failed ones included.
             seconds: of this call; the round that is running then is finished.
+            until: whether a finished trial ends the search, once its round is finished.
 
         Raises:
             RunError: neither a number nor seconds, no Optuna, an unknown sampler, or parameters that
@@ -66,13 +69,17 @@ class OptunaProposer:
             raise RunError("a search without an end: give n_trials, or seconds, or both")
         draw_seed = self._samplers()
         optuna = _optuna()
-        study = optuna.create_study(directions=["minimize"] * len(OBJECTIVES))
+        study = optuna.create_study(
+            directions=["maximize" if each.maximize else "minimize" for each in self.objectives]
+        )
         known = dict(enumerate(self.initial)) | {t.number: self._drawn(t) for t in logged}
         known = {n: self.space.admit(params) for n, params in known.items() if n is not None}
         n_logged = 1 + max((trial.number or 0 for trial in logged), default=-1)
         finished: list[Trial] = []
-        start = time.monotonic()
-        while len(finished) < n_logged or seconds is None or time.monotonic() - start < seconds:
+        start, ended = time.monotonic(), False
+        while len(finished) < n_logged or not (
+            ended or (seconds is not None and time.monotonic() - start >= seconds)
+        ):
             first, last = len(finished), len(finished) + self.round_size
             if n_trials is not None:
                 last = min(last, max(n_trials, n_logged))
@@ -81,8 +88,9 @@ class OptunaProposer:
             asked = [self._ask(study, draw_seed, n, known.get(n)) for n in range(first, last)]
             trials = score([trial for _, trial in asked])
             for (drawn, _), trial in zip(asked, trials, strict=True):
-                _tell(study, drawn, trial)
+                self._tell(study, drawn, trial)
             finished += trials
+            ended = ended or any(map(until, trials))
         return finished
 
     def _drawn(self, trial: Trial) -> dict[str, Any]:
@@ -133,15 +141,18 @@ class OptunaProposer:
             int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
         )
 
+    def _tell(self, study: optuna.Study, asked: optuna.Trial, trial: Trial) -> None:
+        from optuna.trial import TrialState
 
-def _tell(study: optuna.Study, asked: optuna.Trial, trial: Trial) -> None:
-    from optuna.trial import TrialState
-
-    missing = [name for name in OBJECTIVES if name not in trial.scores]
-    if trial.status == "failed" or missing:
-        study.tell(asked, state=TrialState.FAIL)
-    else:
-        study.tell(asked, [trial.scores[name] for name in OBJECTIVES])
+        columns = [each.column for each in self.objectives]
+        if trial.status == "failed" or not set(columns) <= set(trial.scores):
+            study.tell(asked, state=TrialState.FAIL)
+            return
+        values = [trial.scores[column] for column in columns]
+        for each, value in zip(self.objectives, values):
+            if each.limit is not None:
+                asked.set_constraint(each.name, each.excess(value))
+        study.tell(asked, values)
 
 
 def _optuna() -> Any:

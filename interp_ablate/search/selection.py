@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from interp_ablate.errors import RunError
+from interp_ablate.search.objectives import Objective
 from interp_ablate.settings import MAX_KL
 from interp_ablate.storage.incoming_files import check_file, incoming_text, parse_json
 
@@ -170,6 +171,7 @@ def least_behaviour_under_kl(
     *,
     max_kl: float = MAX_KL,
     at_most: Mapping[str, float] | None = None,
+    limits: Sequence[Objective] = (),
     behaviour: str = "expression_rate",
     tolerance: float = 0.0,
 ) -> Selection:
@@ -178,36 +180,65 @@ def least_behaviour_under_kl(
     Candidates whose `behaviour` is within `tolerance` of the best one count as equal; among them the
     one with the lowest `unedited_answer_logprob` (the soft score) wins, then the lowest KL. `kl_high`, an
     upper bound of the mean KL (`upper_bound`), is used where the table has it: a plan chosen at the limit on few
-    prompts would exceed it on others half of the time. `at_most`: limits of other columns, such as repetition.
+    prompts would exceed it on others half of the time. `at_most`: limits of other columns, such as repetition;
+    `limits`: objectives with limits of their own.
     """
-    rows = _require(frame, [behaviour, "kl", *(at_most or {})])
+    rows = _require(frame, [behaviour, "kl", *(at_most or {}), *(each.column for each in limits)])
     upper = rows["kl_high"] if "kl_high" in rows else rows["kl"]
-    limits = {
+    passes = {
         "not finite": np.isfinite(rows[[behaviour, "kl"]]).all(axis=1),
         f"kl > {max_kl:g} (upper bound)": upper <= max_kl,
     }
     for name, most in (at_most or {}).items():
-        limits[f"{name} > {most:.3g}"] = rows[name] <= most
-    kept, _ = _apply(rows, limits)
+        passes[f"{name} > {most:.3g}"] = rows[name] <= most
+    for each in limits:
+        sign = "<" if each.maximize else ">"
+        passes[f"{each.name} {sign} {each.limit:.3g}"] = rows[each.column].map(each.excess) <= 0
+    kept, _ = _apply(rows, passes)
     best = kept[behaviour].min() if len(kept) else 0.0
     rows = rows.assign(_rounded=rows[behaviour].where(rows[behaviour] > best + tolerance, best))
     order = ["_rounded", *(c for c in ("unedited_answer_logprob", "kl") if c in rows)]
-    choice = _choose("constrained", rows, limits, order)
+    choice = _choose("constrained", rows, passes, order)
     if choice.row is not None:
         choice.row.pop("_rounded")
     return choice
 
 
 def pareto_front(
-    frame: pd.DataFrame, *, objectives: Sequence[str] = ("target_log_odds", "kl")
+    frame: pd.DataFrame, *, objectives: Sequence[str | Objective] = ("target_log_odds", "kl")
 ) -> pd.DataFrame:
-    """Rows that no other row beats: none is at least as low in every objective and lower in one."""
-    rows = _require(frame, list(objectives))
-    values = rows[list(objectives)].to_numpy(float)
+    """Rows that no other row beats: none is at least as good in every objective and better in one.
+
+    Args:
+        objectives: columns that are made small, or objectives with a direction of their own.
+    """
+    columns = [each if isinstance(each, str) else each.column for each in objectives]
+    rows = _require(frame, columns)
+    signs = [-1.0 if not isinstance(each, str) and each.maximize else 1.0 for each in objectives]
+    values = rows[columns].to_numpy(float) * signs
     finite = np.isfinite(values).all(axis=1)
     keep = []
     for i, value in enumerate(values):
         no_worse = (values <= value).all(axis=1) & finite
         better = (values < value).any(axis=1)
         keep.append(bool(finite[i] and not (no_worse & better).any()))
-    return rows[keep].sort_values(list(objectives), kind="stable")
+    return rows[keep].sort_values(columns, ascending=[sign > 0 for sign in signs], kind="stable")
+
+
+def spread_out(front: pd.DataFrame, objectives: Sequence[Objective], n: int) -> pd.DataFrame:
+    """At most `n` rows of a front, those that are furthest from their neighbours; each objective's ends stay.
+
+    By the crowding distance of NSGA-II (Deb et al. 2002, https://doi.org/10.1109/4235.996017).
+    """
+    if len(front) <= n:
+        return front
+    distance = np.zeros(len(front))
+    for each in objectives:
+        values = front[each.column].to_numpy(float)
+        order = np.argsort(values, kind="stable")
+        width = values[order[-1]] - values[order[0]]
+        if width > 0:
+            distance[order[[0, -1]]] = np.inf
+            distance[order[1:-1]] += (values[order[2:]] - values[order[:-2]]) / width
+    kept = np.sort(np.argsort(-distance, kind="stable")[:n])
+    return front.iloc[kept]

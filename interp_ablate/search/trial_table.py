@@ -44,6 +44,11 @@ SCORES = (
 )
 _WHOLE = ("prompts", "number", "rank")
 _NUMBERS = ("layer", "rank", *KERNEL, *COMPONENT_SCALES, *_WHOLE[:2], *SCORES, "seconds", "trial")
+COLUMNS = (
+    "trial", "stage", "edit", "control", *_PLACE, "rank", *KERNEL, *_FIT, "prompts", "number", *SCORES, "status",
+    "reason", "seconds",
+)  # fmt: skip
+"""The columns that every table of trials has; a search's own objectives come behind them."""
 
 
 def read_trials(path: str | Path) -> pd.DataFrame:
@@ -53,6 +58,8 @@ def read_trials(path: str | Path) -> pd.DataFrame:
         RunError: a corrupt table, with its line.
     """
     frame = read_table(path, TRIAL_COLUMNS, numbers=_NUMBERS)
+    for name in frame.columns.difference(COLUMNS):  # objectives of one search
+        frame[name] = pd.to_numeric(frame[name], errors="coerce")
     unknown = ~frame["status"].isin(("ok", "failed"))
     if unknown.any():
         row = int(np.flatnonzero(unknown)[0])
@@ -77,7 +84,8 @@ def to_frame(trials: Sequence[Trial]) -> pd.DataFrame:
         scores = {name: trial.scores.get(name, math.nan) for name in SCORES}
         tail = {"status": trial.status, "reason": trial.reason, "seconds": round(trial.seconds, 3)}
         own = {"prompts": trial.prompts, "number": trial.number}
-        rows.append({**head, **params, **own, **scores, **tail})
+        objectives = {name: value for name, value in trial.scores.items() if name not in SCORES}
+        rows.append({**head, **params, **own, **scores, **tail, **objectives})
     return pd.DataFrame(rows)
 
 

@@ -22,6 +22,7 @@ from interp_ablate.jobs.bars import bar
 from interp_ablate.jobs.executors import Executor
 from interp_ablate.search.bench import ValidationBench
 from interp_ablate.search.edit_space import EditSpace, plan_of
+from interp_ablate.search.objective_scores import PromptScores
 from interp_ablate.storage.jsonl_log import JsonlLog
 from interp_ablate.storage.provenance import versions
 
@@ -47,6 +48,8 @@ class Trial:
     status: Literal["proposed", "ok", "failed"] = "proposed"
     reason: str = ""
     """Why it failed."""
+    by_prompt: dict[str, list[float]] = field(default_factory=dict)
+    """Of some scores the numbers that they are means of, a number a prompt of their side."""
 
     @property
     def key(self) -> str:
@@ -60,7 +63,8 @@ class Trial:
         if missing:
             reason = f"not finite: {', '.join(missing)}"
             return replace(self, scores=finite, seconds=seconds, status="failed", reason=reason)
-        return replace(self, scores=finite, seconds=seconds, status="ok")
+        by_prompt = scores.by_prompt if isinstance(scores, PromptScores) else {}
+        return replace(self, scores=finite, seconds=seconds, status="ok", by_prompt=by_prompt)
 
     def failed(self, reason: object, seconds: float = 0.0) -> Trial:
         """The trial that came to nothing."""
@@ -187,7 +191,8 @@ def score_trial(bench: ValidationBench, planned: PlannedTrial) -> Trial:
         if trial.stage == "search":
             scores = bench.objectives_of([plan])[0]
         else:
-            scores = bench.score(plan, generate=trial.stage == "finalist") | bench.baseline
+            scores = bench.score(plan, generate=trial.stage == "finalist")
+            scores.update(bench.baseline)
             if planned.addition is not None:
                 scores["addition"] = bench.addition(planned.addition)
     except InterpAblateError as error:

@@ -1,0 +1,55 @@
+"""A search's own objectives in its results: limits of the choice, the unedited model's numbers, the test's.
+
+Knows: how objectives are told in selected.json. Does not know: how they are scored, or how a page shows them.
+"""
+
+from __future__ import annotations
+
+from statistics import fmean
+from typing import Any
+
+from interp_ablate.evaluation.outputs import ModelOutputs
+from interp_ablate.scoring.behaviour import Behaviour
+from interp_ablate.search.bench import ValidationBench
+from interp_ablate.search.objective_scores import ObjectiveScores
+from interp_ablate.search.objectives import Objective
+from interp_ablate.stats.intervals import SHARE, mean_interval
+
+
+def limits_of(scores: ObjectiveScores, max_kl: float) -> tuple[float, tuple[Objective, ...]]:
+    """The KL limit of a choice, the smaller of the run's and the objective's; and the other objectives with one."""
+    limited = [each for each in scores.objectives if each.limit is not None]
+    of_kl = [each.limit for each in limited if each.measure == "kl" and each.limit is not None]
+    return min([max_kl, *of_kl]), tuple(each for each in limited if each.measure != "kl")
+
+
+def unedited_objectives(bench: ValidationBench) -> dict[str, float]:
+    """The unedited model's own number in each objective that the bench does not measure anyway."""
+    both = (bench.positive, bench.negative)
+    values = bench.objectives.values(bench.expression, both, both)
+    return {column: fmean(each) for column, each in values.items()}
+
+
+def tested_objectives(
+    scores: ObjectiveScores,
+    behaviour: Behaviour,
+    edited: tuple[ModelOutputs, ModelOutputs],
+    unedited: tuple[ModelOutputs, ModelOutputs],
+    *,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Of each objective of one's own: its mean over test prompts before and after the edit, with 95% intervals."""
+    before, after = (scores.values(behaviour, on, unedited) for on in (unedited, edited))
+    results = []
+    for each in scores.own:
+        row: dict[str, Any] = {"name": each.name, "measure": each.text, "side": side_of(each)}
+        for when, values in (("before", before[each.column]), ("after", after[each.column])):
+            row[when] = fmean(values)
+            row[f"interval_{when}"] = mean_interval(values, bounds=SHARE, seed=seed)
+        results.append(row)
+    return results
+
+
+def side_of(objective: Objective) -> str:
+    """The prompts that an objective is of."""
+    return "negative" if objective.measure in ("kl", "false_hits") else objective.side

@@ -1,0 +1,43 @@
+"""The report's words of a search's objectives: what it was for, why it ended, what the test says of each.
+
+Knows: sentences and rows of objectives. Does not know: the files of a run, or how a page is laid out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from interp_ablate.runs.report_claims import ends_text, number, objects, part_of, rate
+
+
+def choice_told(run: Mapping[str, Any], selected: Mapping[str, Any]) -> list[str]:
+    """Sentences on a search's objectives and its end; none of a run."""
+    end, told = part_of(run, "search_end"), []
+    texts = [str(text).partition("=")[2] for text in selected.get("objectives") or ()]
+    if end and texts:
+        told.append(
+            f"The search drew {number(end.get('trials'))} trials by these objectives: {', '.join(texts)}."
+        )
+    if end.get("by") == "stop_at":
+        first = (end.get("met_by") or ["?"])[0]
+        told.append(f"It ended because trial number {first} meets {end.get('stop_at')}.")
+    elif end.get("stop_at"):
+        told.append(f"No trial meets {end['stop_at']}, at which it would have ended.")
+    return told
+
+
+def objective_rows(test: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Rows of the table of results: each objective of one's own before and after the edit, on test prompts."""
+    rows = []
+    for each in objects(test.get("objectives")):
+        for when, said in (("before", "unedited"), ("after", "ablated")):
+            rows.append(
+                {
+                    "name": f"{each.get('name')}, {said}",
+                    "prompts": str(each.get("side", "")),
+                    "value": rate(each.get(when)),
+                    "interval": ends_text(each.get(f"interval_{when}"), as_rate=True),
+                }
+            )
+    return rows
