@@ -91,8 +91,20 @@ def run(args: Namespace) -> int:
         model_hint=settings.model_hint,
     )
     result = chosen.export(request)
+    if settings.format == "checkpoint" and report is not None:
+        _keep_run(settings)
     print(json_text({"out": settings.out, "format": settings.format, **result}))
     return 0
+
+
+def _keep_run(settings: Export) -> None:
+    """Say in the manifest which run the export comes from, where it is the plan that the run chose."""
+    from interp_ablate.export.model_card import add_run
+    from interp_ablate.runs.recipe import recipe_of
+
+    chosen = Path(str(settings.run_folder)) / "selected.json"
+    if settings.plan == str(chosen) and (recipe := recipe_of(chosen.parent)):
+        add_run(str(settings.out), recipe)
 
 
 def _check_before_loading(settings: Export) -> None:

@@ -47,6 +47,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "budget": ("budget", "memory and time of every stage, from a config alone"),
     "export": ("export", "write a plan as an artefact others load"),
     "verify": ("verify", "is B really A with this plan and nothing else? By tensor and by logits"),
+    "reproduce": ("reproduce", "make an export again from its manifest, to the same bytes"),
     "import": ("import_vectors", "read someone else's vectors, write them as plain safetensors"),
     "models": ("models", "which tensors write where, by architecture"),
     "push": ("push", "upload an exported folder to the Hugging Face hub"),

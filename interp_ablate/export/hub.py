@@ -7,6 +7,7 @@ measured.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -236,7 +237,20 @@ def _public_manifest(path: Path) -> bytes:
     source = manifest.get("source")
     if isinstance(source, dict) and isinstance(source.get("path"), str):
         manifest["source"] = {**source, "path": None}
+    if "run" in manifest:
+        manifest["run"] = _without_places(manifest["run"])
     return json_text(manifest, indent=1).encode()
+
+
+def _without_places(value: Any) -> Any:
+    """The value with every absolute path in its texts shortened to its last part."""
+    if isinstance(value, dict):
+        return {key: _without_places(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_places(each) for each in value]
+    if not isinstance(value, str) or "://" in value:
+        return value
+    return re.sub(r"(?:(?<!\w)[A-Za-z]:)?(?<![\w.])[/\\](?:[^/\\:\n]+[/\\])*", "", value)
 
 
 def _checked(published: list[str], repo_id: str, *, force: bool) -> list[str]:

@@ -134,6 +134,15 @@ def add_to_card(folder: str | Path, section: str) -> None:
     _write_again(Path(folder), more_card=section)
 
 
+def add_run(folder: str | Path, run: Mapping[str, Any]) -> None:
+    """Keep in an exported folder's manifest which run it comes from, for `reproduce`.
+
+    Raises:
+        ExportError: a folder without a manifest of this package, or one that cannot be written.
+    """
+    _write_again(Path(folder), run=dict(run))
+
+
 def _write_again(folder: Path, certificate: dict[str, Any] | None = None, **changes: Any) -> None:
     try:
         manifest = {**incoming_object(folder / MANIFEST), **changes}
@@ -213,7 +222,7 @@ def model_card(manifest: Mapping[str, Any], certificate: Mapping[str, Any]) -> s
         ],
         "Intended use, and what was not tested": _limits(manifest.get("test")),
         "How to make it again": [
-            "`interp-ablate export` with the source and the plan in `interp_ablate.json`; made with "
+            "`interp-ablate reproduce THIS --model SOURCE` makes the tensors again from `interp_ablate.json`; made with "
             + ", ".join(f"{name} {number}" for name, number in manifest.get("versions", {}).items())
         ],
     }

@@ -9,6 +9,7 @@ import hashlib
 import platform
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from interp_ablate.storage.atomic_files import hash_file
 
@@ -27,6 +28,17 @@ def versions(*more: str) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return installed
+
+
+def machine() -> dict[str, Any]:
+    """What beside versions decides the last bits of a computation: system, processor, threads."""
+    import torch
+
+    return {
+        "system": platform.system(),
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def weight_digests(folder: Path) -> dict[str, str]:

@@ -1,0 +1,86 @@
+"""A run made again from what an export's manifest says of it: prompts, scorer and model by fingerprint.
+
+Knows: what must be the same before any work. Does not know: tensors, or flags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from interp_ablate.edits.plan import Plan
+from interp_ablate.errors import RunError
+from interp_ablate.runs.configuration import NAMES, Configuration
+from interp_ablate.runs.run_folder import Run, read_selected
+from interp_ablate.runs.search_settings import SearchSettings
+from interp_ablate.runs.stages import do_stage
+
+_WHAT = {
+    "interp-ablate": "the version of this package",
+    "contrast": "the prompts",
+    "expressions": "what scores the behaviour",
+    "model": "the model (weights, config, tokenizer or template)",
+    "rendering": "the prompts as the chat template renders them",
+}
+_FOREVER = 1e6  # minutes: the number of trials ends a search that is made again
+
+
+def repeat_run(recipe: Mapping[str, Any], out: str | Path, places: Mapping[str, Any]) -> Plan:
+    """Make the run again in a folder, to its chosen plan.
+
+    Args:
+        recipe: as `recipe.recipe_of` gives it.
+        places: where the model, the prompts and the scorer are now, by setting; what they hold must be the same.
+
+    Raises:
+        RunError: a manifest without a run; prompts, a scorer, a model or a version that are others; no plan.
+    """
+    configuration = _configuration(recipe, places)
+    run = Run(out, configuration)
+    _require_same(run, recipe["made_of"])
+    run.model  # noqa: B018  (its fingerprint, and the prompts as it renders them)
+    _require_same(run, recipe["made_of"])
+    if recipe.get("search"):
+        from interp_ablate.runs.search_run import run_search
+
+        texts: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in recipe["search"].items()
+        }
+        run_search(run, replace(SearchSettings(**texts), minutes=_FOREVER))
+    else:
+        do_stage(run, "evaluate")
+    plan = read_selected(out)["plan"]
+    if plan is None:
+        raise RunError(f"the run in {out} chose no plan this time: see its selected.json")
+    return Plan.from_dict(plan)
+
+
+def _configuration(recipe: Mapping[str, Any], places: Mapping[str, Any]) -> Configuration:
+    try:
+        stored = Configuration.stored_in(recipe)
+        given = {name: value for name, value in places.items() if value is not None}
+        if {"positive", "negative"} & set(given):
+            stored["contrast"] = None
+        if "contrast" in given:
+            stored |= {"positive": None, "negative": None}
+        own = {"own_code": True} if given.get("scorer") else {}
+        return Configuration.from_dict({**stored, **given, **own})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"the manifest's run cannot be read: {error!r}") from error
+
+
+def _require_same(run: Run, made_of: Mapping[str, Any]) -> None:
+    now = run.state["made_of"]
+    for name, before in made_of.items():
+        if name in now and now[name] != before:
+            raise RunError(
+                f"{_WHAT.get(name, name)} differ from the export's: {_short(before)} there, {_short(now[name])} now. "
+                f"Say where they are: {', '.join('--' + each for each in NAMES if each != 'template')}"
+            )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 20 else f"{text[:16]}..."
