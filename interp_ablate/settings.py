@@ -18,6 +18,9 @@ MAX_THOUGHT_TOKENS = 512  # of a thought before the answer, likewise
 SPLIT_SIZES = {"n_train": 64, "n_validation": 32, "n_test": 32}  # prompts a side of a split's parts
 MAX_KL = 0.1  # first-token KL budget of a plan, in nats
 RIDGE = 0.01  # of SRA, for unit vectors: one protected concept keeps 1% of its part in a direction
+# How one of the plans within the limits is chosen (`search.rules`), and what does it where nobody says.
+RULE_NAMES = ("strongest", "cheapest", "knee")
+DEFAULT_RULE = "strongest"
 # More rows a batch bring nothing: forward passes are bound by arithmetic, and wide batches pad more;
 # decoding gains until the weights' reading is shared by some hundred rows.
 STREAM_ROWS, DECODED_ROWS = 32, 96

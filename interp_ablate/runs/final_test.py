@@ -6,7 +6,7 @@ Knows: the choice on validation prompts, the report on test prompts. Does not kn
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -31,10 +31,13 @@ from interp_ablate.prompts.chat_format import described
 from interp_ablate.runs.fits import Step
 from interp_ablate.runs.objective_results import (
     limits_of,
+    n_of,
+    optimism_of,
     tested_objectives,
     unedited_objectives,
 )
 from interp_ablate.runs.run_folder import Run
+from interp_ablate.runs.search_settings import SearchSettings
 from interp_ablate.scoring.behaviour import Behaviour, lacking, told
 from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.search.bench import ValidationBench
@@ -45,8 +48,12 @@ from interp_ablate.search.derived_edits import (
     shuffled_labels_direction,
 )
 from interp_ablate.search.edit_space import PLAIN, plan_of
-from interp_ablate.search.selection import Selection, least_behaviour_under_kl
+from interp_ablate.search.objectives import leading
+from interp_ablate.search.rules import RuleInput
+from interp_ablate.search.selection import Selection, choose_plan
 from interp_ablate.search.trial_table import params_of
+from interp_ablate.search.trials import Trial
+from interp_ablate.settings import DEFAULT_RULE
 from interp_ablate.stats.intervals import AT_LEAST_0, SHARE, Bounds, mean_interval
 
 # Validation prompts on which controls get the chosen plan's KL, and the KL below which there is nothing to match.
@@ -61,33 +68,44 @@ def choose_and_test(
     finalists: pd.DataFrame,
     *,
     repetition_slack: float = 0.0,
-    control: str | None = None,
+    search: SearchSettings | None = None,
+    tried: Sequence[Trial] = (),
 ) -> None:
     """Choose on validation scores and test the choice, if any: selected.json and generations.jsonl.
 
     Args:
         finalists: rows of the table of trials, with text scores.
         repetition_slack: how much more than the unedited model's a plan's answers may repeat themselves.
-        control: of the search that the finalists come from.
+        search: that the finalists come from; None: a run.
+        tried: the plans that were chosen among, with their numbers by prompt: what the optimism is estimated from.
     """
     c, bench = run.configuration, run.bench
+    control = None if search is None else search.control
     unedited = bench.unedited_text_scores() | unedited_objectives(bench)
     max_kl, limited = limits_of(bench.objectives, c.max_kl)
-    choice = least_behaviour_under_kl(
+    lead = leading(bench.objectives.objectives)
+    by = RuleInput(lead.column, lead.maximize, n_of(bench, lead), unedited.get(lead.column))
+    if lead.measure != "expressions" or lead.maximize:
+        by = replace(by, soft=None)  # which is of the behaviour, where that is made small
+    choice = choose_plan(
         finalists,
+        DEFAULT_RULE if search is None else search.rule,
+        by,
         max_kl=max_kl,
         at_most={
             "repetition": unedited["repetition"] + repetition_slack,
             "empty": unedited["empty"],
         },
         limits=limited,
-        tolerance=0.5 / len(bench.positive.rows),
     )
+    told = optimism_of(tried, choice.rule, by, bench.objectives, unedited, max_kl, repetition_slack)
     selected: dict[str, Any] = {
         "rule": choice.rule,
+        "optimism": told,
         "limits": choice.limits(),
         "plan": None,
         "control": control,
+        "chosen_by": "run" if search is None else "search",
         "objectives": [each.text for each in bench.objectives.objectives],
         "validation_baseline": unedited,
         "validation_prompts": run.bench.n_prompts,

@@ -5,6 +5,7 @@ Knows: how objectives are told in selected.json. Does not know: how they are sco
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -13,6 +14,9 @@ from interp_ablate.scoring.behaviour import Behaviour
 from interp_ablate.search.bench import ValidationBench
 from interp_ablate.search.objective_scores import ObjectiveScores
 from interp_ablate.search.objectives import Objective
+from interp_ablate.search.optimism import Judged, optimism
+from interp_ablate.search.rules import RuleInput
+from interp_ablate.search.trials import Trial
 from interp_ablate.stats.intervals import SHARE, mean_interval
 
 
@@ -48,6 +52,41 @@ def tested_objectives(
             row[f"interval_{when}"] = mean_interval(values, bounds=SHARE, seed=seed)
         results.append(row)
     return results
+
+
+def optimism_of(
+    tried: Sequence[Trial],
+    rule: str,
+    by: RuleInput,
+    scores: ObjectiveScores,
+    unedited: Mapping[str, float],
+    max_kl: float,
+    repetition_slack: float,
+) -> dict[str, Any] | None:
+    """How much the choice among these trials flatters itself (`optimism`); None where too little tells it.
+
+    The limits are those of the choice; repetition is that of answers to positive prompts, which every trial has.
+    """
+    at_most = {
+        "positive_repetition": unedited["positive_repetition"] + repetition_slack,
+        "empty": unedited["empty"],
+    }
+    plans = [dict(trial.by_prompt) for trial in tried if trial.status == "ok" and trial.by_prompt]
+    for each in limits_of(scores, max_kl)[1]:
+        assert each.limit is not None
+        sign = -1 if each.maximize else 1
+        at_most[f"{sign} {each.column}"] = sign * each.limit
+        for plan in plans:
+            plan[f"{sign} {each.column}"] = [sign * value for value in plan.get(each.column, ())]
+    of_negative = {each.column for each in scores.objectives if side_of(each) == "negative"}
+    signed = {f"{sign} {column}" for column in of_negative for sign in (-1, 1)}
+    negative = frozenset({"kl"} | of_negative | signed)
+    return optimism(plans, Judged(rule, by, max_kl, at_most, negative))
+
+
+def n_of(bench: ValidationBench, objective: Objective) -> int:
+    """Prompts that an objective is a mean over."""
+    return len((bench.negative if side_of(objective) == "negative" else bench.positive).rows)
 
 
 def side_of(objective: Objective) -> str:

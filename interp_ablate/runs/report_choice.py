@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from interp_ablate.runs.report_claims import ends_text, number, objects, part_of, rate
+from interp_ablate.runs.report_claims import ends_text, is_number, number, objects, part_of, rate
 
 
 def choice_told(run: Mapping[str, Any], selected: Mapping[str, Any]) -> list[str]:
@@ -24,7 +24,26 @@ def choice_told(run: Mapping[str, Any], selected: Mapping[str, Any]) -> list[str
         told.append(f"It ended because trial number {first} meets {end.get('stop_at')}.")
     elif end.get("stop_at"):
         told.append(f"No trial meets {end['stop_at']}, at which it would have ended.")
-    return told
+    return [*told, *_optimism(part_of(selected, "optimism"), part_of(selected, "trial"))]
+
+
+def _optimism(found: Mapping[str, Any], trial: Mapping[str, Any]) -> list[str]:
+    """The chosen plan's number on validation prompts, and how much such a choice flatters itself."""
+    if not is_number(found.get("optimism")):
+        return []
+    text = (
+        f"Choosing on half of the validation prompts, {number(found.get('splits'))} times, among "
+        f"{number(found.get('plans'))} plans: the chosen one had {rate(found.get('chosen_half'))} on the half that chose "
+        f"it and {rate(found.get('other_half'))} on the other, at a KL of {number(found.get('kl_chosen_half'))} and "
+        f"{number(found.get('kl_other_half'))}. "
+        f"So this choice flatters itself by about {100 * found['optimism']:.1f} percentage points"
+    )
+    shown = trial.get("expression_rate")
+    return [
+        f"{text}, beside the {rate(shown)} on validation prompts."
+        if shown is not None
+        else f"{text}."
+    ]
 
 
 def objective_rows(test: Mapping[str, Any]) -> list[dict[str, str]]:

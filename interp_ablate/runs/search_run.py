@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import pandas as pd
@@ -87,7 +88,7 @@ def run_search(run: Run, search: SearchSettings, objectives: ObjectiveScores | N
         path.unlink()  # an earlier call's, whose numbers are others now
     for number, trial in zip(own["trial"], finalists):
         plan_of(trial.params, session.space).save(run.out / "plans" / f"{number}.json")
-    choose_and_test(run, own, control=search.control)
+    choose_and_test(run, own, search=search, tried=trials)
     run.discard_after("evaluate")
 
 
@@ -138,13 +139,14 @@ def _searched(
     met = [trial.number for trial in trials if conditions and meets(conditions, trial.scores)]
     enough = search.trials is not None and len(trials) >= search.trials
     run.record(
+        search_settings=asdict(search),
         search_end={
             "trials": len(trials),
             "minutes": search.minutes,
             "by": "stop_at" if met else "trials" if enough else "minutes",
             "stop_at": search.stop_at,
             "met_by": met,
-        }
+        },
     )
     return trials
 

@@ -17,7 +17,7 @@ from interp_ablate.search.objectives import (
     parse_conditions,
     parse_objectives,
 )
-from interp_ablate.settings import setting
+from interp_ablate.settings import DEFAULT_RULE, RULE_NAMES, setting
 
 CONTROLS = ("random", "shuffled")
 SAMPLERS = ("tpe", "random", "nsga2")
@@ -57,6 +57,12 @@ class SearchSettings:
         "end when one trial meets all of these, such as expressions<=0.03,kl<=0.01",
         metavar="NAME<=N,...",
     )
+    rule: str = setting(
+        DEFAULT_RULE,
+        "which plan within the limits is chosen: the strongest, the cheapest in KL whose rate is within the best one's "
+        "upper bound, or the knee of the two",
+        choices=RULE_NAMES,
+    )
     control: str | None = setting(
         None, "the same search from directions that are none of the concept's", choices=CONTROLS
     )
@@ -70,6 +76,8 @@ class SearchSettings:
             )
         if self.control not in (None, *CONTROLS):
             raise RunError(f"unknown control {self.control!r}: accepted are {', '.join(CONTROLS)}")
+        if self.rule not in RULE_NAMES:
+            raise RunError(f"unknown rule {self.rule!r}: accepted are {', '.join(RULE_NAMES)}")
         self.conditions  # noqa: B018  (bad ones are refused here, and bad objectives with them)
         unread = set(self.rubrics) - {each.name for each in self.objectives} - {""}
         if unread:

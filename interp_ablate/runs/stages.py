@@ -27,6 +27,7 @@ from interp_ablate.search.edit_space import DirectionKey
 from interp_ablate.search.gradient_fit import NothingToFitError
 from interp_ablate.search.grid import ScreenedGrid
 from interp_ablate.search.trial_table import read_trials
+from interp_ablate.search.trials import TrialLog
 from interp_ablate.sites import Site
 
 # How much more than the unedited model a chosen plan's answers may repeat themselves.
@@ -133,12 +134,17 @@ def run_evaluate(run: Run) -> None:
     trials = read_trials(run.out / "trials.csv")
     of_concept = trials["control"].fillna("") == ""  # not of a search's control directions
     finalists = trials[(trials["stage"] == "finalist") & of_concept]
-    choose_and_test(run, finalists, repetition_slack=REPETITION_SLACK)
+    with TrialLog(run.out / "trials.jsonl", run.identity()).open() as log:
+        tried = [trial for trial in log.done.values() if trial.stage == "finalist"]
+    of_run = [trial for trial in tried if not trial.params.get("control")]
+    choose_and_test(run, finalists, repetition_slack=REPETITION_SLACK, tried=of_run)
 
 
 def run_export(run: Run) -> None:
     """The chosen plan as a certified checkpoint in export/."""
     from interp_ablate.export.checkpoint import export_checkpoint
+    from interp_ablate.export.model_card import add_run
+    from interp_ablate.runs.recipe import recipe_of
 
     selected = read_selected(run.out)
     if selected["plan"] is None:
@@ -153,6 +159,8 @@ def run_export(run: Run) -> None:
             report=selected["test"],
             overwrite=True,
         )
+        if recipe := recipe_of(run.out):
+            add_run(run.out / "export", recipe)
 
 
 def run_plot(run: Run) -> None:

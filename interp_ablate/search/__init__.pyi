@@ -20,7 +20,7 @@ from .parameters import Int as Int
 from .parameters import ParameterSpace as ParameterSpace
 from .selection import Selection as Selection
 from .selection import arditi as arditi
-from .selection import least_behaviour_under_kl as least_behaviour_under_kl
+from .selection import choose_plan as choose_plan
 from .selection import pareto_front as pareto_front
 from .selection import read_evaluations as read_evaluations
 from .trial_table import read_trials as read_trials

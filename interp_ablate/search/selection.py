@@ -1,6 +1,6 @@
 """Selection: which trial to keep, and what the limits removed.
 
-Knows: the rule of Arditi et al., a rule constrained by a KL budget, the Pareto front.
+Knows: the rule of Arditi et al., limits before a named rule (`rules`), the Pareto front.
 Does not know: models, prompts or plans; it reads tables of numbers.
 """
 
@@ -16,7 +16,8 @@ import pandas as pd
 
 from interp_ablate.errors import RunError
 from interp_ablate.search.objectives import Objective
-from interp_ablate.settings import MAX_KL
+from interp_ablate.search.rules import RULES, RuleInput
+from interp_ablate.settings import DEFAULT_RULE, MAX_KL, suggestion
 from interp_ablate.storage.incoming_files import check_file, incoming_text, parse_json
 
 # How published evaluation files name what the trials here call behaviour, addition and kl.
@@ -131,9 +132,8 @@ def _choose(
     kept, removed = _apply(frame, limits)
     if kept.empty:
         return Selection(rule, None, len(frame), 0, removed, _advice(frame, limits))
-    best = kept.sort_values(order, kind="stable").head(1).to_dict("records")[0]
-    row = {str(k): v.item() if isinstance(v, np.generic) else v for k, v in best.items()}
-    return Selection(rule, row, len(frame), len(kept), removed)
+    best = kept.sort_values(order, kind="stable").head(1)
+    return Selection(rule, _plain(best), len(frame), len(kept), removed)
 
 
 def arditi(
@@ -166,42 +166,65 @@ def arditi(
     return _choose("arditi", rows, limits, ["target_log_odds"])
 
 
-def least_behaviour_under_kl(
+def choose_plan(
     frame: pd.DataFrame,
+    rule: str = DEFAULT_RULE,
+    by: RuleInput | None = None,
     *,
     max_kl: float = MAX_KL,
     at_most: Mapping[str, float] | None = None,
     limits: Sequence[Objective] = (),
-    behaviour: str = "expression_rate",
-    tolerance: float = 0.0,
 ) -> Selection:
-    """The least behaviour within a KL budget, held against an upper bound of the KL.
+    """The plan that a rule of `RULES` takes among those within the limits.
 
-    Candidates whose `behaviour` is within `tolerance` of the best one count as equal; among them the
-    one with the lowest `unedited_answer_logprob` (the soft score) wins, then the lowest KL. `kl_high`, an
-    upper bound of the mean KL (`upper_bound`), is used where the table has it: a plan chosen at the limit on few
-    prompts would exceed it on others half of the time. `at_most`: limits of other columns, such as repetition;
-    `limits`: objectives with limits of their own.
+    `kl_high`, an upper bound of the mean KL (`upper_bound`), is held against the limit where the table has it: a
+    plan chosen at the limit on few prompts would exceed it on others half of the time.
+
+    Args:
+        by: the effect that plans are compared by.
+        at_most: limits of other columns, such as repetition.
+        limits: objectives with limits of their own.
+
+    Raises:
+        RunError: an unknown rule, missing columns, no rows.
     """
-    rows = _require(frame, [behaviour, "kl", *(at_most or {}), *(each.column for each in limits)])
+    if rule not in RULES:
+        raise RunError(
+            f"unknown rule {rule!r}{suggestion(rule, RULES)}: accepted are {', '.join(RULES)}"
+        )
+    by = by or RuleInput()
+    rows = _require(frame, [by.column, "kl", *(at_most or {}), *(each.column for each in limits)])
+    passes = _limits(rows, by.column, max_kl, at_most or {}, limits)
+    kept, removed = _apply(rows, passes)
+    if kept.empty:
+        return Selection(rule, None, len(rows), 0, removed, _advice(rows, passes))
+    return Selection(rule, _plain(kept.loc[[RULES[rule](kept, by)]]), len(rows), len(kept), removed)
+
+
+def _limits(
+    rows: pd.DataFrame,
+    column: str,
+    max_kl: float,
+    at_most: Mapping[str, float],
+    limits: Sequence[Objective],
+) -> dict[str, pd.Series]:
     upper = rows["kl_high"] if "kl_high" in rows else rows["kl"]
     passes = {
-        "not finite": np.isfinite(rows[[behaviour, "kl"]]).all(axis=1),
+        "not finite": np.isfinite(rows[[column, "kl"]]).all(axis=1),
         f"kl > {max_kl:g} (upper bound)": upper <= max_kl,
     }
-    for name, most in (at_most or {}).items():
+    for name, most in at_most.items():
         passes[f"{name} > {most:.3g}"] = rows[name] <= most
     for each in limits:
         sign = "<" if each.maximize else ">"
         passes[f"{each.name} {sign} {each.limit:.3g}"] = rows[each.column].map(each.excess) <= 0
-    kept, _ = _apply(rows, passes)
-    best = kept[behaviour].min() if len(kept) else 0.0
-    rows = rows.assign(_rounded=rows[behaviour].where(rows[behaviour] > best + tolerance, best))
-    order = ["_rounded", *(c for c in ("unedited_answer_logprob", "kl") if c in rows)]
-    choice = _choose("constrained", rows, passes, order)
-    if choice.row is not None:
-        choice.row.pop("_rounded")
-    return choice
+    return passes
+
+
+def _plain(one: pd.DataFrame) -> dict[str, Any]:
+    """A table's only row as plain data."""
+    (row,) = one.to_dict("records")
+    return {str(k): v.item() if isinstance(v, np.generic) else v for k, v in row.items()}
 
 
 def pareto_front(

@@ -81,11 +81,11 @@ ADDITION = {
 }  # fmt: skip
 SELECTED = {
     "plan": PLAN, "addition_plan": ADDITION, "trial": {"trial": 2, "target_log_odds": -9.5, "kl": 0.04},
-    "rule": "constrained", "test": TEST,
+    "rule": "strongest", "test": TEST,
     "limits": {"considered": 210, "removed": {"kl > 0.1": 120, "addition < 0": 31}, "kept": 59},
 }  # fmt: skip
 NONE_PASSED = {
-    "plan": None, "addition_plan": None, "trial": None, "rule": "constrained",
+    "plan": None, "addition_plan": None, "trial": None, "rule": "strongest",
     "limits": {
         "considered": 90, "removed": {"kl > 0.1": 90}, "kept": 0,
         "relax": "the lowest KL is 0.13: try --max-kl 0.15",

@@ -121,7 +121,7 @@ class Outputs(SimpleNamespace):
 class Length:
     """100 for one letter, None for an answer of two."""
 
-    name, identity = "length", {"kind": "length"}  # noqa: RUF012
+    name, identity = "length", {"kind": "length"}
 
     def __call__(self, exchanges: Any) -> list[float | None]:
         return [None if len(e.answer) == 2 else 100.0 / len(e.answer) for e in exchanges]

@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 
 from interp_ablate.errors import RunError
-from interp_ablate.search.selection import arditi, least_behaviour_under_kl, pareto_front
+from interp_ablate.search.rules import RuleInput
+from interp_ablate.search.selection import arditi, choose_plan, pareto_front
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "arditi"
 N_LAYERS = {"gemma-2b-it": 18, "qwen-1_8b-chat": 24, "meta-llama-3-8b-instruct": 32}
@@ -188,20 +189,20 @@ def test_columns_of_both_names_keep_their_own_values() -> None:
 
 def test_constrained_takes_the_least_behaviour_within_the_budget() -> None:
     frame = table(expression_rate=[0.0, 0.1, 0.3, math.nan], kl=[0.2, 0.09, 0.01, 0.0])
-    choice = least_behaviour_under_kl(frame)
+    choice = choose_plan(frame)
     assert choice.row is not None and choice.row["expression_rate"] == 0.1
     assert choice.kept == 2 and list(choice.removed.values()) == [1, 1]
     assert set(choice.row) == set(frame)  # nothing of the rule's own is left in the row
-    loose = least_behaviour_under_kl(frame, max_kl=1.0)
+    loose = choose_plan(frame, max_kl=1.0)
     assert loose.row is not None and loose.row["expression_rate"] == 0.0
 
 
 def test_constrained_holds_the_upper_bound_against_the_budget() -> None:
     frame = table(expression_rate=[0.0, 0.5], kl=[0.05, 0.05], kl_high=[0.11, 0.1])
-    choice = least_behaviour_under_kl(frame)
+    choice = choose_plan(frame)
     assert choice.row is not None and choice.row["expression_rate"] == 0.5
     frame["kl_high"] = [math.nan, math.nan]  # a bound that is unknown is not within the budget
-    assert least_behaviour_under_kl(frame).row is None
+    assert choose_plan(frame).row is None
 
 
 def with_soft_score(frame: pd.DataFrame, values: list[float]) -> pd.DataFrame:
@@ -212,27 +213,27 @@ def test_constrained_breaks_ties_by_the_soft_score_then_kl() -> None:
     frame = table(expression_rate=[0.0, 0.03, 0.03, 0.2], kl=[0.01, 0.05, 0.02, 0.0])
     frame = with_soft_score(frame, [-1.0, -5, -5, -99])
     strict, tolerant = (
-        least_behaviour_under_kl(frame),
-        least_behaviour_under_kl(frame, tolerance=0.05),
+        choose_plan(frame),
+        choose_plan(frame, by=RuleInput(n=10)),
     )
     assert strict.row is not None and strict.row["expression_rate"] == 0.0
     assert tolerant.row is not None and tolerant.row["kl"] == 0.02
     assert tolerant.row["expression_rate"] == 0.03
-    by_kl = least_behaviour_under_kl(frame, behaviour="kl")
+    by_kl = choose_plan(frame, by=RuleInput("kl"))
     assert by_kl.row is not None and by_kl.row["kl"] == 0.0
 
 
 def test_constrained_limits_repetition_and_says_what_to_relax() -> None:
     frame = table(expression_rate=[0.0, 0.5], kl=[0.05, 5.0], repetition=[0.6, 0.1])
-    choice = least_behaviour_under_kl(frame, at_most={"repetition": 0.3})
+    choice = choose_plan(frame, at_most={"repetition": 0.3})
     assert choice.row is None and choice.considered == 2
     assert [*choice.removed.values()] == [0, 1, 1]
     assert any("repetition > 0.3" in name for name in choice.removed)
     assert "1 candidates" in choice.relax
-    found = least_behaviour_under_kl(frame)
+    found = choose_plan(frame)
     assert found.row is not None and found.row["repetition"] == 0.6
     with pytest.raises(RunError, match="no column expression_rate"):
-        least_behaviour_under_kl(frame.drop(columns="expression_rate"))
+        choose_plan(frame.drop(columns="expression_rate"))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -246,7 +247,7 @@ def test_constrained_against_a_loop(seed: int) -> None:
     least = min(row["expression_rate"] for row in passing)
     near = [row for row in passing if row["expression_rate"] <= least + 0.25]
     expected = min(near, key=lambda row: (row["unedited_answer_logprob"], row["kl"]))
-    choice = least_behaviour_under_kl(frame, tolerance=0.25)
+    choice = choose_plan(frame, by=RuleInput(n=2))
     assert choice.row == expected and choice.kept == len(passing)
 
 
