@@ -174,6 +174,7 @@ class ContrastSet:
         n_validation: int | float = SPLIT_SIZES["n_validation"],
         n_test: int | float = SPLIT_SIZES["n_test"],
         *,
+        n_finalists: int = 0,
         seed: int = 0,
     ) -> Split:
         """Three parts without a common prompt; the numbers are prompts of each side, or shares as in (0.5, 0.25, 0.25).
@@ -181,7 +182,8 @@ class ContrastSet:
         Shares are of the smaller side's different prompts, and each part has at least one.
         Prompts are ordered by a hash of the seed and their own normalised text: the same on every
         platform, whatever their order in the file. The test part is taken first, then validation,
-        then train, so that other sizes of the later ones leave the test part as it is. Where both
+        then train, so that other sizes of the later ones leave the test part as it is; the prompts for
+        finalists, `n_finalists` a side, come last. Where both
         sides have the same length and no duplicates, prompt i of one is taken to match prompt i of
         the other, and the two stay in the same part; otherwise duplicates are dropped and each
         side is split alone.
@@ -200,11 +202,15 @@ class ContrastSet:
                     "are three different sets, each of at least 1 prompt a side (or three shares, such as "
                     "0.5, 0.25, 0.25)"
                 )
+        if n_finalists:
+            sizes["n_finalists"] = n_finalists
         if sum(sizes.values()) > available:
             raise PromptError(_too_few(self, len(positive), len(negative), sizes))
         parts, start = {}, 0
-        for part in ("test", "validation", "train"):
-            size = sizes[f"n_{part}"]
+        for key in ("n_test", "n_validation", "n_train", "n_finalists"):
+            if key not in sizes:
+                continue
+            part, size = key.removeprefix("n_"), sizes[key]
             chosen = slice(start, start + size)
             source = f"{self.source} [{part}, seed {seed}]"
             parts[part] = ContrastSet(self.name, positive[chosen], negative[chosen], source)
@@ -219,6 +225,14 @@ class Split:
     train: ContrastSet
     validation: ContrastSet
     test: ContrastSet
+    finalists: ContrastSet | None = None
+    """Prompts on which the best plans of many are compared, where there are enough for that."""
+
+    @property
+    def parts(self) -> tuple[ContrastSet, ...]:
+        """Every part that there is."""
+        last = () if self.finalists is None else (self.finalists,)
+        return (self.train, self.validation, self.test, *last)
 
     def __repr__(self) -> str:
         sizes = [f"{name} {p} + {n}" for name, p, n, _ in self._rows()]
@@ -230,6 +244,8 @@ class Split:
 
     def _rows(self) -> list[tuple[object, ...]]:
         uses = {"train": "makes directions", "validation": "selects", "test": "reports"}
+        if self.finalists is not None:
+            uses["finalists"] = "compares the best"
         parts = ((name, getattr(self, name), use) for name, use in uses.items())
         return [(name, len(p.positive), len(p.negative), use) for name, p, use in parts]
 

@@ -97,6 +97,11 @@ class Configuration(LoadingOptions):
         if not self.max_kl > 0:
             raise RunError(f"--max-kl must be above 0 (nats); got {self.max_kl}")
 
+    @property
+    def split_sizes(self) -> dict[str, int | None]:
+        """Prompts a side of each part of the split; None: the usual number."""
+        return {"n_train": self.n_train, "n_validation": self.n_validation, "n_test": self.n_test}
+
     def to_dict(self) -> dict[str, Any]:
         """What a run folder stores, as JSON."""
         stored = asdict(self)

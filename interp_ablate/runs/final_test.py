@@ -34,7 +34,7 @@ from interp_ablate.runs.objective_results import (
     n_of,
     optimism_of,
     tested_objectives,
-    unedited_objectives,
+    unedited_scores,
 )
 from interp_ablate.runs.run_folder import Run
 from interp_ablate.runs.search_settings import SearchSettings
@@ -79,9 +79,9 @@ def choose_and_test(
         search: that the finalists come from; None: a run.
         tried: the plans that were chosen among, with their numbers by prompt: what the optimism is estimated from.
     """
-    c, bench = run.configuration, run.bench
+    c, bench = run.configuration, run.bench.finalists or run.bench
     control = None if search is None else search.control
-    unedited = bench.unedited_text_scores() | unedited_objectives(bench)
+    unedited, validation = unedited_scores(bench), unedited_scores(run.bench)
     max_kl, limited = limits_of(bench.objectives, c.max_kl)
     lead = leading(bench.objectives.objectives)
     by = RuleInput(lead.column, lead.maximize, n_of(bench, lead), unedited.get(lead.column))
@@ -98,7 +98,9 @@ def choose_and_test(
         },
         limits=limited,
     )
-    told = optimism_of(tried, choice.rule, by, bench.objectives, unedited, max_kl, repetition_slack)
+    told = optimism_of(
+        tried, choice.rule, by, bench.objectives, validation, max_kl, repetition_slack
+    )
     selected: dict[str, Any] = {
         "rule": choice.rule,
         "optimism": told,
@@ -107,8 +109,9 @@ def choose_and_test(
         "control": control,
         "chosen_by": "run" if search is None else "search",
         "objectives": [each.text for each in bench.objectives.objectives],
-        "validation_baseline": unedited,
+        "validation_baseline": validation,
         "validation_prompts": run.bench.n_prompts,
+        "finalist_prompts": None if bench is run.bench else bench.n_prompts,
     }
     generations: list[dict[str, Any]] = []
     run.record(no_plan=choice.row is None)

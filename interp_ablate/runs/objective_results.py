@@ -27,11 +27,11 @@ def limits_of(scores: ObjectiveScores, max_kl: float) -> tuple[float, tuple[Obje
     return min([max_kl, *of_kl]), tuple(each for each in limited if each.measure != "kl")
 
 
-def unedited_objectives(bench: ValidationBench) -> dict[str, float]:
-    """The unedited model's own number in each objective that the bench does not measure anyway."""
+def unedited_scores(bench: ValidationBench) -> dict[str, float]:
+    """The unedited model's own text scores, and its numbers in the objectives."""
     both = (bench.positive, bench.negative)
     values = bench.objectives.values(bench.expression, both, both)
-    return {column: fmean(each) for column, each in values.items()}
+    return bench.unedited_text_scores() | {name: fmean(each) for name, each in values.items()}
 
 
 def tested_objectives(

@@ -24,11 +24,17 @@ def choice_told(run: Mapping[str, Any], selected: Mapping[str, Any]) -> list[str
         told.append(f"It ended because trial number {first} meets {end.get('stop_at')}.")
     elif end.get("stop_at"):
         told.append(f"No trial meets {end['stop_at']}, at which it would have ended.")
-    return [*told, *_optimism(part_of(selected, "optimism"), part_of(selected, "trial"))]
+    fresh = selected.get("finalist_prompts")
+    if fresh:
+        told.append(
+            f"The finalists were compared on {number(fresh)} prompts a side of their own, by which no trial was chosen."
+        )
+    where = "the finalists' own prompts" if fresh else "validation prompts"
+    return [*told, *_optimism(part_of(selected, "optimism"), part_of(selected, "trial"), where)]
 
 
-def _optimism(found: Mapping[str, Any], trial: Mapping[str, Any]) -> list[str]:
-    """The chosen plan's number on validation prompts, and how much such a choice flatters itself."""
+def _optimism(found: Mapping[str, Any], trial: Mapping[str, Any], where: str) -> list[str]:
+    """How much such a choice flatters itself, beside the chosen plan's number by which it was chosen."""
     if not is_number(found.get("optimism")):
         return []
     text = (
@@ -39,11 +45,7 @@ def _optimism(found: Mapping[str, Any], trial: Mapping[str, Any]) -> list[str]:
         f"So this choice flatters itself by about {100 * found['optimism']:.1f} percentage points"
     )
     shown = trial.get("expression_rate")
-    return [
-        f"{text}, beside the {rate(shown)} on validation prompts."
-        if shown is not None
-        else f"{text}."
-    ]
+    return [f"{text}, beside the {rate(shown)} on {where}." if shown is not None else f"{text}."]
 
 
 def objective_rows(test: Mapping[str, Any]) -> list[dict[str, str]]:

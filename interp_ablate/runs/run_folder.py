@@ -231,8 +231,9 @@ class Run:
 
     @cached_property
     def split(self) -> Any:
-        c = self.configuration
-        return self.contrast_set.split(c.n_train, c.n_validation, c.n_test, seed=c.seed)
+        from interp_ablate.runs.validation_bench import split_of
+
+        return split_of(self.contrast_set, self.configuration)
 
     @cached_property
     def model(self) -> Model:
@@ -302,9 +303,7 @@ class Run:
             "trusted_remote_code": self.configuration.trust_remote_code,
         }
         prompts = [
-            prompt
-            for part in (self.split.train, self.split.validation, self.split.test)
-            for prompt in (*part.positive, *part.negative)
+            prompt for part in self.split.parts for prompt in (*part.positive, *part.negative)
         ]
         require_room(model, prompts, self.configuration.max_new_tokens)
         # the rendering first: it is a part of the fingerprint, and what differs is named by its closest cause

@@ -72,7 +72,7 @@ def run_search(run: Run, search: SearchSettings, objectives: ObjectiveScores | N
     run.check_export()
     do_stage(run, "directions")
     with trial_session(run, search) as session:
-        run.bench.objectives = objectives
+        run.bench.score_by(objectives)
         settings = {"control": search.control, "sampler": search.sampler}
         _check_same_search(session, settings | {"objectives": identity_of(objectives)})
         screened, layers = _prepared(session, search)

@@ -106,5 +106,5 @@ def make_worker(
     """What scores trials in a process of its own, with a model of its own; it writes no file."""
     run = Run(out, configuration)
     if search is not None:
-        run.bench.objectives = objective_scores(run, search)
+        run.bench.score_by(objective_scores(run, search))
     return functools.partial(score_trials, run.bench)

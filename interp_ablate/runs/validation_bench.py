@@ -12,6 +12,8 @@ from typing import Any
 from interp_ablate.evaluation.metrics import TargetLogOdds, find_target_tokens
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.models.model import Model
+from interp_ablate.prompts.contrast_set import ContrastSet, Split
+from interp_ablate.prompts.prompt import distinct
 from interp_ablate.runs.configuration import Configuration
 from interp_ablate.scoring.behaviour import Behaviour, ScoredBehaviour
 from interp_ablate.scoring.expression_lists import DEFAULT_EXPRESSIONS, EXPRESSIONS_OF_CONTRAST
@@ -19,6 +21,7 @@ from interp_ablate.scoring.expressions import ExpressionTextScorer, expression_s
 from interp_ablate.scoring.own_function import is_own_function
 from interp_ablate.scoring.registry import make_scorer
 from interp_ablate.search.bench import ValidationBench
+from interp_ablate.settings import SPLIT_SIZES
 
 FIT_PROMPTS = 64  # a side
 DEFAULT_LIST = (
@@ -26,6 +29,9 @@ DEFAULT_LIST = (
     f"list {DEFAULT_EXPRESSIONS!r}"
 )
 LOW_RATE = 0.2
+FEWEST_FINALISTS = (
+    16  # prompts a side: fewer would choose worse among finalists than validation prompts do
+)
 
 
 def names_behaviour(c: Configuration, contrast: str) -> bool:
@@ -74,6 +80,15 @@ def behaviour_identity(c: Configuration, contrast: str, made_of: Mapping[str, An
     return behaviour_scorer(c, contrast).identity
 
 
+def split_of(contrast: ContrastSet, c: Configuration) -> Split:
+    """The split of a run. Prompts that it leaves over compare the finalists, as many as validate at most."""
+    sizes = {name: size or SPLIT_SIZES[name] for name, size in c.split_sizes.items()}
+    available = min(len(distinct(side)) for side in (contrast.positive, contrast.negative))
+    n = min(available - sum(sizes.values()), sizes["n_validation"])
+    n_finalists = n if n >= FEWEST_FINALISTS else 0
+    return contrast.split(**sizes, n_finalists=n_finalists, seed=c.seed)
+
+
 def make_bench(
     model: Model,
     split: Any,
@@ -85,14 +100,20 @@ def make_bench(
     """A bench over the validation prompts, and its target tokens, which training prompts tell; three steps."""
     target, records = target_of(model, split.train)
     advance(1)
-    bench = ValidationBench(
-        model,
-        split.validation.positive,
-        split.validation.negative,
-        target=target,
-        expression=expression,
-        max_new_tokens=max_new_tokens,
-    )
+    benches = [
+        ValidationBench(
+            model,
+            part.positive,
+            part.negative,
+            target=target,
+            expression=expression,
+            max_new_tokens=max_new_tokens,
+        )
+        for part in (split.validation, split.finalists)
+        if part is not None
+    ]
+    bench = benches[0]
+    bench.finalists = benches[1] if benches[1:] else None
     advance(1)
     bench.repetition  # noqa: B018  (computed here, under the progress bar)
     advance(1)

@@ -47,6 +47,8 @@ class ValidationBench:
     ) -> None:
         self.model, self.target, self.expression = model, target, expression
         self.objectives = ObjectiveScores()
+        # scores the finalists, where there are prompts that no trial was chosen on
+        self.finalists: ValidationBench | None = None
         self.positive = ModelOutputs(model, positive, max_new_tokens=max_new_tokens)
         self.negative = ModelOutputs(model, negative, max_new_tokens=max_new_tokens)
         self.max_new_tokens = max_new_tokens
@@ -55,6 +57,12 @@ class ValidationBench:
         self._repetition: float | None = None
         self._baseline: dict[str, float] | None = None
         self._head: tuple[int, ValidationBench] | None = None
+
+    def score_by(self, objectives: ObjectiveScores) -> None:
+        """Score plans by a search's objectives, finalists too."""
+        self.objectives = objectives
+        if self.finalists is not None:
+            self.finalists.objectives = objectives
 
     @property
     def n_prompts(self) -> int:

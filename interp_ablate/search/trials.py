@@ -187,6 +187,8 @@ def score_trial(bench: ValidationBench, planned: PlannedTrial) -> Trial:
     start, trial, plan = time.perf_counter(), planned.trial, planned.plan
     if trial.prompts is not None:
         bench = bench.head(trial.prompts)
+    if trial.stage == "finalist":
+        bench = bench.finalists or bench
     try:
         if trial.stage == "search":
             scores = bench.objectives_of([plan])[0]

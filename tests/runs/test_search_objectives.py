@@ -107,3 +107,45 @@ def test_bad_objectives_leave_nothing(
         assert search(flags, out, *more) == 2
         message = capsys.readouterr().err
         assert said in message and "Traceback" not in message and not out.exists()
+
+
+def test_finalists_meet_prompts_that_no_trial_was_chosen_on(tmp_path: Path) -> None:
+    """With prompts left over they are a fourth part; the choice and the report are by its numbers."""
+    from interp_ablate.prompts.contrast_set import ContrastSet
+    from interp_ablate.runs.configuration import Configuration
+    from interp_ablate.runs.validation_bench import split_of
+
+    write_task(tmp_path, n_prompts=52)
+    (tmp_path / "anything.txt").write_text("\n".join("abcdefghijklmnopqrstuvwxyz"))
+    sides = {
+        side: str(tmp_path / f"{name}.txt")
+        for side, name in (("positive", "yes"), ("negative", "no"))
+    }
+    sizes = {"n_train": 8, "n_validation": 20, "n_test": 6}
+    contrast = ContrastSet.load(**sides)
+    split = split_of(contrast, Configuration(model="m", **sides, **sizes))
+    assert split.finalists is not None and len(split.finalists.positive) == 18
+    three = contrast.split(**sizes)
+    assert (three.train, three.validation, three.test) == split.parts[
+        :3
+    ] and three.finalists is None
+    texts = [{p.text for p in (*part.positive, *part.negative)} for part in split.parts]
+    assert sum(map(len, texts)) == len(set.union(*texts))
+    few = Configuration(model="m", **sides, **{**sizes, "n_train": 12})
+    assert split_of(contrast, few).finalists is None  # 14 left
+
+    out = tmp_path / "out"
+    flags = [
+        *("--model", tmp_path / "model", "--expressions", tmp_path / "anything.txt", "--no-fits"),
+        *("--positive", sides["positive"], "--negative", sides["negative"], "--max-new-tokens", 4),
+        *("--n-train", 8, "--n-validation", 20, "--n-test", 6, "--max-kl", 50, "--trials", 3),
+    ]
+    assert search(list(map(str, flags)), out, "--rule", "cheapest") in (0, 1)
+    selected = read(out, "selected.json")
+    assert selected["finalist_prompts"] == 18 and selected["validation_prompts"] == 20
+    assert selected["rule"] == "cheapest" and selected["optimism"]["plans"] == 3
+    lines = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
+    by_stage = {
+        line["stage"]: len(line["by_prompt"]["kl"]) for line in lines if line.get("by_prompt")
+    }
+    assert by_stage["search"] == 20 and by_stage["finalist"] == 18
