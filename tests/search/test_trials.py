@@ -118,6 +118,9 @@ class FakeBench:
         ("target_log_odds_baseline", "unedited_answer_logprob_baseline", "addition_baseline"), 0.0
     )
 
+    finalists = None
+    """No prompts of the finalists' own."""
+
     def __init__(self, spoil: Callable[[Plan], dict[str, float]] = lambda plan: {}) -> None:
         self.model = SimpleNamespace(n_layers=N_LAYERS, writers=WRITERS)
         self.scored: list[Plan] = []
