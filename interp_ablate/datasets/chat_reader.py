@@ -41,10 +41,18 @@ def read_samples(
     Raises:
         RowFileError: a file or row that cannot be used: where it is, what came and what is accepted.
     """
+    check_layout(layout)
+    return _read(RowFile.at(path), SampleParser(layout), malformed)
+
+
+def check_layout(layout: str | None) -> None:
+    """Refuse the name of a layout that there is not.
+
+    Raises:
+        RowFileError: it names those that there are.
+    """
     if layout is not None and layout not in LAYOUTS:
         raise RowFileError(f"no layout {layout!r}: there are {', '.join(LAYOUTS)}")
-    file = RowFile.at(path)
-    return _read(file, _SampleParser(layout), malformed)
 
 
 def read_preferences(
@@ -93,12 +101,16 @@ def _read(
 # ---- rows to samples -------------------------------------------------------------------------------
 
 
-class _SampleParser:
-    """Makes rows to samples, all of one layout: the one asked for, or the first row's."""
+class SampleParser:
+    """Makes rows to samples, all of one layout: the one asked for, or the first row's.
 
-    def __init__(self, layout: str | None) -> None:
+    Args:
+        first: number of the row that has shown the layout; 0 where it was asked for, or none has.
+    """
+
+    def __init__(self, layout: str | None, first: int = 0) -> None:
         self.layout = layout
-        self.first = 0
+        self.first = first
 
     def __call__(self, row: FileRow) -> Sample:
         if any(row.values.get(key) == [] for key in LIST_KEYS):

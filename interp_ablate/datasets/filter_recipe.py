@@ -156,6 +156,11 @@ def decide(samples: Sequence[Sample], recipe: FilterRecipe, ask: Ask = read_now)
     return [_decided(sample, answers, recipe) for sample, answers in zip(samples, each)]
 
 
+def quiet_decision(recipe: FilterRecipe) -> Decision:
+    """The decision on a sample in which no answer matches, without the sample."""
+    return _decided(None, [(False, ())], recipe)
+
+
 def _together(
     hits: list[tuple[bool | None, RuleHit]], combine: Combine
 ) -> tuple[bool | None, tuple[RuleHit, ...]]:
@@ -171,7 +176,9 @@ def _together(
 
 
 def _decided(
-    sample: Sample, turns: list[tuple[bool | None, tuple[RuleHit, ...]]], recipe: FilterRecipe
+    sample: Sample | None,
+    turns: list[tuple[bool | None, tuple[RuleHit, ...]]],
+    recipe: FilterRecipe,
 ) -> Decision:
     verdicts = [matches for matches, _ in turns]
     matched = True if True in verdicts else (None if None in verdicts or not turns else False)
@@ -185,7 +192,7 @@ def _decided(
     )
     if not goes:
         return Decision("kept", matched, hits, sample)
-    if recipe.scope == "round" and turns:
+    if recipe.scope == "round" and turns and sample is not None:
         gone = (None, True) if recipe.without_verdict() == "drop" else (True,)
         left = sample.without(
             {hit.turn for matches, of_turn in turns if matches in gone for hit in of_turn}
@@ -205,14 +212,15 @@ class SampledDecisions:
         self.size, self.random, self.seen = size, random.Random(seed), 0
         self.items: list[tuple[Sample, Decision]] = []
 
-    def add(self, item: tuple[Sample, Decision]) -> None:
+    def add(self, make: Callable[[], tuple[Sample, Decision]]) -> None:
+        """Count one more, and keep what `make` gives where it is drawn."""
         self.seen += 1
         if len(self.items) < self.size:
-            self.items.append(item)
+            self.items.append(make())
             return
         place = self.random.randrange(self.seen)
         if place < self.size:
-            self.items[place] = item
+            self.items[place] = make()
 
 
 def reason_kinds(decision: Decision) -> Iterator[tuple[str, str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -18,6 +19,7 @@ from interp_ablate.datasets.conversations import Turn
 from interp_ablate.errors import RunError
 from interp_ablate.scoring.exchange import ScorerKind, TextScorer, verdicts_of
 from interp_ablate.scoring.expressions import ExpressionScorer, expression_scorer
+from interp_ablate.scoring.prefilter import expression_superset, phrase_patterns
 from interp_ablate.scoring.refusals import LANGUAGES, REASONS, Reason, RefusalDetector
 from interp_ablate.scoring.text_folding import fold
 
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from interp_ablate.directions.direction import Direction
     from interp_ablate.models.model import Model
 
+_RARE = 8  # characters of a phrase's beginning that is rare by itself
+_THEN = 10  # characters that are looked for behind others
+_LONGEST_THEN = 3000
 NO_PROMPT, EMPTY = "no prompt before the answer", "empty answer"
 
 
@@ -70,7 +75,7 @@ class Rule(Protocol):
     def matches(self, value: float) -> bool: ...
 
 
-class _Phrases:
+class PhraseRule:
     """Common part of rules that look for phrases: a number from 1 on matches."""
 
     match: dict[str, Any] = {}  # noqa: RUF012  (never written)
@@ -83,12 +88,19 @@ class _Phrases:
     def _read(self, text: str) -> RuleValue:
         raise NotImplementedError
 
+    def patterns(self) -> tuple[str, ...] | None:
+        """Patterns (see `Prefilter`) of which one is found in every answer whose number is not 0.
+
+        None where nothing can be said of such an answer.
+        """
+        return None
+
     def matches(self, value: float) -> bool:
         return value >= 1
 
 
 @dataclass(frozen=True)
-class DeclineRule(_Phrases):
+class DeclineRule(PhraseRule):
     """The assistant declines, moralizes, or says that it is a language model, in its own words."""
 
     detector: RefusalDetector = field(default_factory=RefusalDetector)
@@ -108,9 +120,23 @@ class DeclineRule(_Phrases):
         phrases = tuple((f"{m.reason} ({m.language})", m.phrase) for m in self.detector.find(text))
         return RuleValue(float(len(phrases)), phrases=phrases)
 
+    def patterns(self) -> tuple[str, ...] | None:
+        rare: dict[bool, list[str]] = {True: [], False: []}  # by whether a start begins a word
+        common: list[str] = []
+        for pattern in self.detector.patterns:
+            spaced = pattern.language != "zh"
+            short = [start for start in pattern.starts if spaced and len(start) < _RARE]
+            then = expression_superset(pattern.then, _THEN, least=0) if short else None
+            if then is None or len(then) > _LONGEST_THEN:
+                short, then = [], ""
+            common += [begin + then for begin in phrase_patterns(short, at_word=True)]
+            rare[spaced] += [start for start in pattern.starts if start not in short]
+        in_words = phrase_patterns(rare[False])
+        return (*phrase_patterns(rare[True], at_word=True), *in_words, *common)
+
 
 @dataclass(frozen=True)
-class ExpressionRule(_Phrases):
+class ExpressionRule(PhraseRule):
     """An answer holds a list's expressions, wherever in it (the scorer's scope) and whoever says them."""
 
     scorer: ExpressionScorer
@@ -125,23 +151,35 @@ class ExpressionRule(_Phrases):
         """Folded phrases of which a matching text holds one; None where patterns can match any text."""
         entries = self.scorer.identity["expressions"]
         if any(regex for _, _, _, regex in entries):
-            return None
+            return None  # `patterns` may know more
         return tuple(
             dict.fromkeys(fold(text).strip() for text, weight, _, _ in entries if weight > 0)
         )
 
     def _read(self, text: str) -> RuleValue:
-        if self._words is not None:
-            folded = fold(text)
+        if self.scorer.own_speech and self._words is not None:
+            folded = fold(text)  # before the words of others are left out, which takes longer
             if not any(word in folded for word in self._words):
                 return RuleValue(0.0)
-        if self.scorer.outcome(text) != "expressed":
+        found = self.scorer.counted(text)
+        if not self.scorer.reached(math.fsum(each.weight for each in found)):
             return RuleValue(0.0)
         phrases = tuple(
-            (f"{self.name} ({m.language})" if m.language else self.name, m.expression)
-            for m in self.scorer.matches(text)
+            (f"{self.name} ({each.language})" if each.language else self.name, each.text)
+            for each in found
         )
         return RuleValue(1.0, phrases=phrases)
+
+    def patterns(self) -> tuple[str, ...] | None:
+        entries = [each for each in self.scorer.identity["expressions"] if each[1] > 0]
+        own_words = (
+            self.scorer.own_speech
+        )  # what is left of a text may match where the text did not
+        regexes = [expression_superset(text) for text, _, _, regex in entries if regex]
+        if None in regexes or (regexes and own_words):
+            return None
+        phrases = (fold(text).strip() for text, _, _, regex in entries if not regex)
+        return (*phrase_patterns(phrases), *(each for each in regexes if each is not None))
 
 
 @dataclass(frozen=True)

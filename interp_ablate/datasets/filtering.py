@@ -8,39 +8,41 @@ Dolphin data sets (Hartford 2023, https://erichartford.com/uncensored-models); p
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from interp_ablate import __version__
-from interp_ablate.datasets.chat_reader import read_samples, writing_samples
-from interp_ablate.datasets.conversations import Sample, Turn
+from interp_ablate.datasets.chat_reader import check_layout
+from interp_ablate.datasets.filter_batches import BatchDecider, Item, Verdict, verdicts_of_batches
+from interp_ablate.datasets.filter_journal import StoredValues
+from interp_ablate.datasets.filter_outputs import (
+    MALFORMED,
+    WHY,
+    Outputs,
+    PartialOutputs,
+    atomic_outputs,
+)
+from interp_ablate.datasets.filter_progress import Place, Progress
 from interp_ablate.datasets.filter_recipe import (
     Decision,
     FilterRecipe,
     RuleHit,
     SampledDecisions,
-    decide,
-    read_now,
+    quiet_decision,
     reason_kinds,
     samples_page,
 )
-from interp_ablate.datasets.filter_rules import Rule, RuleValue, ScoreRule
 from interp_ablate.errors import RunError
 from interp_ablate.jobs.bars import bar
-from interp_ablate.scoring.exchange import UNANSWERED
 from interp_ablate.settings import setting
 from interp_ablate.stats.intervals import rate
-from interp_ablate.storage.atomic_files import atomic_path, write_atomic
+from interp_ablate.storage.atomic_files import write_atomic
 from interp_ablate.storage.incoming_files import incoming_object
-from interp_ablate.storage.json_rows import MalformedRow, RowFileError
+from interp_ablate.storage.json_rows import FileRow, MalformedRow, RawLine, RowFileError
 from interp_ablate.storage.jsonl_log import JsonlLog
 from interp_ablate.storage.row_files import RowFile
 from interp_ablate.storage.strict_json import json_text
@@ -50,8 +52,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "interp_ablate.filter/1"
 JOURNAL = "verdicts.jsonl"
-_CHUNK = 256  # samples in memory at a time
-_STORED = 16  # answers that are scored between two writes to the journal
+QUICK_FROM = 1 << 22  # bytes of a file from which on a quick look is worth its preparation
+_TOGETHER = 256  # rows of which why.jsonl speaks together, behind the malformed ones among them
 _PHRASES = 100_000  # different ones that are counted at a time
 
 
@@ -78,8 +80,11 @@ class FilterSettings:
         metavar="FIELD",
     )
     force: bool = setting(False, "replace another filter's result")
+    workers: int = setting(1, "processes that look for phrases and count words")
 
     def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise RunError(f"--workers {self.workers}: a number from 1")
         if self.shown < 0:
             raise RunError(f"--samples {self.shown}: a number from 0")
 
@@ -121,49 +126,8 @@ def filter_file(
         replace=settings.force,
     )
     with journal.open() as lines:
-        run.work(_Stored(journal, lines))
+        run.work(StoredValues(journal, lines))
         return run.finish()
-
-
-class _Stored:
-    """Asks rules, and keeps the values of those that are stored in the journal."""
-
-    def __init__(self, journal: JsonlLog, lines: list[dict[str, Any]]) -> None:
-        self.journal = journal
-        self.names: dict[int, str] = {}  # of rules
-        self.values: dict[tuple[str, int, int], RuleValue] = {}
-        for number, line in enumerate(lines, 2):
-            try:
-                for at, turn, value, why in line["readings"]:
-                    self.values[line["rule"], at, turn] = RuleValue(value, why)
-            except (KeyError, TypeError, ValueError) as error:
-                raise journal.corrupt(number, f"{type(error).__name__} {error}") from error
-
-    def __call__(self, rule: Rule, asked: Sequence[tuple[Sample, Turn]]) -> list[RuleValue]:
-        if not rule.stored:
-            return read_now(rule, asked)
-        if id(rule) not in self.names:
-            identity = json.dumps(rule.identity, sort_keys=True).encode()
-            self.names[id(rule)] = hashlib.sha256(identity).hexdigest()[:16]
-        digest = self.names[id(rule)]
-        keys = [(digest, sample.number, turn.index) for sample, turn in asked]
-        waiting = [k for k, key in enumerate(keys) if key not in self.values]
-        values = self._values(rule, [asked[k] for k in waiting])
-        while part := {waiting[i]: value for i, value in islice(values, _STORED)}:
-            rows = [[*keys[k][1:], r.value, r.why] for k, r in part.items() if r.why != UNANSWERED]
-            self.journal.append({"rule": digest, "readings": rows})
-            self.values.update({keys[k]: value for k, value in part.items()})
-        return [self.values[key] for key in keys]
-
-    def _values(
-        self, rule: Rule, asked: Sequence[tuple[Sample, Turn]]
-    ) -> Iterator[tuple[int, RuleValue]]:
-        """The rule's values as they are ready: a judge's as they come, others some at a time."""
-        if isinstance(rule, ScoreRule):
-            yield from rule.read_each([turn for _, turn in asked])
-            return
-        for start in range(0, len(asked), _STORED):
-            yield from enumerate(read_now(rule, asked[start : start + _STORED]), start)
 
 
 @dataclass
@@ -180,9 +144,13 @@ class _Run:
     labelled: Counter[str] = field(default_factory=Counter)
     layout: str = ""
     replaced: list[str] = field(default_factory=list)  # files of the result that was there
+    pending: list[bytes] = field(default_factory=list)  # lines of why.jsonl that wait for others
 
     def __post_init__(self) -> None:
         self.names = {part: f"{part}{self.source.suffix}" for part in ("kept", "dropped")}
+        check_layout(self.settings.layout)
+        self.quiet = quiet_decision(self.recipe)
+        self.progress = Progress(self.out)
         self.stat = self._stat()
         self.fingerprint = self.source.fingerprint()
         self.shown = {
@@ -197,7 +165,7 @@ class _Run:
     def about(self) -> dict[str, Any]:
         """Everything that makes the result: data, recipe and settings."""
         settings = asdict(self.settings)
-        del settings["force"]
+        del settings["force"], settings["workers"]
         return {
             "format": FORMAT,
             "data": {"name": self.source.path.name, "sha256": self.fingerprint},
@@ -207,6 +175,12 @@ class _Run:
 
     def check(self) -> None:
         """Refuse an output folder that holds something else than a result of the same work."""
+        stored = [rule.name for rule in self.recipe.rules if rule.stored]
+        if self.settings.workers > 1 and stored:
+            raise RunError(
+                f"--workers {self.settings.workers}: {stored[0]} is asked in one process, many answers at a time; "
+                "leave --workers out (a judge has --concurrency)"
+            )
         places = {(self.out / name).resolve() for name in self.names.values()}
         if self.source.path.resolve() in {*places, self.out.resolve()}:
             raise RunError(f"{self.out} is where {self.source.path} is: choose another --out")
@@ -236,73 +210,114 @@ class _Run:
         ours = isinstance(manifest, dict) and manifest.get("format") == FORMAT
         return manifest if ours else {}
 
-    def work(self, ask: _Stored) -> None:
-        """Read, decide and write."""
-        faults: list[MalformedRow] = []
-        skip = faults.append if self.settings.skip_malformed else None
-        samples = read_samples(self.source.path, layout=self.settings.layout, malformed=skip)
+    def work(self, ask: StoredValues) -> None:
+        """Read, decide and write; from where an earlier run was, if that is known."""
+        try:
+            self._work(ask)
+        except Exception:
+            self.progress.remove()
+            raise
+
+    def _work(self, ask: StoredValues) -> None:
+        decider = BatchDecider(
+            self.source,
+            self.recipe,
+            self.settings.layout,
+            skip=self.settings.skip_malformed,
+            labels=self.settings.labels,
+            quick=self._is_large(),
+        )
+        self.decider = decider
+        names = list(self.names.values())
+        resumable = self.source.format == "jsonl" and not self.source.compression
+        place = self.progress.load(self) if resumable else Place()
+        parts = PartialOutputs(self.out, names, place.sizes)
         with ExitStack() as stack:
-            write = {
-                part: stack.enter_context(writing_samples(self.out / name, self.source.path))
-                for part, name in self.names.items()
-            }
-            why = stack.enter_context(_Bytes(self.out / "why.jsonl"))
-            bad = stack.enter_context(_Bytes(self.out / "malformed.jsonl", always=False))
-            advance, more = stack.enter_context(bar("rows", None)), True
-            while more:
-                chunk = list(islice(samples, _CHUNK))
-                more = bool(chunk)
-                for fault in faults:
-                    bad.write(fault.line if fault.line.endswith(b"\n") else fault.line + b"\n")
-                    why.note(fault.number, outcome="malformed", why=fault.why)
-                    logger.info("left out %s: %s", self.source.place(fault.number), fault.why)
-                self.counts["malformed"] += len(faults)
-                faults.clear()
-                for sample, decision in zip(chunk, decide(chunk, self.recipe, ask)):
-                    self._count(sample, decision)
-                    if decision.matched is not False:
-                        hits = [_as_json(hit) for hit in decision.hits]
-                        why.note(sample.number, outcome=decision.outcome, because=hits)
-                    if decision.sample is not None:
-                        write["kept"](decision.sample)
-                    else:
-                        write["dropped"](sample)
-                advance(len(chunk))
+            files: Outputs = stack.enter_context(
+                parts if resumable else atomic_outputs(self.out, self.source, names)
+            )
+            advance = stack.enter_context(bar("rows", None))
+            items = self.source.unread(place.number, place.at)
+            for batch, verdicts in verdicts_of_batches(decider, items, ask, self.settings.workers):
+                for item, verdict in zip(batch, verdicts):
+                    self._commit(item, verdict, files)
+                    if resumable and not self.pending and self.progress.is_due():
+                        self.progress.save(self, parts.secure(), item)
+                advance(len(batch))
+            self._told(files)
             self._check_end()
             # from here on the files are new ones: the old manifest is of none, and the folder is a filter's
             ask.journal.begin()
             self.replaced = list(self._manifest().get("files", {}))
             (self.out / "manifest.json").unlink(missing_ok=True)
 
+    def _is_large(self) -> bool:
+        return sum(size for _, size, _ in self.stat) >= QUICK_FROM
+
+    def _commit(self, item: Item, verdict: Verdict, files: Outputs) -> None:
+        """Count a row and write it; what is said of it waits for the next 256 that can be used."""
+        if isinstance(verdict, MalformedRow):
+            line = verdict.line if verdict.line.endswith(b"\n") else verdict.line + b"\n"
+            files.line(MALFORMED, line)
+            files.line(WHY, _note(verdict.number, outcome="malformed", why=verdict.why))
+            logger.info("left out %s: %s", self.source.place(verdict.number), verdict.why)
+            self.counts["malformed"] += 1
+            return
+        assert not isinstance(item, MalformedRow)
+        decision = self.quiet if verdict is None else verdict.decision
+        self._count(item, decision, None if verdict is None else verdict.label)
+        said = b""
+        if decision.matched is not False:
+            hits = [_as_json(hit) for hit in decision.hits]
+            said = _note(item.number, outcome=decision.outcome, because=hits)
+        self.pending.append(said)
+        values = item.values if isinstance(item, FileRow) else {}
+        if verdict is not None and verdict.changed is not None:
+            files.row(self.names["kept"], *verdict.changed)
+        else:
+            part = "dropped" if decision.outcome == "dropped" else "kept"
+            files.row(self.names[part], values, item.line)
+        if len(self.pending) == _TOGETHER:
+            self._told(files)
+
+    def _told(self, files: Outputs) -> None:
+        files.line(WHY, b"".join(self.pending))
+        self.pending.clear()
+
     def _check_end(self) -> None:
         if not self.counts["rows"]:
-            raise RowFileError(f"{self.source.path} holds no row that can be used")
+            usable = (
+                " that can be used" if self.settings.skip_malformed else ": at least one is needed"
+            )
+            raise RowFileError(f"{self.source.path} holds no row{usable}")
         if self._stat() != self.stat:
             raise RunError(f"{self.source.path} changed while it was read: run again")
 
-    def _count(self, sample: Sample, decision: Decision) -> None:
-        self.layout = sample.layout
+    def _count(self, item: RawLine | FileRow, decision: Decision, label: Any) -> None:
+        self.layout = self.decider.parser.layout or ""
         self.counts["rows"] += 1
         self.counts[decision.outcome] += 1
-        self.counts["matched"] += decision.matched is True
-        self.counts["no_verdict"] += decision.matched is None
         part = "no verdict" if decision.matched is None else decision.outcome
-        self.shown[part].add((sample, decision))
-        self.why.update({kind for kind, _ in reason_kinds(decision)})
-        self.phrases.update({f"{kind}: {text}" for kind, text in reason_kinds(decision) if text})
-        if len(self.phrases) > _PHRASES:  # rare ones are forgotten
-            self.phrases = Counter(dict(self.phrases.most_common(_PHRASES // 10)))
+        self.shown[part].add(lambda: (self.decider.sample(item), decision))
+        if decision.matched is not False:
+            self.counts["matched" if decision.matched else "no_verdict"] += 1
+        if decision.hits:
+            kinds = list(reason_kinds(decision))
+            self.why.update({kind for kind, _ in kinds})
+            self.phrases.update({f"{kind}: {text}" for kind, text in kinds if text})
+            if len(self.phrases) > _PHRASES:  # rare ones are forgotten
+                self.phrases = Counter(dict(self.phrases.most_common(_PHRASES // 10)))
         if self.settings.labels is not None:
-            label = sample.raw.get(self.settings.labels)
             if label not in (True, False):
                 raise RowFileError(
-                    f"{self.source.place(sample.number)}: {self.settings.labels!r} is {label!r}, not true "
+                    f"{self.source.place(item.number)}: {self.settings.labels!r} is {label!r}, not true "
                     "or false"
                 )
             self.labelled[f"{'matched' if decision.matched else 'not'} {bool(label)}"] += 1
 
     def finish(self) -> dict[str, Any]:
         """The page and, last, the manifest."""
+        self.progress.remove()
         write_atomic(self.out / "samples.html", samples_page(self.source.path.name, self.shown))
         names = [*self.names.values(), "why.jsonl", "samples.html"]
         if self.counts["malformed"]:
@@ -347,39 +362,10 @@ class _Run:
 _PARTS = ("dropped", "cut", "no verdict", "kept")
 
 
-class _Bytes:
-    """A file that is written as the run goes, whole or not at all; `always=False`: only if anything is."""
-
-    def __init__(self, path: Path, *, always: bool = True) -> None:
-        self.path, self.always = path, always
-        self.stack = ExitStack()
-        self.file: Any = None
-
-    def __enter__(self) -> _Bytes:
-        if self.always:
-            self.write(b"")
-        return self
-
-    def write(self, data: bytes) -> None:
-        try:
-            if self.file is None:
-                place = self.stack.enter_context(atomic_path(self.path))
-                self.file = self.stack.enter_context(open(place, "wb"))  # noqa: SIM115  (the stack closes)
-            self.file.write(data)
-        except OSError as error:
-            raise RunError(f"cannot write {self.path}: {error.strerror}. Free space") from error
-
-    def note(self, number: int, **values: Any) -> None:
-        """A line of JSON about a row."""
-        self.write(json_text({"number": number, **values}, ensure_ascii=False).encode() + b"\n")
-
-    def __exit__(self, *error: Any) -> None:
-        try:
-            self.stack.__exit__(*error)
-        except OSError as failure:
-            raise RunError(f"cannot write {self.path}: {failure.strerror}. Free space") from failure
-        if self.file is None and error[0] is None:
-            self.path.unlink(missing_ok=True)  # an earlier run's
+def _note(number: int, **values: Any) -> bytes:
+    """A line of JSON about a row."""
+    text = json_text({"number": number, **values}, ensure_ascii=False)
+    return text.encode(errors="backslashreplace") + b"\n"  # half a character as JSON's escape of it
 
 
 def _as_json(hit: RuleHit) -> dict[str, Any]:

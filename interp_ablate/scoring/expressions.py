@@ -190,21 +190,24 @@ class ExpressionScorer:
 
     # ---- one text
 
-    def strength(self, text: str) -> float:
-        """The sum of the weights of the expressions that occur and are not negated, each once."""
+    def counted(self, text: str) -> list[Expression]:
+        """The expressions that occur and are not negated, each once, in the order of the list."""
         folded = fold(self._scoped(text))
-        counted = (
-            each.weight
+        return [
+            each
             for each, pattern in self._candidates(folded)
             if any(not negated for _, _, negated in self._places(folded, each, pattern))
-        )
-        return math.fsum(counted)
+        ]
+
+    def strength(self, text: str) -> float:
+        """The sum of the weights of the expressions that occur and are not negated, each once."""
+        return math.fsum(each.weight for each in self.counted(text))
 
     def outcome(self, text: str) -> Outcome:
         """The behaviour is expressed or not; a text of nothing but spaces is "empty"."""
         if not text.strip():
             return "empty"
-        return "expressed" if self._reached(text) else "not expressed"
+        return "expressed" if self.reached(self.strength(text)) else "not expressed"
 
     def matches(self, text: str) -> list[Match]:
         """Every expression that occurs and is not negated, with the first place that counts."""
@@ -235,7 +238,7 @@ class ExpressionScorer:
         """1.0 or 0.0 a text; an empty one is 0.0 (`counts` tells it apart)."""
         import torch
 
-        return torch.tensor([float(self._reached(text)) for text in texts])
+        return torch.tensor([float(self.reached(self.strength(text))) for text in texts])
 
     def __call__(self, outputs: HasTexts, baseline: HasTexts) -> Float[Tensor, " prompt"]:
         return self.score_texts(outputs.texts)
@@ -275,10 +278,9 @@ class ExpressionScorer:
         text = strip_quoted_speech(text) if self.own_speech else text
         return first_sentence(text) if self.scope == "first_sentence" else text
 
-    def _reached(self, text: str) -> bool:
-        return (
-            self.strength(text) >= self.threshold - 1e-9
-        )  # sums of tenths fall short of their total
+    def reached(self, strength: float) -> bool:
+        """Whether a strength expresses the behaviour."""
+        return strength >= self.threshold - 1e-9  # sums of tenths fall short of their total
 
     @cached_property
     def _literals(self) -> list[str]:

@@ -11,8 +11,18 @@ from collections.abc import Iterator
 
 # ---- folding -------------------------------------------------------------------------------------
 
-_APOSTROPHES = re.compile("[\u2018\u2019\u201b\u02bc\u00b4`]")
-_QUOTES = re.compile("[\u201c\u201d\u201e]")
+_APOSTROPHES = "\u2018\u2019\u201b\u02bc\u00b4`"
+# What normalization makes of each, whatever stands beside it: nothing composes with these.
+_BY_THEMSELVES = {
+    **dict.fromkeys(_APOSTROPHES, "'"),
+    **dict.fromkeys("\u201c\u201d\u201e", '"'),
+    **{
+        c: unicodedata.normalize("NFKC", c)
+        for c in "\u2026\u00a0\uff0c\uff01\uff1f\uff1a\uff1b\uff08\uff09"
+    },
+}
+_OTHER_SPACES = "\x85\u1680\u2028\u2029"
+"""White space outside ASCII that normalization leaves as it is."""
 
 
 def fold(text: str) -> str:
@@ -20,10 +30,28 @@ def fold(text: str) -> str:
     return re.sub(r"\s+", " ", _compatible(text)).casefold()
 
 
+def fold_but_spaces(text: str) -> str:
+    """`fold(text)`, but for runs of white space, which stay as they are, in ASCII characters."""
+    if text.isascii():
+        return text.replace("`", "'").lower()
+    text = _compatible(text)
+    for space in _OTHER_SPACES:
+        text = text.replace(space, " ")
+    return text.casefold()
+
+
 def _compatible(text: str) -> str:
-    text = _APOSTROPHES.sub("'", text)  # before NFKC, which takes U+00B4 apart, and after
-    text = _APOSTROPHES.sub("'", unicodedata.normalize("NFKC", text))
-    return _QUOTES.sub('"', text)
+    if text.isascii():
+        return text.replace("`", "'")
+    for char, form in _BY_THEMSELVES.items():
+        text = text.replace(char, form)
+    if not unicodedata.is_normalized("NFKC", text):
+        text = unicodedata.normalize("NFKC", text)
+        for char in _APOSTROPHES:  # compatibility forms of apostrophes
+            text = text.replace(char, "'")
+        for char in "\u201c\u201d\u201e":
+            text = text.replace(char, '"')
+    return text
 
 
 def fold_with_places(text: str) -> tuple[str, list[tuple[int, int]]]:

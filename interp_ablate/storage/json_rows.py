@@ -35,6 +35,25 @@ class FileRow:
 
 
 @dataclass(frozen=True)
+class RawLine:
+    """A line that is to be one object, not yet read."""
+
+    number: int
+    """Its line in the file, from 1."""
+    line: bytes
+    end: int = 0
+    """Bytes of the file (decompressed) up to its end."""
+
+    def read(self) -> FileRow:
+        """The row in the line.
+
+        Raises:
+            ValueError: what is wrong with it, as a message to a person.
+        """
+        return FileRow(self.number, _values(self.line), self.line)
+
+
+@dataclass(frozen=True)
 class MalformedRow:
     """A row that cannot be used."""
 
@@ -173,7 +192,26 @@ def json_lines(stream: BinaryIO, path: Path, malformed: OnMalformed) -> Iterator
     Raises:
         RowFileError: UTF-16, or a line longer than LONGEST.
     """
-    for number, line in enumerate(iter(lambda: stream.readline(LONGEST + 1), b""), 1):
+    for raw in raw_lines(stream, path):
+        try:
+            row = raw.read()
+        except ValueError as error:
+            malformed(MalformedRow(raw.number, str(error), raw.line))
+            continue
+        yield row
+
+
+def raw_lines(stream: BinaryIO, path: Path, *, number: int = 0, at: int = 0) -> Iterator[RawLine]:
+    """The lines that `json_lines` reads.
+
+    Args:
+        number: lines that were read before, up to byte `at`, where the stream stands.
+
+    Raises:
+        RowFileError: as `json_lines`.
+    """
+    while line := stream.readline(LONGEST + 1):
+        number, at = number + 1, at + len(line)
         if len(line) > LONGEST:
             raise RowFileError(
                 f"{path}, line {number} is longer than {LONGEST} bytes: line breaks are missing, or this is "
@@ -183,14 +221,8 @@ def json_lines(stream: BinaryIO, path: Path, malformed: OnMalformed) -> Iterator
             if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                 raise RowFileError(f"{path} is UTF-16: save it as UTF-8")
             line = line.removeprefix(BOM)
-        if not line or line.isspace():
-            continue
-        try:
-            values = _values(line)
-        except ValueError as error:
-            malformed(MalformedRow(number, str(error), line))
-            continue
-        yield FileRow(number, values, line)
+        if line and not line.isspace():
+            yield RawLine(number, line, at)
 
 
 def json_list(stream: BinaryIO, path: Path, malformed: OnMalformed) -> Iterator[FileRow]:

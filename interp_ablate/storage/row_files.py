@@ -24,9 +24,11 @@ from interp_ablate.storage.json_rows import (
     FileRow,
     MalformedRow,
     OnMalformed,
+    RawLine,
     RowFileError,
     json_lines,
     json_list,
+    raw_lines,
 )
 
 Format = Literal["jsonl", "json", "csv", "parquet", "folder"]
@@ -178,6 +180,28 @@ class RowFile:
             yield row
         if empty and required and malformed is None:
             raise RowFileError(f"{self.path} holds no row: at least one is needed")
+
+    def unread(self, number: int = 0, at: int = 0) -> Iterator[RawLine | FileRow | MalformedRow]:
+        """The rows in order: those of JSON lines as lines that are not read yet, others as `rows` gives them.
+
+        Args:
+            number: lines to leave out, which end at byte `at`; of JSON lines that are not compressed.
+
+        Raises:
+            RowFileError: what leaves no next row to go on with.
+        """
+        if self.format == "jsonl":
+            with _binary(self) as stream:
+                if at:
+                    stream.seek(at)
+                yield from raw_lines(stream, self.path, number=number, at=at)
+            return
+        faults: list[MalformedRow] = []
+        for row in self.rows(faults.append):
+            yield from faults
+            faults.clear()
+            yield row
+        yield from faults
 
     def _raise(self, fault: MalformedRow) -> None:
         raise RowFileError(f"{self.place(fault.number)}: {fault.why}")

@@ -1,0 +1,61 @@
+"""The journal of a filter: values of rules that cost something are on disk as they come, and are not asked for again.
+
+Knows: which values a rule has given. Does not know: rows, outputs, what a value means.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+from interp_ablate.datasets.conversations import Sample, Turn
+from interp_ablate.datasets.filter_recipe import read_now
+from interp_ablate.datasets.filter_rules import Rule, RuleValue, ScoreRule
+from interp_ablate.scoring.exchange import UNANSWERED
+from interp_ablate.storage.jsonl_log import JsonlLog
+
+_STORED = 16  # answers that are scored between two writes to the journal
+
+
+class StoredValues:
+    """Asks rules, and keeps the values of those that are stored in the journal."""
+
+    def __init__(self, journal: JsonlLog, lines: list[dict[str, Any]]) -> None:
+        self.journal = journal
+        self.names: dict[int, str] = {}  # of rules
+        self.values: dict[tuple[str, int, int], RuleValue] = {}
+        for number, line in enumerate(lines, 2):
+            try:
+                for at, turn, value, why in line["readings"]:
+                    self.values[line["rule"], at, turn] = RuleValue(value, why)
+            except (KeyError, TypeError, ValueError) as error:
+                raise journal.corrupt(number, f"{type(error).__name__} {error}") from error
+
+    def __call__(self, rule: Rule, asked: Sequence[tuple[Sample, Turn]]) -> list[RuleValue]:
+        if not rule.stored:
+            return read_now(rule, asked)
+        if id(rule) not in self.names:
+            identity = json.dumps(rule.identity, sort_keys=True).encode()
+            self.names[id(rule)] = hashlib.sha256(identity).hexdigest()[:16]
+        digest = self.names[id(rule)]
+        keys = [(digest, sample.number, turn.index) for sample, turn in asked]
+        waiting = [k for k, key in enumerate(keys) if key not in self.values]
+        values = self._values(rule, [asked[k] for k in waiting])
+        while part := {waiting[i]: value for i, value in islice(values, _STORED)}:
+            rows = [[*keys[k][1:], r.value, r.why] for k, r in part.items() if r.why != UNANSWERED]
+            self.journal.append({"rule": digest, "readings": rows})
+            self.values.update({keys[k]: value for k, value in part.items()})
+        return [self.values[key] for key in keys]
+
+    def _values(
+        self, rule: Rule, asked: Sequence[tuple[Sample, Turn]]
+    ) -> Iterator[tuple[int, RuleValue]]:
+        """The rule's values as they are ready: a judge's as they come, others some at a time."""
+        if isinstance(rule, ScoreRule):
+            yield from rule.read_each([turn for _, turn in asked])
+            return
+        for start in range(0, len(asked), _STORED):
+            yield from enumerate(read_now(rule, asked[start : start + _STORED]), start)
