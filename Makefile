@@ -85,7 +85,7 @@ gemma: $(GEMMA)/config.json
 
 # About an hour, most of it for what they are held against; nothing else should run.
 bench: $(VENV)/.ready
-	for name in collect generate selection scaling sweep search backends; do \
+	for name in collect generate selection scaling sweep search backends filtering; do \
 		$(BIN)/python benchmarks/$$name.py || exit 1; done
 
 # 16 GB of synthetic weights, twice: needs 50 GB of disk for some minutes.
@@ -93,7 +93,7 @@ bench-export: $(VENV)/.ready
 	$(BIN)/python benchmarks/export.py
 
 bench-smoke: $(VENV)/.ready
-	for name in collect generate backends export; do \
+	for name in collect generate backends export filtering; do \
 		$(BIN)/python benchmarks/$$name.py --smoke || exit 1; done
 
 # Executes the notebooks in place, outputs included.

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import re
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,3 +80,80 @@ def write(path: Path, size: int, *, ascii_only: bool = False) -> int:
             if done >= size:
                 return count
     return count
+
+
+_RUN = """
+import json, resource, sys
+from interp_ablate.datasets import filtering
+from interp_ablate.datasets.filter_recipe import FilterRecipe
+from interp_ablate.datasets.filter_rules import decline_rule, expression_rule
+import pyarrow.compute
+
+data, out, rule, way, workers = sys.argv[1:]
+if way == "each row by itself":
+    filtering.QUICK_FROM = 1 << 62
+rules = (decline_rule() if rule == "declines" else expression_rule(rule),)
+used = lambda: sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+before = used()
+filtering.filter_file(data, out, FilterRecipe(rules), settings=filtering.FilterSettings(workers=int(workers)))
+print(json.dumps([used() - before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
+"""
+
+
+def measured(data: Path, rule: str, way: str, workers: int) -> tuple[float, float, float]:
+    """CPU seconds (of all processes, imports left out), seconds, and megabytes of memory at the peak."""
+    with tempfile.TemporaryDirectory(dir=data.parent) as out:
+        command = [sys.executable, "-c", _RUN, str(data), out, rule, way, str(workers)]
+        start = time.perf_counter()
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        cpu, peak = json.loads(done.stdout.splitlines()[-1])
+        return cpu, time.perf_counter() - start, peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--smoke", action="store_true", help="small and quick: does it run at all?")
+    parser.add_argument(
+        "--megabytes", type=int, default=5, help="of the smallest file; 4x and 16x follow"
+    )
+    parser.add_argument("--rules", nargs="+", default=["declines", "declining"])
+    args = parser.parse_args()
+    times = (1,) if args.smoke else (1, 4, 16)
+    found = []
+    with tempfile.TemporaryDirectory() as place:
+        print("\nfilter: MB a second of CPU time")
+        print(
+            "  rule        way                  workers      MB    CPU s      s    MB/s a core   peak MB"
+        )
+        for k in times:
+            data = Path(place) / f"{k}.jsonl"
+            write(data, k * args.megabytes * 1_000_000)
+            size = data.stat().st_size / 1e6
+            for rule in args.rules:
+                for way, workers in (
+                    ("each row by itself", 1),
+                    ("quick look", 1),
+                    ("quick look", 2),
+                ):
+                    cpu, took, peak = measured(data, rule, way, workers)
+                    print(
+                        f"  {rule:<11} {way:<20} {workers:7d} {size:7.0f} {cpu:8.2f} {took:6.1f} "
+                        f"{size / cpu:14.1f} {peak:9.0f}"
+                    )
+                    found.append(
+                        {
+                            "rule": rule,
+                            "way": way,
+                            "workers": workers,
+                            "megabytes": round(size),
+                            "cpu_seconds": round(cpu, 2),
+                            "seconds": round(took, 2),
+                            "peak_mb": round(peak),
+                        }
+                    )
+            data.unlink()
+    print(json.dumps({"benchmark": "filtering", "rows": found}))
+
+
+if __name__ == "__main__":
+    main()

@@ -70,7 +70,7 @@ class PartialOutputs:
     def __enter__(self) -> PartialOutputs:
         try:
             for name in self.names:
-                file = self.files[name] = open(part_of(self.out, name), "ab", buffering=1 << 20)  # noqa: SIM115
+                file = self.files[name] = open(part_of(self.out, name), "ab", buffering=1 << 20)
                 file.truncate(self.sizes.get(name, 0))
         except OSError as error:
             raise self._cannot(name, error) from error
