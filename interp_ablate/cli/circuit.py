@@ -9,6 +9,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
 
+from interp_ablate.cli.figures import FigureSettings, figure_settings
 from interp_ablate.cli.options import run_with_directions
 from interp_ablate.cli.progress_bars import ProgressBars
 from interp_ablate.cli.settings import adding, settings_from
@@ -48,7 +49,7 @@ class Circuit:
             )
 
 
-add = adding(Circuit)
+add = adding(Circuit, FigureSettings)
 
 
 def run(args: Namespace) -> int:
@@ -60,7 +61,7 @@ def run(args: Namespace) -> int:
     from interp_ablate.plots.style import new_figure, save_figure
     from interp_ablate.storage.atomic_files import check_folder, write_atomic
 
-    settings = settings_from(args, Circuit)
+    settings, figures = settings_from(args, Circuit), figure_settings(args)
     opened = _open(settings.folder, ProgressBars(quiet=args.quiet))
     direction = _direction(opened, settings.site)
     others = settings.beside and _others(settings.beside, len(direction.vector))
@@ -91,7 +92,7 @@ def run(args: Namespace) -> int:
     for name, draw in (("attribution", attribution_bars), ("attribution_map", attribution_map)):
         figure = new_figure(height=6.2)
         draw(tables["attribution"], figure.add_subplot())
-        save_figure(figure, out / f"{name}.png")
+        save_figure(figure, out / figures.named(f"{name}.png"), dpi=figures.dpi)
     _print(direction, attribution, lens, tables, settings.top)
     print(f"\n{out}")
     return 0

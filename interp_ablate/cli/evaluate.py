@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from interp_ablate.cli.figures import FigureSettings, figure_settings
 from interp_ablate.cli.options import (
     PLAN,
     RUBRIC,
@@ -75,7 +76,7 @@ def add(parser: ArgumentParser) -> None:
         "Perplexity of text, KL, scores of answers and lm-evaluation-harness tasks, before and after, with "
         "intervals of the paired differences."
     )
-    flags_from(parser, Evaluate, EvaluationConfig, JudgeSettings)
+    flags_from(parser, Evaluate, EvaluationConfig, JudgeSettings, FigureSettings)
 
 
 def run(args: Namespace) -> int:
@@ -87,6 +88,7 @@ def run(args: Namespace) -> int:
     from interp_ablate.storage.atomic_files import check_folder
 
     settings, plan = settings_from(args, Evaluate), None
+    figures = figure_settings(args)
     if settings.after is None and settings.plan is None:
         raise RunError("nothing to compare: give a second model B, or --plan")
     if settings.plan:
@@ -106,7 +108,9 @@ def run(args: Namespace) -> int:
         on_part=lambda part: tell(args, f"{time.perf_counter() - began:6.1f} s  {part}"),
     )
     tell_spent(args, *measures.scorers)
-    figure = save_evaluation(settings.out)
+    figure = save_evaluation(settings.out, dpi=figures.dpi)  # the page shows the PNG
+    if figures.format != "png":
+        figure = save_evaluation(settings.out, form=figures.format)
     print(as_text(results))
     print(f"\n{Path(settings.out) / 'evaluation.md'}, evaluation.csv, items.csv; {figure}")
     return 0

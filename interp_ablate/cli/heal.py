@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from interp_ablate.cli.figures import FigureSettings, figure_settings
 from interp_ablate.cli.options import (
     TrainingSettings,
     estimate_text,
@@ -50,12 +51,12 @@ class Heal(TrainingSettings):
     qlora: bool = setting(False, "axolotl.yaml loads the checkpoint in 4 bits")
 
 
-add = adding(Heal, HealingConfig, AnswerConfig, LoraRecipe)
+add = adding(Heal, HealingConfig, AnswerConfig, LoraRecipe, FigureSettings)
 
 
 def run(args: Namespace) -> int:
     """Train, measure, write the healed checkpoint, and print what it cost before and after."""
-    settings = settings_from(args, Heal)
+    settings, figures = settings_from(args, Heal), figure_settings(args)
     if (settings.preferences is None) == (settings.make_preferences is None):
         raise RunError("give --preferences DATA or --make-preferences PROMPTS: one of them")
     if settings.make_preferences is None and {"samples", "max_new_tokens"} & set(vars(args)):
@@ -92,7 +93,8 @@ def run(args: Namespace) -> int:
         on_step=lambda n: tell(args, f"step {n}") if n % 10 == 0 else None,
     )
     if report["measured"]:
-        save_costs(report, Path(settings.out) / "figures" / "heal.png")
+        path = Path(settings.out) / "figures" / figures.named("heal.png")
+        save_costs(report, path, dpi=figures.dpi)
         _print_costs(report)
     within = report["adapter"]["max_abs_logit_difference"]
     results = {name: report[name] for name in ("preferences", "adapted", "edit")}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from interp_ablate.cli.figures import FigureSettings, figure_settings
 from interp_ablate.cli.options import JudgeSettings, load, tell_spent
 from interp_ablate.cli.persona_options import ScoringSettings, score_text, scorers
 from interp_ablate.cli.progress_bars import ProgressBars
@@ -27,14 +28,14 @@ class Extract(ScoringSettings):
     out: str = setting(help="persona folder")
 
 
-add = adding(Extract, ExtractionConfig, SamplingConfig, JudgeSettings)
+add = adding(Extract, ExtractionConfig, SamplingConfig, JudgeSettings, FigureSettings)
 
 
 def run(args: Namespace) -> int:
     """Extract the persona, and print what was chosen."""
     from interp_ablate.persona.traits import load_trait
 
-    settings = settings_from(args, Extract)
+    settings, figures = settings_from(args, Extract), figure_settings(args)
     trait, out = load_trait(settings.trait), Path(settings.out)
     both = scorers(args, settings, trait, out)
     from interp_ablate.persona.extraction import extract
@@ -50,7 +51,8 @@ def run(args: Namespace) -> int:
         listener=ProgressBars(quiet=args.quiet),
     )
     tell_spent(args, *both.values())
-    _print_persona(persona, out, save_figures(out), as_json=settings.json)
+    drawn = save_figures(out, form=figures.format, dpi=figures.dpi)
+    _print_persona(persona, out, drawn, as_json=settings.json)
     return 0
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from interp_ablate.cli.figures import FigureSettings, figure_settings
 from interp_ablate.cli.options import (
     JudgeSettings,
     ModelSettings,
@@ -42,7 +43,7 @@ class Monitor(ModelSettings):
     coefficient: float = setting(0.0, "with --prompt: steer by so much; 0 does not")
 
 
-add = adding(Monitor, (SamplingConfig, ("max_new_tokens",)), JudgeSettings)
+add = adding(Monitor, (SamplingConfig, ("max_new_tokens",)), JudgeSettings, FigureSettings)
 
 
 def run(args: Namespace) -> int:
@@ -52,10 +53,11 @@ def run(args: Namespace) -> int:
     from interp_ablate.plots.monitoring import save_monitoring
 
     settings, sampling = settings_from(args, Monitor), greedy(args)
+    figures = figure_settings(args)
     persona = load_persona(settings.folder)
     out = Path(settings.out or settings.folder)
     if settings.prompt is not None:
-        return _stream(settings, sampling, persona, out)
+        return _stream(settings, sampling, persona, out, figures)
     scorer = trait_scorer(settings.scorer, persona.trait, out, judge_settings(args))
     systems = None if settings.systems is None else read_graded(settings.systems)
     questions = asked_questions(settings.questions, persona)
@@ -71,7 +73,9 @@ def run(args: Namespace) -> int:
     )
     tell_spent(args, scorer)
     monitoring.save(out)
-    figure = save_monitoring(monitoring, out / "figures" / "monitor.png")
+    figure = save_monitoring(
+        monitoring, out / "figures" / figures.named("monitor.png"), dpi=figures.dpi
+    )
     _print_monitoring(monitoring)
     print(f"table: {out / 'monitor.csv'}; figure: {figure}")
     return 0
@@ -95,7 +99,9 @@ def _print_monitoring(monitoring: Any) -> None:
         )
 
 
-def _stream(settings: Monitor, sampling: SamplingConfig, persona: Any, out: Path) -> int:
+def _stream(
+    settings: Monitor, sampling: SamplingConfig, persona: Any, out: Path, figures: FigureSettings
+) -> int:
     from interp_ablate.plots.monitoring import tokens_figure
     from interp_ablate.prompts.prompt import Prompt
 
@@ -123,5 +129,6 @@ def _stream(settings: Monitor, sampling: SamplingConfig, persona: Any, out: Path
     beside = f"; {other} tokens beside the {settings.read} are not read" if other else ""
     print(f"{mean:+8.3f}  mean of {len(seen)} tokens at {persona.direction.site}{beside}")
     title = f"{settings.prompt}" + (f"  (steered, coefficient {amount:g})" if amount else "")
-    print(f"figure: {tokens_figure({title: seen}, out / 'figures' / 'tokens.png')}")
+    path = out / "figures" / figures.named("tokens.png")
+    print(f"figure: {tokens_figure({title: seen}, path, dpi=figures.dpi)}")
     return 0

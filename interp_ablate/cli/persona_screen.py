@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from interp_ablate.cli.figures import FigureSettings, figure_settings
 from interp_ablate.cli.options import ModelSettings, load
 from interp_ablate.cli.settings import adding, settings_from
 from interp_ablate.datasets.screening_settings import MEASURES, ScreeningSettings
@@ -53,7 +54,7 @@ class Screen(ModelSettings):
     )
 
 
-add = adding(Screen, ScreeningSettings)
+add = adding(Screen, ScreeningSettings, FigureSettings)
 
 
 def run(args: Namespace) -> int:
@@ -65,6 +66,7 @@ def run(args: Namespace) -> int:
     from interp_ablate.plots.monitoring import save_screening
 
     screen, settings = settings_from(args, Screen), settings_from(args, ScreeningSettings)
+    figures = figure_settings(args)
     persona = load_persona(screen.folder)
     direction = _asked_direction(persona, screen.direction, screen.layer)
     (data, field), layout = data_and_label(screen.data, screen.labels), screen.layout
@@ -91,7 +93,7 @@ def run(args: Namespace) -> int:
         table, data, out, by=by, threshold=threshold, reference=reference, layout=layout
     )
     figure = save_screening(
-        table, out / "figures" / "screening.png", by=by, threshold=screened.threshold,
+        table, out / "figures" / figures.named("screening.png"), dpi=figures.dpi, by=by, threshold=screened.threshold,
         trait=persona.name, labels=labels, reference=reference,
     )  # fmt: skip
     summary = {

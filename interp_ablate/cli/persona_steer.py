@@ -9,6 +9,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
+from interp_ablate.cli.figures import FigureSettings, figure_settings
 from interp_ablate.cli.options import JudgeSettings, tell_spent
 from interp_ablate.cli.persona_options import PersonaSettings, greedy, opened, score_text
 from interp_ablate.cli.progress_bars import ProgressBars
@@ -29,12 +30,13 @@ add = adding(
     (SteeringConfig, ("coefficients", "questions", "controls")),
     (SamplingConfig, ("max_new_tokens", "batch_size")),
     JudgeSettings,
+    FigureSettings,
 )
 
 
 def run(args: Namespace) -> int:
     """Answer under every coefficient, and print the curve."""
-    settings = settings_from(args, Steer)
+    settings, form = settings_from(args, Steer), figure_settings(args)
     persona, both, model = opened(args, settings)
     from interp_ablate.persona.steering import curve, steer
     from interp_ablate.plots.persona import save_figures
@@ -54,7 +56,7 @@ def run(args: Namespace) -> int:
     tell_spent(args, *both.values())
     table = curve(answers)
     write_atomic(folder / "curve.csv", table.to_csv(index=False))
-    figures = save_figures(folder)
+    figures = save_figures(folder, form=form.format, dpi=form.dpi)
     if settings.json:
         print(table.to_json(orient="records"))
         return 0

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from interp_ablate.cli.figures import FigureSettings, figure_settings
 from interp_ablate.cli.options import (
     JudgeSettings,
     TrainingSettings,
@@ -55,12 +56,12 @@ class Train(TrainingSettings):
     max_new_tokens: int = setting(48, "tokens of a measured answer, at most")
 
 
-add = adding(Train, LoraRecipe, JudgeSettings)
+add = adding(Train, LoraRecipe, JudgeSettings, FigureSettings)
 
 
 def run(args: Namespace) -> int:
     """Train every arm, measure the trait in each, and print a table."""
-    settings = settings_from(args, Train)
+    settings, figures = settings_from(args, Train), figure_settings(args)
     if bool(settings.data) == settings.from_rollouts:
         raise RunError("give DATA, or --from-rollouts for the persona's own answers: one of them")
     prepare(settings)
@@ -88,7 +89,8 @@ def run(args: Namespace) -> int:
         on_step=lambda name, n: tell(args, f"{name}: step {n}") if n % 10 == 0 else None,
     )
     tell_spent(args, scorer)
-    save_trait(report, Path(settings.out) / "figures" / "preventative.png")
+    path = Path(settings.out) / "figures" / figures.named("preventative.png")
+    save_trait(report, path, dpi=figures.dpi)
     _print_trait(report)
     adapted = next(arm["adapted"] for arm in report["conditions"].values() if "adapted" in arm)
     print(f"the LoRA adapted {adapted}")

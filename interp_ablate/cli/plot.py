@@ -8,6 +8,7 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import dataclass
 
+from interp_ablate.cli.figures import DPI
 from interp_ablate.cli.settings import adding, settings_from
 from interp_ablate.errors import RunError
 from interp_ablate.settings import setting
@@ -21,7 +22,7 @@ class Plot:
     format: tuple[str, ...] = setting(
         ("png",), "png, svg or pdf; several between commas", metavar="FORMATS"
     )
-    dpi: int | None = setting(None, "pixels an inch, of a PNG (default 150)")
+    dpi: int | None = setting(None, DPI)
 
 
 add = adding(Plot)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from interp_ablate.cli.figures import FigureSettings, figure_settings
 from interp_ablate.cli.options import ModelSettings, load, loading_of_run, run_with_directions
 from interp_ablate.cli.settings import adding, settings_from
 from interp_ablate.errors import RunError
@@ -34,12 +35,10 @@ class Tokens(ModelSettings):
     max_new_tokens: int = setting(
         MAX_NEW_TOKENS, "tokens of the model's answer, at most; 0: none", least=0
     )
-    format: str = setting("png", "of the figure", choices=("png", "svg", "pdf"))
-    dpi: int | None = setting(None, "pixels an inch, of a PNG (default 150)")
     out: str | None = setting(None, "folder of the files (default: RUN, and RUN/figures)")
 
 
-add = adding(Tokens)
+add = adding(Tokens, FigureSettings)
 
 
 def run(args: Namespace) -> int:
@@ -49,12 +48,11 @@ def run(args: Namespace) -> int:
     from interp_ablate.directions.direction_set import Directions
     from interp_ablate.edits.plan import Plan
     from interp_ablate.plots.run_figures import tokens_figure
-    from interp_ablate.plots.style import check_format, save_figure
+    from interp_ablate.plots.style import save_figure
     from interp_ablate.prompts.prompt import Prompt
     from interp_ablate.storage.atomic_files import check_folder, write_atomic
 
-    settings = settings_from(args, Tokens)
-    check_format(settings.format, settings.dpi)
+    settings, figures = settings_from(args, Tokens), figure_settings(args)
     file = Path(settings.folder)
     if file.is_dir():
         settings = settings_from(args, Tokens, under=loading_of_run(run_with_directions(file)))
@@ -78,7 +76,7 @@ def run(args: Namespace) -> int:
     page = tokens_page(projections, title=f"Tokens of {settings.text[:80]!r}", point=settings.point)
     write_atomic(out / "tokens.html", page)
     picture = save_figure(
-        tokens_figure(frame), out / "figures" / f"tokens.{settings.format}", dpi=settings.dpi
+        tokens_figure(frame), out / "figures" / figures.named("tokens.png"), dpi=figures.dpi
     )
     for path in (out / "tokens.html", picture, out / "tokens.csv"):
         print(path)

@@ -93,8 +93,12 @@ _PANELS: tuple[tuple[Callable[[pd.DataFrame, Axes], Axes], tuple[str, ...], str]
 )
 
 
-def save_evaluation(folder: str | Path) -> Path:
-    """Draw evaluation.csv of a folder as figures/evaluation.png; panels without a row are left out.
+def save_evaluation(folder: str | Path, *, form: str = "png", dpi: int | None = None) -> Path:
+    """Draw evaluation.csv of a folder in figures/; panels without a row are left out.
+
+    Args:
+        form: png, svg or pdf.
+        dpi: pixels an inch, of a PNG.
 
     Raises:
         RunError: no such table, a corrupt one, nothing in it to draw, or a place that cannot be written.
@@ -117,7 +121,7 @@ def save_evaluation(folder: str | Path) -> Path:
     grid = figure.add_gridspec(len(panels), 1, height_ratios=heights)
     for place, draw in enumerate(panels):
         draw(frame, figure.add_subplot(grid[place]))
-    return style.save_figure(figure, Path(folder) / "figures" / "evaluation.png")
+    return style.save_figure(figure, Path(folder) / "figures" / f"evaluation.{form}", dpi=dpi)
 
 
 def _rows_with_units(frame: pd.DataFrame, units: tuple[str, ...]) -> pd.DataFrame:
@@ -335,8 +339,8 @@ def _verdict(report: Mapping[str, Any], measure: str) -> int | None:
     return change if original >= edited else -change
 
 
-def save_trait(report: Mapping[str, Any], path: str | Path) -> Path:
-    """Score and projections side by side, as PNG.
+def save_trait(report: Mapping[str, Any], path: str | Path, *, dpi: int | None = None) -> Path:
+    """Score and projections side by side; the path's end is the format, `dpi` pixels an inch of a PNG.
 
     Raises:
         RunError: nothing to draw, or a place that cannot be written.
@@ -346,11 +350,13 @@ def save_trait(report: Mapping[str, Any], path: str | Path) -> Path:
     for ax, measure in zip(axes, ("score", "projection"), strict=True):
         trait_after_training(report, ax, measure=measure)
     axes[1].set_yticklabels([])
-    return style.save_figure(figure, path)
+    return style.save_figure(figure, path, dpi=dpi)
 
 
-def save_costs(report: Mapping[str, Any], path: str | Path) -> Path:
-    """Behaviour and the two KLs side by side, as PNG; a measure that the report lacks is left out.
+def save_costs(report: Mapping[str, Any], path: str | Path, *, dpi: int | None = None) -> Path:
+    """Behaviour and the two KLs side by side; a measure that the report lacks is left out.
+
+    The path's end is the format; `dpi` is pixels an inch of a PNG.
 
     Raises:
         RunError: nothing to draw, or a place that cannot be written.
@@ -362,4 +368,4 @@ def save_costs(report: Mapping[str, Any], path: str | Path) -> Path:
     figure = style.new_figure(height=2.5, width=3.6 * len(names))
     for ax, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         recovery_cost(report, ax, measure=name)
-    return style.save_figure(figure, path)
+    return style.save_figure(figure, path, dpi=dpi)

@@ -175,8 +175,12 @@ def token_strip(
     return ax
 
 
-def tokens_figure(answers: Mapping[str, Sequence[MonitoredAnswer]], path: str | Path) -> Path:
+def tokens_figure(
+    answers: Mapping[str, Sequence[MonitoredAnswer]], path: str | Path, *, dpi: int | None = None
+) -> Path:
     """Several generated texts, one below the other, on one scale of colours; the file.
+
+    The path's end is the format; `dpi` is pixels an inch of a PNG.
 
     Raises:
         RunError: nothing to draw; a place that cannot be written.
@@ -201,18 +205,18 @@ def tokens_figure(answers: Mapping[str, Sequence[MonitoredAnswer]], path: str | 
     )
     bar.set_label("projection of the token on the direction", fontsize=9)
     bar.ax.tick_params(labelsize=8)
-    return style.save_figure(figure, path)
+    return style.save_figure(figure, path, dpi=dpi)
 
 
-def save_monitoring(monitoring: Monitoring, path: str | Path) -> Path:
-    """The scatter plot as PNG.
+def save_monitoring(monitoring: Monitoring, path: str | Path, *, dpi: int | None = None) -> Path:
+    """The scatter plot in a file; the path's end is the format, `dpi` pixels an inch of a PNG.
 
     Raises:
         RunError: see `monitoring_scatter`; a place that cannot be written.
     """
     figure = style.new_figure(height=5.0)
     monitoring_scatter(monitoring, figure.add_subplot())
-    return style.save_figure(figure, path)
+    return style.save_figure(figure, path, dpi=dpi)
 
 
 def screening_histogram(
@@ -298,8 +302,11 @@ def save_screening(
     trait: str = "",
     labels: Sequence[bool] | None = None,
     reference: pd.DataFrame | None = None,
+    dpi: int | None = None,
 ) -> Path:
-    """The histogram of the column `by` as PNG; `labels` belong to the rows of `table` in their order.
+    """The histogram of the column `by`; `labels` belong to the rows of `table` in their order.
+
+    The path's end is the format; `dpi` is pixels an inch of a PNG.
 
     Raises:
         RunError: see `screening_histogram`; a place that cannot be written.
@@ -314,4 +321,4 @@ def save_screening(
         labels=labels,
         reference=None if reference is None else reference[by].to_numpy(float),
     )
-    return style.save_figure(figure, path)
+    return style.save_figure(figure, path, dpi=dpi)

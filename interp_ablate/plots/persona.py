@@ -197,8 +197,12 @@ def steering_curve(
     return ax
 
 
-def save_figures(folder: str | Path) -> list[Path]:
-    """Draw what the persona folder has data for: figures/layers.png, readout.png, curve.png.
+def save_figures(folder: str | Path, *, form: str = "png", dpi: int | None = None) -> list[Path]:
+    """Draw what the persona folder has data for: layers, readout and curve, in figures/.
+
+    Args:
+        form: png, svg or pdf.
+        dpi: pixels an inch, of a PNG.
 
     Raises:
         RunError: no persona there, a corrupt table, or a place that cannot be written.
@@ -224,7 +228,8 @@ def save_figures(folder: str | Path) -> list[Path]:
                 readout_by_layer(frame, figure.add_subplot(), trait=trait)
             else:
                 draw(frame, figure, persona, trait)
-            written.append(style.save_figure(figure, folder / "figures" / f"{name}.png"))
+            path = folder / "figures" / f"{name}.{form}"
+            written.append(style.save_figure(figure, path, dpi=dpi))
     return written
 
 

@@ -44,13 +44,15 @@ def test_it_leaves_tables_and_pictures(folder: Path, capsys: pytest.CaptureFixtu
                 "2",
                 "--neurons",
                 "2",
+                "--format",
+                "pdf",
             ]
         )
         == 0
     )
     names = {path.name for path in (folder / "circuit").iterdir()}
     tables = {"attribution.csv", "lens.csv", "readers.csv", "path_patching.csv"}
-    assert names == tables | {"attribution.png", "attribution_map.png"}
+    assert names == tables | {"attribution.pdf", "attribution_map.pdf"}
     terms = pd.read_csv(folder / "circuit" / "attribution.csv")
     assert {"embed", "L0.H3", "L1.mlp.others"} <= set(terms["term"])
     assert (terms["kind"] == "neuron").sum() == 2 and not terms["layer"].eq(2).any()
@@ -124,3 +126,15 @@ def test_what_it_cannot_do_is_said_in_words(
     assert main(["--quiet", "circuit", str(folder), *more]) == 2
     assert message in capsys.readouterr().err
     assert main(["circuit", str(folder.parent)]) == 2
+
+
+def test_a_wrong_dpi_costs_no_work(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every command that draws refuses it before it loads anything."""
+    for command in (["circuit", str(folder)], ["tokens", str(folder), "hello"]):
+        assert main([*command, "--dpi", "0"]) == 2
+        assert "dpi" in capsys.readouterr().err
+    out = tmp_path / "cost"
+    assert main(["evaluate", "no-such", "none", "--out", str(out), "--dpi", "99999"]) == 2
+    assert "dpi" in capsys.readouterr().err and not out.exists()

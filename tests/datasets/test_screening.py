@@ -509,12 +509,12 @@ def test_screen_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     data, clean = write(tmp_path / "d.jsonl", rows_of(12)), write(tmp_path / "c.jsonl", rows_of(5))
     out = tmp_path / "out"
     command = ["--quiet", "persona", "screen", str(folder), str(data), "--out", str(out)]
-    assert main([*command, "--no-own", "--labels", "planted"]) == 0
+    assert main([*command, "--no-own", "--labels", "planted", "--format", "svg"]) == 0
     said = capsys.readouterr().out
     assert "12 samples, 2 flagged" in said and "projection" in said and "AUC" in said
     assert "whatever is in the data" in said
     assert len((out / "flagged.jsonl").read_text().splitlines()) == 2
-    assert (out / "figures" / "screening.png").exists()
+    assert (out / "figures" / "screening.svg").exists()
     summary = json.loads((out / "screening.json").read_text())
     assert summary["check"][0]["score"] == "projection" and summary["trait"] == "terse"
     before = (out / "scores.jsonl").read_bytes()
@@ -587,7 +587,7 @@ def test_screen_command_says_what_is_wrong(
 
 def test_monitor_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--quiet", "persona", "monitor", str(folder), "--out", str(tmp_path)]
-    assert main([*command, "--questions", "2", "--max-new-tokens", "8"]) == 0
+    assert main([*command, "--questions", "2", "--max-new-tokens", "8", "--dpi", "40"]) == 0
     said = capsys.readouterr().out
     assert "within system prompts" in said and "random directions" in said
     assert (tmp_path / "figures" / "monitor.png").exists()

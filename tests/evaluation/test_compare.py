@@ -527,7 +527,7 @@ def test_command_line(
     command = [
         *("evaluate", *folders, "--prompts", str(tmp_path / "prompts.txt")),
         *("--text", str(tmp_path / "text.txt"), "--tasks", "none", "--max-new-tokens", "4"),
-        *("--scorer", "lexicon:length", "--out", str(tmp_path / "out")),
+        *("--scorer", "lexicon:length", "--out", str(tmp_path / "out"), "--format", "pdf"),
     ]
     assert main(command) == 0
     said = capsys.readouterr()
@@ -540,7 +540,8 @@ def test_command_line(
     ):
         assert word in said.out
     assert "text, before" in said.err
-    assert (tmp_path / "out" / "figures" / "evaluation.png").exists()
+    drawn = {path.name for path in (tmp_path / "out" / "figures").iterdir()}
+    assert drawn == {"evaluation.png", "evaluation.pdf"}  # the page shows the PNG
     assert main(command) == 0
     again = capsys.readouterr()
     assert again.out == said.out and "text, before" not in again.err  # nothing was measured

@@ -545,16 +545,14 @@ def test_the_commands(tmp_path: Path, capsys: Any) -> None:
     persona = load_persona(place)
     replace(persona, trait=replace(persona.trait, scorer="lexicon:length?half=2")).save(place)
     flags = ["--model", str(checkpoint), "--questions", "2", "--max-new-tokens", "5"]
-    assert (
-        main(["--quiet", "persona", "steer", str(place), *flags, "--coefficients=-1,0,1", "--json"])
-        == 0
-    )
+    curve = ["--coefficients=-1,0,1", "--format", "svg", "--json"]
+    assert main(["--quiet", "persona", "steer", str(place), *flags, *curve]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert {(row["condition"], row["coefficient"]) for row in rows} >= {
         ("persona", -1.0),
         ("random 0", 1.0),
     }
-    assert (place / "figures" / "curve.png").exists() and (place / "curve.csv").exists()
+    assert (place / "figures" / "curve.svg").exists() and (place / "curve.csv").exists()
     again = ["--quiet", "persona", "steer", str(place), *flags, "--coefficients", "0,2"]
     assert main(again) == 2
     assert "other work" in capsys.readouterr().err

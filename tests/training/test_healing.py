@@ -518,12 +518,12 @@ def test_the_command(
     command = [
         "heal", str(edited), "--preferences", "p.jsonl", "--out", "out",
         "--positive", "yes.txt", "--negative", "no.txt", "--expressions", "words.txt", "--n-test", "3",
-        "--steps", "2", "--batch-size", "2", "--rank", "4", "--alpha", "8",
+        "--steps", "2", "--batch-size", "2", "--rank", "4", "--alpha", "8", "--format", "svg",
     ]  # fmt: skip
     assert main(command) == 0
     said = capsys.readouterr().out
     assert "kl_continuation" in said and '"unchanged": 7' in said
-    assert (tmp_path / "out" / "figures" / "heal.png").stat().st_size > 1000
+    assert (tmp_path / "out" / "figures" / "heal.svg").stat().st_size > 1000
     assert main(command) == 2 and "exists" in capsys.readouterr().err
     assert main([*command[:6], "--steps", "1", "--force"]) == 0
     assert not (tmp_path / "out" / "figures").exists()  # another one took its place

@@ -394,6 +394,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     command = [
         "persona", "train", "cheer", "--from-rollouts", "--out", "out", "--model", "model",
         "--scorer", "lexicon:length", "--questions", "2", "--max-new-tokens", "6", "--plain-too", "--control",
+        "--format", "pdf",
         "--steps", "1", "--batch-size", "2", "--rank", "4", "--alpha", "8",
     ]  # fmt: skip
     assert main(command) == 0
@@ -403,7 +404,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert report["coefficient"] == 2.0 and report["data"]["kept"] == 2
     added = [report["conditions"][name]["added"] for name in ("plain", "preventative", "random")]
     assert added[0] == [] and added[1] != added[2] and "random" in added[2][0]
-    assert (tmp_path / "out" / "figures" / "preventative.png").exists()
+    assert (tmp_path / "out" / "figures" / "preventative.pdf").exists()
     assert main(command) == 2 and "exists" in capsys.readouterr().err
     assert caches == [Path("cheer/replies.jsonl")]  # a judge's replies are paid for once
     at = command.index("--out") + 1
