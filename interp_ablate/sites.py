@@ -141,9 +141,10 @@ class Site:
                 return cls(int(named[1]), point)
         match = _BLOCK_NAME.fullmatch(name) or re.fullmatch(r"(\d+)\.(\w+)", name)
         if match is None or match[2] not in POINTS:
+            layer = text if isinstance(text, int) else 3
             raise InterpAblateError(
                 f"cannot read {text!r} as a site: write a TransformerLens name such as "
-                f"'blocks.3.hook_resid_mid', or '3.resid_mid'; points are {', '.join(POINTS)}"
+                f"'blocks.{layer}.hook_resid_mid', or '{layer}.resid_post'; points are {', '.join(POINTS)}"
             )
         return cls(int(match[1]), match[2])  # type: ignore[arg-type]
 

@@ -34,6 +34,14 @@ def run(args: Namespace) -> int:
 
     settings = settings_from(args, Budget)
     work = replace(settings_from(args, Workload), dtype_bytes=torch_dtype(settings.dtype).itemsize)
-    table = budget(config_at(settings.config), work, settings_from(args, Machine))
-    print(table.to_json(orient="records") if settings.json else as_text(table))
+    machine = settings_from(args, Machine)
+    table = budget(config_at(settings.config), work, machine)
+    if settings.json:
+        print(table.to_json(orient="records"))
+        return 0
+    print(
+        f"weights in {settings.dtype} (--dtype; a run's default is float32), {machine.devices:g} devices of "
+        f"{machine.memory / 1e9:g} GB (--devices, --memory)"
+    )
+    print(as_text(table))
     return 0

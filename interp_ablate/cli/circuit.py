@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from interp_ablate.cli.figures import FigureSettings, figure_settings
@@ -53,13 +54,11 @@ add = adding(Circuit, FigureSettings)
 
 
 def run(args: Namespace) -> int:
-    """Write RUN/circuit: the tables and two pictures; print the largest rows."""
+    """Write RUN/circuit: the tables and two pictures, each when it is there; print the largest rows."""
     from interp_ablate.circuits.attribution import attribute
     from interp_ablate.circuits.lens import logit_lens
-    from interp_ablate.circuits.reading import path_patching, reading_weights
-    from interp_ablate.plots.attribution import attribution_bars, attribution_map
-    from interp_ablate.plots.style import new_figure, save_figure
-    from interp_ablate.storage.atomic_files import check_folder, write_atomic
+    from interp_ablate.circuits.reading import reading_weights
+    from interp_ablate.storage.atomic_files import check_folder
 
     settings, figures = settings_from(args, Circuit), figure_settings(args)
     opened = _open(settings.folder, ProgressBars(quiet=args.quiet))
@@ -72,30 +71,58 @@ def run(args: Namespace) -> int:
         attribution = attribute(
             opened.model, prompts, direction, neurons=settings.neurons, on_batch=advance
         )
-    beside = _beside(opened, direction, others) if others else None
+    print(f"direction   {direction.name}")
+    frame = attribution.to_frame()
+    _write(out, "attribution", frame)
+    _draw(out, frame, figures)
+    _print_attribution(attribution, frame, settings.top)
+    if others:
+        beside = _beside(opened, direction, others)
+        _write(out, "features" if "feature" in beside else "beside", beside)
+        _print_beside(beside, settings.top)
     lens = logit_lens(opened.model, direction)
-    tables = {
-        "attribution": attribution.to_frame(),
-        "lens": lens.to_frame(settings.top),
-        "readers": reading_weights(opened.model, direction),
-    }
+    _write(out, "lens", frame := lens.to_frame(settings.top))
+    _print_lens(lens, frame)
+    _write(out, "readers", frame := reading_weights(opened.model, direction))
+    _print_readers(frame, settings.top)
     if settings.n_patched:
-        patched = prompts.positive[: settings.n_patched]
-        with opened.step("path patching", 2 * opened.model.n_layers) as advance:
-            tables["path_patching"] = path_patching(
-                opened.model, patched, direction, on_module=advance
-            )
-    if beside is not None:
-        tables["features" if "feature" in beside else "beside"] = beside
-    for name, table in tables.items():
-        write_atomic(out / f"{name}.csv", table.to_csv(index=False))
-    for name, draw in (("attribution", attribution_bars), ("attribution_map", attribution_map)):
-        figure = new_figure(height=6.2)
-        draw(tables["attribution"], figure.add_subplot())
-        save_figure(figure, out / figures.named(f"{name}.png"), dpi=figures.dpi)
-    _print(direction, attribution, lens, tables, settings.top)
+        _patch(opened, direction, settings)
     print(f"\n{out}")
     return 0
+
+
+def _write(out: Path, name: str, table: Any) -> None:
+    from interp_ablate.storage.atomic_files import write_atomic
+
+    write_atomic(out / f"{name}.csv", table.to_csv(index=False))
+
+
+def _draw(out: Path, frame: Any, figures: FigureSettings) -> None:
+    from interp_ablate.plots.attribution import attribution_bars, attribution_map
+    from interp_ablate.plots.style import new_figure, save_figure
+
+    for name, draw in (("attribution", attribution_bars), ("attribution_map", attribution_map)):
+        figure = new_figure(height=6.2)
+        draw(frame, figure.add_subplot())
+        save_figure(figure, out / figures.named(f"{name}.png"), dpi=figures.dpi)
+
+
+def _patch(opened: Any, direction: Any, settings: Circuit) -> None:
+    """Path patching, the slowest part, once all else is on disk and on the screen."""
+    from interp_ablate.circuits.reading import path_patching
+
+    prompts, modules = opened.split.validation.positive, 2 * opened.model.n_layers
+    patched = prompts[: settings.n_patched]
+    print(
+        f"\npath patching: {len(patched)} prompts x {modules} modules, the slowest part "
+        "(--n-patched 0 leaves it out)",
+        flush=True,
+    )
+    with opened.step("path patching", modules) as advance:
+        frame = path_patching(opened.model, patched, direction, on_module=advance)
+    _write(opened.out / "circuit", "path_patching", frame)
+    largest = frame.sort_values("kl", ascending=False).head(settings.top)
+    _show("What reads it (KL in nats if this module alone does not see it)", largest)
 
 
 def _open(folder: str, listener: Any) -> Any:
@@ -177,30 +204,34 @@ def _beside(opened: Any, direction: Any, others: Any) -> Any:
     return cosine_table(direction, named, activations=activations, other_activations=again)
 
 
-def _print(direction: Any, attribution: Any, lens: Any, tables: dict[str, Any], top: int) -> None:
-    """The largest rows of each table."""
+def _show(title: str, frame: Any) -> None:
+    text = frame.to_string(index=False, float_format="{:.3f}".format)
+    print(f"\n{title}\n{text}", flush=True)
 
-    def show(title: str, frame: Any) -> None:
-        print(f"\n{title}\n{frame.to_string(index=False, float_format='{:.3f}'.format)}")
 
-    print(f"direction   {direction.name}")
-    frame = tables["attribution"]
+def _print_attribution(attribution: Any, frame: Any, top: int) -> None:
     order = frame["difference"].abs().sort_values(ascending=False, kind="stable").index
     columns = ["term", "positive", "negative", "difference", "low", "high", "share"]
-    show("What writes it (difference of both sets' means)", frame.loc[order, columns].head(top))
+    _show("What writes it (difference of both sets' means)", frame.loc[order, columns].head(top))
     for module, reason in list((attribution.whole or {}).items())[:top]:
         print(f"{module} is given whole: {reason}")
-    if "beside" in tables:
-        columns = ["second", "cosine", "null_low", "null_high", "outside"]
-        largest = tables["beside"].sort_values("cosine", key=abs, ascending=False)
-        show("What it resembles (null: with shuffled labels)", largest[columns].head(top))
-    if "features" in tables:
-        show("Which features it resembles", tables["features"].head(top))
-    show("What it says (logit lens; z in SDs over random directions)", tables["lens"])
+
+
+def _print_beside(frame: Any, top: int) -> None:
+    if "feature" in frame:
+        _show("Which features it resembles", frame.head(top))
+        return
+    columns = ["second", "cosine", "null_low", "null_high", "outside"]
+    largest = frame.sort_values("cosine", key=abs, ascending=False)
+    _show("What it resembles (null: with shuffled labels)", largest[columns].head(top))
+
+
+def _print_lens(lens: Any, frame: Any) -> None:
+    _show("What it says (logit lens; z in SDs over random directions)", frame)
     average, largest = lens.random_largest
     print(f"a random direction's largest z: {average:.1f} on average, {largest:.1f} at most")
-    readers = tables["readers"].sort_values("alignment", ascending=False)
-    show("What is aligned with it (1: as with a random direction)", readers.head(top))
-    if "path_patching" in tables:
-        patched = tables["path_patching"].sort_values("kl", ascending=False)
-        show("What reads it (KL in nats if this module alone does not see it)", patched.head(top))
+
+
+def _print_readers(frame: Any, top: int) -> None:
+    readers = frame.sort_values("alignment", ascending=False)
+    _show("What is aligned with it (1: as with a random direction)", readers.head(top))

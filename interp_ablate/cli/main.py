@@ -179,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         place = f" ({error.filename})" if error.filename else ""
         return _told(f"{command}: {error.strerror or error}{place}", BAD_INPUT)
     except KeyboardInterrupt:
-        return _told("interrupted; run the same command again to go on", INTERRUPTED)
+        return _told("interrupted; the same command again goes on from what it kept", INTERRUPTED)
     except Exception as error:
         return _told(
             f"{traceback.format_exc()}{command}: a fault of interp-ablate {__version__} ({type(error).__name__}). Please report it with "

@@ -85,6 +85,11 @@ def chosen_in_run(folder: str) -> tuple[dict[str, Any], Path]:
     if saved is None:
         raise RunError(f"{folder} holds no run.json: it is not a run folder")
     selected = Path(folder) / "selected.json"
+    if saved.get("concept"):
+        raise RunError(
+            f"{folder} is a run of a concept: it chooses no plan. Make a plan in Python, or run again with "
+            "--expressions or --scorer, which make it a behaviour"
+        )
     if not selected.exists():
         raise RunError(
             f"{folder} has no chosen plan yet: run `interp-ablate run --out {folder}` to the end"

@@ -50,7 +50,7 @@ def projections(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax = style.axes_or_new(ax, height=3.6)
     style.require_columns(frame, _NEEDED, "projections")
     if "split" not in frame:
-        frame = frame.assign(split="no")
+        frame = frame.assign(split="")
     for column in ("point", *(() if "part" in frame else ("position",)), "method"):
         if column in frame and frame[column].nunique() > 1:
             raise RunError(
@@ -73,7 +73,7 @@ def projections(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     caption = _caption_of_projections(rows[rows["layer"] == layers[0]])
     style.finish_axes(
         ax,
-        f"Projections at {rows['point'].iloc[0]}, on each layer's own direction",
+        f"Projections at {rows['point'].iloc[0]}",
         caption + (f"; {cut} values beyond the frame" if cut else ""),
         "layer",
         "projection\n(pooled SDs of its layer)",
@@ -99,10 +99,12 @@ def projections(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
 def _caption_of_projections(rows: pd.DataFrame) -> str:
     """Split and n of one layer's rows, and what is shaded."""
     splits = " + ".join(sorted(map(str, rows["split"].unique())))
+    split = f"{splits} split, " if splits else ""
     counts = [int((rows["label"] == name).sum()) for name in SIDES]
     shaded = "" if max(counts) > MOST_DOTS else "; shaded: quartiles"
     what = "tokens" if "part" in rows else "prompts"
-    return f"{splits} split, n = {counts[1]} positive + {counts[0]} negative {what} a layer{shaded}"
+    n = f"n = {counts[1]} positive + {counts[0]} negative {what} a layer"
+    return f"each layer on its own direction, centred; {split}{n}{shaded}"
 
 
 def _of_one_method(directions: Iterable[Direction], what: str) -> list[Direction]:

@@ -49,10 +49,10 @@ _STAGE_OF = {
     "directions.json": "directions",
     "projections.csv": "directions",
     "trials.csv": "sweep",
-    "selected.json": "sweep",
-    "generations.jsonl": "generate",
+    "selected.json": "run",
+    "generations.jsonl": "run",
     "figures/*.png": "plot",
-    "export/certificate.json": "export",
+    "export/certificate.json": "run",
 }
 _CONCEPT_STAGE_OF = {
     **{name: stage for name, stage in _STAGE_OF.items() if stage in ("run", "directions", "plot")},
@@ -207,6 +207,7 @@ def _context(folder: Path) -> dict[str, Any]:
         "title": behaviour[:1].upper() + behaviour[1:] + (f" in {model}" if model else ""),
         "model": part_of(run, "model"),
         "contrast": part_of(run, "contrast"),
+        "concept": bool(run.get("concept")),
         "behaviour": behaviour,
         "headline": headline(
             behaviour, configuration, selected, certificate, concept=bool(run.get("concept"))

@@ -75,7 +75,7 @@ def make_scorer(
         if not own_code:
             raise RunError(
                 f"the scorer {named} is code, and is run only where a person names it: give --scorer {named} on "
-                "the command line"
+                "the command line. In Python pass the function itself, or own_code=True"
             )
         function, reversed_too = own_function(named)
         return ReversedScorer(function) if reversed_too else function

@@ -31,8 +31,10 @@ from interp_ablate.evaluation.side_by_side import Score, as_metric
 from interp_ablate.jobs.bars import with_bar
 from interp_ablate.models.model import Model
 from interp_ablate.prompts.contrast_set import ContrastSet
+from interp_ablate.scoring.exchange import TextScorer
+from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.sites import Point, Site
-from interp_ablate.stats.intervals import mean_interval
+from interp_ablate.stats.intervals import AT_LEAST_0, SCORE, SHARE, UNBOUNDED, Bounds, mean_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,7 +70,12 @@ def layer_sweep(
     A row a layer, edit, place and score: the score's mean without the edit (`baseline`) and with it
     (`value`), the mean of the paired changes with its 95% interval (NaN where the prompts tell none), and the
     least and largest mean change by directions of the same norm, estimated from these prompts with shuffled labels
-    (a control).
+    (a control). Intervals know what a score can be: a rate of expressions 0 to 1, a text scorer 0 to 100, a KL
+    not below 0. A function of text that gives only 0 and 1, or only 0 and 100, counts as such a rate; the
+    values of any other function may be anything.
+
+    It takes layers x edits x places x (1 + n_shuffled) passes over one side's prompts. For a quick look give the
+    directions of a few layers, one place and no shuffled labels.
 
     Args:
         directions: the first direction of each layer at one point is taken (`one_per_layer`).
@@ -107,6 +114,8 @@ class LayerSweep:
     before: Mapping[tuple[str, str], np.ndarray]
     """Score and side -> a value a prompt without an edit."""
     n_shuffled: int
+    bounds: Mapping[str, Bounds]
+    """Score -> what the change of one prompt can be."""
 
     @classmethod
     def of(
@@ -128,7 +137,11 @@ class LayerSweep:
             for score, metric in metrics.items()
             for side, baseline in baselines.items()
         }
-        return cls(model, activations, baselines, metrics, before, n_shuffled)
+        given = scores or {}
+        bounds = {
+            name: _bounds_of_change(given.get(name, metric)) for name, metric in metrics.items()
+        }
+        return cls(model, activations, baselines, metrics, before, n_shuffled, bounds)
 
     def table(self, jobs: Iterable[Job]) -> pd.DataFrame:
         """The rows of `layer_sweep` for these edits at these places."""
@@ -151,7 +164,7 @@ class LayerSweep:
                 "where": place,
                 "score": score,
                 "on": side,
-                **_changes(self.before[score, side], after),
+                **_changes(self.before[score, side], after, self.bounds[score]),
             }
 
 
@@ -164,6 +177,22 @@ def _check(edits: Sequence[str], where: Sequence[str], n_shuffled: int) -> None:
             )
     if n_shuffled < 0:
         raise RunError(f"n_shuffled is a number of directions from 0; got {n_shuffled}")
+
+
+def _bounds_of_change(score: Score) -> Bounds:
+    """What the change of one prompt's value can be."""
+    if score is first_token_kl:  # 0 without an edit
+        return AT_LEAST_0
+    if isinstance(score, ExpressionScorer):
+        return -SHARE[1], SHARE[1]
+    return (-SCORE[1], SCORE[1]) if isinstance(score, TextScorer) else UNBOUNDED
+
+
+def _of_two_values(values: np.ndarray) -> Bounds:
+    """The bounds of a rate, where all values are 0 and 1, or 0 and 100, and both are there."""
+    highest = float(values.max(initial=0.0))
+    two = set(np.unique(values)) == {0.0, highest} and highest in (SHARE[1], SCORE[1])
+    return (-highest, highest) if two else UNBOUNDED
 
 
 def _metrics(
@@ -225,11 +254,13 @@ def _sites(model: Model, own: Site, where: Where) -> tuple[Site, ...]:
     return choose[where]()
 
 
-def _changes(start: np.ndarray, after: Sequence[np.ndarray]) -> dict[str, float]:
+def _changes(start: np.ndarray, after: Sequence[np.ndarray], bounds: Bounds) -> dict[str, float]:
     """Means over the prompts that have a value before and after, the change's interval, the controls' range."""
     both = np.isfinite(start) & np.isfinite(after[0])
     changes = after[0][both] - start[both]
-    interval = mean_interval(changes) if len(changes) else None
+    if bounds == UNBOUNDED:
+        bounds = _of_two_values(np.concatenate([start[both], after[0][both]]))
+    interval = mean_interval(changes, bounds=bounds) if len(changes) else None
     controls = [float(np.nanmean(values - start)) for values in after[1:]]
     low, high = interval or (np.nan, np.nan)
     return {

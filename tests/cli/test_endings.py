@@ -56,7 +56,7 @@ def test_signals_that_end_a_process_leave_no_temporary_file(tmp_path: Path, name
     process.send_signal(getattr(signal, name))
     _, error = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert error == "interrupted; run the same command again to go on\n"
+    assert error == "interrupted; the same command again goes on from what it kept\n"
     assert not list(tmp_path.iterdir())
 
 

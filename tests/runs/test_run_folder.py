@@ -610,7 +610,9 @@ def test_an_interrupted_run_goes_on_where_it_was(
     with monkeypatch.context() as patched:
         patched.setattr(target, name, interrupted)
         assert main(["--quiet", "run", *small]) == 130
-    assert capsys.readouterr().err.endswith("interrupted; run the same command again to go on\n")
+    assert capsys.readouterr().err.endswith(
+        "interrupted; the same command again goes on from what it kept\n"
+    )
     assert out.exists() == (when != "load")
     assert not [p for p in out.rglob(".*") if ".export.partial" not in p.parts]
     done = finished_lines(out) if (out / "trials.jsonl").exists() else []

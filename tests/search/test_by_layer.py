@@ -146,3 +146,24 @@ def test_a_direction_keeps_its_own_position() -> None:
     item = Direction(torch.ones(32), 1.0, Site(1, "resid_post"), "-2")
     frame = layer_sweep(shared(), item, HELD_OUT, ("patch",), n_shuffled=1)
     assert frame["n_shuffled"].max() == 1 and np.isfinite(frame["change"]).all()
+
+
+def test_a_rate_that_every_prompt_changes_alike_has_an_interval() -> None:
+    """12 of 12 answers flipped is the strongest evidence there is: it had no interval, and 10 of 12 crossed 0."""
+    from interp_ablate.search.by_layer import _bounds_of_change, _changes
+    from interp_ablate.stats.intervals import UNBOUNDED, clopper_pearson
+
+    yes, no = np.full(12, 100.0), np.zeros(12)
+    low, _ = clopper_pearson(12, 12)
+    for bounds in ((-100.0, 100.0), UNBOUNDED):  # a text scorer; a function that gives 0 and 100
+        changes = _changes(yes, [no], bounds)
+        assert changes["change_low"] == -100 and changes["change_high"] == pytest.approx(
+            -200 * low + 100
+        )
+        most = _changes(np.append(yes[:10], no[:2]), [no], bounds)
+        assert -100 < most["change_low"] < most["change"] < most["change_high"] < 0
+    nothing = _changes(
+        np.full(12, 0.3), [np.full(12, 0.7)], UNBOUNDED
+    )  # what else it can be is not known
+    assert np.isnan(nothing["change_low"])
+    assert _bounds_of_change(length_of) == UNBOUNDED
