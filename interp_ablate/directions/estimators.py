@@ -78,7 +78,9 @@ def estimator_named(method: str) -> Estimator:
         DirectionError: no such name.
         InterpAblateError: the package that registers it fails to load.
     """
-    advice = " (subspace and leace give more than one direction: call them for one site)"
+    advice = (
+        " (subspace, leace and som_directions give more than one direction: call them for one site)"
+    )
     return entry_named(
         method, ESTIMATORS, GROUP, what="estimator", error=DirectionError, advice=advice
     )

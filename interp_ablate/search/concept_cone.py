@@ -43,7 +43,10 @@ class ConceptCone:
 
     @property
     def directions(self) -> tuple[Direction, ...]:
-        """The basis as directions, methods cone_1, cone_2 and so on."""
+        """The basis as directions, methods cone_1, cone_2 and so on.
+
+        Ablation does not care for a sign, and only the first began with one: positives may project lower on others.
+        """
         return tuple(self._as_direction(v, f"cone_{i}") for i, v in enumerate(self.vectors, 1))
 
     def sample(self, count: int, *, seed: int = 0) -> list[Direction]:
