@@ -73,6 +73,11 @@ def around_zero(task: LeagueTask) -> LeagueTask:
     )
 
 
+def test_a_cone_takes_as_many_steps_as_its_budget_holds(task: LeagueTask) -> None:
+    for seconds, steps in ((1e6, 6), (0.0, 2)):
+        assert METHODS["concept_cone"].fit(replace(task, seconds=seconds)).about["steps"] == steps
+
+
 def test_a_layer_filter_that_nothing_passes_says_so(task: LeagueTask) -> None:
     with pytest.raises(InterpAblateError, match="one side of zero"):
         METHODS["opposite_signs"].fit(task)
