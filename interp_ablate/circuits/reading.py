@@ -24,6 +24,7 @@ from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import DirectionError, PlanError
 from interp_ablate.models.model import Model
 from interp_ablate.models.module_calls import Recorded, recording
+from interp_ablate.models.quantized_modules import plain_weight
 from interp_ablate.precision import to_float64
 from interp_ablate.prompts.prompt import PromptLike, as_prompts
 from interp_ablate.sites import Site
@@ -141,7 +142,7 @@ def _matrix(module: nn.Module) -> Float[Tensor, "out d_model"] | None:
     if not isinstance(weight, Tensor) or weight.ndim != 2 or list(module.children()):
         return None
     if isinstance(module, nn.Linear):
-        return weight.detach()
+        return plain_weight(module)
     return weight.detach().T if type(module).__name__ == "Conv1D" else None
 
 

@@ -23,6 +23,7 @@ from interp_ablate.models.backends.backend import SiteMap
 from interp_ablate.models.batches import Batch
 from interp_ablate.models.forward import Capture
 from interp_ablate.models.module_calls import stream_of
+from interp_ablate.models.quantized_modules import packed_modules
 from interp_ablate.precision import to_float64
 from interp_ablate.sites import Site
 
@@ -174,6 +175,9 @@ class WrittenParts:
         module, layouts = self._modules[0].projection, self._modules[0].layouts
         groups = expert_groups(dict(module.named_parameters()), layouts)
         if len(groups) < 2:
+            return []
+        if packed_modules(module):
+            self.reason = "its experts are quantized"
             return []
         if len(groups) > d_model:
             self.reason = f"{len(groups)} experts, and d_model is {d_model}"

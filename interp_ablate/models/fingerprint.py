@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from interp_ablate.errors import PromptError
+from interp_ablate.models.quantized_modules import packed_modules, scales
 from interp_ablate.prompts.chat_format import ChatFormat
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.storage.incoming_files import parse_json
@@ -98,8 +99,8 @@ class ModelFingerprint:
         ]
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Parameters and stored buffers by name (other buffers, such as rotary tables, may change in a pass)."""
-        named = dict(self._module.named_parameters(remove_duplicate=False))
+        """Parameters, scales of codes and stored buffers by name (other buffers, such as rotary tables, may change in a pass)."""
+        named: dict[str, Tensor] = dict(self._module.named_parameters(remove_duplicate=False))
         named |= nn.Module.named_parameters(self._module, remove_duplicate=False)
         for place, module in self._module.named_modules():
             named |= {
@@ -107,6 +108,8 @@ class ModelFingerprint:
                 for name, buffer in module._buffers.items()
                 if buffer is not None and name not in module._non_persistent_buffers_set
             }
+        for place, module in packed_modules(self._module).items():
+            named |= {f"{place}.weight.{name}": tensor for name, tensor in scales(module)}
         yield from {_plain(name): tensor for name, tensor in named.items()}.items()
 
     def _of_tokenizer(self, tokenizer: Any) -> str:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 
 from interp_ablate.models.model import Model
+from interp_ablate.models.quantized_modules import packed_parameters
 from interp_ablate.models.sources import free_memory
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,8 @@ def in_float32(model: Model) -> Iterator[None]:
     the model stays as it is; `model.dtype` says which.
     """
     tensors = [*model.tl.parameters(), *model.tl.buffers()]
-    half = list({id(each): each for each in tensors if each.dtype in HALF}.values())
+    codes = packed_parameters(model.tl)
+    half = list({id(t): t for t in tensors if t.dtype in HALF and id(t) not in codes}.values())
     needed: Counter[torch.device] = Counter()
     for each in half:
         needed[each.device] += 4 * each.numel()
@@ -42,13 +44,16 @@ def in_float32(model: Model) -> Iterator[None]:
             logger.warning("no memory on %s for the weights in float32: measuring in %s", short[0], model.dtype)  # fmt: skip
         yield
         return
-    config, dtype, kept = model.tl.cfg, model.tl.cfg.dtype, [each.data for each in half]
+    config, kept = model.tl.cfg, [each.data for each in half]
+    dtype = getattr(config, "dtype", None)  # plain transformers have none of their own
     try:
         for each in half:
             each.data = each.data.float()
-        config.dtype = torch.float32
+        if dtype is not None:
+            config.dtype = torch.float32
         yield
     finally:
-        config.dtype = dtype
+        if dtype is not None:
+            config.dtype = dtype
         for each, data in zip(half, kept):
             each.data = data

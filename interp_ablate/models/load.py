@@ -17,6 +17,11 @@ from interp_ablate.models.backends.choice import chosen_backend
 from interp_ablate.models.backends.registry import BACKENDS
 from interp_ablate.models.loading import DEFAULTS, BackendChoice
 from interp_ablate.models.model import Model
+from interp_ablate.models.quantized_modules import (
+    check_quantization,
+    packed_modules,
+    prepare,
+)
 from interp_ablate.models.sources import ModelSource, check_device, load_hf, resolve, torch_dtype
 from interp_ablate.prompts.chat_format import TemplateLike
 
@@ -34,7 +39,8 @@ def load_model(
 ) -> Model:
     """Load a decoder by hub name, local Hugging Face folder, GGUF file, or bundled alias (`smollm2`).
 
-    Weights are loaded raw: nothing is folded, centred or refactored.
+    Weights are loaded raw: nothing is folded, centred or refactored. Folders of bitsandbytes' 4 and 8 bit run
+    quantized, on backend "hf"; what they write with is measured on the numbers that their codes stand for.
 
     Args:
         backend: "auto" (the default) takes a Bridge where its logits and its writers are the checkpoint's, and plain
@@ -101,13 +107,21 @@ def from_hf(
     With the Bridge, the Hugging Face model is used in place (its modules get hook points); hooked copies it.
 
     Raises:
-        ModelError: parameters that are offloaded, and so have no values in memory.
+        ModelError: parameters that are offloaded, and so have no values in memory; weights that are quantized
+            otherwise than by bitsandbytes, or not as its folders are loaded.
     """
     absent = next((name for name, p in hf.named_parameters() if p.device.type == "meta"), None)
     if absent:
         raise ModelError(
             f"{absent} is offloaded (to disk, or from a GPU to the CPU): it has no values in memory that could be "
             "hooked, edited or exported. Load the model on one device, or over GPUs that hold all of it"
+        )
+    check_quantization(hf.config, type(hf).__name__)
+    prepare(hf, type(hf).__name__)
+    if backend in ("bridge", "hooked") and packed_modules(hf):
+        raise ModelError(
+            f"{type(hf).__name__} is quantized: TransformerLens' own parts read weights, not codes. Use backend='hf' "
+            "(which 'auto' takes)"
         )
     hf.eval().requires_grad_(False)
     built: Backend = (

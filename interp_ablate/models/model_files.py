@@ -218,8 +218,15 @@ def widened(model: Any, dtype: Any) -> Any:
 
     Some of what it dequantizes comes in bfloat16, whatever the dtype of the rest.
     """
+    from interp_ablate.models.quantized_modules import packed_parameters  # needs torch
+
+    codes = packed_parameters(model)
     for parameter in model.parameters():
-        if parameter.is_floating_point() and parameter.dtype.itemsize < dtype.itemsize:
+        if (
+            id(parameter) not in codes
+            and parameter.is_floating_point()
+            and parameter.dtype.itemsize < dtype.itemsize
+        ):
             parameter.data = parameter.data.to(dtype)
     return model
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from interp_ablate.models.quantized_modules import packed_parameters, with_plain_weights
+
 
 @dataclass(eq=False)
 class Recorded:
@@ -96,8 +98,13 @@ def probe_of(block: nn.Module, call: Recorded) -> tuple[nn.Module, Recorded]:
     The block itself where it is so already, else a copy. A weight of zeros (of a block that was added to a model, or
     pruned) writes nothing that could be seen; it gets noise, for what writes is a matter of the code.
     """
-    own = [p for p in block.parameters() if p.is_floating_point()]
-    dtype, device = (own[0].dtype, own[0].device) if own else (torch.float32, call.output.device)
+    codes = packed_parameters(block)
+    own = [p for p in block.parameters() if p.is_floating_point() and id(p) not in codes]
+    dtype, device = (
+        (own[0].dtype, own[0].device) if own else (call.output.dtype, call.output.device)
+    )
+    if codes:
+        block = with_plain_weights(block)
 
     def moved(x: Any) -> Any:
         if not isinstance(x, Tensor):

@@ -273,6 +273,16 @@ def load_hf(
     return model.eval().requires_grad_(False), tokenizer
 
 
+def _placed(config: Any, device: torch.device | None) -> dict[str, Any]:
+    """Where transformers puts the weights as it reads them; elsewhere bitsandbytes takes the first GPU there is."""
+    from interp_ablate.models.quantized_modules import quantization_of
+    from interp_ablate.storage.dequantized_checkpoint import BITSANDBYTES
+
+    if device is None:
+        return {"device_map": "auto"}
+    return {"device_map": {"": device}} if quantization_of(config) == BITSANDBYTES else {}
+
+
 def _read(
     source: ModelSource,
     dtype: torch.dtype,
@@ -281,6 +291,8 @@ def _read(
 ) -> tuple[Any, Any]:
     """The model as transformers loads it, all of it checked, and its tokenizer."""
     from transformers import AutoConfig, AutoTokenizer
+
+    from interp_ablate.models.quantized_modules import check_quantization, prepare  # needs torch
 
     where: dict[str, Any] = {"pretrained_model_name_or_path": source.path or source.name}
     where |= {"revision": source.revision} if source.revision else {}
@@ -300,6 +312,7 @@ def _read(
     quick = _quick_gguf() if source.kind == "gguf" else nullcontext()
     with transformers_reads(f"{source.name!r} ({source.kind})", _WHERE), quick:
         config = AutoConfig.from_pretrained(**where, trust_remote_code=trust_remote_code)
+        check_quantization(config, source.name)
         mended = {"fix_mistral_regex": True} if config.model_type in _MISTRAL else {}
         tokenizer = AutoTokenizer.from_pretrained(
             **where, **mended, trust_remote_code=trust_remote_code
@@ -310,9 +323,10 @@ def _read(
             config=dequantizing(config),
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            **({"device_map": "auto"} if device is None else {}),
+            **_placed(config, device),
         )
     model, report = widened(loaded[0], dtype), loaded[1]
+    prepare(model, source.name)
     check_report(report, source.name, whole=getattr(model.config, "text_config", None) is None)
     if source.kind == "gguf":
         _forget_quantization(model)

@@ -25,6 +25,11 @@ from interp_ablate.storage.safetensors_reader import BLOCK, Checkpoint, TensorSo
 
 DTYPE = torch.bfloat16
 METHODS = ("fp8", "mxfp4")
+BITSANDBYTES = "bitsandbytes"
+EXPORT_INSTEAD = (
+    "Export from the folder of the weights before quantization, under the same plan: interp-ablate export --source "
+    "UNQUANTIZED --plan PLAN --out DIR"
+)
 # The values of a 4-bit float with two bits of exponent and one of mantissa (E2M1), by its bits.
 _HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _E2M1 = (*_HALF, *(-value for value in _HALF))
@@ -88,17 +93,24 @@ class DequantizedCheckpoint(Checkpoint):
         )
 
 
+def method_of(quantization: Mapping[str, Any]) -> str:
+    """The method that a `quantization_config` names; old ones of bitsandbytes name their bits alone."""
+    bits = quantization.get("load_in_4bit") or quantization.get("load_in_8bit")
+    method = quantization.get("quant_method") or (BITSANDBYTES if bits else None)
+    return str(getattr(method, "value", method))
+
+
 def dequantized(stored: Checkpoint, quantization: Mapping[str, Any]) -> DequantizedCheckpoint:
     """A checkpoint as the weights that it stands for, by its config's `quantization_config`.
 
     Raises:
         ExportError: another method than FP8 in blocks and MXFP4; tensors that do not fit each other.
     """
-    method = str(quantization.get("quant_method"))
+    method = method_of(quantization)
     if method not in METHODS:
         raise ExportError(
-            f"{stored.folder} is quantized ({method}): an edit of its tensors would be rounded away. Export from "
-            "the folder of the weights before quantization: the plan is the same"
+            f"{stored.folder} is quantized ({method}): an edit of its tensors would be rounded away. "
+            + EXPORT_INSTEAD
         )
     found = dict(_fp8(stored, quantization) if method == "fp8" else _mxfp4(stored))
     parts = {

@@ -29,6 +29,7 @@ from interp_ablate.models.fingerprint import ModelFingerprint, rendered
 from interp_ablate.models.load import from_hf, hf_from_name
 from interp_ablate.models.loading import DEFAULTS as LOADING
 from interp_ablate.models.model import Model
+from interp_ablate.models.quantized_modules import packed_modules
 from interp_ablate.models.sources import ModelSource
 from interp_ablate.prompts.chat_format import TemplateLike, as_chat_format
 from interp_ablate.prompts.chat_template import check_format, encode
@@ -62,6 +63,11 @@ class TrainableModel:
         self._hf, self._read_again = hf, read_again
         self.tokenizer, self.source, self.chat_format = tokenizer, source, as_chat_format(template)
         check_format(tokenizer, template)
+        if packed_modules(hf):
+            raise RunError(
+                f"{source.name} is quantized: training changes weights, and there are codes of them only. Train the "
+                "model before quantization"
+            )
         self.config = copy.deepcopy(hf.config)
         """The config before any training: trainers write their own settings into the model's."""
         weights = list(hf.parameters())

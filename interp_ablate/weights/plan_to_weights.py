@@ -27,6 +27,7 @@ from interp_ablate.models.architectures import (
 from interp_ablate.models.measured_architecture import MeasuredArchitecture
 from interp_ablate.models.written_parameters import gain_of
 from interp_ablate.sites import EMBEDDING_POINTS, Site
+from interp_ablate.storage.dequantized_checkpoint import EXPORT_INSTEAD
 from interp_ablate.weights.weight_form import split_edit, writers_only_form
 
 Tied = Literal["untie", "skip-embedding", "accept"]
@@ -215,9 +216,7 @@ def _check_source(hf_config: Any) -> None:
         ("transformers_weights", "transformers loads another weight file than the usual one"),
     ):
         if getattr(hf_config, key, None):
-            raise ExportError(
-                f"the checkpoint's config has a {key}: {why}. Edit the unquantized checkpoint"
-            )
+            raise ExportError(f"the checkpoint's config has a {key}: {why}. {EXPORT_INSTEAD}")
 
 
 def _description(read: Read) -> Describe:

@@ -21,6 +21,7 @@ from interp_ablate.models.backends.bridge import BridgeBackend
 from interp_ablate.models.backends.checks import fixed_tokens
 from interp_ablate.models.backends.hf import HFBackend, measured_anatomy
 from interp_ablate.models.backends.proof import site_values, sums_that_fail
+from interp_ablate.models.quantized_modules import packed_modules
 from interp_ablate.sites import EMBEDDING_POINTS
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,9 @@ def chosen_backend(hf: Any, tokenizer: Any) -> Backend:
     Raises:
         ModelError: neither can run the model.
     """
+    if packed_modules(hf):
+        logger.info("%s runs in plain transformers: its weights are quantized", type(hf).__name__)
+        return HFBackend(hf)
     anatomy = None
     if declared_architecture(hf.config.model_type) is None:
         anatomy = measured_anatomy(hf)

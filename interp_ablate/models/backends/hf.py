@@ -24,6 +24,7 @@ from interp_ablate.models.backends.hf_sites import HFSites
 from interp_ablate.models.backends.transformers_passes import TransformersPasses
 from interp_ablate.models.loading import BackendName
 from interp_ablate.models.measured_architecture import MeasuredArchitecture, architecture_from
+from interp_ablate.models.quantized_modules import is_packed, plain_weight, refuse_export
 from interp_ablate.models.written_parameters import Norm, gain_of
 from interp_ablate.sites import EMBEDDING_POINTS, PROJECTION_POINTS, Site
 
@@ -130,7 +131,7 @@ class HFBackend(TransformersPasses):
     @property
     def unembedding(self) -> Float[Tensor, "d_vocab d_model"] | None:
         head = self.hf.get_output_embeddings()
-        return None if head is None else head.weight.detach()
+        return None if head is None else plain_weight(head)
 
     def block(self, layer: int) -> nn.Module:
         return self._blocks[layer]
@@ -157,7 +158,8 @@ class HFBackend(TransformersPasses):
             return None
         (branch,) = self._branches(site)
         name, layout = next((n, lay) for n, lay in branch.writers.items() if lay != "bias")
-        weight = self.hf.get_parameter(name).detach()
+        owner = self.hf.get_submodule(name.rpartition(".")[0])
+        weight = plain_weight(owner) if is_packed(owner) else self.hf.get_parameter(name).detach()
         return point, weight.T if layout == "conv1d" else weight
 
     def writing_modules(self, site: Site) -> list[WritingModule]:
@@ -198,6 +200,7 @@ class HFBackend(TransformersPasses):
         return {*self._blocks[block:], *later, *last}
 
     def hf_state_dict(self) -> dict[str, Tensor]:
+        refuse_export(self.hf)
         return dict(self.hf.state_dict())
 
 
