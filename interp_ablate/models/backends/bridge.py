@@ -157,8 +157,8 @@ class BridgeBackend(TransformersPasses):
         if self._entry is None:
             raise ExportError(
                 f"{describe_components(self.tl)}: not every tensor that writes to the residual stream "
-                f"is named there, and there is no entry for {self.hf_config.model_type!r} among "
-                f"{', '.join(declared_types())}. Plans run as hooks; they cannot be written into weights"
+                f"is named there as a plain matrix, and there is no entry for {self.hf_config.model_type!r} among "
+                f"{', '.join(declared_types())}. Plans run as hooks; backend='hf' measures what writes, and edits it"
             )
         self.require_exact_writers()
         return self._entry

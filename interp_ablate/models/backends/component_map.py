@@ -9,6 +9,8 @@ from typing import Any
 
 from interp_ablate.models.architectures import Architecture, Layout, Writer
 
+_PLAIN = ("Linear", "Conv1D")
+
 
 def describe_components(tl: Any) -> str:
     """The Bridge's component map in words, for messages."""
@@ -25,8 +27,15 @@ def describe_components(tl: Any) -> str:
     hooks = [
         f"{point} is {aliases.get(point, 'nothing')}" for point in ("hook_attn_out", "hook_mlp_out")
     ]
+    ends = [
+        f"{block.name}.{end.name} is a {kind}, neither Linear nor Conv1D"
+        for name, last in (("attn", "o"), ("mlp", "out"))
+        if (block := inner.get(name)) and (end := block.submodules.get(last))
+        for kind in [_kind(tl.original_model, f"{parts['blocks'].name}.0.{block.name}.{end.name}")]
+        if kind not in (None, *_PLAIN)
+    ]
     model = type(tl.original_model).__name__
-    return f"the Bridge's component map of {model} has {text}; {', '.join(hooks)}"
+    return f"the Bridge's component map of {model} has {text}; {', '.join([*hooks, *ends])}"
 
 
 def discovered_architecture(tl: Any) -> Architecture | None:
@@ -78,12 +87,17 @@ def _norms(inner: Any, aliases: Any, block: str) -> list[str | None] | None:
 
 def _layouts(hf: Any, paths: list[str]) -> list[Layout] | None:
     """Layouts of the modules at some paths; None if one is neither Linear nor Conv1D."""
-    modules = {name.replace("._original_component", ""): m for name, m in hf.named_modules()}
     layouts: list[Layout] = []
     for path in paths:
-        module = modules.get(path)
-        kind = type(getattr(module, "original_component", module)).__name__
-        if kind not in ("Linear", "Conv1D"):
+        kind = _kind(hf, path)
+        if kind not in _PLAIN:
             return None
         layouts.append("conv1d" if kind == "Conv1D" else "linear")
     return layouts
+
+
+def _kind(hf: Any, path: str) -> str | None:
+    """The class name of a module that a Bridge may stand around, by its path; None if the Bridge took it apart."""
+    modules = {name.replace("._original_component", ""): m for name, m in hf.named_modules()}
+    module = modules.get(path)
+    return type(getattr(module, "original_component", module)).__name__ if module else None

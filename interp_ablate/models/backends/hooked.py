@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from interp_ablate.errors import ModelError
+from interp_ablate.errors import InterpAblateError, ModelError
 from interp_ablate.models.anatomy import measure_blocks, problems_of
 from interp_ablate.models.architectures import Architecture, architecture_of
 from interp_ablate.models.backends.backend import ForwardCall, WritingModule
@@ -50,13 +50,22 @@ class HookedBackend:
         """A HookedTransformer with the weights of any architecture that TransformerLens can convert.
 
         Raises:
-            ModelError: TransformerLens has no HookedTransformer, cannot convert the model, or the logits
-                are not the model's.
+            ModelError: TransformerLens has no HookedTransformer, cannot convert the model or not run it, or the
+                logits are not the model's.
         """
-        backend = cls(
-            _hooked_from_hf(hf, tokenizer), hf.config, getattr(hf, "generation_config", None)
-        )
-        backend._check_against(hf)
+        try:
+            hooked = _hooked_from_hf(hf, tokenizer)
+            backend = cls(hooked, hf.config, getattr(hf, "generation_config", None))
+            backend._check_against(hf)
+        except InterpAblateError:
+            raise
+        except Exception as error:  # TransformerLens raises of every kind for what it does not know
+            lines = str(error).splitlines() or ["no reason"]
+            raise ModelError(
+                f"TransformerLens cannot build a HookedTransformer from {type(hf).__name__}, or not run it in "
+                f"{str(next(hf.parameters()).dtype).removeprefix('torch.')} ({type(error).__name__}: {lines[0]}): use "
+                "backend='hf', or 'bridge'"
+            ) from error
         return backend
 
     def _check_against(self, hf: Any) -> None:
@@ -249,6 +258,9 @@ def _hooked_from_hf(hf: Any, tokenizer: Any) -> Any:
             f"the weights of {type(hf).__name__} do not fit TransformerLens's HookedTransformer ({shown}): "
             "use backend='bridge'"
         ) from error
+    for parameter in hooked.parameters():  # a router of experts is made in float32, whatever its inputs
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(cfg.dtype)
     return hooked.to(hf.device, print_details=False).eval().requires_grad_(False)
 
 
