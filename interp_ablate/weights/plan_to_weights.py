@@ -265,13 +265,24 @@ def _edit_site(
     read: Read,
 ) -> None:
     """Add to `changes` what the plan does to the tensors that write at one site."""
-    for gains, tensors in entry.parts(site, names, hf_config):
+    parts = entry.parts(site, names, hf_config)
+    scales = _scales(entry, site, len(parts))
+    holder = next((i for i, (_, tensors) in enumerate(parts) if "bias" in tensors.values()), 0)
+    for i, (gains, tensors) in enumerate(parts):
         gain = gain_of(gains, read, changes.plan.d_model)
         affine = Affine.identity(changes.plan.d_model)
         for _, part in changes.plan.maps_at(site, gain):
             assert isinstance(part, Affine)  # rotations were refused (`writers_only_form`)
             affine = affine.then(part)
+        if not gains:  # the stream gets a sum of scaled parts: what is added is added once
+            affine = replace(affine, shift=affine.shift / scales[i] * (i == holder))
         _edit_tensors(changes, site, affine, tensors, entry, hf_config)
+
+
+def _scales(entry: Architecture, site: Site, n_parts: int) -> list[float]:
+    """The factor of each part of a site on its way to the stream (Granite's `residual_multiplier`)."""
+    branches = entry.branches.get(site, ()) if isinstance(entry, MeasuredArchitecture) else ()
+    return [branch.scale for branch in branches for _ in branch.parts] or [1.0] * n_parts
 
 
 def _edit_tensors(
@@ -287,8 +298,9 @@ def _edit_tensors(
     for name, layout in tensors.items():
         edit = TensorEdit(layout, affine, keeps_norm and layout != "bias", site.point)
         changes.edits[name] = edit
-    if affine.is_linear or "bias" in tensors.values():
-        return
+    layouts = list(tensors.values())
+    if affine.is_linear or (layouts.count("bias") == 1 and len(layouts) == 2):
+        return  # one bias beside one weight: others (of experts) may reach the stream by any factor
     if site.point in EMBEDDING_POINTS:
         if entry.scaled_embed:
             raise ExportError(
