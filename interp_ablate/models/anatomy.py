@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from interp_ablate.errors import ModelError
 from interp_ablate.models.architectures import Layout
 from interp_ablate.models.embedding_anatomy import measure_embedding
+from interp_ablate.models.ending_anatomy import measure_ending
 from interp_ablate.models.module_calls import (
     Recorded,
     probe_of,
@@ -111,6 +112,8 @@ class Anatomy:
     """The norms between the embeddings and the stream, the last one first (BLOOM)."""
     embed_problem: str = ""
     """What enters the first block beside the embeddings."""
+    end_problem: str = ""
+    """What is added between the last block and what reads it."""
 
     @property
     def embeddings(self) -> dict[str, str]:
@@ -125,7 +128,7 @@ class Anatomy:
     @property
     def problems(self) -> list[str]:
         """Everything that keeps an ablation at all writers from being exact in weights."""
-        return [*filter(None, [self.embed_problem]), *problems_of(self.blocks)]
+        return [*filter(None, [self.embed_problem, self.end_problem]), *problems_of(self.blocks)]
 
 
 def problems_of(blocks: Sequence[BlockAnatomy]) -> list[str]:
@@ -148,7 +151,8 @@ def measure(hf: Any, run: Callable[[], Any]) -> Anatomy:
     path, blocks, entering = measure_blocks(hf, run)
     with torch.no_grad():
         embedding = measure_embedding(hf, run, path, entering)
-    return Anatomy(path, blocks, **embedding)
+    ending = measure_ending(hf, run, f"{path}.{len(blocks) - 1}")
+    return Anatomy(path, blocks, **embedding, end_problem=ending)
 
 
 @torch.no_grad()

@@ -22,7 +22,14 @@ from interp_ablate.models.quantized_modules import (
     packed_modules,
     prepare,
 )
-from interp_ablate.models.sources import ModelSource, check_device, load_hf, resolve, torch_dtype
+from interp_ablate.models.sources import (
+    ModelSource,
+    at_commit,
+    check_device,
+    load_hf,
+    resolve,
+    torch_dtype,
+)
 from interp_ablate.prompts.chat_format import TemplateLike
 
 
@@ -52,7 +59,7 @@ def load_model(
             the tokenizer has; "none" for raw text. A `ChatFormat` also sets variables of the template, and what
             answers start with.
         trust_remote_code: run Python code that the model's folder or repository brings; off unless asked.
-        revision: a branch, tag or commit of a hub name; the manifest of an export names it.
+        revision: a branch, tag or commit of a hub name; the manifest of an export names it, and the commit it stood for.
 
     Raises:
         ModelError: the model cannot be found, loaded or reproduced; the message says what to do.
@@ -91,7 +98,7 @@ def hf_from_name(
     hf, tokenizer = load_hf(
         source, dtype=torch_dtype(dtype), device=place, trust_remote_code=trust_remote_code
     )
-    return hf, tokenizer, source
+    return hf, tokenizer, at_commit(source)
 
 
 def from_hf(

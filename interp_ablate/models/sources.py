@@ -62,6 +62,8 @@ class ModelSource:
     license: str | None = None
     revision: str | None = None
     """Of a hub name: the branch, tag or commit that was asked for; None for the main branch."""
+    commit: str | None = None
+    """Of a hub name: the commit that was loaded, by the hub's own cache."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -133,6 +135,19 @@ def _bundled(alias: str) -> ModelSource:
         base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
         license=license_name,
     )
+
+
+def at_commit(source: ModelSource) -> ModelSource:
+    """A source that has just been read, with the commit that its branch or tag stood for."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if source.kind != "hub":
+        return source
+    path = try_to_load_from_cache(source.name, CONFIG, revision=source.revision)
+    # in a cache, files lie in snapshots/<commit>/
+    found = Path(path).parts if isinstance(path, str) else ()
+    commit = found[found.index("snapshots") + 1] if "snapshots" in found else None
+    return replace(source, commit=commit)
 
 
 def torch_dtype(name: str | torch.dtype) -> torch.dtype:

@@ -24,6 +24,7 @@ from interp_ablate.errors import ModelError
 
 first, second = (load_model("owner/name", revision=name) for name in ("one", "b" * 40))
 assert first.fingerprint != second.fingerprint
+assert first.source.to_dict()["commit"] == "a" * 40 and second.source.commit == "b" * 40
 assert (first.source.revision, second.source.to_dict()["revision"]) == ("one", "b" * 40)
 try:
     load_model("owner/name", revision="none")

@@ -258,7 +258,9 @@ def _hooked_from_hf(hf: Any, tokenizer: Any) -> Any:
             f"the weights of {type(hf).__name__} do not fit TransformerLens's HookedTransformer ({shown}): "
             "use backend='bridge'"
         ) from error
-    for parameter in hooked.parameters():  # a router of experts is made in float32, whatever its inputs
+    for (
+        parameter
+    ) in hooked.parameters():  # a router of experts is made in float32, whatever its inputs
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(cfg.dtype)
     return hooked.to(hf.device, print_details=False).eval().requires_grad_(False)
