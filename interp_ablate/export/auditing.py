@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import ExportError, ModelError
 from interp_ablate.export.checkpoint_files import published
+from interp_ablate.export.mended_tokenizer import TOKENIZER, mended_tokenizer
 from interp_ablate.export.model_card import CERTIFICATE
 from interp_ablate.export.older_transformers import OLD_ROPE_FIELDS, ORIGINS, config_for_both
 from interp_ablate.export.side_files import (
@@ -312,10 +313,15 @@ def _without_repeats(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _same_file(before: Path, after: Path) -> bool:
-    """True for equal bytes, and for a tokenizer's configuration that says the same for transformers 4 too."""
+    """True for equal bytes, and for a tokenizer that is mended, or configured so that transformers 4 reads the same."""
     one, other = (incoming_bytes(path, error=ExportError) for path in (before, after))
     if one == other:
         return True
+    if after.name == TOKENIZER:
+        mended = mended_tokenizer(before.parent)
+        return mended is not None and mended == incoming_json(
+            after, error=ExportError, unique=False
+        )
     if after.name != TOKENIZER_CONFIG:
         return False
     theirs, ours = (incoming_json(path, error=ExportError) for path in (before, after))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from interp_ablate.errors import ExportError
+from interp_ablate.export.mended_tokenizer import mend_copy
 from interp_ablate.export.older_transformers import tokenizer_for_both
 from interp_ablate.storage.incoming_files import incoming_json
 from interp_ablate.storage.strict_json import json_text
@@ -62,7 +63,8 @@ def may_be_weights(path: Path, name: str) -> bool:
 def copy_side_files(source: Path, folder: Path, *, own: Collection[str]) -> list[str]:
     """Copy what travels, and return the names of what does not; hidden files (.env, .cache) are not named.
 
-    The tokenizer's configuration is written so that transformers 4 reads it too.
+    The tokenizer's configuration is written so that transformers 4 reads it too, and the tokenizer without the
+    faulty regex of Mistral's.
 
     Args:
         own: names of the source's files that the export writes itself: weights, config, card.
@@ -79,6 +81,7 @@ def copy_side_files(source: Path, folder: Path, *, own: Collection[str]) -> list
             shutil.copy2(file, folder / file.name)
         else:
             left_out.append(f"{file.name}/" if file.is_dir() else file.name)
+    mend_copy(source, folder)
     spell_tokenizer(folder)
     if left_out:
         logger.warning(

@@ -46,7 +46,7 @@ _WHERE = (
     f"{', '.join(BUNDLED)} work"
 )
 # Types whose tokenizers of more than 100,000 tokens were published with a wrong regex; transformers tells which.
-_MISTRAL = ("mistral", "mistral3", "voxtral", "ministral", "pixtral")
+MISTRAL_TYPES = ("mistral", "mistral3", "voxtral", "ministral", "pixtral")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -328,7 +328,7 @@ def _read(
     with transformers_reads(f"{source.name!r} ({source.kind})", _WHERE), quick:
         config = AutoConfig.from_pretrained(**where, trust_remote_code=trust_remote_code)
         check_quantization(config, source.name)
-        mended = {"fix_mistral_regex": True} if config.model_type in _MISTRAL else {}
+        mended = {"fix_mistral_regex": True} if config.model_type in MISTRAL_TYPES else {}
         tokenizer = AutoTokenizer.from_pretrained(
             **where, **mended, trust_remote_code=trust_remote_code
         )

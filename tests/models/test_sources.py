@@ -9,12 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import folder_of
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from interp_ablate import load_model
+from interp_ablate import Plan, load_model
+from interp_ablate.edits.kinds import Ablate
 from interp_ablate.errors import ModelError
+from interp_ablate.export.auditing import AuditSource, audit
+from interp_ablate.export.checkpoint import export_checkpoint, export_folder
 from interp_ablate.models.sources import resolve
 
 SCRIPT = """
@@ -87,5 +91,21 @@ def test_the_regex_of_mistral_tokenizers_is_mended(
     wrong.save_pretrained(source)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "transformers_version": "4.57.1"}))
-    tokenizer = load_model(source).tokenizer
-    assert ("oW" in tokenizer.tokenize("helloWorld")) is not mended
+    model = load_model(source)
+    assert ("oW" in model.tokenizer.tokenize("helloWorld")) is not mended
+    plan = Plan((Ablate(torch.ones(model.d_model), model.writers),))
+    export_checkpoint(model, plan, tmp_path / "b", prompts=[[3, 4, 5]])
+    export_folder(source, plan, tmp_path / "c")
+    for name in "bc":  # read by somebody who asks for nothing
+        export = AutoTokenizer.from_pretrained(tmp_path / name)
+        assert ("oW" in export.tokenize("helloWorld")) is not mended
+        same = (tmp_path / name / "tokenizer.json").read_bytes() == (
+            source / "tokenizer.json"
+        ).read_bytes()
+        assert same is not mended
+        assert audit(AuditSource.of_folder(source), plan, tmp_path / name).passed
+    if mended:  # any other change of the file is still one
+        file = tmp_path / "b" / "tokenizer.json"
+        file.write_text(file.read_text().replace('"filler7"', '"fillerX"'))
+        found = audit(AuditSource.of_folder(source), plan, tmp_path / "b").problems
+        assert any("tokenizer.json differs" in problem for problem in found)
