@@ -95,7 +95,9 @@ def chosen_in_run(folder: str) -> tuple[dict[str, Any], Path]:
             f"{folder} has no chosen plan yet: run `interp-ablate run --out {folder}` to the end"
         )
     if read_selected(folder)["plan"] is None:
-        raise RunError(f"no candidate passed the limits in {folder}: see its report.html")
+        raise RunError(
+            f"no candidate passed the limits in {folder}: see its report.html, and the plans in {folder}/plans that came nearest"
+        )
     return loading_of_run(saved), selected
 
 

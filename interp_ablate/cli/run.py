@@ -143,6 +143,7 @@ def _ray_settings(executor: ExecutorSettings | None) -> Any:
 
 def selection_of(opened: Any) -> dict[str, Any]:
     """selected.json; where it holds no plan, what the limits removed is printed."""
+    from interp_ablate.runs.nearest_plans import nearest_text
     from interp_ablate.runs.run_folder import read_selected
 
     selected = read_selected(opened.out)
@@ -150,6 +151,7 @@ def selection_of(opened: Any) -> dict[str, Any]:
         limits = selected["limits"]
         removed = ", ".join(f"{k}: {v}" for k, v in limits["removed"].items())
         print(f"no candidate passed the limits ({removed}); {limits['relax']}")
+        print(nearest_text(opened.out, selected.get("nearest", [])))
     return selected
 
 

@@ -29,6 +29,7 @@ from interp_ablate.models.float32 import in_float32
 from interp_ablate.models.model import Model
 from interp_ablate.prompts.chat_format import described
 from interp_ablate.runs.fits import Step
+from interp_ablate.runs.nearest_plans import keep_nearest
 from interp_ablate.runs.objective_results import (
     limits_of,
     n_of,
@@ -116,6 +117,7 @@ def choose_and_test(
     generations: list[dict[str, Any]] = []
     run.record(no_plan=choice.row is None)
     if choice.row is None:
+        selected["nearest"] = keep_nearest(run, finalists, by, control)
         run.note(f"no candidate passed the limits: {choice.removed}; {choice.relax}")
     else:
         tested, generations = _tested(run, choice, control)

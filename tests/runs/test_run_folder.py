@@ -439,8 +439,15 @@ def test_nothing_passes(
     assert main([*arguments, "--out", str(out)]) == 1
     said = capsys.readouterr().out
     assert "no candidate passed" in said and "kl > 1e-09" in said
-    assert json.loads((out / "selected.json").read_text())["plan"] is None
-    assert not (out / "export").exists()
+    selected = json.loads((out / "selected.json").read_text())
+    assert selected["plan"] is None and not (out / "export").exists()
+    kept = sorted(path.stem for path in (out / "plans").glob("*.json"))
+    if selected["nearest"]:  # what was paid for is not lost: each can be exported by its name
+        assert kept == sorted(each["plan"] for each in selected["nearest"])
+        assert f"{out}/plans/{selected['nearest'][0]['plan']}.json" in said
+        assert Plan.load(out / "plans" / f"{kept[0]}.json").edits
+    else:
+        assert not kept and "does more than the unedited model" in said
     assert "kl &gt; 1e-09" in (out / "report.html").read_text()
 
 
