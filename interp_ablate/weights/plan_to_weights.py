@@ -299,7 +299,7 @@ def _edit_tensors(
         edit = TensorEdit(layout, affine, keeps_norm and layout != "bias", site.point)
         changes.edits[name] = edit
     layouts = list(tensors.values())
-    if affine.is_linear or (layouts.count("bias") == 1 and len(layouts) == 2):
+    if affine.is_linear or (layouts.count("bias") == 1 and len(layouts) <= 2):
         return  # one bias beside one weight: others (of experts) may reach the stream by any factor
     if site.point in EMBEDDING_POINTS:
         if entry.scaled_embed:
