@@ -45,7 +45,8 @@ _MEASURES = """\
 Intervals are of 95%, by a jackknife over prompts and, where there are several, over seeds.
 A mean over behaviours gives each the same weight. The uncertainty of a KL is not in them.
 A method without a rule of its own tries {n_sites} layers while its time lasts.
-It keeps the one whose removal, at a third of the KL limit, makes the model's own first words unlikeliest on validation prompts."""
+It keeps the one whose removal, at a third of the KL limit, makes the model's own first words unlikeliest on validation prompts.
+Where the concept is in the prompts alone, it keeps the layer whose scores are furthest apart on them (d')."""
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def page(results: Mapping[str, Any], *, figure: str) -> str:
         *_conclusions(results),
         "## All behaviours together",
         _table(results, lambda row: row["overall"], ranked=True),
-        f"![Intervals of detection, removal and induction, and curves of rates over KL]({figure})",
+        f"![Every method with its intervals, controls in grey]({figure})",
         "## How it is measured",
         measures,
         "## Each behaviour",
@@ -109,6 +110,11 @@ def _conclusions(results: Mapping[str, Any]) -> list[str]:
         return ["No method has a number on every behaviour: nothing can be said."]
     lines = ["Only intervals that part are taken for a difference."]
     lines += [_sentences(each) for each in found]
+    if {each.column for each in found} == {"detection"}:
+        lines.append(
+            "Removal and induction are not judged in this run: no behaviour of it has a scorer of answers."
+        )
+        return lines
     lost = losing_everywhere(results)
     lines.append(
         f"Below the best in all that they do: {_names(lost)}."
@@ -127,7 +133,7 @@ def _sentences(each: Conclusion) -> str:
     )
     below = f" Below it: {_names(each.below_the_best)}." if each.below_the_best else ""
     control = (
-        f" Not told from a control: {_names(each.like_a_control)}."
+        f" Not told from at least one control: {_names(each.like_a_control)}."
         if each.like_a_control
         else " All of them are above both controls."
     )
@@ -139,13 +145,15 @@ def _names(names: Iterable[str]) -> str:
 
 
 def _table(results: Mapping[str, Any], numbers: Any, *, ranked: bool = False) -> str:
-    heads = ["method", *(HEADS[column] for column in COLUMNS)]
+    rows = _ordered(results, numbers)
+    columns = [column for column in COLUMNS if any(numbers(row)[column] for _, row in rows)]
+    heads = ["method", *(HEADS[column] for column in columns)]
     heads += ["exact in", "seconds"] if ranked else []
     lines = [_row(heads), _row(["---"] * len(heads))]
-    for name, row in _ordered(results, numbers):
+    for name, row in rows:
         label = f"*{name}* (control)" if row["control"] else f"`{name}`"
         cells = [label]
-        for column in COLUMNS:
+        for column in columns:
             rank = (row.get("ranks") or {}).get(column) if ranked else None
             cells.append(_cell(numbers(row)[column], rank))
         if ranked:

@@ -48,7 +48,8 @@ def league_intervals(
             ends = [end for end in interval if end is not None]
             style.whisker(axes, place, value, ends, colour)
     style.set_row_axis(axes, names if named else [""] * len(names))
-    style.finish_axes(axes, title, "", label, "", grid="x")
+    caption = "dots: means with 95% intervals; ticks: each behaviour"
+    style.finish_axes(axes, title, caption if named else "", label, "", grid="x")
     return axes
 
 
@@ -79,11 +80,21 @@ def league_curves(results: Mapping[str, Any], side: str, ax: Axes | None = None)
 
 
 def league_figure(results: Mapping[str, Any]) -> Figure:
-    """All of a league in one figure: three columns of intervals, and two panels of curves under them."""
-    n_methods = len(results["methods"])
-    figure = style.new_figure(width=11.0, height=1.9 + 0.27 * n_methods + 3.4)
-    grid = figure.add_gridspec(2, 6, height_ratios=[0.9 + 0.27 * n_methods, 3.4])
-    for place, column in enumerate(_TITLES):
+    """All of a league in one figure: columns of intervals, and two panels of curves under them.
+
+    Where no answers were judged there is the column of detection alone.
+    """
+    n_methods, rows = len(results["methods"]), results["methods"].values()
+    columns = [c for c in _TITLES if any(row["overall"][c] for row in rows)] or ["detection"]
+    judged = len(columns) > 1
+    high = 0.9 + 0.27 * n_methods
+    if not judged:
+        figure = style.new_figure(height=high + 0.5)
+        league_intervals(results, columns[0], figure.add_subplot())
+        return figure
+    figure = style.new_figure(width=11.0, height=high + 4.4)
+    grid = figure.add_gridspec(2, 6, height_ratios=[high, 3.4])
+    for place, column in enumerate(columns):
         axes = figure.add_subplot(grid[0, 2 * place : 2 * place + 2])
         league_intervals(results, column, axes, named=place == 0)
     curves = [figure.add_subplot(grid[1, :2]), figure.add_subplot(grid[1, 2:4])]

@@ -30,3 +30,12 @@ def test_a_page_without_the_comments_is_an_error(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(generated.PARTS, "glossary.md", {"files": generated.files})
     with pytest.raises(ValueError, match=r"docs/glossary.md lacks the comments"):
         generated.with_parts("glossary.md")
+
+
+def test_the_page_of_the_league_is_made_of_its_file() -> None:
+    from interp_ablate.league.page import page, read_results
+
+    made = page(read_results(ROOT / "docs" / "league.json"), figure="figures/league.png")
+    assert (ROOT / "docs" / "league.md").read_text(encoding="utf-8") == made, (
+        "run `interp-ablate league --from docs/league.json --page docs/league.md`"
+    )

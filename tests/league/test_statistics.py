@@ -196,6 +196,12 @@ def test_the_page_says_what_the_results_say() -> None:
     assert len(figure.axes) == 6 and method_order(MADE_UP)[-1] == "noise"
 
 
+def test_a_run_of_concepts_alone_says_what_it_does_not_judge() -> None:
+    text = page(results(good=(None, None), noise=(None, None)), figure="league.png")
+    assert "Removal and induction are not judged in this run" in text
+    assert "Below the best in all" not in text and "| KL along answers" not in text
+
+
 def test_records_of_other_prompts_or_seeds_are_not_counted() -> None:
     def fit(fingerprint: str, seed: str, failed: str = "") -> Record:
         return Record(("fit", "b", fingerprint, seed, "m"), {}, 1.0, failed)
