@@ -203,15 +203,14 @@ def _context(folder: Path) -> dict[str, Any]:
     )
     model = part_of(run, "model").get("name") or configuration.get("model")
     estimated = {**directions, **part_of(run, "directions")}
+    concept = bool(run.get("concept"))
     return {
         "title": behaviour[:1].upper() + behaviour[1:] + (f" in {model}" if model else ""),
         "model": part_of(run, "model"),
         "contrast": part_of(run, "contrast"),
-        "concept": bool(run.get("concept")),
+        "concept": concept,
         "behaviour": behaviour,
-        "headline": headline(
-            behaviour, configuration, selected, certificate, concept=bool(run.get("concept"))
-        ),
+        "headline": headline(behaviour, configuration, selected, certificate, concept=concept),
         "tiles": tiles(test, certificate, configuration),
         "results": [*_results(test), *objective_rows(test)],
         "controls": [
