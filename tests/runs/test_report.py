@@ -461,7 +461,7 @@ def test_a_plan_without_a_test_report(run, test):
         ("run.json", "no run.json"),
         ("selected.json", "No plan has been chosen yet"),
         ("trials.csv", "No trials yet"),
-        ("generations.jsonl", "No generated answers yet"),
+        ("generations.jsonl", "No answers yet"),
         ("figures", "No figures yet"),
     ],
 )
