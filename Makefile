@@ -85,7 +85,7 @@ gemma: $(GEMMA)/config.json
 
 # About an hour, most of it for what they are held against; nothing else should run.
 bench: $(VENV)/.ready
-	for name in collect generate selection scaling sweep search backends filtering; do \
+	for name in collect generate selection scaling sweep trials search backends filtering; do \
 		$(BIN)/python benchmarks/$$name.py || exit 1; done
 
 # 16 GB of synthetic weights, twice: needs 50 GB of disk for some minutes.

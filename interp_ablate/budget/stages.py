@@ -154,7 +154,7 @@ def fit_stage(sizes: Dimensions, work: Workload, *, passages: bool = False) -> S
     weights = size * sizes.parameters_a_step(work.fitted * work.tokens)
     sides = [  # rows, tokens behind each prompt, logits, bytes kept a logit
         (work.fitted, N_TOKENS, N_TOKENS + 1, 4),  # log-probabilities in float32
-        (work.fitted, N_KEPT - 1, N_KEPT, 12),  # and the reference's chances in float64
+        (work.fitted, N_KEPT - 1, N_KEPT, 8),  # and the reference's chances
         *([(unwanted, PASSAGE_TOKENS - 1, PASSAGE_TOKENS, 4)] if passages else []),
     ]
     calls, memory = [], []

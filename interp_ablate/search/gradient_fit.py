@@ -14,12 +14,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import kl_div, softplus
 
 from interp_ablate.directions.direction import Direction
 from interp_ablate.edits.kinds import Ablate, Erase
 from interp_ablate.errors import InterpAblateError, PlanError
-from interp_ablate.evaluation.metrics import kl_divergence, repeats
+from interp_ablate.evaluation.metrics import repeats
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.jobs.bars import with_bar
 from interp_ablate.models.batches import telling_of_memory
@@ -294,7 +294,8 @@ def _unedited_answer_logprob(model: Model, data: FitData) -> Float[Tensor, " pro
 def _unwanted(model: Model, data: FitData) -> Float[Tensor, ""]:
     """How far tokens of unwanted passages are above the limit: summed over a passage, mean over passages."""
     rows = [passage.prompt + passage.answer[:-1] for passage in data.passages]
-    keep = max(len(passage.answer) for passage in data.passages)
+    # what comes before a passage's first place is run, but nothing is asked of it
+    keep = max(len(passage.answer) - passage.places[0] for passage in data.passages)
     excesses = []
     stream = model.stream(
         rows,
@@ -328,6 +329,9 @@ def _kl(model: Model, data: FitData) -> Float[Tensor, ""]:
     for batch, logits, _ in stream:
         assert logits is not None
         reference = data.reference[list(batch.index)].to(logits.device)
-        kl = kl_divergence(reference, logits.float().log_softmax(-1))
+        # in float32: the sums of `kl_divergence`, in float64, took a quarter of the time of this term
+        kl = kl_div(
+            logits.float().log_softmax(-1), reference, reduction="none", log_target=True
+        ).sum(-1)
         kls.append((kl[:, 0] + kl.mean(-1)) / 2)
     return torch.cat(kls).mean()

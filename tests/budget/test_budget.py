@@ -287,7 +287,7 @@ def tiny_step(kind: str, prefix: int, rows: int = 4) -> Step:
 
 def expected_saved(sizes: Dimensions, side: str, *, rows: int, tokens: int, prefix: int) -> int:
     """The formula for the blocks, and the logits as `fit_stage` counts them."""
-    more, logits, kept = (N_TOKENS, N_TOKENS + 1, 4) if side == "own" else (N_KEPT - 1, N_KEPT, 12)
+    more, logits, kept = (N_TOKENS, N_TOKENS + 1, 4) if side == "own" else (N_KEPT - 1, N_KEPT, 8)
     new = tokens - prefix + more
     size = saved_bytes(sizes, rows=rows, new=new, past=prefix)
     if prefix:

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from tiny import D_MODEL, N_LAYERS, forward, make, rows_of, shared, tiny, unit
+from torch.nn.functional import kl_div
 
 from interp_ablate import Ablate, Direction, Model, Plan, Site, everywhere
 from interp_ablate.edits.kinds import Erase
 from interp_ablate.errors import InterpAblateError, ModelError, PlanError
+from interp_ablate.evaluation.metrics import kl_divergence
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.models.load import from_hf
 from interp_ablate.models.thinking import Generation
@@ -587,6 +589,25 @@ def test_a_fit_goes_on_from_an_edit(start: Erase | Ablate) -> None:
     moved = max(float((a - b).abs().max()) for a, b in zip(oblique_map(on), oblique_map(start)))
     assert 1e-3 < moved < 1
     assert torch.equal(start.vectors, kept[0]) and start.amounts == kept[1]
+
+
+def test_the_kl_in_float32_is_that_in_float64_and_so_are_its_gradients() -> None:
+    """The fit sums in float32, a score in float64: the same to the rounding of log-probabilities (1e-5 nats)."""
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.randn(6, N_KEPT, 49152, generator=generator).mul(4).log_softmax(-1)
+    for apart in (1.0, 0.05):
+        noise = apart * torch.randn(reference.shape, generator=generator)
+        logits = [
+            (reference + noise).to(t).requires_grad_() for t in (torch.float32, torch.float64)
+        ]
+        got = kl_div(logits[0].log_softmax(-1), reference, reduction="none", log_target=True)
+        want = kl_divergence(reference, logits[1].log_softmax(-1))
+        torch.testing.assert_close(got.sum(-1), want.float(), rtol=2e-4, atol=2e-5)
+        got.sum().backward()
+        want.sum().backward()
+        ours, exact = logits[0].grad, logits[1].grad
+        assert ours is not None and exact is not None
+        assert float((ours - exact).norm()) < 1e-3 * float(exact.norm())
 
 
 def test_two_rounds_go_further_than_one() -> None:

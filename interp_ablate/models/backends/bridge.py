@@ -238,7 +238,8 @@ class BridgeBackend(TransformersPasses):
             if keep == 0:
                 self.hf.base_model(**arguments)
                 return None
-            return self.hf(**arguments, logits_to_keep=keep).logits
+            with self.whole_products():
+                return self.hf(**arguments, logits_to_keep=keep).logits
 
     def first_block(self, site: Site) -> int:
         """The first block that must run for a site to hold what it holds in a whole pass."""

@@ -177,7 +177,7 @@ class HFBackend(TransformersPasses):
     def forward(self, call: ForwardCall, keep: int) -> Tensor | None:
         arguments = {**self.arguments(call), "logits_to_keep": keep}
         model, accepted = (self.hf, self._accepted) if keep else self._body
-        with self._skipping.resumed(call):
+        with self._skipping.resumed(call), self.whole_products():
             out = model(**{name: value for name, value in arguments.items() if name in accepted})
         return out.logits[:, -keep:] if keep else None
 
