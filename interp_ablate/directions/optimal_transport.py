@@ -5,7 +5,6 @@ Knows: the map and its fit. Does not know: hooks or plans.
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from interp_ablate.directions.direction import PerPrompt, fingerprint_of
 from interp_ablate.directions.mean_difference import as_float64, check_spread, checked_means
+from interp_ablate.directions.subspaces import checked_rank
 from interp_ablate.errors import DirectionError
 from interp_ablate.sites import Site
 
@@ -106,12 +106,7 @@ def gaussian_transport(
         DirectionError: NaN, empty sets, shapes that do not fit; a rank that is no integer from 1, or more than the
             positives' covariance has.
     """
-    try:
-        wanted = 0 if isinstance(rank, bool) else operator.index(rank)
-    except TypeError:
-        wanted = 0
-    if wanted < 1:
-        raise DirectionError(f"a rank is an integer from 1; got {rank!r}")
+    wanted = checked_rank(rank)
     means = checked_means(positive, negative, site, position)
     check_spread("gaussian_transport", positive, negative, means)
     start, end = as_float64(positive), as_float64(negative)

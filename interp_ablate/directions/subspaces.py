@@ -96,6 +96,21 @@ def pca(
     return signed_direction(axes[0], means, "pca", source)
 
 
+def checked_rank(rank: int) -> int:
+    """The rank as a whole number.
+
+    Raises:
+        DirectionError: it is none from 1.
+    """
+    try:
+        wanted = 0 if isinstance(rank, bool) else operator.index(rank)
+    except TypeError:
+        wanted = 0
+    if wanted < 1:
+        raise DirectionError(f"a rank is an integer from 1; got {rank!r}")
+    return wanted
+
+
 def subspace(
     positive: PerPrompt,
     negative: PerPrompt,
@@ -113,12 +128,7 @@ def subspace(
     Raises:
         DirectionError: as `pca`; a rank that is no integer from 1, or more than the differences span.
     """
-    try:
-        wanted = 0 if isinstance(rank, bool) else operator.index(rank)
-    except TypeError:
-        wanted = 0
-    if wanted < 1:
-        raise DirectionError(f"a rank is an integer from 1; got {rank!r}")
+    wanted = checked_rank(rank)
     means = checked_means(positive, negative, site, position)
     rows = means.vector[None]
     if wanted > 1:

@@ -87,11 +87,10 @@ def projections(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     style.add_legend(
         ax,
         handles,
-        loc="lower right",
-        bbox_to_anchor=(1.0, 1.0),
+        loc="upper right",  # beside the name of the axis: above stand title and caption
+        bbox_to_anchor=(1.0, 0.0),
         ncols=2,
-        borderpad=0.1,
-        borderaxespad=1.8,
+        borderaxespad=2.0,
     )
     return ax
 
@@ -152,13 +151,16 @@ def separation_by_layer(
     ax = style.axes_or_new(ax, height=3.6)
     if measure not in get_args(Measure):
         raise RunError(f"unknown measure {measure!r}: accepted are {', '.join(get_args(Measure))}")
-    lines = _lines(_of_one_method(directions, "separation_by_layer()"), measure)
+    items = _of_one_method(directions, "separation_by_layer()")
+    lines = _lines(items, measure)
     layers = {layer for line in lines.values() for layer in line}
     caption = f"{sum(map(len, lines.values()))} directions"
     if controls is None or controls.empty:
         caption = f"n = {caption}"
     else:
         caption += _control_band(ax, controls, measure, layers)
+    if len(distinct_directions(items)) < len(items):
+        caption += "; a layer's resid_pre is the resid_post before it"
     positions = sorted({position for _, position in lines}, key=style.position_key)
     for point, position in sorted(lines, key=lambda key: (style.point_order(key[0]), key[1])):
         line = lines[point, position]

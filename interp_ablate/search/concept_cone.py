@@ -22,7 +22,7 @@ from interp_ablate.evaluation.metrics import kl_divergence
 from interp_ablate.jobs.bars import with_bar
 from interp_ablate.models.batches import telling_of_memory
 from interp_ablate.models.model import Model
-from interp_ablate.search.gradient_fit import N_TOKENS, UNLIKELY, FitData
+from interp_ablate.search.gradient_fit import UNLIKELY, FitData, answer_logprobs
 
 CONE_KL_WEIGHT = 10.0
 """Nats of log-probability that a nat of KL outweighs: less than in a fit of strengths, as all are 1 here."""
@@ -133,7 +133,7 @@ def ablation_loss(
     sites = model.writers
     ones = torch.ones(len(sites), device=unit.device)
     with model.plans.fitting_erasure(unit, unit, sites, ones):
-        likely = softplus(_answer_logprobs(model, data) - UNLIKELY).mean()
+        likely = softplus(answer_logprobs(model, data) - UNLIKELY).mean()
         return likely, _kl(model, data)
 
 
@@ -145,23 +145,6 @@ def _backward(
     loss = likely / count + kl_weight * kl.to(likely.device)
     loss.backward()
     return float(loss.detach())
-
-
-def _answer_logprobs(model: Model, data: FitData) -> Float[Tensor, " prompt"]:
-    """Log-probability of each expressing answer's first tokens."""
-    found = []
-    stream = model.stream(
-        data.positive,
-        keep=N_TOKENS + 1,
-        prompt_lengths=data.prompt_lengths,
-        batch_size=len(data.positive),
-    )
-    for batch, logits, _ in stream:
-        assert logits is not None
-        answers = torch.tensor([data.answers[i] for i in batch.index], device=logits.device)
-        logprobs = logits[:, :-1].float().log_softmax(-1)
-        found.append(logprobs.gather(-1, answers[..., None])[..., 0].sum(-1))
-    return torch.cat(found)
 
 
 def _kl(model: Model, data: FitData) -> Float[Tensor, ""]:

@@ -54,7 +54,7 @@ from interp_ablate.search.gradient_fit import (
     UNLIKELY,
     FitData,
     _kl,
-    _unedited_answer_logprob,
+    answer_logprobs,
     fit_data,
 )
 
@@ -235,7 +235,7 @@ class Step:
         if side == "kl":
             return KL_WEIGHT * _kl(self.model, self.data)
         return torch.nn.functional.softplus(
-            _unedited_answer_logprob(self.model, self.data) - UNLIKELY
+            answer_logprobs(self.model, self.data) - UNLIKELY
         ).mean()
 
     def saved(self, side: str) -> int:

@@ -30,8 +30,8 @@ from interp_ablate.search.gradient_fit import (
     NothingToFitError,
     Passage,
     _kl,
-    _unedited_answer_logprob,
     _unwanted,
+    answer_logprobs,
     expression_of,
     fit_data,
     fit_edit,
@@ -67,7 +67,7 @@ def read_by_answers(model: Model, data: FitData) -> Direction:
 
 def scores_under(model: Model, data: FitData, plan: Erase | Ablate) -> tuple[float, float]:
     with model.applied(Plan((plan,))):
-        return float(_unedited_answer_logprob(model, data).mean()), float(_kl(model, data))
+        return float(answer_logprobs(model, data).mean()), float(_kl(model, data))
 
 
 def oblique_map(edit: Erase | Ablate) -> list[torch.Tensor]:
@@ -89,7 +89,7 @@ def check_gradients(model: Model) -> None:
 
     def loss(read: torch.Tensor, write: torch.Tensor, strengths: torch.Tensor) -> torch.Tensor:
         with model.plans.fitting_erasure(read, write, sites, strengths):
-            return _unedited_answer_logprob(model, data).mean() + _kl(model, data)
+            return answer_logprobs(model, data).mean() + _kl(model, data)
 
     live = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
     gradients = dict(zip(live, torch.autograd.grad(loss(**live), list(live.values()))))
@@ -322,7 +322,7 @@ def test_own_words_are_the_answers_log_probability() -> None:
         assert row[n:] == answer and len(answer) == N_TOKENS
         logprobs = model.logits([row], keep=N_TOKENS + 1)[0, :-1].log_softmax(-1)
         want = sum(float(logprobs[k, token]) for k, token in enumerate(answer))
-        got = _unedited_answer_logprob(
+        got = answer_logprobs(
             model, replace(data, positive=[row], prompt_lengths=[n], answers=[answer])
         )
         assert float(got) == pytest.approx(want, abs=1e-4), i
@@ -517,7 +517,7 @@ def test_a_fit_lowers_own_words_and_minds_the_kl(backend: str) -> None:
     model = sure(backend)
     data = data_of(model)
     direction = read_by_answers(model, data)
-    before = float(_unedited_answer_logprob(model, data).mean())
+    before = float(answer_logprobs(model, data).mean())
     steps: list[int] = []
 
     def fit(kl_weight: float) -> tuple[float, float]:
