@@ -24,7 +24,7 @@ from interp_ablate.search.edit_space import DirectionKey, fit_name
 from interp_ablate.search.gradient_fit import N_KEPT, FitData, NothingToFitError, fit_data, fit_edit
 
 # Rounds of a fit: gradient steps, and how much a nat of KL weighs. First far enough, then ever cheaper.
-FIT_ROUNDS = ((10, 120.0), (6, 160.0), (6, 160.0), (6, 160.0))
+FIT_ROUNDS = ((14, 120.0), (10, 160.0), (8, 160.0), (8, 160.0), (8, 160.0))
 
 Step: TypeAlias = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
 """Opens a part of the work with a name and a number of steps; gives what advances it."""

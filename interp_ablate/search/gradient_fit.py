@@ -26,7 +26,7 @@ from interp_ablate.models.batches import telling_of_memory
 from interp_ablate.models.model import Model
 from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.settings import STEP_ROWS
-from interp_ablate.sites import EMBEDDING_POINTS, Site
+from interp_ablate.sites import Site
 
 N_TOKENS = 4  # tokens of each expressing answer that are made unlikely
 N_KEPT = 8  # tokens of each other answer whose distribution is kept
@@ -40,9 +40,6 @@ START = 0.3  # strength at every site before the first step
 STRENGTH_RATE, VECTOR_RATE = 0.15, 0.25
 # Nats of log-probability that a nat of KL outweighs.
 KL_WEIGHT = 160.0
-# A fit of a model with so many layers or more leaves out those before this share of the depth: over all writers it
-# drives their strengths towards 0 (30 layers of SmolLM2), and the gradient need not go that far.
-DEEP, FIRST_LAYER = 12, 0.3
 
 
 class NothingToFitError(InterpAblateError):
@@ -212,7 +209,7 @@ def fit_edit(
     start: Erase | Ablate | None = None,
     on_step: Callable[[], None] | None = None,
 ) -> Erase | Ablate:
-    """A strength for each of `fitted_sites` and, with `vectors`, what is read and written, from a direction on.
+    """A strength for every writer of the stream and, with `vectors`, what is read and written, from a direction on.
 
     Adam on the log-probability of the expressing answers plus `kl_weight` times the KL of what follows
     other prompts (half of it the first token's, half the mean over the first tokens), plus the
@@ -220,10 +217,10 @@ def fit_edit(
     2019, https://arxiv.org/abs/1908.04319), where the data has some. Deterministic.
     With `vectors` the edit is an `Erase` whose `read` and `write` both start at the direction and are
     shared by all sites; else an `Ablate` along the direction itself. `start` goes on from an edit found
-    before, at its sites. The idea of finding a direction by gradient is that of Wollschlaeger et al. 2025,
+    before, of the same sites. The idea of finding a direction by gradient is that of Wollschlaeger et al. 2025,
     https://arxiv.org/abs/2502.17420.
     """
-    sites = fitted_sites(model, direction) if start is None else start.sites
+    sites = model.writers
     read, write, strengths = _live(model, direction, sites, start)
     groups = [{"params": [strengths], "rate": STRENGTH_RATE}]
     if vectors:
@@ -259,26 +256,13 @@ def fit_edit(
     return Erase(write.detach(), read.detach(), sites, strength=amounts.tolist(), label=label)
 
 
-def fitted_sites(model: Model, direction: Direction) -> tuple[Site, ...]:
-    """The writers that a fit gives strengths to: all, or of a model with DEEP layers or more the late ones.
-
-    These begin at FIRST_LAYER of the depth, or at the direction's own layer if that is earlier.
-    """
-    if model.n_layers < DEEP:
-        return model.writers
-    first = min(int(FIRST_LAYER * model.n_layers), direction.site.layer)
-    return tuple(
-        site for site in model.writers if site.layer >= first and site.point not in EMBEDDING_POINTS
-    )
-
-
 def _live(
     model: Model, direction: Direction, sites: Sequence[Site], start: Erase | Ablate | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What is optimised: read, write and strengths, of the direction or of an edit found before."""
     read, write, first = direction.vector, direction.vector, [START] * len(sites)
     if start is not None:
-        if not set(sites) <= set(model.writers):
+        if start.sites != tuple(sites):
             raise PlanError(f"the fit goes on from an edit of other sites: {start!r}")
         read, write, first = start.vectors[-1], start.vectors[0], list(start.amounts)
     strengths = torch.tensor(first, dtype=torch.float32, requires_grad=True, device=model.device)
