@@ -35,7 +35,7 @@ def run(args: Namespace) -> int:
     rubrics = given_flags(args, SearchSettings).get("objective_rubric", ())
     settings = replace(settings, objective_rubric=tuple(map(_rubric, rubrics)))
     opened = open_run(args, settings_from(args, ExecutorSettings))
-    objectives = objective_scores(opened, settings)
+    objectives = objective_scores(opened, settings, own_code=True)
     try:
         with telling_spent(args, opened):
             run_search(opened, settings, objectives)

@@ -15,6 +15,7 @@ from interp_ablate.storage.tables import read_json
 
 OF_RUN = {"chosen": "plan", "added": "addition_plan"}
 """Names of the plans in selected.json, and their keys there."""
+_OF_TRIAL = re.compile(r"(trial-)?\d+", re.ASCII)
 
 
 def plan_names(folder: str | Path) -> list[str]:
@@ -40,6 +41,19 @@ def plan_named(folder: str | Path, name: str) -> Plan:
     return Plan.load(Path(folder) / "plans" / f"{name}.json")
 
 
+def plans_of_trials(folder: str | Path) -> list[Path]:
+    """The files of `plans/` that a search writes, `N.json` and `trial-N.json`; a person's plans have other names."""
+    return [p for p in (Path(folder) / "plans").glob("*.json") if _OF_TRIAL.fullmatch(p.stem)]
+
+
+def keep_trial(folder: str | Path, number: int, plan: Plan) -> str:
+    """Write a trial's plan as `plans/trial-N.json`, in place of an earlier one of that name; returns the name."""
+    path = Path(folder) / "plans" / f"trial-{number}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plan.save(path)
+    return path.stem
+
+
 def keep_plan(folder: str | Path, name: str, plan: Plan) -> Path:
     """Write the plan as `plans/NAME.json`, which `export --plan` takes; one of that name is never replaced.
 
@@ -50,6 +64,10 @@ def keep_plan(folder: str | Path, name: str, plan: Plan) -> Path:
         raise RunError(
             f"{name!r:.100} cannot be a plan's name: letters, digits, dots, - and _, at most 80 of them, and not "
             f"{' or '.join(OF_RUN)}"
+        )
+    if _OF_TRIAL.fullmatch(name):
+        raise RunError(
+            f"{name!r} is a name that a search gives its trials' plans, and replaces: choose another name"
         )
     if not plan.edits:
         raise RunError("the plan edits nothing: there is nothing to keep")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from interp_ablate.runs.kept_plans import keep_plan
+from interp_ablate.runs.kept_plans import keep_trial
 from interp_ablate.runs.run_folder import Run
 from interp_ablate.search.edit_space import plan_of
 from interp_ablate.search.rules import RuleInput
@@ -18,6 +18,7 @@ from interp_ablate.search.selection import pareto_front
 from interp_ablate.search.trial_table import params_of
 
 MOST = 3  # plans that are kept
+_LEFT = "left to gain"  # a column that no objective can be named
 
 
 def keep_nearest(
@@ -32,16 +33,19 @@ def keep_nearest(
         frame = frame[by.left(frame) < (1 - by.unedited if by.maximize else by.unedited)]
     if frame.empty:
         return []
-    frame = frame.assign(_left=by.left(frame))
-    front = pareto_front(frame, objectives=("_left", "kl")).sort_values("kl", kind="stable")
+    frame = frame.assign(**{_LEFT: by.left(frame)})
+    front = pareto_front(frame, objectives=(_LEFT, "kl")).sort_values("kl", kind="stable")
     space, kept = run.edit_space(control=control), []
-    for row in front.head(MOST).to_dict("records"):
-        name = f"trial-{int(row['trial'])}"
-        if not (run.out / "plans" / f"{name}.json").exists():
-            keep_plan(run.out, name, plan_of(params_of(row), space))
+    for row in front.to_dict("records"):
+        plan = plan_of(params_of(row), space)
+        if not plan.edits:  # such as a trial whose strengths are all 0
+            continue
+        name = keep_trial(run.out, int(row["trial"]), plan)
         upper = row.get("kl_high", math.nan)
         measured = {"effect": by.column, "value": float(row[by.column]), "kl": float(row["kl"])}
         kept.append({"plan": name, **measured, "kl_high": None if upper != upper else float(upper)})
+        if len(kept) == MOST:
+            break
     return kept
 
 

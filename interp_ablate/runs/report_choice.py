@@ -37,15 +37,21 @@ def _optimism(found: Mapping[str, Any], trial: Mapping[str, Any], where: str) ->
     """How much such a choice flatters itself, beside the chosen plan's number by which it was chosen."""
     if not is_number(found.get("optimism")):
         return []
+    column = str(found.get("column", "expression_rate"))
+    told, by = (number, "{:.3g} nats") if column == "kl" else (rate, "{:.1f} percentage points")
+    of = "" if column == "expression_rate" else f"{column} "
+    flattered = by.format(found["optimism"] * (1 if column == "kl" else 100))
     text = (
         f"Choosing on half of the validation prompts, {number(found.get('splits'))} times, among "
-        f"{number(found.get('plans'))} plans: the chosen one had {rate(found.get('chosen_half'))} on the half that chose "
-        f"it and {rate(found.get('other_half'))} on the other, at a KL of {number(found.get('kl_chosen_half'))} and "
+        f"{number(found.get('plans'))} plans: the chosen one had {of}{told(found.get('chosen_half'))} on the half that chose "
+        f"it and {told(found.get('other_half'))} on the other, at a KL of {number(found.get('kl_chosen_half'))} and "
         f"{number(found.get('kl_other_half'))}. "
-        f"So this choice flatters itself by about {100 * found['optimism']:.1f} percentage points"
+        f"So this choice flatters itself by about {flattered}"
     )
-    shown = trial.get("expression_rate")
-    return [f"{text}, beside the {rate(shown)} on {where}." if shown is not None else f"{text}."]
+    shown = trial.get(column)
+    return [
+        f"{text}, beside the {of}{told(shown)} on {where}." if shown is not None else f"{text}."
+    ]
 
 
 def objective_rows(test: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -14,25 +14,41 @@ from interp_ablate.runs.run_folder import Run
 from interp_ablate.runs.search_settings import SearchSettings
 from interp_ablate.scoring.behaviour import Behaviour, ScoredBehaviour
 from interp_ablate.scoring.expressions import ExpressionTextScorer
+from interp_ablate.scoring.own_function import is_own_function
 from interp_ablate.scoring.registry import make_scorer
 from interp_ablate.search.objective_scores import ObjectiveScores
 from interp_ablate.search.objectives import Objective, parse_objectives
 from interp_ablate.search.trial_table import COLUMNS
 
 
-def objective_scores(run: Run, search: SearchSettings) -> ObjectiveScores:
-    """The search's objectives with their scorers; a file of Python runs, because the settings name it.
+def objective_scores(
+    run: Run, search: SearchSettings, *, own_code: bool = False
+) -> ObjectiveScores:
+    """The search's objectives with their scorers.
+
+    Args:
+        own_code: whether an objective may be a file of Python; true only where a person named it, not a file of others.
 
     Raises:
-        RunError: a name that the table of trials has, a scorer that cannot be made, a judge whose trials would be
-            scored by several processes.
+        RunError: a name that the table of trials has, a scorer that cannot be made, a file of Python that may not
+            run, a judge whose trials would be scored by several processes.
     """
     objectives = parse_objectives(search.objective, columns=COLUMNS)
-    scorers = {each.name: _scorer(run, each, search) for each in objectives if not each.is_built_in}
+    scorers = {
+        each.name: _scorer(run, each, search, own_code)
+        for each in objectives
+        if not each.is_built_in
+    }
     return ObjectiveScores.of(objectives, scorers, run.expression)
 
 
-def _scorer(run: Run, objective: Objective, search: SearchSettings) -> Behaviour:
+def _scorer(run: Run, objective: Objective, search: SearchSettings, own_code: bool) -> Behaviour:
+    if is_own_function(objective.measure) and not own_code:
+        raise RunError(
+            f"the objective {objective.text} is a file of Python, and is run only where a person names it: give "
+            "`interp-ablate search` this --objective and the run's other settings (`reproduce` without --from-prompts "
+            "needs no objective). In Python pass objective_scores(run, search, own_code=True)"
+        )
     judge = objective.measure.startswith("judge:")
     if judge and run.ray is not None:
         raise RunError("a judge's replies are kept by one process: leave --executor ray out")
@@ -43,7 +59,7 @@ def _scorer(run: Run, objective: Objective, search: SearchSettings) -> Behaviour
         rubric=rubric if judge else None,
         cache=Path(run.out) / f"replies_{objective.name}.jsonl",
         endpoint=run.endpoint,
-        own_code=True,
+        own_code=own_code,
     )
     if isinstance(scorer, ExpressionTextScorer):
         return scorer.expressions

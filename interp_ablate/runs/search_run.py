@@ -17,6 +17,7 @@ from interp_ablate.errors import RunError
 from interp_ablate.runs.configuration import MAIN_METHOD
 from interp_ablate.runs.final_test import choose_and_test
 from interp_ablate.runs.fits import load_fitted_edits
+from interp_ablate.runs.kept_plans import plans_of_trials
 from interp_ablate.runs.run_folder import Run
 from interp_ablate.runs.search_objectives import identity_of, objective_scores
 from interp_ablate.runs.search_settings import SearchSettings
@@ -33,7 +34,7 @@ from interp_ablate.search.edit_space import (
 from interp_ablate.search.gradient_fit import NothingToFitError
 from interp_ablate.search.grid import as_finalist
 from interp_ablate.search.objective_scores import ObjectiveScores
-from interp_ablate.search.objectives import Objective, leading, meets
+from interp_ablate.search.objectives import Objective, leading, meets, parse_conditions
 from interp_ablate.search.optuna_proposer import OptunaProposer
 from interp_ablate.search.race import (
     layers_apart,
@@ -84,7 +85,7 @@ def run_search(run: Run, search: SearchSettings, objectives: ObjectiveScores | N
         finalists = session.score("finalists", chosen)
         table = session.write_table(screened, [*trials, *finalists])
     own = table.iloc[len(table) - len(finalists) :]
-    for path in (run.out / "plans").glob("*.json"):
+    for path in plans_of_trials(run.out):
         path.unlink()  # an earlier call's, whose numbers are others now
     for number, trial in zip(own["trial"], finalists):
         plan_of(trial.params, session.space).save(run.out / "plans" / f"{number}.json")
@@ -120,7 +121,12 @@ def _searched(
     )
     logged = [trial for trial in session.log.done.values() if trial.stage == "search"]
     clock = SearchClock(run, begin, sum(trial.seconds for trial in logged) / session.n_workers)
-    conditions = search.conditions
+    objectives = run.bench.objectives.objectives
+    conditions = parse_conditions(search.stop_at, objectives) if search.stop_at else ()
+
+    def ends(trial: Trial) -> bool:
+        return bool(conditions) and trial.status == "ok" and meets(conditions, trial.scores)
+
     with run.step("search", search.trials) as advance:
 
         def score(some: Sequence[Trial]) -> list[Trial]:
@@ -133,10 +139,10 @@ def _searched(
             logged,
             n_trials=search.trials,
             seconds=clock.left(60 * search.minutes),
-            until=lambda trial: bool(conditions) and meets(conditions, trial.scores),
+            until=ends,
         )
     clock.keep()
-    met = [trial.number for trial in trials if conditions and meets(conditions, trial.scores)]
+    met = [trial.number for trial in trials if ends(trial)]
     enough = search.trials is not None and len(trials) >= search.trials
     run.record(
         search_settings=asdict(search),
@@ -152,23 +158,34 @@ def _searched(
 
 
 class SearchClock:
-    """The wall time of a search over all of its calls, kept in the folder after every round."""
+    """The wall time of a search over all of its calls, kept in the folder after every round.
+
+    Args:
+        begin: when this call began its preparation, which is over now.
+        in_trials: seconds of the trials before, for a folder that does not say.
+    """
 
     def __init__(self, run: Run, begin: float, in_trials: float) -> None:
-        self.run, self.last, self.in_trials = run, begin, in_trials
-        self.keep()
+        self.run, self.last = run, begin
+        search = run.state["search"]
+        search["trial_seconds"] = search.get("trial_seconds", in_trials)
+        self._add(time.monotonic(), "seconds")
 
     def keep(self) -> None:
         """Add the time since the last call to what the folder holds."""
-        now, search = time.monotonic(), self.run.state["search"]
-        search["seconds"] = round(search.get("seconds", 0.0) + now - self.last, 2)
+        self._add(time.monotonic(), "seconds", "trial_seconds")
+
+    def _add(self, now: float, *names: str) -> None:
+        search = self.run.state["search"]
+        for name in names:
+            search[name] = search.get(name, 0.0) + now - self.last
         self.last = now
         self.run.save()
 
     def left(self, seconds: float) -> float:
-        """Of so many seconds for the whole search; trials get a minute at least."""
-        spent: float = self.run.state["search"]["seconds"]
-        return max(seconds - spent, LEAST_SECONDS - self.in_trials)
+        """Of so many seconds for the whole search; trials get a minute at least, over all calls."""
+        search = self.run.state["search"]
+        return max(seconds - search["seconds"], LEAST_SECONDS - search["trial_seconds"])
 
 
 def _fixed(session: TrialSession, search: SearchSettings) -> dict[str, Any]:
@@ -279,7 +296,7 @@ def _strongest(
 def summary(run: Run) -> str:
     """The finalists of the folder's search as text, a line a plan."""
     trials = read_trials(run.out / "trials.csv")
-    numbers = [int(path.stem) for path in (run.out / "plans").glob("*.json")]
+    numbers = [int(path.stem) for path in plans_of_trials(run.out) if path.stem.isdecimal()]
     lines = ["trial  rate    KL      repetition"]
     for _, row in trials[trials["trial"].isin(numbers)].sort_values("expression_rate").iterrows():
         lines.append(

@@ -106,5 +106,6 @@ def make_worker(
     """What scores trials in a process of its own, with a model of its own; it writes no file."""
     run = Run(out, configuration)
     if search is not None:
-        run.bench.score_by(objective_scores(run, search))
+        # the session's own process made them before, with the permission that they need
+        run.bench.score_by(objective_scores(run, search, own_code=True))
     return functools.partial(score_trials, run.bench)

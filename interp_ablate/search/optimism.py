@@ -42,7 +42,7 @@ def optimism(
     Each split halves both sides at random, and each half chooses once. A half has half of the prompts, so that a
     choice on it is more optimistic than one on all: the estimate errs on the side of caution.
 
-    Returns plain data: `plans`, `splits` and the `rule`; the means over the choices of the effect and the KL on the
+    Returns plain data: `plans`, `splits`, the `rule` and the `column` of the effect; the means over the choices of the effect and the KL on the
     half that chose (`chosen_half`, `kl_chosen_half`) and on the other (`other_half`, `kl_other_half`); their
     difference in the effect (`optimism`, above 0 where the choice flatters itself); the share of choices whose KL
     on the other half is beyond the limit (`kl_over_limit`); how many halves chose nothing (`no_choice`).
@@ -72,6 +72,7 @@ def optimism(
     sign = -1.0 if judged.by.maximize else 1.0
     return {
         "rule": judged.rule,
+        "column": judged.by.column,
         "plans": len(plans),
         "splits": n_splits,
         "no_choice": no_choice,
@@ -114,11 +115,12 @@ def _choice(values: Mapping[str, np.ndarray], half: Half, judged: Judged) -> int
     if not passes.any():
         return None
     # trials of a search have no soft score; among equals the plan of the highest KL stands for the strongest
-    table["strength"] = -table["kl"]
-    by = replace(judged.by, n=len(half[judged.by.column]), soft="strength")
+    table[_SOFT] = -table["kl"]
+    by = replace(judged.by, n=len(half[judged.by.column]), soft=_SOFT)
     chosen: int = RULES[judged.rule](table[passes], by)
     return chosen
 
 
+_SOFT = "soft score"  # a column that no objective can be named
 _SIGMAS = 3.0
 """Standard errors of the mean in `stats.upper_bound` at its usual level."""

@@ -213,11 +213,12 @@ def _limits(
         "not finite": np.isfinite(rows[[column, "kl"]]).all(axis=1),
         f"kl > {max_kl:g} (upper bound)": upper <= max_kl,
     }
-    for name, most in at_most.items():
-        passes[f"{name} > {most:.3g}"] = rows[name] <= most
+    others = [(f"{name} > {most:.3g}", rows[name] <= most) for name, most in at_most.items()]
     for each in limits:
-        sign = "<" if each.maximize else ">"
-        passes[f"{each.name} {sign} {each.limit:.3g}"] = rows[each.column].map(each.excess) <= 0
+        text = f"{each.name} {'<' if each.maximize else '>'} {each.limit:.3g}"
+        others.append((text, rows[each.column].map(each.excess) <= 0))
+    for text, within in others:  # two that read the same, of other columns, hold both
+        passes[text] = passes[text] & within if text in passes else within
     return passes
 
 

@@ -63,3 +63,25 @@ def test_an_effect_that_is_wanted_large(run: Any) -> None:
     by = RuleInput(maximize=True, unedited=0.2)
     nearest = keep_nearest(run, rows((0.1, 0.1), (0.6, 0.4)), by, None)
     assert [each["plan"] for each in nearest] == ["trial-1"]
+
+
+def test_a_name_is_of_the_plan_whose_numbers_are_told(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An earlier call's file of that name is replaced; a plan that edits nothing is passed over."""
+    keep_nearest(run, rows((0.1, 0.3)), RuleInput(unedited=0.8), None)
+    site = Site(1, "resid_post")
+    other = Plan(Ablate(Direction(torch.tensor([0.0, 1.0]), 1.0, site), site))
+    plans = {0: other, 1: Plan()}
+    monkeypatch.setattr(nearest_plans, "params_of", lambda row: row["trial"])
+    monkeypatch.setattr(nearest_plans, "plan_of", lambda params, space: plans[params])
+    nearest = keep_nearest(run, rows((0.1, 0.3), (0.2, 0.1)), RuleInput(unedited=0.8), None)
+    assert [each["plan"] for each in nearest] == ["trial-0"]
+    assert Plan.load(run.out / "plans" / "trial-0.json") == other
+    assert not (run.out / "plans" / "trial-1.json").exists()
+
+
+def test_an_effect_named_as_the_table_s_own_column(run: Any) -> None:
+    frame = rows((0.1, 0.1), (0.6, 0.4), (0.5, 0.5)).rename(columns={"expression_rate": "_left"})
+    nearest = keep_nearest(run, frame, RuleInput("_left", maximize=True, unedited=0.2), None)
+    assert [(each["plan"], each["value"]) for each in nearest] == [("trial-1", 0.6)]

@@ -120,3 +120,16 @@ def test_limits_hold_on_the_half_that_chooses() -> None:
     assert (
         optimism(loops, Judged("strongest", RuleInput(), 1.0, {"positive_repetition": 0.1})) is None
     )
+
+
+def test_no_name_of_an_objective_changes_the_optimism() -> None:
+    """Names that the tables once used for themselves are an objective's like any other."""
+    rng = np.random.default_rng(5)
+    plans = drawn(np.linspace(0, 0.9, 12), np.linspace(0.02, 0.2, 12), 32, rng)
+    found = []
+    for name in ("polite", "strength", "_left", "soft"):
+        own = [{name: plan["expression_rate"], "kl": plan["kl"]} for plan in plans]
+        told = optimism(own, Judged("strongest", RuleInput(name, True, 32), 1.0, {}))
+        assert told is not None and told.pop("column") == name
+        found.append(told)
+    assert found[1:] == found[:1] * 3

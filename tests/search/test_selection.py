@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from interp_ablate.errors import RunError
+from interp_ablate.search.objectives import parse_objectives
 from interp_ablate.search.rules import RuleInput
 from interp_ablate.search.selection import arditi, choose_plan, pareto_front
 
@@ -288,3 +289,13 @@ def test_pareto_front_of_little() -> None:
     assert pareto_front(table(target_log_odds=[math.nan], kl=[1.0])).empty
     with pytest.raises(RunError, match="no column kl"):
         pareto_front(one.drop(columns="kl"))
+
+
+def test_two_limits_that_read_the_same_both_hold() -> None:
+    """An objective named repetition is of positive prompts; the limit of `at_most` is of all answers."""
+    frame = table(
+        expression_rate=[0.0, 0.3], kl=[0.01, 0.01], repetition=[0.4, 0.0], positive_repetition=[0.0, 0.0]
+    )  # fmt: skip
+    limits = [each for each in parse_objectives(("kl", "repetition<=0")) if each.limit is not None]
+    choice = choose_plan(frame, "strongest", at_most={"repetition": 0.0}, limits=limits)
+    assert choice.row is not None and choice.row["repetition"] == 0.0 and choice.kept == 1
