@@ -69,6 +69,8 @@ def run(args: Namespace) -> int:
     source = source_of(manifest, settings.model)
     if settings.out:
         check_new(settings.out, False, source=source)
+        if Path(settings.export).is_dir():
+            check_new(settings.out, False, source=settings.export)
     with ExitStack() as stack:
         place = Path(settings.out or stack.enter_context(temporary_folder("reproduced")))
         plan = None
@@ -79,7 +81,7 @@ def run(args: Namespace) -> int:
                 manifest["run"], place / "run", {**settings.places(), "model": source}
             )
         rebuild(manifest, plan, source, place / "export")
-        result = compare(manifest, settings.export, place / "export").to_dict()
+        result = compare(manifest, settings.export, place / "export", plan).to_dict()
     begun = "the prompts" if settings.from_prompts else "the plan"
     print(json_text({"export": settings.export, "source": source, "from": begun, **result}))
     return 0 if result["same"] else 1

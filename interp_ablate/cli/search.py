@@ -55,10 +55,10 @@ def run(args: Namespace) -> int:
 
 
 def _rubric(text: str) -> str:
-    """A rubric with the text of the file that it names."""
+    """A rubric with the text of the file that it names, as NAME=TEXT; the name is empty where it has none."""
     name, mark, rest = text.partition("=")
-    named = mark and name.isidentifier()
-    return f"{name}={rubric_of(rest)}" if named else str(rubric_of(text))
+    named = bool(mark) and (not name or name.isidentifier())
+    return f"{name}={rubric_of(rest)}" if named else f"={rubric_of(text)}"
 
 
 def _ended(end: Mapping[str, Any]) -> str:

@@ -237,20 +237,43 @@ def _public_manifest(path: Path) -> bytes:
     source = manifest.get("source")
     if isinstance(source, dict) and isinstance(source.get("path"), str):
         manifest["source"] = {**source, "path": None}
-    if "run" in manifest:
-        manifest["run"] = _without_places(manifest["run"])
+    if isinstance(manifest.get("run"), dict):
+        manifest["run"] = _public_run(manifest["run"])
     return json_text(manifest, indent=1).encode()
 
 
+# Settings of a run that name a place, or a scorer that may.
+_PLACES = ("model", "template", "contrast", "positive", "negative", "expressions", "scorer")
+
+
+def _public_run(run: dict[str, Any]) -> dict[str, Any]:
+    """A run's recipe without what names a place; texts, such as a system prompt, stay as they are."""
+    public = dict(run)
+    if isinstance(configuration := run.get("configuration"), dict):
+        places = {name: _without_places(configuration.get(name)) for name in _PLACES}
+        public["configuration"] = configuration | places
+    if isinstance(search := run.get("search"), dict):
+        public["search"] = search | {"objective": _without_places(search.get("objective") or [])}
+    if isinstance(
+        made_of := run.get("made_of"), dict
+    ):  # others than fingerprints are of older exports
+        public["made_of"] = {k: v for k, v in made_of.items() if isinstance(v, str)}
+    return public
+
+
 def _without_places(value: Any) -> Any:
-    """The value with every absolute path in its texts shortened to its last part."""
-    if isinstance(value, dict):
-        return {key: _without_places(each) for key, each in value.items()}
+    """Names with every absolute path in them shortened to its last part; a judge's without its server's address."""
     if isinstance(value, list):
         return [_without_places(each) for each in value]
-    if not isinstance(value, str) or "://" in value:
+    if not isinstance(value, str):
         return value
-    return re.sub(r"(?:(?<!\w)[A-Za-z]:)?(?<![\w.])[/\\](?:[^/\\:\n]+[/\\])*", "", value)
+    named = re.sub(r"(judge:[^@]*)@[^<>]*", r"\1", value)
+    parts = re.split(r"(\b(?!file:)\w+://[^<>]*)", named)  # each second one is an address
+    parts[::2] = [_ABSOLUTE.sub("", part) for part in parts[::2]]
+    return "".join(parts)
+
+
+_ABSOLUTE = re.compile(r"(?:(?<!\w)[A-Za-z]:|~\w*)?(?<![\w.])[/\\](?:[^/\\:\n]+[/\\])*")
 
 
 def _checked(published: list[str], repo_id: str, *, force: bool) -> list[str]:

@@ -70,7 +70,29 @@ def read_manifest(export: str | Path) -> dict[str, Any]:
             f"{path} is of a {manifest['kind']}: reproduce takes {', '.join(KINDS)}; export the checkpoint, or "
             "the artefact from its plan"
         )
+    _check_form(manifest, path)
     return manifest
+
+
+def _check_form(manifest: Mapping[str, Any], path: Path) -> None:
+    """Refuse a manifest whose parts are not what an export writes."""
+    source = manifest["source"]
+    named = isinstance(source, Mapping) and all(
+        isinstance(source.get(k), str) for k in ("name", "kind")
+    )
+    right = {
+        "source": named and isinstance(source.get("path"), str | None),
+        "plan": isinstance(manifest["plan"], Mapping),
+        "versions": isinstance(manifest["versions"], Mapping),
+        "run": isinstance(manifest.get("run"), Mapping | None),
+        "unchanged": isinstance(manifest.get("unchanged"), list | None),
+        "tied": isinstance(manifest.get("tied"), str | None),
+    }
+    wrong = [name for name, fine in right.items() if not fine]
+    if wrong:
+        raise ExportError(
+            f"{path} is damaged: its {wrong[0]!r} is not what an export writes. Export the run or the plan again"
+        )
 
 
 def source_of(manifest: Mapping[str, Any], model: str | None = None) -> str:
@@ -107,10 +129,15 @@ def rebuild(manifest: Mapping[str, Any], plan: Plan | None, source: str, out: Pa
     export_checkpoint(model, plan, out, tied=tied)
 
 
-def compare(manifest: Mapping[str, Any], export: str | Path, again: Path) -> Reproduction:
+def compare(
+    manifest: Mapping[str, Any], export: str | Path, again: Path, plan: Plan | None = None
+) -> Reproduction:
     """The tensors of an export against those of the folder that was made again, byte by byte.
 
     An export of which only the manifest and certificate are left is compared by its files' digests.
+
+    Args:
+        plan: the one that a run, made again, chose; None for the manifest's.
 
     Raises:
         ExportError: weights that cannot be read; neither weights nor digests.
@@ -119,7 +146,7 @@ def compare(manifest: Mapping[str, Any], export: str | Path, again: Path) -> Rep
     folder = Path(export) if Path(export).is_dir() else Path(export).parent
     if not any((folder / name).is_file() for name in (INDEX, SINGLE)):
         files = _by_digest(folder, again)
-        reasons = () if all(files.values()) else tuple(_reasons(manifest, [], circumstances))
+        reasons = () if all(files.values()) else tuple(_reasons(manifest, [], circumstances, plan))
         return Reproduction(0, (), files, circumstances, reasons)
     there, now = Checkpoint.open(folder), Checkpoint.open(again)
     equal, differ = 0, []
@@ -127,7 +154,7 @@ def compare(manifest: Mapping[str, Any], export: str | Path, again: Path) -> Rep
         difference = _difference(name, there, now)
         equal += difference is None
         differ += [] if difference is None else [difference]
-    reasons = tuple(_reasons(manifest, differ, circumstances)) if differ else ()
+    reasons = tuple(_reasons(manifest, differ, circumstances, plan)) if differ else ()
     return Reproduction(equal, tuple(differ), {}, circumstances, reasons)
 
 
@@ -184,9 +211,19 @@ def _circumstances(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _reasons(
-    manifest: Mapping[str, Any], differ: list[dict[str, Any]], circumstances: tuple[str, ...]
+    manifest: Mapping[str, Any],
+    differ: list[dict[str, Any]],
+    circumstances: tuple[str, ...],
+    plan: Plan | None,
 ) -> list[str]:
     """Why tensors differ, as far as it can be told."""
+    if plan is not None and plan.to_dict() != Plan.from_dict(manifest["plan"]).to_dict():
+        also = (
+            "; other versions or another machine (circumstances) may be why"
+            if circumstances
+            else ""
+        )
+        return [f"the run, made again, chose another plan than the manifest's{also}"]
     unchanged = set(manifest.get("unchanged") or ())
     untouched = [each["name"] for each in differ if each["name"] in unchanged]
     if untouched:

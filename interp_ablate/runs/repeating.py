@@ -13,9 +13,11 @@ from typing import Any
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import RunError
 from interp_ablate.runs.configuration import NAMES, Configuration
+from interp_ablate.runs.recipe import digest, digests
 from interp_ablate.runs.run_folder import Run, read_selected
 from interp_ablate.runs.search_settings import SearchSettings
 from interp_ablate.runs.stages import do_stage
+from interp_ablate.search.objective_scores import ObjectiveScores
 
 _WHAT = {
     "interp-ablate": "the version of this package",
@@ -37,24 +39,57 @@ def repeat_run(recipe: Mapping[str, Any], out: str | Path, places: Mapping[str, 
     Raises:
         RunError: a manifest without a run; prompts, a scorer, a model or a version that are others; no plan.
     """
-    configuration = _configuration(recipe, places)
+    configuration, made_of = _configuration(recipe, places), recipe.get("made_of")
+    search = _search(recipe)
+    if not isinstance(made_of, Mapping):
+        raise RunError("the manifest's run cannot be read: it has no made_of, the fingerprints")
     run = Run(out, configuration)
-    _require_same(run, recipe["made_of"])
+    _require_same(run, made_of)
+    objectives = None if search is None else _objectives(run, search, recipe.get("objectives"))
     run.model  # noqa: B018  (its fingerprint, and the prompts as it renders them)
-    _require_same(run, recipe["made_of"])
-    if recipe.get("search"):
+    _require_same(run, made_of)
+    if search is not None:
         from interp_ablate.runs.search_run import run_search
 
-        texts: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in recipe["search"].items()
-        }
-        run_search(run, replace(SearchSettings(**texts), minutes=_FOREVER))
+        if recipe.get("round_size"):
+            run.state["search"] = {"round_size": recipe["round_size"]}
+        run_search(run, search, objectives)
     else:
         do_stage(run, "evaluate")
     plan = read_selected(out)["plan"]
     if plan is None:
         raise RunError(f"the run in {out} chose no plan this time: see its selected.json")
     return Plan.from_dict(plan)
+
+
+def _search(recipe: Mapping[str, Any]) -> SearchSettings | None:
+    """The settings of the run's search; None of a run without one."""
+    stored, size = recipe.get("search"), recipe.get("round_size")
+    if not stored:
+        return None
+    try:
+        texts: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()
+        }
+        search = replace(SearchSettings(**texts), minutes=_FOREVER)
+    except (TypeError, AttributeError) as error:
+        raise RunError(f"the manifest's search cannot be read: {error}") from error
+    if size is not None and (type(size) is not int or size < 1):
+        raise RunError(f"the manifest's round_size must be a whole number above 0; it is {size!r}")
+    return search
+
+
+def _objectives(run: Run, search: SearchSettings, before: Any) -> ObjectiveScores:
+    """The search's objectives, none of them code; refused where one is scored by something else than it was."""
+    from interp_ablate.runs.search_objectives import identity_of, objective_scores
+
+    scores = objective_scores(run, search)
+    if before is not None and digest(before) != digest(identity_of(scores)):
+        raise RunError(
+            "what scores the search's objectives differs from the export's (a list, a classifier, a judge's server or "
+            "rubric): put it where the objectives name it: " + ", ".join(search.objective)
+        )
+    return scores
 
 
 def _configuration(recipe: Mapping[str, Any], places: Mapping[str, Any]) -> Configuration:
@@ -72,8 +107,8 @@ def _configuration(recipe: Mapping[str, Any], places: Mapping[str, Any]) -> Conf
 
 
 def _require_same(run: Run, made_of: Mapping[str, Any]) -> None:
-    now = run.state["made_of"]
-    for name, before in made_of.items():
+    now = digests(run.state["made_of"])
+    for name, before in digests(made_of).items():
         if name in now and now[name] != before:
             raise RunError(
                 f"{_WHAT.get(name, name)} differ from the export's: {_short(before)} there, {_short(now[name])} now. "

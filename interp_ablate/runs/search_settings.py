@@ -79,11 +79,29 @@ class SearchSettings:
         if self.rule not in RULE_NAMES:
             raise RunError(f"unknown rule {self.rule!r}: accepted are {', '.join(RULE_NAMES)}")
         self.conditions  # noqa: B018  (bad ones are refused here, and bad objectives with them)
-        unread = set(self.rubrics) - {each.name for each in self.objectives} - {""}
+        self._check_rubrics()
+
+    def _check_rubrics(self) -> None:
+        """Every rubric is some judge's, and no judge has two."""
+        rubrics, names = self.rubrics, {each.name for each in self.objectives}
+        judges = {each.name for each in self.objectives if each.measure.startswith("judge:")}
+        unread = set(rubrics) - names - {""}
         if unread:
             raise RunError(
                 f"--objective-rubric {min(unread)}=...: the search has no objective of that name; it has "
-                f"{', '.join(each.name for each in self.objectives)}"
+                f"{', '.join(each.name for each in self.objectives)}. A text that begins so, and is no name, goes "
+                "after a =, or in a file (@FILE)"
+            )
+        if len(rubrics) < len(self.objective_rubric):
+            raise RunError(
+                "two of --objective-rubric are for one judge, or have no name: give NAME=TEXT, each name once"
+            )
+        idle = set(rubrics) - judges - ({""} if judges - set(rubrics) else set())
+        if idle:
+            of = f"{min(idle)}=..." if min(idle) else "without a name"
+            raise RunError(
+                f"--objective-rubric {of}: no judge among the objectives would read it"
+                f" (judges: {', '.join(sorted(judges)) or 'none'})"
             )
 
     @property
@@ -99,5 +117,5 @@ class SearchSettings:
     @property
     def rubrics(self) -> dict[str, str]:
         """Rubrics of judges by the objective's name; that of "" is any other judge's."""
-        named = (re.match(r"(?:(\w+)=)?(.*)", text, re.DOTALL) for text in self.objective_rubric)
+        named = (re.match(r"(?:(\w*)=)?(.*)", text, re.DOTALL) for text in self.objective_rubric)
         return {match[1] or "": match[2] for match in named if match}

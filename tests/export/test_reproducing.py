@@ -18,8 +18,9 @@ from interp_ablate.directions.direction import Direction
 from interp_ablate.edits.kinds import Ablate
 from interp_ablate.edits.plan import Plan
 from interp_ablate.export.checkpoint import export_folder
-from interp_ablate.export.hub import _without_places
+from interp_ablate.export.hub import _public_run, _without_places
 from interp_ablate.export.reproducing import compare, read_manifest
+from interp_ablate.runs import search_run
 from interp_ablate.sites import Site
 
 
@@ -139,23 +140,68 @@ def test_bad_input_is_said_before_any_work(
         ((exported / "export", "--from-prompts"), "does not say which run"),
         ((exported / "export", "--positive", "x"), "--from-prompts"),
         ((exported / "export", "--out", exported / "model"), "holds the source"),
+        ((exported / "export", "--out", exported / "export" / "x"), "is inside the source"),
     ):
         assert main(["--quiet", "reproduce", *map(str, arguments)]) == 2
         message = capsys.readouterr().err
         assert said in message and "Traceback" not in message, message
 
 
+def test_a_damaged_manifest_is_refused_in_words(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = json.loads((exported / "export" / "interp_ablate.json").read_text())
+    run = {"configuration": {"model": "m", "contrast": "declining"}, "made_of": {}}
+    damages: list[dict[str, Any]] = [
+        {"source": "x"}, {"source": {}}, {"versions": []}, {"plan": []}, {"tied": ["x"]}, {"run": "x"},
+        {"run": {"configuration": run["configuration"]}}, {"run": run | {"search": {"foo": 1}}},
+        {"run": run | {"search": {"minutes": "x"}}}, {"run": run | {"search": {"trials": 3}, "round_size": "x"}},
+        {"run": {"configuration": []}},
+    ]  # fmt: skip
+    for damage in damages:
+        path = tmp_path / "interp_ablate.json"
+        path.write_text(json.dumps(manifest | damage))
+        more = ("--from-prompts", "--model", str(exported / "model")) if "run" in damage else ()
+        assert main(["--quiet", "reproduce", str(path), *more]) == 2, damage
+        message = capsys.readouterr().err
+        assert "Traceback" not in message and len(message.strip().splitlines()) == 1, message
+
+
+def test_a_plan_that_is_another_is_what_differs(exported: Path, tmp_path: Path) -> None:
+    """A run that chose another plan does not speak against the source's weights."""
+    export_folder(exported / "model", other := Plan(), tmp_path / "again")
+    found = compare(
+        read_manifest(exported / "export"), exported / "export", tmp_path / "again", other
+    )
+    assert not found.same and "chose another plan" in found.reasons[0]
+
+
 def test_a_published_run_names_no_place_of_this_machine() -> None:
-    recipe = {"a": "/home/me/my sets/yes.txt", "b": ["own=max:/x/y/own.py:f", "judge:m@http://h/v1/x"],
-              "c": "C:\\Users\\me\\no.txt", "d": "declining", "e": 3, "f": "./runs/yes.txt"}  # fmt: skip
-    assert _without_places(recipe) == {
-        "a": "yes.txt", "b": ["own=max:own.py:f", "judge:m@http://h/v1/x"], "c": "no.txt", "d": "declining",
-        "e": 3, "f": "./runs/yes.txt",
+    run = {
+        "configuration": {
+            "model": "~/models/m", "contrast": None, "positive": "/home/me/my sets/yes.txt",
+            "negative": "C:\\Users\\me\\no.txt", "expressions": "declining", "system": "Answer yes / no. </end>",
+            "scorer": "judge:/home/me/big@http://10.0.0.3:8000/v1?key=1", "rubric": "0: / 100: //", "seed": 3,
+        },
+        "made_of": {"contrast": "abc", "expressions": {"expressions": ["private"]}},
+        "search": {"objective": ["own=max:/x/y/own.py:f", "judge:m@http://h/v1/x<=0.2", "kl"], "stop_at": None},
     }  # fmt: skip
+    assert _public_run(run) == {
+        "configuration": {
+            "model": "m", "template": None, "contrast": None, "positive": "yes.txt", "negative": "no.txt",
+            "expressions": "declining", "system": "Answer yes / no. </end>", "scorer": "judge:big",
+            "rubric": "0: / 100: //", "seed": 3,
+        },
+        "made_of": {"contrast": "abc"},
+        "search": {"objective": ["own=max:own.py:f", "judge:m<=0.2", "kl"], "stop_at": None},
+    }  # fmt: skip
+    assert _without_places("./runs/yes.txt") == "./runs/yes.txt"
+    assert _without_places("https://h/a/b.csv") == "https://h/a/b.csv"
+    assert _without_places("file:///home/me/x") == "file:x"
 
 
 def test_a_run_from_its_prompts_to_the_same_bytes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts by fingerprint: moved they are the same, changed they are refused before any work."""
     write_task(tmp_path)
@@ -179,10 +225,14 @@ def test_a_run_from_its_prompts_to_the_same_bytes(
         *("--no-fits", "--trials", 4),
     ]
     pytest.importorskip("optuna")
+    monkeypatch.setattr(search_run, "AT_ONCE", 2)  # rounds of another size, as several workers draw
     assert main(["--quiet", "search", *map(str, flags), "--out", str(run)]) == 0
+    monkeypatch.undo()
     assert main(["--quiet", "export", str(run)]) == 0
     manifest = json.loads((run / "export" / "interp_ablate.json").read_text())
-    assert manifest["run"]["search"]["trials"] == 4
+    assert manifest["run"]["search"]["trials"] == 4 and manifest["run"]["round_size"] == 2
+    made_of = manifest["run"]["made_of"]
+    assert all(isinstance(value, str) for value in made_of.values()) and "expressions" in made_of
     moved = tmp_path / "moved.txt"
     (tmp_path / "yes.txt").rename(moved)
     places = ("--positive", moved, "--negative", tmp_path / "no.txt")
@@ -194,8 +244,35 @@ def test_a_run_from_its_prompts_to_the_same_bytes(
         json.loads((each / "selected.json").read_text())["plan"] for each in (run, out / "run")
     ]
     assert chosen[0] == chosen[1]
+    again = json.loads((out / "run" / "run.json").read_text())
+    assert again["search"]["round_size"] == 2
+    _refused(manifest, run, places, tmp_path, capsys)
     moved.write_text(moved.read_text() + "\norder one thing more")
     last = tmp_path / "last"
     arguments = ["reproduce", run / "export", "--from-prompts", *places, "--out", last]
     assert main(["--quiet", *map(str, arguments)]) == 2
     assert "the prompts differ from the export's" in capsys.readouterr().err and not last.exists()
+
+
+def _refused(
+    manifest: Any,
+    run: Path,
+    places: tuple[Any, ...],
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A manifest's own file of Python is not run; an objective that is scored by something else is said."""
+    ran, own = place / "ran", place / "own.py"
+    own.write_text(f"open({str(ran)!r}, 'w').close()\ndef f(answer):\n    return 1.0\n")
+    code = manifest["run"]["search"] | {"objective": [f"own={own}:f", "kl"]}
+    path, last = place / "interp_ablate.json", place / "refused"
+    for change, said in (
+        ({"search": code}, "only where a person names it"),
+        ({"objectives": "0" * 64}, "what scores the search's objectives differs"),
+    ):
+        path.write_text(json.dumps(manifest | {"run": manifest["run"] | change}))
+        arguments = ["reproduce", path, "--from-prompts", *places, "--out", last]
+        assert main(["--quiet", *map(str, arguments)]) == 2
+        message = capsys.readouterr().err
+        assert said in message and "Traceback" not in message, message
+        assert not last.exists() and not ran.exists()

@@ -11,6 +11,7 @@ import pytest
 from small_task import write_task
 
 from interp_ablate.cli.main import main
+from interp_ablate.cli.search import _rubric
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import RunError
 from interp_ablate.runs.configuration import Configuration
@@ -76,3 +77,22 @@ def test_a_file_of_python_runs_only_where_a_person_named_it(tmp_path: Path) -> N
     assert not ran.exists()
     objective_scores(run, search, own_code=True)
     assert ran.exists()
+
+
+def test_a_rubric_is_some_judge_s(tmp_path: Path) -> None:
+    """A file's text may begin as a name does; a rubric that no judge would read is refused."""
+    file = tmp_path / "rubric.txt"
+    file.write_text("Score=0 means rude, 100 polite")
+    judge = "judge:m@http://h/v1"
+    for given in (f"@{file}", f"judge=@{file}", "=Score=0 means rude, 100 polite"):
+        settings = SearchSettings(objective=(judge,), objective_rubric=(_rubric(given),))
+        assert list(settings.rubrics.values()) == [file.read_text()]
+    for objectives, rubrics, said in (
+        ((judge,), ("=a", "=b"), "NAME=TEXT, each name once"),
+        (("lexicon:formality",), ("lexicon=a",), "no judge among the objectives"),
+        ((), ("a",), "no judge among the objectives"),
+        ((judge,), ("judge=a", "=b"), "without a name"),
+        ((judge,), ("Score=a",), "no objective of that name"),
+    ):
+        with pytest.raises(RunError, match=said):
+            SearchSettings(objective=objectives, objective_rubric=rubrics)
