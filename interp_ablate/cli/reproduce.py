@@ -38,12 +38,15 @@ class Reproduce:
     rubric: str | None = setting(
         None, "where its judge's rubric is now: its text, or a file (@FILE)"
     )
+    device: str | None = setting(
+        None, "where the run's model is put: cpu, cuda, mps or auto; default: as in the run"
+    )
 
     def places(self) -> dict[str, Any]:
-        """Where a run's model, prompts and scorer are now, by the run's settings."""
+        """Where a run's model, prompts, scorer and device are now, by the run's settings."""
         return {
             "model": self.model, "contrast": self.contrast, "positive": self.positive, "negative": self.negative,
-            "expressions": self.expressions, "scorer": self.scorer, "rubric": rubric_of(self.rubric),
+            "expressions": self.expressions, "scorer": self.scorer, "rubric": rubric_of(self.rubric), "device": self.device,
         }  # fmt: skip
 
 
@@ -60,7 +63,7 @@ def run(args: Namespace) -> int:
     given = [name for name, value in settings.places().items() if value is not None]
     of_run = [name for name in given if name != "model"]
     if of_run and not settings.from_prompts:
-        raise RunError(f"--{of_run[0]} says where a run's inputs are: give --from-prompts with it")
+        raise RunError(f"--{of_run[0]} is of a run that is made again: give --from-prompts with it")
     if settings.from_prompts and not manifest.get("run"):
         raise RunError(
             f"{settings.export} does not say which run it comes from, as exports of a run folder do: without "

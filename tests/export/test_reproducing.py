@@ -139,6 +139,7 @@ def test_bad_input_is_said_before_any_work(
         ((exported / "model",), "interp_ablate.json"),
         ((exported / "export", "--from-prompts"), "does not say which run"),
         ((exported / "export", "--positive", "x"), "--from-prompts"),
+        ((exported / "export", "--device", "cpu"), "--from-prompts"),
         ((exported / "export", "--out", exported / "model"), "holds the source"),
         ((exported / "export", "--out", exported / "export" / "x"), "is inside the source"),
     ):
@@ -233,9 +234,11 @@ def test_a_run_from_its_prompts_to_the_same_bytes(
     assert manifest["run"]["search"]["trials"] == 4 and manifest["run"]["round_size"] == 2
     made_of = manifest["run"]["made_of"]
     assert all(isinstance(value, str) for value in made_of.values()) and "expressions" in made_of
+    manifest["run"]["configuration"]["device"] = "cuda"  # made on a machine that is not here
+    (run / "export" / "interp_ablate.json").write_text(json.dumps(manifest))
     moved = tmp_path / "moved.txt"
     (tmp_path / "yes.txt").rename(moved)
-    places = ("--positive", moved, "--negative", tmp_path / "no.txt")
+    places = ("--positive", moved, "--negative", tmp_path / "no.txt", "--device", "cpu")
     capsys.readouterr()
     out = tmp_path / "again"
     status, result = reproduced(capsys, run / "export", "--from-prompts", *places, "--out", out)
