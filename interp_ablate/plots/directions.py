@@ -163,11 +163,10 @@ def separation_by_layer(
         caption += "; a layer's resid_pre is the resid_post before it"
     positions = sorted({position for _, position in lines}, key=style.position_key)
     for point, position in sorted(lines, key=lambda key: (style.point_order(key[0]), key[1])):
-        line = lines[point, position]
+        line = sorted(lines[point, position].items())
         colour, marker = style.POINT_STYLE[point]
         ax.plot(
-            sorted(line),
-            [line[layer] for layer in sorted(line)],
+            *zip(*line),
             linestyle=style.LINE_STYLES[positions.index(position) % len(style.LINE_STYLES)],
             color=colour,
             marker=marker,
