@@ -81,7 +81,7 @@ def test_sites_of_names_every_site_once_in_order(points: tuple, layers: range | 
         (lambda: Site.parse("blocks.3.hook_resid"), ["'blocks.3.hook_resid'", "resid_mid"]),
         (lambda: Site.parse("blocks.-1.hook_resid_pre"), ["as a site"]),
         (lambda: Site.parse("blocks.3.hook_resid_pre.x"), ["as a site"]),
-        (lambda: Site.parse("resid_pre"), ["as a site", "3.resid_mid"]),
+        (lambda: Site.parse("resid_pre"), ["as a site", "3.resid_post"]),
         (lambda: Site.parse("3.embed"), ["layer 3"]),
         (lambda: Site(2, "pos_embed"), ["layer 2"]),
         (lambda: Site.parse("blocks.3.attn.hook_in"), ["as a site"]),

@@ -264,7 +264,7 @@ def serve() -> None:
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # its owner ends it
-    out = os.fdopen(os.dup(1), "wb")
+    out = open(os.dup(1), "wb")  # noqa: SIM115 (as long as the process)
     os.dup2(2, 1)  # whatever prints must not be taken for an answer
     decider = pickle.load(sys.stdin.buffer)
     while True:

@@ -8,14 +8,14 @@ Knows: which types have the fault, transformers' own mending. Does not know: wei
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from interp_ablate.errors import ExportError
 from interp_ablate.models.model_files import CONFIG, read_config, transformers_reads
 from interp_ablate.models.sources import MISTRAL_TYPES
-from interp_ablate.storage.incoming_files import incoming_json
+from interp_ablate.storage.incoming_files import incoming_json, parse_json
+from interp_ablate.storage.strict_json import json_text
 
 TOKENIZER = "tokenizer.json"
 
@@ -47,7 +47,7 @@ def _pre_tokenizer(folder: Path, mended: bool) -> Any:
         )
     inner = getattr(tokenizer, "backend_tokenizer", None)
     state = None if inner is None else inner.pre_tokenizer
-    return None if state is None else json.loads(state.__getstate__())
+    return None if state is None else parse_json(state.__getstate__(), unique=False)
 
 
 def mend_copy(source: Path, folder: Path) -> None:
@@ -56,4 +56,4 @@ def mend_copy(source: Path, folder: Path) -> None:
     if content is not None:
         path = folder / TOKENIZER
         path.unlink()  # it may be a link
-        path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        path.write_text(json_text(content), encoding="utf-8")

@@ -19,6 +19,7 @@ from interp_ablate.activations.pooling import pooled
 from interp_ablate.activations.token_html import tokens_html
 from interp_ablate.activations.token_view import token_projections
 from interp_ablate.cli import persona_monitor
+from interp_ablate.cli.figures import FigureSettings
 from interp_ablate.cli.main import main
 from interp_ablate.directions.direction import Direction
 from interp_ablate.edits.kinds import Ablate
@@ -297,7 +298,7 @@ def test_persona_monitor_shows_what_is_read(
         monkeypatch.setattr(persona_monitor, "load", lambda *_: chain(THINKS, SWITCH))
         settings = persona_monitor.Monitor(folder="x", prompt="q", read=read)
         assert not persona_monitor._stream(
-            settings, SamplingConfig(max_new_tokens=9), persona, tmp_path
+            settings, SamplingConfig(max_new_tokens=9), persona, tmp_path, FigureSettings()
         )
         *lines, mean, _ = capsys.readouterr().out.splitlines()
         assert text in "".join(line.split("'")[1] for line in lines)
@@ -307,7 +308,9 @@ def test_persona_monitor_shows_what_is_read(
     )
     settings = persona_monitor.Monitor(folder="x", prompt="q")
     with pytest.raises(RunError, match="wrote 3 tokens and no answer"):
-        persona_monitor._stream(settings, SamplingConfig(max_new_tokens=9), persona, tmp_path)
+        persona_monitor._stream(
+            settings, SamplingConfig(max_new_tokens=9), persona, tmp_path, FigureSettings()
+        )
 
 
 def test_an_answer_that_vanishes_is_no_success() -> None:

@@ -225,7 +225,7 @@ def test_bad_places(tmp_path: Path) -> None:
     refused("no contrast set", "declining", "hf:owner/name")
     refused("spec=declining and positive=x", spec="declining", positive="x")
     refused("got positive=x", "both positive= and negative=", positive="x")
-    refused("did you mean declining?", "sentiment", spec="declinign")
+    refused("did you mean declining", "sentiment", spec="declinign")
     refused("hf:owner/data", spec="owner/data")
     refused("no file, folder or bundled set", spec="x" * 5000)
     refused("there is no file", "hf:owner/name", positive=tmp_path / "no.txt", negative=good)
