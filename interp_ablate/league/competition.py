@@ -223,7 +223,13 @@ def _ladder(
     start = FIRST_STRENGTH
     for share in RUNGS if family is not None else ():
         assert family is not None
-        found = strength_at_kl(family, share * fixture.limit(side), fixture.task.kl, start=start)
+        found = strength_at_kl(
+            family,
+            share * fixture.limit(side),
+            fixture.task.kl,
+            start=start,
+            greatest=fitted.greatest_strength,
+        )
         if found is None or any(rung["strength"] == found[1] for rung in rungs):
             continue
         plan, strength = found

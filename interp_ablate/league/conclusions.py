@@ -25,7 +25,9 @@ class Conclusion:
     below_the_best: tuple[str, ...]
     """Those whose intervals lie wholly below that of the best."""
     like_a_control: tuple[str, ...]
-    """Those whose intervals do not lie wholly above those of all controls."""
+    """Those whose intervals do not lie wholly above those of all controls; nothing where no control has a number."""
+    controls: tuple[str, ...]
+    """The controls that have a number in the column."""
 
 
 def parted(low: list[float | None], high: list[float | None]) -> bool:
@@ -45,7 +47,7 @@ def _of_column(results: Mapping[str, Any], column: str) -> Conclusion | None:
         if row["overall"][column] is not None
     }
     methods = {n: e for n, e in rows.items() if not results["methods"][n]["control"]}
-    controls = [e for n, e in rows.items() if results["methods"][n]["control"]]
+    controls = {n: e for n, e in rows.items() if results["methods"][n]["control"]}
     if not methods:
         return None
     best = max(methods, key=lambda name: methods[name][0])
@@ -58,8 +60,9 @@ def _of_column(results: Mapping[str, Any], column: str) -> Conclusion | None:
         tuple(
             name
             for name, e in methods.items()
-            if not all(parted(control, e) for control in controls)
+            if not all(parted(control, e) for control in controls.values())
         ),
+        tuple(controls),
     )
 
 

@@ -5,6 +5,7 @@ Knows: the parts of a fitted method, the usual families. Does not know: any meth
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -53,6 +54,8 @@ class FittedMethod:
     """Plans that bring the behaviour out, by strength; None where the method has none of its own."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """What was chosen on the way, as JSON: a layer, a threshold."""
+    greatest_strength: float = math.inf
+    """Beyond it a strength of either family means nothing more: a rotation at 1 has reached its angle."""
 
 
 def ablation(

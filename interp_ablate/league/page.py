@@ -132,12 +132,19 @@ def _sentences(each: Conclusion) -> str:
         else " No other method reaches it."
     )
     below = f" Below it: {_names(each.below_the_best)}." if each.below_the_best else ""
-    control = (
-        f" Not told from at least one control: {_names(each.like_a_control)}."
-        if each.like_a_control
-        else " All of them are above both controls."
-    )
-    return first + like + below + control
+    return first + like + below + _against_controls(each)
+
+
+def _against_controls(each: Conclusion) -> str:
+    """What the controls that have a number say; each is named, since others may not have played."""
+    if not each.controls:
+        return " No control has a number here, so none of them is told from noise."
+    if each.like_a_control:
+        return (
+            f" Not told from at least one control ({_names(each.controls)}): "
+            f"{_names(each.like_a_control)}."
+        )
+    return f" All of them are above the controls that have a number: {_names(each.controls)}."
 
 
 def _names(names: Iterable[str]) -> str:

@@ -58,7 +58,8 @@ class LeagueSettings(LoadingOptions):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise RunError(f"--{name} names one or more, each once; got {', '.join(values)!r}")
-        self.seed_numbers  # noqa: B018  (bad values fail before any work)
+        if len(set(self.seed_numbers)) < len(self.seeds):  # bad values fail before any work
+            raise RunError(f"--seeds names one or more, each once; got {', '.join(self.seeds)!r}")
         self.seconds  # noqa: B018
         for name, limit in (("max-kl", self.max_kl), ("max-kl-induction", self.max_kl_induction)):
             if not 0 < limit < float("inf"):
@@ -71,7 +72,7 @@ class LeagueSettings(LoadingOptions):
         Raises:
             RunError: something that is no seed.
         """
-        wrong = [text for text in self.seeds if not text.isdigit() or int(text) >= 1 << 32]
+        wrong = [text for text in self.seeds if not text.isdecimal() or int(text) >= 1 << 32]
         if wrong:
             raise RunError(
                 f"--seeds are numbers from 0 to 2^32 - 1, such as 0,1,2; got {wrong[0]!r}"

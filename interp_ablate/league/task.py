@@ -118,7 +118,9 @@ class LeagueTask:
             scores = detector.score(self.held_out.at(detector.site, detector.position))
             assert self.held_out.labels is not None
             return separation(torch.as_tensor(scores).double(), self.held_out.labels).d_prime
-        found = strength_at_kl(fitted.removal, self.max_kl / 3, self.kl)
+        found = strength_at_kl(
+            fitted.removal, self.max_kl / 3, self.kl, greatest=fitted.greatest_strength
+        )
         if found is None:
             return None
         own_words = UneditedAnswerLogProb(self.scorer)

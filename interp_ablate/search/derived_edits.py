@@ -137,6 +137,7 @@ def strength_at_kl(
     kl_of: Callable[[Plan], float],
     *,
     start: float = 1.0,
+    greatest: float = math.inf,
 ) -> tuple[Plan, float] | None:
     """The plan of a family whose KL is about `kl`, and its strength.
 
@@ -148,8 +149,14 @@ def strength_at_kl(
         family: from a strength above 0 to a plan.
         kl_of: measures a plan's KL, in nats; called at most SCALING_STEPS times.
         start: the strength that is tried first.
+        greatest: no strength above it is tried; where it is too weak, the nearest so far is taken.
     """
-    factor, weak, strong = math.log(start), (-math.inf, 0.0), (math.inf, 0.0)  # with their misses
+    limit = math.log(greatest)
+    factor, weak, strong = (
+        min(math.log(start), limit),
+        (-math.inf, 0.0),
+        (math.inf, 0.0),
+    )  # with their misses
     nearest: tuple[float, Plan, float] | None = None
     for _ in range(SCALING_STEPS):
         strength = math.exp(factor)
@@ -162,10 +169,12 @@ def strength_at_kl(
             nearest = abs(miss), candidate, strength
         if abs(miss) < math.log(SAME_KL):
             break
+        if miss < 0 and factor >= limit:
+            break
         weak, strong = ((factor, miss), strong) if miss < 0 else (weak, (factor, miss))
         if math.isfinite(strong[0] - weak[0]):
             share = weak[1] / (weak[1] - strong[1])
             factor = weak[0] + min(max(share, 0.15), 0.85) * (strong[0] - weak[0])
         else:
-            factor -= min(max(miss / 2, -2.0), 2.0)
+            factor = min(factor - min(max(miss / 2, -2.0), 2.0), limit)
     return nearest and nearest[1:]

@@ -203,6 +203,8 @@ def test_other_rules_in_the_folder_are_refused(
         (("--budget", "0s"), "--budget is a time such as 30s"),
         (("--seeds", "0,x"), "--seeds are numbers"),
         (("--seeds", "1,1"), "--seeds names one or more, each once"),
+        (("--seeds", "0,00"), "--seeds names one or more, each once"),
+        (("--seeds", "²"), "--seeds are numbers"),
         (("--methods", "lad"), "unknown method of the league 'lad'"),
         (("--behaviours", "declinign"), "declinign"),
         (("--behaviours", "persona:nobody"), "no trait 'nobody'"),

@@ -207,3 +207,9 @@ def test_another_package_registers_a_method(
     method = method_named("mine")
     assert isinstance(method, LeagueMethod)
     assert method.fit(task).removal(1.0).d_model == D_MODEL
+
+
+def test_angular_steering_never_turns_past_its_angle(fitted: dict[str, FittedMethod]) -> None:
+    """Beyond strength 1 a rotation's KL oscillates: its families say so, those of a linear edit have no end."""
+    assert fitted["angular_steering"].greatest_strength == 1.0
+    assert fitted["difference_in_means"].greatest_strength == float("inf")

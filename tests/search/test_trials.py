@@ -35,6 +35,7 @@ from interp_ablate.search.derived_edits import (
     control_plan,
     scaled,
     scaled_to_kl,
+    strength_at_kl,
 )
 from interp_ablate.search.edit_space import EditSpace, plan_of
 from interp_ablate.search.grid import SCALES, bands, finalists, fitted
@@ -346,6 +347,26 @@ def test_a_control_is_scaled_to_a_kl() -> None:
         assert [e.sites for e in scaled_plan] == [e.sites for e in control]
     plateau, _ = scaled_to_kl(control, 0.02, measured(lambda f: 0.001)) or (None, 0)
     assert plateau is not None  # the nearest, where the KL asked for is out of reach
+
+
+@pytest.mark.parametrize("start", (0.3, 1.0, 5.0))
+def test_no_strength_above_the_greatest_is_tried(start: float) -> None:
+    """A KL that oscillates beyond strength 1, as a rotation's, is out of reach there: 1 is the nearest."""
+    tried = []
+
+    def family(strength: float) -> Plan:
+        tried.append(strength)
+        return plan(ablation(3))
+
+    def kl_of(_: Plan) -> float:
+        return 0.01 * math.sin(math.pi / 2 * tried[-1]) ** 2
+
+    _, strength = strength_at_kl(family, 0.5, kl_of, start=start, greatest=1.0) or (None, 0)
+    assert strength == 1.0 and max(tried) <= 1.0
+    tried.clear()
+    _, strength = strength_at_kl(family, 0.002, kl_of, start=start, greatest=1.0) or (None, 0)
+    assert 0 < strength < 1 and max(tried) <= 1.0
+    assert kl_of(plan(ablation(3))) == pytest.approx(0.002, rel=0.15)
 
 
 def test_a_plans_control() -> None:

@@ -35,6 +35,7 @@ def _fit_at(task: LeagueTask, site: Site) -> FittedMethod:
         feature,
         family(AWAY, adaptive=True),
         family(ALONG, adaptive=False),
+        greatest_strength=1.0,  # more turns past the angle, and round again
         about={"layer": site.layer},
     )
 
