@@ -19,6 +19,10 @@ class ModelError(InterpAblateError):
     """A model that cannot be loaded, wrapped or hooked."""
 
 
+class NotFiniteError(InterpAblateError):
+    """NaN or infinity in what a model gives: a plan broke it, or its dtype did."""
+
+
 class PlanError(InterpAblateError):
     """A plan that is malformed, does not fit the model, or was never applied."""
 

@@ -6,7 +6,7 @@ Knows: flags and what is printed. Does not know: how answers are written.
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from interp_ablate.cli.options import ModelSettings, chosen_in_run, load, tell
@@ -97,9 +97,15 @@ def _strength(settings: Generate, plan: Any) -> tuple[Any, Any]:
         raise RunError("--strength is the plan's: give --plan or --run too")
     strength = read_strength(settings.strength)
     plan.times(1.0)  # a plan without strengths is refused here
-    return strength, harmless_prompts(settings.kl_prompts) if isinstance(
-        strength, KLStrength
-    ) else ()
+    if not isinstance(strength, KLStrength):
+        return strength, ()
+    harmless = harmless_prompts(settings.kl_prompts)
+    if settings.system is None:
+        return strength, harmless
+    # as the prompts that are answered: a system prompt of their own stays
+    return strength, tuple(
+        replace(each, system=settings.system) if each.system is None else each for each in harmless
+    )
 
 
 def _prompts(settings: Generate) -> list[Any]:

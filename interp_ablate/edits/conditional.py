@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal, get_args
@@ -238,3 +238,16 @@ class Conditional(EditBase):
                 "Conditional(edit, condition), and save the plan again"
             )
         return edit
+
+
+def refuse_conditions(plan: Iterable[Any] | None, what: str) -> None:
+    """Refuse a plan with conditions where a text is read in windows, which have no prompt.
+
+    Raises:
+        PlanError: an edit of the plan is conditional.
+    """
+    if any(isinstance(edit, Conditional) for edit in plan or ()):
+        raise PlanError(
+            f"{what} is read in windows, and a condition is of a prompt: there is none. Measure answers to prompts, "
+            "or the edit without its condition (evaluate: --text none)"
+        )

@@ -17,7 +17,8 @@ import torch
 
 from interp_ablate.edits.kinds import Edit
 from interp_ablate.edits.plan import Plan
-from interp_ablate.errors import InterpAblateError
+from interp_ablate.edits.rotation import Rotate
+from interp_ablate.errors import InterpAblateError, NotFiniteError, PlanError
 from interp_ablate.evaluation.metrics import first_token_kl
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.models.installed_plans import as_plan
@@ -97,6 +98,12 @@ def strength_at_kl_quantile(
         family = plans
     else:
         scalable = as_plan(plans)
+        turned = [edit for edit in scalable if isinstance(getattr(edit, "edit", edit), Rotate)]
+        if turned:
+            raise PlanError(
+                f"{turned[0]!r} turns by an angle, and its KL comes and goes with it: give a function from a "
+                "strength to a plan, such as lambda s: Plan(Rotate(..., angle=90 * min(s, 1)))"
+            )
         family = scalable.times
     baseline = ModelOutputs(model, prompts)
     family(BEGIN)  # what has no strength is refused before anything is measured
@@ -132,7 +139,7 @@ def _measuring(
             try:
                 values = first_token_kl(baseline.with_plan(family(strength)), baseline)
                 measured[strength] = float(torch.quantile(values.double(), quantile))
-            except InterpAblateError:  # so strong that nothing finite is left
+            except NotFiniteError:  # so strong that nothing finite is left
                 measured[strength] = math.inf
         return measured[strength]
 

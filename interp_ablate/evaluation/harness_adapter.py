@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from interp_ablate.edits.conditional import refuse_conditions
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import RunError
 from interp_ablate.evaluation.metrics import chosen_logprobs
@@ -139,6 +140,7 @@ def as_harness_lm(model: Model, plan: Plan | None) -> Any:
             return loglikelihoods(model, pairs, plan=plan)
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+            refuse_conditions(plan, "the likelihood of whole texts")
             totals = []
             for request in requests:
                 tokens = encode(request.args[0], False)

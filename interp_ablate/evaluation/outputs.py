@@ -16,7 +16,7 @@ from torch import Tensor
 
 from interp_ablate.display import html_table, shortened
 from interp_ablate.edits.plan import Plan
-from interp_ablate.errors import InterpAblateError
+from interp_ablate.errors import InterpAblateError, NotFiniteError
 from interp_ablate.models.model import Model
 from interp_ablate.models.residual_cache import ResidualCache
 from interp_ablate.models.thinking import Generation
@@ -291,7 +291,7 @@ def answered_parts(generations: Sequence[Generation]) -> Iterator[list[int]]:
 
 def _finite(values: Tensor, what: str) -> Tensor:
     if not torch.isfinite(values).all():
-        raise InterpAblateError(
+        raise NotFiniteError(
             f"{what} hold NaN or infinity: the plan broke the model, or its dtype did"
         )
     return values

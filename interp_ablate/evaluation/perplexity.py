@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from interp_ablate.edits.conditional import refuse_conditions
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import ModelError, RunError
 from interp_ablate.evaluation.metrics import chosen_logprobs
@@ -163,6 +164,7 @@ def corpus_losses(
         ModelError: a model without a tokenizer.
         InterpAblateError: NaN or infinity in the logits.
     """
+    refuse_conditions(plan, "perplexity of text")
     if model.tokenizer is None:
         raise ModelError(f"{model.source.name} has no tokenizer: perplexity of text needs one")
     cut = [

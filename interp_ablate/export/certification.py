@@ -229,14 +229,20 @@ def removed_vectors(plan: Plan, model: Model) -> Float[Tensor, "k d_model"]:
         return nothing
     (edit,) = plan
     if isinstance(edit, AffineEdit) and edit.is_projection and not edit.shift.any():
-        return (
-            edit.read / edit.read.norm(dim=1, keepdim=True) if edit.positions == "all" else nothing
-        )
+        return _kept_out(edit) if edit.positions == "all" else nothing
     if edit.positions != "all" or not isinstance(edit, (Ablate, Erase)) or {*edit.amounts} != {1.0}:
         return nothing
     if isinstance(edit, Ablate):
         return edit.vectors
     return nothing if any(edit.values) else edit.vectors[1:] / edit.vectors[1:].norm(dim=1)
+
+
+def _kept_out(edit: AffineEdit) -> Float[Tensor, "k d_model"]:
+    """The unit rows of `read` along which the map leaves nothing: read_j . write_i is -1 for i = j and 0 for others."""
+    products = edit.write @ edit.read.T
+    gone = (products + torch.eye(len(products), dtype=products.dtype)).abs().amax(0) < 1e-6
+    rows = edit.read[gone]
+    return rows / rows.norm(dim=1, keepdim=True)
 
 
 def logit_distance(

@@ -302,7 +302,7 @@ def _amount(edit: Mapping[str, Any]) -> str:
         amount = edit.get(key)
         if isinstance(amount, (list, tuple)) and amount:
             amounts.append(f"{key} {number(min(amount))} to {number(max(amount))}, one a site")
-        elif amount is not None and not (amounts and amount == 0):
+        elif amount is not None and not (key == "value" and amounts and amount == 0):
             amounts.append(f"{key} {number(amount)}")
     return "; ".join(amounts) or "–"
 

@@ -17,7 +17,7 @@ from torch.nn.functional import softplus
 
 from interp_ablate.directions.direction import Direction
 from interp_ablate.edits.affine import orthonormal_rows
-from interp_ablate.errors import DirectionError, PlanError
+from interp_ablate.errors import DirectionError, NotFiniteError, PlanError
 from interp_ablate.evaluation.metrics import kl_divergence
 from interp_ablate.jobs.bars import with_bar
 from interp_ablate.models.batches import telling_of_memory
@@ -39,7 +39,7 @@ class ConceptCone:
     start: Direction
     """The direction of the fit's start; the cone has its site, position and norm."""
     losses: tuple[float, ...]
-    """Mean loss over basis and mixtures of every step; the basis is that of the lowest."""
+    """Mean loss over basis and mixtures before each step, of that step's rows; the basis is that after the last."""
 
     @property
     def directions(self) -> tuple[Direction, ...]:
@@ -59,7 +59,7 @@ class ConceptCone:
         return Direction(vector, like.norm, like.site, like.position, method, source=like.source)
 
     def __repr__(self) -> str:
-        return f"ConceptCone({len(self.vectors)} directions from {self.start.name}, loss {min(self.losses):.4g})"
+        return f"ConceptCone({len(self.vectors)} directions from {self.start.name}, loss {self.losses[-1]:.4g} at the last step)"
 
 
 def fit_cone(
@@ -99,7 +99,7 @@ def fit_cone(
     basis = _first_basis(direction, rank, outside, generator)
     vectors = basis.float().to(model.device).requires_grad_(True)
     optimizer = torch.optim.Adam([vectors], lr=RATE, betas=(0.9, 0.98))
-    kept, losses = basis, []
+    losses: list[float] = []
     with telling_of_memory("while a cone was fitted"):
         for step in with_bar(range(steps), "cone"):
             for group in optimizer.param_groups:
@@ -114,12 +114,16 @@ def fit_cone(
                     model, vectors, share, some, kl_weight / len(shares), len(shares)
                 )
             losses.append(total)
-            if total <= min(losses):
-                kept = vectors.detach().double().cpu()
+            if not math.isfinite(total):
+                raise NotFiniteError(
+                    f"the loss of a cone is not finite at step {step}: use --dtype float32, or fewer directions"
+                )
             optimizer.step()
             with torch.no_grad():
                 vectors.copy_(_orthonormal(vectors.double().cpu(), outside))
-    return ConceptCone(_orthonormal(kept, outside), direction, tuple(losses))
+    # the last: losses of two steps are of different rows, so the lowest is not the best
+    last = vectors.detach().double().cpu()
+    return ConceptCone(_orthonormal(last, outside), direction, tuple(losses))
 
 
 def ablation_loss(

@@ -18,7 +18,7 @@ from interp_ablate.directions.mean_difference import difference_in_means, shuffl
 from interp_ablate.edits.affine import orthonormal_rows
 from interp_ablate.edits.kinds import Ablate, Erase
 from interp_ablate.edits.plan import Plan
-from interp_ablate.errors import InterpAblateError
+from interp_ablate.errors import NotFiniteError
 from interp_ablate.sites import Site
 
 N_RANDOM_CONTROLS = 2
@@ -163,7 +163,7 @@ def strength_at_kl(
         try:
             candidate = family(strength)
             miss = math.log(max(kl_of(candidate), 1e-12) / kl)
-        except InterpAblateError:  # so strong that nothing finite is left
+        except NotFiniteError:  # so strong that nothing finite is left
             miss = FAR_OFF
         if miss < FAR_OFF and (nearest is None or abs(miss) < nearest[0]):
             nearest = abs(miss), candidate, strength
