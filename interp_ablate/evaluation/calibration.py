@@ -94,17 +94,7 @@ def strength_at_kl_quantile(
             f"a KL is above 0 and finite, a quantile from 0 to 1, a tolerance between 0 and 1; got kl={kl}, "
             f"quantile={quantile}, tolerance={tolerance}"
         )
-    if callable(plans):
-        family = plans
-    else:
-        scalable = as_plan(plans)
-        turned = [edit for edit in scalable if isinstance(getattr(edit, "edit", edit), Rotate)]
-        if turned:
-            raise PlanError(
-                f"{turned[0]!r} turns by an angle, and its KL comes and goes with it: give a function from a "
-                "strength to a plan, such as lambda s: Plan(Rotate(..., angle=90 * min(s, 1)))"
-            )
-        family = scalable.times
+    family = plans if callable(plans) else _scalable(plans).times
     baseline = ModelOutputs(model, prompts)
     family(BEGIN)  # what has no strength is refused before anything is measured
     measured: dict[float, float] = {}
@@ -124,6 +114,22 @@ def strength_at_kl_quantile(
             "taken", ", ".join(f"{s:.3g}: {v:.3g}" for s, v in points), kl,
         )  # fmt: skip
     return Calibration(family(low), low, measure(low), kl, quantile, points, grows)
+
+
+def _scalable(plan: Plan | Edit) -> Plan:
+    """The plan, if its KL grows with its strength.
+
+    Raises:
+        PlanError: it has a rotation.
+    """
+    whole = as_plan(plan)
+    turned = [edit for edit in whole if isinstance(getattr(edit, "edit", edit), Rotate)]
+    if turned:
+        raise PlanError(
+            f"{turned[0]!r} turns by an angle, and its KL comes and goes with it: give a function from a strength "
+            "to a plan, such as lambda s: Plan(Rotate(..., angle=90 * min(s, 1)))"
+        )
+    return whole
 
 
 def _measuring(

@@ -114,16 +114,20 @@ def fit_cone(
                     model, vectors, share, some, kl_weight / len(shares), len(shares)
                 )
             losses.append(total)
-            if not math.isfinite(total):
-                raise NotFiniteError(
-                    f"the loss of a cone is not finite at step {step}: use --dtype float32, or fewer directions"
-                )
+            _check_finite(total, step)
             optimizer.step()
             with torch.no_grad():
                 vectors.copy_(_orthonormal(vectors.double().cpu(), outside))
     # the last: losses of two steps are of different rows, so the lowest is not the best
     last = vectors.detach().double().cpu()
     return ConceptCone(_orthonormal(last, outside), direction, tuple(losses))
+
+
+def _check_finite(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise NotFiniteError(
+            f"the loss of a cone is not finite at step {step}: use --dtype float32, or fewer directions"
+        )
 
 
 def ablation_loss(

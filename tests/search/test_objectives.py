@@ -99,8 +99,11 @@ def test_conditions_are_of_the_searchs_objectives() -> None:
         SearchSettings(stop_at="x<=1")
     with pytest.raises(RunError, match="no objective of that name"):
         SearchSettings(objective_rubric=("x=is it good?",))
-    settings = SearchSettings(objective_rubric=("kl=a = b\nc", "d e = f"))
-    assert settings.rubrics == {"kl": "a = b\nc", "": "d e = f"}
+    judged = ("kl", "q=judge:m@http://127.0.0.1:1/v1")
+    settings = SearchSettings(objective=judged, objective_rubric=("q=a = b\nc",))
+    assert settings.rubrics == {"q": "a = b\nc"}
+    with pytest.raises(RunError, match="no judge"):
+        SearchSettings(objective_rubric=("=d e = f",))
 
 
 def test_the_leading_objective_is_no_damage() -> None:
