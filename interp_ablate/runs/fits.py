@@ -5,18 +5,19 @@ Knows: the rounds of a fit, where it is kept. Does not know: the gradient, run f
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from interp_ablate.directions.direction import Direction
 from interp_ablate.edits.kinds import Ablate, Erase
 from interp_ablate.edits.plan import Plan
 from interp_ablate.evaluation.outputs import ModelOutputs, generate_outputs_together
 from interp_ablate.models.model import Model
+from interp_ablate.prompts.contrast_set import ContrastSet
 from interp_ablate.runs.validation_bench import FIT_PROMPTS
 from interp_ablate.scoring.behaviour import Behaviour
 from interp_ablate.scoring.expressions import ExpressionScorer
@@ -40,16 +41,79 @@ def load_fitted_edits(folder: Path) -> dict[str, Ablate | Erase]:
     return edits
 
 
+@dataclass(frozen=True, eq=False)
+class FitPrompts:
+    """The prompts that a fit is made on, and how long their answers are."""
+
+    model: Model
+    train: ContrastSet
+    max_new_tokens: int
+
+    def outputs(self, plan: Plan | None, negative_tokens: int) -> list[ModelOutputs]:
+        """Outputs of the positive and of the negative prompts under a plan; nothing is run yet."""
+        sides = (
+            (self.train.positive, self.max_new_tokens),
+            (self.train.negative, negative_tokens),
+        )
+        return [
+            ModelOutputs(self.model, side[:FIT_PROMPTS], plan, max_new_tokens=tokens)
+            for side, tokens in sides
+        ]
+
+    def data(self, expressions: ExpressionScorer) -> FitData:
+        """What the fit needs of the unedited model.
+
+        Raises:
+            NothingToFitError: no answer expresses the behaviour.
+        """
+        positive, negative = self.outputs(None, N_KEPT)
+        return fit_data(positive, negative, expressions)
+
+
+def _untold(name: str, total: int | None) -> AbstractContextManager[Callable[[int], None]]:
+    return nullcontext(lambda _: None)
+
+
+def fitted_in_rounds(
+    prompts: FitPrompts,
+    data: FitData,
+    expressions: ExpressionScorer,
+    direction: Direction,
+    step: Step = _untold,
+) -> Iterator[Ablate | Erase]:
+    """The edit after each of FIT_ROUNDS, from a direction on; whoever has enough stops asking.
+
+    Each round after the first adds what the model says under the edit so far: other words for the
+    same behaviour, and loops.
+    """
+    layer = f"layer {direction.site.layer}"
+    edit: Ablate | Erase | None = None
+    for number, (steps, weight) in enumerate(FIT_ROUNDS, 1):
+        if edit is not None:
+            with step(f"answers under it, {layer}", None):
+                both = prompts.outputs(Plan((edit,)), prompts.max_new_tokens)
+                generate_outputs_together(both)
+                data = data.with_answers(both[0], expressions).with_loops(both)
+        with step(f"fit, round {number}, {layer}", steps) as advance:
+            edit = fit_edit(
+                prompts.model,
+                direction,
+                data,
+                kl_weight=weight,
+                steps=steps,
+                start=edit,
+                on_step=partial(advance, 1),
+            )
+        yield edit
+
+
 @dataclass(eq=False)
 class EditFitter:
     """Fits edits on training prompts and keeps them; what the fits share is measured once."""
 
-    model: Model
-    train: Any
-    """The training prompts, a `ContrastSet`."""
+    prompts: FitPrompts
     scorer: Behaviour
     folder: Path
-    max_new_tokens: int
     step: Step
 
     def fit(self, source: DirectionKey, start: Direction) -> str:
@@ -62,7 +126,9 @@ class EditFitter:
         name = fit_name(source, start)
         path = self.folder / f"{name}.json"
         if not path.exists():
-            edit = self._fitted(start)
+            *_, edit = fitted_in_rounds(
+                self.prompts, self._data, self._expressions, start, self.step
+            )
             if not any(edit.amounts):
                 raise NothingToFitError(
                     f"the fit from {start.name} ended where it changes nothing: whatever makes the "
@@ -79,45 +145,7 @@ class EditFitter:
             )
         return self.scorer
 
-    def _outputs(self, plan: Plan | None, negative_tokens: int) -> list[ModelOutputs]:
-        sides = (
-            (self.train.positive, self.max_new_tokens),
-            (self.train.negative, negative_tokens),
-        )
-        return [
-            ModelOutputs(self.model, side[:FIT_PROMPTS], plan, max_new_tokens=tokens)
-            for side, tokens in sides
-        ]
-
     @cached_property
     def _data(self) -> FitData:
         with self.step("answers to training prompts", None):
-            positive, negative = self._outputs(None, N_KEPT)
-            return fit_data(positive, negative, self._expressions)
-
-    def _fitted(self, direction: Direction) -> Ablate | Erase:
-        """The edit after all rounds.
-
-        Each round after the first adds what the model says under the edit so far: other words for the
-        same behaviour, and loops.
-        """
-        layer, data = f"layer {direction.site.layer}", self._data
-        edit: Ablate | Erase | None = None
-        for number, (steps, weight) in enumerate(FIT_ROUNDS, 1):
-            if edit is not None:
-                with self.step(f"answers under it, {layer}", None):
-                    both = self._outputs(Plan((edit,)), self.max_new_tokens)
-                    generate_outputs_together(both)
-                    data = data.with_answers(both[0], self._expressions).with_loops(both)
-            with self.step(f"fit, round {number}, {layer}", steps) as advance:
-                edit = fit_edit(
-                    self.model,
-                    direction,
-                    data,
-                    kl_weight=weight,
-                    steps=steps,
-                    start=edit,
-                    on_step=lambda: advance(1),
-                )
-        assert edit is not None
-        return edit
+            return self.prompts.data(self._expressions)

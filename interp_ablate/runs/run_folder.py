@@ -367,16 +367,10 @@ class Run:
     @cached_property
     def fitter(self) -> EditFitter:
         """Fits edits by gradient and keeps them in fits/."""
-        from interp_ablate.runs.fits import EditFitter
+        from interp_ablate.runs.fits import EditFitter, FitPrompts
 
-        return EditFitter(
-            self.model,
-            self.split.train,
-            self.bench.expression,
-            self.out / "fits",
-            self.configuration.max_new_tokens,
-            self.step,
-        )
+        prompts = FitPrompts(self.model, self.split.train, self.configuration.max_new_tokens)
+        return EditFitter(prompts, self.bench.expression, self.out / "fits", self.step)
 
     def edit_space(self, *, control: str | None = None) -> EditSpace:
         """What plans are made of: directions, training activations, fitted edits."""

@@ -18,11 +18,10 @@ from torch.nn.functional import softplus
 from interp_ablate.directions.direction import Direction
 from interp_ablate.edits.affine import orthonormal_rows
 from interp_ablate.errors import DirectionError, NotFiniteError, PlanError
-from interp_ablate.evaluation.metrics import kl_divergence
 from interp_ablate.jobs.bars import with_bar
 from interp_ablate.models.batches import telling_of_memory
 from interp_ablate.models.model import Model
-from interp_ablate.search.gradient_fit import UNLIKELY, FitData, answer_logprobs
+from interp_ablate.search.gradient_fit import UNLIKELY, FitData, answer_logprobs, kept_kls
 
 CONE_KL_WEIGHT = 10.0
 """Nats of log-probability that a nat of KL outweighs: less than in a fit of strengths, as all are 1 here."""
@@ -142,7 +141,7 @@ def ablation_loss(
     ones = torch.ones(len(sites), device=unit.device)
     with model.plans.fitting_erasure(unit, unit, sites, ones):
         likely = softplus(answer_logprobs(model, data) - UNLIKELY).mean()
-        return likely, _kl(model, data)
+        return likely, kept_kls(model, data).mean()
 
 
 def _backward(
@@ -153,22 +152,6 @@ def _backward(
     loss = likely / count + kl_weight * kl.to(likely.device)
     loss.backward()
     return float(loss.detach())
-
-
-def _kl(model: Model, data: FitData) -> Float[Tensor, ""]:
-    """Mean KL of the first tokens that follow other prompts."""
-    found = []
-    stream = model.stream(
-        data.negative,
-        keep=data.reference.shape[1],
-        prompt_lengths=data.negative_lengths,
-        batch_size=len(data.negative),
-    )
-    for batch, logits, _ in stream:
-        assert logits is not None
-        reference = data.reference[list(batch.index)].to(logits.device)
-        found.append(kl_divergence(reference, logits.float().log_softmax(-1)).mean(-1))
-    return torch.cat(found).mean()
 
 
 def _mixtures(count: int, rank: int, generator: torch.Generator) -> Float[Tensor, "count rank"]:

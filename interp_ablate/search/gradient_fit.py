@@ -319,6 +319,12 @@ def _unwanted(model: Model, data: FitData) -> Float[Tensor, ""]:
 
 def _kl(model: Model, data: FitData) -> Float[Tensor, ""]:
     """KL of what follows other prompts: half the first token's, half the mean over the first tokens."""
+    kls = kept_kls(model, data)
+    return ((kls[:, 0] + kls.mean(-1)) / 2).mean()
+
+
+def kept_kls(model: Model, data: FitData) -> Float[Tensor, "prompt pos"]:
+    """KL of the first tokens that follow other prompts from the unedited model's, in nats."""
     kls = []
     stream = model.stream(
         data.negative,
@@ -330,8 +336,6 @@ def _kl(model: Model, data: FitData) -> Float[Tensor, ""]:
         assert logits is not None
         reference = data.reference[list(batch.index)].to(logits.device)
         # in float32: the sums of `kl_divergence`, in float64, took a quarter of the time of this term
-        kl = kl_div(
-            logits.float().log_softmax(-1), reference, reduction="none", log_target=True
-        ).sum(-1)
-        kls.append((kl[:, 0] + kl.mean(-1)) / 2)
-    return torch.cat(kls).mean()
+        logprobs = logits.float().log_softmax(-1)
+        kls.append(kl_div(logprobs, reference, reduction="none", log_target=True).sum(-1))
+    return torch.cat(kls)

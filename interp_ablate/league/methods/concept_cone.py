@@ -6,15 +6,14 @@ Knows: the method, its source, the steps that the budget holds. Does not know: h
 from __future__ import annotations
 
 from interp_ablate.directions.direction import Direction
-from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.league.fitted import FittedMethod, ablation
 from interp_ablate.league.method import LeagueMethod
 from interp_ablate.league.methods import difference_in_means
 from interp_ablate.league.task import LeagueTask
-from interp_ablate.runs.validation_bench import FIT_PROMPTS
+from interp_ablate.runs.fits import FitPrompts
 from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.search.concept_cone import MIXTURES, ablation_loss, fit_cone
-from interp_ablate.search.gradient_fit import N_KEPT, FitData, NothingToFitError, fit_data
+from interp_ablate.search.gradient_fit import FitData, NothingToFitError
 
 RANK, STEPS, FEWEST = 2, 6, 2
 
@@ -25,20 +24,13 @@ def _fit(task: LeagueTask) -> FittedMethod:
         raise NothingToFitError("a cone makes expressions unlikely, and this behaviour has none")
     start = difference_in_means.METHOD.fit(task).detection
     assert isinstance(start, Direction)
-    positive, negative = (
-        ModelOutputs(task.model, side[:FIT_PROMPTS], max_new_tokens=tokens)
-        for side, tokens in (
-            (task.train.positive, task.max_new_tokens),
-            (task.train.negative, N_KEPT),
-        )
-    )
-    data = fit_data(positive, negative, scorer)
+    data = FitPrompts(task.model, task.train, task.max_new_tokens).data(scorer)
     steps = _affordable(task, start, data)
     cone = fit_cone(task.model, start, data, rank=RANK, steps=steps, seed=task.seed)
     # the first basis vector is the one that started at the difference in means: its sign is known
     first = cone.directions[0]
     detection = first if first.cosine(start) >= 0 else -first
-    about = {"layer": start.site.layer, "rank": RANK, "steps": steps, "loss": min(cone.losses)}
+    about = {"layer": start.site.layer, "rank": RANK, "steps": steps, "loss": cone.losses[-1]}
     return FittedMethod(detection, ablation(cone.vectors, task.model.writers), about=about)
 
 

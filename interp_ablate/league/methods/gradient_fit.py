@@ -12,15 +12,13 @@ from interp_ablate.directions.direction import Direction, PerPrompt
 from interp_ablate.directions.mean_difference import as_float64
 from interp_ablate.edits.kinds import Ablate, Erase
 from interp_ablate.edits.plan import Plan
-from interp_ablate.evaluation.outputs import ModelOutputs, generate_outputs_together
 from interp_ablate.league.fitted import Detector, FittedMethod
 from interp_ablate.league.method import LeagueMethod
 from interp_ablate.league.methods import difference_in_means
 from interp_ablate.league.task import LeagueTask
-from interp_ablate.runs.fits import FIT_ROUNDS
-from interp_ablate.runs.validation_bench import FIT_PROMPTS
+from interp_ablate.runs.fits import FitPrompts, fitted_in_rounds
 from interp_ablate.scoring.expressions import ExpressionScorer
-from interp_ablate.search.gradient_fit import N_KEPT, NothingToFitError, fit_data, fit_edit
+from interp_ablate.search.gradient_fit import NothingToFitError
 
 
 def _fit(task: LeagueTask) -> FittedMethod:
@@ -46,30 +44,12 @@ def _fit(task: LeagueTask) -> FittedMethod:
 
 
 def _fitted_edit(task: LeagueTask, start: Direction, scorer: ExpressionScorer) -> Ablate | Erase:
-    """The edit after as many rounds as the budget has; the first one is always done.
-
-    Each round after the first adds what the model says under the edit so far, as in `runs.fits`.
-    """
-
-    def outputs(plan: Plan | None, negative_tokens: int) -> list[ModelOutputs]:
-        sides = (task.train.positive, task.max_new_tokens), (task.train.negative, negative_tokens)
-        return [
-            ModelOutputs(task.model, side[:FIT_PROMPTS], plan, max_new_tokens=tokens)
-            for side, tokens in sides
-        ]
-
-    positive, negative = outputs(None, N_KEPT)
-    data = fit_data(positive, negative, scorer)
-    edit: Ablate | Erase | None = None
-    for steps, weight in FIT_ROUNDS:
-        if edit is not None:
-            if task.seconds_left <= 0:
-                break
-            both = outputs(Plan((edit,)), task.max_new_tokens)
-            generate_outputs_together(both)
-            data = data.with_answers(both[0], scorer).with_loops(both)
-        edit = fit_edit(task.model, start, data, kl_weight=weight, steps=steps, start=edit)
-    assert edit is not None
+    """The edit after as many rounds as the budget has; the first one is always done."""
+    prompts = FitPrompts(task.model, task.train, task.max_new_tokens)
+    rounds = fitted_in_rounds(prompts, prompts.data(scorer), scorer, start)
+    edit = next(rounds)
+    while task.seconds_left > 0 and (better := next(rounds, None)) is not None:
+        edit = better
     return edit
 
 
