@@ -22,7 +22,7 @@ def biprojected_directions(
     """One direction for every site: the given one without its part along that site's negative mean.
 
     What a layer is to lose is measured where it shows best, and what that layer needs for other prompts is measured
-    at the layer itself. `plan_by_layer` removes each from what its own layer writes. The direction of the
+    at the layer itself. `ablate_by_layer` removes each from what its own layer writes. The direction of the
     source's own site is that of projected abliteration (`orthogonalized`). Source: norm-preserving biprojected
     abliteration (Lai 2025, https://huggingface.co/blog/grimjim/norm-preserving-biprojected-abliteration).
 

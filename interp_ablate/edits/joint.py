@@ -14,9 +14,9 @@ from torch import Tensor
 from interp_ablate.directions.direction import Direction
 from interp_ablate.edits.affine_edit import AffineEdit
 from interp_ablate.edits.kinds import Ablate, Clamp, Edit, Erase
-from interp_ablate.edits.plan import HasWriters, Plan, layers_of
+from interp_ablate.edits.plan import HasWriters, Plan, layers_of, written_by
 from interp_ablate.errors import PlanError
-from interp_ablate.sites import EMBEDDING_POINTS, Site, SiteLike
+from interp_ablate.sites import Site, SiteLike
 
 Directions = Direction | Tensor | Sequence[Direction | Tensor]
 # The smallest singular value of what is read against what is written, scaled to unit rows.
@@ -81,8 +81,7 @@ def ablate_sets(
     edits = []
     for layer in layers_of(model.n_layers, tuple(directions)):
         given = next(each for key, each in directions.items() if key % model.n_layers == layer)
-        places = [s for s in model.writers if s.layer == layer and s.point not in EMBEDDING_POINTS]
-        edits.append(Ablate(given, places, strength=strength))
+        edits.append(Ablate(given, written_by(model, (layer,)), strength=strength))
     return Plan(tuple(edits))
 
 

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from interp_ablate.directions.direction import Direction
 from interp_ablate.directions.direction_set import one_per_layer
 from interp_ablate.edits.kinds import Ablate
-from interp_ablate.edits.plan import HasWriters, Plan
+from interp_ablate.edits.plan import HasWriters, Plan, written_by
 from interp_ablate.errors import PlanError
-from interp_ablate.sites import EMBEDDING_POINTS, Point
+from interp_ablate.sites import Point
 
 
 def ablate_by_layer(
@@ -42,11 +42,7 @@ def ablate_by_layer(
     items = one_per_layer(directions, point)
     edits = []
     for item in items:
-        sites = [
-            site
-            for site in model.writers
-            if site.layer == item.site.layer and site.point not in EMBEDDING_POINTS
-        ]
+        sites = written_by(model, (item.site.layer,))
         if not sites:
             raise PlanError(
                 f"a direction is of layer {item.site.layer}, and the model has layers 0 to "

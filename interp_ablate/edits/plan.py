@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -332,6 +332,11 @@ def _between(n_layers: int, text: str) -> tuple[int, ...]:
     return layers_of(n_layers, range(numbers[0], numbers[1] + 1))
 
 
+def written_by(model: HasWriters, layers: Collection[int]) -> list[Site]:
+    """The sites that attention and MLPs of some layers write."""
+    return [s for s in model.writers if s.layer in layers and s.point not in EMBEDDING_POINTS]
+
+
 def ablate_layers(
     model: HasWriters,
     direction: Direction,
@@ -351,11 +356,7 @@ def ablate_layers(
         PlanError: layers that the model lacks.
     """
     chosen = set(layers_of(model.n_layers, layers))
-    sites = (
-        sites_of(("resid_pre",), sorted(chosen))
-        if inputs
-        else [s for s in model.writers if s.layer in chosen and s.point not in EMBEDDING_POINTS]
-    )
+    sites = sites_of(("resid_pre",), sorted(chosen)) if inputs else written_by(model, chosen)
     return Plan((Ablate(direction, sites, strength=strength, positions=positions),))
 
 

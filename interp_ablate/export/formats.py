@@ -57,24 +57,19 @@ class ExportFormat(NamedTuple):
     """First bytes of the file that it writes, whose like may be replaced; None for a folder."""
 
 
-def require_weight_form(plan: Plan | None) -> None:
-    """Refuse a plan with an edit that only hooks can do, before anything is loaded.
+def _check(plan: Plan | None) -> None:
+    """Refuse a plan with an edit that only hooks can do, before anything is loaded."""
+    from interp_ablate.weights.weight_form import require_weight_form
 
-    Raises:
-        ExportError: says which edit, and why.
-    """
-    if plan is not None and plan.hooks_only:
-        raise ExportError(
-            f"{plan.hooks_only}, and no checkpoint, adapter, GGUF or control vector can hold it. Keep the plan's "
-            "file, and apply it with model.applied(plan) or --plan"
-        )
+    if plan is not None:
+        require_weight_form(plan)
 
 
 def _checkpoint(request: ExportRequest) -> dict[str, Any]:
     from interp_ablate.edits.plan import Plan
     from interp_ablate.export.checkpoint import export_checkpoint, export_folder
 
-    require_weight_form(request.plan)
+    _check(request.plan)
     plan, source, out = request.plan or Plan(), request.source, request.out
     options: dict[str, Any] = {
         "tied": request.tied, "report": request.report, "overwrite": request.overwrite
@@ -92,7 +87,7 @@ def _lora(request: ExportRequest) -> dict[str, Any]:
     from interp_ablate.edits.plan import Plan
     from interp_ablate.export.lora import export_lora
 
-    require_weight_form(request.plan)
+    _check(request.plan)
     return export_lora(
         request.load(), request.plan or Plan(), request.out, tied=request.tied,
         report=request.report, overwrite=request.overwrite,
@@ -103,7 +98,7 @@ def _gguf(request: ExportRequest) -> dict[str, Any]:
     """One file from a folder as it is, or from a checkpoint that is written first and deleted after."""
     from interp_ablate.export.gguf import export_gguf
 
-    require_weight_form(request.plan)
+    _check(request.plan)
     if request.plan is None:
         if request.source is None:
             raise ExportError(
@@ -133,7 +128,7 @@ def _control_vector(request: ExportRequest) -> dict[str, Any]:
     from interp_ablate.export.control_vector import write_control_vector
     from interp_ablate.models.sources import read_hf_config
 
-    require_weight_form(request.plan)
+    _check(request.plan)
     config = read_hf_config(request.source) if request.source else request.load().hf_config
     return write_control_vector(
         request.plan or Plan(), request.out, model_hint=request.model_hint or config.model_type,

@@ -16,9 +16,9 @@ from interp_ablate.errors import RunError
 from interp_ablate.persona.traits import Trait, load_trait
 from interp_ablate.prompts.contrast_set import ContrastSet, Split
 from interp_ablate.prompts.prompt import Prompt
-from interp_ablate.scoring.behaviour import Behaviour, ScoredBehaviour
+from interp_ablate.scoring.behaviour import Behaviour, behaviour_of
 from interp_ablate.scoring.expression_lists import EXPRESSIONS_OF_CONTRAST
-from interp_ablate.scoring.expressions import ExpressionTextScorer, expression_scorer
+from interp_ablate.scoring.expressions import expression_scorer
 from interp_ablate.scoring.registry import make_scorer
 
 PERSONA = "persona:"
@@ -110,9 +110,7 @@ def _persona(name: str) -> LeagueBehaviour:
         )
     positive, negative = _pairs(trait, trait.extraction_questions + trait.evaluation_questions)
     contrast = ContrastSet(name, positive, negative, f"the trait {trait.name}")
-    made = make_scorer(trait.scorer)
-    scorer = made.expressions if isinstance(made, ExpressionTextScorer) else ScoredBehaviour(made)
-    return LeagueBehaviour(name, contrast, scorer, trait)
+    return LeagueBehaviour(name, contrast, behaviour_of(make_scorer(trait.scorer)), trait)
 
 
 def _pairs(trait: Trait, questions: Sequence[str]) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp_ablate.directions.direction import Direction, PerPrompt
+from interp_ablate.directions.mean_difference import as_float64
 from interp_ablate.edits.kinds import Ablate, Add
 from interp_ablate.edits.plan import Plan
 from interp_ablate.sites import Site, SiteLike
@@ -40,6 +41,23 @@ class Detector:
         if isinstance(detection, Detector):
             return detection
         return cls(detection.site, detection.position, lambda values: values @ detection)
+
+    @classmethod
+    def nearer(
+        cls,
+        site: Site,
+        components: Float[Tensor, "k d_model"],
+        near: Float[Tensor, " k"],
+        far: Float[Tensor, " k"],
+    ) -> Detector:
+        """How much nearer an activation lies to one mean than to another, within a subspace; of its last token."""
+
+        def score(values: PerPrompt) -> Float[Tensor, " prompt"]:
+            inside = as_float64(values) @ components.T
+            away = [(inside - mean).square().sum(-1) for mean in (near, far)]
+            return away[1] - away[0]
+
+        return cls(site, "-1", score)
 
 
 @dataclass(frozen=True, eq=False)

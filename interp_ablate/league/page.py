@@ -152,7 +152,9 @@ def _names(names: Iterable[str]) -> str:
 
 
 def _table(results: Mapping[str, Any], numbers: Any, *, ranked: bool = False) -> str:
-    rows = _ordered(results, numbers)
+    from interp_ablate.plots.league import method_order  # needs matplotlib
+
+    rows = [(name, results["methods"][name]) for name in method_order(results, numbers)]
     columns = [column for column in COLUMNS if any(numbers(row)[column] for _, row in rows)]
     heads = ["method", *(HEADS[column] for column in columns)]
     heads += ["exact in", "seconds"] if ranked else []
@@ -168,17 +170,6 @@ def _table(results: Mapping[str, Any], numbers: Any, *, ranked: bool = False) ->
             cells += [row["exactness"], seconds]
         lines.append(_row(cells))
     return "\n".join(lines)
-
-
-def _ordered(results: Mapping[str, Any], numbers: Any) -> list[tuple[str, Any]]:
-    """The methods by removal, else detection, the highest first; controls last."""
-
-    def key(item: tuple[str, Any]) -> tuple[bool, float, float]:
-        found = numbers(item[1])
-        values = [found[c][0] if found[c] else float("-inf") for c in ("removal", "detection")]
-        return item[1]["control"], -values[0], -values[1]
-
-    return sorted(results["methods"].items(), key=key)
 
 
 def _cell(estimate: Sequence[float | None] | None, rank: Sequence[int] | None) -> str:

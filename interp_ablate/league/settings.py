@@ -54,13 +54,11 @@ class LeagueSettings(LoadingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("behaviours", "seeds"):
-            values = getattr(self, name)
+        for name, values in (("behaviours", self.behaviours), ("seeds", self.seed_numbers)):
             if not values or len(set(values)) < len(values):
-                raise RunError(f"--{name} names one or more, each once; got {', '.join(values)!r}")
-        if len(set(self.seed_numbers)) < len(self.seeds):  # bad values fail before any work
-            raise RunError(f"--seeds names one or more, each once; got {', '.join(self.seeds)!r}")
-        self.seconds  # noqa: B018
+                given = ", ".join(getattr(self, name))
+                raise RunError(f"--{name} names one or more, each once; got {given!r}")
+        self.seconds  # noqa: B018  (a bad budget fails before any work)
         for name, limit in (("max-kl", self.max_kl), ("max-kl-induction", self.max_kl_induction)):
             if not 0 < limit < float("inf"):
                 raise RunError(f"--{name} is a number of nats above 0; got {limit}")

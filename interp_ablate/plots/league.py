@@ -5,7 +5,8 @@ Knows: what a league's results look like. Does not know: how they were measured.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -108,14 +109,18 @@ def league_figure(results: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def method_order(results: Mapping[str, Any]) -> list[str]:
-    """The methods by removal, then by detection, the best first; controls last."""
+def method_order(
+    results: Mapping[str, Any], numbers: Callable[[Any], Any] = itemgetter("overall")
+) -> list[str]:
+    """The methods by removal, then by detection, the best first; controls last.
+
+    `numbers`: from a method's row to the numbers that are compared.
+    """
 
     def key(name: str) -> tuple[bool, float, float]:
         row = results["methods"][name]
-        values = [
-            row["overall"][c][0] if row["overall"][c] else -np.inf for c in ("removal", "detection")
-        ]
+        found = numbers(row)
+        values = [found[c][0] if found[c] else -np.inf for c in ("removal", "detection")]
         return row["control"], -values[0], -values[1]
 
     return sorted(results["methods"], key=key)

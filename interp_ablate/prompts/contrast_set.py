@@ -154,6 +154,10 @@ class ContrastSet:
             raise PromptError(_which(spec=spec, positive=positive, negative=negative))
         return _deduplicated(name or own_name, sides, source)
 
+    def first(self, n: int) -> ContrastSet:
+        """The first `n` prompts of each side, or all that there are."""
+        return ContrastSet(self.name, self.positive[:n], self.negative[:n], self.source)
+
     def split_sizes(self, **wanted: int | None) -> dict[str, int]:
         """The sizes of a split's parts: those wanted, and for None the usual ones.
 

@@ -46,7 +46,7 @@ def tested_objectives(
     before, after = (scores.values(behaviour, on, unedited) for on in (unedited, edited))
     results = []
     for each in scores.own:
-        row: dict[str, Any] = {"name": each.name, "measure": each.text, "side": side_of(each)}
+        row: dict[str, Any] = {"name": each.name, "measure": each.text, "side": each.prompts}
         for when, values in (("before", before[each.column]), ("after", after[each.column])):
             row[when] = fmean(values)
             row[f"interval_{when}"] = mean_interval(values, bounds=SHARE, seed=seed)
@@ -78,7 +78,7 @@ def optimism_of(
         at_most[f"{sign} {each.column}"] = sign * each.limit
         for plan in plans:
             plan[f"{sign} {each.column}"] = [sign * value for value in plan.get(each.column, ())]
-    of_negative = {each.column for each in scores.objectives if side_of(each) == "negative"}
+    of_negative = {each.column for each in scores.objectives if each.prompts == "negative"}
     signed = {f"{sign} {column}" for column in of_negative for sign in (-1, 1)}
     negative = frozenset({"kl"} | of_negative | signed)
     return optimism(plans, Judged(rule, by, max_kl, at_most, negative))
@@ -86,9 +86,4 @@ def optimism_of(
 
 def n_of(bench: ValidationBench, objective: Objective) -> int:
     """Prompts that an objective is a mean over."""
-    return len((bench.negative if side_of(objective) == "negative" else bench.positive).rows)
-
-
-def side_of(objective: Objective) -> str:
-    """The prompts that an objective is of."""
-    return "negative" if objective.measure in ("kl", "false_hits") else objective.side
+    return len((bench.negative if objective.prompts == "negative" else bench.positive).rows)

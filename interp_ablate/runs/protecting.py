@@ -39,9 +39,7 @@ def protected_sets(run: Run, specs: Sequence[str]) -> dict[str, ContrastSet]:
     for spec in specs:
         contrast = ContrastSet.load(spec, system=run.configuration.system)
         prints = [each.fingerprint for each in found.values()]
-        some = ContrastSet(
-            contrast.name, contrast.positive[:n], contrast.negative[:n], contrast.source
-        )
+        some = contrast.first(n)
         if contrast.fingerprint == run.contrast_set.fingerprint:
             raise RunError(
                 f"--protect {spec} is this run's own contrast set: nothing would be left of its directions"

@@ -12,8 +12,7 @@ from typing import Any
 from interp_ablate.errors import RunError
 from interp_ablate.runs.run_folder import Run
 from interp_ablate.runs.search_settings import SearchSettings
-from interp_ablate.scoring.behaviour import Behaviour, ScoredBehaviour
-from interp_ablate.scoring.expressions import ExpressionTextScorer
+from interp_ablate.scoring.behaviour import Behaviour, behaviour_of
 from interp_ablate.scoring.own_function import is_own_function
 from interp_ablate.scoring.registry import make_scorer
 from interp_ablate.search.objective_scores import ObjectiveScores
@@ -61,9 +60,7 @@ def _scorer(run: Run, objective: Objective, search: SearchSettings, own_code: bo
         endpoint=run.endpoint,
         own_code=own_code,
     )
-    if isinstance(scorer, ExpressionTextScorer):
-        return scorer.expressions
-    return ScoredBehaviour(scorer)
+    return behaviour_of(scorer)
 
 
 def identity_of(scores: ObjectiveScores) -> list[Any]:

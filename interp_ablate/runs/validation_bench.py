@@ -15,9 +15,9 @@ from interp_ablate.models.model import Model
 from interp_ablate.prompts.contrast_set import ContrastSet, Split
 from interp_ablate.prompts.prompt import distinct
 from interp_ablate.runs.configuration import Configuration
-from interp_ablate.scoring.behaviour import Behaviour, ScoredBehaviour
+from interp_ablate.scoring.behaviour import Behaviour, ScoredBehaviour, behaviour_of
 from interp_ablate.scoring.expression_lists import DEFAULT_EXPRESSIONS, EXPRESSIONS_OF_CONTRAST
-from interp_ablate.scoring.expressions import ExpressionTextScorer, expression_scorer
+from interp_ablate.scoring.expressions import expression_scorer
 from interp_ablate.scoring.own_function import is_own_function
 from interp_ablate.scoring.registry import make_scorer
 from interp_ablate.search.bench import ValidationBench
@@ -58,12 +58,11 @@ def behaviour_scorer(
         RunError: a scorer that cannot be made.
     """
     if c.scorer is not None:
-        scorer = make_scorer(
-            c.scorer, rubric=c.rubric, cache=cache, endpoint=endpoint, own_code=c.own_code
+        return behaviour_of(
+            make_scorer(
+                c.scorer, rubric=c.rubric, cache=cache, endpoint=endpoint, own_code=c.own_code
+            )
         )
-        if isinstance(scorer, ExpressionTextScorer):
-            return scorer.expressions
-        return ScoredBehaviour(scorer)
     return expression_scorer(c.expressions, contrast=contrast if c.contrast else "")
 
 

@@ -19,7 +19,7 @@ from interp_ablate.scoring.exchange import (
     Verdict,
     verdicts_of,
 )
-from interp_ablate.scoring.expressions import ExpressionScorer
+from interp_ablate.scoring.expressions import ExpressionScorer, ExpressionTextScorer
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -87,6 +87,13 @@ class ScoredBehaviour:
 
 
 Behaviour = ExpressionScorer | ScoredBehaviour
+
+
+def behaviour_of(scorer: TextScorer) -> Behaviour:
+    """A scorer of texts as what finds a behaviour; a list of expressions as itself."""
+    return (
+        scorer.expressions if isinstance(scorer, ExpressionTextScorer) else ScoredBehaviour(scorer)
+    )
 
 
 def told(behaviour: Behaviour, outputs: HasExchanges) -> list[dict[str, Any]]:

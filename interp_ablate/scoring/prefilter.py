@@ -147,7 +147,7 @@ class Prefilter:
     """Tells texts that certainly hold nothing of what is looked for, many at a time.
 
     Args:
-        patterns: made by `phrase_pattern` or `expression_superset`.
+        patterns: made by `phrase_patterns` or `expression_superset`.
 
     Raises:
         ValueError: patterns that RE2 cannot take.

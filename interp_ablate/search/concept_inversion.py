@@ -22,8 +22,9 @@ from interp_ablate.activations.collection import collect
 from interp_ablate.directions.direction import Direction
 from interp_ablate.edits.kinds import Ablate, Add
 from interp_ablate.edits.plan import Plan
-from interp_ablate.errors import ModelError, RunError
-from interp_ablate.evaluation.metrics import kl_divergence
+from interp_ablate.errors import ModelError, NotFiniteError, RunError
+from interp_ablate.evaluation.metrics import first_token_kl
+from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.jobs.bars import with_bar
 from interp_ablate.models.model import Model
 from interp_ablate.prompts.contrast_set import ContrastSet
@@ -159,8 +160,8 @@ class _Judge:
     sites: tuple[Site, ...]
     means: tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]]
     """Of positive and of negative prompts, over prompts and sites."""
-    logprobs: Float[Tensor, "prompt d_vocab"]
-    """Of the token after each negative prompt."""
+    unedited: ModelOutputs
+    """Of the negative prompts."""
     batch_size: int | None
 
     @classmethod
@@ -178,7 +179,7 @@ class _Judge:
             *sides,
             tuple(every[layer] for layer in layers),
             (found[0][layers].mean(0), found[1][layers].mean(0)),
-            _next_logprobs(model, sides[1], batch_size),
+            ModelOutputs(model, sides[1], batch_size=batch_size),
             batch_size,
         )
 
@@ -203,10 +204,12 @@ class _Judge:
         return float(torch.nn.functional.cosine_similarity(mean, towards, dim=0))
 
     def kl(self, item: Direction) -> float:
-        """Mean KL of the token after the negative prompts under the ablation, in nats."""
-        with self.model.applied(Plan((Ablate(item, self.model.writers),))):
-            edited = _next_logprobs(self.model, self.negative, self.batch_size)
-        return float(kl_divergence(self.logprobs, edited).mean())
+        """Mean KL of the token after the negative prompts under the ablation, in nats; infinite where that breaks."""
+        edited = self.unedited.with_plan(Plan((Ablate(item, self.model.writers),)))
+        try:
+            return float(first_token_kl(edited, self.unedited).mean())
+        except NotFiniteError:
+            return math.inf
 
 
 def _mean(
@@ -215,10 +218,3 @@ def _mean(
     """The mean activation of the last token at each site, in float64."""
     values = collect(model, list(prompts), list(sites), batch_size=batch_size).values
     return values[:, 0].double().mean(0)
-
-
-def _next_logprobs(
-    model: Model, prompts: Sequence[Prompt], batch_size: int | None
-) -> Float[Tensor, "prompt d_vocab"]:
-    logits = model.logits(list(prompts), batch_size=batch_size)
-    return logits[:, -1].float().log_softmax(-1)

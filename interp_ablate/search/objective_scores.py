@@ -65,7 +65,7 @@ class ObjectiveScores:
     @property
     def reads_negative(self) -> bool:
         """Whether a trial has to answer the negative prompts too."""
-        return any(_is_hits(each) or each.side == "negative" for each in self.own)
+        return any(each.prompts == "negative" for each in self.own)
 
     def values(
         self,
@@ -76,7 +76,7 @@ class ObjectiveScores:
         """From the column of each of `own` to a number a prompt, of answers to positive and negative prompts."""
         values = {}
         for each in self.own:
-            place = int(_is_hits(each) or each.side == "negative")
+            place = int(each.prompts == "negative")
             on, base = outputs[place], unedited[place]
             if _is_hits(each):
                 values[each.column] = false_hits(behaviour, on, base)

@@ -59,6 +59,11 @@ class Objective:
         return BUILT_IN.get(self.measure, self.name)
 
     @property
+    def prompts(self) -> Side:
+        """The prompts that it is a mean over."""
+        return "negative" if self.measure in ("kl", "false_hits") else self.side
+
+    @property
     def is_built_in(self) -> bool:
         """Whether it needs no scorer of its own."""
         return self.measure in BUILT_IN

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from interp_ablate.search.rules import RULES, RuleInput
+from interp_ablate.stats.intervals import bound_errors
 
 SPLITS = 200
 FEWEST = 8  # prompts a side: less than four in a half tell nothing
@@ -109,7 +110,7 @@ def _choice(values: Mapping[str, np.ndarray], half: Half, judged: Judged) -> int
     table = pd.DataFrame({name: array[:, half[name]].mean(1) for name, array in values.items()})
     kl = values["kl"][:, half["kl"]]
     n = kl.shape[1]
-    passes = table["kl"] + _SIGMAS * kl.std(1, ddof=1) / math.sqrt(n) <= judged.max_kl
+    passes = table["kl"] + bound_errors() * kl.std(1, ddof=1) / math.sqrt(n) <= judged.max_kl
     for name, most in judged.at_most.items():
         passes &= table[name] <= most
     if not passes.any():
@@ -122,5 +123,3 @@ def _choice(values: Mapping[str, np.ndarray], half: Half, judged: Judged) -> int
 
 
 _SOFT = "soft score"  # a column that no objective can be named
-_SIGMAS = 3.0
-"""Standard errors of the mean in `stats.upper_bound` at its usual level."""

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from interp_ablate.stats.intervals import clopper_pearson
+
 LEVEL = 0.9  # of the upper bound that `cheapest` allows
 
 
@@ -82,12 +84,7 @@ def knee(frame: pd.DataFrame, by: RuleInput) -> Any:
 
 def rate_bound(rate: float, n: int | None, *, level: float = LEVEL) -> float:
     """One-sided upper bound of a rate on `n` prompts (Clopper and Pearson); the rate itself where n is None."""
-    from scipy.stats import beta
-
-    if n is None or rate >= 1:
-        return rate
-    hits = rate * n
-    return float(beta.ppf(level, hits + 1, n - hits))
+    return rate if n is None or rate >= 1 else clopper_pearson(rate * n, n, level=2 * level - 1)[1]
 
 
 Rule = Callable[[pd.DataFrame, RuleInput], Any]

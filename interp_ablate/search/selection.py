@@ -6,7 +6,7 @@ Does not know: models, prompts or plans; it reads tables of numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,13 +127,16 @@ def _advice(frame: pd.DataFrame, limits: dict[str, pd.Series]) -> str:
 
 
 def _choose(
-    rule: str, frame: pd.DataFrame, limits: dict[str, pd.Series], order: list[str]
+    rule: str,
+    frame: pd.DataFrame,
+    limits: dict[str, pd.Series],
+    take: Callable[[pd.DataFrame], Any],
 ) -> Selection:
+    """What `take` takes among the rows within the limits: it returns the index of one."""
     kept, removed = _apply(frame, limits)
     if kept.empty:
         return Selection(rule, None, len(frame), 0, removed, _advice(frame, limits))
-    best = kept.sort_values(order, kind="stable").head(1)
-    return Selection(rule, _plain(best), len(frame), len(kept), removed)
+    return Selection(rule, _plain(kept.loc[[take(kept)]]), len(frame), len(kept), removed)
 
 
 def arditi(
@@ -163,7 +166,7 @@ def arditi(
         f"kl > {max_kl:g}": rows["kl"] <= max_kl,
         f"addition < {min_addition:g}": rows["addition"] >= min_addition,
     }
-    return _choose("arditi", rows, limits, ["target_log_odds"])
+    return _choose("arditi", rows, limits, lambda kept: kept["target_log_odds"].idxmin())
 
 
 def choose_plan(
@@ -195,10 +198,7 @@ def choose_plan(
     by = by or RuleInput()
     rows = _require(frame, [by.column, "kl", *(at_most or {}), *(each.column for each in limits)])
     passes = _limits(rows, by.column, max_kl, at_most or {}, limits)
-    kept, removed = _apply(rows, passes)
-    if kept.empty:
-        return Selection(rule, None, len(rows), 0, removed, _advice(rows, passes))
-    return Selection(rule, _plain(kept.loc[[RULES[rule](kept, by)]]), len(rows), len(kept), removed)
+    return _choose(rule, rows, passes, lambda kept: RULES[rule](kept, by))
 
 
 def _limits(

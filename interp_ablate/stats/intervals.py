@@ -108,7 +108,7 @@ def _studentized(
     return array.mean() - ratios[-1 - place] * scale, array.mean() - ratios[place] * scale
 
 
-def clopper_pearson(hits: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
+def clopper_pearson(hits: float, n: int, *, level: float = 0.95) -> tuple[float, float]:
     """Exact interval of a rate of `hits` in `n` independent trials: it covers in at least `level` of cases.
 
     Source: Clopper and Pearson 1934, https://doi.org/10.1093/biomet/26.4.404.
@@ -132,7 +132,12 @@ def upper_bound(values: Sequence[float] | np.ndarray, *, level: float = 0.9) -> 
     array = np.asarray(values, dtype=float)
     if array.size < 2 or not _spread(array):
         return None
-    return float(array.mean() + math.sqrt(level / (1 - level)) * _spread(array) / array.size**0.5)
+    return float(array.mean() + bound_errors(level) * _spread(array) / array.size**0.5)
+
+
+def bound_errors(level: float = 0.9) -> float:
+    """How many standard errors `upper_bound` lies above the mean."""
+    return math.sqrt(level / (1 - level))
 
 
 def mean_estimate(values: Sequence[float] | np.ndarray, *, bounds: Bounds = UNBOUNDED) -> Estimate:

@@ -24,6 +24,19 @@ from interp_ablate.sites import (
 )
 
 
+def require_weight_form(plan: Plan) -> None:
+    """Refuse a plan with an edit that only hooks can do.
+
+    Raises:
+        ExportError: says which edit, and why.
+    """
+    if plan.hooks_only:
+        raise ExportError(
+            f"{plan.hooks_only}, and no checkpoint, adapter, GGUF or control vector can hold it. Keep the plan's "
+            "file, and apply it with model.applied(plan) or --plan. Of the other edits there is an exact weight form"
+        )
+
+
 def writers_only_form(plan: Plan, entry: Architecture, hf_config: Any) -> Plan:
     """The plan written at the architecture's writers only, where that is exactly the same function.
 
@@ -35,11 +48,7 @@ def writers_only_form(plan: Plan, entry: Architecture, hf_config: Any) -> Plan:
     Raises:
         ExportError: the reason, and the nearest plan that is exact.
     """
-    if plan.hooks_only:
-        raise ExportError(
-            f"{plan.hooks_only}, and no checkpoint, adapter or control vector can hold it. Keep the plan's file, and "
-            "apply it with model.applied(plan) or --plan. Of the other edits there is an exact weight form"
-        )
+    require_weight_form(plan)
     limited = sorted({edit.positions for edit in plan if edit.positions != "all"})
     if limited:
         raise ExportError(

@@ -9,7 +9,6 @@ from interp_ablate.directions.mean_difference import estimate_directions
 from interp_ablate.league.fitted import FittedMethod, ablation, addition
 from interp_ablate.league.method import LeagueMethod
 from interp_ablate.league.task import LeagueTask
-from interp_ablate.prompts.contrast_set import ContrastSet
 from interp_ablate.search.concept_inversion import cosmic
 
 PROMPTS = 12  # of each side of validation, which every layer's direction runs through
@@ -17,12 +16,7 @@ PROMPTS = 12  # of each side of validation, which every layer's direction runs t
 
 def _fit(task: LeagueTask) -> FittedMethod:
     directions = estimate_directions(task.activations)
-    some = ContrastSet(
-        task.validation.name,
-        task.validation.positive[:PROMPTS],
-        task.validation.negative[:PROMPTS],
-        task.validation.source,
-    )
+    some = task.validation.first(PROMPTS)
     at_last = [item for item in directions if item.position == "-1"]
     # the league compares at equal KL: what a full ablation costs does not decide here
     found = cosmic(task.model, at_last, some, max_kl=None)

@@ -5,11 +5,6 @@ Knows: the method and its source. Does not know: how it is judged.
 
 from __future__ import annotations
 
-from jaxtyping import Float
-from torch import Tensor
-
-from interp_ablate.directions.direction import PerPrompt
-from interp_ablate.directions.mean_difference import as_float64
 from interp_ablate.directions.optimal_transport import gaussian_transport
 from interp_ablate.edits.affine_edit import AffineEdit
 from interp_ablate.edits.plan import Plan
@@ -33,19 +28,11 @@ def _fit_at(task: LeagueTask, site: Site) -> FittedMethod:
     away = gaussian_transport(positive, negative, site, rank=rank)
     back = gaussian_transport(negative, positive, site, rank=rank)
 
-    def score(values: PerPrompt) -> Float[Tensor, " prompt"]:
-        """How much nearer to the positive mean than to the negative one, within the subspace."""
-        inside = as_float64(values) @ away.components.T
-        near, far = (
-            (inside - mean).square().sum(-1) for mean in (away.source_mean, away.target_mean)
-        )
-        return far - near
-
     def family(transport: AffineEdit) -> Family:
         return lambda strength: Plan((transport.times(strength),))
 
     return FittedMethod(
-        Detector(site, "-1", score),
+        Detector.nearer(site, away.components, away.source_mean, away.target_mean),
         family(AffineEdit.of(away, site)),
         family(AffineEdit.of(back, site)),
         about={"layer": site.layer, "rank": rank, "explained": away.explained},

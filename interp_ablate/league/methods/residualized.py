@@ -45,9 +45,7 @@ def _protected(task: LeagueTask) -> dict[str, Directions]:
         contrast = ContrastSet.load(name)
         if name == task.behaviour or own & _texts(contrast):
             continue
-        sides = contrast.positive, contrast.negative
-        some = ContrastSet(name, sides[0][:PROMPTS], sides[1][:PROMPTS], contrast.source)
-        found[name] = estimate_directions(collect(task.model, some, task.sites))
+        found[name] = estimate_directions(collect(task.model, contrast.first(PROMPTS), task.sites))
     return found
 
 

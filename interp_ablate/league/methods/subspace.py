@@ -5,10 +5,6 @@ Knows: the method and its source. Does not know: how it is judged.
 
 from __future__ import annotations
 
-from jaxtyping import Float
-from torch import Tensor
-
-from interp_ablate.directions.direction import PerPrompt
 from interp_ablate.directions.mean_difference import as_float64
 from interp_ablate.directions.subspaces import subspace
 from interp_ablate.league.fitted import Detector, FittedMethod, ablation
@@ -27,15 +23,8 @@ def _fit_at(task: LeagueTask, site: Site) -> FittedMethod:
     positive, negative = task.sides(site)
     found = subspace(positive, negative, site, rank=RANK)
     means = [as_float64(side).mean(0) @ found.vectors.T for side in (positive, negative)]
-
-    def score(values: PerPrompt) -> Float[Tensor, " prompt"]:
-        """How much nearer to the positive mean than to the negative one, within the subspace."""
-        inside = as_float64(values) @ found.vectors.T
-        near, far = ((inside - mean).square().sum(-1) for mean in means)
-        return far - near
-
     return FittedMethod(
-        Detector(site, "-1", score),
+        Detector.nearer(site, found.vectors, *means),
         ablation(found.vectors, task.model.writers),
         about={"layer": site.layer, "rank": RANK},
     )
