@@ -225,7 +225,7 @@ def test_in_a_browser(
         page.get_by_role("button", name="Answer", exact=True).click()
         watched.until("document.querySelector('#scores tbody tr')")
         before = page.locator("#edited").inner_text()
-        page.locator(".band input[type=range]").nth(2).fill("3")
+        page.locator(".slider input[type=range]").nth(2).fill("3")
         watched.until(
             f"document.querySelector('#state').textContent.startsWith('first') && document.querySelector('#edited').innerText !== {json.dumps(before)}"
         )

@@ -21,9 +21,10 @@ def chromium() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("report")
-    heads = "trial,stage,layer,point,position,target_log_odds,addition,kl,status,reason"
+    heads = "trial,stage,layer,point,position,target_log_odds,target_log_odds_baseline,addition,addition_baseline,kl,status,reason"
     trials = [
-        f"{i},refine,{i % 3},resid_post,-1,{(i * 7) % 10 - 4}.5,1.0,{i / 10},ok," for i in range(10)
+        f"{i},refine,{i % 3},resid_post,-1,{(i * 7) % 10 - 4}.5,2.0,1.0,0.0,{i / 10},ok,"
+        for i in range(10)
     ]
     (folder / "trials.csv").write_text("\n".join([heads, *trials]))
     rows = ["layer,point,split,label,prompt,projection"]
@@ -99,7 +100,7 @@ def test_without_a_script_everything_is_there(chromium: Any, report: str) -> Non
     page = context.new_page()
     page.goto(report)
     assert page.locator("#trials tbody tr").count() == 10
-    assert page.locator("#charts circle title").count() == 24 + 10
+    assert page.locator("#charts circle title").count() == 24 + 10 + 1, "and the unedited model"
     assert page.locator("details.answer").count() == 6 and page.locator(".pair").count() == 3
     assert page.get_by_role("button").count() == 0, "a control that does nothing"
     context.close()

@@ -25,7 +25,7 @@ async function ask(path, request, onEvent, signal) {
   }
 }
 
-const bands = [...document.querySelectorAll(".band")].map((band) => ({
+const bands = [...document.querySelectorAll("#sliders .slider")].map((band) => ({
   on: band.querySelector(".on"), range: band.querySelector("[type=range]"), shown: band.querySelector("output"),
 }));
 const wanted = () => ({
