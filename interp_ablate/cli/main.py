@@ -226,6 +226,8 @@ def _quiet_advice() -> None:
     """Advice of the libraries below would drown our own words."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # TransformerLens imports it, and on a CPU it warns of a kernel that no command runs
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     lines = LogLines()
     lines.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[lines])
