@@ -20,6 +20,7 @@ from interp_ablate.errors import InterpAblateError
 from interp_ablate.evaluation.metrics import first_token_kl
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.runs.configuration import MAIN_METHOD
+from interp_ablate.runs.kept_answers import unedited_answers
 from interp_ablate.runs.run_folder import Run
 from interp_ablate.runs.validation_bench import target_of
 from interp_ablate.search.by_layer import Job, LayerSweep
@@ -46,9 +47,11 @@ def is_concept(run: Run) -> bool:
 def found_no_behaviour(run: Run) -> bool:
     """Whether no unedited answer to a positive validation prompt shows the behaviour; kept in run.json."""
     if "no_behaviour" not in run.state:
-        n, rate = _unedited_rate(run)
+        outputs = _unedited(run)
+        n, rate = len(outputs.rows), float(run.expression(outputs, outputs).mean())
         run.record(no_behaviour=rate == 0)
         if rate == 0:
+            run.write("generations.jsonl", unedited_answers(run.expression, outputs))
             run.note(
                 f"none of the {n} unedited answers to positive validation prompts shows the behaviour: there is "
                 "nothing to remove, and this is a run of a concept (directions, held-out probes, projections, "
@@ -58,16 +61,16 @@ def found_no_behaviour(run: Run) -> bool:
     return bool(run.state["no_behaviour"])
 
 
-def _unedited_rate(run: Run) -> tuple[int, float]:
-    """How many positive validation prompts there are, and how often their answers show the behaviour."""
+def _unedited(run: Run) -> ModelOutputs:
+    """The unedited model's outputs on the positive validation prompts."""
     try:
-        outputs = run.bench.positive
+        return run.bench.positive
     except InterpAblateError:  # no target tokens
         prompts = run.split.validation.positive
         outputs = ModelOutputs(run.model, prompts, max_new_tokens=run.configuration.max_new_tokens)
         if float(run.expression(outputs, outputs).mean()):
             raise
-    return len(outputs.rows), float(run.expression(outputs, outputs).mean())
+        return outputs
 
 
 def run_concept(run: Run) -> None:

@@ -29,6 +29,7 @@ from interp_ablate.models.float32 import in_float32
 from interp_ablate.models.model import Model
 from interp_ablate.prompts.chat_format import described
 from interp_ablate.runs.fits import Step
+from interp_ablate.runs.kept_answers import answers_of, unedited_answers
 from interp_ablate.runs.nearest_plans import keep_nearest
 from interp_ablate.runs.objective_results import (
     limits_of,
@@ -39,7 +40,7 @@ from interp_ablate.runs.objective_results import (
 )
 from interp_ablate.runs.run_folder import Run
 from interp_ablate.runs.search_settings import SearchSettings
-from interp_ablate.scoring.behaviour import Behaviour, lacking, told
+from interp_ablate.scoring.behaviour import Behaviour, lacking
 from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.search.bench import ValidationBench
 from interp_ablate.search.derived_edits import (
@@ -73,6 +74,8 @@ def choose_and_test(
     tried: Sequence[Trial] = (),
 ) -> None:
     """Choose on validation scores and test the choice, if any: selected.json and generations.jsonl.
+
+    Without a choice, the answers kept are those of the unedited model to validation prompts.
 
     Args:
         finalists: rows of the table of trials, with text scores.
@@ -114,9 +117,9 @@ def choose_and_test(
         "validation_prompts": run.bench.n_prompts,
         "finalist_prompts": None if bench is run.bench else bench.n_prompts,
     }
-    generations: list[dict[str, Any]] = []
     run.record(no_plan=choice.row is None)
     if choice.row is None:
+        generations = unedited_answers(run.bench.expression, run.bench.positive, run.bench.negative)
         selected["nearest"] = keep_nearest(run, finalists, by, control)
         run.note(f"no candidate passed the limits: {choice.removed}; {choice.relax}")
     else:
@@ -175,7 +178,7 @@ def _tested(
         "trial": choice.trial,
         "test": test,
     }
-    generations = outputs.generations(run.split.test, run.bench.expression)
+    generations = answers_of(run.bench.expression, outputs.conditions)
     if none := lacking(generations):
         run.note(
             f"{none} of the test split's answers have no verdict by {run.bench.expression.name} (generations.jsonl "
@@ -256,30 +259,16 @@ class TestOutputs:
         ablated = positive.with_plan(plan), negative.with_plan(plan)
         return cls(positive, negative, *ablated, negative.with_plan(addition))
 
-    def generations(self, test: Any, scorer: Behaviour) -> list[dict[str, Any]]:
-        """The texts, a row each; `expressed` is None of a thought that did not end."""
-        sides = {"positive": test.positive, "negative": test.negative}
-        conditions = (
+    @property
+    def conditions(self) -> tuple[tuple[str, str, ModelOutputs], ...]:
+        """Each with its name and the set of its prompts."""
+        return (
             ("baseline", "positive", self.positive),
             ("ablated", "positive", self.ablated_positive),
             ("baseline", "negative", self.negative),
             ("ablated", "negative", self.ablated_negative),
             ("added", "negative", self.added),
         )
-        return [
-            {
-                "label": side,
-                "prompt": prompt.text,
-                "condition": condition,
-                "text": text,
-                **verdict,
-                **({"expressed": None} if none else {}),
-            }
-            for condition, side, outputs in conditions
-            for prompt, text, verdict, none in zip(
-                sides[side], outputs.texts, told(scorer, outputs), unanswered(outputs)
-            )
-        ]
 
 
 def measure_on_test(

@@ -155,4 +155,7 @@ def test_a_behaviour_that_no_answer_shows_is_a_concept_too(
     assert main(["run", *flags, "--expressions", str(words), "--out", str(out)]) == 1
     assert not (out / "export").exists() and not (out / "trials.csv").exists()
     assert "none of the 6 unedited answers" in capsys.readouterr().out
+    said = [json.loads(line) for line in (out / "generations.jsonl").read_text().splitlines()]
+    assert len(said) == 6 and not any(row["expressed"] for row in said)
+    assert "baseline 0 of 6" in (out / "report.html").read_text()
     assert main(["run", *flags, "--expressions", str(words), "--out", str(out)]) == 1

@@ -448,7 +448,14 @@ def test_nothing_passes(
         assert Plan.load(out / "plans" / f"{kept[0]}.json").edits
     else:
         assert not kept and "does more than the unedited model" in said
-    assert "kl &gt; 1e-09" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "kl &gt; 1e-09" in page
+    rows = [json.loads(line) for line in (out / "generations.jsonl").read_text().splitlines()]
+    assert {(row["label"], row["condition"]) for row in rows} == {
+        ("positive", "baseline"), ("negative", "baseline"),
+    }  # fmt: skip
+    assert all("expressed" in row for row in rows) and any(row["text"] for row in rows)
+    assert "Validation split. Expressed: baseline" in page and "Test split." not in page
 
 
 def test_nan_scores_are_failed_trials_and_never_chosen(
