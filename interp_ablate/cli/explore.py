@@ -48,7 +48,6 @@ def run(args: Namespace) -> int:
     session = _session(args, settings)
     token = None if settings.host in LOOPBACK else secrets.token_urlsafe(24)
     app = explorer_app(session, token=token)
-    session.warm_up()
     config = uvicorn.Config(
         app, settings.host, settings.port, log_level="warning", server_header=False, ws="none"
     )

@@ -83,14 +83,13 @@ class Controls:
                 f"{len(self.amounts)} amounts and direction {self.direction}"
             )
         strengths: dict[Site, float] = {}
+        writers = model.writers if self.operation == "ablate" else ()
         for band, amount in zip(bands, self.amounts):
             if amount is None or (amount == 0 and self.operation != "clamp"):
                 continue
             if self.operation == "ablate":
-                sites = [
-                    s for s in model.writers if s.layer in band and s.point not in EMBEDDING_POINTS
-                ]
-                strengths |= dict.fromkeys(sites, amount)
+                blocks = (site for site in writers if site.point not in EMBEDDING_POINTS)
+                strengths |= {site: amount for site in blocks if site.layer in band}
             else:
                 share = len(band) if self.operation == "add" else 1
                 strengths |= {Site(layer, "resid_post"): amount / share for layer in band}

@@ -55,11 +55,12 @@ class _Refused(Exception):
 
 
 class _Queue:
-    """The one thread that may use the model; what is asked waits for its turn."""
+    """The one thread that may use the model; what is asked waits for its turn, behind what is done at first."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: Callable[[], None]) -> None:
         self._thread = ThreadPoolExecutor(1, "explorer")
         self._waiting = 0
+        self._first = self._thread.submit(first)  # what it raises, the requests behind it are told
 
     async def events(
         self, work: Callable[[], Iterator[dict[str, Any]]]
@@ -85,7 +86,8 @@ class _Queue:
                 send({"error": f"{type(error).__name__}: see the terminal"})
             send(_END)
 
-        ahead, self._waiting = self._waiting, self._waiting + 1
+        ahead = self._waiting + (not self._first.done())
+        self._waiting += 1
         try:
             self._thread.submit(run)
             if ahead:
@@ -109,7 +111,7 @@ def explorer_app(session: ExplorerSession, *, token: str | None = None) -> Starl
     )
     from starlette.routing import Route
 
-    queue, page = _Queue(), page_of(session)
+    queue, page = _Queue(session.warm_up), page_of(session)
 
     async def index(request: Request) -> Response:
         if token and request.query_params.get("token"):

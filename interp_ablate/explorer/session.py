@@ -36,7 +36,7 @@ from interp_ablate.search.trial_table import params_of, read_trials
 
 Event = dict[str, Any]
 REMEMBERED = 16  # unedited answers
-LONGEST_ANSWER = 512  # tokens
+LONGEST_ANSWER, USUAL_ANSWER = 512, 48  # tokens
 TOP_TERMS = 25
 
 
@@ -74,11 +74,13 @@ class ExplorerSession:
         return one_per_layer(alike, point)
 
     def warm_up(self) -> None:
-        """Answer once, so that what is measured of the model before its first answer is not waited for later."""
-        middle = self.directions[len(self.directions) // 2]
-        for plan in (Plan(), ablate_layers(self.model, middle)):
-            for _ in self._streamed(Prompt("Hello"), plan, 2):
-                pass
+        """Answer once, so that what is measured of the model before its first answer is not waited for later.
+
+        What may be shared between passes is measured at a length: that of an answer of the page's usual size.
+        """
+        plan = ablate_layers(self.model, self.directions[len(self.directions) // 2])
+        for _ in self._streamed(Prompt("Hello " * 24), plan, USUAL_ANSWER):
+            break
 
     def plan(self, request: Mapping[str, Any]) -> Plan:
         """The plan that a page asks for: one by name, times a strength, or that of its sliders.
@@ -96,8 +98,8 @@ class ExplorerSession:
         """The prompt answered under the plan and without it, token by token, then scores and marked differences."""
         prompt, limit = _prompt(request), _limit(request)
         plan = self.plan(request)
-        outputs = ModelOutputs(self.model, [prompt], max_new_tokens=limit)
         after = yield from self._answered("edited", prompt, plan, limit)
+        outputs = ModelOutputs(self.model, [prompt], max_new_tokens=limit)
         key = (tuple(outputs.rows[0]), limit)
         before = self._unedited.get(key)
         if before is None:
@@ -108,8 +110,8 @@ class ExplorerSession:
         yield {
             "unedited": marked_differences(after.text, before.text),
             "edited": marked_differences(before.text, after.text),
-            "scores": self._scores(outputs, plan, before, after),
         }
+        yield {"scores": self._scores(outputs, plan, before, after)}
 
     def _answered(
         self, side: str, prompt: Prompt, plan: Plan, limit: int
@@ -137,14 +139,16 @@ class ExplorerSession:
         self, outputs: ModelOutputs, plan: Plan, before: Generation, after: Generation
     ) -> list[Event]:
         """KL at the first token and along the unedited answer, and what the expressions say of both answers."""
-        rows: list[Event] = []
         edited = outputs.fresh(plan if plan.edits else None)
-        first = kl_divergence(outputs.first_logprobs, edited.first_logprobs)
-        rows.append({"name": "KL, first token (nats)", "edited": float(first)})
+        # of an empty answer any token: what follows the prompt is read before it
+        along = [before.tokens or (0,)]
+        sides = [each.continuation_logprobs(along)[0] for each in (outputs, edited)]
+        kl = kl_divergence(*sides)
+        rows: list[Event] = [{"name": "KL, first token (nats)", "edited": float(kl[0])}]
         if before.tokens:
-            along = [each.continuation_logprobs([before.tokens])[0] for each in (outputs, edited)]
-            mean = float(kl_divergence(*along).mean())
-            rows.append({"name": "KL a token, along the unedited answer", "edited": mean})
+            rows.append(
+                {"name": "KL a token, along the unedited answer", "edited": float(kl.mean())}
+            )
         if self.expression is not None:
             texts = {"unedited": before.text, "edited": after.text}
             said = {side: self.expression.outcome(text) for side, text in texts.items()}
@@ -230,7 +234,7 @@ def _prompt(request: Mapping[str, Any]) -> Prompt:
 
 
 def _limit(request: Mapping[str, Any]) -> int:
-    number = request.get("max_new_tokens", 48)
+    number = request.get("max_new_tokens", USUAL_ANSWER)
     if not (isinstance(number, int) and 1 <= number <= LONGEST_ANSWER):
         raise RunError(f"an answer has 1 to {LONGEST_ANSWER} tokens; got {number!r:.40}")
     return number

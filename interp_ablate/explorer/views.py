@@ -12,6 +12,7 @@ from interp_ablate.directions.direction_set import most_separating
 from interp_ablate.display import Html, html_table, shortened
 from interp_ablate.errors import RunError
 from interp_ablate.explorer.controls import OPERATIONS, bands_of
+from interp_ablate.explorer.session import LONGEST_ANSWER, USUAL_ANSWER, ExplorerSession
 from interp_ablate.plots.run_charts import (
     cosines_chart,
     held_out,
@@ -29,8 +30,6 @@ from interp_ablate.storage.bundled_data import bundled
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from interp_ablate.explorer.session import ExplorerSession
 
 _TRIAL_COLUMNS = ("trial", "stage", "edit", "layer", "point", "target_log_odds", "kl", "expression_rate", "prompts", "status")  # fmt: skip
 _BINS = 16
@@ -53,6 +52,8 @@ def page_of(session: ExplorerSession) -> str:
             f"{b[0]}–{b[-1]}" if len(b) > 1 else f"{b[0]}" for b in bands_of(session.model.n_layers)
         ],
         operations=OPERATIONS,
+        usual_answer=USUAL_ANSWER,
+        longest_answer=LONGEST_ANSWER,
         directions=[_name(each) for each in session.directions],
         first=session.directions.index(most_separating(session.directions)),
         plans=plan_names(session.folder),

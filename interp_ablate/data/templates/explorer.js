@@ -65,14 +65,14 @@ async function answer() {
           span.title = event.values.map((value, layer) => `${layer}: ${value.toFixed(2)}`).join("  ");
         }
         $(event.side).append(span);
-      } else {
-        $("edited").innerHTML = event.edited;
-        $("unedited").innerHTML = event.unedited;
+      } else if (event.scores) {
         const cell = (value) => make("td", {}, typeof value === "number" ? value.toPrecision(3) : value ?? "–");
         $("scores").tBodies[0].replaceChildren(...event.scores.map((row) => make("tr", {}, cell(row.name), cell(row.edited), cell(row.unedited))));
         $("scores").hidden = false;
         say(`first token after ${Math.round(first)} ms`);
-        document.body.dataset.firstToken = Math.round(first);
+      } else {
+        $("edited").innerHTML = event.edited;
+        $("unedited").innerHTML = event.unedited;
       }
     }, mine.signal);
   } catch (error) {
@@ -113,7 +113,7 @@ $("controls").addEventListener("input", (event) => {
   modes();
   if (event.target === $("name") || !$("live").checked || !$("prompt").value.trim()) return;
   clearTimeout(later);
-  later = setTimeout(answer, 200);
+  later = setTimeout(answer, 100);
 });
 $("keep").addEventListener("click", async () => {
   try {
