@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import MISSING, field
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal
 
+FloatDtype = Literal["float32", "bfloat16", "float16", "float64"]
 MAX_NEW_TOKENS = 32  # of an answer, at most, where nobody asks for another number
 MAX_THOUGHT_TOKENS = 512  # of a thought before the answer, likewise
 SPLIT_SIZES = {"n_train": 64, "n_validation": 32, "n_test": 32}  # prompts a side of a split's parts

@@ -9,19 +9,19 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from interp_ablate.errors import InterpAblateError
+from interp_ablate.settings import FloatDtype
 from interp_ablate.sites import Site
 from interp_ablate.storage.atomic_files import atomic_path
 from interp_ablate.storage.incoming_files import check_file
 
 SUFFIX = ".safetensors"
-ShardDtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,16 @@ class Shards:
     """Where activations of tokens are streamed to, and in which form."""
 
     folder: str | Path
-    dtype: ShardDtype | None = None
+    dtype: FloatDtype | None = None
     """Of the values on disk; default: the model's."""
     max_bytes: int = 256 << 20
     """Of a file, at most, unless one prompt alone takes more. About three times as much memory is used."""
 
     def __post_init__(self) -> None:
-        if self.dtype not in (None, *get_args(ShardDtype)) or self.max_bytes < 1:
+        if self.dtype not in (None, *get_args(FloatDtype)) or self.max_bytes < 1:
             raise InterpAblateError(
                 f"Shards(dtype={self.dtype!r}, max_bytes={self.max_bytes}): accepted are the dtypes "
-                f"{', '.join(get_args(ShardDtype))}, and 1 byte or more"
+                f"{', '.join(get_args(FloatDtype))}, and 1 byte or more"
             )
 
 

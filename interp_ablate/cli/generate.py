@@ -6,6 +6,7 @@ Knows: flags and what is printed. Does not know: how answers are written.
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,7 +57,7 @@ def run(args: Namespace) -> int:
         settings = settings_from(args, Generate, under={**stored, "plan": selected})
     plan = Plan.load(settings.plan) if settings.plan else None
     strength, harmless = _strength(settings, plan)
-    prompts = _prompts(settings)
+    prompts = prompts_of(settings.prompts, settings.system)
     model = load(settings, settings.model)
     if isinstance(strength, KLStrength) and plan is not None:
         found = strength_at_kl_quantile(
@@ -108,12 +109,17 @@ def _strength(settings: Generate, plan: Any) -> tuple[Any, Any]:
     )
 
 
-def _prompts(settings: Generate) -> list[Any]:
+def prompts_of(arguments: Sequence[str], system: str | None) -> list[Any]:
+    """The prompts that arguments give: each one itself, or those of a file (@FILE).
+
+    Raises:
+        InterpAblateError: a file that cannot be read.
+    """
     from interp_ablate.prompts.prompt import Prompt
     from interp_ablate.prompts.readers import Reading, read_side
 
-    how, prompts = Reading(system=settings.system), []
-    for argument in settings.prompts:
+    how, prompts = Reading(system=system), []
+    for argument in arguments:
         file = argument.startswith("@")
-        prompts += read_side(argument[1:], how) if file else [Prompt(argument, settings.system)]
+        prompts += read_side(argument[1:], how) if file else [Prompt(argument, system)]
     return prompts

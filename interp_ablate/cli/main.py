@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "search": ("search", "search plans for little behaviour at little KL, and test the best"),
     "league": ("league", "every method of removing and inducing behaviours, at one budget"),
     "collect": ("stage", "one stage of a run: activations of the training and validation prompts"),
+    "activations": ("activations", "every token's activations of prompts, streamed to disk"),
     "directions": (
         "directions",
         "one stage of a run: directions, their separation, and what is protected",

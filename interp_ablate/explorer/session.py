@@ -175,9 +175,11 @@ class ExplorerSession:
         whole = attribute(self.model, [list(map(int, ids[: index + 1]))], direction, positions=-1)
         frame = whole.of_token(0, -1).head(TOP_TERMS)
         rows = [(row.term, float(row.value)) for row in frame.itertuples()]
+        text = self.model.tokenizer.decode([int(ids[index])]) if self.model.tokenizer else ""
         caption = (
-            f"The {len(rows)} largest of {len(whole.terms)} terms of {float(whole.projection[0]):.4g} along "
-            f"{direction.name}; sum and projection differ by {whole.error:.1e} of all terms' sizes"
+            f"Token {index} {text!r}, read without a plan: the {len(rows)} largest of {len(whole.terms)} terms of "
+            f"{float(whole.projection[0]):.4g} along {direction.name}; sum and projection differ by "
+            f"{whole.error:.1e} of all terms' sizes"
         )
         return {"html": html_table(("written by", "along the direction"), rows, caption=caption)}
 

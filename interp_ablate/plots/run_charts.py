@@ -126,14 +126,19 @@ def cosines_chart(directions: Sequence[Direction]) -> Html:
     if not items:
         return Html('<p class="soft">No directions.</p>')
     cosines = cosine_similarities(items).tolist()
-    names = [f"{each.site.layer}.{each.site.point.removeprefix('resid_')}" for each in items]
+    several = len({each.position for each in items}) > 1
+    names = [
+        f"{each.site.layer}.{each.site.point.removeprefix('resid_')}"
+        + f"[{each.position}]" * several
+        for each in items
+    ]
     near = [cosines[i][i + 1] for i in range(len(items) - 1)]
     alt = f"Cosines of {len(items)} directions in forward order." + (
         f" Neighbours: {np.mean(near):.2f} on average; the first and the last: {cosines[0][-1]:.2f}."
         if near
         else ""
     )
-    return heat_svg(cosines, names, alt=alt)
+    return heat_svg(cosines, names, alt=alt, caption=f"{len(items)} directions.")
 
 
 def trials_chart(
@@ -177,7 +182,7 @@ def trials_chart(
         marks,
         alt=alt,
         xlabel="KL, first token (nats)",
-        ylabel="change of log-odds (0: unedited)",
+        ylabel="change of log-odds",
         front=front,
         caption=f"n: prompts a side; hollow: fewer than the most. Line: the front{limit}.",
     )

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from interp_ablate.display import Html, html_of
 
 _WIDTH, _HEIGHT = 720, 330
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 12, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 82, 12, 12, 54  # room for labels that narrow screens draw larger
 _N_STYLES = 6  # of series: beyond them colours begin again
 
 
@@ -96,12 +96,14 @@ def marks_svg(
     )
 
 
-def heat_svg(values: Sequence[Sequence[float]], names: Sequence[str], *, alt: str) -> Html:
+def heat_svg(
+    values: Sequence[Sequence[float]], names: Sequence[str], *, alt: str, caption: str = ""
+) -> Html:
     """A square of values from -1 to 1, such as cosines; each cell says its pair and its value."""
     n = len(names)
     side = 560 / max(n, 1)
     cells = [
-        f'<rect class="{"pos" if value >= 0 else "neg"}" x="{60 + j * side:.2f}" y="{i * side:.2f}" '
+        f'<rect class="{"pos" if value >= 0 else "neg"}" x="{_LEFT + j * side:.2f}" y="{i * side:.2f}" '
         f'width="{side:.2f}" height="{side:.2f}" fill-opacity="{min(abs(value), 1):.2f}">'
         f"<title>{html_of(names[i])} and {html_of(names[j])}: {value:.3f}</title></rect>"
         for i, row in enumerate(values)
@@ -109,11 +111,13 @@ def heat_svg(values: Sequence[Sequence[float]], names: Sequence[str], *, alt: st
     ]
     every = max(1, -(-n // 16))
     labels = [
-        f'<text x="55" y="{(i + 0.5) * side + 4:.1f}" text-anchor="end">{html_of(names[i])}</text>'
+        f'<text x="{_LEFT - 5}" y="{(i + 0.5) * side + 4:.1f}" text-anchor="end">{html_of(names[i])}</text>'
         for i in range(0, n, every)
     ]
     return Html(
-        f'<div class="chart"><svg viewBox="0 0 624 564" role="img" aria-label="{html_of(alt)}">'
+        f'<div class="chart"><p class="legend">{html_of(caption)} <span><i class="dot s0"></i>1</span> '
+        f'<span><i class="dot s1"></i>-1</span></p><svg viewBox="0 0 {_LEFT + 564} 564" role="img" '
+        f'aria-label="{html_of(alt)}">'
         f"{''.join(cells)}{''.join(labels)}</svg></div>"
     )
 
@@ -129,6 +133,8 @@ class _Scale:
         self.low, self.high, self.start, self.end = low - margin, high + margin, start, end
         step = 10 ** math.floor(math.log10((high - low) / 5))
         step = next(k * step for k in (1, 2, 5, 10) if (high - low) / (k * step) <= 8)
+        if all(float(value).is_integer() for value in values):  # counts and layers have no halves
+            step = max(step, 1.0)
         first = math.ceil(self.low / step)
         self.ticks = [i * step for i in range(first, math.floor(self.high / step) + 1)]
 
@@ -157,7 +163,7 @@ def _axes(xs: _Scale, ys: _Scale, xlabel: str, ylabel: str) -> str:
         for t in ys.ticks
     ]
     parts += [
-        f'<text x="{xs(t):.1f}" y="{floor + 17}" text-anchor="middle">{t:.4g}</text>'
+        f'<text x="{xs(t):.1f}" y="{floor + 19}" text-anchor="middle">{t:.4g}</text>'
         for t in xs.ticks
     ]
     parts.append(
@@ -168,6 +174,6 @@ def _axes(xs: _Scale, ys: _Scale, xlabel: str, ylabel: str) -> str:
     )
     middle = (_TOP + floor) / 2
     parts.append(
-        f'<text transform="rotate(-90 14 {middle:.0f})" x="14" y="{middle:.0f}" text-anchor="middle">{html_of(ylabel)}</text>'
+        f'<text transform="rotate(-90 18 {middle:.0f})" x="18" y="{middle:.0f}" text-anchor="middle">{html_of(ylabel)}</text>'
     )
     return "".join(parts)

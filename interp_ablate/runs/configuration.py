@@ -5,14 +5,14 @@ Knows: settings and their checks. Does not know: what a stage does with them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from interp_ablate.errors import RunError
 from interp_ablate.models.loading import LoadingOptions
 from interp_ablate.settings import MAX_KL, MAX_NEW_TOKENS, SPLIT_SIZES, setting, suggestion
-from interp_ablate.sites import POINTS, RESIDUAL_POINTS
+from interp_ablate.sites import POINTS, RESIDUAL_POINTS, Site, sites_of
 
 MAIN_METHOD = "difference_in_means"
 NO_MODEL = "no model: give --model (a bundled alias such as smollm2, a folder, a hub name)"
@@ -80,11 +80,7 @@ class Configuration(LoadingOptions):
             )
         if self.rubric is not None and not (self.scorer or "").startswith("judge:"):
             raise RunError("--rubric is of a judge: give --scorer judge:MODEL@BASE_URL with it")
-        wrong = [site for site in self.sites if site not in POINTS]
-        if wrong or not self.sites:
-            raise RunError(
-                f"unknown site {wrong[0] if wrong else ''!r}: accepted are {', '.join(POINTS)}"
-            )
+        check_points(self.sites)
         for name, least in (
             ("n_train", 2),
             ("n_validation", 2),
@@ -139,18 +135,42 @@ class Configuration(LoadingOptions):
         except TypeError as error:
             raise RunError(f"a setting has the wrong type: {error}") from error
 
-    def layer_range(self, n_layers: int) -> range:
-        """`--layers A-B`, both ends included, checked against the model.
 
-        Raises:
-            RunError: not of that form, or beyond the model.
-        """
-        if self.layers is None:
-            return range(n_layers)
-        first, _, last = str(self.layers).partition("-")
-        if not first.isdigit() or not (last or first).isdigit():
-            raise RunError(f"cannot read --layers {self.layers!r}: write A-B, such as 10-25")
-        start, end = int(first), int(last or first)
-        if not 0 <= start <= end < n_layers:
-            raise RunError(f"--layers {self.layers}: the model has layers 0 to {n_layers - 1}")
-        return range(start, end + 1)
+def check_points(points: Sequence[str]) -> None:
+    """Refuse what `--sites` cannot take.
+
+    Raises:
+        RunError: it names what it can.
+    """
+    wrong = [point for point in points if point not in POINTS]
+    if wrong or not points:
+        raise RunError(
+            f"unknown site {wrong[0] if wrong else ''!r}: accepted are {', '.join(POINTS)}"
+        )
+
+
+def layers_of(layers: str | None, n_layers: int) -> range:
+    """`--layers A-B`, both ends included, checked against the model; None: all.
+
+    Raises:
+        RunError: not of that form, or beyond the model.
+    """
+    if layers is None:
+        return range(n_layers)
+    first, _, last = str(layers).partition("-")
+    if not first.isdigit() or not (last or first).isdigit():
+        raise RunError(f"cannot read --layers {layers!r}: write A-B, such as 10-25")
+    start, end = int(first), int(last or first)
+    if not 0 <= start <= end < n_layers:
+        raise RunError(f"--layers {layers}: the model has layers 0 to {n_layers - 1}")
+    return range(start, end + 1)
+
+
+def sites_of_model(model: Any, points: Sequence[Any], layers: str | None) -> tuple[Site, ...]:
+    """The sites that `--sites` and `--layers` name in a model; the usual three points are those that its blocks have.
+
+    Raises:
+        RunError: layers that it lacks.
+    """
+    chosen: Any = model.residual_points if tuple(points) == RESIDUAL_POINTS else points
+    return sites_of(chosen, layers_of(layers, model.n_layers))

@@ -75,8 +75,6 @@ def choose_and_test(
 ) -> None:
     """Choose on validation scores and test the choice, if any: selected.json and generations.jsonl.
 
-    Without a choice, the answers kept are those of the unedited model to validation prompts.
-
     Args:
         finalists: rows of the table of trials, with text scores.
         repetition_slack: how much more than the unedited model's a plan's answers may repeat themselves.

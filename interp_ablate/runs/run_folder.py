@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from interp_ablate import __version__
 from interp_ablate.errors import RunError
 from interp_ablate.jobs.bars import Bars, Progress
-from interp_ablate.runs.configuration import NAMES, Configuration
+from interp_ablate.runs.configuration import NAMES, Configuration, layers_of, sites_of_model
 from interp_ablate.settings import SPLIT_SIZES
-from interp_ablate.sites import RESIDUAL_POINTS, Point, Site, sites_of
+from interp_ablate.sites import Site
 from interp_ablate.storage.atomic_files import folder_made, remove_left_overs, write_atomic
 from interp_ablate.storage.incoming_files import incoming_object
 from interp_ablate.storage.output_folder import check_output_path
@@ -242,7 +242,7 @@ class Run:
         c = self.configuration
         with self.step("load model", None):
             model = load_model(c.model, **c.loading)
-        c.layer_range(model.n_layers)
+        layers_of(c.layers, model.n_layers)
         check_output_path(self.out / "export", overwrite=True, source=model.source.path)
         self._check_model(model)
         self._check_answers_next(model)
@@ -323,11 +323,7 @@ class Run:
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        c = self.configuration
-        points: tuple[Point, ...] = c.sites  # type: ignore[assignment]
-        if points == RESIDUAL_POINTS:
-            points = self.model.residual_points
-        return sites_of(points, c.layer_range(self.model.n_layers))
+        return sites_of_model(self.model, self.configuration.sites, self.configuration.layers)
 
     @property
     def directions(self) -> Directions:

@@ -272,6 +272,50 @@ def test_in_a_browser(
     kept.unlink()
 
 
+LETTERS = """[...document.querySelectorAll('.chart')].filter(chart => chart.offsetParent).map(chart => {
+  const text = chart.querySelector('text'), svg = chart.querySelector('svg');
+  return parseFloat(getComputedStyle(text).fontSize) * svg.getScreenCTM().a;
+})"""
+
+
+def test_what_cannot_be_done_is_said_where_it_was_asked(served: Served, folder: Path) -> None:
+    with browser() as chromium:
+        watched = Watched(chromium)
+        page = watched.page
+        page.goto(served.address)
+        page.locator("#prompt").fill("Hello")
+        page.locator("#name").fill("a/b")
+        page.get_by_role("button", name="Keep the plan").click()
+        watched.until("document.querySelector('#kept.error')")
+        page.locator("#plan").select_option("chosen")
+        page.locator("#strength").fill("")
+        watched.until("document.querySelector('#state.error')")  # not: times 0
+        assert "a strength is a number" in page.locator("#state").inner_text()
+        page.locator("#plan").select_option("")
+
+        page.locator("#limit").fill("513")
+        page.locator("#said").fill("What I typed")
+        page.get_by_role("button", name="Say").click()
+        watched.until("document.querySelector('#turns .error')")
+        assert page.locator("#said").input_value() == "What I typed"
+        page.locator("#layer-number").fill("99")
+        page.locator("#show-layer").click()
+        watched.until("document.querySelector('#layer .error')")
+        page.locator("#layer-number").fill("1")
+        page.locator("#show-layer").click()
+        watched.until("document.querySelector('#layer svg')")
+        ticks = page.locator("#layer text[text-anchor=end]").all_text_contents()
+        assert ticks and all(float(tick).is_integer() for tick in ticks)  # of prompts
+
+        page.locator("#look summary").click()
+        for width in (1400, 390):
+            page.set_viewport_size({"width": width, "height": 900})
+            page.wait_for_timeout(100)
+            letters = page.evaluate(LETTERS)
+            assert len(letters) >= 5 and min(letters) > 9 and max(letters) < 20, (width, letters)
+        watched.check(served.address)
+
+
 def test_what_cannot_be_explored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, said in (([], "give a run folder"), ([str(tmp_path)], "no directions"), (["--model", "x"], "--directions")):  # fmt: skip
         assert main(["explore", *arguments]) == 2

@@ -23,7 +23,7 @@ from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import InterpAblateError, RunError
 from interp_ablate.prompts.contrast_set import ContrastSet
 from interp_ablate.prompts.template_process import TemplateProcess
-from interp_ablate.runs.configuration import Configuration
+from interp_ablate.runs.configuration import Configuration, layers_of
 from interp_ablate.runs.run_folder import FORMAT, STAGES, Run
 from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.search.grid import SCALES
@@ -538,7 +538,7 @@ def test_bad_settings(change: dict, said: str) -> None:
 @pytest.mark.parametrize("layers", ["9-12", "2-1", "x", "0-3"])
 def test_bad_layers(layers: str) -> None:
     with pytest.raises(RunError, match="layers"):
-        Configuration(model="m", contrast="declining", layers=layers).layer_range(3)
+        layers_of(layers, 3)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -1,7 +1,8 @@
 // The explorer: sliders to a plan, answers as they are made. Texts of a model are set as text; HTML comes escaped.
 "use strict";
 const $ = (id) => document.getElementById(id);
-const say = (text, wrong = false) => { $("state").textContent = text; $("state").className = wrong ? "error" : "soft"; };
+const tell = (place, text, wrong = false) => { place.textContent = text; place.className = wrong ? "error" : "soft"; };
+const say = (text, wrong) => tell($("state"), text, wrong);
 
 async function ask(path, request, onEvent, signal) {
   const response = await fetch(path, {
@@ -29,8 +30,8 @@ const bands = [...document.querySelectorAll("#sliders .slider")].map((band) => (
   on: band.querySelector(".on"), range: band.querySelector("[type=range]"), shown: band.querySelector("output"),
 }));
 const wanted = () => ({
-  prompt: $("prompt").value, max_new_tokens: Number($("limit").value), direction: Number($("direction").value),
-  plan: $("plan").value, strength: Number($("strength").value),
+  prompt: $("prompt").value, max_new_tokens: $("limit").valueAsNumber, direction: Number($("direction").value),
+  plan: $("plan").value, strength: $("strength").valueAsNumber,
   controls: {
     operation: document.querySelector("[name=operation]:checked").value, direction: Number($("direction").value),
     amounts: bands.map((band) => (band.on.checked ? Number(band.range.value) : null)),
@@ -80,18 +81,23 @@ async function answer() {
   }
 }
 async function into(id, path, request) {
-  const place = $(id);
+  const place = $(id), told = make("p", {});
+  tell(told, "working …");
+  place.hidden = false;
+  place.replaceChildren(told); // where it was asked for: the state may be out of sight
   try {
     say("working …");
     await ask(path, request, (event) => {
-      place.hidden = false;
       place.innerHTML = event.html;
       place.ids = event.ids;
       for (const table of place.querySelectorAll("table")) { if (table.tHead) sortable(table); }
       for (const chart of place.querySelectorAll(".chart")) hoverable(chart);
       say("");
     });
-  } catch (error) { say(error.message, true); }
+  } catch (error) {
+    say("");
+    tell(told, error.message, true);
+  }
 }
 
 $("prompt-form").addEventListener("submit", (event) => { event.preventDefault(); answer(); });
@@ -116,14 +122,15 @@ $("controls").addEventListener("input", (event) => {
   later = setTimeout(answer, 100);
 });
 $("keep").addEventListener("click", async () => {
+  tell($("kept"), "keeping …");
   try {
     await ask("keep", {...wanted(), name: $("name").value.trim()}, (event) => {
-      $("kept").textContent = `kept: ${event.path}`;
+      tell($("kept"), `kept: ${event.path}`);
       const chosen = $("plan").value;
       $("plan").replaceChildren(make("option", {value: ""}, "from the sliders"), ...event.plans.map((name) => make("option", {}, name)));
       $("plan").value = chosen;
     });
-  } catch (error) { $("kept").textContent = error.message; }
+  } catch (error) { tell($("kept"), error.message, true); }
 });
 
 let turns = [];
@@ -138,8 +145,8 @@ $("chat-form").addEventListener("submit", async (event) => {
     await ask("chat", {...wanted(), prompt: text, turns}, (piece) => theirs.append(piece.text));
     turns.push({role: "user", content: text}, {role: "assistant", content: theirs.textContent});
   } catch (error) {
-    theirs.textContent = error.message;
-    theirs.className = "error";
+    tell(theirs, error.message, true);
+    $("said").value ||= text;
   }
 });
 $("forget").addEventListener("click", () => { turns = []; $("turns").replaceChildren(); });
