@@ -64,22 +64,19 @@ class ExplorerSession:
         if not self.directions:
             raise RunError("there are no directions to explore")
 
-    @property
-    def by_layer(self) -> list[Direction]:
-        """The directions at one point, those of the first's position: one a layer."""
-        points = [each.site.point for each in self.directions]
-        point = "resid_post" if "resid_post" in points else points[0]
-        first = self.directions[points.index(point)]
-        alike = [each for each in self.directions if each.is_of(first.position, first.method)]
-        return one_per_layer(alike, point)
+    def by_layer(self, number: int) -> list[Direction]:
+        """One direction a layer, at one point: those of the position and the method of that one."""
+        like = self.directions[number]
+        return one_per_layer(d for d in self.directions if d.is_of(like.position, like.method))
 
     def warm_up(self) -> None:
         """Answer once, so that what is measured of the model before its first answer is not waited for later.
 
         What may be shared between passes is measured at a length: that of an answer of the page's usual size.
         """
-        plan = ablate_layers(self.model, self.directions[len(self.directions) // 2])
-        for _ in self._streamed(Prompt("Hello " * 24), plan, USUAL_ANSWER):
+        middle = len(self.directions) // 2
+        plan = ablate_layers(self.model, self.directions[middle])
+        for _ in self._streamed(Prompt("Hello " * 24), plan, USUAL_ANSWER, self.by_layer(middle)):
             break
 
     def plan(self, request: Mapping[str, Any]) -> Plan:
@@ -98,12 +95,13 @@ class ExplorerSession:
         """The prompt answered under the plan and without it, token by token, then scores and marked differences."""
         prompt, limit = _prompt(request), _limit(request)
         plan = self.plan(request)
-        after = yield from self._answered("edited", prompt, plan, limit)
+        watched = self.by_layer(self._direction(request))
+        after = yield from self._answered("edited", prompt, plan, limit, watched)
         outputs = ModelOutputs(self.model, [prompt], max_new_tokens=limit)
         key = (tuple(outputs.rows[0]), limit)
         before = self._unedited.get(key)
         if before is None:
-            before = yield from self._answered("unedited", prompt, Plan(), limit)
+            before = yield from self._answered("unedited", prompt, Plan(), limit, ())
             self._unedited[key] = before
             while len(self._unedited) > REMEMBERED:
                 self._unedited.popitem(last=False)
@@ -114,26 +112,21 @@ class ExplorerSession:
         yield {"scores": self._scores(outputs, plan, before, after)}
 
     def _answered(
-        self, side: str, prompt: Prompt, plan: Plan, limit: int
+        self, side: str, prompt: Prompt, plan: Plan, limit: int, watched: Sequence[Direction]
     ) -> Generator[Event, None, Generation]:
-        """An event a token as it is made, an edited one with its projections; returns the answer."""
+        """An event a token as it is made, with its projections on what is watched; returns the answer."""
         ids: list[int] = []
-        for token, values in self._streamed(prompt, plan, limit):
+        for token, values in self._streamed(prompt, plan, limit, watched):
             ids.append(token.id)
-            event = {"side": side, "text": token.text}
-            yield (
-                event
-                if side == "unedited"
-                else {
-                    **event,
-                    "values": [round(value, 4) for value in values],
-                }
-            )
+            seen = {"values": [round(value, 4) for value in values]} if watched else {}
+            yield {"side": side, "text": token.text, **seen}
         return Generation(tuple(ids), self.model.decode(ids), len(ids) < limit)
 
-    def _streamed(self, prompt: Prompt, plan: Plan, limit: int) -> Iterator[Any]:
+    def _streamed(
+        self, prompt: Prompt, plan: Plan, limit: int, watched: Sequence[Direction]
+    ) -> Iterator[Any]:
         with self.model.applied(plan):
-            yield from self.model.monitor(prompt, self.by_layer, max_new_tokens=limit)
+            yield from self.model.monitor(prompt, watched, max_new_tokens=limit)
 
     def _scores(
         self, outputs: ModelOutputs, plan: Plan, before: Generation, after: Generation
@@ -158,10 +151,9 @@ class ExplorerSession:
     def tokens(self, request: Mapping[str, Any]) -> Event:
         """The prompt and its answer as coloured tokens, under the plan."""
         prompt, plan = _prompt(request), self.plan(request)
+        along, limit = self.by_layer(self._direction(request)), _limit(request)
         with self.model.applied(plan):
-            view = token_projections(
-                self.model, prompt, self.by_layer, max_new_tokens=_limit(request)
-            )
+            view = token_projections(self.model, prompt, along, max_new_tokens=limit)
         ids = [token.id for token in view.tokens]
         return {"html": tokens_html(view, layer=self._layer(request)), "ids": ids}
 

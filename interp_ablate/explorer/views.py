@@ -5,6 +5,7 @@ Knows: what the page shows of a run folder. Does not know: HTTP, or how an answe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from interp_ablate.directions.direction import Direction
@@ -16,6 +17,7 @@ from interp_ablate.explorer.session import LONGEST_ANSWER, USUAL_ANSWER, Explore
 from interp_ablate.plots.run_charts import (
     cosines_chart,
     held_out,
+    place_of,
     projections_chart,
     separation_chart,
     trials_chart,
@@ -54,7 +56,7 @@ def page_of(session: ExplorerSession) -> str:
         operations=OPERATIONS,
         usual_answer=USUAL_ANSWER,
         longest_answer=LONGEST_ANSWER,
-        directions=[_name(each) for each in session.directions],
+        directions=_names(session.directions),
         first=session.directions.index(most_separating(session.directions)),
         plans=plan_names(session.folder),
         projections=None if frame is None else projections_chart(held_out(frame)),
@@ -86,7 +88,7 @@ def layer_view(session: ExplorerSession, request: Any) -> dict[str, Any]:
     table = html_table(
         ("set", "projection", "prompt"),
         cells,
-        caption=f"{len(cells)} {split} prompts, the highest first",
+        caption=f"{len(cells)} {split} prompts at {place_of(rows)}, the highest first",
     )
     return {"html": _histogram(rows) + table}
 
@@ -149,7 +151,12 @@ def _trials_table(trials: pd.DataFrame) -> dict[str, Any]:
     return {"heads": [name.replace("_", " ") for name in columns], "rows": rows}
 
 
-def _name(direction: Direction) -> str:
-    measured = direction.separation
-    end = "" if measured is None else f", d′ {measured.d_prime:.2f}"
-    return f"{direction.site.layer}.{direction.site.point} [{direction.position}]{end}"
+def _names(directions: Sequence[Direction]) -> list[str]:
+    """A name for each direction; the method is a part of it where there are several."""
+    several = len({each.method for each in directions}) > 1
+    return [
+        f"{each.site.layer}.{each.site.point} [{each.position}]"
+        + f" {each.method.replace('_', ' ')}" * several
+        + ("" if each.separation is None else f", d′ {each.separation.d_prime:.2f}")
+        for each in directions
+    ]

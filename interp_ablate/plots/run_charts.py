@@ -37,6 +37,12 @@ def held_out(frame: pd.DataFrame) -> pd.DataFrame:
     return rows
 
 
+def place_of(rows: pd.DataFrame) -> str:
+    """The point, and the position where there were several, of rows of `held_out`."""
+    position = f" [{rows['position'].iloc[0]}]" if "position" in rows else ""
+    return f"{rows['point'].iloc[0]}{position}"
+
+
 def projections_chart(rows: pd.DataFrame) -> Html:
     """Every prompt's projection by layer, in pooled standard deviations of its layer.
 
@@ -69,7 +75,11 @@ def projections_chart(rows: pd.DataFrame) -> Html:
     )
     shown = marks[:: max(1, -(-len(marks) // MOST_MARKS))]
     return marks_svg(
-        shown, alt=alt, xlabel="layer", ylabel="projection (pooled SDs)", caption=n + "."
+        shown,
+        alt=alt,
+        xlabel="layer",
+        ylabel="projection (pooled SDs)",
+        caption=f"{n}, at {place_of(rows)}.",
     )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import PlanError
 from interp_ablate.explorer.controls import Controls, bands_of
 from interp_ablate.explorer.session import ExplorerSession
+from interp_ablate.explorer.views import page_of
 from interp_ablate.plots.run_tables import read_directions
 from interp_ablate.runs.configuration import Configuration
 from interp_ablate.runs.run_folder import Run, read_run
@@ -146,6 +149,21 @@ def test_sliders_make_the_plan_that_they_say(session: ExplorerSession) -> None:
     for wrong in ({}, {**SLIDERS, "amounts": [1.0]}, {**SLIDERS, "operation": "delete"}, {**SLIDERS, "direction": 99}, {**SLIDERS, "amounts": [float("nan")] * 3}):  # fmt: skip
         with pytest.raises(PlanError):
             Controls.from_dict(wrong).plan(model, session.directions)
+
+
+def test_tokens_are_seen_along_the_direction_that_is_chosen(session: ExplorerSession) -> None:
+    """Of its position and method; and no two directions have one name."""
+    first = list(session.directions)
+    others = [replace(each, position="-2", method="pca") for each in first]
+    both = ExplorerSession(session.model, first + others, session.folder)
+    asked = {"prompt": "Hello", "max_new_tokens": 2, "controls": {**SLIDERS, "amounts": [None] * 3}}
+    for number in (0, len(first)):
+        chosen = both.directions[number]
+        html = both.tokens({**asked, "direction": number})["html"]
+        assert f"on {chosen.method}, read at position {chosen.position}" in html
+    options = re.findall(r"<option value=\"\d.*?</option>", page_of(both))
+    names = [re.sub("<.*?>", "", option) for option in options]
+    assert len(set(names)) == len(both.directions)
 
 
 def test_who_may_ask(served: Served, session: ExplorerSession) -> None:
