@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from interp_ablate.display import html_table
@@ -231,10 +231,19 @@ def masked_mean(
     return torch.einsum("bpd,bp->bd", wide, weights) / weights.sum(1, keepdim=True)
 
 
+def response_lengths(batch: Batch, starts: Sequence[int]) -> Int[Tensor, " batch"]:
+    """How many tokens the response of each row has; `starts`: where each row's begins, of all rows that are read.
+
+    The prompt can end before that: a thought of the model, which is generated too, stands between.
+    """
+    begins = torch.tensor([starts[i] for i in batch.index])
+    return batch.row_lengths - begins.to(batch.row_lengths)
+
+
 def response_mean(
-    x: Float[Tensor, "batch pos d_model"], batch: Batch
+    x: Float[Tensor, "batch pos d_model"], lengths: Int[Tensor, " batch"]
 ) -> Float[Tensor, "batch d_model"]:
-    """Mean over the response of each row, float64. Rows end at the last column."""
+    """Mean over the response of each row, its last so many tokens, float64. Rows end at the last column."""
     width = x.shape[1]
-    border = width - (batch.row_lengths - batch.prompt_lengths)[:, None]
+    border = width - lengths[:, None]
     return masked_mean(x, torch.arange(width, device=x.device)[None] >= border)

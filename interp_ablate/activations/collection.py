@@ -27,6 +27,7 @@ from interp_ablate.activations.activations import (
     Moments,
     Position,
     check_finite,
+    response_lengths,
     response_mean,
     stacked,
 )
@@ -172,7 +173,7 @@ def _texts(model: Model, request: _Request) -> dict[str, Any]:
             "" if offset is None else text(row[offset if offset >= 0 else length + offset])
             for offset in offsets
         )
-        for row, length in zip(request.rows, request.prompt_lengths)
+        for row, length in zip(request.rows, request.response_starts)
     )
     return {"prompts": request.prompts, "tokens": tokens}
 
@@ -202,6 +203,8 @@ class _Request:
 
     rows: list[list[int]]
     prompt_lengths: list[int]
+    response_starts: list[int]
+    """Behind a thought of the model, which is no part of the prompt."""
     sites: tuple[Site, ...]
     positions: tuple[str, ...]
     prompts: tuple[str, ...]
@@ -213,6 +216,7 @@ class _Request:
                 "model": model.fingerprint,
                 "rows": self.rows,
                 "prompt_lengths": self.prompt_lengths,
+                "response_starts": self.response_starts,
                 "sites": [str(site) for site in self.sites],
                 "positions": self.positions,
             }
@@ -237,6 +241,7 @@ def _request(
     rows = model.encode_all(flat)
     names = _check_positions(model, positions, rows)
     lengths = [len(row) for row in rows]
+    starts = lengths
     if RESPONSE_MEAN in names:
         leads, ends = after_prompts(model, flat, rows, responses)
         if empty := [i for i, end in enumerate(ends) if not end]:
@@ -248,9 +253,9 @@ def _request(
                 "response_mean is read after a thought here, and other positions at the prompt's end: collect "
                 "them apart, or close the thought (ChatFormat)"
             )
-        lengths = [len(row) + len(lead) for row, lead in zip(rows, leads)]
+        starts = [len(row) + len(lead) for row, lead in zip(rows, leads)]
         rows = [[*row, *lead, *end] for row, lead, end in zip(rows, leads, ends)]
-    return _Request(rows, lengths, chosen, names, texts), labels
+    return _Request(rows, lengths, starts, chosen, names, texts), labels
 
 
 def _checked_sites(model: Model, sites: SiteLike | Sequence[SiteLike] | None) -> tuple[Site, ...]:
@@ -313,13 +318,13 @@ def _suffix_length(model: Model) -> int:
     return suffix_length(model.tokenizer, template=model.chat_format)
 
 
-def _reader(positions: tuple[str, ...]) -> Callable[[Tensor, Batch], Tensor]:
+def _reader(positions: tuple[str, ...], starts: Sequence[int]) -> Callable[[Tensor, Batch], Tensor]:
     """A function that keeps the wanted positions of a site's activations: [batch, position, d_model]."""
     offsets = [int(name) for name in positions if name != RESPONSE_MEAN]
 
     def read(x: Float[Tensor, "batch pos d_model"], batch: Batch) -> Tensor:
-        # Rows end at the last column; a response, if there is one, is what follows the prompt.
-        response = batch.row_lengths - batch.prompt_lengths
+        # Rows end at the last column; a response, if there is one, with them.
+        response = response_lengths(batch, starts)
         wanted = torch.tensor(offsets, dtype=torch.long, device=x.device)
         from_start = (wanted >= 0)[None]
         ends = torch.where(from_start, batch.row_lengths[:, None], response[:, None])
@@ -327,7 +332,7 @@ def _reader(positions: tuple[str, ...]) -> Callable[[Tensor, Batch], Tensor]:
         at_offsets = iter(x.gather(1, columns[..., None].expand(-1, -1, x.shape[2])).unbind(1))
         return torch.stack(
             [
-                response_mean(x, batch).to(x) if name == RESPONSE_MEAN else next(at_offsets)
+                response_mean(x, response).to(x) if name == RESPONSE_MEAN else next(at_offsets)
                 for name in positions
             ],
             1,
@@ -345,13 +350,13 @@ def _blocks(
     first = min((offset for offset in offsets if offset >= 0), default=None)
     tails = [
         max(len(row) - length + back, 0 if first is None else len(row) - first)
-        for row, length in zip(request.rows, request.prompt_lengths)
+        for row, length in zip(request.rows, request.response_starts)
     ]
     stream = model.stream(
         request.rows,
         keep=0,
         prompt_lengths=request.prompt_lengths,
-        capture=dict.fromkeys(request.sites, _reader(request.positions)),
+        capture=dict.fromkeys(request.sites, _reader(request.positions, request.response_starts)),
         batch_size=batch_size,
         tail=max(tails),
     )

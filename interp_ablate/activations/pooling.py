@@ -19,6 +19,7 @@ from interp_ablate.activations.activations import (
     Moments,
     check_finite,
     masked_mean,
+    response_lengths,
     response_mean,
     stacked,
 )
@@ -93,7 +94,11 @@ def response_activations(
         DirectionError: NaN or infinity.
     """
     means = torch.empty(len(answers), len(sites), model.d_model)
-    for index, block in _blocks(model, answers, sites, response_mean, batch_size, on_batch):
+
+    def pool(x: Tensor, batch: Batch, starts: Sequence[int]) -> Tensor:
+        return response_mean(x, response_lengths(batch, starts))
+
+    for index, block in _blocks(model, answers, sites, pool, batch_size, on_batch):
         means[index] = block.float()
     return means
 
@@ -102,7 +107,7 @@ def _blocks(
     model: Model,
     answers: Sequence[TokenizedAnswer],
     sites: Sequence[SiteLike],
-    pool: Callable[[Tensor, Batch], Tensor],
+    pool: Callable[[Tensor, Batch, Sequence[int]], Tensor],
     batch_size: int | None,
     on_batch: Callable[[int], None] | None,
     *,
@@ -110,21 +115,19 @@ def _blocks(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batch by batch, the answers' indices and their pooled activations, [batch, ..., site, d_model].
 
-    A pool that looks at prompts needs `whole` rows; else those of the answers' tokens will do.
+    The third argument of a pool is where each row's answer begins. One that looks at prompts needs `whole` rows; else those of the answers' tokens will do.
     """
     if not answers or not all(answer.tokens for answer in answers):
         raise InterpAblateError(f"{len(answers)} answers, one of them empty: nothing to pool over")
     places = as_sites(sites)
     prompts = model.encode_all([answer.prompt for answer in answers])
     rows = [[*row, *answer.lead, *answer.tokens] for row, answer in zip(prompts, answers)]
-    if whole and any(answer.lead for answer in answers):
-        lengths = torch.tensor([len(row) for row in prompts])
-        pool = _with_thoughts(lengths)
+    starts = [len(row) - len(answer.tokens) for row, answer in zip(rows, answers)]
     stream = model.stream(
         rows,
         keep=0,
-        prompt_lengths=[len(row) - len(answer.tokens) for row, answer in zip(rows, answers)],
-        capture=dict.fromkeys(places, pool),
+        prompt_lengths=list(map(len, prompts)),
+        capture=dict.fromkeys(places, lambda x, batch: pool(x, batch, starts)),
         batch_size=batch_size,
         tail=max(map(len, rows)) if whole else max(len(answer.tokens) for answer in answers),
     )
@@ -136,24 +139,15 @@ def _blocks(
             on_batch(len(batch.index))
 
 
-def _with_thoughts(of_prompts: Tensor) -> Callable[[Tensor, Batch], Tensor]:
-    """`_pool` where prompts of these lengths are followed by thoughts."""
-
-    def pool(x: Tensor, batch: Batch) -> Tensor:
-        return _pool(x, batch, of_prompts[list(batch.index)].to(x.device))
-
-    return pool
-
-
 def _pool(
-    x: Float[Tensor, "batch pos d_model"], batch: Batch, of_prompts: Tensor | None = None
+    x: Float[Tensor, "batch pos d_model"], batch: Batch, starts: Sequence[int]
 ) -> Float[Tensor, "batch pooling d_model"]:
     """Means over the response, at the prompt's last token, and over the prompt. Rows end at the last column."""
     width = x.shape[1]
     column = torch.arange(width, device=x.device)[None]
     start = width - batch.row_lengths[:, None]
-    border = start + batch.prompt_lengths[:, None]  # the first column of the response
-    end = border if of_prompts is None else start + of_prompts[:, None]
+    border = width - response_lengths(batch, starts)[:, None]
+    end = start + batch.prompt_lengths[:, None]
     masks = (
         column >= border,
         column == end - 1,
@@ -202,7 +196,7 @@ def response_means(
             f"projections need directions of the model's d_model {model.d_model}; got {wrong or 'none'}"
         )
     means = torch.full((len(exchanges), len(directions)), float("nan"), dtype=torch.float64)
-    rows, lengths, indices = _rows(model, exchanges, response_tokens)
+    rows, lengths, starts, indices = _rows(model, exchanges, response_tokens)
     if not rows:
         return means
     vectors = {
@@ -213,9 +207,9 @@ def response_means(
         rows,
         keep=0,
         prompt_lengths=lengths,
-        capture={site: _reader(matrix) for site, matrix in vectors.items()},
+        capture={site: _reader(matrix, starts) for site, matrix in vectors.items()},
         batch_size=batch_size,
-        tail=max(len(row) - length for row, length in zip(rows, lengths)),
+        tail=max(len(row) - start for row, start in zip(rows, starts)),
     )
     for batch, _, captured in stream:
         at = torch.tensor([indices[i] for i in batch.index])
@@ -227,13 +221,15 @@ def response_means(
     return means
 
 
-def _reader(matrix: Float[Tensor, "d_model k"]) -> Callable[[Tensor, Batch], Tensor]:
+def _reader(
+    matrix: Float[Tensor, "d_model k"], starts: Sequence[int]
+) -> Callable[[Tensor, Batch], Tensor]:
     """A function that averages projections over the answers' tokens: [batch, k], float64."""
 
     def read(x: Float[Tensor, "batch pos d_model"], batch: Batch) -> Tensor:
-        # rows end at the last column; the answer is what follows the prompt
+        # rows end at the last column, and the answer with them
         wide = to_float64(x.detach())
-        along, count = wide @ matrix.to(wide), (batch.row_lengths - batch.prompt_lengths).to(wide)
+        along, count = wide @ matrix.to(wide), response_lengths(batch, starts).to(wide)
         width = along.shape[1]
         inside = torch.arange(width, device=wide.device)[None] >= width - count[:, None]
         return (along * inside[..., None]).sum(1) / count[:, None]
@@ -243,19 +239,20 @@ def _reader(matrix: Float[Tensor, "d_model k"]) -> Callable[[Tensor, Batch], Ten
 
 def _rows(
     model: Model, exchanges: Sequence[PromptResponse], response_tokens: int | None
-) -> tuple[list[list[int]], list[int], list[int]]:
-    """Token rows, their prompts' lengths, and the index of each row's exchange."""
+) -> tuple[list[list[int]], list[int], list[int], list[int]]:
+    """Token rows, their prompts' lengths, where their answers begin, and the index of each row's exchange."""
     if model.tokenizer is None:
         raise ModelError("answers are text: the model was wrapped without a tokenizer")
-    rows, lengths, indices = [], [], []
+    rows, lengths, starts, indices = [], [], [], []
     for index, exchange in enumerate(exchanges):
         prompt = model.encode(exchange.prompt)
-        prompt += model.thinking.before(prompt)
+        before = [*prompt, *model.thinking.before(prompt)]
         answer = list(model.tokenizer(exchange.answer, add_special_tokens=False)["input_ids"])
-        room = model.tl.cfg.n_ctx - len(prompt)
+        room = model.tl.cfg.n_ctx - len(before)
         answer = answer[: max(0, room if response_tokens is None else min(room, response_tokens))]
         if answer:
-            rows.append(prompt + answer)
+            rows.append(before + answer)
             lengths.append(len(prompt))
+            starts.append(len(before))
             indices.append(index)
-    return rows, lengths, indices
+    return rows, lengths, starts, indices

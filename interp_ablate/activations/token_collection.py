@@ -141,7 +141,7 @@ def _wanted(
         raise InterpAblateError(
             f"none of {sum(map(len, tokens))} tokens is chosen by positions={positions!r:.60}: choose others"
         )
-    lengths = [len(start) + len(lead) for start, lead in zip(starts, leads)]
+    lengths = list(map(len, starts))
     dtype = getattr(torch, shards.dtype) if shards and shards.dtype else None
     return _Wanted(tokens, lengths, places, sites, labels, texts, dtype)
 

@@ -144,7 +144,7 @@ def token_projections(
         )
     tokens = tokens_of(model, prompt, start, lead, end)
     row = [token.id for token in tokens]
-    values = _projected(model, row, len(start) + len(lead), columns, places)
+    values = _projected(model, row, len(start), columns, places)
     return TokenProjections(values, tokens, columns, places)
 
 

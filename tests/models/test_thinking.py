@@ -15,14 +15,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from interp_ablate.activations.collection import collect
-from interp_ablate.activations.pooling import pooled
+from interp_ablate.activations.pooling import pooled, project_responses, response_activations
 from interp_ablate.activations.token_html import tokens_html
 from interp_ablate.activations.token_view import token_projections
 from interp_ablate.cli import persona_monitor
 from interp_ablate.cli.figures import FigureSettings
 from interp_ablate.cli.main import main
 from interp_ablate.directions.direction import Direction
-from interp_ablate.edits.kinds import Ablate
+from interp_ablate.edits.conditional import Condition, Conditional
+from interp_ablate.edits.kinds import Ablate, Add
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import InterpAblateError, RunError
 from interp_ablate.evaluation.metrics import (
@@ -43,6 +44,7 @@ from interp_ablate.persona.settings import SamplingConfig
 from interp_ablate.prompts.chat_format import ChatFormat
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.prompts.thoughts import KNOWN_TAGS, split_thought, thought_places
+from interp_ablate.scoring.exchange import PromptResponse
 from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.search.bench import ValidationBench
 from interp_ablate.sites import Site
@@ -247,6 +249,44 @@ def test_tokens_of_an_answer_are_read_after_its_thought() -> None:
     given = token_projections(opened, "q", view.directions, response="xyz")
     assert "".join(t.text for t in given.tokens).endswith("<think>\n</think>\n\nxyz")
     assert [t.text for t in given.tokens if t.part == "response"] == [*"xyz"]
+
+
+def test_plans_of_the_prompt_end_before_the_thought() -> None:
+    """A thought is generated: an edit of prompt positions and a condition of the prompt leave it out, read or written."""
+    model = chain(THINKS, SWITCH)
+    site = Site(1, "resid_post")
+    embed = model.hf_state_dict()["model.embed_tokens.weight"]
+    along = Direction(torch.eye(256)[0], 1.0, site)
+    of_prompt = Add(along, Site(0, "resid_post"), coefficient=1e-3, positions="prompt")
+    bare = token_projections(model, "q", along, max_new_tokens=9)
+    with model.applied(of_prompt):
+        view = token_projections(model, "q", along, max_new_tokens=9)
+    added = (view.values - bare.values)[:, 0]
+    in_prompt = torch.tensor([token.part not in ("thought", "response") for token in view.tokens])
+    assert {"thought", "response"} <= {token.part for token in view.tokens}
+    torch.testing.assert_close(added, 1e-3 * in_prompt.double(), rtol=0, atol=1e-7)
+
+    # what ends the prompt is ":", what ends the thought is not
+    ends = Condition(
+        embed[model.encode("q")[-1]], "blocks.0.hook_resid_pre", threshold=0.9, similarity="cosine", pooled="last"
+    )  # fmt: skip
+    everywhere = Add(along, Site(0, "resid_post"), coefficient=1e-3)
+    (one,) = model.generate(["q"])
+    answer = Rollout({}, Prompt("q"), one.tokens, one.text, True, lead=one.lead)
+    said = [PromptResponse(Prompt("q"), one.text)]
+    reads = {
+        "pooled": lambda: pooled(model, [answer], [site]).mean[0, 0, 0],
+        "response_activations": lambda: response_activations(model, [answer], [site])[0, 0, 0],
+        "project_responses": lambda: torch.tensor(project_responses(model, said, along)[0]),
+        "response_mean": lambda: collect(model, ["q"], [site], "response_mean").values[0, 0, 0, 0],
+        "response": lambda: collect(model, ["q"], [site], positions="response").at(site)[0][0, 0],
+        "token_projections": lambda: token_projections(model, "q", along, max_new_tokens=9).values[-1, 0],
+    }  # fmt: skip
+    for name, read in reads.items():
+        before = float(read())
+        for plan, change in ((Conditional(everywhere, ends), 1e-3), (of_prompt, 0.0)):
+            with model.applied(plan):
+                assert float(read()) - before == pytest.approx(change, abs=1e-6), name
 
 
 @pytest.mark.parametrize("tags", KNOWN_TAGS)
