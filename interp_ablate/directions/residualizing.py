@@ -101,6 +101,10 @@ def _listed(protected: Iterable[Direction | Tensor]) -> list[Direction | Tensor]
     """The protected vectors as a list; one vector alone is a list of one, not of its numbers."""
     if isinstance(protected, Direction) or (isinstance(protected, Tensor) and protected.ndim == 1):
         return [protected]
+    if isinstance(protected, Mapping):
+        raise DirectionError(
+            "protected directions by name: give their values here, or use residualized_directions, which takes names"
+        )
     items = list(protected)
     if not items:
         raise DirectionError("give at least one protected direction to take out")

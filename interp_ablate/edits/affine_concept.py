@@ -15,7 +15,7 @@ from interp_ablate.directions.direction import Direction
 from interp_ablate.edits.edit import Positions, is_number, written_sites
 from interp_ablate.edits.kinds import Erase
 from interp_ablate.errors import PlanError
-from interp_ablate.sites import WRITER_POINTS, Site, SiteLike
+from interp_ablate.sites import EMBEDDING_POINTS, WRITER_POINTS, Site, SiteLike
 
 Negatives = Float[Tensor, "prompt d_model"] | Float[Tensor, " d_model"]
 
@@ -62,11 +62,8 @@ def affine_concept_edit(
         )
     places = written_sites(list(negatives) if sites is None else sites)  # type: ignore[arg-type]
     at_writers = [site for site in places if site.point in WRITER_POINTS]
-    if at_writers and not by_site and Site(0, "embed") not in places:
-        raise PlanError(
-            f"one mean of the stream for {at_writers[0]} and other writers without the embedding: they write a part "
-            "of it each. Give negatives by site, or all of model.writers"
-        )
+    if at_writers and not by_site:
+        _refuse_some_writers(at_writers)
     means = {site: _mean(negatives, site, direction) for site in places}
     values, added = [], float(alpha) * direction.norm
     for site in places:
@@ -78,6 +75,22 @@ def affine_concept_edit(
         direction, direction.vector, places,
         strength=strength, value=values, positions=positions, label=label or f"ace {direction.name}",
     )  # fmt: skip
+
+
+def _refuse_some_writers(writers: Sequence[Site]) -> None:
+    """Refuse one mean of the stream for writers that leave some of the stream as it is, as far as sites tell.
+
+    A layer without any of them writes as before; so does the embedding. Layers need not have the same points.
+    """
+    layers = {site.layer for site in writers if site.point not in EMBEDDING_POINTS}
+    missing = [f"those of layer {i}" for i in range(max(layers, default=-1) + 1) if i not in layers]
+    if Site(0, "embed") not in writers:
+        missing.insert(0, "the embedding")
+    if missing:
+        raise PlanError(
+            f"one mean of the stream for {writers[0]} and other writers without {missing[0]}: each writes a part of "
+            "the stream. Give negatives by site, or all of model.writers"
+        )
 
 
 def _mean(
@@ -92,7 +105,12 @@ def _mean(
                 f"there are no negatives at {site}: those given are at {', '.join(map(str, list(found)[:4]))}"
             )
         given = found[site]
-    rows = torch.as_tensor(given).detach().to("cpu", torch.float64)
+    try:
+        rows = torch.as_tensor(given).detach().to("cpu", torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PlanError(
+            f"negatives at {site} are a tensor [prompt, d_model] or [d_model]; got {given!r:.80}"
+        ) from error
     rows = rows[None] if rows.ndim == 1 else rows
     if rows.ndim != 2 or not len(rows) or rows.shape[1] != len(direction.vector):
         raise PlanError(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from interp_ablate.directions.direction import Direction
 from interp_ablate.edits.affine_edit import AffineEdit
+from interp_ablate.edits.edit import EditBase
 from interp_ablate.edits.kinds import Ablate, Clamp, Edit, Erase
 from interp_ablate.edits.plan import HasWriters, Plan, layers_of, written_by
 from interp_ablate.errors import PlanError
@@ -23,12 +24,12 @@ Directions = Direction | Tensor | Sequence[Direction | Tensor]
 SMALLEST_SINGULAR_VALUE = 1e-6
 
 
-def jointly(plan: Plan | Sequence[Edit]) -> Plan:
+def jointly(plan: Plan | Edit | Sequence[Edit]) -> Plan:
     """The plan whose ablations, clamps and erasures are exact together, where they share a site.
 
     Applied in turn, edits along directions that are not orthogonal undo each other in part. Here each dot product
     that an edit sets is after all of them what that edit alone makes it: (1 - strength) of what it was under an
-    ablation, the value under a clamp or an erasure. The map at a site is x -> x - W^T (R W^T)^-1 S (R x - v), with
+    ablation, the value under a clamp or an erasure; one of strength 0 has no part. The map at a site is x -> x - W^T (R W^T)^-1 S (R x - v), with
     the rows R that are read and W that are written, the strengths S and the values v; it writes along W only, and
     the order of the edits has no part in it. Whole ablations become the ablation of their common subspace. At
     writers it is exact in weights, as each of the edits is.
@@ -37,7 +38,7 @@ def jointly(plan: Plan | Sequence[Edit]) -> Plan:
         PlanError: an edit of another kind, or one that preserves norms; edits at one site with different
             positions; rows that are not linearly independent.
     """
-    edits = tuple(plan)
+    edits = (plan,) if isinstance(plan, EditBase) else tuple(plan)
     for edit in edits:
         if not isinstance(edit, (Ablate, Clamp, Erase)) or edit.norm_preserving:
             raise PlanError(
@@ -50,10 +51,10 @@ def jointly(plan: Plan | Sequence[Edit]) -> Plan:
         key = tuple(
             (k, edit.amounts[edit.sites.index(site)], _value(edit, site))
             for k, edit in enumerate(edits)
-            if site in edit.sites
+            if site in edit.sites and _strength(edit, site)
         )
         alike.setdefault(key, []).append(site)
-    joint = [_joint([edits[k] for k, *_ in key], places) for key, places in alike.items()]
+    joint = [_joint([edits[k] for k, *_ in key], places) for key, places in alike.items() if key]
     return Plan(tuple(joint))
 
 

@@ -18,7 +18,7 @@ from interp_ablate.directions.mean_difference import difference_in_means, shuffl
 from interp_ablate.edits.affine import orthonormal_rows
 from interp_ablate.edits.kinds import Ablate, Erase
 from interp_ablate.edits.plan import Plan
-from interp_ablate.errors import NotFiniteError
+from interp_ablate.errors import NotFiniteError, PlanError
 from interp_ablate.sites import Site
 
 N_RANDOM_CONTROLS = 2
@@ -108,9 +108,21 @@ def shuffled_labels_direction(
 
 
 def control_plan(plan: Plan, direction: Direction) -> Plan:
-    """The plan turned to write along another direction, all its strengths kept."""
+    """The plan turned to write along another direction, all its strengths kept.
+
+    Raises:
+        PlanError: an edit that is neither an `Ablate` nor an `Erase`: of it there is no such control.
+    """
+    return Plan(tuple(along_control_direction(edit, direction) for edit in _turnable(plan)))
+
+
+def _turnable(plan: Plan) -> list[Ablate | Erase]:
     edits = [edit for edit in plan if isinstance(edit, (Ablate, Erase))]
-    return Plan(tuple(along_control_direction(edit, direction) for edit in edits))
+    if other := [edit for edit in plan if edit not in edits]:
+        raise PlanError(
+            f"{other[0]!r:.120} has no control and no scale here: both are of plans of Ablate and Erase alone"
+        )
+    return edits
 
 
 def scaled_to_kl(
@@ -122,10 +134,13 @@ def scaled_to_kl(
 
     Args:
         kl_of: measures a plan's KL, in nats; called at most SCALING_STEPS times.
+
+    Raises:
+        PlanError: an edit that is neither an `Ablate` nor an `Erase`.
     """
 
     def times(factor: float) -> Plan:
-        parts = [scaled(edit, factor) for edit in plan if isinstance(edit, (Ablate, Erase))]
+        parts = [scaled(edit, factor) for edit in _turnable(plan)]
         return Plan(tuple(part for part in parts if part is not None))
 
     return strength_at_kl(times, kl, kl_of)

@@ -84,6 +84,8 @@ def test_what_cannot_be_done_is_refused() -> None:
     for ridge in (-1, float("nan"), float("inf"), True, "a"):
         with pytest.raises(DirectionError, match="a ridge is a finite number from 0"):
             residualized(item, [draw(1, D)], ridge=ridge)  # type: ignore[arg-type]
+    with pytest.raises(DirectionError, match="by name"):
+        residualized(item, {"a": item})  # type: ignore[arg-type]
     with pytest.raises(DirectionError, match="at least one protected"):
         residualized(item, [])
     with pytest.raises(DirectionError, match=r"\(24,\), a protected one \(23,\)"):

@@ -175,6 +175,21 @@ def test_whole_ablations_are_the_ablation_of_their_subspace() -> None:
     assert len(again.vectors) == 2  # one in the span of another counts once
 
 
+def test_one_edit_is_joint_as_it_is_and_one_of_strength_0_has_no_part() -> None:
+    one, other = Ablate(draw(0, D), (PRE, MLP)), draw(1, D)
+    exactly(jointly(one).edits[0].map_at(PRE)(stream()), one.map_at(PRE)(stream()))
+    # without a part in the subspace: nothing along it is taken out, and it may depend on the others
+    for nothing in (
+        Ablate(other, PRE, strength=0.0),
+        Erase(draw(0, D), draw(0, D), PRE, strength=0.0, value=3.0),
+    ):
+        plan = jointly([one, nothing])
+        exactly(plan.maps_at(PRE)[0][1](stream()), one.map_at(PRE)(stream()))
+    assert jointly([Ablate(other, PRE, strength=0.0)]) == Plan()
+    zero = jointly([Clamp(other, PRE, value=0.0)])
+    exactly(zero.maps_at(PRE)[0][1](stream()), Ablate(other, PRE).map_at(PRE)(stream()))
+
+
 def test_sites_are_joined_where_they_are_shared() -> None:
     first = Ablate(draw(0, D), (PRE, MLP, ATTN), strength=(1.0, 0.5, 1.0), label="a")
     second = Ablate(draw(1, D), (PRE, MLP), label="b")
@@ -284,6 +299,14 @@ def test_ace_at_writers_sums_to_the_mean_of_the_stream() -> None:
         (lambda d: affine_concept_edit(d.vector, draw(1, D), PRE), "takes a Direction"),
         (lambda d: affine_concept_edit(d, draw(1, D)), "needs sites"),
         (lambda d: affine_concept_edit(d, draw(1, D), (ATTN, MLP)), "without the embedding"),
+        (
+            lambda d: affine_concept_edit(
+                d, draw(1, D), TwoLayers.writers[:1] + TwoLayers.writers[3:]
+            ),
+            "of layer 0",
+        ),
+        (lambda d: affine_concept_edit(d, None, PRE), "got None"),
+        (lambda d: affine_concept_edit(d, {PRE: [[1.0], [1.0, 2.0]]}), "are a tensor"),
         (lambda d: affine_concept_edit(d, {PRE: draw(1, D)}, (PRE, POST)), "no negatives at"),
         (lambda d: affine_concept_edit(d, draw(1, D - 1), PRE), r"\[prompt, d_model\]"),
         (lambda d: affine_concept_edit(d, math.nan * draw(1, D), PRE), "NaN"),

@@ -25,7 +25,7 @@ from interp_ablate.directions.direction import Direction
 from interp_ablate.directions.direction_set import Directions
 from interp_ablate.edits.kinds import Ablate, Add, Erase
 from interp_ablate.edits.plan import Plan, band, everywhere
-from interp_ablate.errors import InterpAblateError, RunError
+from interp_ablate.errors import InterpAblateError, PlanError, RunError
 from interp_ablate.evaluation.metrics import TargetLogOdds, first_token_kl, repetition
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.scoring.expressions import ExpressionScorer
@@ -385,6 +385,10 @@ def test_a_plans_control() -> None:
     assert isinstance(turned, Erase)
     assert (turned.sites, turned.amounts) == (chosen.sites, chosen.amounts)
     torch.testing.assert_close(turned.write, other.vector, rtol=0, atol=1e-12)
+    more = plan(FITTED) + Add(other, "blocks.0.hook_resid_post")
+    for made in (lambda: control_plan(more, other), lambda: scaled_to_kl(more, 0.1, lambda _: 0.1)):
+        with pytest.raises(PlanError, match="has no control and no scale"):
+            made()
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ import torch
 import yaml
 from tiny import make, unit
 
-from interp_ablate import Ablate, ContrastSet, Plan
+from interp_ablate import Ablate, ContrastSet, Plan, Site
 from interp_ablate.cli.main import main
+from interp_ablate.edits.affine_edit import AffineEdit
 from interp_ablate.edits.kinds import Erase
 from interp_ablate.errors import ExportError, InterpAblateError, PlanError, RunError
 from interp_ablate.export.checkpoint import export_checkpoint
@@ -400,6 +401,13 @@ def test_kl_to_the_original_falls_on_held_out_prompts(edited: Path, tmp_path: Pa
     )
     assert after < 0.6 * before
     assert report["healed_minus_edited"]["kl_first_token"]["mean"] == pytest.approx(after - before)
+
+
+def test_what_any_affine_edit_reads_is_looked_for() -> None:
+    model, place = make(), Site(0, "resid_post")
+    rest = Plan((AffineEdit(-unit()[None], unit()[None], place),))
+    along = residual_share_along(model, rest, [Prompt("a")])
+    assert along == residual_share_along(model, Plan((Ablate(unit(), place),)), [Prompt("a")])
 
 
 def test_along_a_plan_that_only_adds_there_is_nothing_to_report() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from interp_ablate.activations.collection import collect
+from interp_ablate.edits.affine_edit import AffineEdit
 from interp_ablate.edits.kinds import Ablate, Clamp, Erase
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import RunError
@@ -95,11 +96,16 @@ def measure_damage(
 def residual_share_along(model: Model, plan: Plan, prompts: Sequence[Prompt]) -> dict[str, float]:
     """The share of the residual stream along what a plan removes: |x . v| / |x| at the last prompt token.
 
-    v is what an ablation, clamp or erasure reads. The mean over prompts at resid_post of every layer, and of
+    v is what an ablation, clamp, erasure or other affine edit reads. The mean over prompts at resid_post of every layer, and of
     these the mean and the largest; empty for a plan that only adds.
     """
-    reads = [edit.vectors[-1:] if isinstance(edit, Erase) else edit.vectors for edit in plan
-             if isinstance(edit, (Ablate, Clamp, Erase))]  # fmt: skip
+    reads = [
+        edit.read.reshape(-1, model.d_model)
+        if isinstance(edit, (Erase, AffineEdit))
+        else edit.vectors
+        for edit in plan
+        if isinstance(edit, (Ablate, Clamp, Erase, AffineEdit))
+    ]
     if not reads:
         return {}
     vectors = torch.cat(reads)
