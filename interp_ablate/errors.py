@@ -19,6 +19,10 @@ class ModelError(InterpAblateError):
     """A model that cannot be loaded, wrapped or hooked."""
 
 
+class OutOfMemoryError(ModelError):
+    """Memory that ran out although batches were halved: the same work may fit another time, or elsewhere."""
+
+
 class NotFiniteError(InterpAblateError):
     """NaN or infinity in what a model gives: a plan broke it, or its dtype did."""
 

@@ -38,7 +38,7 @@ add = adding(LeagueSettings, LeagueFiles)
 
 def run(args: Namespace) -> int:
     """Play the league, and print its table."""
-    from interp_ablate.league.page import read_results
+    from interp_ablate.league.saved_results import read_results
 
     files = settings_from(args, LeagueFiles)
     settings = settings_from(args, LeagueSettings)
@@ -54,14 +54,14 @@ def run(args: Namespace) -> int:
 
 
 def _play(settings: LeagueSettings, out: Path, page: str | None) -> None:
-    from interp_ablate.league.behaviours import behaviour_named
-    from interp_ablate.league.competition import check_splits, play
+    from interp_ablate.league.competition import play
+    from interp_ablate.league.entry import check_behaviours, named_behaviours
     from interp_ablate.league.registry import method_named, method_names
     from interp_ablate.league.summary import save_results
 
-    behaviours = [behaviour_named(name) for name in settings.behaviours]
+    behaviours = named_behaviours(settings)
     methods = [method_named(name) for name in settings.methods or method_names()]
-    check_splits(behaviours, settings)
+    check_behaviours(behaviours, settings)
     done = play(load(settings, settings.model), behaviours, methods, settings, out)
     results = save_results(out / "league.json", done, behaviours, methods, settings)
     _write(results, out / "league.md", Path("league.png"))

@@ -19,15 +19,17 @@ import torch
 from interp_ablate.activations.activations import Activations
 from interp_ablate.activations.collection import collect
 from interp_ablate.edits.plan import Plan
-from interp_ablate.errors import InterpAblateError, RunError
+from interp_ablate.errors import InterpAblateError, OutOfMemoryError, RunError
 from interp_ablate.jobs.bars import bar
 from interp_ablate.league.behaviours import LeagueBehaviour
+from interp_ablate.league.entry import check_behaviours, split_of
 from interp_ablate.league.fitted import Detector, FittedMethod
 from interp_ablate.league.journal import Key, LeagueJournal, Record
 from interp_ablate.league.measures import DIGITS, SIDES, Side, TestBench
 from interp_ablate.league.method import LeagueMethod
 from interp_ablate.league.settings import LeagueSettings
 from interp_ablate.league.task import POINT, LeagueTask
+from interp_ablate.models.batches import telling_of_memory
 from interp_ablate.models.model import Model
 from interp_ablate.prompts.contrast_set import ContrastSet, Split
 from interp_ablate.prompts.prompt import Prompt, normalised
@@ -88,8 +90,8 @@ class Fixture:
 
     @cached_property
     def task(self) -> LeagueTask:
-        """What the methods are given."""
-        return LeagueTask(
+        """What the methods are given, with what they share computed: no method's clock runs meanwhile."""
+        task = LeagueTask(
             model=self.model,
             behaviour=self.behaviour.name,
             train=self.split.train,
@@ -102,6 +104,8 @@ class Fixture:
             max_kl=self.settings.max_kl,
             max_new_tokens=self.settings.max_new_tokens,
         )
+        task.prepare()
+        return task
 
     @cached_property
     def bench(self) -> TestBench:
@@ -119,27 +123,6 @@ class Fixture:
         return self.settings.max_kl if side == "removal" else self.settings.max_kl_induction
 
 
-def check_splits(behaviours: Sequence[LeagueBehaviour], settings: LeagueSettings) -> None:
-    """Refuse sizes for which a behaviour has too few prompts, before a model is loaded.
-
-    Raises:
-        PromptError: too few prompts.
-        RunError: too few of a trait.
-    """
-    for behaviour in behaviours:
-        split_of(behaviour, settings, settings.seed_numbers[0])
-
-
-def split_of(behaviour: LeagueBehaviour, settings: LeagueSettings, seed: int) -> Split:
-    """The prompts of the three parts under one seed."""
-    return behaviour.split(
-        seed,
-        n_train=settings.n_train,
-        n_validation=settings.n_validation,
-        n_test=settings.n_test,
-    )
-
-
 def play(
     model: Model,
     behaviours: Sequence[LeagueBehaviour],
@@ -152,9 +135,10 @@ def play(
     A seed is finished on all behaviours before the next begins.
 
     Raises:
-        RunError: the folder is of something else, holds a league of other rules or another model, is in use, or
+        RunError: a behaviour that cannot be played (`check_behaviours`); the folder is of something else, holds a league of other rules or another model, is in use, or
             cannot be written.
     """
+    check_behaviours(behaviours, settings, model)
     pairs = [(behaviour, seed) for seed in settings.seed_numbers for behaviour in behaviours]
     check_folder(out)
     if (out / "run.json").exists():
@@ -178,23 +162,40 @@ def _fit(journal: LeagueJournal, fixture: Fixture, method: LeagueMethod) -> None
     key = fixture.key("fit", method.name)
     if key in journal.done:
         return
-    task, test = fixture.task, fixture.activations(fixture.split.test)
+    task = _shared(journal, fixture)
+    test = fixture.activations(fixture.split.test)
 
     def do() -> list[Record]:
         task.begin()
         start = time.monotonic()
         try:
-            fitted = method.fit(task)
+            with telling_of_memory(f"while {method.name} was fitted"):
+                fitted = method.fit(task)
             seconds = time.monotonic() - start
             pairs = [digest_of(prompt) for prompt in fixture.split.test.positive]
             values = _detection(fitted, test) | {"about": dict(fitted.about), "pairs": pairs}
             if task.scorer is not None:
                 values["plans"] = {side: _ladder(fixture, method, fitted, side) for side in SIDES}
         except InterpAblateError as error:
-            return [Record(key, {}, time.monotonic() - start, str(error))]
+            return [_failed(key, start, error)]
         return [Record(key, values, seconds)]
 
     journal.work([key], do)
+
+
+def _failed(key: Key, start: float, error: InterpAblateError) -> Record:
+    """The record of what came to nothing; where memory ran out, another process tries again."""
+    final = not isinstance(error, OutOfMemoryError)
+    return Record(key, {}, time.monotonic() - start, str(error), final)
+
+
+def _shared(journal: LeagueJournal, fixture: Fixture) -> LeagueTask:
+    """The task, after the work that all methods share; its seconds are a record of their own."""
+    start, key = time.monotonic(), fixture.key("shared")
+    task = fixture.task
+    if key not in journal.done:
+        journal.finish(Record(key, {}, time.monotonic() - start))
+    return task
 
 
 def digest_of(prompt: Prompt) -> str:
@@ -245,7 +246,8 @@ def _judge(journal: LeagueJournal, fixture: Fixture, methods: Sequence[LeagueMet
     if unedited not in journal.done:
         journal.work([unedited], lambda: [_unedited(fixture, unedited)])
     at_once = max(1, DECODED_ROWS // fixture.settings.n_test)
-    while batch := list(_pending(journal, fixture, methods))[:at_once]:
+    while waiting := list(_pending(journal, fixture, methods)):
+        batch = waiting[: journal.together([key for key, *_ in waiting], at_once)]
         journal.work([key for key, *_ in batch], partial(_scored, fixture, batch))
 
 
@@ -279,10 +281,11 @@ def _scored(fixture: Fixture, batch: Sequence[Pending]) -> list[Record]:
     """The records of a batch; where the batch fails, each of its plans alone."""
     start = time.monotonic()
     try:
-        numbers = fixture.bench.under([(Plan.load(path), side) for _, path, side in batch])
+        with telling_of_memory("while plans were judged"):
+            numbers = fixture.bench.under([(Plan.load(path), side) for _, path, side in batch])
     except InterpAblateError as error:
         if len(batch) == 1:
-            return [Record(batch[0][0], {}, time.monotonic() - start, str(error))]
+            return [_failed(batch[0][0], start, error)]
         return [record for each in batch for record in _scored(fixture, [each])]
     share = (time.monotonic() - start) / len(batch)
     return [Record(key, values, share) for (key, *_), values in zip(batch, numbers, strict=True)]

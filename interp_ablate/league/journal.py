@@ -28,10 +28,14 @@ class Record:
     values: dict[str, Any]
     seconds: float
     failed: str = ""
+    final: bool = True
+    """False of what another process may bring to an end, such as one with more memory: it is not written down."""
 
 
 class LeagueJournal:
     """Finished records on disk; work that was killed KILLS times is given up, since it may be the cause.
+
+    Pieces that were killed together are done one at a time after that, so that only the one at fault is given up.
 
     Raises:
         RunError: a journal of other rules or another model, a corrupt line, one in use by another process.
@@ -71,24 +75,32 @@ class LeagueJournal:
         self._lines.append(line)
         self._take(json.loads(json.dumps(line)))
 
+    def together(self, keys: Sequence[Key], most: int) -> int:
+        """How many of the first keys may be done in one piece: one alone where a process was killed at it."""
+        clean = next((i for i, key in enumerate(keys) if self._kills[key] > 0), len(keys))
+        return max(1, min(clean, most))
+
     def work(self, keys: Sequence[Key], do: Callable[[], Sequence[Record]]) -> None:
         """Do work whose keys are not done yet, and write down what came of it.
 
-        An interruption is written down too, and is no sign that the work kills its process.
+        An interruption is written down too, and is no sign that the work kills its process; nor is memory that ran
+        out, whose record counts in this process alone.
         """
-        given_up = [key for key in keys if self._kills[key] >= KILLS]
-        if given_up:
-            for key in given_up:
-                self.finish(Record(key, {}, 0.0, f"its process was killed {KILLS} times"))
+        if len(keys) == 1 and self._kills[keys[0]] >= KILLS:
+            self.finish(Record(keys[0], {}, 0.0, f"its process was killed {KILLS} times"))
             return
         self._append({"begun": [list(key) for key in keys]})
+        left = set(keys)
         try:
             for record in do():
-                self.finish(record)
-        except BaseException:
-            left = [list(key) for key in keys if key not in self.done]
-            self._append({"released": left})
-            raise
+                if record.final:
+                    self.finish(record)
+                    left.discard(record.key)
+                else:
+                    self.done[record.key] = record
+        finally:
+            if left:
+                self._append({"released": [list(key) for key in keys if key in left]})
 
     def finish(self, record: Record) -> None:
         """Write down a finished record; it is on disk when this returns."""

@@ -9,11 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from interp_ablate.errors import RunError
 from interp_ablate.league.conclusions import Conclusion, conclusions, losing_everywhere
-from interp_ablate.league.results import COLUMNS, FORMAT
+from interp_ablate.league.results import COLUMNS
 from interp_ablate.storage.atomic_files import write_atomic
-from interp_ablate.storage.incoming_files import incoming_object
 
 HEADS = {
     "detection": "detection, AUC",
@@ -39,26 +37,17 @@ _MEASURES = """\
   That KL holds the behaviour itself, so its limit is higher.
 * **KL along answers** is the mean a token over the unedited model's own answers, at the removal nearest to the limit.
   **Repetition** is the share of repeated 3-grams there. Of both, less is better.
+* **Failed plans** gave no numbers on the test prompts. One counts as no effect, at the KL that it was made for.
+  Where the removal nearest to the limit failed, there is no KL along answers and no repetition.
 * **Rank** is a range: the best and the worst place that the intervals allow. Controls have none.
 * **Exact in** says what can hold the removal exactly: weights, weights with biases, or only hooks.
 
 Intervals are of 95%, by a jackknife over prompts and, where there are several, over seeds.
+Seconds are those of a fit; what methods share is computed before them{shared}.
 A mean over behaviours gives each the same weight. The uncertainty of a KL is not in them.
 A method without a rule of its own tries {n_sites} layers while its time lasts.
 It keeps the one whose removal, at a third of the KL limit, makes the model's own first words unlikeliest on validation prompts.
 Where the concept is in the prompts alone, it keeps the layer whose scores are furthest apart on them (d')."""
-
-
-def read_results(path: str | Path) -> dict[str, Any]:
-    """The results of a league from their file.
-
-    Raises:
-        RunError: no such file, no JSON, or something else than results of a league.
-    """
-    results = incoming_object(Path(path), advice="give the league.json of a league's folder")
-    if results.get("format") != FORMAT:
-        raise RunError(f"{path} holds no results of a league (format {FORMAT!r})")
-    return results
 
 
 def write_page(results: Mapping[str, Any], path: str | Path, *, figure: str) -> None:
@@ -72,7 +61,9 @@ def write_page(results: Mapping[str, Any], path: str | Path, *, figure: str) -> 
 
 def page(results: Mapping[str, Any], *, figure: str) -> str:
     """The page as Markdown."""
-    measures = _MEASURES.format(**results["settings"], n_sites=results["n_sites"])
+    seconds = results["shared_seconds"]
+    shared = "" if seconds is None else f", in {seconds:.0f} seconds a behaviour and seed"
+    measures = _MEASURES.format(**results["settings"], n_sites=results["n_sites"], shared=shared)
     parts = [
         "# The league",
         _INTRODUCTION.format(command=results["command"]),
@@ -157,14 +148,17 @@ def _table(results: Mapping[str, Any], numbers: Any, *, ranked: bool = False) ->
     rows = [(name, results["methods"][name]) for name in method_order(results, numbers)]
     columns = [column for column in COLUMNS if any(numbers(row)[column] for _, row in rows)]
     heads = ["method", *(HEADS[column] for column in columns)]
-    heads += ["exact in", "seconds"] if ranked else []
+    failed = ranked and any(row["plans"][1] for _, row in rows)
+    heads += (["failed plans"] if failed else []) + (["exact in", "seconds"] if ranked else [])
     lines = [_row(heads), _row(["---"] * len(heads))]
     for name, row in rows:
         label = f"*{name}* (control)" if row["control"] else f"`{name}`"
         cells = [label]
         for column in columns:
-            rank = (row.get("ranks") or {}).get(column) if ranked else None
+            rank = row["ranks"].get(column) if ranked else None
             cells.append(_cell(numbers(row)[column], rank))
+        if failed:
+            cells.append("{1} of {0}".format(*row["plans"]))
         if ranked:
             seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
             cells += [row["exactness"], seconds]
@@ -187,21 +181,23 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _of_behaviour(results: Mapping[str, Any], name: str) -> list[str]:
-    rates = results["behaviours"][name]["rates"]
+    rates, failed = (results["behaviours"][name][part] for part in ("rates", "failed"))
     said = (
         f"Unedited, {rates[0]:.0%} of the answers to positive prompts show it, and {rates[1]:.0%} of those to "
         "negative ones."
         if rates
+        else f"Only detection is judged: the unedited model has no answers here ({failed})."
+        if failed
         else "The concept is in the prompts alone, so that only detection is judged."
     )
     parts = [f"### {name}", said, _table(results, lambda row: row["by_behaviour"][name])]
-    failed = {
-        m: row["failed"][name] for m, row in results["methods"].items() if name in row["failed"]
-    }
-    if failed:
-        parts.append(
-            "\n".join(f"* `{method}` has no numbers: {why}." for method, why in failed.items())
-        )
+    lines = []
+    for method, row in results["methods"].items():
+        if name in row["failed"]:
+            lines.append(f"* `{method}` has no numbers: {row['failed'][name]}.")
+        if name in row["failed_plans"]:
+            lines.append(f"* Plans of `{method}` failed: {'; '.join(row['failed_plans'][name])}.")
+    parts += ["\n".join(lines)] if lines else []
     return parts
 
 

@@ -18,12 +18,24 @@ from interp_ablate.league.settings import LeagueSettings
 from interp_ablate.league.statistics import Sample, area_gained, mean_auc, mean_of, rank_ranges
 from interp_ablate.stats.intervals import AT_LEAST_0, SHARE, Bounds, Estimate
 
-FORMAT = "interp_ablate.league_results/1"
+FORMAT = "interp_ablate.league_results/2"
 CHANGE: Bounds = (-1.0, 1.0)
 COLUMNS = ("detection", "removal", "induction", "kl_answers", "repetition")
 """The numbers of a method; of the last two less is better."""
 LESS_IS_BETTER = ("kl_answers", "repetition")
 GRID = 13  # points at which mean curves are drawn
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A plan on the test prompts; one that failed counts as no effect at the KL that it was made for."""
+
+    kl: float
+    """Mean first-token KL in nats."""
+    rates: Sequence[float]
+    """Of the side's prompts, under the plan."""
+    record: Record | None
+    """None where the plan failed."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +67,47 @@ class Records:
         """Why a method has nothing, by behaviour."""
         return {name: fit.failed for (name, _), fit in self.fits(method).items() if fit.failed}
 
-    def plans(self, behaviour: str, seed: int, method: str, side: Side) -> list[Record]:
+    def plans(self, behaviour: str, seed: int, method: str, side: Side) -> list[Judged]:
         """What a method's plans of one side did to test prompts, from the smallest KL on."""
+        unedited = self.at("unedited", behaviour, seed)
+        if unedited is None:
+            return []
+        plans = []
+        for rung, made in enumerate(self._rungs(behaviour, seed, method, side)):
+            record = self.at("plan", behaviour, seed, method, side, rung)
+            if record is None:
+                meant = made["share"] * self.limits[side]
+                plans.append(Judged(meant, unedited.values[side], None))
+            else:
+                kl = float(np.mean(record.values["kl"]))
+                plans.append(Judged(kl, record.values["rate"], record))
+        return sorted(plans, key=lambda plan: plan.kl)
+
+    def _rungs(
+        self, behaviour: str, seed: int, method: str, side: Side
+    ) -> Sequence[Mapping[str, float]]:
         fit = self.at("fit", behaviour, seed, method)
-        rungs = range(len((fit.values.get("plans") or {}).get(side, [])) if fit else 0)
-        found = [self.at("plan", behaviour, seed, method, side, rung) for rung in rungs]
-        there = [record for record in found if record is not None]
-        return sorted(there, key=lambda record: float(np.mean(record.values["kl"])))
+        return (fit.values.get("plans") or {}).get(side, []) if fit else []
+
+    def counted(self, method: str, behaviours: Sequence[str]) -> list[int]:
+        """How many plans of a method there are, and how many of them failed on the test prompts."""
+        found = [
+            self.at("plan", name, seed, method, side, rung) is None
+            for name in behaviours
+            for seed in self.seeds
+            for side in SIDES
+            for rung in range(len(self._rungs(name, seed, method, side)))
+        ]
+        return [len(found), sum(found)]
+
+    def failed_plans(self, method: str, behaviour: str) -> list[str]:
+        """Why plans of a method failed on the test prompts, each reason once."""
+        places = [
+            ("plan", behaviour, self.behaviours[behaviour], str(seed), method)
+            for seed in self.seeds
+        ]
+        reasons = [r.failed for key, r in self.done.items() if key[:5] in places and r.failed]
+        return list(dict.fromkeys(reasons))
 
     def samples(self, method: str, column: str, behaviour: str) -> list[Sample]:
         """The numbers of single prompts behind one number of the table; none where a seed has none."""
@@ -91,10 +137,10 @@ class Records:
         plans = self.plans(behaviour, seed, method, column)
         if unedited is None or not plans:
             return
-        kls = [float(np.mean(plan.values["kl"])) for plan in plans]
+        kls = [plan.kl for plan in plans]
         sign = -1.0 if column == "removal" else 1.0
         for i, base in enumerate(unedited.values[column]):
-            rates = [plan.values["rate"][i] for plan in plans]
+            rates = [plan.rates[i] for plan in plans]
             area = sign * area_gained(kls, rates, base, self.limits[column])
             prompt = unedited.values["prompts"][column][i]
             yield Sample(behaviour, seed, f"{behaviour} {prompt}", area)
@@ -109,10 +155,11 @@ class Records:
             yield Sample(behaviour, seed, f"{behaviour} {prompt}", value)
 
     def nearest_limit(self, behaviour: str, seed: int, method: str) -> Record | None:
-        """The removal whose KL of test prompts is nearest to the limit."""
+        """The removal whose KL of test prompts is nearest to the limit; None where there is none, or it failed."""
         plans = self.plans(behaviour, seed, method, "removal")
         limit = self.limits["removal"]
-        return min(plans, key=lambda p: abs(float(np.mean(p.values["kl"])) - limit), default=None)
+        nearest = min(plans, key=lambda plan: abs(plan.kl - limit), default=None)
+        return None if nearest is None else nearest.record
 
     def curve(self, method: str, side: Side, behaviour: str) -> list[list[float]] | None:
         """Mean rate over KL, as pairs, over the seeds; None where a seed has none."""
@@ -125,10 +172,10 @@ class Records:
             )
             if unedited is None or not plans:
                 return None
-            x = [0.0, *(float(np.mean(plan.values["kl"])) for plan in plans)]
+            x = [0.0, *(plan.kl for plan in plans)]
             y = [
-                float(np.mean(unedited.values[side])),
-                *(float(np.mean(p.values["rate"])) for p in plans),
+                float(np.mean(rates))
+                for rates in (unedited.values[side], *(p.rates for p in plans))
             ]
             curves.append(np.interp(grid, x, y))
         return [[round(float(a), 6), round(float(b), 6)] for a, b in zip(grid, np.mean(curves, 0))]
@@ -155,14 +202,19 @@ def results_of(
     Args:
         about: what the results say of the model and the versions.
     """
-    judged = [name for name in records.behaviours if _has_answers(records, name)]
+    judged = [name for name in records.behaviours if _unedited_at(records, name)]
     table: dict[str, Any] = {}
     for method in methods:
         table[method.name] = {
             "exactness": method.exactness,
             "source": method.source,
             "control": method.is_control,
+            "ranks": {},
             "failed": records.failures(method.name),
+            "plans": records.counted(method.name, judged),
+            "failed_plans": {
+                name: why for name in judged if (why := records.failed_plans(method.name, name))
+            },
             "seconds": _seconds(records, method.name),
             "by_behaviour": {
                 name: _numbers(records, method.name, [name]) for name in records.behaviours
@@ -180,12 +232,16 @@ def results_of(
         "settings": settings.rules,
         "seeds": list(records.seeds),
         "behaviours": {name: _unedited(records, name) for name in records.behaviours},
+        "shared_seconds": _shared_seconds(records),
         "methods": table,
     }
 
 
-def _has_answers(records: Records, behaviour: str) -> bool:
-    return records.at("unedited", behaviour, records.seeds[0]) is not None
+def _unedited_at(records: Records, behaviour: str) -> list[Record]:
+    """The unedited model's records over the seeds, failed ones too; none where only prompts have the concept."""
+    print_ = records.behaviours[behaviour]
+    keys = [("unedited", behaviour, print_, str(seed)) for seed in records.seeds]
+    return [records.done[key] for key in keys if key in records.done]
 
 
 def _numbers(
@@ -215,7 +271,7 @@ def _add_ranks(table: dict[str, Any]) -> None:
         if column in LESS_IS_BETTER:
             there = {name: _negated(e) for name, e in there.items()}
         for name, ranks in rank_ranges(there).items():
-            table[name].setdefault("ranks", {})[column] = list(ranks)
+            table[name]["ranks"][column] = list(ranks)
 
 
 def _negated(e: Estimate) -> Estimate:
@@ -230,13 +286,18 @@ def _seconds(records: Records, method: str) -> float | None:
     return round(float(np.mean(fits)), 1) if fits else None
 
 
+def _shared_seconds(records: Records) -> float | None:
+    """Mean seconds of the work that methods share, for one behaviour and seed."""
+    places = [(name, seed) for name in records.behaviours for seed in records.seeds]
+    found = [r.seconds for place in places if (r := records.at("shared", *place)) is not None]
+    return round(float(np.mean(found)), 1) if found else None
+
+
 def _unedited(records: Records, behaviour: str) -> dict[str, Any]:
-    """The unedited model's rates on both sides, over the seeds."""
-    found = [records.at("unedited", behaviour, seed) for seed in records.seeds]
-    if any(record is None for record in found):
-        return {"rates": None}
-    rates = [
-        round(float(np.mean([record.values[side] for record in found if record])), 4)
-        for side in SIDES
-    ]
-    return {"rates": rates}
+    """The unedited model's rates on both sides, over the seeds, or why there are none."""
+    found = _unedited_at(records, behaviour)
+    failed = next((record.failed for record in found if record.failed), "")
+    if failed or not found:
+        return {"rates": None, "failed": failed}
+    rates = [round(float(np.mean([record.values[side] for record in found])), 4) for side in SIDES]
+    return {"rates": rates, "failed": ""}

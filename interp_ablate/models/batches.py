@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from interp_ablate.errors import ModelError
+from interp_ablate.errors import OutOfMemoryError
 from interp_ablate.jobs.bars import bar
 from interp_ablate.models.backends.backend import Backend, ForwardCall
 
@@ -124,7 +124,7 @@ def in_parts(parts: Sequence[Batch], run: Callable[[Batch], Result], what: str) 
     """Run every batch, under a bar that counts rows; where memory runs out, its halves, and no larger ones after that.
 
     Raises:
-        ModelError: a single row does not fit.
+        OutOfMemoryError: a single row does not fit.
     """
     total = sum(len(batch.index) for batch in parts) if parts[1:] else 1  # one batch is one step
     with bar(what, total) as advance:
@@ -167,7 +167,7 @@ def telling_of_memory(when: str) -> Iterator[None]:
     """Make the error of memory that ran out one message.
 
     Raises:
-        ModelError: memory ran out inside.
+        OutOfMemoryError: memory ran out inside.
     """
     try:
         yield
@@ -177,8 +177,8 @@ def telling_of_memory(when: str) -> Iterator[None]:
         raise _no_memory(when) from error
 
 
-def _no_memory(when: str) -> ModelError:
-    return ModelError(
+def _no_memory(when: str) -> OutOfMemoryError:
+    return OutOfMemoryError(
         f"memory ran out {when}: use --dtype bfloat16, a device with more memory, shorter prompts or "
         "smaller batches. The same command goes on where it stopped"
     )

@@ -23,6 +23,7 @@ from interp_ablate.sites import Site
 
 N_RANDOM_CONTROLS = 2
 SCALING_STEPS, SAME_KL = 8, 1.15  # a KL within 15% counts as equal
+NO_KL = 1e-7  # nats that are rounding
 FAR_OFF = 10.0  # logarithm of a KL's ratio to the one asked for, where there is no KL
 
 
@@ -157,8 +158,8 @@ def strength_at_kl(
     """The plan of a family whose KL is about `kl`, and its strength.
 
     A KL grows about with the square of a small strength: the first steps; once one strength is too weak and one too
-    strong, the next lies on the line between them, both in logarithms. The strength that comes nearest is taken;
-    None where no strength gives a KL.
+    strong, the next lies on the line between them, both in logarithms. The strength that comes nearest is taken, of
+    those that change nothing (a condition that no prompt meets) the last; None where no strength gives a KL.
 
     Args:
         family: from a strength above 0 to a plan.
@@ -177,10 +178,10 @@ def strength_at_kl(
         strength = math.exp(factor)
         try:
             candidate = family(strength)
-            miss = math.log(max(kl_of(candidate), 1e-12) / kl)
+            miss = math.log(max(kl_of(candidate), min(NO_KL, kl / 10)) / kl)
         except NotFiniteError:  # so strong that nothing finite is left
             miss = FAR_OFF
-        if miss < FAR_OFF and (nearest is None or abs(miss) < nearest[0]):
+        if miss < FAR_OFF and (nearest is None or abs(miss) <= nearest[0]):
             nearest = abs(miss), candidate, strength
         if abs(miss) < math.log(SAME_KL):
             break

@@ -33,7 +33,8 @@ def test_a_page_without_the_comments_is_an_error(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_page_of_the_league_is_made_of_its_file() -> None:
-    from interp_ablate.league.page import page, read_results
+    from interp_ablate.league.page import page
+    from interp_ablate.league.saved_results import read_results
 
     made = page(read_results(ROOT / "docs" / "league.json"), figure="figures/league.png")
     assert (ROOT / "docs" / "league.md").read_text(encoding="utf-8") == made, (

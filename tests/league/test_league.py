@@ -17,7 +17,8 @@ from small_task import write_task
 
 from interp_ablate.cli.main import main
 from interp_ablate.edits.plan import Plan
-from interp_ablate.league.page import page, read_results
+from interp_ablate.league.page import page
+from interp_ablate.league.saved_results import read_results
 
 METHODS = ("difference_in_means", "norm_preserving", "lda", "random_direction")
 
@@ -78,7 +79,7 @@ def test_what_a_league_leaves(played: Path, flags: list[str]) -> None:
         assert row["control"] == (name == "random_direction")
         value, low, high = row["overall"]["removal"]
         assert low <= value <= high
-    assert "ranks" not in results["methods"]["random_direction"]
+    assert not results["methods"]["random_direction"]["ranks"]
     named = [name for name in flags[flags.index("--behaviours") + 1].split(",") if "#" not in name]
     assert all(
         row["by_behaviour"][name]["removal"] is None
@@ -159,10 +160,11 @@ def test_killed_at_any_moment_and_run_again(flags: list[str], played: Path, tmp_
                 break
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL and not (out / "league.json").exists()
         seen.append(log.read_text())
     assert seen[1].startswith(seen[0][: seen[0].rindex("\n") + 1])  # what was there stays there
     assert main(command(flags, out)) == 0
+    assert log.read_text().startswith(seen[1][: seen[1].rindex("\n") + 1])
     keys = [tuple(record["key"]) for record in records(out)]
     assert len(set(keys)) == len(keys)
     got, want = (

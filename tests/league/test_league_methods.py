@@ -20,6 +20,7 @@ from interp_ablate.league.task import LeagueTask, best_of_sites
 from interp_ablate.models.architectures import architecture_of
 from interp_ablate.prompts.contrast_set import ContrastSet
 from interp_ablate.scoring.expressions import ExpressionScorer
+from interp_ablate.search.derived_edits import strength_at_kl
 from interp_ablate.sites import Site, sites_of
 from interp_ablate.weights.weight_form import writers_only_form
 
@@ -101,7 +102,7 @@ def test_strength_0_changes_nothing_and_strength_1_does(
     name: str, task: LeagueTask, fitted: dict[str, FittedMethod]
 ) -> None:
     for family in (fitted[name].removal, fitted[name].induction):
-        if family is not None:
+        if family is not None and name != "cast":  # which leaves the negative prompts alone
             assert task.kl(family(0.0)) == pytest.approx(0.0, abs=1e-6)
             assert task.kl(family(1.0)) > 1e-4
 
@@ -213,3 +214,24 @@ def test_angular_steering_never_turns_past_its_angle(fitted: dict[str, FittedMet
     """Beyond strength 1 a rotation's KL oscillates: its families say so, those of a linear edit have no end."""
     assert fitted["angular_steering"].greatest_strength == 1.0
     assert fitted["difference_in_means"].greatest_strength == float("inf")
+
+
+def test_cast_works_where_its_condition_is_met_and_nowhere_else(
+    task: LeagueTask, fitted: dict[str, FittedMethod]
+) -> None:
+    """Its threshold tells validation prompts apart, is read no later than it works, and decides alone."""
+    found = fitted["cast"]
+    (edit,) = found.removal(1.0)
+    assert found.about["f1"] == 1.0 and found.about["condition_layer"] <= found.about["layer"]
+    assert edit.hooks_only and found.induction is None
+    assert task.kl(found.removal(1.0)) == pytest.approx(0.0, abs=1e-6)
+    edited = task.positive.with_plan(found.removal(1.0)).first_logprobs
+    assert not torch.allclose(edited, task.positive.first_logprobs, atol=1e-3)
+    untouched = task.positive.with_plan(found.removal(0.0)).first_logprobs
+    assert torch.allclose(untouched, task.positive.first_logprobs, atol=1e-4)
+    # no KL ends it: the strength at any KL is the greatest
+    _, strength = strength_at_kl(found.removal, 0.1, task.kl, greatest=found.greatest_strength) or (
+        None,
+        0,
+    )
+    assert strength == pytest.approx(1.0)
