@@ -211,16 +211,9 @@ class _Request:
 
     def cache_file(self, folder: str | Path, model: Model) -> Path:
         """The file that holds these activations; its name is a hash of what they depend on."""
-        key = json.dumps(
-            {
-                "model": model.fingerprint,
-                "rows": self.rows,
-                "prompt_lengths": self.prompt_lengths,
-                "response_starts": self.response_starts,
-                "sites": [str(site) for site in self.sites],
-                "positions": self.positions,
-            }
-        )
+        about = {name: value for name, value in vars(self).items() if name != "prompts"}
+        about |= {"model": model.fingerprint, "sites": list(map(str, self.sites))}
+        key = json.dumps(about, sort_keys=True)
         digest = hashlib.sha256(key.encode()).hexdigest()[:32]
         return Path(folder) / f"activations-{digest}.safetensors"
 
