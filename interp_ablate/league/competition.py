@@ -247,8 +247,8 @@ def _judge(journal: LeagueJournal, fixture: Fixture, methods: Sequence[LeagueMet
         journal.work([unedited], lambda: [_unedited(fixture, unedited)])
     at_once = max(1, DECODED_ROWS // fixture.settings.n_test)
     while waiting := list(_pending(journal, fixture, methods)):
-        batch = waiting[: journal.together([key for key, *_ in waiting], at_once)]
-        journal.work([key for key, *_ in batch], partial(_scored, fixture, batch))
+        keys = journal.together([key for key, *_ in waiting], at_once)
+        journal.work(keys, partial(_scored, fixture, waiting[: len(keys)]))
 
 
 def _unedited(fixture: Fixture, key: Key) -> Record:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from interp_ablate.search.trials import KILLS
+from interp_ablate.search.trials import KILLS, together
 from interp_ablate.storage.jsonl_log import JsonlLog
 
 FORMAT = "interp_ablate.league/1"
@@ -75,10 +75,9 @@ class LeagueJournal:
         self._lines.append(line)
         self._take(json.loads(json.dumps(line)))
 
-    def together(self, keys: Sequence[Key], most: int) -> int:
-        """How many of the first keys may be done in one piece: one alone where a process was killed at it."""
-        clean = next((i for i, key in enumerate(keys) if self._kills[key] > 0), len(keys))
-        return max(1, min(clean, most))
+    def together(self, keys: Sequence[Key], most: int) -> Sequence[Key]:
+        """The first keys that may be done in one piece."""
+        return together(keys, most, self._kills)
 
     def work(self, keys: Sequence[Key], do: Callable[[], Sequence[Record]]) -> None:
         """Do work whose keys are not done yet, and write down what came of it.

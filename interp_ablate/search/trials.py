@@ -9,11 +9,12 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice, takewhile
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from interp_ablate.edits.kinds import Add
 from interp_ablate.edits.plan import Plan
@@ -203,6 +204,16 @@ def score_trial(bench: ValidationBench, planned: PlannedTrial) -> Trial:
 
 
 Batch = tuple[PlannedTrial, ...]
+Key = TypeVar("Key", bound=Hashable)
+
+
+def together(keys: Sequence[Key], most: int, kills: Mapping[Key, int]) -> Sequence[Key]:
+    """The first keys whose work may be done in one piece: one alone where a process was killed at it before.
+
+    So only the work at fault is killed often enough to be given up.
+    """
+    clean = list(takewhile(lambda key: not kills.get(key), keys[:most]))
+    return clean or keys[:1]
 
 
 def run_trials(
@@ -232,10 +243,10 @@ def run_trials(
             on_trial(trial)
 
     def batches() -> Iterator[Batch]:
-        todo = list({each.key: each for each in trials if each.key not in log.done}.values())
-        for start in range(0, len(todo), batch_size):
-            batch = []
-            for trial in todo[start : start + batch_size]:
+        todo = {each.key: each for each in trials if each.key not in log.done}
+        while todo:
+            batch, some = [], list(islice(todo, batch_size))
+            for trial in map(todo.pop, together(some, batch_size, log.kills)):
                 if log.kills[trial.key] >= KILLS:
                     record(trial.failed(f"its process was killed {KILLS} times: not tried again"))
                     continue

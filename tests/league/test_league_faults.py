@@ -98,7 +98,7 @@ def test_only_the_plan_at_fault_is_given_up(tmp_path: Path) -> None:
         journal = LeagueJournal(tmp_path / "log.jsonl", {})
         with journal.open():
             while waiting := [key for key in keys if key not in journal.done]:
-                batch = waiting[: journal.together(waiting, 4)]
+                batch = journal.together(waiting, 4)
                 if killer in batch and journal._kills[killer] < KILLS:
                     journal._append({"begun": [list(key) for key in batch]})  # and no more: SIGKILL
                     kills += 1

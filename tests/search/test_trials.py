@@ -652,6 +652,25 @@ def test_trials_that_kill_their_process_are_given_up(tmp_path: Path) -> None:
     assert other.status == "ok"
 
 
+def test_only_the_trial_at_fault_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was killed together is scored one at a time after that."""
+    monkeypatch.setattr(TrialLog, "release", lambda *_: None)  # a SIGKILL writes nothing
+    path, trials = tmp_path / "trials.jsonl", numbered(4)
+
+    def deadly(one: Plan) -> dict[str, float]:
+        if one == plan(trials[1]):
+            raise KeyboardInterrupt
+        return {}
+
+    for _ in range(KILLS):
+        with pytest.raises(KeyboardInterrupt):
+            run(path, FakeBench(deadly), trials, batch_size=3)
+    finished = run(path, FakeBench(deadly), trials, batch_size=3)
+    assert [each.status for each in finished] == ["ok", "failed", "ok", "ok"]
+
+
 def test_a_killed_sweep_goes_on_and_repeats_nothing(tmp_path: Path) -> None:
     path, candidates = tmp_path / "trials.jsonl", screening_trials(PLAIN)
 

@@ -99,6 +99,25 @@ def test_half_precision_is_certified(dtype: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_an_export_is_made_again_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From its plan, and from its prompts on."""
+    from interp_ablate.runs import fits
+
+    monkeypatch.setattr(fits, "FIT_ROUNDS", ((6, 120.0), (4, 160.0)))
+    run = tmp_path / "run"
+    command = ["--quiet", "run", "--model", "smollm2", "--contrast", "declining"]
+    assert main([*command, *SMALL, "--out", str(run)]) == 0
+    for number, flags in enumerate(((), ("--from-prompts",))):
+        out = tmp_path / str(number)
+        line = ["--quiet", "reproduce", str(run / "export"), *flags, "--out", str(out)]
+        assert main(line) == 0
+        for file in (run / "export").glob("*.safetensors"):
+            assert file.read_bytes() == (out / "export" / file.name).read_bytes()
+
+
+@pytest.mark.slow
 def test_demo_keeps_its_promises(tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = ["run", "--model", "smollm2", "--contrast", "declining", "--out", str(out)]
