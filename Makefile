@@ -107,7 +107,9 @@ notebooks-check: $(VENV)/.ready
 
 # Remakes the pictures of README and documentation from the demo's run.
 figures: demo
-	cp runs/declining/figures/*.png docs/figures/
+	$(BIN)/interp-ablate circuit runs/declining --n-patched 0 --beside runs/declining
+	$(BIN)/interp-ablate plot runs/declining
+	cp runs/declining/figures/*.png runs/declining/circuit/*.png docs/figures/
 
 # What the demo runs and no more; the rest goes into the same environment when something needs it.
 $(VENV)/.ready-demo: pyproject.toml constraints.txt

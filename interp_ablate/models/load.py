@@ -5,6 +5,8 @@ Knows: sources and backends. Does not know: what the model is wanted for.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -30,7 +32,11 @@ from interp_ablate.models.sources import (
     resolve,
     torch_dtype,
 )
-from interp_ablate.prompts.chat_format import TemplateLike
+from interp_ablate.prompts.chat_format import TemplateLike, as_chat_format
+from interp_ablate.prompts.chat_template import has_template
+
+logger = logging.getLogger(__name__)
+_LARGE = 8e9  # bytes
 
 
 @waiting("loading the model")
@@ -77,7 +83,23 @@ def load_model(
         trust_remote_code=trust_remote_code,
         revision=revision,
     )
-    return from_hf(hf, tokenizer, source=source, backend=backend, template=template)
+    model = from_hf(hf, tokenizer, source=source, backend=backend, template=template)
+    for note in _notes(model, template):
+        logger.warning("%s %s", source.name, note)
+    return model
+
+
+def _notes(model: Model, template: TemplateLike) -> Iterator[str]:
+    """What a reader of results must know of the numbers that weights are in, and of how prompts reach the model."""
+    size = sum({p.data_ptr(): p.nbytes for p in model.tl.parameters()}.values())
+    if model.dtype in (torch.float16, torch.bfloat16):
+        name = str(model.dtype).removeprefix("torch.")
+        yield f"runs in {name}: first-token KLs of some thousandths of a nat are its rounding (float32 measures less)"
+    elif model.dtype == torch.float32 and size > _LARGE:
+        yield f"takes {size / 1e9:.0f} GB in float32 (dtype bfloat16 takes half, and rounds)"
+    asked = as_chat_format(template).template
+    if model.tokenizer is not None and not asked and not has_template(model.tokenizer, template):
+        yield "has no chat template: prompts reach it as raw text (template gives one; 'none' says that raw text is meant)"
 
 
 def hf_from_name(

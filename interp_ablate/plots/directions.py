@@ -5,6 +5,7 @@ Knows: how they are drawn. Does not know: run folders, or how anything was measu
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -318,26 +319,24 @@ def cosines_beside(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
             ax.plot([low, high], [row, row], color=style.FAINT, linewidth=7, solid_capstyle="butt")
         inside = banded and low <= cosine <= high
         colour = style.CONTROL if inside else style.POSITIVE
-        ax.plot(
-            cosine,
-            row,
-            "o",
-            color=colour,
-            markerfacecolor="none" if inside else colour,
-            markersize=5,
-        )
+        fill = "none" if inside else colour
+        ax.plot(cosine, row, "o", color=colour, markerfacecolor=fill, markersize=5)
     style.set_row_axis(
-        ax, [str(p.second) if one else f"{p.first} | {p.second}" for p in rows.itertuples()]
+        ax, [_short(p.second if one else f"{p.first} | {p.second}") for p in rows.itertuples()]
     )
     ax.axvline(0, color=style.INK, linewidth=0.8)
     ax.set_xlim(-1.05, 1.05)
     shown = f"{len(rows)} of {len(frame)} pairs" if len(rows) < len(frame) else f"{len(rows)} pairs"
     bands = "grey: the middle 95% with shuffled labels" if half.notna().any() else "no band"
-    what = f"cosine with {rows['first'].iloc[0]}" if one else "cosine"
+    what = f"cosine with\n{_short(rows['first'].iloc[0])}" if one else "cosine"
     style.finish_axes(
         ax, "Directions beside directions", f"n = {shown}; {bands}", what, "", grid="x"
     )
     return ax
+
+
+def _short(name: object) -> str:  # of a direction: 15.resid_mid for its site
+    return re.sub(r"blocks\.(\d+)\.hook_", r"\1.", str(name))
 
 
 def standardised_projections(rows: pd.DataFrame) -> list[np.ndarray]:

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import folder_of, make_tokenizer
 
 from interp_ablate.cli.main import main
 from interp_ablate.directions.direction import Direction, Separation
 from interp_ablate.directions.direction_set import Directions
 from interp_ablate.errors import ModelError
+from interp_ablate.models.load import load_model
 from interp_ablate.runs.configuration import Configuration
 from interp_ablate.runs.run_folder import FORMAT
 from interp_ablate.runs.trial_session import make_worker
@@ -80,3 +82,23 @@ def test_a_worker_loads_the_model_as_the_run_does(
     with pytest.raises(ModelError):
         make_worker(configuration, str(tmp_path / "run"))
     assert requests[-1]["trust_remote_code"] is True
+
+
+def test_what_matters_of_a_loaded_model_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder_of(tmp_path / "chat")
+    load_model(tmp_path / "chat")
+    assert not caplog.messages
+    folder_of(tmp_path / "raw")
+    make_tokenizer(None).save_pretrained(tmp_path / "raw")
+    (tmp_path / "raw" / "chat_template.jinja").unlink(missing_ok=True)
+    load_model(tmp_path / "raw", template="none")
+    assert not caplog.messages
+    load_model(tmp_path / "raw", dtype="bfloat16")
+    rounded, raw = caplog.messages
+    assert "raw runs in bfloat16: first-token KLs" in rounded and "no chat template" in raw
+    caplog.clear()
+    monkeypatch.setattr("interp_ablate.models.load._LARGE", 1000)
+    load_model(tmp_path / "chat")
+    assert [said for said in caplog.messages if "GB in float32" in said]

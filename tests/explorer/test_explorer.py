@@ -191,7 +191,12 @@ def test_who_may_ask(served: Served, session: ExplorerSession) -> None:
     ):
         ((status, events),) = [served.ask("answer", wrong)]
         assert status == 200 and "error" in events[-1]
+    tunnel = {"Host": "localhost:9000", "Origin": "http://localhost:9000"}  # ssh -L 9000:...
+    assert served.ask("answer", request, **tunnel)[0] == 200
+    proxy = {"Cookie": "interp_ablate_token=secret", "Origin": "https://proxy.example"}
     with Served(session, token="secret") as elsewhere:
+        assert elsewhere.ask("answer", request, Host="proxy.example", **proxy)[0] == 200
+        assert elsewhere.ask("answer", request, **proxy)[0] == 403  # it hid the page's own name
         assert elsewhere.ask("")[0] == 403 and elsewhere.ask("?token=wrong")[0] == 403
         assert elsewhere.ask("answer", request)[0] == 403
         assert elsewhere.ask("answer", request, Cookie="interp_ablate_token=secret")[0] == 200
