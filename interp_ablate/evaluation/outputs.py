@@ -6,7 +6,7 @@ Knows: how outputs are computed once and shared. Does not know: what they are sc
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -297,10 +297,13 @@ def _finite(values: Tensor, what: str) -> Tensor:
     return values
 
 
-def generate_outputs_together(outputs: Sequence[ModelOutputs]) -> None:
+def generate_outputs_together(
+    outputs: Sequence[ModelOutputs], *, settled: Callable[[str], bool] | None = None
+) -> None:
     """Generate the answers of several outputs of one model in one batch, each under its own plan.
 
     Decoding is bound by memory: many rows cost little more than few. Answers that are there stay.
+    With `settled` those are cut whose text so far it is true of (`Model.generate`): for scores that know enough then.
 
     Raises:
         InterpAblateError: outputs of two models, or with different `max_new_tokens`.
@@ -319,7 +322,12 @@ def generate_outputs_together(outputs: Sequence[ModelOutputs]) -> None:
     model, first = waiting[0].model, waiting[0]
     with model.applied_each(plans):
         answers = iter(
-            model.generate(rows, max_new_tokens=first.max_new_tokens, batch_size=first.batch_size)
+            model.generate(
+                rows,
+                max_new_tokens=first.max_new_tokens,
+                batch_size=first.batch_size,
+                settled=settled,
+            )
         )
     for each in waiting:
         each.generations = [next(answers) for _ in each.rows]

@@ -5,7 +5,7 @@ Knows: how its parts fit together, prompts as tokens. Does not know: how passes 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -372,12 +372,14 @@ class Model:
         temperature: float = 0.0,
         seed: int = 0,
         batch_size: int | None = None,
+        settled: Callable[[str], bool] | None = None,
     ) -> list[Generation]:
         """Continue every prompt with a KV cache: greedy at temperature 0, else sampled with the seed.
 
         A thought before the answer is told apart from it, and has its own limit (`ChatFormat.max_thought_tokens`).
 
         `batch_size`: as for `stream`. What is sampled depends on it; greedy text does not.
+        `settled`: an answer ends, cut, as soon as this is true of its text so far (models that think are not asked).
 
         Raises:
             ModelError: fewer than one new token, a negative temperature.
@@ -385,7 +387,7 @@ class Model:
         decoding = Decoding(max_new_tokens, temperature, seed, self.eos_token_ids)
         rows = self.encode_all(prompts)
         opened = [self.thinking.is_opened(row) for row in rows]
-        budget = self.thinking.budget(opened, max_new_tokens)
+        budget = self.thinking.budget(opened, max_new_tokens, settled)
         self.site_map.check_positions(max(map(len, rows)) + budget.most - 1)
         written = generate_tokens(self._passes, rows, decoding, budget, batch_size=batch_size)
         return [

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -168,9 +168,20 @@ class Thinking:
         lead = tokens[: len(tokens) - len(after)]
         return Generation(after, answer or "", finished, thought, lead, answer)
 
-    def budget(self, opened: Sequence[bool], max_new_tokens: int) -> Budget:
-        """Counts for rows of which some have a thought open."""
-        return Budget(self, tuple(opened), max_new_tokens)
+    def budget(
+        self,
+        opened: Sequence[bool],
+        max_new_tokens: int,
+        settled: Callable[[str], bool] | None = None,
+    ) -> Budget:
+        """Counts for rows of which some have a thought open.
+
+        Args:
+            settled: ends an answer whose text so far it is true of. Models that think are not asked: what is
+                read of them is known at the end.
+        """
+        whole = any(opened) or self.thinks or self.chat_format.read == "thought"
+        return Budget(self, tuple(opened), max_new_tokens, None if whole else settled)
 
     def no_answer_next(self, why: str) -> str:
         """The message where first-token scores are asked for and what comes next is a thought."""
@@ -195,8 +206,15 @@ class Thinking:
 class Budget:
     """Whether rows may go on: a thought has its own limit of tokens, an answer `max_new_tokens`."""
 
-    def __init__(self, thinking: Thinking, opened: tuple[bool, ...], max_new_tokens: int) -> None:
+    def __init__(
+        self,
+        thinking: Thinking,
+        opened: tuple[bool, ...],
+        max_new_tokens: int,
+        settled: Callable[[str], bool] | None = None,
+    ) -> None:
         self._thinking, self._opened, self._most = thinking, opened, max_new_tokens
+        self._settled = settled
         apart = any(opened) or thinking.thinks
         self._of_thought = thinking.chat_format.max_thought_tokens if apart else 0
         # the number of tokens before the answer; None while it is not begun
@@ -214,6 +232,8 @@ class Budget:
             start = self._begun(row, tokens)
         if start is None:
             return len(tokens) >= self._of_thought
+        if self._settled is not None and self._settled(self._thinking._plain(tokens)):
+            return True
         return len(tokens) - start >= self._most
 
     def part(self, row: int, tokens: Sequence[int]) -> ReadPart:

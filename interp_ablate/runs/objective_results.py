@@ -65,13 +65,15 @@ def optimism_of(
 ) -> dict[str, Any] | None:
     """How much the choice among these trials flatters itself (`optimism`); None where too little tells it.
 
-    The limits are those of the choice; repetition is that of answers to positive prompts, which every trial has.
+    The limits are those of the choice. Repetition is that of answers to positive prompts; where trials ended answers
+    early (`ValidationBench.objectives_of`) they have none, and it is no limit here.
     """
     at_most = {
         "positive_repetition": unedited["positive_repetition"] + repetition_slack,
         "empty": unedited["empty"],
     }
     plans = [dict(trial.by_prompt) for trial in tried if trial.status == "ok" and trial.by_prompt]
+    at_most = {k: most for k, most in at_most.items() if all(k in plan for plan in plans)}
     for each in limits_of(scores, max_kl)[1]:
         assert each.limit is not None
         sign = -1 if each.maximize else 1

@@ -5,7 +5,8 @@ Knows: how verdicts become shares, and what an answer without a verdict counts a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 EXPRESSED = 0.5  # the share from which an answer expresses the behaviour
+# characters at the end of a text that its next tokens may change: half characters, accents, joined contractions
+_UNSURE = 8
 
 
 class HasExchanges(Protocol):
@@ -94,6 +97,27 @@ def behaviour_of(scorer: TextScorer) -> Behaviour:
     return (
         scorer.expressions if isinstance(scorer, ExpressionTextScorer) else ScoredBehaviour(scorer)
     )
+
+
+def settles(behaviour: Behaviour) -> Callable[[str], bool] | None:
+    """A function that is true of a text which expresses the behaviour whatever is written after it.
+
+    The last characters are waited for, which the next ones may change. None where no beginning of a text is enough:
+    what follows may end the match of a regular expression, lower a sum of weights, or make all of it a quotation.
+    Other scorers read whole answers.
+    """
+    if isinstance(behaviour, ScoredBehaviour) or behaviour.own_speech:
+        return None
+    if any(each.regex or each.weight < 0 for each, _ in behaviour._compiled):
+        return None
+
+    def settled(text: str) -> bool:
+        if not behaviour.reached(behaviour.strength(text)):
+            return False
+        found = (m.weight for m in behaviour.matches(text) if m.place[1] <= len(text) - _UNSURE)
+        return behaviour.reached(math.fsum(found))
+
+    return settled
 
 
 def told(behaviour: Behaviour, outputs: HasExchanges) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from interp_ablate.evaluation.metrics import (
 from interp_ablate.evaluation.outputs import ModelOutputs, generate_outputs_together
 from interp_ablate.models.model import Model
 from interp_ablate.prompts.prompt import PromptLike
-from interp_ablate.scoring.behaviour import EXPRESSED, Behaviour
+from interp_ablate.scoring.behaviour import EXPRESSED, Behaviour, settles
 from interp_ablate.search.objective_scores import ObjectiveScores, PromptScores
 from interp_ablate.settings import MAX_NEW_TOKENS
 from interp_ablate.stats.intervals import upper_bound
@@ -133,23 +133,35 @@ class ValidationBench:
         """A search's objectives at the least cost: answers to positive prompts, KL on negative ones.
 
         Negative prompts are answered only where an objective is of these answers. The answers under all the
-        plans are written in one batch.
+        plans are written in one batch. Where no objective reads whole answers, one ends when the behaviour has been
+        found in it for good (`settles`), and repetition is not among the scores.
         """
         sides = [self.outputs_under(plan) for plan in plans]
         n_read = 2 if self.objectives.reads_negative else 1
-        generate_outputs_together([side for both in sides for side in both[:n_read]])
-        return [self._objectives(*both, first_token_kl(both[1], self.negative)) for both in sides]
+        settled = None if self.objectives.reads_whole else settles(self.expression)
+        generate_outputs_together(
+            [side for both in sides for side in both[:n_read]],
+            settled=settled,
+        )
+        return [
+            self._objectives(*both, first_token_kl(both[1], self.negative), cut=settled is not None)
+            for both in sides
+        ]
 
     def _objectives(
         self,
         on_positive: ModelOutputs,
         on_negative: ModelOutputs,
         kl: Float[Tensor, " prompt"],
+        *,
+        cut: bool = False,
     ) -> PromptScores:
         own = self.objectives.values(
             self.expression, (on_positive, on_negative), (self.positive, self.negative)
         )
         values = self._positive_values(on_positive) | own
+        if cut:
+            del values["positive_repetition"]
         means = {name: fmean(each) for name, each in values.items()} | bounded_kl(kl)
         return PromptScores(means, values | {"kl": kl.tolist()})
 

@@ -29,6 +29,13 @@ class PromptScores(dict[str, float]):
         }
 
 
+_FOUND = (
+    "expressions",
+    "false_hits",
+    "kl",
+)  # an answer's part in them is whether the behaviour is found
+
+
 @dataclass(frozen=True, eq=False)
 class ObjectiveScores:
     """A search's objectives with the scorers that they need beside the behaviour's own."""
@@ -66,6 +73,11 @@ class ObjectiveScores:
     def reads_negative(self) -> bool:
         """Whether a trial has to answer the negative prompts too."""
         return any(each.prompts == "negative" for each in self.own)
+
+    @property
+    def reads_whole(self) -> bool:
+        """Whether one of them depends on all of an answer, even where the behaviour has been found in it."""
+        return any(each.measure not in _FOUND for each in self.objectives)
 
     def values(
         self,
