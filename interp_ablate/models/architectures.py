@@ -193,8 +193,17 @@ def text_config(hf_config: Any) -> Any:
 
 
 def max_positions(hf_config: Any) -> int:
-    """The most positions that a config allows; 2**20 where it sets no limit (XLNet's says -1)."""
-    limit = getattr(text_config(hf_config), "max_position_embeddings", None) or 0
+    """The most positions that a config allows; 2**20 where it sets no limit (XLNet's says -1).
+
+    Positions that YaRN stretches count stretched.
+    """
+    config = text_config(hf_config)
+    limit = getattr(config, "max_position_embeddings", None) or 0
+    rope = getattr(config, "rope_parameters", None) or {}
+    for each in (rope, *rope.values()):  # some have parameters by kind of layer
+        if isinstance(each, dict) and each.get("rope_type") == "yarn":
+            original = each.get("original_max_position_embeddings") or limit
+            limit = max(limit, int(original * (each.get("factor") or 1)))
     return limit if limit > 0 else 1 << 20
 
 

@@ -679,6 +679,24 @@ def test_as_many_tokens_as_there_are_positions_and_one_more(backend: str) -> Non
             run()
 
 
+@pytest.mark.parametrize("backend", ("bridge", "hf"))
+def test_beyond_the_positions_of_a_rotary_model(
+    backend: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It runs there, and says once that it was not trained to; what YaRN stretches is within."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 16}  # fmt: skip
+    for rope, longest in ((None, 16), (yarn, 64)):
+        model = make("llama_gqa", backend, max_position_embeddings=16, rope_parameters=rope)
+        model.logits(rows_of(longest))
+        model.generate(rows_of(longest), max_new_tokens=1)
+        assert "positions" not in caplog.text
+        for _ in range(2):
+            model.generate(rows_of(longest), max_new_tokens=2)
+        (said,) = [each.message for each in caplog.records if "positions" in each.message]
+        assert f"{longest + 1} tokens" in said and f"knows {longest} positions" in said
+        caplog.clear()
+
+
 def test_short_and_long_prompts_together_are_each_alone(backend: str) -> None:
     """3 and 40 tokens, with learned positions."""
     model, rows = shared("gpt2", backend), rows_of(3, 40)

@@ -30,7 +30,15 @@ DEVICES = {"CPU": "cpu", "pretend device": "pretend:0", "two pretend devices": "
 def row(place: Path, dtype: str, device: str) -> str:
     """Exit status, the certificate's verdict and how far the export's logits are from the hooks'."""
     out, backward = place / f"{dtype}-{device}", torch.Tensor.backward
-    flags = [*device_commands.FEW, "--sites", "resid_pre,resid_mid,resid_post", "--dtype", dtype, "--device", device]
+    flags = [
+        *device_commands.FEW,
+        "--sites",
+        "resid_pre,resid_mid,resid_post",
+        "--dtype",
+        dtype,
+        "--device",
+        device,
+    ]
     if device == "auto":
         torch.Tensor.backward = lambda loss: None  # type: ignore[method-assign]
     try:

@@ -5,6 +5,7 @@ Knows: the protocol of a backend, the data of one forward call, points that an a
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 
 from interp_ablate.edits.affine import NormGain
 from interp_ablate.errors import ModelError
-from interp_ablate.models.architectures import Architecture, Layout
+from interp_ablate.models.architectures import Architecture, Layout, max_positions
 from interp_ablate.models.loading import BackendName
 from interp_ablate.sites import EMBEDDING_POINTS, POINTS, RESIDUAL_POINTS, Point, Site, sites_of
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,6 +189,8 @@ class SiteMap:
 
     def __init__(self, backend: Backend, model_name: str) -> None:
         self._backend, self._model_name = backend, model_name
+        config = backend.hf_config
+        self._longest = max_positions(config) if config else int(backend.tl.cfg.n_ctx)
         self.n_layers: int = backend.tl.cfg.n_layers
 
     def hook_point(self, site: Site) -> nn.Module:
@@ -212,7 +217,9 @@ class SiteMap:
         return site.layer < self.n_layers and self._backend.hook_point(site) is not None
 
     def check_positions(self, length: int) -> None:
-        """Refuse rows with more tokens than there are positions, where positions are learned.
+        """Refuse rows with more tokens than there are positions, where positions are learned; elsewhere warn.
+
+        A rotary model runs beyond the positions of its config, on angles that it was not trained on.
 
         Raises:
             ModelError: a row is longer.
@@ -223,6 +230,13 @@ class SiteMap:
                 f"{length} tokens, and {self._model_name} has {self._backend.tl.cfg.n_ctx} positions: give "
                 "shorter prompts, or ask for fewer new tokens"
             )
+        if length > self._longest:
+            logger.warning(
+                "%d tokens, and the config of %s knows %d positions: beyond them it does what it was not trained to do "
+                "(shorter prompts or fewer new tokens stay within)",
+                length, self._model_name, self._longest,
+            )  # fmt: skip
+            self._longest = length  # said once, and again only of longer rows
 
     def projection(self, site: Site) -> tuple[nn.Module, Float[Tensor, "d_model in"]] | None:
         """See `Backend.projection`; None for a site that the model lacks too."""
