@@ -104,7 +104,8 @@ def settles(behaviour: Behaviour) -> Callable[[str], bool] | None:
 
     The last characters are waited for, which the next ones may change. None where no beginning of a text is enough:
     what follows may end the match of a regular expression, lower a sum of weights, or make all of it a quotation.
-    Other scorers read whole answers.
+    Other scorers read whole answers. One exception is not waited for: a model that does not think, and yet writes the
+    tag that closes a thought after the behaviour, has an answer that begins there.
     """
     if isinstance(behaviour, ScoredBehaviour) or behaviour.own_speech:
         return None
