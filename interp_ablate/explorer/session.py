@@ -65,9 +65,10 @@ class ExplorerSession:
             raise RunError("there are no directions to explore")
 
     def by_layer(self, number: int) -> list[Direction]:
-        """One direction a layer, at one point: those of the position and the method of that one."""
+        """One direction a layer: those of the point, the position and the method of that one."""
         like = self.directions[number]
-        return one_per_layer(d for d in self.directions if d.is_of(like.position, like.method))
+        alike = [d for d in self.directions if d.is_of(like.position, like.method)]
+        return one_per_layer(alike, like.site.point)
 
     def warm_up(self) -> None:
         """Answer once, so that what is measured of the model before its first answer is not waited for later.
@@ -95,13 +96,18 @@ class ExplorerSession:
         """The prompt answered under the plan and without it, token by token, then scores and marked differences."""
         prompt, limit = _prompt(request), _limit(request)
         plan = self.plan(request)
-        watched = self.by_layer(self._direction(request))
-        after = yield from self._answered("edited", prompt, plan, limit, watched)
+        chosen = self._direction(request)
+        watched = self.by_layer(chosen)
+        places = {
+            "layers": [each.site.layer for each in watched],
+            "layer": self.directions[chosen].site.layer,
+        }
+        after = yield from self._answered("edited", prompt, plan, limit, watched, places)
         outputs = ModelOutputs(self.model, [prompt], max_new_tokens=limit)
         key = (tuple(outputs.rows[0]), limit)
         before = self._unedited.get(key)
         if before is None:
-            before = yield from self._answered("unedited", prompt, Plan(), limit, ())
+            before = yield from self._answered("unedited", prompt, Plan(), limit)
             self._unedited[key] = before
             while len(self._unedited) > REMEMBERED:
                 self._unedited.popitem(last=False)
@@ -112,14 +118,20 @@ class ExplorerSession:
         yield {"scores": self._scores(outputs, plan, before, after)}
 
     def _answered(
-        self, side: str, prompt: Prompt, plan: Plan, limit: int, watched: Sequence[Direction]
+        self,
+        side: str,
+        prompt: Prompt,
+        plan: Plan,
+        limit: int,
+        watched: Sequence[Direction] = (),
+        places: Mapping[str, Any] | None = None,
     ) -> Generator[Event, None, Generation]:
-        """An event a token as it is made, with its projections on what is watched; returns the answer."""
+        """An event a token as it is made, with its projections on what is watched, and where; returns the answer."""
         ids: list[int] = []
         for token, values in self._streamed(prompt, plan, limit, watched):
             ids.append(token.id)
             seen = {"values": [round(value, 4) for value in values]} if watched else {}
-            yield {"side": side, "text": token.text, **seen}
+            yield {"side": side, "text": token.text, **seen, **(places or {})}
         return Generation(tuple(ids), self.model.decode(ids), len(ids) < limit)
 
     def _streamed(

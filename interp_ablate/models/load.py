@@ -92,10 +92,11 @@ def load_model(
 def _notes(model: Model, template: TemplateLike) -> Iterator[str]:
     """What a reader of results must know of the numbers that weights are in, and of how prompts reach the model."""
     size = sum({p.data_ptr(): p.nbytes for p in model.tl.parameters()}.values())
-    if model.dtype in (torch.float16, torch.bfloat16):
-        name = str(model.dtype).removeprefix("torch.")
-        yield f"runs in {name}: first-token KLs of some thousandths of a nat are its rounding (float32 measures less)"
-    elif model.dtype == torch.float32 and size > _LARGE:
+    dtypes = {p.dtype for p in model.tl.parameters() if p.is_floating_point()}
+    if half := dtypes & {torch.float16, torch.bfloat16}:
+        names = " and ".join(sorted(str(each).removeprefix("torch.") for each in half))
+        yield f"runs in {names}: first-token KLs of some thousandths of a nat are its rounding (float32 measures less)"
+    elif dtypes == {torch.float32} and size > _LARGE:
         yield f"takes {size / 1e9:.0f} GB in float32 (dtype bfloat16 takes half, and rounds)"
     asked = as_chat_format(template).template
     if model.tokenizer is not None and not asked and not has_template(model.tokenizer, template):

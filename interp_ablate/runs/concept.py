@@ -49,9 +49,10 @@ def found_no_behaviour(run: Run) -> bool:
     if "no_behaviour" not in run.state:
         outputs = _unedited(run)
         n, rate = len(outputs.rows), float(run.expression(outputs, outputs).mean())
+        if rate == 0:  # before it is recorded, so that a call that is killed does both again
+            run.write("generations.jsonl", unedited_answers(run.expression, outputs))
         run.record(no_behaviour=rate == 0)
         if rate == 0:
-            run.write("generations.jsonl", unedited_answers(run.expression, outputs))
             run.note(
                 f"none of the {n} unedited answers to positive validation prompts shows the behaviour: there is "
                 "nothing to remove, and this is a run of a concept (directions, held-out probes, projections, "

@@ -52,6 +52,8 @@ def test_it_streams_what_collect_gives_and_goes_on(
         ("--layers 0-99", ["--layers", "0-99"]),
         ("nowhere.txt", ["@nowhere.txt"]),
         ("cannot write into", ["--out", "{file}/x"]),
+        ("is in the model's folder", ["--out", "{model}/kept"]),
+        ("is in the model's folder", ["--out", "{model}"]),
     ],
 )
 def test_one_message_on_bad_input(
@@ -59,9 +61,10 @@ def test_one_message_on_bad_input(
 ) -> None:
     folder_of(tmp_path / "model")
     (tmp_path / "file").touch()
-    more = [word.format(file=tmp_path / "file") for word in more]
+    before = sorted(tmp_path.rglob("*"))
+    more = [word.format(file=tmp_path / "file", model=tmp_path / "model") for word in more]
     more += [] if "--out" in more else ["--out", str(tmp_path / "kept")]
     assert main(["activations", "hello", *more, "--model", str(tmp_path / "model")]) == 2
     told = capsys.readouterr().err.strip()
     assert said in told.splitlines()[-1] and told.count("interp-ablate activations:") == 1
-    assert not list(tmp_path.rglob("shard-*"))
+    assert sorted(tmp_path.rglob("*")) == before

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tiny import folder_of, make_tokenizer
+from tiny import folder_of, make_tokenizer, tiny
 
 from interp_ablate.cli.main import main
 from interp_ablate.directions.direction import Direction, Separation
 from interp_ablate.directions.direction_set import Directions
 from interp_ablate.errors import ModelError
-from interp_ablate.models.load import load_model
+from interp_ablate.models.load import _notes, load_model
 from interp_ablate.runs.configuration import Configuration
 from interp_ablate.runs.run_folder import FORMAT
 from interp_ablate.runs.trial_session import make_worker
@@ -102,3 +103,15 @@ def test_what_matters_of_a_loaded_model_is_said_once(
     monkeypatch.setattr("interp_ablate.models.load._LARGE", 1000)
     load_model(tmp_path / "chat")
     assert [said for said in caplog.messages if "GB in float32" in said]
+
+
+def test_one_part_in_16_bits_is_said_too(caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever the first parameter is in."""
+    for half in ("embed_tokens", "norm"):
+        hf, tokenizer = tiny("llama")
+        for name, parameter in hf.named_parameters():
+            if half in name:
+                parameter.data = parameter.data.bfloat16()
+        model = SimpleNamespace(tl=hf, dtype=next(hf.parameters()).dtype, tokenizer=tokenizer)
+        (note,) = _notes(model, None)  # type: ignore[arg-type]
+        assert note.startswith("runs in bfloat16:")

@@ -161,6 +161,15 @@ def test_tokens_are_seen_along_the_direction_that_is_chosen(session: ExplorerSes
         chosen = both.directions[number]
         html = both.tokens({**asked, "direction": number})["html"]
         assert f"on {chosen.method}, read at position {chosen.position}" in html
+    # of its point too, at the layers that have one there
+    mid = [replace(first[k], site=Site(k, "resid_mid")) for k in (1, 2)]
+    mixed = ExplorerSession(session.model, [*mid, *first], session.folder)
+    for number, layers in ((0, [1, 2]), (3, [0, 1, 2])):
+        point = mixed.directions[number].site.point
+        assert {each.site.point for each in mixed.by_layer(number)} == {point}
+        event = next(mixed.answer({**asked, "direction": number}))
+        assert event["layers"] == layers and len(event["values"]) == len(layers)
+        assert event["layer"] == mixed.directions[number].site.layer
     options = re.findall(r"<option value=\"\d.*?</option>", page_of(both))
     names = [re.sub("<.*?>", "", option) for option in options]
     assert len(set(names)) == len(both.directions)
@@ -200,6 +209,20 @@ def test_who_may_ask(served: Served, session: ExplorerSession) -> None:
         assert elsewhere.ask("")[0] == 403 and elsewhere.ask("?token=wrong")[0] == 403
         assert elsewhere.ask("answer", request)[0] == 403
         assert elsewhere.ask("answer", request, Cookie="interp_ablate_token=secret")[0] == 200
+
+
+def test_a_warm_up_that_fails_is_told_and_stops_nobody(
+    session: ExplorerSession, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails() -> None:
+        raise PlanError("nothing writes here")
+
+    monkeypatch.setattr(session, "warm_up", fails)
+    request = {"prompt": "Hello", "max_new_tokens": 2, "controls": SLIDERS}
+    with Served(session) as elsewhere:
+        status, events = elsewhere.ask("answer", request)
+    assert status == 200 and "scores" in events[-1]
+    assert "warming up: nothing writes here" in caplog.text
 
 
 def test_two_at_once_wait_for_each_other(served: Served) -> None:

@@ -60,10 +60,10 @@ async function answer() {
         first ||= performance.now() - began;
         const span = make("span", {}, event.text);
         if (event.values) {
-          const middle = event.values[Math.floor(event.values.length * 2 / 3)];
-          scale = Math.max(scale, Math.abs(middle));
-          span.style.background = `color-mix(in srgb, var(${middle > 0 ? "--s0" : "--s1"}) ${Math.round(45 * Math.abs(middle) / scale)}%, transparent)`;
-          span.title = event.values.map((value, layer) => `${layer}: ${value.toFixed(2)}`).join("  ");
+          const shown = event.values[event.layers.indexOf(event.layer)];
+          scale = Math.max(scale, Math.abs(shown));
+          span.style.background = `color-mix(in srgb, var(${shown > 0 ? "--s0" : "--s1"}) ${Math.round(45 * Math.abs(shown) / scale)}%, transparent)`;
+          span.title = event.values.map((value, k) => `${event.layers[k]}: ${value.toFixed(2)}`).join("  ");
         }
         $(event.side).append(span);
       } else if (event.scores) {
