@@ -61,7 +61,7 @@ def run(args: Namespace) -> int:
     prompts = prompts_of(settings.prompts, settings.system)
     plan = Plan.load(settings.plan) if settings.plan else None
     check_folder(Path(settings.out))
-    source = resolve(settings.model, settings.revision).path
+    source = resolve(settings.model, settings.revision).path if settings.model else None
     place = Path(settings.out).resolve()
     if source and Path(source).resolve() in (place, *place.parents):
         raise InterpAblateError(
