@@ -115,7 +115,8 @@ def _blocks(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batch by batch, the answers' indices and their pooled activations, [batch, ..., site, d_model].
 
-    The third argument of a pool is where each row's answer begins. One that looks at prompts needs `whole` rows; else those of the answers' tokens will do.
+    The third argument of a pool is where each row's answer begins. One that looks at prompts needs `whole` rows;
+    else those of the answers' tokens will do.
     """
     if not answers or not all(answer.tokens for answer in answers):
         raise InterpAblateError(f"{len(answers)} answers, one of them empty: nothing to pool over")

@@ -135,8 +135,8 @@ def play(
     A seed is finished on all behaviours before the next begins.
 
     Raises:
-        RunError: a behaviour that cannot be played (`check_behaviours`); the folder is of something else, holds a league of other rules or another model, is in use, or
-            cannot be written.
+        RunError: a behaviour that cannot be played (`check_behaviours`); the folder is of something else, holds a
+            league of other rules or another model, is in use, or cannot be written.
     """
     check_behaviours(behaviours, settings, model)
     pairs = [(behaviour, seed) for seed in settings.seed_numbers for behaviour in behaviours]
