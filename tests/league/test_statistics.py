@@ -142,6 +142,9 @@ def results(**overall: Any) -> dict[str, Any]:
             "source": "nowhere",
             "control": name == "noise",
             "failed": {"b": "it can't"} if removal is None else {},
+            "ranks": {},
+            "plans": [4, 1] if name == "half" else [4, 0],
+            "failed_plans": {"b": ["too large"]} if name == "half" else {},
             "seconds": 1.0,
             "by_behaviour": {"b": numbers},
             "overall": numbers,
@@ -159,7 +162,8 @@ def results(**overall: Any) -> dict[str, Any]:
             "max_kl_induction": 2.0, "max_new_tokens": 5,
         },
         "seeds": [0],
-        "behaviours": {"b": {"rates": [0.8, 0.1]}},
+        "behaviours": {"b": {"rates": [0.8, 0.1], "failed": ""}},
+        "shared_seconds": 3.0,
         "methods": methods,
     }  # fmt: skip
 
@@ -190,6 +194,7 @@ def test_the_page_says_what_the_results_say() -> None:
     assert "The highest value is that of `good`. These can't be told from it: `like_it`." in text
     assert "Below the best in all that they do: `worse`." in text
     assert "`absent` has no numbers: it can't." in text and "One seed says nothing" in text
+    assert "1 of 4" in text and "Plans of `half` failed: too large." in text
     assert "0.600 [0.500, 0.700]" in text and "*noise* (control)" in text
     assert text.index("| `good`") < text.index("| `worse`") < text.index("| *noise*")
     figure = league_figure(MADE_UP)
