@@ -11,7 +11,7 @@ from functools import reduce
 from typing import Literal, Protocol, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from interp_ablate.activations.activations import (
@@ -94,10 +94,7 @@ def response_activations(
         DirectionError: NaN or infinity.
     """
     means = torch.empty(len(answers), len(sites), model.d_model)
-
-    def pool(x: Tensor, batch: Batch, starts: Sequence[int]) -> Tensor:
-        return response_mean(x, response_lengths(batch, starts))
-
+    pool = lambda x, _, lengths: response_mean(x, lengths)  # noqa: E731
     for index, block in _blocks(model, answers, sites, pool, batch_size, on_batch):
         means[index] = block.float()
     return means
@@ -107,7 +104,7 @@ def _blocks(
     model: Model,
     answers: Sequence[TokenizedAnswer],
     sites: Sequence[SiteLike],
-    pool: Callable[[Tensor, Batch, Sequence[int]], Tensor],
+    pool: Callable[[Tensor, Batch, Tensor], Tensor],
     batch_size: int | None,
     on_batch: Callable[[int], None] | None,
     *,
@@ -115,8 +112,8 @@ def _blocks(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batch by batch, the answers' indices and their pooled activations, [batch, ..., site, d_model].
 
-    The third argument of a pool is where each row's answer begins. One that looks at prompts needs `whole` rows;
-    else those of the answers' tokens will do.
+    The third argument of a pool is each answer's length. One that looks at prompts needs `whole` rows; else those
+    of the answers' tokens will do.
     """
     if not answers or not all(answer.tokens for answer in answers):
         raise InterpAblateError(f"{len(answers)} answers, one of them empty: nothing to pool over")
@@ -128,7 +125,9 @@ def _blocks(
         rows,
         keep=0,
         prompt_lengths=list(map(len, prompts)),
-        capture=dict.fromkeys(places, lambda x, batch: pool(x, batch, starts)),
+        capture=dict.fromkeys(
+            places, lambda x, batch: pool(x, batch, response_lengths(batch, starts))
+        ),
         batch_size=batch_size,
         tail=max(map(len, rows)) if whole else max(len(answer.tokens) for answer in answers),
     )
@@ -141,13 +140,13 @@ def _blocks(
 
 
 def _pool(
-    x: Float[Tensor, "batch pos d_model"], batch: Batch, starts: Sequence[int]
+    x: Float[Tensor, "batch pos d_model"], batch: Batch, lengths: Int[Tensor, " batch"]
 ) -> Float[Tensor, "batch pooling d_model"]:
     """Means over the response, at the prompt's last token, and over the prompt. Rows end at the last column."""
     width = x.shape[1]
     column = torch.arange(width, device=x.device)[None]
     start = width - batch.row_lengths[:, None]
-    border = width - response_lengths(batch, starts)[:, None]
+    border = width - lengths[:, None]
     end = start + batch.prompt_lengths[:, None]
     masks = (
         column >= border,

@@ -62,8 +62,7 @@ def run(args: Namespace) -> int:
     plan = Plan.load(settings.plan) if settings.plan else None
     check_folder(Path(settings.out))
     source = resolve(settings.model, settings.revision).path if settings.model else None
-    place = Path(settings.out).resolve()
-    if source and Path(source).resolve() in (place, *place.parents):
+    if source and Path(settings.out).resolve().is_relative_to(Path(source).resolve()):
         raise InterpAblateError(
             f"{settings.out} is in the model's folder, which stays as it is: choose another --out"
         )

@@ -97,12 +97,7 @@ class ExplorerSession:
         prompt, limit = _prompt(request), _limit(request)
         plan = self.plan(request)
         chosen = self._direction(request)
-        watched = self.by_layer(chosen)
-        places = {
-            "layers": [each.site.layer for each in watched],
-            "layer": self.directions[chosen].site.layer,
-        }
-        after = yield from self._answered("edited", prompt, plan, limit, watched, places)
+        after = yield from self._answered("edited", prompt, plan, limit, chosen)
         outputs = ModelOutputs(self.model, [prompt], max_new_tokens=limit)
         key = (tuple(outputs.rows[0]), limit)
         before = self._unedited.get(key)
@@ -118,20 +113,19 @@ class ExplorerSession:
         yield {"scores": self._scores(outputs, plan, before, after)}
 
     def _answered(
-        self,
-        side: str,
-        prompt: Prompt,
-        plan: Plan,
-        limit: int,
-        watched: Sequence[Direction] = (),
-        places: Mapping[str, Any] | None = None,
+        self, side: str, prompt: Prompt, plan: Plan, limit: int, chosen: int | None = None
     ) -> Generator[Event, None, Generation]:
-        """An event a token as it is made, with its projections on what is watched, and where; returns the answer."""
+        """An event a token as it is made, with its projections by layer if a direction is chosen; returns the answer."""
         ids: list[int] = []
+        watched, places = [], {}
+        if chosen is not None:
+            watched = self.by_layer(chosen)
+            layers = [each.site.layer for each in watched]
+            places = {"layers": layers, "layer": self.directions[chosen].site.layer}
         for token, values in self._streamed(prompt, plan, limit, watched):
             ids.append(token.id)
             seen = {"values": [round(value, 4) for value in values]} if watched else {}
-            yield {"side": side, "text": token.text, **seen, **(places or {})}
+            yield {"side": side, "text": token.text, **seen, **places}
         return Generation(tuple(ids), self.model.decode(ids), len(ids) < limit)
 
     def _streamed(

@@ -118,11 +118,13 @@ def control_plan(plan: Plan, direction: Direction) -> Plan:
 
 
 def _turnable(plan: Plan) -> list[Ablate | Erase]:
-    edits = [edit for edit in plan if isinstance(edit, (Ablate, Erase))]
-    if other := [edit for edit in plan if edit not in edits]:
-        raise PlanError(
-            f"{other[0]!r:.120} has no control and no scale here: both are of plans of Ablate and Erase alone"
-        )
+    edits: list[Ablate | Erase] = []
+    for edit in plan:
+        if not isinstance(edit, (Ablate, Erase)):
+            raise PlanError(
+                f"{edit!r:.120} has no control and no scale here: both are of plans of Ablate and Erase alone"
+            )
+        edits.append(edit)
     return edits
 
 
@@ -139,9 +141,10 @@ def scaled_to_kl(
     Raises:
         PlanError: an edit that is neither an `Ablate` nor an `Erase`.
     """
+    edits = _turnable(plan)
 
     def times(factor: float) -> Plan:
-        parts = [scaled(edit, factor) for edit in _turnable(plan)]
+        parts = [scaled(edit, factor) for edit in edits]
         return Plan(tuple(part for part in parts if part is not None))
 
     return strength_at_kl(times, kl, kl_of)

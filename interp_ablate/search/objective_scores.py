@@ -29,11 +29,8 @@ class PromptScores(dict[str, float]):
         }
 
 
-_FOUND = (
-    "expressions",
-    "false_hits",
-    "kl",
-)  # an answer's part in them is whether the behaviour is found
+# An answer's part in them is whether the behaviour is found.
+_FOUND = ("expressions", "false_hits", "kl")
 
 
 @dataclass(frozen=True, eq=False)

@@ -96,8 +96,8 @@ def measure_damage(
 def residual_share_along(model: Model, plan: Plan, prompts: Sequence[Prompt]) -> dict[str, float]:
     """The share of the residual stream along what a plan removes: |x . v| / |x| at the last prompt token.
 
-    v is what an ablation, clamp, erasure or other affine edit reads. The mean over prompts at resid_post of every layer, and of
-    these the mean and the largest; empty for a plan that only adds.
+    v is what an ablation, clamp, erasure or other affine edit reads. The mean over prompts at resid_post of every
+    layer, and of these the mean and the largest; empty for a plan that only adds.
     """
     reads = [
         edit.read.reshape(-1, model.d_model)
