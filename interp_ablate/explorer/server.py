@@ -12,7 +12,7 @@ import asyncio
 import hmac
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Event
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -69,8 +69,7 @@ class _Queue:
 
     def __init__(self, first: Callable[[], None]) -> None:
         self._thread = ThreadPoolExecutor(1, "explorer")
-        self._waiting = 0
-        self._first = self._thread.submit(_warned, first)
+        self._submitted: list[Future[None]] = [self._thread.submit(_warned, first)]
 
     async def events(
         self, work: Callable[[], Iterator[dict[str, Any]]]
@@ -84,11 +83,10 @@ class _Queue:
 
         def run() -> None:
             try:
-                if not stopped.is_set():
-                    for event in work():
-                        send(event)
-                        if stopped.is_set():
-                            break
+                for event in work():
+                    send(event)
+                    if stopped.is_set():
+                        break
             except InterpAblateError as error:
                 send({"error": str(error)})
             except Exception as error:
@@ -96,17 +94,19 @@ class _Queue:
                 send({"error": f"{type(error).__name__}: see the terminal"})
             send(_END)
 
-        ahead = self._waiting + (not self._first.done())
-        self._waiting += 1
+        # what nobody listens to any more still holds the model until its step is done
+        self._submitted = [each for each in self._submitted if not each.done()]
+        ahead = len(self._submitted)
+        mine = self._thread.submit(run)
+        self._submitted.append(mine)
         try:
-            self._thread.submit(run)
             if ahead:
                 yield {"waiting": ahead}
             while (event := await results.get()) is not _END:
                 yield event
         finally:
-            self._waiting -= 1
             stopped.set()
+            mine.cancel()  # where it has not begun
 
 
 def explorer_app(session: ExplorerSession, *, token: str | None = None) -> Starlette:

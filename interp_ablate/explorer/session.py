@@ -37,6 +37,8 @@ from interp_ablate.search.trial_table import params_of, read_trials
 Event = dict[str, Any]
 REMEMBERED = 16  # unedited answers
 LONGEST_ANSWER, USUAL_ANSWER = 512, 48  # tokens
+# with what the template adds: a pass over a prompt cannot be stopped, and whoever asks next waits for it
+LONGEST_PROMPT = 4096
 TOP_TERMS = 25
 
 
@@ -94,7 +96,7 @@ class ExplorerSession:
 
     def answer(self, request: Mapping[str, Any]) -> Iterator[Event]:
         """The prompt answered under the plan and without it, token by token, then scores and marked differences."""
-        prompt, limit = _prompt(request), _limit(request)
+        prompt, limit = self._read(_prompt(request)), _limit(request)
         plan = self.plan(request)
         chosen = self._direction(request)
         after = yield from self._answered("edited", prompt, plan, limit, chosen)
@@ -156,7 +158,7 @@ class ExplorerSession:
 
     def tokens(self, request: Mapping[str, Any]) -> Event:
         """The prompt and its answer as coloured tokens, under the plan."""
-        prompt, plan = _prompt(request), self.plan(request)
+        prompt, plan = self._read(_prompt(request)), self.plan(request)
         along, limit = self.by_layer(self._direction(request)), _limit(request)
         with self.model.applied(plan):
             view = token_projections(self.model, prompt, along, max_new_tokens=limit)
@@ -168,6 +170,7 @@ class ExplorerSession:
         ids, index = request.get("ids"), request.get("index")
         if not (isinstance(ids, list) and isinstance(index, int) and 0 <= index < len(ids)):
             raise RunError("attribution is of a token of a text: give its ids and an index")
+        _check_length(index + 1)
         direction = self.directions[self._direction(request)]
         # what follows a token writes nothing to it
         whole = attribute(self.model, [list(map(int, ids[: index + 1]))], direction, positions=-1)
@@ -187,8 +190,10 @@ class ExplorerSession:
         if not isinstance(turns, list):
             raise RunError("turns are a list of messages")
         said = [message_of(each, f"turns[{i}]") for i, each in enumerate(turns)]
+        text = _prompt(request).text
+        self._read(Prompt(text, None, tuple(said)))
         talk = Conversation(self.model, None, _limit(request), turns=said)
-        for piece in talk.say(_prompt(request).text, self.plan(request)):
+        for piece in talk.say(text, self.plan(request)):
             yield {"text": piece}
 
     def keep(self, request: Mapping[str, Any]) -> Event:
@@ -219,6 +224,11 @@ class ExplorerSession:
             + html_table(("validation prompt", "edited", "unedited"), answers, caption="answers")
         }
 
+    def _read(self, prompt: Prompt) -> Prompt:
+        """The prompt, if it is not too long for a page."""
+        _check_length(len(self.model.encode_all([prompt])[0]))
+        return prompt
+
     def _direction(self, request: Mapping[str, Any]) -> int:
         number = request.get("direction", 0)
         if not (isinstance(number, int) and 0 <= number < len(self.directions)):
@@ -231,6 +241,14 @@ class ExplorerSession:
 
 def _prompt(request: Mapping[str, Any]) -> Prompt:
     return Prompt(str(request.get("prompt") or ""), request.get("system") or None)
+
+
+def _check_length(n_tokens: int) -> None:
+    if n_tokens > LONGEST_PROMPT:
+        raise RunError(
+            f"the page takes texts of at most {LONGEST_PROMPT} tokens, the chat template's included; this one has "
+            f"{n_tokens}. Make it shorter, or use `Model.generate` and `token_projections` in Python"
+        )
 
 
 def _limit(request: Mapping[str, Any]) -> int:

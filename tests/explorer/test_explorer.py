@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import threading
@@ -22,7 +23,8 @@ from interp_ablate.cli.main import main
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import PlanError
 from interp_ablate.explorer.controls import Controls, bands_of
-from interp_ablate.explorer.session import ExplorerSession
+from interp_ablate.explorer.server import _Queue
+from interp_ablate.explorer.session import LONGEST_PROMPT, ExplorerSession
 from interp_ablate.explorer.views import page_of
 from interp_ablate.plots.run_tables import read_directions
 from interp_ablate.runs.configuration import Configuration
@@ -238,6 +240,47 @@ def test_two_at_once_wait_for_each_other(served: Served) -> None:
         each.join()
     ends = [events[-1] for _, events in results]
     assert len(ends) == 4 and all(end == ends[0] and "scores" in end for end in ends)
+
+
+def test_who_no_longer_listens_holds_the_model_until_its_step_is_done() -> None:
+    """The next is told of it; one that had not begun is not waited for."""
+    began, release = threading.Event(), threading.Event()
+
+    def slow() -> Iterator[dict[str, Any]]:
+        began.set()
+        release.wait(20)
+        yield {"of": "slow"}
+
+    async def events() -> list[dict[str, Any]]:
+        queue = _Queue(lambda: None)
+        leaves = asyncio.create_task(anext(queue.events(slow)))
+        await asyncio.to_thread(began.wait, 20)
+        never = queue.events(lambda: iter(({"of": "never"},)))
+        assert await anext(never) == {"waiting": 1}
+        await never.aclose()
+        leaves.cancel()
+        found = []
+        async for event in queue.events(lambda: iter(({"of": "next"},))):
+            found.append(event)
+            release.set()
+        return found
+
+    assert asyncio.run(events()) == [{"waiting": 1}, {"of": "next"}]
+
+
+def test_texts_that_are_too_long_are_refused_at_once(served: Served) -> None:
+    """A pass over a prompt cannot be stopped, and whoever asks next waits for it."""
+    words = "word " * LONGEST_PROMPT
+    for path, request in (
+        ("answer", {"prompt": words, "controls": SLIDERS}),
+        ("tokens", {"prompt": words, "controls": SLIDERS}),
+        ("chat", {"prompt": "And?", "turns": [{"role": "user", "content": words}, {"role": "assistant", "content": "."}], "controls": SLIDERS}),
+        ("attribution", {"ids": [1] * (LONGEST_PROMPT + 2), "index": LONGEST_PROMPT, "direction": 0}),
+    ):  # fmt: skip
+        began = time.monotonic()
+        _, events = served.ask(path, request)
+        assert re.search(rf"at most {LONGEST_PROMPT} tokens.*this one has \d+", events[-1]["error"])
+        assert time.monotonic() - began < 5
 
 
 def test_memory_stays(served: Served) -> None:
