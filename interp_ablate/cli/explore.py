@@ -84,7 +84,7 @@ def _session(args: Namespace, settings: Explore) -> Any:
     from interp_ablate.directions.foreign_files import read_directions
     from interp_ablate.explorer.session import ExplorerSession
     from interp_ablate.plots.run_tables import read_directions as directions_of_run
-    from interp_ablate.runs.configuration import Configuration
+    from interp_ablate.runs.configuration import NAMES, PERMISSIONS, Configuration
     from interp_ablate.runs.run_folder import Run
     from interp_ablate.scoring.expressions import expression_scorer
     from interp_ablate.storage.atomic_files import check_folder
@@ -107,8 +107,16 @@ def _session(args: Namespace, settings: Explore) -> Any:
         )
     saved = run_with_directions(settings.run)
     directions = directions_of_run(Path(settings.run))
-    asked = {**Configuration.stored_in(saved), **given_flags(args, ModelSettings)}
-    of_run = Run(str(settings.run), Configuration.from_dict(asked))
+    stored, given = Configuration.stored_in(saved), given_flags(args, ModelSettings)
+    as_run, asked = (Configuration.from_dict({**stored, **more}) for more in ({}, given))
+    for name in sorted(set(given) - {*NAMES, *PERMISSIONS}):
+        there, here = getattr(as_run, name), getattr(asked, name)
+        if here != there:
+            raise RunError(
+                f"a run is explored as it was made: its {name} was {there!r}, and is {here!r} now. Leave "
+                f"the flag out; or give --model and --directions {settings.run}/directions.safetensors in place of the run"
+            )
+    of_run = Run(str(settings.run), asked)
     return ExplorerSession(
         of_run.model,
         directions,

@@ -409,3 +409,15 @@ def test_what_cannot_be_explored(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for arguments, said in (([], "give a run folder"), ([str(tmp_path)], "no directions"), (["--model", "x"], "--directions")):  # fmt: skip
         assert main(["explore", *arguments]) == 2
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags", [("--dtype", "bfloat16"), ("--template-arg", "thinking=true"), ("--device", "meta")]
+)
+def test_a_run_is_explored_as_it_was_made(
+    folder: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, str]
+) -> None:
+    assert main(["explore", str(folder), "--port", "0", *flags]) == 2
+    said = capsys.readouterr().err
+    assert "explored as it was made" in said and f"{folder}/directions.safetensors" in said
+    assert "--out" not in said
