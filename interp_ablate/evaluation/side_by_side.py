@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from interp_ablate.display import Html, html_of, html_table, marked_differences, shortened
-from interp_ablate.edits.kinds import Ablate, Edit
+from interp_ablate.edits.kinds import Edit
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import RunError
 from interp_ablate.evaluation.metrics import Metric, answer_kl
@@ -195,4 +195,4 @@ def _listed(values: Tensor | Sequence[float | None]) -> list[float | None]:
 
 
 def _is_norm_preserving(plan: Plan | None) -> bool:
-    return any(isinstance(edit, Ablate) and edit.norm_preserving for edit in plan or ())
+    return any(edit.norm_preserving for edit in plan or ())

@@ -32,6 +32,7 @@ from interp_ablate.prompts.prompt import PromptLike
 from interp_ablate.sites import Site, sites_of
 from interp_ablate.storage.safetensors_reader import Checkpoint
 from interp_ablate.weights.plan_to_weights import WeightPlan
+from interp_ablate.weights.weight_form import require_weight_form
 
 # The coarser dtype of stored weights and arithmetic -> limits: the largest logit difference, in steps of
 # the dtype at the largest logit; KL in nats; projection difference as a share of the stream's norm; share of
@@ -394,10 +395,9 @@ def certify(
     Returns the certificate: the numbers of `compare`, the limits, and whether all hold.
 
     Raises:
-        ExportError: a folder transformers cannot load with no option; a plan that only hooks can do.
+        ExportError: a folder transformers cannot load with no option; a plan that no weights can hold.
     """
-    if plan.hooks_only:
-        raise ExportError(f"{plan.hooks_only}: there is no export of it that could be certified")
+    require_weight_form(plan)
     computed = str(model.dtype).removeprefix("torch.")
     stored = stored_dtype or computed
     reloaded = load_in_blocks(folder, model.device, dtype=model.dtype)

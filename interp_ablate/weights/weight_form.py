@@ -25,15 +25,21 @@ from interp_ablate.sites import (
 
 
 def require_weight_form(plan: Plan) -> None:
-    """Refuse a plan with an edit that only hooks can do.
+    """Refuse a plan with an edit that only hooks can do, or one at some positions only.
 
     Raises:
-        ExportError: says which edit, and why.
+        ExportError: says which edit or positions, and why.
     """
     if plan.hooks_only:
         raise ExportError(
             f"{plan.hooks_only}, and no checkpoint, adapter, GGUF or control vector can hold it. Keep the plan's "
             "file, and apply it with model.applied(plan) or --plan. Of the other edits there is an exact weight form"
+        )
+    limited = sorted({edit.positions for edit in plan if edit.positions != "all"})
+    if limited:
+        raise ExportError(
+            f"the plan edits {', '.join(limited)} positions only; weights act at every position. The "
+            "nearest exact plan is the same with positions='all'"
         )
 
 
@@ -49,12 +55,6 @@ def writers_only_form(plan: Plan, entry: Architecture, hf_config: Any) -> Plan:
         ExportError: the reason, and the nearest plan that is exact.
     """
     require_weight_form(plan)
-    limited = sorted({edit.positions for edit in plan if edit.positions != "all"})
-    if limited:
-        raise ExportError(
-            f"the plan edits {', '.join(limited)} positions only; weights act at every position. The "
-            "nearest exact plan is the same with positions='all'"
-        )
     residual = [s for s in plan.sites if s.point in RESIDUAL_POINTS]
     if not residual:
         return _written(plan, entry, hf_config)
@@ -167,7 +167,7 @@ def _everywhere_at_writers(plan: Plan, entry: Architecture, hf_config: Any) -> P
     and c once.
     """
     nearest, edits = _nearest(entry, plan, hf_config), list(plan)
-    if any(isinstance(edit, Ablate) and edit.norm_preserving for edit in edits):
+    if any(edit.norm_preserving for edit in edits):
         raise ExportError(
             "the plan ablates the residual stream and preserves norms at some writers: what the stream "
             "loses again has no exact weight form. Preserve norms at all of model.writers, or at none"

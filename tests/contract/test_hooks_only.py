@@ -478,3 +478,15 @@ def test_the_command_refuses_before_it_loads_anything(
     error = capsys.readouterr().err
     assert "works on a running model only" in error and "Traceback" not in error
     assert sorted(each.name for each in tmp_path.iterdir()) == ["model", "plan.json"]
+
+
+@pytest.mark.parametrize("positions", ["prompt", "generated"])
+def test_an_export_that_edits_everywhere_is_no_export_of_an_edit_at_some_positions(
+    positions: Any, tmp_path: Path
+) -> None:
+    """All probes are prompts: an export of all positions had passed as one of the prompt's."""
+    model = shared("llama_gqa")
+    export_checkpoint(model, Plan((Ablate(unit(), model.writers),)), tmp_path / "out")
+    plan = Plan((Ablate(unit(), model.writers, positions=positions),))
+    with pytest.raises(ExportError, match=f"{positions} positions only"):
+        certify(model, plan, tmp_path / "out")
