@@ -111,6 +111,10 @@ class AffineEdit(EditBase):
         return len(self.read)
 
     @property
+    def reads(self) -> Float[Tensor, "k d_model"]:
+        return self.read
+
+    @property
     def is_projection(self) -> bool:
         """True if applying the edit twice is the same as applying it once, at every site."""
         if set(self.amounts) != {1.0}:

@@ -206,6 +206,11 @@ class Conditional(EditBase):
     def where(self) -> Gate:
         return Gate(self.positions, self.condition.key)
 
+    @property
+    def reads(self) -> Float[Tensor, "k d_model"]:
+        """What the edit inside reads; the condition has a vector of its own."""
+        return self.edit.reads  # type: ignore[no-any-return]
+
     def times(self, factor: float) -> Conditional:
         return Conditional(self.edit.times(factor), self.condition)
 
@@ -240,13 +245,17 @@ class Conditional(EditBase):
         return edit
 
 
-def refuse_conditions(plan: Iterable[Any] | None, what: str) -> None:
+def refuse_conditions(
+    plan: Iterable[Any] | None, what: str, applied: Sequence[Condition] = ()
+) -> None:
     """Refuse a plan with conditions where a text is read in windows, which have no prompt.
 
+    `applied`: the conditions of the plans that are applied to the model already.
+
     Raises:
-        PlanError: an edit of the plan is conditional.
+        PlanError: an edit of the plan is conditional, or one that is applied.
     """
-    if any(isinstance(edit, Conditional) for edit in plan or ()):
+    if applied or any(isinstance(edit, Conditional) for edit in plan or ()):
         raise PlanError(
             f"{what} is read in windows, and a condition is of a prompt: there is none. Measure answers to prompts, "
             "or the edit without its condition (evaluate: --text none)"

@@ -155,6 +155,11 @@ class EditBase:
         return self.positions
 
     @property
+    def reads(self) -> Float[Tensor, "k d_model"]:
+        """The rows whose dot products with an activation decide what the edit changes of it; none of an addition."""
+        return self.vectors
+
+    @property
     def d_model(self) -> int:
         return self.vectors.shape[1]
 

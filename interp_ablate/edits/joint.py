@@ -110,9 +110,7 @@ def _joint(edits: Sequence[Edit], places: Sequence[Site]) -> Edit:
     write = torch.cat(
         [edit.vectors[:1] if isinstance(edit, Erase) else edit.vectors for edit in edits]
     )
-    read = torch.cat(
-        [edit.vectors[1:] if isinstance(edit, Erase) else edit.vectors for edit in edits]
-    )
+    read = torch.cat([edit.reads for edit in edits])
     sizes = [1 if isinstance(edit, Erase) else len(edit.vectors) for edit in edits]
     per_edit = torch.tensor(
         [strengths, [_value(edit, places[0]) for edit in edits]], dtype=torch.float64

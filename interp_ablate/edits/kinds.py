@@ -128,6 +128,10 @@ class Add(EditBase):
             direction, sites, coefficient, positions=positions, label=label, vectors=vectors
         )
 
+    @property
+    def reads(self) -> Float[Tensor, "0 d_model"]:
+        return self.vectors[:0]
+
     def _map(self, i: int) -> Affine:
         empty = Affine.identity(self.d_model)
         return Affine(empty.left, empty.right, self.amounts[i] * self.vectors[0])
@@ -258,6 +262,10 @@ class Erase(EditBase):
     def read(self) -> Float[Tensor, " d_model"]:
         """The vector whose dot product with x is set; read . write = 1."""
         return self.vectors[1]
+
+    @property
+    def reads(self) -> Float[Tensor, "1 d_model"]:
+        return self.vectors[1:]
 
     def _numbers(self) -> str:
         value = f", value {range_text(self.values)}" if any(self.values) else ""

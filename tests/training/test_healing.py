@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -19,7 +20,9 @@ from tiny import make, unit
 from interp_ablate import Ablate, ContrastSet, Plan, Site
 from interp_ablate.cli.main import main
 from interp_ablate.edits.affine_edit import AffineEdit
+from interp_ablate.edits.conditional import Condition, Conditional
 from interp_ablate.edits.kinds import Erase
+from interp_ablate.edits.rotation import Rotate
 from interp_ablate.errors import ExportError, InterpAblateError, PlanError, RunError
 from interp_ablate.export.checkpoint import export_checkpoint
 from interp_ablate.models.sources import ModelSource
@@ -408,6 +411,43 @@ def test_what_any_affine_edit_reads_is_looked_for() -> None:
     rest = Plan((AffineEdit(-unit()[None], unit()[None], place),))
     along = residual_share_along(model, rest, [Prompt("a")])
     assert along == residual_share_along(model, Plan((Ablate(unit(), place),)), [Prompt("a")])
+
+
+def test_directions_that_depend_on_each_other_count_once() -> None:
+    """Each was counted by itself: two of one direction, and one against it, came to a share of 1.7 times its own."""
+    model, place, asked = make(), Site(0, "resid_post"), [Prompt("a"), Prompt("bc")]
+    u, near = unit(), unit() + 0.2 * unit(1)
+    several = [Ablate(u, place), Ablate(-u, place), Erase(unit(2), near, place, value=1.0)]
+    found = residual_share_along(model, Plan(tuple(several)), asked)
+    rows = model.encode_all(asked)
+    basis = np.linalg.qr(np.stack([u.numpy(), near.numpy()]).T)[0]
+    shares = []
+    for row in rows:
+        seen: list[float] = []
+
+        def look(site: Site, x: torch.Tensor, seen: list[float] = seen) -> torch.Tensor:
+            if site.point == "resid_post":
+                last = x[0, -1].double().numpy()
+                seen.append(np.linalg.norm(last @ basis) / np.linalg.norm(last))
+            return x
+
+        tiny.forward(tiny.source_of("llama_gqa"), row, look)
+        shares.append(seen)
+    want = np.mean(shares, 0)
+    assert found == pytest.approx({"mean": want.mean(), "largest": want.max()}, rel=1e-5)
+    whole = Plan(tuple(Ablate(unit(i), place) for i in range(40)))
+    assert residual_share_along(model, whole, asked)["largest"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_rotations_and_conditional_edits_are_measured_too(conditional: bool) -> None:
+    model, place = make(), Site(1, "resid_post")
+    edit = Rotate(unit(0), unit(1), place, angle=90)
+    condition = Condition(unit(3), Site(0, "resid_post"), threshold=0.0)
+    plan = Plan((Conditional(edit, condition) if conditional else edit,))
+    along = residual_share_along(model, plan, [Prompt("a")])
+    plane = Plan((Ablate([unit(0), unit(1)], place),))
+    assert along == pytest.approx(residual_share_along(model, plane, [Prompt("a")]))
 
 
 def test_along_a_plan_that_only_adds_there_is_nothing_to_report() -> None:

@@ -14,8 +14,6 @@ from typing import Any
 import torch
 
 from interp_ablate.activations.collection import collect
-from interp_ablate.edits.affine_edit import AffineEdit
-from interp_ablate.edits.kinds import Ablate, Clamp, Erase
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import RunError
 from interp_ablate.evaluation.metrics import answer_metrics, unanswered
@@ -94,25 +92,21 @@ def measure_damage(
 
 
 def residual_share_along(model: Model, plan: Plan, prompts: Sequence[Prompt]) -> dict[str, float]:
-    """The share of the residual stream along what a plan removes: |x . v| / |x| at the last prompt token.
+    """The share of the residual stream in the span of what a plan reads: |proj(x)| / |x| at the last prompt token.
 
-    v is what an ablation, clamp, erasure or other affine edit reads. The mean over prompts at resid_post of every
-    layer, and of these the mean and the largest; empty for a plan that only adds.
+    That span is of all its edits together (`reads`). The mean over prompts at resid_post of every layer, and of
+    these the mean and the largest; empty for a plan that only adds.
     """
-    reads = [
-        edit.read.reshape(-1, model.d_model)
-        if isinstance(edit, (Erase, AffineEdit))
-        else edit.vectors
-        for edit in plan
-        if isinstance(edit, (Ablate, Clamp, Erase, AffineEdit))
-    ]
-    if not reads:
+    nothing = torch.zeros(0, model.d_model, dtype=torch.float64)
+    rows = torch.cat([nothing, *(edit.reads for edit in plan)])
+    rows = rows[rows.any(dim=1)]
+    if not len(rows):
         return {}
-    vectors = torch.cat(reads)
-    vectors = torch.unique(vectors / vectors.norm(dim=1, keepdim=True), dim=0)
+    _, sizes, axes = torch.linalg.svd(rows / rows.norm(dim=1, keepdim=True), full_matrices=False)
+    basis = axes[sizes > 1e-6]  # rows may depend on each other, or be one direction twice
     sites = sites_of(("resid_post",), range(model.n_layers))
     values = collect(model, list(prompts), sites, (-1,)).values[:, 0].cpu().double()
-    share = (values @ vectors.T).norm(dim=-1) / values.norm(dim=-1).clamp(min=1e-30)
+    share = (values @ basis.T).norm(dim=-1) / values.norm(dim=-1).clamp(min=1e-30)
     by_layer = share.mean(0)
     return {"mean": float(by_layer.mean()), "largest": float(by_layer.max())}
 
