@@ -5,6 +5,7 @@ Knows: the values that make an erasure an affine concept edit. Does not know: ho
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -17,6 +18,7 @@ from interp_ablate.edits.kinds import Erase
 from interp_ablate.errors import PlanError
 from interp_ablate.sites import EMBEDDING_POINTS, WRITER_POINTS, Site, SiteLike
 
+logger = logging.getLogger(__name__)
 Negatives = Float[Tensor, "prompt d_model"] | Float[Tensor, " d_model"]
 
 
@@ -63,7 +65,7 @@ def affine_concept_edit(
     places = written_sites(list(negatives) if sites is None else sites)  # type: ignore[arg-type]
     at_writers = [site for site in places if site.point in WRITER_POINTS]
     if at_writers and not by_site:
-        _refuse_some_writers(at_writers)
+        _check_all_writers(at_writers)
     means = {site: _mean(negatives, site, direction) for site in places}
     values, added = [], float(alpha) * direction.norm
     for site in places:
@@ -77,10 +79,11 @@ def affine_concept_edit(
     )  # fmt: skip
 
 
-def _refuse_some_writers(writers: Sequence[Site]) -> None:
+def _check_all_writers(writers: Sequence[Site]) -> None:
     """Refuse one mean of the stream for writers that leave some of the stream as it is, as far as sites tell.
 
-    A layer without any of them writes as before; so does the embedding. Layers need not have the same points.
+    A layer without any of them writes as before; so does the embedding. A layer that lacks one of the two is warned
+    of: some models have such layers.
     """
     layers = {site.layer for site in writers if site.point not in EMBEDDING_POINTS}
     missing = [f"those of layer {i}" for i in range(max(layers, default=-1) + 1) if i not in layers]
@@ -91,6 +94,14 @@ def _refuse_some_writers(writers: Sequence[Site]) -> None:
             f"one mean of the stream for {writers[0]} and other writers without {missing[0]}: each writes a part of "
             "the stream. Give negatives by site, or all of model.writers"
         )
+    outputs = {site.output for site in writers}
+    each = [Site(layer, point) for layer in sorted(layers) for point in ("attn_out", "mlp_out")]  # type: ignore[arg-type]
+    if lacking := [str(site) for site in each if site not in outputs]:
+        logger.warning(
+            "affine_concept_edit has one mean of the stream, and %s is not among its sites (%d of %d are missing): where "
+            "the model writes there, the stream does not get that mean. Give all of model.writers",
+            lacking[0], len(lacking), len(each),
+        )  # fmt: skip
 
 
 def _mean(

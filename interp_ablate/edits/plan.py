@@ -19,9 +19,9 @@ from typing import Any, Protocol
 from interp_ablate.directions.direction import Direction
 from interp_ablate.display import html_table
 from interp_ablate.edits.affine import Affine, NormGain
-from interp_ablate.edits.conditional import Gate
+from interp_ablate.edits.conditional import Conditional, Gate
 from interp_ablate.edits.edit import EditBase, Positions, is_number, range_text
-from interp_ablate.edits.kinds import Ablate, Add, Clamp, Edit, edit_from_dict
+from interp_ablate.edits.kinds import Ablate, Add, Clamp, Edit, Erase, edit_from_dict
 from interp_ablate.edits.rotation import Rotation
 from interp_ablate.errors import PlanError
 from interp_ablate.sites import EMBEDDING_POINTS, WRITER_POINTS, Point, Site, SiteLike, sites_of
@@ -56,7 +56,7 @@ class Plan:
         widths = {edit.d_model for edit in edits}
         if len(widths) > 1:
             raise PlanError(f"edits of different d_model in one plan: {sorted(widths)}")
-        for message in (*_summed_clamps(edits), *_undone_ablations(edits)):
+        for message in (*_summed_values(edits), *_undone_ablations(edits)):
             logger.warning(message)
 
     def __repr__(self) -> str:
@@ -192,16 +192,20 @@ class Plan:
         return cls.from_dict(data)
 
 
-def _summed_clamps(edits: Iterable[Edit]) -> Iterator[str]:
-    """Warnings of clamps that give several writers one value: what they write to the stream sums."""
+def _summed_values(edits: Iterable[Edit]) -> Iterator[str]:
+    """Warnings of clamps and erasures that give several writers one value: what they write to the stream sums."""
     for edit in edits:
-        values = [v for site, v in zip(edit.sites, edit.amounts) if site.point in WRITER_POINTS]
-        if isinstance(edit, Clamp) and len(values) > 1 and values[0] and len(set(values)) == 1:
+        inner = edit.edit if isinstance(edit, Conditional) else edit
+        if not isinstance(inner, (Clamp, Erase)):
+            continue
+        given = inner.values if isinstance(inner, Erase) else inner.amounts
+        values = [v for site, v in zip(edit.sites, given) if site.point in WRITER_POINTS]
+        if len(values) > 1 and values[0] and len(set(values)) == 1:
             n, value = len(values), values[0]
             yield (
-                f"{edit!r} clamps each of {n} writers to {value:g}: their outputs sum, so the stream is set "
-                f"to {n * value:g}. For {value:g}, give the first writer the value and the others 0: "
-                f"value=[{value:g}] + [0] * {len(edit.sites) - 1}"
+                f"{edit!r} sets each of {n} writers to {value:g}: their outputs sum, so the stream is set "
+                f"to {n * value:g}. For {value:g}, give the first writer the value v and the others 0: "
+                f"value=[v] + [0] * {len(edit.sites) - 1}"
             )
 
 

@@ -293,6 +293,21 @@ def test_ace_at_writers_sums_to_the_mean_of_the_stream() -> None:
         exactly(total, (stream_mean + 2.0 * found.norm).expand(3))
 
 
+@pytest.mark.parametrize("missing", [1, 2, 3])
+def test_ace_tells_of_a_writer_missing_within_a_layer(
+    missing: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The stream then has not the mean that was given."""
+    found, writers = Direction(draw(0, D), 2.5, PRE), list(TwoLayers.writers)
+    affine_concept_edit(found, draw(4, 9, D), writers)
+    affine_concept_edit(found, {site: draw(4, 9, D) for site in writers[1:]})
+    assert not caplog.messages
+    left_out = writers.pop(missing)
+    affine_concept_edit(found, draw(4, 9, D), writers)
+    (message,) = caplog.messages
+    assert f"{left_out} is not among its sites (1 of 4 are missing)" in message
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [

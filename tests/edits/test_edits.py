@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 from interp_ablate.directions.direction import Direction
 from interp_ablate.edits.affine import Affine, rescale_rows, through_gain
+from interp_ablate.edits.conditional import Condition, Conditional
 from interp_ablate.edits.kinds import Ablate, Add, Clamp, Edit, Erase
 from interp_ablate.edits.plan import Plan, band, everywhere
 from interp_ablate.errors import PlanError
@@ -657,7 +658,25 @@ def test_one_value_at_every_writer_is_warned_of(caplog: pytest.LogCaptureFixture
     assert not caplog.messages
     Plan((Clamp(vector, sites, value=1.5),))
     (message,) = caplog.messages
-    assert "the stream is set to 4.5" in message and "value=[1.5] + [0] * 2" in message
+    assert "the stream is set to 4.5" in message and "value=[v] + [0] * 2" in message
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_an_erasure_to_one_value_at_every_writer_is_warned_of(
+    conditional: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`Erase.of` a fitted eraser at all writers set the stream to so many times its centre, in silence."""
+    sites, vector = (
+        [Site(0, "resid_post"), Site(1, "attn_out"), Site(1, "mlp_out")],
+        torch.eye(8)[0],
+    )
+    condition = Condition(vector, Site(0, "resid_post"), threshold=0.0)
+    for value in ([0.0, 1.5, 0.0], 0.0, 1.5):
+        edit = Erase(vector, vector, sites, value=value)
+        assert not caplog.messages
+        Plan((Conditional(edit, condition) if conditional else edit,))
+    (message,) = caplog.messages
+    assert "sets each of 2 writers to 1.5" in message and "the stream is set to 3" in message
 
 
 def test_an_ablation_that_a_later_one_undoes_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
