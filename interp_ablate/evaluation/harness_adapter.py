@@ -140,7 +140,7 @@ def as_harness_lm(model: Model, plan: Plan | None) -> Any:
             return loglikelihoods(model, pairs, plan=plan)
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-            refuse_conditions(plan, "the likelihood of whole texts")
+            refuse_conditions(plan, "the likelihood of whole texts", model.plans.conditions)
             totals = []
             for request in requests:
                 tokens = encode(request.args[0], False)

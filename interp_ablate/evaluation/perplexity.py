@@ -164,7 +164,7 @@ def corpus_losses(
         ModelError: a model without a tokenizer.
         InterpAblateError: NaN or infinity in the logits.
     """
-    refuse_conditions(plan, "perplexity of text")
+    refuse_conditions(plan, "perplexity of text", model.plans.conditions)
     if model.tokenizer is None:
         raise ModelError(f"{model.source.name} has no tokenizer: perplexity of text needs one")
     cut = [

@@ -15,6 +15,7 @@ from typing import TypeAlias
 from interp_ablate.directions.direction import Direction
 from interp_ablate.edits.kinds import Ablate, Erase
 from interp_ablate.edits.plan import Plan
+from interp_ablate.errors import PlanError
 from interp_ablate.evaluation.outputs import ModelOutputs, generate_outputs_together
 from interp_ablate.models.model import Model
 from interp_ablate.prompts.contrast_set import ContrastSet
@@ -32,11 +33,19 @@ Step: TypeAlias = Callable[[str, int | None], AbstractContextManager[Callable[[i
 
 
 def load_fitted_edits(folder: Path) -> dict[str, Ablate | Erase]:
-    """The edits fitted so far, by name."""
-    edits = {}
+    """The edits fitted so far, by name.
+
+    Raises:
+        PlanError: a file that holds something else than one `Ablate` or `Erase`.
+    """
+    edits: dict[str, Ablate | Erase] = {}
     for path in sorted(folder.glob("*.json")):
-        (edit,) = Plan.load(path)
-        assert isinstance(edit, (Ablate, Erase))
+        plan = Plan.load(path)
+        edit = plan.edits[0] if len(plan) == 1 else None
+        if not isinstance(edit, (Ablate, Erase)):
+            raise PlanError(
+                f"{path} is no fitted edit, which is one Ablate or Erase; it holds {plan!r:.120}: move it away"
+            )
         edits[path.stem] = edit
     return edits
 

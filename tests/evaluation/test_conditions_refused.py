@@ -26,6 +26,9 @@ def test_perplexity_has_no_prompt_to_hold_a_condition_against() -> None:
         corpus_losses(
             shared(), Corpus("c", ("some text of several words",)), plan=plan, context=8, stride=4
         )
+    # one that is applied already was read at every window's first token
+    with pytest.raises(PlanError, match="read in windows"), shared().applied(plan):
+        corpus_losses(shared(), Corpus("c", ("some text of several words",)), context=8, stride=4)
     refuse_conditions(Plan(Ablate(unit(1), SITE)), "x")
     refuse_conditions(None, "x")
 
