@@ -30,15 +30,20 @@ RUNGS = ((3, 10**9), (12, 14), (32, 3))
 
 
 def distinct(directions: Iterable[Direction]) -> list[Direction]:
-    """Directions without repeats: resid_pre of a layer is resid_post of the layer before."""
+    """Directions without repeats: resid_pre of a layer is resid_post of the layer before.
+
+    One is a repeat of another of its position and method.
+    """
     every = list(directions)
-    sites = {item.site for item in every}
+    known = {(item.site, item.position, item.method) for item in every}
 
-    def is_repeat(site: Site) -> bool:
-        before = Site(site.layer - 1, "resid_post") if site.layer else None
-        return site.point == "resid_pre" and before in sites
+    def is_repeat(item: Direction) -> bool:
+        if item.site.point != "resid_pre" or not item.site.layer:
+            return False
+        before = Site(item.site.layer - 1, "resid_post")
+        return (before, item.position, item.method) in known
 
-    return [item for item in every if not is_repeat(item.site)]
+    return [item for item in every if not is_repeat(item)]
 
 
 def screening_trials(directions: Iterable[Direction]) -> list[Trial]:

@@ -434,6 +434,10 @@ def test_distinct_leaves_out_what_the_layer_before_already_is() -> None:
     assert distinct(kept) == kept
     only_pre = [item for item in every if item.site.point == "resid_pre"]
     assert distinct(only_pre) == only_pre  # nothing they repeat is there
+    # of another position or method it is another direction
+    here = direction(0, "resid_post")
+    others = [replace(direction(1, "resid_pre"), **{f: "x"}) for f in ("position", "method")]
+    assert distinct([here, *others]) == [here, *others]
 
 
 def test_screening_is_one_candidate_a_distinct_direction() -> None:
