@@ -96,7 +96,8 @@ def probe_of(block: nn.Module, call: Recorded) -> tuple[nn.Module, Recorded]:
     """A block and its call as they are measured: in float32, on the block's device, no weight all zeros.
 
     The block itself where it is so already, else a copy. A weight of zeros (of a block that was added to a model, or
-    pruned) writes nothing that could be seen; it gets noise, for what writes is a matter of the code.
+    pruned) and a bias of zeros (as training begins) write nothing that could be seen; they get noise, for what writes
+    is a matter of the code. A single number of zero is a factor of something, and stays.
     """
     codes = packed_parameters(block)
     own = [p for p in block.parameters() if p.is_floating_point() and id(p) not in codes]
@@ -111,7 +112,7 @@ def probe_of(block: nn.Module, call: Recorded) -> tuple[nn.Module, Recorded]:
             return x
         return x.to(device).float() if x.dtype == dtype and dtype.itemsize < 4 else x.to(device)
 
-    zeros = [name for name, p in block.named_parameters() if p.ndim > 1 and _is_zero(p)]
+    zeros = [name for name, p in block.named_parameters() if p.numel() > 1 and _is_zero(p)]
     if zeros or dtype.itemsize < 4:
         block = copy.deepcopy(block).float() if dtype.itemsize < 4 else copy.deepcopy(block)
         generator = torch.Generator().manual_seed(4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from interp_ablate.edits.kinds import Ablate
+from interp_ablate import export_checkpoint
+from interp_ablate.edits.kinds import Ablate, Add
+from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import ExportError, ModelError
 from interp_ablate.models.anatomy import Anatomy
 from interp_ablate.models.backends.hf import measured_anatomy
@@ -242,6 +245,23 @@ def test_a_block_of_zeros_writes_where_its_code_does() -> None:
     before = {name: p.clone() for name, p in hf.named_parameters()}
     assert measured_anatomy(hf) == want
     assert all(torch.equal(p, before[name]) for name, p in hf.named_parameters())
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox", "phi", "opt", "gpt_oss"])
+def test_biases_of_zeros_write_as_others_do(model_type: str, tmp_path: Path) -> None:
+    """As a fresh model has them."""
+    hf = build(model_type)
+    want = measured_anatomy(hf)
+    with torch.no_grad():
+        for name, parameter in hf.named_parameters():
+            if "bias" in name:
+                parameter.zero_()
+    assert measured_anatomy(hf) == want
+    model = from_hf(hf, None)
+    writer = [site for site in model.writers if site.point == "attn_out"][-1:]
+    plan = Plan((Add(torch.ones(D_MODEL), writer, coefficient=2.0),))
+    certificate = export_checkpoint(model, plan, tmp_path / "out", prompts=[[1, 2, 3]])
+    assert certificate["passed"]
 
 
 @pytest.mark.parametrize("model_type", ["falcon_h1", "gpt_oss", "olmo_hybrid", "gpt2"])

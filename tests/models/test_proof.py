@@ -11,7 +11,7 @@ import torch
 from tiny import BACKENDS, D_MODEL, DECLARED, N_LAYERS, make, rows_of, tiny, unit
 from torch import Tensor, nn
 
-from interp_ablate import Ablate, Plan, export_checkpoint
+from interp_ablate import Ablate, Plan, export_checkpoint, sites_of
 from interp_ablate.errors import ExportError
 from interp_ablate.export.lora import export_lora
 from interp_ablate.models.backends.bridge import BridgeBackend
@@ -224,3 +224,14 @@ def test_spoiled_weights_are_loaded_and_not_believed(backend: str) -> None:
     assert model.backend == ("bridge" if backend == "auto" else backend)
     with pytest.raises(ExportError, match=r"\.1 returns NaN or infinity on fixed tokens"):
         assert model.writers
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox"])
+def test_a_bridge_whose_biases_are_zeros_yet_is_not_refused(kind: str) -> None:
+    hf, tokenizer = tiny(kind)
+    with torch.no_grad():
+        for name, parameter in hf.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+    model = from_hf(hf, tokenizer, backend="bridge")
+    assert set(sites_of(("attn_out", "mlp_out"), range(N_LAYERS))) < set(model.writers)
