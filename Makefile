@@ -55,7 +55,7 @@ test-transformers4: $(VENV)/.ready .venv-transformers4/.ready
 # More random plans than the tests try: of each architecture as many as this.
 FUZZ ?= 60
 fuzz: $(VENV)/.ready
-	INTERP_ABLATE_FUZZ=$(FUZZ) $(BIN)/python -m pytest $(TWO) tests/contract/test_random_plans.py
+	INTERP_ABLATE_FUZZ=$(FUZZ) $(BIN)/python -m pytest $(TWO) tests/contract/test_random_plans.py tests/contract/test_random_hooks.py
 
 # Exports read by llama.cpp itself, which is compiled once (6 to 8 minutes on 2 cores) into its own place.
 test-llama: $(VENV)/.ready .venv-llama/.ready
