@@ -11,8 +11,8 @@ import queue
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,13 +21,17 @@ from interp_ablate.datasets.chat_reader import SampleParser
 from interp_ablate.datasets.conversations import Sample
 from interp_ablate.datasets.filter_quick import QuickLook, asked_without, prefilter_of
 from interp_ablate.datasets.filter_recipe import Ask, Decision, FilterRecipe, decide, read_now
+from interp_ablate.datasets.filter_rules import ScoreRule
 from interp_ablate.errors import InterpAblateError, PromptError, RunError
+from interp_ablate.jobs.bars import hide_in_thread
+from interp_ablate.scoring.exchange import Server
 from interp_ablate.storage.json_rows import FileRow, MalformedRow, RawLine, RowFileError
 from interp_ablate.storage.row_files import RowFile, as_json
 
 Item = RawLine | FileRow | MalformedRow
 QUICK_ROWS, QUICK_BYTES = 8192, 8 << 20  # of a batch that is looked at quickly
 SLOW_ROWS = 256  # of one whose rows are decided one by one
+AHEAD = 8  # batches of which a server is asked at a time
 _FIRST_ROWS = 16  # of the first batch, which shows the layout
 
 
@@ -79,9 +83,10 @@ class BatchDecider:
             RowFileError: the first malformed row, unless such rows are skipped.
         """
         with _no_collection():
-            return self._decided(items, ask)
+            return self.decided(items, ask)
 
-    def _decided(self, items: Sequence[Item], ask: Ask) -> list[Verdict]:
+    def decided(self, items: Sequence[Item], ask: Ask) -> list[Verdict]:
+        """The same, for a block of any length."""
         verdicts: list[Verdict] = [None] * len(items)
         rows: list[tuple[int, FileRow]] = []
         for place, item in enumerate(items):
@@ -128,6 +133,14 @@ class BatchDecider:
         label = sample.raw.get(self.labels) if self.labels is not None else None
         return RowVerdict(decision._replace(sample=None), changed, label)
 
+    def find_layout(self, items: Sequence[Item]) -> None:
+        """Take the layout of the first row that has one, unless it is known."""
+        for item in items:
+            if self.parser.layout is not None:
+                return
+            with suppress(ValueError, InterpAblateError):
+                self.sample(item)
+
     def sample(self, item: Item) -> Sample:
         """The sample of an item that has a verdict."""
         row = item.read() if isinstance(item, RawLine) else item
@@ -164,8 +177,10 @@ def in_batches(items: Iterable[Item], rows: int, size: int, first: int) -> Itera
 
 def verdicts_of_batches(
     decider: BatchDecider, items: Iterable[Item], ask: Ask, workers: int = 1
-) -> Iterator[tuple[list[Item], list[Verdict]]]:
+) -> Generator[tuple[list[Item], list[Verdict]], None, None]:
     """The batches of a file, in order, each with its verdicts.
+
+    Where a rule asks a server, AHEAD batches wait for their answers at a time. Close it to end what is under way.
 
     Args:
         workers: processes that decide; a window of batches is under way in them.
@@ -177,22 +192,58 @@ def verdicts_of_batches(
     quick = decider.prefilter is not None or workers > 1
     sizes = (QUICK_ROWS, QUICK_BYTES, _FIRST_ROWS) if quick else (SLOW_ROWS, QUICK_BYTES, SLOW_ROWS)
     batches = in_batches(items, *sizes)
+    rules = (rule for rule in decider.recipe.rules if isinstance(rule, ScoreRule))
+    if servers := [rule.server for rule in rules if rule.server is not None]:
+        yield from _in_window(_Threads(decider, ask, servers), batches, AHEAD)
+        return
     for batch in batches:  # until the layout is known
         yield batch, decider(batch, ask)
         if workers > 1 and decider.parser.layout is not None:
             break
-    if workers == 1:
-        return
-    with _Workers(decider, workers) as pool:
+    if workers > 1:
+        yield from _in_window(_Workers(decider, workers), batches, workers + 1)
+
+
+def _in_window(
+    place: _Workers | _Threads, batches: Iterable[list[Item]], ahead: int
+) -> Iterator[tuple[list[Item], list[Verdict]]]:
+    with place as pool:
         under_way: deque[tuple[list[Item], Future[list[Verdict]]]] = deque()
         for batch in batches:
             under_way.append((batch, pool.submit(batch)))
-            if len(under_way) > workers + 1:
+            if len(under_way) > ahead:
                 done, verdicts = under_way.popleft()
                 yield done, verdicts.result()
         while under_way:
             done, verdicts = under_way.popleft()
             yield done, verdicts.result()
+
+
+# ---- threads that wait for servers -----------------------------------------------------------------
+
+
+class _Threads:
+    """Threads that decide batches; one asks a server while others wait for it. None waits when it is left."""
+
+    def __init__(self, decider: BatchDecider, ask: Ask, servers: list[Server]) -> None:
+        self.decider, self.ask, self.servers = decider, ask, servers
+        self.pool = ThreadPoolExecutor(AHEAD, "filter", initializer=hide_in_thread)
+        self.latest: deque[Future[list[Verdict]]] = deque(maxlen=AHEAD + 1)
+
+    def __enter__(self) -> _Threads:
+        return self
+
+    def submit(self, batch: list[Item]) -> Future[list[Verdict]]:
+        self.decider.find_layout(batch)  # before threads could find several
+        self.latest.append(self.pool.submit(self.decider.decided, batch, self.ask))
+        return self.latest[-1]
+
+    def __exit__(self, *error: Any) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        while any(not each.done() for each in self.latest):
+            for server in self.servers:
+                server.stop()
+            wait(self.latest, timeout=0.1)
 
 
 # ---- other processes -------------------------------------------------------------------------------

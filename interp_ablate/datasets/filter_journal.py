@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from typing import Any
 
 from interp_ablate.datasets.conversations import Sample, Turn
@@ -21,10 +21,13 @@ _STORED = 16  # answers that are scored between two writes to the journal
 
 
 class StoredValues:
-    """Asks rules, and keeps the values of those that are stored in the journal."""
+    """Asks rules, and keeps the values of those that are stored in the journal.
+
+    Several threads may ask: while one waits for a server, another is served.
+    """
 
     def __init__(self, journal: JsonlLog, lines: list[dict[str, Any]]) -> None:
-        self.journal = journal
+        self.journal, self.lock = journal, threading.RLock()
         self.names: dict[int, str] = {}  # of rules
         self.values: dict[tuple[str, int, int], RuleValue] = {}
         for number, line in enumerate(lines, 2):
@@ -35,20 +38,37 @@ class StoredValues:
                 raise journal.corrupt(number, f"{type(error).__name__} {error}") from error
 
     def __call__(self, rule: Rule, asked: Sequence[tuple[Sample, Turn]]) -> list[RuleValue]:
-        if not rule.stored:
-            return read_now(rule, asked)
+        read = self._kept if rule.stored else read_now
+        if isinstance(rule, ScoreRule) and rule.server is not None:
+            return read(rule, asked)
+        with self.lock:  # a model, or a function of the user's, takes one at a time
+            return read(rule, asked)
+
+    def _kept(self, rule: Rule, asked: Sequence[tuple[Sample, Turn]]) -> list[RuleValue]:
         if id(rule) not in self.names:
             identity = json.dumps(rule.identity, sort_keys=True).encode()
             self.names[id(rule)] = hashlib.sha256(identity).hexdigest()[:16]
         digest = self.names[id(rule)]
         keys = [(digest, sample.number, turn.index) for sample, turn in asked]
         waiting = [k for k, key in enumerate(keys) if key not in self.values]
-        values = self._values(rule, [asked[k] for k in waiting])
-        while part := {waiting[i]: value for i, value in islice(values, _STORED)}:
-            rows = [[*keys[k][1:], r.value, r.why] for k, r in part.items() if r.why != UNANSWERED]
-            self.journal.append({"rule": digest, "readings": rows})
-            self.values.update({keys[k]: value for k, value in part.items()})
+        part: dict[tuple[str, int, int], RuleValue] = {}
+        try:
+            for i, value in self._values(rule, [asked[k] for k in waiting]):
+                part[keys[waiting[i]]] = value
+                if len(part) == _STORED:
+                    self._keep(digest, part)
+        finally:
+            self._keep(digest, part)
         return [self.values[key] for key in keys]
+
+    def _keep(self, digest: str, part: dict[tuple[str, int, int], RuleValue]) -> None:
+        """Write down values that came, and forget that they are new."""
+        rows = [[*key[1:], r.value, r.why] for key, r in part.items() if r.why != UNANSWERED]
+        with self.lock:
+            self.values.update(part)
+            part.clear()
+            if rows:
+                self.journal.append({"rule": digest, "readings": rows})
 
     def _values(
         self, rule: Rule, asked: Sequence[tuple[Sample, Turn]]

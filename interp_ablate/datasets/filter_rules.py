@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from interp_ablate.datasets.conversations import Turn
 from interp_ablate.errors import RunError
-from interp_ablate.scoring.exchange import ScorerKind, TextScorer, verdicts_of
+from interp_ablate.scoring.exchange import (
+    ExplainingScorer,
+    ScorerKind,
+    Server,
+    TextScorer,
+    verdicts_of,
+)
 from interp_ablate.scoring.expressions import ExpressionScorer, expression_scorer
 from interp_ablate.scoring.prefilter import expression_superset, phrase_patterns
 from interp_ablate.scoring.refusals import LANGUAGES, REASONS, Reason, RefusalDetector
@@ -226,6 +232,11 @@ class ScoreRule(_Limits):
     def identity(self) -> dict[str, Any]:
         return {"kind": "score", **self.scorer.identity}
 
+    @property
+    def server(self) -> Server | None:
+        """The server that gives the numbers, if one does."""
+        return self.scorer.server if isinstance(self.scorer, ExplainingScorer) else None
+
     def read(self, turns: Sequence[Turn]) -> list[RuleValue]:
         values = dict(self.read_each(turns))
         return [values[number] for number in range(len(turns))]
@@ -233,9 +244,8 @@ class ScoreRule(_Limits):
     def read_each(self, turns: Sequence[Turn]) -> Iterator[tuple[int, RuleValue]]:
         """The values as they are ready, each with the number of its turn; a turn without a prompt has none."""
         asked = [number for number, turn in enumerate(turns) if turn.is_asked]
-        yield from (
-            (n, RuleValue(None, NO_PROMPT)) for n in range(len(turns)) if n not in set(asked)
-        )
+        rest = [number for number, turn in enumerate(turns) if not turn.is_asked]
+        yield from ((number, RuleValue(None, NO_PROMPT)) for number in rest)
         for place, v in verdicts_of(self.scorer, [turns[number].exchange for number in asked]):
             yield asked[place], RuleValue(v.score, v.why)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -238,7 +238,8 @@ class _Run:
             )
             advance = stack.enter_context(bar("rows", None))
             items = self.source.unread(place.number, place.at)
-            for batch, verdicts in verdicts_of_batches(decider, items, ask, self.settings.workers):
+            decided = verdicts_of_batches(decider, items, ask, self.settings.workers)
+            for batch, verdicts in stack.enter_context(closing(decided)):
                 for item, verdict in zip(batch, verdicts):
                     self._commit(item, verdict, files)
                     if resumable and not self.pending and self.progress.is_due():

@@ -33,9 +33,15 @@ class _Open(threading.local):
 
     def __init__(self) -> None:
         self.bars: list[Any] = []
+        self.most = MOST_NESTED
 
 
 _open = _Open()
+
+
+def hide_in_thread() -> None:
+    """Show no bar of this thread: others do the same work beside it."""
+    _open.most = 0
 
 
 def are_shown() -> bool:
@@ -105,7 +111,7 @@ def with_bar(items: Iterable[Item], what: str, *, total: int | None = None) -> I
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
     """A clock for the length of a block that cannot say how far it is."""
-    if not are_shown() or len(_open.bars) >= MOST_NESTED:
+    if not are_shown() or len(_open.bars) >= _open.most:
         yield
         return
     clock, done = _opened(what, None, bar_format="{desc}: {elapsed}"), threading.Event()
@@ -126,7 +132,7 @@ def waiting(what: str) -> Iterator[None]:
 
 def _opened(what: str, total: int | None, **look: Any) -> Any:
     """A new bar; None where none is to be shown."""
-    if total in (0, 1) or not are_shown() or len(_open.bars) >= MOST_NESTED:
+    if total in (0, 1) or not are_shown() or len(_open.bars) >= _open.most:
         return None
     if total is not None and any(each.total == total for each in _open.bars):
         return None

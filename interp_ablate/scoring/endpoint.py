@@ -11,7 +11,7 @@ import logging
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -120,6 +120,8 @@ class Endpoint:
         given = {"schema": True, "plain": False}.get(settings.structured)
         self._schema_taken: bool | None = takes.get("schema", given)
         self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(settings.concurrency, thread_name_prefix="endpoint")
+        self._stops: set[threading.Event] = set()  # of `ask_each` that go on
         self._answered = False
         self.from_cache = 0  # answers that cost nothing
         self.used = [0, 0]  # tokens of questions and of answers, as the server counts them
@@ -213,24 +215,24 @@ class Endpoint:
     ) -> Iterator[tuple[int, Reply | RequestError]]:
         """Many replies as they come, each with its conversation's number; equal questions are asked once.
 
-        `concurrency` calls run at a time, and a slow one holds up no other. A request that the server refuses,
-        or never answers, comes as its error. When the server goes away, what came before is in the cache and
-        the rest is not asked.
+        `concurrency` calls run at a time, those of other threads among them, and a slow one holds up no other.
+        A request that the server refuses, or never answers, comes as its error. When the server goes away, what
+        came before is in the cache and the rest is not asked.
 
         Raises:
             EndpointError: the server cannot be reached, has refused every request so far, or has left
-                GONE_AFTER requests in a row, or most of all, without an answer.
+                GONE_AFTER requests in a row, or most of all, without an answer; `stop` was called.
         """
         same: dict[str, list[int]] = {}
         for number, messages in enumerate(conversations):
             same.setdefault(json.dumps([dict(m) for m in messages]), []).append(number)
         stop, in_a_row, errors = threading.Event(), 0, list[RequestError]()
-        pool = ThreadPoolExecutor(self.settings.concurrency, thread_name_prefix="endpoint")
+        waiting: dict[Future[Reply], list[int]] = {}
+        self._stops.add(stop)
         try:
-            waiting: dict[Future[Reply], list[int]] = {
-                pool.submit(self._ask, conversations[each[0]], schema, top_logprobs, 0, stop): each
-                for each in same.values()
-            }
+            for each in same.values():
+                first = conversations[each[0]]
+                waiting[self._pool.submit(self._ask, first, schema, top_logprobs, 0, stop)] = each
             for done in as_completed(waiting):
                 reply: Reply | RequestError
                 try:
@@ -239,18 +241,25 @@ class Endpoint:
                     reply = error
                     errors.append(error)
                     in_a_row += isinstance(error, UnansweredError)
-                    if in_a_row >= (GONE_AFTER if self._answered else self.settings.concurrency):
+                    gone = GONE_AFTER if self._answered else self.settings.concurrency
+                    if in_a_row >= gone or stop.is_set():
                         raise
                 for number in waiting.pop(done):
                     yield number, reply
         finally:
             stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
+            self._stops.discard(stop)
+            wait([each for each in waiting if not each.cancel()])
         lost = [error for error in errors if isinstance(error, UnansweredError)]
         if 2 * len(lost) > len(same):
             raise lost[-1]
         if errors and not self._answered:
             raise errors[0]
+
+    def stop(self) -> None:
+        """End what other threads ask by `ask_each`, with an error, once the calls under way have ended."""
+        for stop in [*self._stops]:
+            stop.set()
 
     def _ask(
         self,
@@ -279,13 +288,21 @@ class Endpoint:
             self._body(messages, schema, top_logprobs, structured=way) for way in self._ways(schema)
         ]
         keys = [self._key_of(body, sample) for body in ways]
-        for key in keys:
-            cached = self._cache.get(key)
-            if cached is not None:
-                with self._lock:
-                    self.from_cache += 1
-                self._answered = True
-                return cached
+        with self._cache.one_at_a_time(keys[0]):
+            for key in keys:
+                cached = self._cache.get(key)
+                if cached is not None:
+                    with self._lock:
+                        self.from_cache += 1
+                    self._answered = True
+                    return cached
+            if stop.is_set():
+                raise UnansweredError(f"{self.model} at {self.base_url} is no longer asked")
+            return self._sent_now(ways, keys, stop)
+
+    def _sent_now(
+        self, ways: Sequence[dict[str, Any]], keys: Sequence[str], stop: threading.Event
+    ) -> Reply:
         try:
             reply = self._client.send(ways[0], stop)
             used = keys[0]
@@ -328,10 +345,11 @@ class Endpoint:
             return False
         with self._lock:
             if name in self._sent:  # else another thread did it
-                value = self._sent.pop(name)
-                other = ADAPTED[name]
+                sent, other = dict(self._sent), ADAPTED[name]
+                value = sent.pop(name)
                 if other:
-                    self._sent[other] = value
+                    sent[other] = value
+                self._sent = sent  # whole: other threads read it
                 logger.warning(
                     "%r takes no %s: %s",
                     self,

@@ -58,6 +58,14 @@ class Verdict:
     detail: Mapping[str, Any] = field(default_factory=dict)
 
 
+class Server(Protocol):
+    """A server that answers many questions at a time."""
+
+    def stop(self) -> None:
+        """End what other threads ask of it, with an error there."""
+        ...
+
+
 class ExplainingScorer(ABC):
     """A `TextScorer` that says why it has no verdict. An empty answer never has one."""
 
@@ -73,6 +81,11 @@ class ExplainingScorer(ABC):
     def spent(self) -> str:
         """What the scores cost so far, for a person; "" where that is nothing."""
         return ""
+
+    @property
+    def server(self) -> Server | None:
+        """The server that gives the verdicts, for which one waits: several threads may ask at a time."""
+        return None
 
     @abstractmethod
     def judged(self, exchanges: Sequence[PromptResponse]) -> list[Verdict]:
@@ -129,6 +142,10 @@ class ReversedScorer(ExplainingScorer):
     @property
     def spent(self) -> str:
         return self.scorer.spent if isinstance(self.scorer, ExplainingScorer) else ""
+
+    @property
+    def server(self) -> Server | None:
+        return self.scorer.server if isinstance(self.scorer, ExplainingScorer) else None
 
     def judged(self, exchanges: Sequence[PromptResponse]) -> list[Verdict]:
         verdicts = dict(self.judged_each(exchanges))

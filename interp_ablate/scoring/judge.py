@@ -98,6 +98,10 @@ class Judge(ExplainingScorer):
     def spent(self) -> str:
         return self.endpoint.spent
 
+    @property
+    def server(self) -> Endpoint:
+        return self.endpoint
+
     def judged(self, exchanges: Sequence[PromptResponse]) -> list[Verdict]:
         verdicts = dict(self.judged_each(exchanges))
         return [verdicts[number] for number in range(len(exchanges))]

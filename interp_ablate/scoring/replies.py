@@ -9,8 +9,8 @@ import json
 import re
 import threading
 import weakref
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -162,6 +162,7 @@ class ReplyCache:
 
     def __init__(self, path: Path | None) -> None:
         self.path, self._lock, self._stack = path, threading.Lock(), ExitStack()
+        self._turn, self._taken = threading.Condition(), set[str]()
         self._replies: dict[str, Reply] = {}
         self._servers: dict[str, dict[str, Any]] = {}
         if path is None:
@@ -188,6 +189,19 @@ class ReplyCache:
             except (LookupError, TypeError, ValueError) as error:
                 self._stack.close()
                 raise self._lines.corrupt(number, f"no reply ({error!r})") from error
+
+    @contextmanager
+    def one_at_a_time(self, key: str) -> Iterator[None]:
+        """A block that one thread enters at a time for a key: who comes second finds the first one's reply."""
+        with self._turn:
+            self._turn.wait_for(lambda: key not in self._taken)
+            self._taken.add(key)
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._taken.discard(key)
+                self._turn.notify_all()
 
     def get(self, key: str) -> Reply | None:
         return self._replies.get(key)

@@ -910,62 +910,27 @@ def test_bad_input_is_one_message(
 def test_a_judge_is_asked_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Over the wire: a local server that speaks the protocol."""
     pytest.importorskip("openai")
-    import threading
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+    from chat_server import serving
 
-    asked: list[str] = []
+    def say(body: dict[str, Any], number: int) -> str:
+        text = body["messages"][-1]["content"]
+        said = '{"score": 90}' if "GLOOM" in text else '{"score": 10}'
+        return "hm" if "MUTE" in text else said
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            asked.append(body["messages"][-1]["content"])
-            said = '{"score": 90}' if "GLOOM" in asked[-1] else '{"score": 10}'
-            message = {"role": "assistant", "content": "hm" if "MUTE" in asked[-1] else said}
-            choice = {"index": 0, "message": message, "finish_reason": "stop"}
-            reply = json.dumps(
-                {
-                    "id": "1",
-                    "object": "chat.completion",
-                    "created": 1,
-                    "model": "m",
-                    "choices": [choice],
-                }
-            )
-            self.send_response(200)
-            self.send_header("content-type", "application/json")
-            self.end_headers()
-            self.wfile.write(reply.encode())
-
-        def log_message(self, format: str, *args: Any) -> None: ...
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     path = pairs(tmp_path / "a.jsonl", ["fine", "GLOOM", "MUTE", "GLOOM again"])
     (tmp_path / "rubric.txt").write_text("0 is cheerful, 100 is gloomy")
-    url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    flags = [
-        "--scorer",
-        f"judge:m@{url}",
-        "--above",
-        "50",
-        "--rubric",
-        str(tmp_path / "rubric.txt"),
-    ]
-    try:
+    with serving(say) as server:
+        flags = ["--scorer", f"judge:m@{server.url}", "--above", "50"]
+        flags += ["--rubric", str(tmp_path / "rubric.txt")]
         status, out, err = run(capsys, str(path), "--out", str(tmp_path / "out"), *flags)
         assert status == 0, err
-        assert (
-            numbers(tmp_path / "out" / "kept.jsonl") == [0, 2]
-            and "1 without a verdict were kept" in out
-        )
-        before = len(asked)
+        assert numbers(tmp_path / "out" / "kept.jsonl") == [0, 2]
+        assert "1 without a verdict were kept" in out
+        before = len(server.asked)
         flags[3] = "5"
         status, out, err = run(capsys, str(path), "--out", str(tmp_path / "out"), *flags, "--force")
-        assert status == 0 and len(asked) == before
+        assert status == 0 and len(server.asked) == before
         assert numbers(tmp_path / "out" / "dropped.jsonl") == [0, 1, 3]
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def test_what_the_real_model_declines_is_dropped(tmp_path: Path, bundled_model: str) -> None:
