@@ -33,7 +33,7 @@ from interp_ablate.settings import setting
 from interp_ablate.storage.strict_json import json_text
 
 CHUNK = 256  # rows that are scored together, and in memory
-GROUPS = ("condition", "label")  # of a run's generations.jsonl
+GROUPS = ("split", "condition", "label")  # of a run's generations.jsonl
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ def _tested(
         "trial": choice.trial,
         "test": test,
     }
-    generations = answers_of(run.bench.expression, outputs.conditions)
+    generations = answers_of(run.bench.expression, outputs.conditions, split="test")
     if none := lacking(generations):
         run.note(
             f"{none} of the test split's answers have no verdict by {run.bench.expression.name} (generations.jsonl "

@@ -15,14 +15,15 @@ from interp_ablate.scoring.behaviour import Behaviour, told
 
 
 def answers_of(
-    scorer: Behaviour, conditions: Iterable[tuple[str, str, ModelOutputs]]
+    scorer: Behaviour, conditions: Iterable[tuple[str, str, ModelOutputs]], *, split: str
 ) -> list[dict[str, Any]]:
-    """A row an answer of each (condition, set of prompts, outputs).
+    """A row an answer of each (condition, set of prompts, outputs), all of prompts of one split.
 
     `expressed` says whether it shows the behaviour; None of a thought that did not end.
     """
     return [
         {
+            "split": split,
             "label": side,
             "prompt": text_of_prompt(prompt),
             "condition": condition,
@@ -40,6 +41,7 @@ def answers_of(
 def unedited_answers(
     scorer: Behaviour, positive: ModelOutputs, negative: ModelOutputs | None = None
 ) -> list[dict[str, Any]]:
-    """The same of the unedited model alone."""
+    """The same of the unedited model alone, to validation prompts."""
     sides = (("positive", positive), ("negative", negative))
-    return answers_of(scorer, [("baseline", side, of) for side, of in sides if of is not None])
+    given = [("baseline", side, of) for side, of in sides if of is not None]
+    return answers_of(scorer, given, split="validation")

@@ -151,6 +151,7 @@ def test_run_leaves_everything(finished: Path) -> None:
     assert certificate["passed"] and certificate["residual_along_direction"] <= 1e-5
     texts = [json.loads(line) for line in (finished / "generations.jsonl").read_text().splitlines()]
     assert {row["condition"] for row in texts} == {"baseline", "ablated", "added"}
+    assert {row["split"] for row in texts} == {"test"}
     assert len(list((finished / "figures").glob("*.png"))) >= 5
     assert (finished / "report.html").stat().st_size > 10_000
     assert not list(finished.glob(".*"))  # no temporary files
@@ -451,8 +452,8 @@ def test_nothing_passes(
     page = (out / "report.html").read_text()
     assert "kl &gt; 1e-09" in page
     rows = [json.loads(line) for line in (out / "generations.jsonl").read_text().splitlines()]
-    assert {(row["label"], row["condition"]) for row in rows} == {
-        ("positive", "baseline"), ("negative", "baseline"),
+    assert {(row["split"], row["label"], row["condition"]) for row in rows} == {
+        ("validation", "positive", "baseline"), ("validation", "negative", "baseline"),
     }  # fmt: skip
     assert all("expressed" in row for row in rows) and any(row["text"] for row in rows)
     assert "Validation split. Expressed: baseline" in page and "Test split." not in page
