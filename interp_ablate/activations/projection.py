@@ -14,7 +14,7 @@ from torch import Tensor
 
 from interp_ablate.activations.activations import Activations
 from interp_ablate.activations.token_activations import TokenActivations
-from interp_ablate.directions.direction import Direction
+from interp_ablate.directions.direction import Direction, as_directions
 from interp_ablate.errors import DirectionError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def project(
     """
     import pandas as pd
 
-    items = [directions] if isinstance(directions, Direction) else list(directions)
+    items = as_directions(directions)
     if not items or unit not in get_args(Unit):
         raise DirectionError(
             f"project needs directions and a unit of {', '.join(get_args(Unit))}; got {len(items)} "

@@ -17,7 +17,7 @@ from torch import Tensor
 from interp_ablate.activations.activations import check_finite
 from interp_ablate.activations.token_html import tokens_html
 from interp_ablate.activations.token_rows import Token, after_prompts, answers_apart, tokens_of
-from interp_ablate.directions.direction import Direction
+from interp_ablate.directions.direction import Direction, as_directions
 from interp_ablate.errors import DirectionError, InterpAblateError
 from interp_ablate.models.batches import Batch
 from interp_ablate.models.model import Model
@@ -154,7 +154,7 @@ def _columns(
     sites: SiteLike | Iterable[SiteLike] | None,
 ) -> tuple[tuple[Direction, ...], tuple[Site, ...]]:
     """The direction and the site of each column, checked."""
-    columns = (directions,) if isinstance(directions, Direction) else tuple(directions)
+    columns = tuple(as_directions(directions))
     widths = [len(item.vector) for item in columns]
     if set(widths) != {model.d_model}:
         raise DirectionError(

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from interp_ablate.circuits.written_parts import Term, WrittenParts, tolerance
-from interp_ablate.directions.direction import Direction
+from interp_ablate.directions.direction import Direction, as_direction
 from interp_ablate.errors import DirectionError, ModelError, PlanError
 from interp_ablate.models.batches import Batch
 from interp_ablate.models.forward import Capture
@@ -180,7 +180,7 @@ def attribute(
             a negative number of neurons, or more shares of neurons than memory should hold.
         PlanError: a plan is applied: its edits write to the stream too.
     """
-    place = Site.parse(site if site is not None else direction.site)
+    place = Site.parse(site if site is not None else as_direction(direction).site)
     _check(model, direction, place)
     if isinstance(prompts, ContrastSet):
         texts: Any = [*prompts.positive, *prompts.negative]
@@ -223,7 +223,7 @@ def _largest_neurons(found: Attribution, count: int) -> Attribution:
 
 
 def _check(model: Model, direction: Direction, site: Site) -> None:
-    if len(direction.vector) != model.d_model:
+    if len(as_direction(direction).vector) != model.d_model:
         raise DirectionError(
             f"the direction has d_model {len(direction.vector)}, and {model.source.name} {model.d_model}"
         )

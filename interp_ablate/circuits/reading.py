@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from interp_ablate.circuits.norm_gains import through_norm
-from interp_ablate.directions.direction import Direction, random_direction
+from interp_ablate.directions.direction import Direction, as_direction, random_direction
 from interp_ablate.edits.kinds import Ablate
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import DirectionError, PlanError
@@ -195,7 +195,7 @@ def path_patching(
 
 
 def _check(model: Model, direction: Direction) -> None:
-    if len(direction.vector) != model.d_model:
+    if len(as_direction(direction).vector) != model.d_model:
         raise DirectionError(
             f"the direction has d_model {len(direction.vector)}, and {model.source.name} {model.d_model}"
         )

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp_ablate.directions.direction import ZERO_TOLERANCE, Direction
-from interp_ablate.directions.direction_set import Directions
+from interp_ablate.directions.direction_set import Directions, as_set
 from interp_ablate.errors import DirectionError
 from interp_ablate.precision import to_float64
 from interp_ablate.sites import Point, Site
@@ -77,6 +77,7 @@ def interpolated(
     if isinstance(layer, bool) or not isinstance(layer, Real) or not 0 <= layer < math.inf:
         raise DirectionError(f"a fractional layer is a finite number from 0; got {layer!r}")
     layer = float(layer)
+    directions = as_set(directions)
     sites = [Site(number, point) for number in (math.floor(layer), math.ceil(layer))]
     lower, upper = (_looked_up(directions, site, position, method) for site in sites)
     share = layer - sites[0].layer

@@ -18,7 +18,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp_ablate.directions.direction import Direction, orthogonalized
+from interp_ablate.directions.direction import (
+    Direction,
+    as_direction,
+    as_directions,
+    orthogonalized,
+)
 from interp_ablate.directions.direction_set import HasActivations
 from interp_ablate.directions.estimators import estimator_named
 from interp_ablate.directions.mean_difference import as_float64, label_shuffles, labels_of
@@ -149,9 +154,9 @@ def _basis(given: Subspace | Some | Tensor) -> Float[Tensor, "k d_model"]:
 
 def _named(some: Some) -> dict[str, Direction]:
     if isinstance(some, Mapping):
-        named = dict(some)
+        named = {name: as_direction(item) for name, item in some.items()}
     else:
-        items = [some] if isinstance(some, Direction) else list(some)
+        items = as_directions(some)
         named = {item.name: item for item in items}
         if len(named) < len(items):
             names = [item.name for item in items]

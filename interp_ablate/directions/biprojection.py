@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from interp_ablate.directions.direction import Direction, orthogonalized
+from interp_ablate.directions.direction import Direction, as_direction, orthogonalized
 from interp_ablate.directions.direction_set import Directions, HasActivations
 from interp_ablate.directions.mean_difference import as_float64, labels_of
 from interp_ablate.errors import DirectionError
@@ -35,7 +35,7 @@ def biprojected_directions(
         DirectionError: activations without labels or negative prompts, a site or position that was not collected,
             another d_model; no site where anything is left of the direction.
     """
-    labels = labels_of(activations)
+    direction, labels = as_direction(direction), labels_of(activations)
     if not bool((~labels).any()):
         raise DirectionError("biprojection needs negative prompts, whose mean it spares")
     if direction.position not in activations.positions:

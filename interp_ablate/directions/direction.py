@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -168,7 +168,7 @@ class Direction:
         Raises:
             DirectionError: another d_model, or a vector of zeros.
         """
-        vector = other.vector if isinstance(other, Direction) else to_float64(other.detach()).cpu()
+        vector = as_vector(other)
         length = float(vector.norm())
         if not length > 0:
             raise DirectionError("a vector of zeros has no direction to compare with")
@@ -199,6 +199,45 @@ class Direction:
         )
 
 
+def as_direction(given: Any) -> Direction:
+    """The direction that was given.
+
+    Raises:
+        DirectionError: it is something else.
+    """
+    if isinstance(given, Direction):
+        return given
+    raise DirectionError(
+        f"a Direction is needed, such as one of estimate_directions(...) or Direction(vector, norm, site); got "
+        f"{shortened(repr(given))} ({type(given).__name__})"
+    )
+
+
+def as_directions(given: Any) -> list[Direction]:
+    """Directions as a list, which may be empty; one alone is a list of one.
+
+    Raises:
+        DirectionError: something else than directions was given.
+    """
+    several = isinstance(given, Iterable) and not isinstance(given, (str, Direction, Tensor))
+    return [as_direction(each) for each in (given if several else [given])]
+
+
+def as_vector(given: Any) -> Float[Tensor, " d_model"]:
+    """The unit vector of a direction, or a vector as it was given; float64 on the CPU.
+
+    Raises:
+        DirectionError: something else, or more than one axis.
+    """
+    vector = given.vector if isinstance(given, Direction) else given
+    vector = torch.from_numpy(vector) if isinstance(vector, np.ndarray) else vector
+    if not isinstance(vector, Tensor) or vector.ndim != 1:
+        raise DirectionError(
+            f"a Direction or a tensor [d_model] is needed; got {shortened(repr(given))} ({type(given).__name__})"
+        )
+    return vector.detach().to("cpu", torch.float64)
+
+
 def fingerprint_of(tensors: Sequence[Tensor], about: Sequence[object]) -> str:
     """sha256 of the tensors' bytes and of plain data about them."""
     digest = hashlib.sha256(json.dumps(about).encode())
@@ -209,6 +248,7 @@ def fingerprint_of(tensors: Sequence[Tensor], about: Sequence[object]) -> str:
 
 def random_direction(like: Direction, *, seed: int) -> Direction:
     """A uniformly random direction of the same norm at the same site: a control."""
+    like = as_direction(like)
     generator = torch.Generator().manual_seed(seed)
     vector = torch.randn(len(like.vector), generator=generator, dtype=torch.float64)
     return Direction(vector, like.norm, like.site, like.position, "random", source=f"seed {seed}")
@@ -220,8 +260,17 @@ def random_directions(like: Direction, count: int, *, seed: int = 0) -> list[Dir
 
 
 def cosine_similarities(directions: Sequence[Direction]) -> Float[Tensor, "site site"]:
-    """Cosine of every pair of directions."""
-    vectors = torch.stack([item.vector for item in directions])
+    """Cosine of every pair of directions.
+
+    Raises:
+        DirectionError: no directions, or of different d_model.
+    """
+    items = as_directions(directions)
+    if len({len(item.vector) for item in items}) != 1:
+        raise DirectionError(
+            f"cosines are of directions of one d_model; got {[len(item.vector) for item in items][:8] or 'none'}"
+        )
+    vectors = torch.stack([item.vector for item in items])
     return vectors @ vectors.T
 
 
@@ -233,12 +282,16 @@ def orthogonalized(direction: Direction, against: Float[Tensor, " d_model"]) -> 
     abliteration" (Lai 2025, on Hugging Face).
 
     Raises:
-        DirectionError: nothing is left but rounding: the direction is parallel to `against`.
+        DirectionError: another d_model; nothing is left but rounding: the direction is parallel to `against`.
     """
-    wide = against.double()
+    wide, rest = as_vector(against), as_direction(direction).raw
+    if wide.shape != rest.shape:
+        raise DirectionError(
+            f"the direction has d_model {len(rest)}, what it is orthogonalized against {len(wide)}: both are of one "
+            "stream"
+        )
     length = float(wide.norm())
     unit = wide / length if length > 0 else wide
-    rest = direction.raw
     for _ in range(2):
         rest = rest - (rest @ unit) * unit
     if float(rest.norm()) <= ZERO_TOLERANCE * direction.norm:

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from interp_ablate.directions.direction import Direction, Separation
+from interp_ablate.directions.direction import Direction, Separation, as_directions
 from interp_ablate.display import html_table, shortened
 from interp_ablate.errors import DirectionError
 from interp_ablate.sites import Point, Site, SiteLike, as_sites
@@ -188,6 +188,15 @@ class Directions:
             ) from error
 
 
+def as_set(given: Directions | Iterable[Direction]) -> Directions:
+    """Directions as a set; one that is a set already stays as it is.
+
+    Raises:
+        DirectionError: something else than directions was given.
+    """
+    return given if isinstance(given, Directions) else Directions(tuple(as_directions(given)))
+
+
 def one_per_layer(
     directions: Direction | Iterable[Direction], point: Point | None = None
 ) -> list[Direction]:
@@ -199,7 +208,7 @@ def one_per_layer(
     Raises:
         DirectionError: no direction, or none at that point.
     """
-    items = [directions] if isinstance(directions, Direction) else list(directions)
+    items = as_directions(directions)
     points = list(dict.fromkeys(item.site.point for item in items))
     chosen = point or ("resid_post" if "resid_post" in points else next(iter(points), None))
     first: dict[Site, Direction] = {}
@@ -217,7 +226,7 @@ def most_separating(directions: Iterable[Direction]) -> Direction:
     Raises:
         DirectionError: no direction.
     """
-    items = list(directions)
+    items = as_directions(directions)
     if not items:
         raise DirectionError("there is no direction to choose from")
     measured = [item for item in items if item.separation is not None]
@@ -291,7 +300,7 @@ def write_directions(
     """
     from safetensors.torch import save
 
-    path, items = Path(path), list(directions)
+    path, items = Path(path), as_directions(directions)
     if path.suffix != ".safetensors" or dtype not in get_args(VectorDtype) or not items:
         raise DirectionError(
             f"cannot write {len(items)} directions in {dtype} to {path}: at least one is needed, a name "

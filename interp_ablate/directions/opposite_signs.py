@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from interp_ablate.directions.direction import Direction
-from interp_ablate.directions.direction_set import Directions, HasActivations
+from interp_ablate.directions.direction import Direction, as_directions
+from interp_ablate.directions.direction_set import Directions, HasActivations, as_set
 from interp_ablate.directions.mean_difference import as_float64, labels_of
 from interp_ablate.errors import DirectionError
 
@@ -46,7 +46,7 @@ def mean_projections(
     if isinstance(directions, Direction):
         places = [(site, directions.position, directions) for site in activations.sites]
     else:
-        places = [(item.site, item.position, item) for item in directions]
+        places = [(item.site, item.position, item) for item in as_directions(directions)]
     if not places:
         raise DirectionError("there is no direction to project on")
     rows: list[dict[str, Any]] = []
@@ -66,6 +66,7 @@ def with_opposite_signs(directions: Directions, activations: HasActivations) -> 
     Raises:
         DirectionError: as `mean_projections`; no direction passes.
     """
+    directions = as_set(directions)
     table = mean_projections(directions, activations)
     kept, left_out = [], dict(directions.left_out)
     for item, row in zip(directions, table.itertuples(index=False), strict=True):

@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp_ablate.directions.direction import ZERO_TOLERANCE, Direction
-from interp_ablate.directions.direction_set import Directions
+from interp_ablate.directions.direction import ZERO_TOLERANCE, Direction, as_direction, as_vector
+from interp_ablate.directions.direction_set import Directions, as_set
+from interp_ablate.display import shortened
 from interp_ablate.errors import DirectionError
-from interp_ablate.precision import to_float64
 from interp_ablate.settings import RIDGE
 
 SUFFIX = "_residualized"
@@ -43,8 +43,8 @@ def residualized(
     """
     if isinstance(ridge, bool) or not isinstance(ridge, Real) or not 0 <= ridge < math.inf:
         raise DirectionError(f"a ridge is a finite number from 0; got {ridge!r}")
+    raw = as_direction(direction).raw
     atoms = torch.stack([_unit(each, direction) for each in _listed(protected)], dim=1)
-    raw = direction.raw
     # (A^T A + ridge I) w = A^T r, solved as least squares: its rows are those of A and of sqrt(ridge) I.
     weights = torch.linalg.lstsq(
         torch.cat([atoms, math.sqrt(ridge) * torch.eye(atoms.shape[1], dtype=atoms.dtype)]),
@@ -75,11 +75,14 @@ def residualized_directions(
     Raises:
         DirectionError: as `residualized`; no direction is left at all.
     """
-    if not protected:
-        raise DirectionError("name at least one protected concept, with its directions")
+    if not isinstance(protected, Mapping) or not protected:
+        raise DirectionError(
+            f"protected concepts are a dict from a name to its directions, at least one; got {shortened(repr(protected))}"
+        )
+    directions, sets = as_set(directions), [as_set(each) for each in protected.values()]
     left_out, items = dict(directions.left_out), []
     for item in directions:
-        here = [at for each in protected.values() if (at := _at_its_place(each, item)) is not None]
+        here = [at for each in sets if (at := _at_its_place(each, item)) is not None]
         try:
             if not here:
                 raise DirectionError("no protected concept has a direction here")
@@ -105,7 +108,7 @@ def _listed(protected: Iterable[Direction | Tensor]) -> list[Direction | Tensor]
         raise DirectionError(
             "protected directions by name: give their values here, or use residualized_directions, which takes names"
         )
-    items = list(protected)
+    items = list(protected) if isinstance(protected, Iterable) else [protected]
     if not items:
         raise DirectionError("give at least one protected direction to take out")
     return items
@@ -113,10 +116,7 @@ def _listed(protected: Iterable[Direction | Tensor]) -> list[Direction | Tensor]
 
 def _unit(protected: Direction | Tensor, direction: Direction) -> Float[Tensor, " d_model"]:
     """A protected vector, scaled to unit length."""
-    vector = (
-        protected.vector if isinstance(protected, Direction) else to_float64(protected.detach())
-    )
-    vector = vector.cpu()
+    vector = as_vector(protected)
     if vector.shape != direction.vector.shape:
         raise DirectionError(
             f"the direction has the shape {tuple(direction.vector.shape)}, a protected one "

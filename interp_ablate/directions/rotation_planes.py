@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp_ablate.directions.direction import Direction
+from interp_ablate.directions.direction import Direction, as_direction, as_directions
 from interp_ablate.errors import DirectionError
 
 SMALLEST_REST = 1e-6  # of a unit axis: less beside the feature has no direction of its own
@@ -29,8 +29,8 @@ def steering_plane(
     Raises:
         DirectionError: candidates of another d_model, or all along the feature: there is no plane.
     """
-    first = feature.vector.double()
-    rows = [candidate.vector.double() for candidate in candidates]
+    first = as_direction(feature).vector
+    rows = [candidate.vector for candidate in as_directions(candidates)]
     if not rows or any(row.shape != first.shape for row in rows):
         raise DirectionError(
             f"a steering plane needs candidates of the feature's d_model {len(first)}; got "

@@ -5,15 +5,15 @@ Knows: edits that share a site and whose directions are not orthogonal, sets of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from interp_ablate.directions.direction import Direction
+from interp_ablate.display import shortened
 from interp_ablate.edits.affine_edit import AffineEdit
-from interp_ablate.edits.edit import EditBase
 from interp_ablate.edits.kinds import Ablate, Clamp, Edit, Erase
 from interp_ablate.edits.plan import HasWriters, Plan, layers_of, written_by
 from interp_ablate.errors import PlanError
@@ -38,11 +38,11 @@ def jointly(plan: Plan | Edit | Sequence[Edit]) -> Plan:
         PlanError: an edit of another kind, or one that preserves norms; edits at one site with different
             positions; rows that are not linearly independent.
     """
-    edits = (plan,) if isinstance(plan, EditBase) else tuple(plan)
+    edits = tuple(plan) if isinstance(plan, Iterable) else (plan,)
     for edit in edits:
         if not isinstance(edit, (Ablate, Clamp, Erase)) or edit.norm_preserving:
             raise PlanError(
-                f"{edit!r} has no part in a joint edit, which takes Ablate (without norm_preserving), Clamp and "
+                f"{edit!r:.120} has no part in a joint edit, which takes Ablate (without norm_preserving), Clamp and "
                 "Erase: put it beside, as in jointly(plan) + Add(...)"
             )
     sites = dict.fromkeys(site for edit in edits for site in edit.sites)
@@ -64,8 +64,7 @@ def ablate_by_site(directions: Mapping[SiteLike, Directions], *, strength: float
     Raises:
         PlanError: directions of a site that are not linearly independent, or no site.
     """
-    if not directions:
-        raise PlanError("ablate_by_site needs one or more sites with their directions; got none")
+    _check_mapping("ablate_by_site", "sites", directions)
     return Plan(tuple(Ablate(each, site, strength=strength) for site, each in directions.items()))  # type: ignore[arg-type]
 
 
@@ -79,11 +78,20 @@ def ablate_sets(
     Raises:
         PlanError: a layer that the model lacks, directions that are not linearly independent.
     """
+    _check_mapping("ablate_sets", "layers", directions)
     edits = []
     for layer in layers_of(model.n_layers, tuple(directions)):
         given = next(each for key, each in directions.items() if key % model.n_layers == layer)
         edits.append(Ablate(given, written_by(model, (layer,)), strength=strength))
     return Plan(tuple(edits))
+
+
+def _check_mapping(what: str, keys: str, directions: object) -> None:
+    """Refuse what is no dict, or one with nothing in it."""
+    if not isinstance(directions, Mapping) or not directions:
+        raise PlanError(
+            f"{what} takes a dict from {keys} to their directions, one or more; got {shortened(repr(directions))}"
+        )
 
 
 def _value(edit: Edit, site: Site) -> float:

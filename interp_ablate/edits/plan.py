@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from interp_ablate.directions.direction import Direction
+from interp_ablate.directions.direction import Direction, as_direction
 from interp_ablate.display import html_table
 from interp_ablate.edits.affine import Affine, NormGain
 from interp_ablate.edits.conditional import Conditional, Gate
@@ -378,6 +378,6 @@ def add_to_layers(
     Raises:
         PlanError: layers that the model lacks.
     """
-    own = direction.site.layer if layers is None else layers
+    own = as_direction(direction).site.layer if layers is None else layers
     sites = sites_of((point,), list(layers_of(model.n_layers, own)))
     return Plan((Add(direction, sites, coefficient=coefficient, positions=positions),))

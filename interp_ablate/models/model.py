@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from interp_ablate.directions.direction import Direction
+from interp_ablate.directions.direction import Direction, as_directions
 from interp_ablate.display import Html, html_of
 from interp_ablate.edits.kinds import Edit
 from interp_ablate.edits.plan import Plan
@@ -419,7 +419,7 @@ class Model:
             PlanError: while iterating, other plans are applied than when this was called.
         """
         single = isinstance(directions, Direction)
-        watched = (directions,) if isinstance(directions, Direction) else tuple(directions)
+        watched = as_directions(directions)
         sizes = [len(item.vector) for item in watched]
         if not set(sizes) <= {self.d_model}:
             raise DirectionError(

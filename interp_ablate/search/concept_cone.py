@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from interp_ablate.directions.direction import Direction
+from interp_ablate.directions.direction import Direction, as_direction
 from interp_ablate.edits.affine import orthonormal_rows
 from interp_ablate.errors import DirectionError, NotFiniteError, PlanError
 from interp_ablate.jobs.bars import with_bar
@@ -188,7 +188,7 @@ def _orthonormal(vectors: Tensor, outside: Tensor) -> Float[Tensor, "rank d_mode
 
 
 def _check(model: Model, direction: Direction, rank: int, steps: int, kl_weight: float) -> None:
-    if len(direction.vector) != model.d_model:
+    if len(as_direction(direction).vector) != model.d_model:
         raise DirectionError(
             f"the direction has d_model {len(direction.vector)}, the model {model.d_model}"
         )

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp_ablate.activations.collection import collect
-from interp_ablate.directions.direction import Direction
+from interp_ablate.directions.direction import Direction, as_directions
 from interp_ablate.edits.kinds import Ablate, Add
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import ModelError, NotFiniteError, RunError
@@ -92,7 +92,7 @@ def cosmic(
         DirectionError, PlanError: directions that do not fit the model.
     """
     _check(share, depth, max_kl, contrast)
-    candidates = distinct([directions] if isinstance(directions, Direction) else directions)
+    candidates = distinct(as_directions(directions))
     if not candidates:
         raise RunError("COSMIC chooses among directions, and there is none: estimate some")
     judge = _Judge.of(model, contrast, share, batch_size)

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from interp_ablate.directions.direction import Direction
+from interp_ablate.directions.direction import Direction, as_directions
 from interp_ablate.edits.conditional import Condition, Pooled, Similarity
 from interp_ablate.errors import DirectionError
 from interp_ablate.models.batches import Batch
@@ -84,7 +84,7 @@ def best_condition(
         PlanError: a direction at another site than resid_pre or resid_post.
         ModelError: a site that the model lacks.
     """
-    given = [directions] if isinstance(directions, Direction) else list(directions)
+    given = as_directions(directions)
     options: dict[str, Any] = {"threshold": 0.0, "similarity": similarity, "pooled": pooled}
     conditions = [Condition(direction, **options) for direction in given]
     if not conditions:

@@ -13,7 +13,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from interp_ablate.directions.direction import Direction, orthogonalized, random_direction
+from interp_ablate.directions.direction import (
+    Direction,
+    as_direction,
+    orthogonalized,
+    random_direction,
+)
 from interp_ablate.directions.mean_difference import difference_in_means, shuffled_labels
 from interp_ablate.edits.affine import orthonormal_rows
 from interp_ablate.edits.kinds import Ablate, Erase
@@ -47,7 +52,9 @@ def along_control_direction(edit: Ablate | Erase, direction: Direction) -> Ablat
     most of what it removes. An `Erase` writes along the direction and reads it too, with a random rest of the same
     length: its own `read` would still read most of what it was fitted to read. One direction has one control.
     """
-    unit = direction.vector.to(edit.vectors)
+    unit = as_direction(direction).vector
+    if len(unit) != edit.d_model:
+        raise PlanError(f"the plan has d_model {edit.d_model}, the direction {len(unit)}")
     strengths = dict(zip(edit.sites, edit.amounts))
     generator = torch.Generator().manual_seed(int(direction.fingerprint[:8], 16))
     others = torch.randn(len(edit.vectors), len(unit), generator=generator, dtype=unit.dtype)
@@ -119,7 +126,7 @@ def control_plan(plan: Plan, direction: Direction) -> Plan:
 
 def _turnable(plan: Plan) -> list[Ablate | Erase]:
     edits: list[Ablate | Erase] = []
-    for edit in plan:
+    for edit in plan if isinstance(plan, Plan) else Plan(plan):
         if not isinstance(edit, (Ablate, Erase)):
             raise PlanError(
                 f"{edit!r:.120} has no control and no scale here: both are of plans of Ablate and Erase alone"

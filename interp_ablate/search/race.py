@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import pandas as pd
 
-from interp_ablate.directions.direction import Direction
+from interp_ablate.directions.direction import Direction, as_directions
 from interp_ablate.errors import RunError
 from interp_ablate.search.edit_space import DirectionKey
 from interp_ablate.search.trial_table import to_frame
@@ -34,7 +34,7 @@ def distinct(directions: Iterable[Direction]) -> list[Direction]:
 
     One is a repeat of another of its position and method.
     """
-    every = list(directions)
+    every = as_directions(directions)
     known = {(item.site, item.position, item.method) for item in every}
 
     def is_repeat(item: Direction) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from interp_ablate.display import shortened
 from interp_ablate.errors import RunError
 from interp_ablate.search.objectives import Objective
 from interp_ablate.search.rules import RULES, RuleInput
@@ -84,6 +85,11 @@ class Selection:
 
 
 def _require(frame: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    if not isinstance(frame, pd.DataFrame):
+        raise RunError(
+            f"plans are chosen from a table (pandas.DataFrame) with a row a plan; got {shortened(repr(frame))} "
+            f"({type(frame).__name__})"
+        )
     names = {old: new for old, new in PUBLISHED_COLUMNS.items() if new not in frame}
     renamed = frame.rename(columns=names)
     missing = [column for column in columns if column not in renamed]

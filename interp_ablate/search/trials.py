@@ -9,7 +9,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice, takewhile
@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from interp_ablate.edits.kinds import Add
 from interp_ablate.edits.plan import Plan
-from interp_ablate.errors import InterpAblateError
+from interp_ablate.errors import InterpAblateError, PlanError
 from interp_ablate.jobs.bars import bar
 from interp_ablate.jobs.executors import Executor
 from interp_ablate.search.bench import ValidationBench
@@ -216,6 +216,16 @@ def together(keys: Sequence[Key], most: int, kills: Mapping[Key, int]) -> Sequen
     return clean or keys[:1]
 
 
+def _checked(trials: Iterable[Trial]) -> list[Trial]:
+    """The trials as a list; something else is refused."""
+    given = list(trials) if isinstance(trials, Iterable) else [trials]
+    if wrong := [each for each in given if not isinstance(each, Trial)]:
+        raise PlanError(
+            f"trials are Trial objects, such as those of `bands`; got {wrong[0]!r:.80} ({type(wrong[0]).__name__})"
+        )
+    return given
+
+
 def run_trials(
     trials: Sequence[Trial],
     space: EditSpace,
@@ -234,6 +244,7 @@ def run_trials(
         executor: scores batches elsewhere; by default it is done here.
         batch_size: trials that are handed out together.
     """
+    trials = _checked(trials)
     begun: dict[str, Trial] = {}
 
     def record(trial: Trial) -> None:
@@ -263,10 +274,8 @@ def run_trials(
         if on_trial and trial.key in log.done:
             on_trial(log.done[trial.key])
     try:
-        if executor is None:
-            results = ((batch, score_trials(bench, batch)) for batch in batches())
-        else:
-            results = executor.run(batches())  # type: ignore[assignment]
+        here = ((batch, score_trials(bench, batch)) for batch in batches())
+        results = here if executor is None else executor.run(batches())
         with bar("trials", sum(trial.key not in log.done for trial in trials)) as advance:
             for _, finished in results:
                 for trial in finished:

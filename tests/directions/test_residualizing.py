@@ -96,5 +96,5 @@ def test_what_cannot_be_done_is_refused() -> None:
         residualized(item, [item.vector, draw(1, D)], ridge=0)
     with pytest.raises(DirectionError, match="no direction is left"):
         residualized_directions(Directions((item,)), {"x": Directions((direction(1, 9),))})
-    with pytest.raises(DirectionError, match="name at least one"):
+    with pytest.raises(DirectionError, match="at least one"):
         residualized_directions(Directions((item,)), {})

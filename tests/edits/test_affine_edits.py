@@ -258,7 +258,7 @@ def test_sets_of_directions_by_site_and_by_layer() -> None:
     exactly(layers.maps_at(Site(0, "mlp_out"))[0][1](x) @ one, 0 * x[..., 0])
     with pytest.raises(PlanError, match="no layers"):
         ablate_sets(TwoLayers(), {2: one})
-    with pytest.raises(PlanError, match="one or more sites"):
+    with pytest.raises(PlanError, match="from sites to their directions"):
         ablate_by_site({})
 
 

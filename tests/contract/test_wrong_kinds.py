@@ -1,0 +1,139 @@
+"""Something of the wrong kind given to a public function: one message that says what came and what is accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from tiny import shared, unit
+
+from interp_ablate import Ablate, Activations, ContrastSet, Direction, Directions, Plan, Site
+from interp_ablate.activations.projection import project
+from interp_ablate.circuits.attribution import attribute
+from interp_ablate.circuits.lens import logit_lens
+from interp_ablate.circuits.reading import reading_weights
+from interp_ablate.directions.adjustments import interpolated
+from interp_ablate.directions.beside import cosine_table, principal_angles
+from interp_ablate.directions.biprojection import biprojected_directions
+from interp_ablate.directions.direction import (
+    as_vector,
+    cosine_similarities,
+    orthogonalized,
+    random_direction,
+)
+from interp_ablate.directions.direction_set import most_separating, write_directions
+from interp_ablate.directions.opposite_signs import mean_projections, with_opposite_signs
+from interp_ablate.directions.residualizing import residualized, residualized_directions
+from interp_ablate.directions.rotation_planes import steering_plane
+from interp_ablate.edits.joint import ablate_by_site, ablate_sets, jointly
+from interp_ablate.edits.layer_plans import ablate_by_layer
+from interp_ablate.edits.plan import ablate_layers, add_to_layers, band
+from interp_ablate.errors import InterpAblateError
+from interp_ablate.search.by_layer import layer_sweep
+from interp_ablate.search.concept_cone import fit_cone
+from interp_ablate.search.concept_inversion import cosmic
+from interp_ablate.search.condition_choice import best_condition
+from interp_ablate.search.derived_edits import control_plan, scaled_to_kl
+from interp_ablate.search.selection import choose_plan, pareto_front
+from interp_ablate.search.trials import run_trials
+
+SITE = Site(1, "resid_post")
+ONE = Direction(unit(), 1.0, SITE)
+SET = Directions((ONE, Direction(unit(1), 1.0, Site(2, "resid_post"))))
+PLAN = Plan((Ablate(unit(), SITE),))
+PAIRS = ContrastSet.from_texts(["a b", "c d"], ["e f", "g h"])
+LABELS = torch.tensor([True, False])
+HELD: Any = Activations(torch.eye(2, 32)[:, None, None], (SITE,), ("-1",), labels=LABELS)
+WRONG = {
+    "texts": ["a", "b"], "None": None, "a plan": PLAN, "an edit": PLAN.edits[0], "a number": 3, "a text": "abc",
+    "a dict": {"a": 1}, "a matrix": torch.zeros(2, 2), "a set": SET, "a direction": ONE,
+}  # fmt: skip
+A_PLAN, A_SET, A_DIRECTION = ("a plan", "an edit"), ("a set",), ("a direction",)
+EITHER = (*A_SET, *A_DIRECTION)
+
+
+def model() -> Any:
+    return shared("llama_gqa", "hf")
+
+
+# A function of the thing given, and what of `WRONG` it takes.
+CALLS: Mapping[str, tuple[Callable[[Any], Any], tuple[str, ...]]] = {
+    "ablate_by_layer": (lambda x: ablate_by_layer(model(), x), EITHER),
+    "ablate_by_site": (ablate_by_site, ()),
+    "ablate_by_site, of a site": (lambda x: ablate_by_site({SITE: x}), A_DIRECTION),
+    "ablate_sets": (lambda x: ablate_sets(model(), x), ()),
+    "ablate_layers": (lambda x: ablate_layers(model(), x), A_DIRECTION),
+    "add_to_layers": (lambda x: add_to_layers(model(), x), A_DIRECTION),
+    "band": (lambda x: band(x, 3, attention=(1, 1), mlp=(1, 1), width=2), A_DIRECTION),
+    "jointly": (jointly, A_PLAN),
+    "residualized": (lambda x: residualized(x, [ONE]), A_DIRECTION),
+    "residualized, protected": (lambda x: residualized(ONE, x), EITHER),
+    "residualized_directions": (lambda x: residualized_directions(x, {"a": SET}), EITHER),
+    "residualized_directions, protected": (lambda x: residualized_directions(SET, x), ()),
+    "residualized_directions, of a name": (
+        lambda x: residualized_directions(SET, {"a": x}),
+        EITHER,
+    ),
+    "cosine_similarities": (cosine_similarities, EITHER),
+    "cosine_table": (cosine_table, EITHER),
+    "principal_angles": (lambda x: principal_angles(x, ONE), EITHER),
+    "as_vector": (as_vector, A_DIRECTION),
+    "cosine": (ONE.cosine, A_DIRECTION),
+    "orthogonalized": (lambda x: orthogonalized(x, unit(2)), A_DIRECTION),
+    "orthogonalized, against": (lambda x: orthogonalized(ONE, x), ()),
+    "random_direction": (lambda x: random_direction(x, seed=0), A_DIRECTION),
+    "most_separating": (most_separating, EITHER),
+    "write_directions": (lambda x: write_directions(x, "x.txt"), ()),
+    "interpolated": (lambda x: interpolated(x, 1.5, "resid_post"), A_SET),
+    "steering_plane": (lambda x: steering_plane(x, SET), A_DIRECTION),
+    "steering_plane, candidates": (lambda x: steering_plane(ONE, x), A_SET),
+    "biprojected_directions": (lambda x: biprojected_directions(x, HELD), A_DIRECTION),
+    "mean_projections": (lambda x: mean_projections(x, HELD), A_DIRECTION),
+    "with_opposite_signs": (lambda x: with_opposite_signs(x, HELD), ()),
+    "project": (lambda x: project(HELD, x), A_DIRECTION),
+    "choose_plan": (choose_plan, ()),
+    "pareto_front": (pareto_front, ()),
+    "run_trials": (lambda x: run_trials(x, None, None, None), ()),  # type: ignore[arg-type]
+    "control_plan": (lambda x: control_plan(x, ONE), A_PLAN),
+    "control_plan, along": (lambda x: control_plan(PLAN, x), A_DIRECTION),
+    "scaled_to_kl": (lambda x: scaled_to_kl(x, 0.1, lambda plan: 0.1), A_PLAN),
+    "layer_sweep": (lambda x: layer_sweep(model(), x, PAIRS), EITHER),
+    "cosmic": (lambda x: cosmic(model(), x, PAIRS, max_kl=None, depth=1), EITHER),
+    "best_condition": (lambda x: best_condition(model(), PAIRS, x), EITHER),
+    "fit_cone": (lambda x: fit_cone(model(), x, None), A_DIRECTION),  # type: ignore[arg-type]
+    "monitor": (lambda x: model().monitor("a", x), EITHER),
+    "attribute": (lambda x: attribute(model(), "a", x), A_DIRECTION),
+    "logit_lens": (lambda x: logit_lens(model(), x), A_DIRECTION),
+    "reading_weights": (lambda x: reading_weights(model(), x), A_DIRECTION),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_message_in_place_of_a_raw_error(name: str) -> None:
+    call, takes = CALLS[name]
+    for kind, given in WRONG.items():
+        if kind in takes:
+            continue
+        with pytest.raises(InterpAblateError) as caught:
+            call(given)
+        assert len(str(caught.value)) > 30, kind
+
+
+def test_the_message_says_what_came_and_what_is_accepted() -> None:
+    for call in (cosine_similarities, pareto_front, lambda x: control_plan(PLAN, x)):
+        with pytest.raises(InterpAblateError, match="abc") as caught:
+            call("abc")
+        said = str(caught.value)
+        assert any(word in said for word in ("Direction", "DataFrame"))
+    with pytest.raises(InterpAblateError, match=r"got Plan\(1 edits.*\(Plan\)"):
+        add_to_layers(model(), PLAN)  # type: ignore[arg-type]
+
+
+def test_what_is_accepted_is_taken() -> None:
+    as_one = residualized_directions([ONE], {"a": Direction(unit(3), 1.0, SITE)})  # type: ignore[arg-type, dict-item]
+    assert len(as_one) == 1
+    assert len(ablate_by_layer(model(), (each for each in SET))) == 2
+    assert scaled_to_kl(PLAN.edits[0], 0.1, lambda plan: 0.1)  # type: ignore[arg-type]
+    assert as_vector(unit().numpy()).tolist() == unit().tolist()
