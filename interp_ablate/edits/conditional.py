@@ -164,7 +164,8 @@ class Gate:
 class Conditional(EditBase):
     """CAST: an edit in the rows whose prompt meets a condition, and nothing in the others.
 
-    The condition is read once, from the prompt, on its way through the model; the edit then works in this pass and in
+    The condition is read once, from the prompt, on its way through the model, before any plan writes at its site (what
+    plans write at earlier sites is there). The edit then works in this pass and in
     all decoding steps, at the positions it names. The paper adds a behaviour vector:
     `Conditional(Add(behaviour, sites), Condition(direction, threshold=0.04))`. Every other edit can stand in its place,
     but a norm-preserving one, which is of weights. All sites come after the condition's, in the order of the pass.

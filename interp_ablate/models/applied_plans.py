@@ -231,9 +231,9 @@ class AppliedPlans:
                 for gain in gains
             ]
         new.n_writes.update(dict.fromkeys(new.sites, 0))
-        for condition in new.conditions:  # read before the plan writes there
+        for condition in new.conditions:  # read before this plan, and any around it, writes there
             reader = condition_reader(condition, lambda: self.current_call)
-            new.handles.append(self._hook(condition.site, reader))
+            new.handles.append(self._hook(condition.site, reader, first=True))
         for site in new.sites:
             if site.point != "resid_mid":
                 new.handles.append(self._hook(site, self._writing_hook(site, new)))
@@ -244,8 +244,8 @@ class AppliedPlans:
                 if site.point == "resid_mid":
                     self._install_resid_mid(site, installed)
 
-    def _hook(self, site: Site, hook: Callable[..., Any]) -> Any:
-        return self._site_map.hook_point(site).register_forward_hook(hook)
+    def _hook(self, site: Site, hook: Callable[..., Any], *, first: bool = False) -> Any:
+        return self._site_map.hook_point(site).register_forward_hook(hook, prepend=first)
 
     def _writing_hook(self, site: Site, plans: InstalledPlans) -> Callable[..., Tensor]:
         def write(module: nn.Module, args: Any, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from interp_ablate.directions.direction import Direction, as_directions
 from interp_ablate.edits.conditional import Condition, Pooled, Similarity
-from interp_ablate.errors import DirectionError
+from interp_ablate.errors import DirectionError, PlanError
 from interp_ablate.models.batches import Batch
 from interp_ablate.models.forward import Capture
 from interp_ablate.models.model import Model
@@ -81,7 +81,7 @@ def best_condition(
 
     Raises:
         DirectionError: no direction; similarities that are all the same, or not finite.
-        PlanError: a direction at another site than resid_pre or resid_post.
+        PlanError: a direction at another site than resid_pre or resid_post, or at one where an applied plan writes.
         ModelError: a site that the model lacks.
     """
     given = as_directions(directions)
@@ -89,6 +89,11 @@ def best_condition(
     conditions = [Condition(direction, **options) for direction in given]
     if not conditions:
         raise DirectionError("best_condition needs one or more directions; got none")
+    if written := [str(each.site) for each in conditions if each.site in model.plans.sites]:
+        raise PlanError(
+            f"a plan that is applied writes at {written[0]}, and a condition is read before any plan writes at its site: "
+            "leave the `with model.applied(...)` block, or give directions of other sites"
+        )
     prompts = [*validation.positive, *validation.negative]
     labels = torch.arange(len(prompts)) < len(validation.positive)
     best: tuple[tuple[float, float], ConditionChoice] | None = None

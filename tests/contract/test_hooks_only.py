@@ -311,6 +311,30 @@ def test_nested_plans_and_hooks_that_are_gone_afterwards() -> None:
         model.tl(torch.tensor([ROWS[0]]))
 
 
+@pytest.mark.parametrize("outer", [True, False])
+def test_a_condition_is_read_before_any_plan_writes_at_its_site(backend: str, outer: bool) -> None:
+    """Of plans one in the other, the inner one's condition saw what the outer one wrote; of the same as one plan, not."""
+    model, (condition, met) = shared("llama_gqa", backend), splitting("llama_gqa")
+    away, inner = Add(9 * unit(5), READ_AT), Conditional(behaviour(), condition)
+    want = []
+    for row, yes in zip(ROWS, met):
+        with model.applied(Plan((away, behaviour()) if yes else (away,))):
+            want.append(model.logits([row])[0])
+    with model.applied(Plan((away, inner))):
+        close(list(model.logits(ROWS)), want)
+    first, second = (away, inner) if outer else (inner, away)
+    with model.applied(first), model.applied(second):
+        close(list(model.logits(ROWS)), want)
+        assert model.active_plan == Plan((first, second))
+
+
+def test_no_condition_is_chosen_where_a_plan_writes() -> None:
+    contrast = ContrastSet.from_texts(["a b", "c d"], ["e f", "g h"])
+    direction = Direction(unit(5), 1.0, READ_AT)
+    with pytest.raises(PlanError, match="before any plan writes"), shared("llama_gqa").applied(Add(unit(), READ_AT)):  # fmt: skip
+        best_condition(shared("llama_gqa"), contrast, direction)
+
+
 # --------------------------------------------------------------------------------- choosing one
 
 
