@@ -72,6 +72,8 @@ def _search(recipe: Mapping[str, Any]) -> SearchSettings | None:
             k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()
         }
         search = replace(SearchSettings(**texts), minutes=_FOREVER)
+        if recipe.get("time_to_fit") is False:
+            search = replace(search, fits=False)
     except (TypeError, AttributeError) as error:
         raise RunError(f"the manifest's search cannot be read: {error}") from error
     if size is not None and (type(size) is not int or size < 1):

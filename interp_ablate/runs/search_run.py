@@ -53,6 +53,9 @@ N_FRONT = 24  # finalists of the front, at most
 N_STRONG = 6  # finalists beside the front
 AT_ONCE = 3  # trials whose answers are written in one batch
 LEAST_SECONDS = 60.0  # of trials, whatever the preparation took
+FIT_BEGINS_WITHIN = (
+    0.3  # of a search's minutes; where it could only begin later, trials get its time
+)
 
 
 def run_search(run: Run, search: SearchSettings, objectives: ObjectiveScores | None = None) -> None:
@@ -76,7 +79,7 @@ def run_search(run: Run, search: SearchSettings, objectives: ObjectiveScores | N
         run.bench.score_by(objectives)
         settings = {"control": search.control, "sampler": search.sampler}
         _check_same_search(session, settings | {"objectives": identity_of(objectives)})
-        screened, layers = _prepared(session, search)
+        screened, layers = _prepared(session, search, begin)
         fits = load_fitted_edits(run.out / "fits") if search.fits else {}
         _check_same_search(session, {"fits": sorted(fits)})
         session.space.fits = fits
@@ -200,8 +203,8 @@ def _check_same_search(session: TrialSession, settings: dict[str, Any]) -> None:
     Raises:
         RunError: the folder has a search of other settings.
     """
-    run, begun = session.run, any(each.stage == "search" for each in session.log.done.values())
-    before = run.state.get("search", {}) if begun else {}
+    run = session.run
+    before = run.state.get("search", {}) if _has_begun(session) else {}
     differ = [name for name in settings if name in before and before[name] != settings[name]]
     if differ:
         listed = "; ".join(f"{n}: {before[n]!r} there, {settings[n]!r} now" for n in differ)
@@ -213,9 +216,9 @@ def _check_same_search(session: TrialSession, settings: dict[str, Any]) -> None:
 
 
 def _prepared(
-    session: TrialSession, search: SearchSettings
+    session: TrialSession, search: SearchSettings, begin: float
 ) -> tuple[pd.DataFrame | None, list[float]]:
-    """The screening's table and the best layers first; the fitted edits are in the folder.
+    """The screening's table and the best layers first; the fitted edits are in the folder, if there is time for them.
 
     A control screens nothing and begins at the middle layers.
     """
@@ -228,12 +231,34 @@ def _prepared(
         screened = race_directions(run.bench.n_prompts, _screening(session), session.score)
         sources = rank_directions(screened)
         layers = [float(layer) for layer, _, _ in sources[:N_SOURCES]]
-    for source in layers_apart(sources) if search.fits else ():
+    fits = search.fits and _has_time_to_fit(session, search, begin)
+    for source in layers_apart(sources) if fits else ():
         try:
             run.fitter.fit(source, _start(session, source))
         except NothingToFitError as error:
             run.note(str(error))
     return screened, layers
+
+
+def _has_time_to_fit(session: TrialSession, search: SearchSettings, begin: float) -> bool:
+    """Whether a fit begins early enough in the search's minutes; what was so when trials began stays so."""
+    run, state = session.run, session.run.state["search"]
+    if "time_to_fit" not in state or not _has_begun(session):
+        spent = time.monotonic() - begin
+        there = any((run.out / "fits").glob("*.json"))
+        state["time_to_fit"] = there or spent <= FIT_BEGINS_WITHIN * 60 * search.minutes
+        run.save()
+        if not state["time_to_fit"]:
+            run.note(
+                f"no edit was fitted: {spent:.0f} s of {search.minutes:g} minutes had gone before a fit could begin, "
+                f"and it begins within {FIT_BEGINS_WITHIN:.0%} of them or not at all. In another folder, more "
+                "--minutes fit one"
+            )
+    return bool(state["time_to_fit"])
+
+
+def _has_begun(session: TrialSession) -> bool:
+    return any(each.stage == "search" for each in session.log.done.values())
 
 
 def _start(session: TrialSession, source: DirectionKey) -> Any:

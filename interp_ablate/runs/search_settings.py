@@ -33,7 +33,8 @@ class SearchSettings:
 
     minutes: float = setting(
         10.0,
-        "wall time of the whole search: race, fits and trials together, over all calls (a minute of trials at least); "
+        "wall time of the whole search: race, fits and trials together, over all calls (a minute of trials at least; "
+        "no fit if more than 30% has gone before it could begin); "
         "the test follows",
     )
     trials: int | None = setting(None, "of the whole search, at most")
