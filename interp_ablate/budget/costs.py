@@ -119,7 +119,7 @@ def forward_flops(sizes: Dimensions, *, rows: int, new: int, past: int = 0, logi
     A multiplication and an addition are two.
     """
     blocks = new * sizes.token_flops + sizes.pair_flops(past, new)
-    return rows * (blocks + 2 * logits * sizes.unembedding)
+    return rows * (blocks + logits * sizes.logit_flops)
 
 
 def gradient_flops(

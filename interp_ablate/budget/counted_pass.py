@@ -16,7 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
+
+from interp_ablate.budget.experts import stacks
 
 ATTENTION = "interp_ablate_counted"
 """The name under which transformers is given `counted_attention`."""
@@ -43,25 +47,44 @@ def counted_attention(
     return _Attention.apply(query, key, value).transpose(1, 2).contiguous(), None
 
 
+class _NoNumbers(TorchFunctionMode):
+    """Inside it a list of a tensor's values is a list of None: whatever computes with them fails."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.tolist:
+            return [None] * len(args[0])
+        return func(*args, **(kwargs or {}))
+
+
 class CountedPass:
     """One pass of a decoder over tokens of no value: operations, what a gradient would keep, and the caches."""
 
     def __init__(self, decoder: Any, tokens: int) -> None:
         self.kept: dict[int, Tensor] = {}
+        self.used: set[int] = set()
+        """The id of every parameter of a module that ran."""
         self._weights = {p.untyped_storage()._cdata for p in decoder.parameters()}
         embedding = decoder.get_input_embeddings()
         ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-        handle = embedding.register_forward_hook(lambda _, __, out: out.requires_grad_())
+        # a copy, for some models write into what they embedded
+        handles = [
+            embedding.register_forward_hook(lambda _, __, out: out.requires_grad_().clone()),
+            register_module_forward_pre_hook(
+                lambda module, _: self.used.update(map(id, module._parameters.values()))
+            ),
+        ]
         try:
             with (
-                _routed(decoder) as self.experts,
+                _routed(decoder, tokens) as self.experts,
+                _NoNumbers(),
                 FlopCounterMode(display=False) as counter,
                 saved_tensors_hooks(self._keep, lambda x: x),
                 _streams(decoder) as self.read,
             ):
                 out = decoder(input_ids=ids, use_cache=True)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         self.flops, self.tokens = counter.get_total_flops(), tokens
         self.saved = sum(x.untyped_storage().nbytes() for x in self.kept.values())
         self.caches = _caches(out)
@@ -73,22 +96,31 @@ class CountedPass:
 
 
 @contextmanager
-def _routed(decoder: Any) -> Iterator[dict[str, int]]:
-    """Inside the block experts of stacked weights that are given choices note how many each token takes, and pass."""
-    chosen: dict[str, int] = {}
+def _routed(decoder: Any, tokens: int) -> Iterator[dict[str, tuple[int, bool]]]:
+    """Inside the block experts that are given choices note how many each token takes, and whether they were counted.
 
-    def stands_in(name: str) -> Any:
+    Those given experts' numbers pass uncounted. Those given rows that are sorted by expert have all of them go through
+    the first one. Those given neither are run as they are.
+    """
+    chosen: dict[str, tuple[int, bool]] = {}
+
+    def stands_in(name: str, run: Any) -> Any:
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             given = [*args, *kwargs.values()]
-            choices = [a for a in given if isinstance(a, Tensor) and not a.is_floating_point()]
-            chosen[name] = choices[0].shape[-1]
-            return x.clone()
+            numbers = [a for a in given if isinstance(a, Tensor) and not a.is_floating_point()]
+            if numbers:
+                chosen[name] = (numbers[0].shape[-1], False)
+                return x.clone()
+            if args and isinstance(args[0], list):
+                chosen[name] = (len(x) // tokens, True)
+                args = ([len(x), *[0] * (len(args[0]) - 1)], *args[1:])
+            return run(x, *args, **kwargs)
 
         return forward
 
     found = {name: m for name, m in decoder.named_modules() if _is_routed(m)}
     for name, module in found.items():
-        module.__dict__["forward"] = stands_in(name)
+        module.__dict__["forward"] = stands_in(name, module.forward)
     try:
         yield chosen
     finally:
@@ -98,12 +130,7 @@ def _routed(decoder: Any) -> Iterator[dict[str, int]]:
 
 def _is_routed(module: nn.Module) -> bool:
     """True for stacked experts whose choices come as arguments; Llama 4's compute every expert for every token."""
-    stacked = any(p.ndim == 3 for p in module._parameters.values() if p is not None)
-    return (
-        stacked
-        and "xperts" in type(module).__name__
-        and len(inspect.signature(type(module).forward).parameters) > 2
-    )
+    return bool(stacks(module)) and len(inspect.signature(type(module).forward).parameters) > 2
 
 
 @contextmanager
@@ -119,8 +146,11 @@ def _streams(decoder: Any) -> Iterator[dict[str, int]]:
 
     def reads(name: str) -> Any:
         def note(_: Any, args: Any) -> None:
-            if args and args[0].untyped_storage()._cdata in made:
-                read[name] = args[0].untyped_storage()._cdata
+            x = (
+                args[0] if args and isinstance(args[0], Tensor) else None
+            )  # not the shape that positions get
+            if x is not None and x.untyped_storage()._cdata in made:
+                read[name] = x.untyped_storage()._cdata
 
         return note
 
@@ -139,15 +169,19 @@ def _streams(decoder: Any) -> Iterator[dict[str, int]]:
 
 
 def _caches(out: Any) -> list[dict[str, Any]]:
-    """Of every layer of a cache its tensors by name, and its window."""
+    """Of every layer of a cache its tensors by name, and its window; first of what the cache has beside its layers."""
     for name in ("past_key_values", "cache_params", "state"):
         cache = out.get(name) if hasattr(out, "get") else None
         if cache is None:
             continue
-        parts = getattr(cache, "layers", None) or [cache]
-        return [
-            {"tensors": dict(_tensors(part)), "window": getattr(part, "sliding_window", None)}
-            for part in parts
+        layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None) or []
+        parts = [(dict(_tensors(part)), getattr(part, "sliding_window", None)) for part in layers]
+        known = {id(x) for tensors, _ in parts for x in tensors.values()}
+        beside = {key: x for key, x in _tensors(cache) if id(x) not in known}
+        # prompts that are kept whole beside a window (Unlimited-OCR's) are not its keys
+        return [{"tensors": beside, "window": None}] + [
+            {"tensors": tensors, "window": window if ".keys" in tensors else None}
+            for tensors, window in parts
         ]
     return []
 

@@ -11,15 +11,18 @@ import copy
 import inspect
 import math
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from interp_ablate.budget.counted_pass import ATTENTION, CountedPass, counted_attention
+from interp_ablate.budget.experts import Experts, experts_of
 from interp_ablate.errors import InterpAblateError
 from interp_ablate.models.architectures import text_config
 from interp_ablate.models.checkpoint_names import without_data
@@ -28,7 +31,6 @@ from interp_ablate.training.lora_targets import linear_modules
 # Tokens of the first pass; where recurrences are padded to chunks, a multiple of the second number.
 _STEP, _CHUNK = 8, 64
 _CHUNKS = ("chunk_size", "mamba_chunk_size", "mamba_chunk_scan_chunk_size")
-_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
 _DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 
 
@@ -59,6 +61,8 @@ class Dimensions:
     n_layers: int
     d_model: int
     d_vocab: int
+    unembedding: int
+    """Weights of the unembedding."""
     tied: bool
     dtype_bytes: int
     """Of a number of its weights."""
@@ -74,6 +78,8 @@ class Dimensions:
     """True where experts that no token takes are not run (Llama 4's are, in transformers)."""
     token_flops: int
     """Operations for a token in all blocks, attention's pairs and the unembedding left out."""
+    logit_flops: int
+    """Operations for the logits of a token: the unembedding, and what some models have before it."""
     layers: tuple[Layer, ...]
     saved: int
     """Bytes that a gradient keeps of a token in all blocks, without erasures."""
@@ -89,11 +95,6 @@ class Dimensions:
     """All linear layers and experts: their inputs and outputs added up, and the inputs alone."""
     readers: tuple[int, int, int]
     """The same of those that read the stream; and of their inputs, those that another reader has too."""
-
-    @property
-    def unembedding(self) -> int:
-        """Weights of the unembedding."""
-        return self.d_model * self.d_vocab
 
     @property
     def active(self) -> int:
@@ -126,11 +127,6 @@ class Dimensions:
         """
         return sum(layer.pairs * new * (layer.kept(past) + new) for layer in self.layers)
 
-    @property
-    def n_residual_sites(self) -> int:
-        """Number of sites that `collect` reads by default: resid_pre, resid_mid and resid_post of every layer."""
-        return 3 * self.n_layers
-
 
 def dimensions_of(hf_config: Any, dtype_bytes: int = 2) -> Dimensions:
     """Measure a model of which the config alone is there; takes seconds, and no memory for weights.
@@ -154,27 +150,50 @@ def dimensions_of(hf_config: Any, dtype_bytes: int = 2) -> Dimensions:
             passes = [CountedPass(decoder, n * step) for n in (1, 2, 3)]
             return _dimensions(model, decoder, passes, step, dtype_bytes)
         except Exception as error:  # transformers' own code, under a config that nobody has loaded
-            faults.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
+            faults.append(_fault(error))
     raise InterpAblateError(
         f"no arithmetic for this {hf_config.model_type} model: its decoder cannot be counted without data "
         f"({'; '.join(dict.fromkeys(faults))}). Load it and measure what it takes"
     )
 
 
+def _fault(error: Exception) -> str:
+    """What stopped a pass, in words, and the line of the model's code where it did."""
+    words = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+    frames = reversed(traceback.extract_tb(error.__traceback__))
+    at = next((f for f in frames if Path(f.filename).name.startswith("modeling_")), None)
+    return f"{words}, at `{at.line}` in {Path(at.filename).name}" if at else words
+
+
 def _model(hf_config: Any, dtype: torch.dtype, attention: str) -> Any:
     config = copy.deepcopy(hf_config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # such weights are loaded dequantized
-    config._attn_implementation = attention
-    return without_data(config).to(dtype).eval().requires_grad_(False)
+    config._attn_implementation = "eager"  # the one that every class has where it is built
+    model = without_data(config).to("meta", dtype).eval().requires_grad_(False)
+    for part in model.modules():
+        if hasattr(getattr(part, "config", None), "_attn_implementation"):
+            part.config._attn_implementation = attention
+    return model
+
+
+def _named_decoder(model: Any) -> Any:
+    return model.get_decoder() if hasattr(model, "get_decoder") else model
+
+
+def _head(model: Any) -> Any:
+    """The unembedding, which in some wrapped models only the inner decoder names."""
+    return model.get_output_embeddings() or _named_decoder(model).get_output_embeddings()
 
 
 def _decoder(model: Any) -> Any:
     """The part that text passes, without the unembedding."""
-    head = model.get_output_embeddings()
-    named = model.get_decoder() if hasattr(model, "get_decoder") else model
-    parts = [named, getattr(named, "model", named), model.base_model]
-    found = next(p for p in parts if hasattr(p, "config") and head not in set(p.modules()))
+    head, named = _head(model), _named_decoder(model)
+    inner = [getattr(named, name, named) for name in ("model", "base_model")]
+    parts = [named, *inner, model.base_model]
+    found = next((p for p in parts if hasattr(p, "config") and head not in set(p.modules())), None)
+    if found is None:
+        raise InterpAblateError("its unembedding is a part of what text passes")
     vars(found.config)["pad_token_id"] = None  # else tokens are searched for it
     return found
 
@@ -186,62 +205,6 @@ def _step(decoder: Any) -> int:
     return math.lcm(_CHUNK, *(getattr(decoder.config, name, None) or 1 for name in _CHUNKS))
 
 
-@dataclass(frozen=True)
-class _Experts:
-    """The stacked experts of one block."""
-
-    shapes: tuple[tuple[int, ...], ...]
-    """Of their tensors: experts first."""
-    chosen: int
-    """Experts that a token takes."""
-    run: int
-    """Experts that are run for a token: the same, or all of them."""
-    d_model: int
-
-    @property
-    def parameters(self) -> int:
-        return sum(map(math.prod, self.shapes))
-
-    @property
-    def number(self) -> int:
-        return self.shapes[0][0]
-
-    @property
-    def matrices(self) -> list[tuple[int, ...]]:
-        """Shapes of one expert's matrices; the last one writes."""
-        return [shape[1:] for shape in self.shapes if len(shape) == 3]
-
-    @property
-    def inner(self) -> int:
-        """Numbers inside the experts that run for a token."""
-        return self.run * min(min(shape) for shape in self.matrices)
-
-    @property
-    def flops(self) -> int:
-        """Operations for a token of experts that were not run; none of those that were."""
-        taken = sum(map(math.prod, self.matrices))
-        return 2 * self.run * taken if self.run < self.number else 0
-
-    @property
-    def saved(self) -> int:
-        """Numbers that a gradient keeps of a token: the gate, the rest and their product; what is weighed."""
-        return 3 * self.inner + self.run * self.d_model if self.flops else 0
-
-
-def _experts(decoder: Any, chosen: Mapping[str, int]) -> list[_Experts]:
-    config, found = decoder.config, []
-    said = next((k for name in _TOP_K if (k := getattr(config, name, None))), None)
-    for name, module in decoder.named_modules():
-        own = [p for p in module._parameters.values() if p is not None]
-        if "xperts" not in type(module).__name__ or not any(p.ndim == 3 for p in own):
-            continue
-        shapes = tuple(tuple(p.shape) for p in own)
-        run = chosen.get(name, shapes[0][0])
-        taken = run if name in chosen else said or run
-        found.append(_Experts(shapes, taken, run, config.hidden_size))
-    return found
-
-
 def _fit(values: list[int], step: int) -> tuple[int, int]:
     """a and b of c + a n + b n * n, from its values at one, two and three steps."""
     one, two, three = values
@@ -250,7 +213,7 @@ def _fit(values: list[int], step: int) -> tuple[int, int]:
 
 
 def _layers(decoder: Any, passes: list[CountedPass], step: int, pairs: int) -> tuple[Layer, ...]:
-    """The layers of the caches; what of attention's operations none of them has is in one more."""
+    """The layers of the caches; what of attention's operations none of them has is in one before them."""
     attention: Counter[int] = Counter()
     repeated: Counter[int] = Counter()
     for module in decoder.modules():
@@ -261,7 +224,7 @@ def _layers(decoder: Any, passes: list[CountedPass], step: int, pairs: int) -> t
             repeated[index] += counted[1]
     layers = []
     first = passes[0]
-    for index, parts in enumerate(zip(*(each.caches for each in passes))):
+    for index, parts in enumerate(zip(*(each.caches for each in passes)), -1):
         window = parts[0]["window"] - 1 if parts[0]["window"] else None
         token = state = 0
         for name, tensor in parts[0]["tensors"].items():
@@ -275,7 +238,8 @@ def _layers(decoder: Any, passes: list[CountedPass], step: int, pairs: int) -> t
                 raise InterpAblateError(f"{name[1:]} of layer {index} does not grow by the token")
         layers.append(Layer(token, window, state, attention[index], repeated[index]))
     rest = pairs - sum(layer.pairs for layer in layers)
-    return (*layers, Layer(pairs=rest)) if rest > 0 else tuple(layers)
+    layers.insert(0, Layer(pairs=max(rest, 0)))
+    return tuple(layer for layer in layers if layer != Layer())
 
 
 def _linear(model: Any, decoder: Any) -> list[tuple[str, nn.Module]]:
@@ -290,30 +254,51 @@ def _widths(module: Any) -> tuple[int, int]:
     return (second, first) if isinstance(module, nn.Linear) else (first, second)
 
 
+def _logits(model: Any, one: CountedPass) -> tuple[int, dict[int, int]]:
+    """Operations for a token's logits, and by id the sizes of the parameters outside the decoder that they take."""
+    head = _head(model)
+    own = list(head.parameters()) if head is not None else []
+    flops = 2 * sum(p.numel() for p in own if p.ndim == 2)
+    try:
+        whole = CountedPass(model, one.tokens)
+    except Exception:  # a model that does not run on tokens alone
+        return flops, {id(p): p.numel() for p in own}
+    if whole.flops - one.flops < one.tokens * flops:
+        raise InterpAblateError(
+            "its decoder alone computes more than the whole model with its unembedding"
+        )
+    own += [p for p in model.parameters() if id(p) in whole.used]
+    return (whole.flops - one.flops) // one.tokens, {id(p): p.numel() for p in own}
+
+
 def _dimensions(
     model: Any, decoder: Any, passes: list[CountedPass], step: int, dtype_bytes: int
 ) -> Dimensions:
     config, embedding = text_config(model.config), decoder.get_input_embeddings()
-    d_model, head = config.hidden_size, model.get_output_embeddings()
+    d_model, head = config.hidden_size, _head(model)
     inside = {id(p): p.numel() for p in decoder.parameters()}
-    inside |= {id(p): p.numel() for p in head.parameters()} if head is not None else {}
-    experts = _experts(decoder, passes[0].experts)
+    logit_flops, used = _logits(model, passes[0])
+    inside |= used
+    experts = experts_of(decoder, passes[0].experts)
     flops, pairs = _fit([each.flops for each in passes], step)
     if passes[0].flops > 1.1 * step * (flops + step * pairs):
         raise InterpAblateError("it computes more than what its tokens need")
     saved, saved_pairs = _fit([each.saved for each in passes], step)
     total, n_layers = sum(p.numel() for p in model.parameters()), config.num_hidden_layers
+    routed = [each for each in experts if each.chosen < each.number]
     return Dimensions(
         n_layers=n_layers,
         d_model=d_model,
         d_vocab=config.vocab_size,
+        unembedding=d_model * config.vocab_size if head is None else head.weight.numel(),
         tied=head is not None and head.weight is embedding.weight,
         dtype_bytes=dtype_bytes,
         parameters=total,
         towers=total - sum(inside.values()),
-        experts=sum(each.parameters for each in experts),
-        idle=sum(each.parameters * (1 - each.chosen / each.number) for each in experts),
-        skipped=all(each.flops for each in experts),
+        experts=sum(each.parameters for each in routed),
+        idle=sum(each.parameters * (1 - each.chosen / each.number) for each in routed),
+        skipped=all(each.run < each.number for each in routed),
+        logit_flops=logit_flops,
         token_flops=flops + sum(each.flops for each in experts),
         layers=_layers(decoder, passes, step, pairs),
         saved=saved + sum(each.saved for each in experts) * dtype_bytes,
@@ -323,7 +308,7 @@ def _dimensions(
 
 
 def _tensors_of(
-    model: Any, decoder: Any, reads: Mapping[str, int], experts: list[_Experts], n_layers: int
+    model: Any, decoder: Any, reads: Mapping[str, int], experts: list[Experts], n_layers: int
 ) -> dict[str, Any]:
     """Sizes of single tensors and blocks, and the widths that an adapter has."""
     d_model = text_config(model.config).hidden_size

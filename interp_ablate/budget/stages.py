@@ -119,16 +119,15 @@ def load_stage(sizes: Dimensions, work: Workload, machine: Machine) -> Stage:
 def collect_stage(sizes: Dimensions, work: Workload) -> Stage:
     """All residual sites of every prompt's last token, both sides; no logits."""
     prompts = 2 * work.prompts
-    row = sizes.n_residual_sites * sizes.d_model
+    sites = 3 * sizes.n_layers  # resid_pre, resid_mid and resid_post of each
+    row = sites * sizes.d_model
     rows = min(prompts, work.rows)
     held = 2 * rows * row * sizes.dtype_bytes  # as captured, and as one tensor
     host = (
         prompts * row * sizes.dtype_bytes + (2 * rows + 4) * row * 8
     )  # values; moments in float64
     calls = forward_calls(sizes, work, prompts)
-    note = (
-        f"{prompts} prompts, {sizes.n_residual_sites} sites, {work.shared(prompts)} tokens run once"
-    )
+    note = f"{prompts} prompts, {sites} sites, {work.shared(prompts)} tokens run once"
     return Stage("collect", forward_bytes(sizes, work, prompts) + held, host, calls, note)
 
 

@@ -59,7 +59,7 @@ from interp_ablate.search.gradient_fit import (
 )
 
 KINDS = list(PARTS)
-EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_moe_mixed")
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_moe_mixed", "gpt_oss")
 FEW = ("llama_gqa", "gpt2", "qwen2", "gemma")
 PREFIX, TOKENS = 9, 14
 LLAMA_70B = dimensions_of(
@@ -104,7 +104,7 @@ def test_sizes_of_a_published_model() -> None:
     """Llama 3.3 70B, from its published config: 70.55e9 parameters."""
     assert LLAMA_70B.parameters == LLAMA_70B.active == 70_553_706_496
     assert LLAMA_70B.cache_bytes(1) == 327_680
-    assert LLAMA_70B.n_residual_sites == 240
+    assert "240 sites" in collect_stage(LLAMA_70B, Workload()).note
 
 
 # --------------------------------------------------------------------------------- operations
@@ -175,7 +175,7 @@ def test_values_of_collect(kind: str) -> None:
     model = shared(kind)
     values = collect(model, rows_of(12, 13, 14, 15)).values
     sizes = dimensions_of(model.hf_config, 4)
-    assert values.nbytes == 4 * sizes.n_residual_sites * sizes.d_model * 4
+    assert values.nbytes == 4 * 3 * sizes.n_layers * sizes.d_model * 4
 
 
 # --------------------------------------------------------------------------------- training
@@ -451,8 +451,8 @@ def test_configs_are_found(tmp_path: Path) -> None:
 
 
 def test_refused() -> None:
-    with pytest.raises(InterpAblateError, match="no arithmetic for this dbrx model"):
-        budget(tiny_config(config_classes()["dbrx"]))
+    with pytest.raises(InterpAblateError, match="no arithmetic for this xmod model"):
+        budget(tiny_config(config_classes()["xmod"]))
     with pytest.raises(InterpAblateError, match="shared prefix shorter"):
         Workload(tokens=10, prefix=10)
     with pytest.raises(InterpAblateError, match="at least 1"):
