@@ -222,14 +222,35 @@ class _CheckpointNames:
                 raise NamesError(
                     f"the checkpoint has no tensor that becomes {parameter}: {_LOAD_IT}"
                 )
+            first = group[0][0]
             others = set(self._parameters(self._group_of[parameter], group)) - set(writers)
-            if others:
+            if others and not (group := self._undivided(parameter, others, group)):
                 raise NamesError(
-                    f"{group[0][0]} holds what becomes {parameter}, which writes to the stream, and {min(others)}, "
+                    f"{first} holds what becomes {parameter}, which writes to the stream, and {min(others)}, "
                     f"which does not: {_LOAD_IT}"
                 )
             result |= self._tried(parameter, layout, group)
         return result
+
+    def _undivided(
+        self, parameter: str, others: Iterable[str], group: Sequence[tuple[str, str | None]]
+    ) -> list[tuple[str, str | None]]:
+        """The tensors that become this parameter, where each of a group becomes one parameter as a whole; else none.
+
+        Tried out on small tensors, each with a number of its own: the experts of text and of images are so many
+        tensors of one name (Ernie 4.5 VL's).
+        """
+        tensors: dict[str, list[Tensor]] = defaultdict(list)
+        for number, (name, pattern) in enumerate(group):
+            small = [min(size, _FEW) for size in self._shapes[name]]
+            tensors[str(pattern)].append(torch.full(small, float(number)))
+        outs = [self._conversion(each, group, tensors) for each in (parameter, *others)]
+        if any(out is None for out in outs):
+            return []
+        mine, *theirs = [set(out.flatten().tolist()) for out in outs if out is not None]
+        rest = set().union(*theirs)
+        whole = not mine & rest and mine | rest == set(range(len(group)))
+        return [group[int(number)] for number in sorted(mine)] if whole else []
 
     def _tried(
         self, parameter: str, layout: Layout, group: Sequence[tuple[str, str | None]]
