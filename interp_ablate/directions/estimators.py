@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from interp_ablate.directions.direction import Direction, PerPrompt, orthogonalized
+from interp_ablate.directions.direction import Direction, PerPrompt, as_directions, orthogonalized
 from interp_ablate.directions.direction_set import Directions, HasActivations
 from interp_ablate.directions.discriminants import lda, logistic
 from interp_ablate.directions.leace_eraser import leace
@@ -107,6 +107,7 @@ def estimate_with(
             site with a direction at all.
     """
     estimator = estimator_named(method)
+    labels_of(train)  # refuses what is no activations
 
     def estimate(means: Direction, positive: Tensor, negative: Tensor) -> Direction | None:
         return estimator(positive, negative, means.site, position=means.position, source=source)
@@ -192,7 +193,9 @@ def control_separations(
     sides = {"positive": int(held_labels.sum()), "negative": int((~held_labels).sum())}
     shuffles = label_shuffles(labels, count, seed=seed)
     rows: list[dict[str, Any]] = []
-    for site, position in dict.fromkeys((item.site, item.position) for item in directions):
+    for site, position in dict.fromkeys(
+        (item.site, item.position) for item in as_directions(directions)
+    ):
         values, held = train.at(site, position), held_out.at(site, position)
         place = {"layer": site.layer, "point": site.point, "position": position}
         for i, shuffled in enumerate(shuffles):

@@ -21,6 +21,7 @@ from interp_ablate.directions.direction import (
     separation,
 )
 from interp_ablate.directions.direction_set import Directions, HasActivations
+from interp_ablate.display import shortened
 from interp_ablate.errors import DirectionError
 from interp_ablate.sites import Site
 
@@ -84,6 +85,7 @@ def estimate_directions(
         variants[" orthogonalized"] = lambda means, positive, negative: orthogonalized(
             means, as_float64(negative).mean(0)
         )
+    labels_of(train)  # refuses what is no activations
     directions = directions_at(train.sites, train, held_out, variants, source=source)
     if not directions:
         raise DirectionError(
@@ -141,8 +143,14 @@ def labels_of(activations: HasActivations) -> Bool[Tensor, " prompt"]:
     """The labels of activations (True = positive).
 
     Raises:
-        DirectionError: the activations are of a list of prompts, without labels; or of every token.
+        DirectionError: something else than activations; they are of a list of prompts, without labels; or of every
+            token.
     """
+    if not isinstance(activations, HasActivations):
+        raise DirectionError(
+            "directions are made of activations, such as collect(model, contrast, sites); got "
+            f"{shortened(repr(activations))} ({type(activations).__name__})"
+        )
     if not activations.positions:
         raise DirectionError(
             "a direction is made of one vector a prompt, and these are activations of every token: average them, "
@@ -199,10 +207,13 @@ def as_float64(values: PerPrompt) -> PerPrompt:
 
 def _check_two_sets(positive: PerPrompt, negative: PerPrompt, site: Site) -> None:
     for label, values in (("positive", positive), ("negative", negative)):
-        if values.ndim != 2 or not len(values):
+        if not isinstance(values, Tensor) or values.ndim != 2 or not len(values):
+            is_tensor = isinstance(values, Tensor)
+            came = (
+                f"have shape {tuple(values.shape)}" if is_tensor else f"are {type(values).__name__}"
+            )
             raise DirectionError(
-                f"{label} activations at {site} have shape {tuple(values.shape)}; "
-                "accepted is [prompt, d_model] with at least one prompt"
+                f"{label} activations at {site} {came}; accepted is [prompt, d_model] with at least one prompt"
             )
         if not torch.isfinite(values).all():
             rows = (~torch.isfinite(values).all(-1)).nonzero().flatten().tolist()

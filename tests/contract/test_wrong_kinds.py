@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import shared, unit
@@ -24,13 +25,15 @@ from interp_ablate.directions.direction import (
     random_direction,
 )
 from interp_ablate.directions.direction_set import most_separating, write_directions
+from interp_ablate.directions.estimators import comparison, control_separations, estimate_with
+from interp_ablate.directions.mean_difference import difference_in_means, estimate_directions
 from interp_ablate.directions.opposite_signs import mean_projections, with_opposite_signs
 from interp_ablate.directions.residualizing import residualized, residualized_directions
 from interp_ablate.directions.rotation_planes import steering_plane
 from interp_ablate.edits.joint import ablate_by_site, ablate_sets, jointly
 from interp_ablate.edits.layer_plans import ablate_by_layer
 from interp_ablate.edits.plan import ablate_layers, add_to_layers, band
-from interp_ablate.errors import InterpAblateError
+from interp_ablate.errors import DirectionError, InterpAblateError
 from interp_ablate.search.by_layer import layer_sweep
 from interp_ablate.search.concept_cone import fit_cone
 from interp_ablate.search.concept_inversion import cosmic
@@ -119,6 +122,30 @@ def test_a_message_in_place_of_a_raw_error(name: str) -> None:
         with pytest.raises(InterpAblateError) as caught:
             call(given)
         assert len(str(caught.value)) > 30, kind
+
+
+NO_ACTIVATIONS: Mapping[str, Callable[[Any], Any]] = {
+    "estimate_directions": estimate_directions,
+    "estimate_directions, held out": lambda x: estimate_directions(HELD, x),
+    "estimate_with": lambda x: estimate_with("pca", x),
+    "comparison": lambda x: comparison(x, HELD, SITE),
+    "control_separations": lambda x: control_separations(x, HELD, [ONE]),
+    "biprojected_directions": lambda x: biprojected_directions(ONE, x),
+    "mean_projections": lambda x: mean_projections(ONE, x),
+    "cosine_table": lambda x: cosine_table(ONE, activations=x),
+    "difference_in_means": lambda x: difference_in_means(x, torch.eye(2), SITE),
+}
+
+
+@pytest.mark.parametrize("name", NO_ACTIVATIONS)
+def test_what_is_no_activations_is_one_message(name: str) -> None:
+    for kind, given in {**WRONG, "a contrast set": PAIRS, "an array": np.eye(2)}.items():
+        if given is None and name in ("cosine_table", "estimate_directions, held out"):
+            continue
+        if kind == "a matrix" and name == "difference_in_means":
+            continue
+        with pytest.raises(DirectionError, match="activations"):
+            NO_ACTIVATIONS[name](given)
 
 
 def test_the_message_says_what_came_and_what_is_accepted() -> None:
