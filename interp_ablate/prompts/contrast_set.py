@@ -254,6 +254,20 @@ class Split:
         return [(name, len(p.positive), len(p.negative), use) for name, p, use in parts]
 
 
+def as_contrast(given: object) -> ContrastSet:
+    """The contrast set that was given.
+
+    Raises:
+        PromptError: it is something else.
+    """
+    if isinstance(given, ContrastSet):
+        return given
+    raise PromptError(
+        "a ContrastSet is needed, as ContrastSet.from_texts(positive, negative) or ContrastSet.load(name) gives one; "
+        f"got {shortened(repr(given))} ({type(given).__name__})"
+    )
+
+
 def _ordered(contrast: ContrastSet, seed: int) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
     """Both sides without duplicates in the order of the seed, pairs kept together (see `split`)."""
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from interp_ablate.prompts.contrast_set import ContrastSet
+from interp_ablate.prompts.contrast_set import ContrastSet, as_contrast
 from interp_ablate.prompts.near_duplicates import is_near, near_pairs
 from interp_ablate.prompts.prompt import Prompt, distinct, normalised, repeated
 
@@ -82,7 +82,7 @@ def lint(contrast: ContrastSet) -> LintReport:
     """
     from interp_ablate.stats.intervals import auc
 
-    prompts = contrast.positive + contrast.negative
+    prompts = as_contrast(contrast).positive + contrast.negative
     words = [_words(f"{prompt.system or ''}\n{prompt.text}") for prompt in prompts]
     labels = [True] * len(contrast.positive) + [False] * len(contrast.negative)
     keys = [normalised(prompt) for prompt in prompts]

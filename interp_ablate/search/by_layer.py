@@ -30,7 +30,7 @@ from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.evaluation.side_by_side import Score, as_metric
 from interp_ablate.jobs.bars import with_bar
 from interp_ablate.models.model import Model
-from interp_ablate.prompts.contrast_set import ContrastSet
+from interp_ablate.prompts.contrast_set import ContrastSet, as_contrast
 from interp_ablate.scoring.exchange import TextScorer
 from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.sites import Point, Site
@@ -94,7 +94,7 @@ def layer_sweep(
         (edit, place) for edit in edits for place in where if edit != "patch"
     ]
     places += [("patch", "site")] * ("patch" in edits)
-    sweep = LayerSweep.of(model, items, contrast, scores, n_shuffled)
+    sweep = LayerSweep.of(model, items, as_contrast(contrast), scores, n_shuffled)
     jobs = [(item, edit, place) for item in items for edit, place in places]
     return sweep.table(with_bar(jobs, "layer sweep"))
 

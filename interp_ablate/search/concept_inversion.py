@@ -27,7 +27,7 @@ from interp_ablate.evaluation.metrics import first_token_kl
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.jobs.bars import with_bar
 from interp_ablate.models.model import Model
-from interp_ablate.prompts.contrast_set import ContrastSet
+from interp_ablate.prompts.contrast_set import ContrastSet, as_contrast
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.search.race import distinct
 from interp_ablate.settings import MAX_KL
@@ -126,7 +126,7 @@ def _check(share: float, depth: float, max_kl: float | None, contrast: ContrastS
             raise RunError(f"{name} is more than 0 and at most 1; got {value!r}")
     if max_kl is not None and not (isinstance(max_kl, Real) and max_kl > 0):
         raise RunError(f"max_kl is above 0 nats, or None for no limit; got {max_kl!r}")
-    if not contrast.positive or not contrast.negative:
+    if not as_contrast(contrast).positive or not contrast.negative:
         raise RunError("COSMIC turns one set into the other: give prompts of both sides")
 
 

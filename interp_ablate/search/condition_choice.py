@@ -19,7 +19,7 @@ from interp_ablate.errors import DirectionError, PlanError
 from interp_ablate.models.batches import Batch
 from interp_ablate.models.forward import Capture
 from interp_ablate.models.model import Model
-from interp_ablate.prompts.contrast_set import ContrastSet
+from interp_ablate.prompts.contrast_set import ContrastSet, as_contrast
 from interp_ablate.prompts.prompt import PromptLike
 from interp_ablate.sites import Site
 
@@ -94,7 +94,7 @@ def best_condition(
             f"a plan that is applied writes at {written[0]}, and a condition is read before any plan writes at its site: "
             "leave the `with model.applied(...)` block, or give directions of other sites"
         )
-    prompts = [*validation.positive, *validation.negative]
+    prompts = [*as_contrast(validation).positive, *validation.negative]
     labels = torch.arange(len(prompts)) < len(validation.positive)
     best: tuple[tuple[float, float], ConditionChoice] | None = None
     for condition, h in zip(conditions, condition_activations(model, prompts, conditions)):

@@ -10,7 +10,16 @@ import pytest
 import torch
 from tiny import shared, unit
 
-from interp_ablate import Ablate, Activations, ContrastSet, Direction, Directions, Plan, Site
+from interp_ablate import (
+    Ablate,
+    Activations,
+    ContrastSet,
+    Direction,
+    Directions,
+    Plan,
+    Prompt,
+    Site,
+)
 from interp_ablate.activations.projection import project
 from interp_ablate.circuits.attribution import attribute
 from interp_ablate.circuits.lens import logit_lens
@@ -33,7 +42,8 @@ from interp_ablate.directions.rotation_planes import steering_plane
 from interp_ablate.edits.joint import ablate_by_site, ablate_sets, jointly
 from interp_ablate.edits.layer_plans import ablate_by_layer
 from interp_ablate.edits.plan import ablate_layers, add_to_layers, band
-from interp_ablate.errors import DirectionError, InterpAblateError
+from interp_ablate.errors import DirectionError, InterpAblateError, PromptError
+from interp_ablate.prompts.linting import lint
 from interp_ablate.search.by_layer import layer_sweep
 from interp_ablate.search.concept_cone import fit_cone
 from interp_ablate.search.concept_inversion import cosmic
@@ -146,6 +156,21 @@ def test_what_is_no_activations_is_one_message(name: str) -> None:
             continue
         with pytest.raises(DirectionError, match="activations"):
             NO_ACTIVATIONS[name](given)
+
+
+NO_CONTRAST: Mapping[str, Callable[[Any], Any]] = {
+    "cosmic": lambda x: cosmic(model(), SET, x),
+    "best_condition": lambda x: best_condition(model(), x, SET),
+    "layer_sweep": lambda x: layer_sweep(model(), SET, x),
+    "lint": lint,
+}
+
+
+@pytest.mark.parametrize("name", NO_CONTRAST)
+def test_what_is_no_contrast_set_is_one_message(name: str) -> None:
+    for given in (*WRONG.values(), HELD, Prompt("a")):
+        with pytest.raises(PromptError, match="a ContrastSet is needed"):
+            NO_CONTRAST[name](given)
 
 
 def test_the_message_says_what_came_and_what_is_accepted() -> None:
