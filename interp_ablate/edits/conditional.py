@@ -203,6 +203,9 @@ class Conditional(EditBase):
     def __repr__(self) -> str:
         return f"<{self.edit!r} if {self.condition!r}>"
 
+    def _numbers(self) -> str:
+        return f"{self.edit.op}, {self.edit._numbers()}, if {self.condition!r}"
+
     @property
     def where(self) -> Gate:
         return Gate(self.positions, self.condition.key)

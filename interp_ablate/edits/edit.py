@@ -146,7 +146,7 @@ class EditBase:
         )
 
     def _numbers(self) -> str:
-        """The numbers, for `repr`."""
+        """The numbers, for `repr` and tables."""
         return f"{self.amount} {range_text(self.amounts)}"
 
     @property

@@ -20,7 +20,7 @@ from interp_ablate.directions.direction import Direction, as_direction
 from interp_ablate.display import html_table
 from interp_ablate.edits.affine import Affine, NormGain
 from interp_ablate.edits.conditional import Conditional, Gate
-from interp_ablate.edits.edit import EditBase, Positions, is_number, range_text
+from interp_ablate.edits.edit import EditBase, Positions, is_number
 from interp_ablate.edits.kinds import Ablate, Add, Clamp, Edit, Erase, edit_from_dict
 from interp_ablate.edits.rotation import Rotation
 from interp_ablate.errors import PlanError
@@ -66,10 +66,10 @@ class Plan:
     def _repr_html_(self) -> str:
         rows = [
             (edit.op, edit.label, ", ".join(map(str, edit.sites[:4])) + ("…" if len(edit.sites) > 4 else ""),
-             len(edit.sites), edit.amount, range_text(edit.amounts), edit.positions)
+             len(edit.sites), edit._numbers(), edit.positions)
             for edit in self.edits
         ]  # fmt: skip
-        columns = ("edit", "direction", "sites", "number", "amount", "value", "positions")
+        columns = ("edit", "direction", "sites", "number", "amount", "positions")
         return html_table(columns, rows, caption=f"{len(self.edits)} edits, applied in this order")
 
     def __add__(self, other: Plan | Edit) -> Plan:

@@ -328,7 +328,8 @@ def _edit(edit: Mapping[str, Any]) -> str:
     places = [p if p.endswith("embed") else f"{p} {_ranges(at)}" for p, at in layers.items()]
     rank = len(edit["read"] if edit["op"] == "affine" else edit.get("vectors") or [0])
     op = edit["op"] + (f", rank {rank}" if rank > 1 else "")
-    op += ", norm-preserving" if edit.get("norm_preserving") else ""
+    shifted = ", with a shift" if any(edit.get("shift") or ()) else ""
+    op += ", norm-preserving" if edit.get("norm_preserving") else shifted
     where = f"{len(edit['sites'])} sites: {'; '.join(places)}"
     return f"| {op} | {_code(edit['label'])} | {where} | {amount} | {edit['positions']} |"
 

@@ -92,6 +92,9 @@ def as_data(edit: Any, tmp: Path) -> None:
     back = Plan.load(tmp / "plan.json")
     assert back == plan and type(back.edits[0]) is type(edit)
     assert edit.op in plan._repr_html_() and edit.op in _edit(edit.to_dict())
+    told = {"Clamp": "1.5", "AffineEdit": "shift", "Rotate": "angle 60", "Conditional": "if "}
+    assert told.get(type(edit).__name__, edit.amount) in plan._repr_html_()
+    assert ("shift" in _edit(edit.to_dict())) == isinstance(edit, AffineEdit)
     [shown] = _plans({"plan": plan.to_dict()})
     assert shown["edits"][0]["op"] == edit.op and shown["edits"][0]["amount"] != "–"
     assert not _is_norm_preserving(plan)
