@@ -172,7 +172,7 @@ class _Judge:
         every = sites_of(("resid_post",), range(model.n_layers))
         found = [_mean(model, prompts, every, batch_size) for prompts in sides]
         alike = torch.nn.functional.cosine_similarity(found[0], found[1], dim=-1)
-        count = max(int(share * model.n_layers), 1)
+        count = max(int(round(share * model.n_layers, 9)), 1)  # 0.57 of 100 is 57, not 56
         layers = sorted(alike.argsort(stable=True)[:count].tolist())
         return cls(
             model,
