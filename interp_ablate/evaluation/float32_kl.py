@@ -25,7 +25,7 @@ def float32_first_token_kl(
     """First-token KLs of plans from the unedited model, in nats, with weights in float32 (`in_float32`)."""
     if unedited.model.dtype not in HALF:
         return [first_token_kl(unedited.with_plan(plan), unedited) for plan in plans]
-    with in_float32(unedited.model):
+    with in_float32(unedited.model.tl):
         baseline = unedited.fresh(None)
         return [first_token_kl(unedited.fresh(plan), baseline) for plan in plans]
 
@@ -36,7 +36,7 @@ def first_token_kl_floor(unedited: ModelOutputs) -> tuple[float, str]:
     Both are the unedited model: what differs is the order of its sums. A KL near it says nothing.
     """
     outputs = unedited.head(FLOOR_PROMPTS)
-    with in_float32(outputs.model):
+    with in_float32(outputs.model.tl):
         together = outputs.fresh(None).first_logprobs
         alone = [ModelOutputs(outputs.model, [row]).first_logprobs for row in outputs.rows]
         kl = kl_divergence(together, torch.cat(alone)).mean()

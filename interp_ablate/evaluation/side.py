@@ -159,7 +159,7 @@ class Side:
             self.outputs[name] = outputs
             if self._load is not None:
                 needed = compared and parts.stored(_kl_part(name)) is None
-                with in_float32(self.model) if needed else nullcontext():
+                with in_float32(self.model.tl) if needed else nullcontext():
                     self.outputs[name] = outputs.answered().without_model(logprobs=needed)
 
     def _answered(
@@ -200,7 +200,7 @@ def _kl_part(name: str) -> str:
 def _divergences(after: ModelOutputs, before: ModelOutputs) -> dict[str, list[float | None]]:
     """`divergences` with both models' weights in float32 (`in_float32`), along the answers that are there."""
     if not before.has_model:
-        with in_float32(after.model):
+        with in_float32(after.model.tl):
             return divergences(after.answered(), before)
-    with in_float32(before.model), in_float32(after.model):
+    with in_float32(before.model.tl), in_float32(after.model.tl):
         return divergences(after.answered(), before.answered())

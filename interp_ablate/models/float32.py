@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
-from interp_ablate.models.model import Model
 from interp_ablate.models.quantized_modules import packed_parameters
 from interp_ablate.models.sources import free_memory
 
@@ -23,37 +23,42 @@ SHARE_OF_FREE = 0.7  # of a device's free memory that the copies may take; the p
 
 
 @contextmanager
-def in_float32(model: Model) -> Iterator[None]:
-    """Hold a model's half-precision weights in float32 inside the block, if a copy fits into memory.
+def in_float32(module: nn.Module, *, level: int = logging.WARNING) -> Iterator[bool]:
+    """Hold a module's half-precision weights in float32 inside the block, if a copy fits into memory.
 
     Each number of bfloat16 and float16 is one of float32: the model is the same but for the rounding of what it
-    computes. The weights are kept, and are the same tensors afterwards. Where memory is short, or nothing is half,
-    the model stays as it is; `model.dtype` says which.
+    computes. The weights are kept, and are the same tensors afterwards. Where memory is short, weights are offloaded,
+    or nothing is half, the module stays as it is, and False is given.
+
+    Args:
+        level: of the log's line that memory is short.
     """
-    tensors = [*model.tl.parameters(), *model.tl.buffers()]
-    codes = packed_parameters(model.tl)
+    tensors = [*module.parameters(), *module.buffers()]
+    codes = packed_parameters(module)
     half = list({id(t): t for t in tensors if t.dtype in HALF and id(t) not in codes}.values())
     needed: Counter[torch.device] = Counter()
     for each in half:
         needed[each.device] += 4 * each.numel()
     short = [
-        device for device, size in needed.items() if size > SHARE_OF_FREE * free_memory(device)
+        device
+        for device, size in needed.items()
+        if device.type == "meta" or size > SHARE_OF_FREE * free_memory(device)
     ]
     if not half or short:
         if short:
-            logger.warning("no memory on %s for the weights in float32: measuring in %s", short[0], model.dtype)  # fmt: skip
-        yield
+            logger.log(level, "no memory on %s for the weights in float32: measuring in %s", short[0], half[0].dtype)  # fmt: skip
+        yield False
         return
-    config, kept = model.tl.cfg, [each.data for each in half]
+    config, kept = getattr(module, "cfg", None), [each.data for each in half]
     dtype = getattr(config, "dtype", None)  # plain transformers have none of their own
     try:
         for each in half:
             each.data = each.data.float()
-        if dtype is not None:
+        if config is not None and dtype is not None:
             config.dtype = torch.float32
-        yield
+        yield True
     finally:
-        if dtype is not None:
+        if config is not None and dtype is not None:
             config.dtype = dtype
         for each, data in zip(half, kept):
             each.data = data

@@ -332,7 +332,7 @@ def _values(
         advance(1)
     assert new_n.plan is not None
     (values["kl_first_token"],) = float32_first_token_kl(base_n, [new_n.plan])
-    with in_float32(base_n.model):
+    with in_float32(base_n.model.tl):
         values |= continuation_scores(new_n.answered(), base_n.answered())
     advance(1)
     for when, positive, negative in (("before", base_p, base_n), ("after", new_p, new_n)):

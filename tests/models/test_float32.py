@@ -31,7 +31,7 @@ def test_the_weights_are_the_same_tensors_afterwards(backend: str, dtype: torch.
     configured = getattr(half.tl.cfg, "dtype", None)  # plain transformers have none of their own
     before = [(each.data_ptr(), each.dtype) for each in half.tl.parameters()]
     rounded, residuals = half.logits(ROWS), half.cache_residuals(ROWS)
-    with pytest.raises(ZeroDivisionError), in_float32(half):
+    with pytest.raises(ZeroDivisionError), in_float32(half.tl):
         assert half.dtype == torch.float32
         exact = half.logits(ROWS)
         raise ZeroDivisionError
@@ -59,6 +59,6 @@ def test_the_floor_is_far_below_that_of_bfloat16() -> None:
 def test_without_the_memory_it_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     model = half_model()
     monkeypatch.setattr(float32, "free_memory", lambda device: 1000)
-    with in_float32(model):
+    with in_float32(model.tl):
         assert model.dtype == torch.bfloat16
     assert first_token_kl_floor(ModelOutputs(model, ROWS))[1] == "bfloat16"

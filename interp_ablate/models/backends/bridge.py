@@ -6,6 +6,7 @@ Knows: the Bridge, its hook names, transformers' KV cache. Does not know: prompt
 from __future__ import annotations
 
 import importlib.util
+import logging
 from functools import cached_property
 from types import MethodType
 from typing import Any
@@ -47,6 +48,7 @@ from interp_ablate.models.backends.proof import (
     unlike,
 )
 from interp_ablate.models.backends.transformers_passes import TransformersPasses
+from interp_ablate.models.float32 import in_float32
 from interp_ablate.models.loading import BackendName
 from interp_ablate.models.measured_architecture import architecture_from
 from interp_ablate.models.written_parameters import gain_of
@@ -54,6 +56,15 @@ from interp_ablate.sites import EMBEDDING_POINTS, PROJECTION_POINTS, Site
 
 # A Bridge runs the checkpoint's own modules: only the attention kernel may differ.
 BRIDGE_TOLERANCE = 1e-3
+
+
+def _exact(hf: Any, tokens: torch.Tensor) -> torch.Tensor | None:
+    """In float32 the logits of a model in half precision; None where memory is short, or its code is for one dtype."""
+    try:
+        with in_float32(hf, level=logging.DEBUG) as widened:
+            return hf(tokens).logits if widened else None
+    except RuntimeError:
+        return None
 
 
 def _open_scaled_outputs(tl: Any) -> None:
@@ -117,6 +128,7 @@ class BridgeBackend(TransformersPasses):
         tokens = fixed_tokens(text_config(hf.config).vocab_size, width).to(parameter.device)
         with torch.no_grad():
             want = hf(tokens).logits.float()
+            exact = _exact(hf, tokens)
         try:
             bridge = TransformerBridge.boot_transformers(
                 name,
@@ -127,7 +139,7 @@ class BridgeBackend(TransformersPasses):
             )
             with torch.no_grad():
                 got = hf(tokens).logits.float()
-            check_logits(got, want, hf, "TransformerBridge built on", BRIDGE_TOLERANCE)
+            check_logits(got, want, hf, "TransformerBridge built on", BRIDGE_TOLERANCE, exact)
             built = cls(bridge)
             with torch.no_grad():  # without a cache some components take another way
                 built.forward(plain_call(tokens), 1)

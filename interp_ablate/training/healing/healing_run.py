@@ -160,7 +160,7 @@ class _Damage:
         case.edited.measured(partial(self._measure, "edited", held_out))
 
     def _measure(self, name: str, held_out: HeldOut, model: Model) -> ModelOutputs | None:
-        with in_float32(model):  # small KLs are below the rounding of half precision
+        with in_float32(model.tl):  # small KLs are below the rounding of half precision
             self.computed_in[name] = str(model.dtype).removeprefix("torch.")
             self.values[name], benign = measure_damage(model, held_out, self.baseline)
             self.means[name] = mean_measures(self.values[name])

@@ -265,7 +265,7 @@ def _measured(
     experiment: PreventativeExperiment, model: Model
 ) -> tuple[MeasuredTrait, ModelOutputs]:
     """The trait before any training, and the answers that later ones are compared with."""
-    with in_float32(model):  # small KLs are below the rounding of half precision
+    with in_float32(model.tl):  # small KLs are below the rounding of half precision
         trait, outputs = measure_trait("before", model, experiment.measure)
         return trait, outputs.without_model()
 
@@ -292,7 +292,7 @@ def _train_arm(
     loss = answer_loss(trained.base.hf, held_out)
     certificate = _write_arm(experiment, arm, trained, place, len(rows))
     model = trained.base.model
-    with in_float32(model):
+    with in_float32(model.tl):
         computed_in = str(model.dtype).removeprefix("torch.")
         results.traits[arm.name], _ = measure_trait(
             arm.name, model, experiment.measure, before=results.before
