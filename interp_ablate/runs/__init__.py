@@ -1,6 +1,6 @@
 """A run folder: stages, search, final test, report.
 
-May import: every wing but cli. To add a stage: `stages.py`.
+May import: every wing but explorer, league and cli. To add a stage: `stages.py`.
 """
 
 import lazy_loader
