@@ -26,6 +26,7 @@ from interp_ablate.budget.experts import Experts, experts_of
 from interp_ablate.errors import InterpAblateError
 from interp_ablate.models.architectures import text_config
 from interp_ablate.models.checkpoint_names import without_data
+from interp_ablate.models.embedding_anatomy import unembedding_of
 from interp_ablate.training.lora_targets import linear_modules
 
 # Tokens of the first pass; where recurrences are padded to chunks, a multiple of the second number.
@@ -177,18 +178,10 @@ def _model(hf_config: Any, dtype: torch.dtype, attention: str) -> Any:
     return model
 
 
-def _named_decoder(model: Any) -> Any:
-    return model.get_decoder() if hasattr(model, "get_decoder") else model
-
-
-def _head(model: Any) -> Any:
-    """The unembedding, which in some wrapped models only the inner decoder names."""
-    return model.get_output_embeddings() or _named_decoder(model).get_output_embeddings()
-
-
 def _decoder(model: Any) -> Any:
     """The part that text passes, without the unembedding."""
-    head, named = _head(model), _named_decoder(model)
+    head = unembedding_of(model)
+    named = model.get_decoder() if hasattr(model, "get_decoder") else model
     inner = [getattr(named, name, named) for name in ("model", "base_model")]
     parts = [named, *inner, model.base_model]
     found = next((p for p in parts if hasattr(p, "config") and head not in set(p.modules())), None)
@@ -256,7 +249,7 @@ def _widths(module: Any) -> tuple[int, int]:
 
 def _logits(model: Any, one: CountedPass) -> tuple[int, dict[int, int]]:
     """Operations for a token's logits, and by id the sizes of the parameters outside the decoder that they take."""
-    head = _head(model)
+    head = unembedding_of(model)
     own = list(head.parameters()) if head is not None else []
     flops = 2 * sum(p.numel() for p in own if p.ndim == 2)
     try:
@@ -275,7 +268,7 @@ def _dimensions(
     model: Any, decoder: Any, passes: list[CountedPass], step: int, dtype_bytes: int
 ) -> Dimensions:
     config, embedding = text_config(model.config), decoder.get_input_embeddings()
-    d_model, head = config.hidden_size, _head(model)
+    d_model, head = config.hidden_size, unembedding_of(model)
     inside = {id(p): p.numel() for p in decoder.parameters()}
     logit_flops, used = _logits(model, passes[0])
     inside |= used

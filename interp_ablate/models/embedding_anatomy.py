@@ -99,3 +99,14 @@ def _norm_that_gave(
 def _holds(name: str, names: Sequence[str]) -> bool:
     """True for a module that others of the list are inside of."""
     return any(other.startswith(f"{name}.") for other in names)
+
+
+def unembedding_of(hf: Any) -> Any:
+    """The module that makes logits, which some wrapped models' inner decoder alone names; None where neither does."""
+    decoder = hf.get_decoder() if hasattr(hf, "get_decoder") else hf
+    named = (
+        part.get_output_embeddings()
+        for part in (hf, decoder)
+        if hasattr(part, "get_output_embeddings")
+    )
+    return next((head for head in named if isinstance(head, nn.Module)), None)

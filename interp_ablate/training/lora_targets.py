@@ -16,6 +16,7 @@ from torch import nn
 from interp_ablate.errors import ExportError, ModelError, RunError
 from interp_ablate.models.architectures import Layout, declared_architecture
 from interp_ablate.models.backends.hf import measured_anatomy
+from interp_ablate.models.embedding_anatomy import unembedding_of
 from interp_ablate.training.recipe import LoraRecipe
 from interp_ablate.training.trainable_model import require_extra
 
@@ -57,7 +58,7 @@ def linear_modules(hf: Any) -> list[str]:
     from transformers.pytorch_utils import Conv1D
 
     plain = (nn.Linear.forward, Conv1D.forward)
-    head, decoder = hf.get_output_embeddings(), hf
+    head, decoder = unembedding_of(hf), hf
     if hasattr(hf, "get_decoder") and hf.config is not hf.config.get_text_config(decoder=True):
         decoder = hf.get_decoder()
     inside = {id(part) for part in decoder.modules()}

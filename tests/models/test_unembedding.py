@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from support.family_models import build
 from tiny import rows_of, shared
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from interp_ablate.models.embedding_anatomy import unembedding_of
+from interp_ablate.training.lora_targets import linear_modules
 
 
 class Products(TorchDispatchMode):
@@ -48,3 +52,11 @@ def test_the_unembedding_is_left_as_it_was() -> None:
     head = model.tl.hf.get_output_embeddings()
     model.logits(rows_of(9, 12))
     assert "forward" not in head.__dict__
+
+
+def test_an_unembedding_that_only_the_inner_decoder_names() -> None:
+    """It was none to the model's backend, and a LoRA on all linear layers adapted it."""
+    hf = build("nemotron_h_omni")
+    assert hf.get_output_embeddings() is None
+    assert unembedding_of(hf) is hf.language_model.lm_head
+    assert not [name for name in linear_modules(hf) if "lm_head" in name]

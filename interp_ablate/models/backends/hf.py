@@ -22,6 +22,7 @@ from interp_ablate.models.backends.block_skipping import BlockSkipping
 from interp_ablate.models.backends.checks import fixed_tokens
 from interp_ablate.models.backends.hf_sites import HFSites
 from interp_ablate.models.backends.transformers_passes import TransformersPasses
+from interp_ablate.models.embedding_anatomy import unembedding_of
 from interp_ablate.models.loading import BackendName
 from interp_ablate.models.measured_architecture import MeasuredArchitecture, architecture_from
 from interp_ablate.models.quantized_modules import is_packed, plain_weight, refuse_export
@@ -130,7 +131,7 @@ class HFBackend(TransformersPasses):
 
     @property
     def unembedding(self) -> Float[Tensor, "d_vocab d_model"] | None:
-        head = self.hf.get_output_embeddings()
+        head = unembedding_of(self.hf)
         return None if head is None else plain_weight(head)
 
     def block(self, layer: int) -> nn.Module:
@@ -260,7 +261,7 @@ def measured_architecture(hf: Any, anatomy: Anatomy | None = None) -> MeasuredAr
 
 
 def _unembed_name(hf: Any) -> str:
-    head = hf.get_output_embeddings()
+    head = unembedding_of(hf)
     names = {id(module): name for name, module in hf.named_modules()}
     return f"{names[id(head)]}.weight" if head is not None else "lm_head.weight"
 

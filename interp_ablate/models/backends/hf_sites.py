@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from interp_ablate.models.anatomy import Anatomy, BlockAnatomy, Branch
+from interp_ablate.models.embedding_anatomy import unembedding_of
 from interp_ablate.models.module_calls import stream_argument, stream_of, with_stream
 from interp_ablate.sites import Point, Site
 
@@ -53,7 +54,7 @@ class HFSites:
         if "embed_bias" in anatomy.embeddings:
             norm = hf.get_submodule(anatomy.embed_norms[0].path)
             _hook_bias(norm, self.point(0, "embed_bias"))
-        head = hf.get_output_embeddings()
+        head = unembedding_of(hf)
         if head is not None:
             _hook_input(head, self.unembed_input)
         for layer, block in enumerate(anatomy.blocks):

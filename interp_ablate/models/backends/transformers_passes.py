@@ -25,6 +25,7 @@ from interp_ablate.models.backends.bridge_shortcuts import (
 )
 from interp_ablate.models.backends.checks import fixed_calls
 from interp_ablate.models.backends.foreign_hooks import hook_ids, without_hooks
+from interp_ablate.models.embedding_anatomy import unembedding_of
 
 
 class TransformersPasses(ABC):
@@ -80,8 +81,7 @@ class TransformersPasses(ABC):
     @cached_property
     def _head(self) -> nn.Module | None:
         """The unembedding, if the model has one that it names."""
-        head = self.hf.get_output_embeddings()
-        return head if isinstance(head, nn.Module) else None
+        return unembedding_of(self.hf)
 
     def new_cache(self, batch: int) -> Any:
         return growing_cache(text_config(self.hf_config))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from interp_ablate.errors import PlanError
+from interp_ablate.models.embedding_anatomy import unembedding_of
 from interp_ablate.training.healing.case import EditedCheckpoint, HealingRun
 from interp_ablate.training.lora_targets import Where, adapted_layers
 from interp_ablate.training.recipe import HEALING, RECIPE, HealingConfig, LoraRecipe
@@ -86,7 +87,7 @@ class _Reference:
     @torch.no_grad()
     def __init__(self, original: TrainableModel, rows: Sequence[TrainingRow]) -> None:
         hf = original.take().hf
-        self.head = hf.get_output_embeddings()
+        self.head = unembedding_of(hf)
         self.of_row: dict[tuple[int, ...], tuple[Tensor, bool]] = {}
         read: list[Tensor] = []
         handle = self.head.register_forward_pre_hook(lambda _, args: read.append(args[0]))
