@@ -40,3 +40,11 @@ def test_the_page_of_the_league_is_made_of_its_file() -> None:
     assert (ROOT / "docs" / "league.md").read_text(encoding="utf-8") == made, (
         "run `interp-ablate league --from docs/league.json --page docs/league.md`"
     )
+
+
+def test_the_readme_says_how_many_types_are_exact() -> None:
+    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    rows = page.split("<!-- generated: exact -->")[1].split("<!--")[0].splitlines()
+    exact = {row.split("|")[1].strip() for row in rows if row.startswith("| ")} - {"model type"}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"[{len(exact)} model types](" in readme, f"{len(exact)} types are exact"
