@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import hostile
@@ -18,9 +19,10 @@ from hostile import time_limit
 from tiny import N_LAYERS, folder_of, unit
 
 import interp_ablate
-from interp_ablate import Ablate, Plan, everywhere, load_model
+from interp_ablate import Ablate, Plan, collect, everywhere, load_model
 from interp_ablate.cli.main import main
 from interp_ablate.cli.options import chosen_in_run
+from interp_ablate.directions.direction import Direction
 from interp_ablate.directions.direction_set import Directions
 from interp_ablate.directions.foreign_files import read_directions
 from interp_ablate.errors import InterpAblateError
@@ -32,8 +34,10 @@ from interp_ablate.persona.persona import load_persona
 from interp_ablate.persona.rollouts import read_answers
 from interp_ablate.runs import run_folder
 from interp_ablate.runs.report import write_report
+from interp_ablate.scoring.expressions import expression_scorer
 from interp_ablate.search.trial_table import read_trials
-from interp_ablate.search.trials import TrialLog
+from interp_ablate.search.trials import Trial, TrialLog
+from interp_ablate.sites import Site
 from interp_ablate.storage.row_files import RowFile
 from interp_ablate.training.healing.case import read_plan
 
@@ -246,6 +250,80 @@ def test_what_a_run_left(file: str, name: str, tmp_path: Path) -> None:
                 torn = file.endswith(".jsonl") and name in ("empty", "cut short")
                 part_of_report = read is write_report and name != "a FIFO"
                 assert torn or part_of_report, f"{read} took {file}, {name}"
+
+
+@pytest.mark.parametrize(
+    ("file", "changed"),
+    [
+        ("run.json", {"search_settings": [3]}),
+        ("run.json", {"configuration": []}),
+        ("run.json", {"trials_made_by": [{"trials": 1, "versions": {"torch": {}}}]}),
+        ("run.json", {"search_end": {"met_by": 3}}),
+        ("selected.json", {"objectives": -1}),
+        ("selected.json", {"test": {"controls": [None]}}),
+        ("selected.json", {"test": {"perplexity_after": 10**400}}),
+        ("selected.json", {"plan": {"edits": [{"sites": 10**30}]}}),
+    ],
+)
+def test_parts_of_another_kind(file: str, changed: dict[str, object], tmp_path: Path) -> None:
+    for i, read in enumerate(LEFT_READERS[file][:2]):
+        run = tmp_path / str(i)
+        for other, content in RUN.items():
+            (run / other).parent.mkdir(parents=True, exist_ok=True)
+            (run / other).write_text(content)
+        (run / file).write_text(json.dumps({**json.loads(RUN[file]), **changed}))
+        refused(partial(read, run))
+
+
+@pytest.mark.parametrize("value", ["high", None, [0.1], 10**400, float("nan")])
+def test_numbers_that_are_none(value: object, tmp_path: Path) -> None:
+    """In a certificate, in the description of a direction, in a line of a log: none is believed."""
+    card = tmp_path / "card"
+    card.mkdir()
+    (card / "interp_ablate.json").write_text(RUN["export/interp_ablate.json"])
+    content = {"passed": True, "kl": value, "limits": {"kl": 1e-6}}
+    (card / "certificate.json").write_text(json.dumps(content))
+    refused(lambda: add_to_card(card, "more"))
+
+    place = tmp_path / "d.safetensors"
+    Directions((Direction(unit(), 1.0, Site(1, "resid_post")),)).save(place)
+    described = json.loads(place.with_suffix(".json").read_text())
+    described["directions"][0]["norm"] = value
+    place.with_suffix(".json").write_text(json.dumps(described))
+    refused(lambda: Directions.load(place))
+
+    with TrialLog(tmp_path / "trials.jsonl", {}).open() as log:
+        log.finish(Trial({"layer": 1}, scores={"kl": 0.5}, status="ok"))
+    line = (tmp_path / "trials.jsonl").read_text().replace("0.5", json.dumps(value))
+    (tmp_path / "trials.jsonl").write_text(line)
+    refused(lambda: _opened(TrialLog(tmp_path / "trials.jsonl", {})))
+
+
+def test_a_link_to_itself_and_null_bytes(tmp_path: Path) -> None:
+    for name in ("interp_ablate.json", "certificate.json"):
+        folder = tmp_path / name.partition(".")[0]
+        for other in ("interp_ablate.json", "certificate.json"):
+            folder.mkdir(exist_ok=True)
+            (folder / other).write_text(RUN[f"export/{other}"])
+        (folder / name).unlink()
+        (folder / name).symlink_to(name)
+        refused(partial(push_to_hub, folder, "a/b"))
+    (tmp_path / "words.txt").write_bytes(b"sorry\n" + bytes(50))
+    refused(lambda: expression_scorer(str(tmp_path / "words.txt")))
+
+
+def test_a_cache_of_activations_that_is_another(sound: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = load_model(sound / "a")
+    collect(model, ["one", "two", "three"], cache=tmp_path)
+    (path,) = tmp_path.iterdir()
+    tensors = load_file(path)
+    save_file({**tensors, "values": tensors["values"][:2].clone()}, path)
+    refused(lambda: collect(model, ["one", "two", "three"], cache=tmp_path))
+    path.unlink()
+    os.mkfifo(path)
+    refused(lambda: collect(model, ["one", "two", "three"], cache=tmp_path))
 
 
 def test_a_line_that_is_too_long_is_not_read(tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ from interp_ablate.prompts.contrast_set import ContrastSet
 from interp_ablate.prompts.prompt import PromptLike, text_of_prompt
 from interp_ablate.sites import Site, SiteLike, as_sites, sites_of
 from interp_ablate.storage.atomic_files import atomic_path
+from interp_ablate.storage.incoming_files import check_file
 
 
 @overload
@@ -382,12 +383,14 @@ def _read_cache(path: Path, request: _Request, labels: Tensor | None) -> Activat
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    check_file(path, InterpAblateError)
     try:
         tensors = load_file(path)
-        values, mean = tensors["values"], tensors["mean"]
-        if values.shape[1:3] != (len(request.positions), len(request.sites)):
+        values, mean, squares = (tensors[name] for name in ("values", "mean", "squares"))
+        expected = (len(request.rows), len(request.positions), len(request.sites))
+        if values.shape[:3] != expected or not values.shape[1:] == mean.shape == squares.shape:
             raise KeyError(f"shape {tuple(values.shape)}")
-        moments = Moments(len(values), mean, tensors["squares"])
+        moments = Moments(len(values), mean, squares)
     except (SafetensorError, KeyError, OSError) as error:
         raise InterpAblateError(
             f"corrupt activation cache {path}: {error}. Delete this file and run again"

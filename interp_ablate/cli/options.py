@@ -120,6 +120,8 @@ def run_with_directions(folder: str | Path) -> dict[str, Any]:
 def loading_of_run(saved: dict[str, Any]) -> dict[str, Any]:
     """How a run's model is loaded, from its run.json."""
     names = ("model", "backend", "dtype", "device", *CHAT_SETTINGS)
+    if lacking := [name for name in names if name not in saved["configuration"]]:
+        raise RunError(f"run.json lacks {', '.join(lacking)} in its configuration: run again")
     stored = {name: saved["configuration"][name] for name in names}
     return {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
 

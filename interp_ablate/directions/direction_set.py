@@ -22,12 +22,27 @@ from interp_ablate.errors import DirectionError
 from interp_ablate.sites import Point, Site, SiteLike, as_sites
 from interp_ablate.storage.atomic_files import write_atomic
 from interp_ablate.storage.incoming_files import check_file, incoming_object
+from interp_ablate.storage.json_shapes import NONE, NUMBER
 from interp_ablate.storage.strict_json import json_text
 
 if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT, PLAIN_FORMAT = "interp_ablate.directions/1", "interp_ablate.vectors/1"
+_SHAPE = {
+    "format": str,
+    "source": str,
+    "d_model": int,
+    "directions": [
+        {
+            **dict.fromkeys(("site", "position", "method", "source"), str),
+            "norm": NUMBER,
+            "auc": (NONE, *NUMBER),
+            "d_prime": (NONE, str, *NUMBER),
+        }
+    ],
+    "left_out": {"*": str},
+}
 VectorDtype = Literal["float64", "float32"]
 
 
@@ -169,7 +184,7 @@ class Directions:
         try:
             check_file(path, DirectionError)
             vectors = load_file(path)["directions"]
-            payload = incoming_object(path.with_suffix(".json"))
+            payload = incoming_object(path.with_suffix(".json"), shape=_SHAPE)
             records = payload["directions"]
             if payload["format"] != FORMAT:
                 raise DirectionError(f"the format is {payload['format']!r}; accepted is {FORMAT!r}")

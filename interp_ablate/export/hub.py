@@ -7,6 +7,7 @@ measured.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -135,7 +136,8 @@ def _files_to_publish(folder: Path, *, force: bool) -> list[str]:
         if not path.is_dir()
         and not _is_left_out(PurePosixPath(path.relative_to(folder).as_posix()))
     )
-    outside = [n for n in names if folder.resolve() not in (folder / n).resolve().parents]
+    inside = Path(os.path.realpath(folder))  # a link to itself leads nowhere, and is no error here
+    outside = [n for n in names if inside not in Path(os.path.realpath(folder / n)).parents]
     if outside:
         raise ExportError(
             f"{folder} links to files outside of it: {outside[:4]}. Put copies in their place"

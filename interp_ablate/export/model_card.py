@@ -19,6 +19,7 @@ from interp_ablate.models.sources import ModelSource
 from interp_ablate.sites import Site
 from interp_ablate.storage.atomic_files import atomic_path
 from interp_ablate.storage.incoming_files import incoming_object, incoming_text
+from interp_ablate.storage.json_shapes import LEFT_BY_A_RUN, NUMBER, misfit
 from interp_ablate.storage.provenance import MANIFEST, versions, weight_digests
 from interp_ablate.storage.strict_json import json_text
 from interp_ablate.weights.plan_to_weights import WeightPlan
@@ -146,7 +147,12 @@ def add_run(folder: str | Path, run: Mapping[str, Any]) -> None:
 def _write_again(folder: Path, certificate: dict[str, Any] | None = None, **changes: Any) -> None:
     try:
         manifest = {**incoming_object(folder / MANIFEST), **changes}
-        certificate = certificate or incoming_object(folder / CERTIFICATE, fields=("passed",))
+        certificate = certificate or incoming_object(
+            folder / CERTIFICATE, fields=("passed",), shape=LEFT_BY_A_RUN[CERTIFICATE]
+        )
+        numbers = {"limits": {"*": NUMBER}} | dict.fromkeys(certificate.get("limits") or {}, NUMBER)
+        if certificate["passed"] is not None and misfit(certificate, numbers):
+            raise ValueError(f"{CERTIFICATE} lacks a number that has a limit")
     except ValueError as error:
         raise ExportError(f"{folder} has no manifest to write a card from: {error}") from error
     try:

@@ -12,13 +12,11 @@ from interp_ablate.errors import RunError
 from interp_ablate.league.measures import SIDES
 from interp_ablate.league.results import COLUMNS, FORMAT, GRID
 from interp_ablate.storage.incoming_files import incoming_object
+from interp_ablate.storage.json_shapes import NONE, NUMBER, misfit
 
-# A shape is a type, a tuple of shapes of which one fits, an object's shapes by key ("*" is any key), or a list:
-# with one shape all values have it, with several there are as many values.
-_NONE, _NUMBER = type(None), (int, float)
-_ESTIMATE = (_NONE, [_NUMBER, (_NONE, *_NUMBER), (_NONE, *_NUMBER)])
+_ESTIMATE = (NONE, [NUMBER, (NONE, *NUMBER), (NONE, *NUMBER)])
 _COLUMNS = dict.fromkeys(COLUMNS, _ESTIMATE)
-_CURVES = {"*": (_NONE, [[_NUMBER, _NUMBER]])}
+_CURVES = {"*": (NONE, [[NUMBER, NUMBER]])}
 _METHOD = {
     "exactness": str,
     "source": str,
@@ -26,7 +24,7 @@ _METHOD = {
     "failed": {"*": str},
     "plans": [int, int],
     "failed_plans": {"*": [str]},
-    "seconds": (_NONE, *_NUMBER),
+    "seconds": (NONE, *NUMBER),
     "by_behaviour": {"*": _COLUMNS},
     "overall": _COLUMNS,
     "curves": dict.fromkeys(SIDES, _CURVES),
@@ -39,10 +37,10 @@ _RESULTS = {
     "model": str,
     "command": str,
     "n_sites": int,
-    "settings": dict.fromkeys(_SETTINGS, _NUMBER),
+    "settings": dict.fromkeys(_SETTINGS, NUMBER),
     "seeds": [int],
-    "behaviours": {"*": {"rates": (_NONE, [_NUMBER, _NUMBER]), "failed": str}},
-    "shared_seconds": (_NONE, *_NUMBER),
+    "behaviours": {"*": {"rates": (NONE, [NUMBER, NUMBER]), "failed": str}},
+    "shared_seconds": (NONE, *NUMBER),
     "methods": {"*": _METHOD},
 }
 
@@ -57,35 +55,12 @@ def read_results(path: str | Path) -> dict[str, Any]:
     results = incoming_object(Path(path), advice=advice)
     if results.get("format") != FORMAT:
         raise RunError(f"{path} holds no results of a league (format {FORMAT!r}): {advice}")
-    place = _misfit(results, _RESULTS) or _uneven(results)
+    place = misfit(results, _RESULTS) or _uneven(results)
     if place is not None:
         raise RunError(
             f"{path} is cut or was changed: {place} is not there, or not what a league writes; {advice}"
         )
     return results
-
-
-def _misfit(value: Any, shape: Any, place: str = "") -> str | None:
-    """Where a value does not have a shape; None where it has."""
-    if isinstance(shape, tuple):
-        found = [_misfit(value, one, place) for one in shape]
-        return None if None in found else max(map(str, found), key=len)
-    if isinstance(shape, type):
-        return None if type(value) is shape else place
-    if type(value) is not type(shape):
-        return place or "its content"
-    if isinstance(shape, list):
-        if len(shape) not in (1, len(value)):
-            return place
-        shapes = shape * len(value) if len(shape) == 1 else shape
-        parts = [(f"{place}[{i}]", *pair) for i, pair in enumerate(zip(value, shapes))]
-    else:
-        keys = value if "*" in shape else shape
-        parts = [
-            (f"{place}.{k}".lstrip("."), value.get(k, ...), shape.get(k, shape.get("*")))
-            for k in keys
-        ]
-    return next((at for name, v, s in parts if (at := _misfit(v, s, name)) is not None), None)
 
 
 def _uneven(results: dict[str, Any]) -> str | None:

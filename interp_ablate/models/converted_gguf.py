@@ -19,7 +19,7 @@ from typing import Any
 
 from interp_ablate.errors import InterpAblateError
 from interp_ablate.storage.atomic_files import hash_file, remove, temporary_folder, write_atomic
-from interp_ablate.storage.incoming_files import parse_json
+from interp_ablate.storage.incoming_files import incoming_json
 from interp_ablate.storage.strict_json import json_text
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def converted_folder(gguf: Path) -> Path | None:
 def is_whole(folder: Path) -> bool:
     """True if every file is as it was when the folder was made."""
     try:
-        return parse_json((folder / _MADE).read_text(encoding="utf-8")) == _files(folder)
+        return bool(incoming_json(folder / _MADE) == _files(folder))
     except (OSError, ValueError):
         return False
 

@@ -24,6 +24,7 @@ from interp_ablate.jobs.executors import Executor
 from interp_ablate.search.bench import ValidationBench
 from interp_ablate.search.edit_space import EditSpace, plan_of
 from interp_ablate.search.objective_scores import PromptScores
+from interp_ablate.storage.json_shapes import NONE, NUMBER, OBJECT, misfit
 from interp_ablate.storage.jsonl_log import JsonlLog
 from interp_ablate.storage.provenance import versions
 
@@ -31,6 +32,14 @@ Stage = Literal["screen", "refine", "search", "finalist"]
 FORMAT = "interp_ablate.trials/3"
 # A trial is given up after its process was killed so often: it may be the cause (out of memory).
 KILLS = 5
+_SHAPE = {
+    "params": OBJECT,
+    **dict.fromkeys(("stage", "status", "reason"), str),
+    **dict.fromkeys(("prompts", "number"), (NONE, int)),
+    "seconds": NUMBER,
+    "scores": {"*": NUMBER},
+    "by_prompt": {"*": [(NONE, *NUMBER)]},
+}
 
 
 @dataclass(frozen=True)
@@ -74,8 +83,8 @@ class Trial:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Trial:
         trial = cls(**data)
-        if not isinstance(trial.params, dict) or trial.stage not in get_args(Stage):
-            raise TypeError(f"not a trial: stage {trial.stage!r}, params {trial.params!r}")
+        if (place := misfit(vars(trial), _SHAPE)) is not None or trial.stage not in get_args(Stage):
+            raise TypeError(f"not a trial: its {place or 'stage'} is not one")
         return trial
 
 

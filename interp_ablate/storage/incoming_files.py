@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from interp_ablate.errors import InterpAblateError, RunError
+from interp_ablate.storage.json_shapes import misfit
 
 MAX_BYTES = 1 << 28  # of a file that is read whole; the largest tokenizers have a tenth of it
 MAX_LOG = 1 << 34  # bytes of a file that this package wrote line by line
 MAX_DEPTH = 64  # of lists and objects in each other
+MAX_DIGITS = 300  # of a whole number: one that is longer is no float
+_LONG = re.compile(rf"\d{{{MAX_DIGITS + 1}}}")
 _POINTER = b"version https://git-lfs.github.com/spec/"
 WHOLE = "download it again into its folder (hf download OWNER/MODEL), or copy it again"
 
@@ -87,9 +90,12 @@ def incoming_text(
     """
     data = incoming_bytes(path, error=error, limit=limit)
     try:
-        return data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as failure:
         raise error(f"{path} is not UTF-8 text ({failure}): save it as UTF-8") from failure
+    if "\0" in text:
+        raise error(f"{path} holds null bytes, as no text does: is it the right file?")
+    return text
 
 
 def incoming_json(
@@ -117,12 +123,16 @@ def incoming_json(
 
 
 def incoming_object(
-    path: str | Path, *, fields: Sequence[str] = (), **options: Any
+    path: str | Path, *, fields: Sequence[str] = (), shape: Any = object, **options: Any
 ) -> dict[str, Any]:
     """The object in a JSON file, with all of `fields`; `options` are those of `incoming_json`.
 
+    Args:
+        shape: what its parts are (see `json_shapes`).
+
     Raises:
-        InterpAblateError: of the kind `error`: see `incoming_json`; no object, or one that lacks a field.
+        InterpAblateError: of the kind `error`: see `incoming_json`; no object, one that lacks a field or has
+            another shape.
     """
     content = incoming_json(path, **options)
     error, advice = options.get("error", RunError), options.get("advice", WHOLE)
@@ -132,6 +142,11 @@ def incoming_object(
         )
     if lacking := [name for name in fields if name not in content]:
         raise error(f"{path} lacks {', '.join(lacking)}; {advice}")
+    if (place := misfit(content, shape)) is not None:
+        raise error(
+            f"{path} is cut or was changed: {place} is not there, or not of the kind that belongs there; "
+            f"{advice}"
+        )
     return content
 
 
@@ -142,12 +157,20 @@ def parse_json(text: str | bytes, *, unique: bool = True, finite: bool = False) 
         ValueError: what is wrong with it, as a message to a person.
     """
     more: dict[str, Any] = {"parse_constant": _no_constant} if finite else {}
+    if _LONG.search(text if isinstance(text, str) else text.decode(errors="replace")):
+        more["parse_int"] = _whole
     try:
         content = json.loads(text, object_pairs_hook=_once if unique else None, **more)
     except RecursionError:
         raise ValueError(f"it is nested too deeply, more than {MAX_DEPTH} deep") from None
     _check_depth(content)
     return content
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits is none of ours")
+    return int(digits)
 
 
 def _no_constant(name: str) -> Any:

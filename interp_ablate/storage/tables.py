@@ -20,6 +20,7 @@ from interp_ablate.storage.incoming_files import (
     incoming_text,
     parse_json,
 )
+from interp_ablate.storage.json_shapes import LEFT_BY_A_RUN
 
 _AGAIN = "delete it and run the stage that wrote it again"
 _WHOLE = ("layer", "trial")  # whole numbers of a table
@@ -87,10 +88,11 @@ def read_json(path: str | Path) -> dict[str, Any] | None:
     """A JSON object of the run folder; None where there is no such file.
 
     Raises:
-        RunError: the file is not JSON, with its line, or not an object.
+        RunError: the file is not JSON, with its line, not an object, or one of another shape.
     """
     path = Path(path)
-    return incoming_object(path, advice=_AGAIN) if path.exists() else None
+    shape = LEFT_BY_A_RUN.get(path.name, object)
+    return incoming_object(path, advice=_AGAIN, shape=shape) if path.exists() else None
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]] | None:
