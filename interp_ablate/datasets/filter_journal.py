@@ -15,8 +15,10 @@ from interp_ablate.datasets.conversations import Sample, Turn
 from interp_ablate.datasets.filter_recipe import read_now
 from interp_ablate.datasets.filter_rules import Rule, RuleValue, ScoreRule
 from interp_ablate.scoring.exchange import UNANSWERED
+from interp_ablate.storage.json_shapes import NONE, NUMBER, misfit
 from interp_ablate.storage.jsonl_log import JsonlLog
 
+_LINE = {"rule": str, "readings": [[int, int, (NONE, *NUMBER), str]]}
 _STORED = 16  # answers that are scored between two writes to the journal
 
 
@@ -31,11 +33,10 @@ class StoredValues:
         self.names: dict[int, str] = {}  # of rules
         self.values: dict[tuple[str, int, int], RuleValue] = {}
         for number, line in enumerate(lines, 2):
-            try:
-                for at, turn, value, why in line["readings"]:
-                    self.values[line["rule"], at, turn] = RuleValue(value, why)
-            except (KeyError, TypeError, ValueError) as error:
-                raise journal.corrupt(number, f"{type(error).__name__} {error}") from error
+            if (place := misfit(line, _LINE)) is not None:
+                raise journal.corrupt(number, f"{place} is not there, or another thing")
+            for at, turn, value, why in line["readings"]:
+                self.values[line["rule"], at, turn] = RuleValue(value, why)
 
     def __call__(self, rule: Rule, asked: Sequence[tuple[Sample, Turn]]) -> list[RuleValue]:
         read = self._kept if rule.stored else read_now

@@ -17,6 +17,7 @@ from typing import Any
 
 from interp_ablate.errors import RunError
 from interp_ablate.prompts.thoughts import split_thought
+from interp_ablate.storage.json_shapes import NONE, NUMBER, OBJECT, misfit
 from interp_ablate.storage.jsonl_log import JsonlLog
 
 
@@ -155,6 +156,14 @@ def _count(n: int, schema: Mapping[str, Any], what: str, text: str) -> str | Non
 
 
 CACHE_FORMAT = "interp_ablate.replies/1"
+_REPLY = {
+    **dict.fromkeys(("text", "finish", "model"), str),
+    "refusal": (NONE, str),
+    "tokens": [str],
+    "top": [[str, NUMBER]],
+    "used": [int, int],
+}
+_LINE = ({"server": str, "takes": OBJECT}, {"key": str, "reply": _REPLY})
 
 
 class ReplyCache:
@@ -178,6 +187,8 @@ class ReplyCache:
         weakref.finalize(self, self._stack.close)  # a cache that stayed empty leaves no file
         for number, line in enumerate(self._stack.enter_context(self._lines.open()), 2):
             try:
+                if (place := misfit(line, _LINE)) is not None:
+                    raise TypeError(f"{place} is another thing")
                 if "server" in line:
                     self._servers[line["server"]] = dict(line["takes"])
                     continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -93,6 +94,31 @@ def test_a_slow_answer_holds_up_a_bounded_number_of_rows(tmp_path: Path) -> None
     notes = [json.loads(line) for line in (tmp_path / "out" / "why.jsonl").read_text().splitlines()]
     assert [note["number"] for note in notes] == list(range(1, 2 * whole + 1, 3))
     assert manifest["counts"]["rows"] == 2 * whole
+
+
+@pytest.mark.parametrize("broken", ['"high"', "[1]", "1e999", "{}"])
+def test_kept_values_that_are_none_are_no_values(broken: str, tmp_path: Path) -> None:
+    """In the journal and in the cache of replies: one message that names the line."""
+    source, out = written(tmp_path / "a.jsonl", ["answer 0"]), tmp_path / "out"
+    cache = tmp_path / "replies.jsonl"
+    with serving("77") as server:
+
+        def recipe() -> FilterRecipe:
+            endpoint = Endpoint("m", server.url, cache=cache)
+            return FilterRecipe((ScoreRule(above=50, scorer=Judge(endpoint, "How red?")),))
+
+        filter_file(source, out, recipe())
+        gc.collect()  # the cache is closed
+        for path, value in ((out / "verdicts.jsonl", "77.0"), (cache, '"77"')):
+            whole = path.read_text()
+            assert value in whole
+            path.write_text(
+                whole.replace(value, "7" if (value, broken) == ('"77"', '"high"') else broken)
+            )
+            with pytest.raises(RunError, match=r"corrupt .* line [23]"):
+                filter_file(source, out, recipe(), settings=FilterSettings(force=True))
+            path.write_text(whole)
+            gc.collect()
 
 
 def test_equal_questions_of_several_batches_are_asked_once(tmp_path: Path) -> None:
