@@ -35,7 +35,8 @@ TEMPLATES = "additional_chat_templates"  # folder of a tokenizer with several te
 # Code of a model that brings its own, vocabularies in formats of their own, and the terms of use.
 _TRAVELS = re.compile(
     rf"{TEMPLATES}/[^/]+\.jinja|[^/]+\.(py|tiktoken)|tokenizer\.model\.v\d+[^/]*|"
-    r"([^/]*[-_])?(LICEN[CS]E|NOTICE|COPYING|POLICY|TERMS)[^./]*(\.(txt|md|pdf|rst))?",
+    r"([^/]*[-_])?((UN)?LICEN[CS]E|NOTICE|COPYING|COPYRIGHT|POLICY|TERMS|EULA|ACCEPTABLE_USE|ATTRIBUTION)[^./]*"
+    r"(\.(txt|md|pdf|rst|html?|rtf|(apache|mit|bsd|mpl|gpl)[-.\d]*))?",
     re.IGNORECASE,
 )
 # Files that nobody loads into a model. Any other that was not checked may be weights.

@@ -33,6 +33,7 @@ from interp_ablate.export.auditing import AuditSource, audit
 from interp_ablate.export.checkpoint import export_folder
 from interp_ablate.export.lora import export_lora
 from interp_ablate.export.model_card import SAFETY_NOTICE
+from interp_ablate.export.side_files import travels
 from interp_ablate.models.load import from_hf
 from interp_ablate.models.model import Model
 
@@ -385,6 +386,19 @@ def test_templates_come_along_and_secrets_do_not(tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------- what travels
+
+
+@pytest.mark.parametrize(
+    ("name", "yes"),
+    [
+        *((n, True) for n in ("LICENSE.Apache-2.0", "UNLICENSE", "EULA.txt", "COPYRIGHT", "ACCEPTABLE_USE.md")),
+        *((n, True) for n in ("LICENSE", "LICENCE.md", "NOTICE", "USE_POLICY.md", "GEMMA_TERMS.html")),
+        *((n, False) for n in ("LICENSE.bin", "LICENSE.pt", "terms.gguf", "policy.safetensors", "eula.npz")),
+    ],
+)  # fmt: skip
+def test_terms_of_use_travel_and_weights_of_their_name_do_not(name: str, yes: bool) -> None:
+    assert travels(name) is yes
+
 
 OTHERS = (
     "flax_model.msgpack", "rust_model.ot", "tf_model.h5", "model.onnx", "model-q4.gguf", "last.ckpt", "a.npz",
