@@ -44,9 +44,12 @@ def in_float32(module: nn.Module, *, level: int = logging.WARNING) -> Iterator[b
         for device, size in needed.items()
         if device.type == "meta" or size > SHARE_OF_FREE * free_memory(device)
     ]
-    if not half or short:
-        if short:
-            logger.log(level, "no memory on %s for the weights in float32: measuring in %s", short[0], half[0].dtype)  # fmt: skip
+    kinds = {device.type for device in needed}
+    parked = "cpu" in kinds and len(kinds) > 1  # whoever moves weights in turn moves the copies
+    if not half or short or parked:
+        if half:
+            why = "its weights are moved while it runs" if parked else f"no memory on {short[0]}"
+            logger.log(level, "%s for the weights in float32: measuring in %s", why, half[0].dtype)
         yield False
         return
     config, kept = getattr(module, "cfg", None), [each.data for each in half]
