@@ -79,7 +79,7 @@ def first_paint(address: str) -> float | None:
 
 def main() -> None:
     args = common.arguments(
-        __doc__, requests={"type": int, "default": 200, "help": "answers in a row"}
+        __doc__, requests={"type": int, "default": 60, "help": "answers in a row"}
     )
     import psutil
 
@@ -115,14 +115,14 @@ def main() -> None:
             if i >= min(KEPT, n - 1):
                 memory.append(process.memory_info().rss)
         words = "word " * (64 if args.smoke else LONGEST_PROMPT - 64)
-        longest, _ = answered(address, {"prompt": words, "max_new_tokens": 1, "controls": still})
+        _, longest = answered(address, {"prompt": words, "max_new_tokens": 1, "controls": still})
     growth = (memory[-1] - memory[1]) / 1e6
     facts = {
         "first paint": paint,
         "first token, median": statistics.median(firsts),
         "first token, slowest": max(firsts),
         "both answers and scores, median": statistics.median(wholes),
-        "first token of the longest prompt": longest,
+        "answer to the longest prompt": longest,
     }
     print(f"\nexplorer, {n} answers of {limit} tokens")
     for name, seconds in facts.items():

@@ -38,7 +38,7 @@ Event = dict[str, Any]
 REMEMBERED = 16  # unedited answers
 LONGEST_ANSWER, USUAL_ANSWER = 512, 48  # tokens
 # with what the template adds: a pass over a prompt cannot be stopped, and whoever asks next waits for it
-LONGEST_PROMPT = 4096
+LONGEST_PROMPT = 1024
 TOP_TERMS = 25
 
 
