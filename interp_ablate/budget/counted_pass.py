@@ -146,11 +146,10 @@ def _streams(decoder: Any) -> Iterator[dict[str, int]]:
 
     def reads(name: str) -> Any:
         def note(_: Any, args: Any) -> None:
-            x = (
-                args[0] if args and isinstance(args[0], Tensor) else None
-            )  # not the shape that positions get
-            if x is not None and x.untyped_storage()._cdata in made:
-                read[name] = x.untyped_storage()._cdata
+            if not args or not isinstance(args[0], Tensor):  # positions may get a shape
+                return
+            if (storage := args[0].untyped_storage()._cdata) in made:
+                read[name] = storage
 
         return note
 

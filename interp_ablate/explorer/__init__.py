@@ -1,7 +1,7 @@
 """The explorer: a page in the browser over one model, its directions and a run folder.
 
-May import: every wing but league and cli. To add a view: a function in `views.py`, a route in `server.py`, a part of the page
-in `data/templates/explorer.html.j2`.
+May import: every wing but league and cli. To add a view: a function in `views.py`, a route in `server.py`, a part of
+the page in `data/templates/explorer.html.j2`.
 """
 
 import lazy_loader

@@ -96,11 +96,12 @@ class ExplorerSession:
 
     def answer(self, request: Mapping[str, Any]) -> Iterator[Event]:
         """The prompt answered under the plan and without it, token by token, then scores and marked differences."""
-        prompt, limit = self._read(_prompt(request)), _limit(request)
+        prompt, limit = _prompt(request), _limit(request)
+        outputs = ModelOutputs(self.model, [prompt], max_new_tokens=limit)
+        _check_length(len(outputs.rows[0]))
         plan = self.plan(request)
         chosen = self._direction(request)
         after = yield from self._answered("edited", prompt, plan, limit, chosen)
-        outputs = ModelOutputs(self.model, [prompt], max_new_tokens=limit)
         key = (tuple(outputs.rows[0]), limit)
         before = self._unedited.get(key)
         if before is None:

@@ -53,9 +53,7 @@ N_FRONT = 24  # finalists of the front, at most
 N_STRONG = 6  # finalists beside the front
 AT_ONCE = 3  # trials whose answers are written in one batch
 LEAST_SECONDS = 60.0  # of trials, whatever the preparation took
-FIT_BEGINS_WITHIN = (
-    0.3  # of a search's minutes; where it could only begin later, trials get its time
-)
+FIT_BEGINS_WITHIN = 0.3  # of a search's minutes; later, trials get its time
 
 
 def run_search(run: Run, search: SearchSettings, objectives: ObjectiveScores | None = None) -> None:
