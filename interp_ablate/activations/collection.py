@@ -43,7 +43,7 @@ from interp_ablate.activations.token_rows import Token, after_prompts, answers_a
 from interp_ablate.activations.token_shards import Shards
 from interp_ablate.errors import InterpAblateError
 from interp_ablate.models.batches import Batch
-from interp_ablate.models.model import Model
+from interp_ablate.models.model import Model, check_model
 from interp_ablate.prompts.chat_template import suffix_length
 from interp_ablate.prompts.contrast_set import ContrastSet
 from interp_ablate.prompts.prompt import PromptLike, text_of_prompt
@@ -116,6 +116,7 @@ def collect(
         InterpAblateError: positions that do not exist in the prompts; a corrupt cache file; tokens' activations
             that do not fit into memory.
     """
+    check_model(model)
     if differ_by_prompt(positions):
         tokens: Any = positions
         options: dict[str, Any] = {"responses": responses, "batch_size": batch_size}
@@ -189,6 +190,7 @@ def collect_moments(
     batch_size: int | None = None,
 ) -> Moments:
     """The moments of `collect` alone (float64), which need no memory for the values of every prompt."""
+    check_model(model)
     if differ_by_prompt(positions):
         raise InterpAblateError(
             f"moments are of positions that every prompt has, such as -1; got {positions!r:.60}"

@@ -26,7 +26,7 @@ from interp_ablate.activations.activations import (
 from interp_ablate.directions.direction import Direction
 from interp_ablate.errors import DirectionError, InterpAblateError, ModelError
 from interp_ablate.models.batches import Batch
-from interp_ablate.models.model import Model
+from interp_ablate.models.model import Model, check_model
 from interp_ablate.precision import to_float64
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring.exchange import PromptResponse
@@ -75,6 +75,7 @@ def pooled(
         InterpAblateError: no answers, or an empty one.
         DirectionError: NaN or infinity.
     """
+    check_model(model)
     blocks = _blocks(model, answers, sites, _pool, batch_size, on_batch, whole=True)
     return reduce(Moments.merge, (Moments.of(block) for _, block in blocks))
 
@@ -93,6 +94,7 @@ def response_activations(
         InterpAblateError: no answers, or an empty one.
         DirectionError: NaN or infinity.
     """
+    check_model(model)
     means = torch.empty(len(answers), len(sites), model.d_model)
     pool = lambda x, _, lengths: response_mean(x, lengths)  # noqa: E731
     for index, block in _blocks(model, answers, sites, pool, batch_size, on_batch):
@@ -175,6 +177,7 @@ def project_responses(
         ModelError: no tokenizer, a site the model lacks, NaN or infinity in the activations.
         DirectionError: a direction of another d_model.
     """
+    check_model(model)
     means = response_means(
         model, exchanges, (direction,), response_tokens=response_tokens, batch_size=batch_size
     )

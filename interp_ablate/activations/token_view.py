@@ -20,7 +20,7 @@ from interp_ablate.activations.token_rows import Token, after_prompts, answers_a
 from interp_ablate.directions.direction import Direction, as_directions
 from interp_ablate.errors import DirectionError, InterpAblateError
 from interp_ablate.models.batches import Batch
-from interp_ablate.models.model import Model
+from interp_ablate.models.model import Model, check_model
 from interp_ablate.precision import to_float64
 from interp_ablate.prompts.prompt import PromptLike
 from interp_ablate.sites import Point, Site, SiteLike, as_sites
@@ -129,6 +129,7 @@ def token_projections(
         ModelError: a site that the model lacks; NaN or infinity in the activations.
         InterpAblateError: two responses; a prompt that cannot be rendered.
     """
+    check_model(model)
     columns, places = _columns(model, directions, sites)
     (prompt,), given = answers_apart([prompt], None if response is None else [response])
     if given is not None and max_new_tokens:

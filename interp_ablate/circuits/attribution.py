@@ -25,7 +25,7 @@ from interp_ablate.directions.direction import Direction, as_direction
 from interp_ablate.errors import DirectionError, ModelError, PlanError
 from interp_ablate.models.batches import Batch
 from interp_ablate.models.forward import Capture
-from interp_ablate.models.model import Model
+from interp_ablate.models.model import Model, check_model
 from interp_ablate.precision import to_float64
 from interp_ablate.prompts.contrast_set import ContrastSet
 from interp_ablate.prompts.prompt import PromptLike, as_prompts
@@ -180,6 +180,7 @@ def attribute(
             a negative number of neurons, or more shares of neurons than memory should hold.
         PlanError: a plan is applied: its edits write to the stream too.
     """
+    check_model(model)
     place = Site.parse(site if site is not None else as_direction(direction).site)
     _check(model, direction, place)
     if isinstance(prompts, ContrastSet):

@@ -17,7 +17,7 @@ from interp_ablate.directions.direction import Direction
 from interp_ablate.edits.kinds import Ablate
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import DirectionError
-from interp_ablate.models.model import Model
+from interp_ablate.models.model import Model, check_model
 from interp_ablate.prompts.prompt import PromptLike
 from interp_ablate.sites import Site
 
@@ -51,6 +51,7 @@ def representational_independence(
     """
     import pandas as pd
 
+    check_model(model)
     named = {"first": first, "second": second}
     for name, item in named.items():
         if len(item.vector) != model.d_model:

@@ -20,7 +20,7 @@ from torch import Tensor
 from interp_ablate.circuits.norm_gains import through_norm
 from interp_ablate.directions.direction import Direction, as_direction, random_directions
 from interp_ablate.errors import DirectionError, ModelError, PlanError
-from interp_ablate.models.model import Model
+from interp_ablate.models.model import Model, check_model
 from interp_ablate.precision import to_float64
 from interp_ablate.sites import Site
 
@@ -94,6 +94,7 @@ def logit_lens(
         ModelError: no unembedding; something else than a norm before it.
         PlanError: a plan is applied.
     """
+    check_model(model)
     if len(as_direction(direction).vector) != model.d_model:
         raise DirectionError(
             f"the direction has d_model {len(direction.vector)}, and {model.source.name} {model.d_model}"

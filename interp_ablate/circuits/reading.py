@@ -22,7 +22,7 @@ from interp_ablate.directions.direction import Direction, as_direction, random_d
 from interp_ablate.edits.kinds import Ablate
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import DirectionError, PlanError
-from interp_ablate.models.model import Model
+from interp_ablate.models.model import Model, check_model
 from interp_ablate.models.module_calls import Recorded, recording
 from interp_ablate.models.quantized_modules import plain_weight
 from interp_ablate.precision import to_float64
@@ -50,6 +50,7 @@ def reading_weights(model: Model, direction: Direction) -> pd.DataFrame:
     """
     import pandas as pd
 
+    check_model(model)
     _check(model, direction)
     rows: list[dict[str, Any]] = []
     for layer, name, weight, size in _linear_readers(model):
@@ -169,6 +170,7 @@ def path_patching(
     """
     import pandas as pd
 
+    check_model(model)
     _check(model, direction)
     rows = [model.encode_all([text]) for text in as_prompts(prompts)]
     random = [random_direction(direction, seed=1000 * seed + i) for i in range(controls)]

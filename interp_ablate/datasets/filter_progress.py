@@ -18,9 +18,9 @@ from interp_ablate.datasets.filter_recipe import Decision, RuleHit, SampledDecis
 from interp_ablate.datasets.filter_rules import RuleValue
 from interp_ablate.errors import InterpAblateError
 from interp_ablate.storage.atomic_files import write_atomic
-from interp_ablate.storage.incoming_files import incoming_object, parse_json
+from interp_ablate.storage.incoming_files import incoming_object
 from interp_ablate.storage.json_rows import FileRow, MalformedRow, RawLine
-from interp_ablate.storage.strict_json import json_text
+from interp_ablate.storage.strict_json import as_read_back, json_text
 
 NAME = ".progress.json"
 EVERY = 5.0  # seconds between two notes
@@ -107,7 +107,7 @@ class Progress:
 
 def _about(run: Any) -> dict[str, Any]:
     """What a note is of; as it is read back."""
-    return parse_json(json_text({**run.about(), "version": __version__}))
+    return as_read_back({**run.about(), "version": __version__})  # type: ignore[no-any-return]
 
 
 def _drawn_as_json(drawn: SampledDecisions) -> dict[str, Any]:

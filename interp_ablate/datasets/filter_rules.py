@@ -263,8 +263,12 @@ class ProjectionRule(_Limits):
     stored: bool = True
 
     def __post_init__(self) -> None:
+        from interp_ablate.directions.direction import as_direction
+        from interp_ablate.models.model import check_model
+
+        check_model(self.model)
+        width = len(as_direction(self.direction).vector)
         super().__post_init__()
-        width = len(self.direction.vector)
         if width != self.model.d_model:
             raise RunError(
                 f"the direction at {self.direction.site} has {width} components, the model's residual "

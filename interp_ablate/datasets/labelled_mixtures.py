@@ -22,7 +22,7 @@ from interp_ablate.datasets.screening_measure import last_exchange
 from interp_ablate.datasets.screening_settings import MEASURES
 from interp_ablate.directions.direction import Direction, random_directions
 from interp_ablate.errors import RunError
-from interp_ablate.models.model import Model
+from interp_ablate.models.model import Model, check_model
 from interp_ablate.persona.extraction import kept_answers
 from interp_ablate.persona.persona import load_persona
 from interp_ablate.scoring.exchange import PromptResponse
@@ -164,6 +164,7 @@ def check_screening(
     Raises:
         RunError: labels or a table of another number of samples.
     """
+    check_model(model)
     every = [last_exchange(sample) for sample in read_samples(data, layout=layout)]
     if not len(every) == len(table) == len(labels):
         raise RunError(

@@ -22,7 +22,7 @@ from interp_ablate.datasets.screening_settings import ScreeningSettings
 from interp_ablate.directions.direction import Direction
 from interp_ablate.errors import RunError
 from interp_ablate.jobs.bars import bar
-from interp_ablate.models.model import Model
+from interp_ablate.models.model import Model, check_model
 from interp_ablate.models.rendering import rendering
 from interp_ablate.prompts.chat_format import ReadPart
 from interp_ablate.prompts.prompt import Prompt
@@ -118,6 +118,7 @@ def measure_samples(
         RowFileError: a row that cannot be used, with its line.
         RunError: a store of other data, settings, direction or model; own answers for which no prompt leaves room.
     """
+    check_model(model)
     room = model.tl.cfg.n_ctx - model.thinking.budget((), settings.max_new_tokens).most
     if settings.own and room < 1:
         raise RunError(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from interp_ablate.directions.direction import ZERO_TOLERANCE, Direction
 from interp_ablate.directions.direction_set import Directions, as_set
+from interp_ablate.display import shortened
 from interp_ablate.errors import DirectionError
 from interp_ablate.precision import to_float64
 from interp_ablate.sites import Point, Site
@@ -31,11 +32,14 @@ def winsorized(
     Raises:
         DirectionError: no float tensor with an axis d_model; NaN or infinity; a quantile not in (0, 1].
     """
-    if values.ndim == 0 or 0 in values.shape or not values.is_floating_point():
-        raise DirectionError(
-            f"activations are a float tensor [..., d_model]; got {values.dtype} of shape "
-            f"{tuple(values.shape)}"
+    is_tensor = isinstance(values, Tensor)
+    if not is_tensor or not values.ndim or 0 in values.shape or not values.is_floating_point():
+        came = (
+            f"{values.dtype} of shape {tuple(values.shape)}"
+            if is_tensor
+            else shortened(repr(values))
         )
+        raise DirectionError(f"activations are a float tensor [..., d_model]; got {came}")
     if not torch.isfinite(values).all():
         raise DirectionError(
             "activations hold NaN or infinity: check the model's dtype; float16 often overflows, "

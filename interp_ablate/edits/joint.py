@@ -15,7 +15,7 @@ from interp_ablate.directions.direction import Direction
 from interp_ablate.display import shortened
 from interp_ablate.edits.affine_edit import AffineEdit
 from interp_ablate.edits.kinds import Ablate, Clamp, Edit, Erase
-from interp_ablate.edits.plan import HasWriters, Plan, layers_of, written_by
+from interp_ablate.edits.plan import HasWriters, Plan, layers_of, n_layers_of, written_by
 from interp_ablate.errors import PlanError
 from interp_ablate.sites import Site, SiteLike
 
@@ -78,10 +78,11 @@ def ablate_sets(
     Raises:
         PlanError: a layer that the model lacks, directions that are not linearly independent.
     """
+    count = n_layers_of(model)
     _check_mapping("ablate_sets", "layers", directions)
     edits = []
-    for layer in layers_of(model.n_layers, tuple(directions)):
-        given = next(each for key, each in directions.items() if key % model.n_layers == layer)
+    for layer in layers_of(count, tuple(directions)):
+        given = next(each for key, each in directions.items() if key % count == layer)
         edits.append(Ablate(given, written_by(model, (layer,)), strength=strength))
     return Plan(tuple(edits))
 

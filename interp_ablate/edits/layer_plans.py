@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from interp_ablate.directions.direction import Direction
 from interp_ablate.directions.direction_set import one_per_layer
 from interp_ablate.edits.kinds import Ablate
-from interp_ablate.edits.plan import HasWriters, Plan, written_by
+from interp_ablate.edits.plan import HasWriters, Plan, n_layers_of, written_by
 from interp_ablate.errors import PlanError
 from interp_ablate.sites import Point
 
@@ -39,6 +39,7 @@ def ablate_by_layer(
         DirectionError: no direction, or none at that point.
         PlanError: a direction of a layer that the model lacks.
     """
+    count = n_layers_of(model)
     items = one_per_layer(directions, point)
     edits = []
     for item in items:
@@ -46,7 +47,7 @@ def ablate_by_layer(
         if not sites:
             raise PlanError(
                 f"a direction is of layer {item.site.layer}, and the model has layers 0 to "
-                f"{model.n_layers - 1}: estimate it for this model"
+                f"{count - 1}: estimate it for this model"
             )
         edits.append(Ablate(item, sites, strength=strength, norm_preserving=norm_preserving))
     return Plan(tuple(edits))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from interp_ablate.directions.direction import Direction, as_direction
-from interp_ablate.display import html_table
+from interp_ablate.display import html_table, shortened
 from interp_ablate.edits.affine import Affine, NormGain
 from interp_ablate.edits.conditional import Conditional, Gate
 from interp_ablate.edits.edit import EditBase, Positions, is_number
@@ -294,6 +294,20 @@ class HasWriters(Protocol):
     def writers(self) -> tuple[Site, ...]: ...
 
 
+def n_layers_of(model: HasWriters) -> int:
+    """How many layers a model has.
+
+    Raises:
+        PlanError: it is no model of this package.
+    """
+    count = getattr(model, "n_layers", None)
+    if type(count) is not int:
+        raise PlanError(
+            f"a Model is needed, as load_model(name) gives one; got {shortened(repr(model))} ({type(model).__name__})"
+        )
+    return count
+
+
 Layers = int | str | Iterable[int] | None
 
 
@@ -359,7 +373,7 @@ def ablate_layers(
     Raises:
         PlanError: layers that the model lacks.
     """
-    chosen = set(layers_of(model.n_layers, layers))
+    chosen = set(layers_of(n_layers_of(model), layers))
     sites = sites_of(("resid_pre",), sorted(chosen)) if inputs else written_by(model, chosen)
     return Plan((Ablate(direction, sites, strength=strength, positions=positions),))
 
@@ -378,6 +392,7 @@ def add_to_layers(
     Raises:
         PlanError: layers that the model lacks.
     """
+    count = n_layers_of(model)
     own = as_direction(direction).site.layer if layers is None else layers
-    sites = sites_of((point,), list(layers_of(model.n_layers, own)))
+    sites = sites_of((point,), list(layers_of(count, own)))
     return Plan((Add(direction, sites, coefficient=coefficient, positions=positions),))

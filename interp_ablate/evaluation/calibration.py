@@ -22,7 +22,7 @@ from interp_ablate.errors import InterpAblateError, NotFiniteError, PlanError
 from interp_ablate.evaluation.metrics import first_token_kl
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.models.installed_plans import as_plan
-from interp_ablate.models.model import Model
+from interp_ablate.models.model import Model, check_model
 from interp_ablate.prompts.contrast_set import ContrastSet
 from interp_ablate.prompts.prompt import Prompt, PromptLike
 from interp_ablate.prompts.readers import bundled_names, is_one_side, read_side
@@ -88,6 +88,7 @@ def strength_at_kl_quantile(
             already; no prompts.
         PlanError: a plan that has no strength (a clamp, a rotation): give a function.
     """
+    check_model(model)
     numbers_fit = 0 < kl < math.inf and 0 <= quantile <= 1 and 0 < tolerance < 1
     if not numbers_fit:
         raise InterpAblateError(

@@ -32,7 +32,7 @@ from interp_ablate.evaluation.results import (
     paired_row,
 )
 from interp_ablate.evaluation.side import MeasuredParts, Side
-from interp_ablate.models.model import Model
+from interp_ablate.models.model import Model, check_model, model_of
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.stats.intervals import AT_LEAST_0, Estimate, mean_estimate
 from interp_ablate.storage.jsonl_log import JsonlLog
@@ -67,12 +67,14 @@ def evaluate(
         ModelError: prompts and answers do not fit into a model's positions.
         InterpAblateError: NaN or infinity in the logits.
     """
+    for given in (before, *([] if after is None else [after])):
+        check_model(given, loaders=True)
     if after is None and plan is None:
         raise RunError("nothing to compare: give a second model, or a plan")
     config = (measures or EvaluationConfig()).limited()
     tasks = Tasks(config.task_folders) if config.tasks else None
     keys = {name: tasks.identity(name) for name in config.tasks} if tasks else {}
-    before = before if after is not None or isinstance(before, Model) else before()
+    before = before if after is not None else model_of(before)
     # the second is looked at first, and loaded again when the first has been measured
     second = Side("after", before if after is None else after, plan, config)
     second.release()

@@ -27,7 +27,7 @@ from typing import Any
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import InterpAblateError, RunError
 from interp_ablate.evaluation.harness_adapter import as_harness_lm
-from interp_ablate.models.model import Model
+from interp_ablate.models.model import Model, check_model
 from interp_ablate.storage.atomic_files import hash_file, temporary_folder
 from interp_ablate.storage.bundled_data import bundled
 
@@ -188,6 +188,7 @@ class Tasks:
             RunError: no such task, or one that cannot be loaded or run (its data is not here, ...).
             InterpAblateError: NaN or infinity in the logits.
         """
+        check_model(model)
         manager = self._of(name)
         try:
             with _quiet():

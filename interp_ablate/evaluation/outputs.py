@@ -17,7 +17,7 @@ from torch import Tensor
 from interp_ablate.display import html_table, shortened
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import InterpAblateError, NotFiniteError
-from interp_ablate.models.model import Model
+from interp_ablate.models.model import Model, check_model
 from interp_ablate.models.residual_cache import ResidualCache
 from interp_ablate.models.thinking import Generation
 from interp_ablate.prompts.messages import is_chat
@@ -43,6 +43,7 @@ class ModelOutputs:
         max_new_tokens: int = MAX_NEW_TOKENS,
         batch_size: int | None = None,
     ) -> None:
+        check_model(model)
         self.model, self.prompts, self.plan = model, tuple(as_prompts(prompts)), plan
         self.rows = model.encode_all(self.prompts)
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size

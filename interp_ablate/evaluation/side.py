@@ -7,7 +7,6 @@ answers, or how two sides become rows.
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -21,12 +20,12 @@ from interp_ablate.evaluation.metrics import divergences
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.evaluation.perplexity import WindowLoss, corpus_losses
 from interp_ablate.models.float32 import in_float32
-from interp_ablate.models.model import Model
+from interp_ablate.models.model import Model, model_of
 from interp_ablate.models.rendering import rendering, require_room
 from interp_ablate.models.thinking import Generation
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.storage.jsonl_log import JsonlLog
-from interp_ablate.storage.strict_json import json_text
+from interp_ablate.storage.strict_json import as_read_back
 
 
 class MeasuredParts:
@@ -39,7 +38,7 @@ class MeasuredParts:
 
     def stored(self, name: str, key: Any = None) -> dict[str, Any] | None:
         """The part's line, if it has been measured."""
-        key = json.loads(json.dumps(key))
+        key = as_read_back(key)
         for line in self.lines:
             if line.get("part") == name and line.get("key") == key:
                 return line
@@ -50,7 +49,7 @@ class MeasuredParts:
         line = self.stored(name, key)
         if line is None:
             self.on_part(name)
-            line = json.loads(json_text({"part": name, "key": key, "value": measure()}))
+            line = as_read_back({"part": name, "key": key, "value": measure()})
             if self.log is not None:
                 self.log.append(line)
             self.lines.append(line)
@@ -73,7 +72,7 @@ class Side:
     ) -> None:
         self.which, self.plan, self.config = which, plan, config
         self._load = None if isinstance(model, Model) else model
-        self._model: Model | None = model if isinstance(model, Model) else model()
+        self._model: Model | None = model_of(model)
         model = self.model
         for prompts in config.prompts.values():
             require_room(model, prompts, config.max_new_tokens)

@@ -19,7 +19,7 @@ from interp_ablate.errors import RunError
 from interp_ablate.evaluation.metrics import Metric, answer_kl
 from interp_ablate.evaluation.outputs import ModelOutputs, generate_outputs_together
 from interp_ablate.models.installed_plans import as_plan
-from interp_ablate.models.model import Model
+from interp_ablate.models.model import Model, check_model
 from interp_ablate.models.thinking import Generation
 from interp_ablate.prompts.prompt import PromptLike, text_of_prompt
 from interp_ablate.scoring.exchange import TextScorer, required_arguments
@@ -142,6 +142,7 @@ def compare(
         PlanError: a plan that does not fit the model.
         InterpAblateError: a text scorer, and prompts of token ids.
     """
+    check_model(model)
     if not conditions:
         raise RunError('no condition to compare: give {"unedited": None, "ablated": plan}')
     plans = {name: None if plan is None else as_plan(plan) for name, plan in conditions.items()}

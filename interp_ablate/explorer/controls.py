@@ -15,7 +15,7 @@ from interp_ablate.directions.direction import Direction
 from interp_ablate.edits.kinds import Ablate, Add, Clamp, Edit
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import PlanError
-from interp_ablate.models.model import Model
+from interp_ablate.models.model import Model, check_model
 from interp_ablate.sites import EMBEDDING_POINTS, Site
 
 OPERATIONS = ("ablate", "add", "clamp")
@@ -76,6 +76,7 @@ class Controls:
         Raises:
             PlanError: another number of bands than the model has, a direction that there is not.
         """
+        check_model(model)
         bands = bands_of(model.n_layers)
         if len(self.amounts) != len(bands) or not 0 <= self.direction < len(directions):
             raise PlanError(

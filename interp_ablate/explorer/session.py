@@ -24,7 +24,7 @@ from interp_ablate.evaluation.metrics import kl_divergence
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.explorer.controls import Controls
 from interp_ablate.models.conversation import Conversation
-from interp_ablate.models.model import Model
+from interp_ablate.models.model import Model, check_model
 from interp_ablate.models.thinking import Generation
 from interp_ablate.prompts.messages import message_of
 from interp_ablate.prompts.prompt import Prompt
@@ -60,6 +60,7 @@ class ExplorerSession:
         run: Run | None = None,
         expression: ExpressionScorer | None = None,
     ) -> None:
+        check_model(model)
         self.model, self.directions, self.folder = model, list(directions), Path(folder)
         self.run, self.expression = run, expression
         self._unedited: OrderedDict[tuple[Any, ...], Generation] = OrderedDict()

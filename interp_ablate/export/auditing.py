@@ -6,7 +6,6 @@ does), or who wrote the folder: anyone may audit what they were sent.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,11 +29,13 @@ from interp_ablate.export.side_files import (
 )
 from interp_ablate.export.source_folder import architecture_in, as_written, opened, weights_config
 from interp_ablate.models.architectures import Architecture, is_tied
+from interp_ablate.models.model import check_model
 from interp_ablate.models.model_files import check_loadable
 from interp_ablate.models.sources import read_hf_config
 from interp_ablate.storage.incoming_files import incoming_bytes, incoming_json, incoming_object
 from interp_ablate.storage.provenance import MANIFEST
 from interp_ablate.storage.safetensors_reader import INDEX, Checkpoint
+from interp_ablate.storage.strict_json import as_read_back
 from interp_ablate.weights.plan_to_weights import Tied, WeightPlan, edited_tensor, weight_plan
 
 # Files that an export writes itself, or that no program reads.
@@ -80,6 +81,7 @@ class AuditSource:
     @classmethod
     def of_model(cls, model: Any) -> AuditSource:
         """A model in memory: its own tensors, without the unembedding where it is the embedding."""
+        check_model(model)
         state = model.hf_state_dict()
         if is_tied(model.hf_config):
             state.pop(model.architecture.unembed, None)
@@ -293,7 +295,7 @@ def _json_problems(before: dict[str, Any], folder: Path, *, compared: Collection
 
 def _comparable(config: Any) -> dict[str, Any]:
     """A config as plain data, without what repeats its `rope_parameters` for older programs."""
-    values = json.loads(json.dumps(config.to_dict(), default=str))
+    values = as_read_back(config.to_dict(), default=str)
     values["architectures"] = values.get("architectures") or [
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     ]

@@ -24,7 +24,7 @@ from interp_ablate.evaluation.metrics import kl_divergence
 from interp_ablate.jobs.bars import quiet_libraries, waiting
 from interp_ablate.models.anatomy import find_blocks
 from interp_ablate.models.load import from_hf
-from interp_ablate.models.model import Model
+from interp_ablate.models.model import Model, check_model
 from interp_ablate.models.model_files import auto_class, dequantizing, widened
 from interp_ablate.models.module_calls import stream_argument, stream_of
 from interp_ablate.models.sources import ModelSource, read_hf_config
@@ -397,6 +397,7 @@ def certify(
     Raises:
         ExportError: a folder transformers cannot load with no option; a plan that no weights can hold.
     """
+    check_model(model)
     require_weight_form(plan)
     computed = str(model.dtype).removeprefix("torch.")
     stored = stored_dtype or computed

@@ -44,7 +44,7 @@ from interp_ablate.jobs.bars import waiting
 from interp_ablate.models.architectures import Architecture, is_tied
 from interp_ablate.models.backends.hooked_to_hf import CONVERTIBLE
 from interp_ablate.models.checkpoint_names import NamesError
-from interp_ablate.models.model import Model
+from interp_ablate.models.model import Model, check_model
 from interp_ablate.models.model_files import check_loadable, read_config
 from interp_ablate.models.sources import ModelSource
 from interp_ablate.prompts.prompt import PromptLike
@@ -143,6 +143,7 @@ def export_checkpoint(
         ExportError: no exact weight form, unknown architecture, a place that cannot be written, a
             certificate that fails. Nothing is left at `out` then.
     """
+    check_model(model)
     if model.hf_config is None:
         raise ExportError(
             "the model was wrapped without its Hugging Face config: Model.wrap(..., hf_config=...)"

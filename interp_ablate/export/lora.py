@@ -36,7 +36,7 @@ from interp_ablate.export.lora_adapter import Adapter, lora_adapter
 from interp_ablate.export.model_card import export_manifest, write_documents
 from interp_ablate.jobs.bars import waiting
 from interp_ablate.models.load import from_hf
-from interp_ablate.models.model import Model
+from interp_ablate.models.model import Model, check_model
 from interp_ablate.models.model_files import auto_class
 from interp_ablate.prompts.prompt import PromptLike
 from interp_ablate.storage.incoming_files import incoming_object
@@ -75,6 +75,7 @@ def export_lora(
         ExportError: PEFT is not installed, no exact form, a place that cannot be written, a certificate
             that fails. Nothing is left at `out` then.
     """
+    check_model(model)
     peft = import_peft()
     state = model.hf_state_dict()
     entry = model.architecture

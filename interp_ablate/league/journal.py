@@ -5,7 +5,6 @@ Knows: what is finished, what was begun and never ended. Does not know: what a p
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import Any
 
 from interp_ablate.search.trials import KILLS, together
 from interp_ablate.storage.jsonl_log import JsonlLog
+from interp_ablate.storage.strict_json import as_read_back
 
 FORMAT = "interp_ablate.league/1"
 Key = tuple[str, ...]
@@ -73,7 +73,7 @@ class LeagueJournal:
 
     def _append(self, line: dict[str, Any]) -> None:
         self._lines.append(line)
-        self._take(json.loads(json.dumps(line)))
+        self._take(as_read_back(line))
 
     def together(self, keys: Sequence[Key], most: int) -> Sequence[Key]:
         """The first keys that may be done in one piece."""

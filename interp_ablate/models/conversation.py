@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from interp_ablate.edits.plan import Plan
-from interp_ablate.models.model import Model
+from interp_ablate.models.model import Model, check_model
 from interp_ablate.prompts.messages import Message
 from interp_ablate.prompts.prompt import Prompt
 
@@ -25,6 +25,9 @@ class Conversation:
     seed: int = 0
     turns: list[Message] = field(default_factory=list)
     """What was said so far, without the system prompt: whole turns only."""
+
+    def __post_init__(self) -> None:
+        check_model(self.model)
 
     def say(self, text: str, plan: Plan | None = None) -> Iterator[str]:
         """Say something, and yield the answer piece by piece; both become turns when the answer has ended.

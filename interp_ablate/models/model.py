@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
+from types import FunctionType, MethodType
 from typing import Any
 from uuid import uuid4
 
@@ -16,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from interp_ablate.directions.direction import Direction, as_directions
-from interp_ablate.display import Html, html_of
+from interp_ablate.display import Html, html_of, shortened
 from interp_ablate.edits.kinds import Edit
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import DirectionError, ModelError
@@ -436,3 +437,30 @@ class Model:
             self._passes, row, watched, decoding, self.decode, in_force, budget
         )
         return ((token, values[0] if single else values) for token, values in pieces)
+
+
+def check_model(given: object, *, loaders: bool = False) -> None:
+    """Refuse what is no Model; with `loaders`, a function that loads one is taken too.
+
+    Raises:
+        ModelError: what came, and how a Model is made.
+    """
+    if isinstance(given, Model) or (
+        loaders and isinstance(given, (FunctionType, MethodType, partial))
+    ):
+        return
+    raise ModelError(
+        "a Model is needed, as load_model(name or folder), from_hf(model, tokenizer) or Model.wrap(transformer_lens "
+        f"object) gives one; got {shortened(repr(given))} ({type(given).__name__})"
+    )
+
+
+def model_of(given: Model | Callable[[], Model]) -> Model:
+    """The model itself, or the one that a function loads.
+
+    Raises:
+        ModelError: something else.
+    """
+    model = given if isinstance(given, Model) else given()
+    check_model(model)
+    return model

@@ -18,7 +18,7 @@ from interp_ablate.export.checkpoint import atomic_folder, export_into
 from interp_ablate.export.model_card import add_to_card
 from interp_ablate.export.preflight import check_model_exports
 from interp_ablate.jobs.bars import Progress
-from interp_ablate.models.model import Model
+from interp_ablate.models.model import Model, check_model
 from interp_ablate.persona.persona import Persona
 from interp_ablate.persona.rollouts import Rollout, run_rollouts
 from interp_ablate.persona.settings import BAKING, BakingConfig
@@ -75,6 +75,7 @@ def bake(
             left at `out` then.
         InterpAblateError: a coefficient of 0; see `run_rollouts`.
     """
+    check_model(model)
     persona.check(model)
     coefficient = persona.coefficient if settings.coefficient is None else settings.coefficient
     if not coefficient:

@@ -6,7 +6,6 @@ answers are made, stored or scored, or how the layer is chosen.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from interp_ablate.directions.direction import ZERO_TOLERANCE, Direction
 from interp_ablate.directions.direction_set import Directions
 from interp_ablate.errors import DirectionError, InterpAblateError, RunError
 from interp_ablate.jobs.bars import Bars, Progress
-from interp_ablate.models.model import Model
+from interp_ablate.models.model import Model, check_model
 from interp_ablate.models.rendering import rendering, require_room
 from interp_ablate.persona.persona import Persona, load_persona
 from interp_ablate.persona.readout import TraitReadout, fit_readout
@@ -41,6 +40,7 @@ from interp_ablate.persona.traits import Questions, Trait, split_questions
 from interp_ablate.scoring.exchange import TextScorer
 from interp_ablate.sites import Site, sites_of
 from interp_ablate.storage.provenance import versions
+from interp_ablate.storage.strict_json import as_read_back
 
 
 def kept_answers(path: str | Path, made_of: Mapping[str, Any] | None) -> FilteredRollouts:
@@ -188,6 +188,7 @@ def extract(
         RunError: too few answers pass the filter; no candidate gives coherent answers; `out` is other work.
         InterpAblateError: settings that do not fit the trait or the model.
     """
+    check_model(model)
     listener, out = listener or Bars(), Path(out)
     candidates = sites_of(("resid_post",), _candidate_layers(model, settings))
     made_of = _made_of(model, trait, scorer, coherence, settings)
@@ -205,9 +206,8 @@ def extract(
     readout = _readout(model, rollouts, candidates, settings, source=source, listener=listener)
     position = POSITIONS[settings.pooling]
     steering = [each for each in directions.where(candidates) if each.position == position]
-    path = out / SELECTION
     chosen, layers, unsteered = choose_layer(
-        model, steering, questions.selection, path, settings=settings, **options
+        model, steering, questions.selection, out / SELECTION, settings=settings, **options
     )
     _note_weak(chosen, unsteered, listener)
     details = {
@@ -298,7 +298,7 @@ def _made_of(
         "coherence": coherence.identity if coherence else FLUENCY,
         "settings": asdict(settings),
     }
-    return json.loads(json.dumps(made_of))  # type: ignore[no-any-return]
+    return as_read_back(made_of)  # type: ignore[no-any-return]
 
 
 def _check_scorers(out: Path, done: Persona | None, made_of: dict[str, Any]) -> None:

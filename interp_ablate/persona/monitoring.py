@@ -21,7 +21,7 @@ from interp_ablate.activations.collection import collect
 from interp_ablate.directions.direction import Direction, random_directions
 from interp_ablate.errors import PromptError, RunError
 from interp_ablate.jobs.bars import Progress
-from interp_ablate.models.model import Model
+from interp_ablate.models.model import Model, check_model
 from interp_ablate.persona.persona import Persona
 from interp_ablate.persona.rollouts import Rollout, RolloutRequest, run_rollouts
 from interp_ablate.persona.settings import GREEDY, SamplingConfig
@@ -161,6 +161,7 @@ def monitor_trait(
         DirectionError: the persona is of a model of another shape.
         RunError: no answer has a score; a store of other answers.
     """
+    check_model(model)
     persona.check(model)
     systems = graded_prompts(persona.trait) if systems is None else tuple(systems)
     questions = persona.trait.evaluation_questions if questions is None else tuple(questions)

@@ -19,7 +19,7 @@ from interp_ablate.edits.edit import Positions
 from interp_ablate.edits.kinds import Add
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import DirectionError, RunError
-from interp_ablate.models.model import Model
+from interp_ablate.models.model import Model, check_model
 from interp_ablate.persona.readout import COLUMNS as READOUT_COLUMNS
 from interp_ablate.persona.readout import METHOD as READOUT_METHOD
 from interp_ablate.persona.traits import Trait, load_trait
@@ -97,6 +97,7 @@ class Persona:
         Raises:
             DirectionError: another d_model, or fewer layers.
         """
+        check_model(model)
         width, last = (
             len(self.direction.vector),
             max(self.site.layer, self.readout_direction.site.layer),

@@ -23,7 +23,7 @@ from interp_ablate.activations.activations import RESPONSE_MEAN
 from interp_ablate.activations.pooling import POOLED_ROWS, response_activations
 from interp_ablate.directions.direction import ZERO_TOLERANCE, Direction
 from interp_ablate.jobs.bars import Bars, Progress
-from interp_ablate.models.model import Model
+from interp_ablate.models.model import Model, check_model
 from interp_ablate.persona.rollouts import Rollout
 from interp_ablate.persona.settings import MIN_ANSWERS, MIN_COHERENCE
 from interp_ablate.prompts.prompt import Prompt
@@ -103,6 +103,7 @@ def fit_readout(
     Raises:
         DirectionError: NaN or infinity in the activations.
     """
+    check_model(model)
     sites, listener = as_sites(sites), listener or Bars()
     usable = _usable(answers, min_coherence)
     questions = np.array([answer.prompt.text for answer in usable])

@@ -16,7 +16,7 @@ from interp_ablate.directions.direction import Direction, random_directions
 from interp_ablate.edits.plan import Plan
 from interp_ablate.errors import InterpAblateError, RunError
 from interp_ablate.jobs.bars import Progress
-from interp_ablate.models.model import Model
+from interp_ablate.models.model import Model, check_model
 from interp_ablate.persona.persona import Persona, addition_plan
 from interp_ablate.persona.rollouts import Rollout, RolloutRequest, run_rollouts
 from interp_ablate.persona.settings import DEFAULTS, STEERING, ExtractionConfig, SteeringConfig
@@ -172,6 +172,7 @@ def steer(
         DirectionError: the persona is of a model of another shape.
         PromptError: more questions than the trait has.
     """
+    check_model(model)
     persona.check(model)
     questions = first_evaluation_questions(persona.trait, settings.questions)
     controls = random_directions(persona.direction, settings.controls)

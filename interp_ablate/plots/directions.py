@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 import pandas as pd
 
+from interp_ablate.directions.direction import as_directions, cosine_similarities
 from interp_ablate.directions.estimators import CONTROL_COLUMNS
 from interp_ablate.errors import RunError
 from interp_ablate.plots import style
@@ -113,7 +114,7 @@ def _of_one_method(directions: Iterable[Direction], what: str) -> list[Direction
     Raises:
         RunError: they are of several estimators, which one line or cell a site cannot show.
     """
-    items = list(directions)
+    items = as_directions(directions)
     methods = sorted({item.method for item in items})
     if len(methods) > 1:
         raise RunError(
@@ -125,7 +126,7 @@ def _of_one_method(directions: Iterable[Direction], what: str) -> list[Direction
 
 def distinct_directions(directions: Iterable[Direction]) -> list[Direction]:
     """The directions without those at resid_pre of a layer that have their like at resid_post of the layer before."""
-    items = list(directions)
+    items = as_directions(directions)
     drawn = style.drawn_places((d.site.layer, d.site.point, d.position) for d in items)
     return [d for d in items if drawn[d.site.layer, d.site.point, d.position] is not None]
 
@@ -254,8 +255,6 @@ def cosine_similarity(directions: Iterable[Direction], ax: Axes | None = None) -
         RunError: no directions, or those of several estimators.
     """
     ax = style.axes_or_new(ax, height=6.6)
-    from interp_ablate.directions.direction import cosine_similarities
-
     items = distinct_directions(_of_one_method(directions, "cosine_similarity()"))
     items.sort(key=lambda item: (style.position_key(item.position), item.site.order))
     if not items:

@@ -126,6 +126,7 @@ def save_evaluation(folder: str | Path, *, form: str = "png", dpi: int | None = 
 
 def _rows_with_units(frame: pd.DataFrame, units: tuple[str, ...]) -> pd.DataFrame:
     """The first rows of some units that have a number after."""
+    style.require_columns(frame, COLUMNS, "numbers before and after")
     return frame[frame["unit"].isin(units) & frame["after"].notna()].head(_MOST)
 
 

@@ -22,6 +22,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 
+from interp_ablate.display import shortened
 from interp_ablate.errors import RunError
 from interp_ablate.storage.atomic_files import atomic_path
 
@@ -100,7 +101,11 @@ def position_key(position: str) -> tuple[int, str]:
 
 
 def require_columns(frame: pd.DataFrame, columns: Sequence[str], what: str) -> None:
-    """Raise a RunError that names the columns that a table lacks."""
+    """Raise a RunError that names the columns that a table lacks, or says that it is no table."""
+    if not isinstance(frame, pd.DataFrame):
+        raise RunError(
+            f"the {what} are a table (pandas.DataFrame); got {shortened(repr(frame))} ({type(frame).__name__})"
+        )
     missing = [column for column in columns if column not in frame.columns]
     if missing:
         raise RunError(

@@ -5,7 +5,7 @@ Knows: how it is drawn. Does not know: any model, or how a projection was comput
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -48,11 +48,10 @@ def token_heatmap(
     Raises:
         RunError: a missing column, no rows, or several directions at one layer.
     """
-    frame = (
-        projections
-        if isinstance(projections, pd.DataFrame)
-        else projections.one_per_layer().to_frame()
-    )
+    from interp_ablate.activations.token_view import TokenProjections
+
+    whole = isinstance(projections, TokenProjections)
+    frame: Any = projections.one_per_layer().to_frame() if whole else projections  # type: ignore[union-attr]
     style.require_columns(frame, TOKEN_COLUMNS, "token projections")
     style.require_rows(frame, "token projections")
     if frame.duplicated(["index", "layer"]).any():

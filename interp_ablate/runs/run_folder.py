@@ -24,7 +24,7 @@ from interp_ablate.storage.atomic_files import folder_made, remove_left_overs, w
 from interp_ablate.storage.incoming_files import incoming_object
 from interp_ablate.storage.json_shapes import LEFT_BY_A_RUN
 from interp_ablate.storage.output_folder import check_output_path
-from interp_ablate.storage.strict_json import json_text
+from interp_ablate.storage.strict_json import as_read_back, json_text
 
 if TYPE_CHECKING:
     from interp_ablate.activations.activations import Activations
@@ -129,7 +129,7 @@ class Run:
         Raises:
             RunError: something is another one, with what to do.
         """
-        before, now = self.state["made_of"], json.loads(json.dumps(contents))
+        before, now = self.state["made_of"], as_read_back(contents)
         other = [name for name in now if before.get(name, now[name]) != now[name]]
         if other:
             raise RunError(

@@ -26,6 +26,7 @@ from interp_ablate.scoring.replies import (
     parse_json,
     reply_cache,
 )
+from interp_ablate.storage.strict_json import as_read_back
 
 logger = logging.getLogger(__name__)
 
@@ -324,7 +325,7 @@ class Endpoint:
         """Keep what the server takes, so that the next run does not find it out again."""
         self._schema_taken = schema_taken
         takes = {"fields": self._sent, "schema": schema_taken}
-        self._cache.put_server(self._server, json.loads(json.dumps(takes)))
+        self._cache.put_server(self._server, as_read_back(takes))
 
     def _without_schema(
         self, body: dict[str, Any], key: str, refused: Refused, stop: threading.Event

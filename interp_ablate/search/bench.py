@@ -24,7 +24,7 @@ from interp_ablate.evaluation.metrics import (
     unanswered,
 )
 from interp_ablate.evaluation.outputs import ModelOutputs, generate_outputs_together
-from interp_ablate.models.model import Model
+from interp_ablate.models.model import Model, check_model
 from interp_ablate.prompts.prompt import PromptLike
 from interp_ablate.scoring.behaviour import EXPRESSED, Behaviour, settles
 from interp_ablate.search.objective_scores import ObjectiveScores, PromptScores
@@ -45,6 +45,7 @@ class ValidationBench:
         expression: Behaviour,
         max_new_tokens: int = MAX_NEW_TOKENS,
     ) -> None:
+        check_model(model)
         self.model, self.target, self.expression = model, target, expression
         self.objectives = ObjectiveScores()
         # scores the finalists, where there are prompts that no trial was chosen on

@@ -29,7 +29,7 @@ from interp_ablate.evaluation.metrics import (
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.evaluation.side_by_side import Score, as_metric
 from interp_ablate.jobs.bars import with_bar
-from interp_ablate.models.model import Model
+from interp_ablate.models.model import Model, check_model
 from interp_ablate.prompts.contrast_set import ContrastSet, as_contrast
 from interp_ablate.scoring.exchange import TextScorer
 from interp_ablate.scoring.expressions import ExpressionScorer
@@ -88,6 +88,7 @@ def layer_sweep(
         RunError: an unknown edit or place; no edit; n_shuffled below 0.
         DirectionError, PlanError: directions that do not fit the model.
     """
+    check_model(model)
     _check(edits, where, n_shuffled)
     items = one_per_layer(directions, point)
     places: list[tuple[LayerEdit, Where]] = [

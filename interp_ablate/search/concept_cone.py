@@ -20,7 +20,7 @@ from interp_ablate.edits.affine import orthonormal_rows
 from interp_ablate.errors import DirectionError, NotFiniteError, PlanError
 from interp_ablate.jobs.bars import with_bar
 from interp_ablate.models.batches import telling_of_memory
-from interp_ablate.models.model import Model
+from interp_ablate.models.model import Model, check_model
 from interp_ablate.search.gradient_fit import UNLIKELY, FitData, answer_logprobs, kept_kls
 
 CONE_KL_WEIGHT = 10.0
@@ -92,6 +92,7 @@ def fit_cone(
         PlanError: numbers out of range.
         DirectionError: another d_model, directions that leave the first vector nothing.
     """
+    check_model(model)
     _check(model, direction, rank, steps, kl_weight)
     generator = torch.Generator().manual_seed(seed)
     outside = _outside(orthogonal_to, model.d_model)

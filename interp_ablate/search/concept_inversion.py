@@ -26,7 +26,7 @@ from interp_ablate.errors import ModelError, NotFiniteError, RunError
 from interp_ablate.evaluation.metrics import first_token_kl
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.jobs.bars import with_bar
-from interp_ablate.models.model import Model
+from interp_ablate.models.model import Model, check_model
 from interp_ablate.prompts.contrast_set import ContrastSet, as_contrast
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.search.race import distinct
@@ -91,7 +91,7 @@ def cosmic(
             candidate within the limits.
         DirectionError, PlanError: directions that do not fit the model.
     """
-    _check(share, depth, max_kl, contrast)
+    _check(model, share, depth, max_kl, contrast)
     candidates = distinct(as_directions(directions))
     if not candidates:
         raise RunError("COSMIC chooses among directions, and there is none: estimate some")
@@ -120,7 +120,10 @@ def cosmic(
     return ConceptInversion(chosen, judge.layers, table)
 
 
-def _check(share: float, depth: float, max_kl: float | None, contrast: ContrastSet) -> None:
+def _check(
+    model: Model, share: float, depth: float, max_kl: float | None, contrast: ContrastSet
+) -> None:
+    check_model(model)
     for name, value in (("share", share), ("depth", depth)):
         if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
             raise RunError(f"{name} is more than 0 and at most 1; got {value!r}")

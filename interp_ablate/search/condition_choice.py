@@ -18,7 +18,7 @@ from interp_ablate.edits.conditional import Condition, Pooled, Similarity
 from interp_ablate.errors import DirectionError, PlanError
 from interp_ablate.models.batches import Batch
 from interp_ablate.models.forward import Capture
-from interp_ablate.models.model import Model
+from interp_ablate.models.model import Model, check_model
 from interp_ablate.prompts.contrast_set import ContrastSet, as_contrast
 from interp_ablate.prompts.prompt import PromptLike
 from interp_ablate.sites import Site
@@ -84,6 +84,7 @@ def best_condition(
         PlanError: a direction at another site than resid_pre or resid_post, or at one where an applied plan writes.
         ModelError: a site that the model lacks.
     """
+    check_model(model)
     given = as_directions(directions)
     options: dict[str, Any] = {"threshold": 0.0, "similarity": similarity, "pooled": pooled}
     conditions = [Condition(direction, **options) for direction in given]

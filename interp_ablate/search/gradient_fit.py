@@ -23,7 +23,7 @@ from interp_ablate.evaluation.metrics import repeats
 from interp_ablate.evaluation.outputs import ModelOutputs
 from interp_ablate.jobs.bars import with_bar
 from interp_ablate.models.batches import telling_of_memory
-from interp_ablate.models.model import Model
+from interp_ablate.models.model import Model, check_model
 from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.settings import STEP_ROWS
 from interp_ablate.sites import Site
@@ -220,6 +220,7 @@ def fit_edit(
     before, of the same sites. The idea of finding a direction by gradient is that of Wollschlaeger et al. 2025,
     https://arxiv.org/abs/2502.17420.
     """
+    check_model(model)
     sites = model.writers
     read, write, strengths = _live(model, direction, sites, start)
     groups = [{"params": [strengths], "rate": STRENGTH_RATE}]

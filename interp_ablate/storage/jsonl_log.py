@@ -19,7 +19,7 @@ from interp_ablate import __version__
 from interp_ablate.errors import RunError
 from interp_ablate.storage.atomic_files import folder_made
 from interp_ablate.storage.incoming_files import check_file, parse_json
-from interp_ablate.storage.strict_json import json_text
+from interp_ablate.storage.strict_json import as_read_back, json_text
 
 
 class JsonlLog:
@@ -53,7 +53,7 @@ class JsonlLog:
         self.path, self.kind, self.format, self.lost = Path(path), kind, format, lost
         made_by = {} if any_version else {"interp-ablate": __version__}
         # as it will be read back: JSON makes lists of tuples
-        self.identity: dict[str, Any] = json.loads(json.dumps({**made_by, **identity}))
+        self.identity: dict[str, Any] = as_read_back({**made_by, **identity})
         self._replace = replace
         self._begun = False  # whether the header is there
 
@@ -165,6 +165,8 @@ class JsonlLog:
             return False
         try:
             json.JSONDecoder().raw_decode(text)
+        except RecursionError:
+            return False
         except ValueError:
             return True
         return False

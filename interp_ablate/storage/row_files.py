@@ -10,7 +10,6 @@ import csv
 import gzip
 import hashlib
 import io
-import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -30,6 +29,7 @@ from interp_ablate.storage.json_rows import (
     json_list,
     raw_lines,
 )
+from interp_ablate.storage.strict_json import json_text
 
 Format = Literal["jsonl", "json", "csv", "parquet", "folder"]
 Compression = Literal["", ".gz", ".zst"]
@@ -340,10 +340,10 @@ WriteRow = Callable[[dict[str, Any], "bytes | None"], None]
 def as_json(values: dict[str, Any], like: bytes | None = None) -> bytes:
     """A row as JSON text; with \\u escapes where `like`, the row it was made of, is plain ASCII.
 
-    What JSON has no form for (a table's times, decimals, bytes) is written as Python shows it.
+    What JSON has no form for (a table's times, decimals, bytes) is written as Python shows it, NaN as null.
     """
     plain = like is not None and like.isascii()
-    text = json.dumps(values, ensure_ascii=plain, default=str)
+    text = json_text(values, ensure_ascii=plain, default=str)
     return text.encode(errors="surrogatepass")
 
 

@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from interp_ablate.storage.atomic_files import write_atomic
 from interp_ablate.storage.output_folder import StreamedFolder, WorkerThread, sync_to_disk
 from interp_ablate.storage.safetensors_header import PER_ITEM, TensorFile, TensorInfo
 from interp_ablate.storage.safetensors_reader import HEADER_NAMES, INDEX, Checkpoint, TensorSource
+from interp_ablate.storage.strict_json import json_text
 
 logger = logging.getLogger(__name__)
 
@@ -365,7 +367,7 @@ def _write_index(
         content = (source.folder / INDEX).read_bytes()
         write_atomic(folder / INDEX, content, error=ExportError)
         return
-    index = json.loads(json.dumps(source.index))
+    index: Any = deepcopy(source.index)
     left = [source.tensors[name] for name in without]
     added = {
         "total_size": sum(new.nbytes for new in extra) - sum(info.nbytes for info in left),
@@ -380,5 +382,5 @@ def _write_index(
         del index["weight_map"][name]
     for new in extra:
         index["weight_map"][new.name] = source.tensors[new.beside].file.name
-    text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+    text = json_text(index, indent=2, ensure_ascii=False) + "\n"
     write_atomic(folder / INDEX, text, error=ExportError)

@@ -24,3 +24,8 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def as_read_back(value: Any, **options: Any) -> Any:
+    """A value as its JSON gives it back: lists of tuples, keys as text, null for NaN and infinity."""
+    return json.loads(json_text(value, **options))

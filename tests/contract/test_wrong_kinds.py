@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
+import re
 from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny import shared, unit
+from tiny import shared, tiny, unit
 
+import interp_ablate
 from interp_ablate import (
     Ablate,
     Activations,
     ContrastSet,
     Direction,
     Directions,
+    Model,
     Plan,
     Prompt,
     Site,
@@ -24,7 +32,7 @@ from interp_ablate.activations.projection import project
 from interp_ablate.circuits.attribution import attribute
 from interp_ablate.circuits.lens import logit_lens
 from interp_ablate.circuits.reading import reading_weights
-from interp_ablate.directions.adjustments import interpolated
+from interp_ablate.directions.adjustments import interpolated, winsorized
 from interp_ablate.directions.beside import cosine_table, principal_angles
 from interp_ablate.directions.biprojection import biprojected_directions
 from interp_ablate.directions.direction import (
@@ -43,6 +51,26 @@ from interp_ablate.edits.joint import ablate_by_site, ablate_sets, jointly
 from interp_ablate.edits.layer_plans import ablate_by_layer
 from interp_ablate.edits.plan import ablate_layers, add_to_layers, band
 from interp_ablate.errors import DirectionError, InterpAblateError, PromptError
+from interp_ablate.plots import (
+    attribution_bars,
+    attribution_map,
+    cosine_similarity,
+    cosines_beside,
+    evaluation_changes,
+    evaluation_divergences,
+    evaluation_shares,
+    layer_effects,
+    pareto,
+    projections,
+    readout_by_layer,
+    search_front,
+    separation_by_layer,
+    steering_by_layer,
+    steering_curve,
+    sweep_heatmap,
+    token_heatmap,
+)  # fmt: skip
+from interp_ablate.plots.directions import distinct_directions
 from interp_ablate.prompts.linting import lint
 from interp_ablate.search.by_layer import layer_sweep
 from interp_ablate.search.concept_cone import fit_cone
@@ -156,6 +184,88 @@ def test_what_is_no_activations_is_one_message(name: str) -> None:
             continue
         with pytest.raises(DirectionError, match="activations"):
             NO_ACTIVATIONS[name](given)
+
+
+NO_MODEL: Mapping[str, Callable[[], Any]] = {
+    "None": lambda: None, "a name": lambda: "smollm2", "a folder": lambda: Path("models"), "a dict": lambda: {"a": 1},
+    "a Hugging Face model": lambda: tiny()[0], "a tokenizer": lambda: tiny()[1], "TransformerLens'": lambda: model().tl,
+    "directions": lambda: SET, "a class": lambda: Model,
+}  # fmt: skip
+# What the package itself makes, with a model that was checked; names of files and servers; what is no Model's model.
+_NOT_GIVEN = {
+    "LeagueTask",
+    "Endpoint",
+    "ClassifierScorer",
+    "EditedCheckpoint",
+    "Persona",
+    "band",
+    "budget",
+}
+
+
+def taking_models() -> list[Any]:
+    """Every public function, and method of a public class, with an argument that is a Model; and that argument."""
+    package = Path(interp_ablate.__file__).parent
+    found = {}
+    for stub in sorted(package.rglob("__init__.pyi")):
+        door = importlib.import_module(".".join(stub.parent.relative_to(package.parent).parts))
+        for node in ast.parse(stub.read_text(encoding="utf-8")).body:
+            for each in node.names if isinstance(node, ast.ImportFrom) else ():
+                thing = getattr(door, each.name)
+                if each.name in _NOT_GIVEN or not callable(thing):
+                    continue
+                own = vars(thing).values() if isinstance(thing, type) else ()
+                parts = [f for f in own if inspect.isfunction(f) and f.__name__[0] != "_"]
+                for call in (thing, *parts):
+                    try:
+                        parameters = inspect.signature(call).parameters
+                    except (TypeError, ValueError):
+                        continue
+                    for name, one in parameters.items():
+                        if re.match(r"(Model|HasWriters)\b", str(one.annotation)):
+                            found[f"{call.__qualname__}, {name}"] = (call, name)
+    assert len(found) > 40
+    return [pytest.param(*each, id=name) for name, each in found.items()]
+
+
+@pytest.mark.parametrize(("call", "name"), taking_models())
+def test_what_is_no_model_is_one_message(call: Any, name: str) -> None:
+    """It is looked at first: the other arguments, None here, are not reached."""
+    for kind, given in NO_MODEL.items():
+        needed = {
+            key: None for key, one in inspect.signature(call).parameters.items() if one.default is one.empty
+            and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+        }  # fmt: skip
+        with pytest.raises(InterpAblateError, match="a Model is needed, as load_model"):
+            call(**{**needed, name: given()})
+            raise AssertionError(kind)
+
+
+@pytest.mark.parametrize("draw", [separation_by_layer, cosine_similarity, distinct_directions])
+def test_what_is_no_direction_is_not_drawn(draw: Any) -> None:
+    for kind in ("texts", "None", "a plan", "a number", "a text", "a dict", "a matrix"):
+        with pytest.raises(InterpAblateError, match="Direction"):
+            draw(WRONG[kind])
+
+
+TABLES = (
+    projections, cosines_beside, attribution_bars, attribution_map, evaluation_shares, evaluation_changes,
+    evaluation_divergences, readout_by_layer, layer_effects, token_heatmap, partial(sweep_heatmap, value="kl"), pareto, search_front,
+    steering_by_layer, steering_curve,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("draw", TABLES)
+def test_what_is_no_table_is_not_drawn(draw: Any) -> None:
+    for given in WRONG.values():
+        with pytest.raises(InterpAblateError, match=r"a table \(pandas.DataFrame\)"):
+            draw(given)
+
+
+def test_what_is_no_tensor_is_not_winsorized() -> None:
+    for kind in ("None", "a plan", "a number", "a text", "a set"):
+        with pytest.raises(DirectionError, match="a float tensor"):
+            winsorized(WRONG[kind])
 
 
 NO_CONTRAST: Mapping[str, Callable[[Any], Any]] = {

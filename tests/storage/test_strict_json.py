@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import interp_ablate
-from interp_ablate.storage.strict_json import json_text
+from interp_ablate.storage.strict_json import as_read_back, json_text
 
 PACKAGE = Path(interp_ablate.__file__).parent
 
@@ -17,6 +17,7 @@ def test_numbers_that_json_has_no_word_for_are_null() -> None:
     value = {"a": [1.5, math.nan, (math.inf, -math.inf)], "b": {"c": float("nan")}, "d": "NaN"}
     want = {"a": [1.5, None, [None, None]], "b": {"c": None}, "d": "NaN"}
     assert json.loads(json_text(value, indent=1)) == want
+    assert as_read_back(value) == want and as_read_back({1: (2, 3)}) == {"1": [2, 3]}
     assert json_text({"é": 1.0}) == json.dumps({"é": 1.0})
 
 
