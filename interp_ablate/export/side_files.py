@@ -35,6 +35,7 @@ TEMPLATES = "additional_chat_templates"  # folder of a tokenizer with several te
 # Code of a model that brings its own, vocabularies in formats of their own, and the terms of use.
 _TRAVELS = re.compile(
     rf"{TEMPLATES}/[^/]+\.jinja|[^/]+\.(py|tiktoken)|tokenizer\.model\.v\d+[^/]*|"
+    r"(licen[cs]es?|notices?|legal)/([^/]+/)*([^/.]+|[^/]+\.(txt|md|pdf|rst|html?))|"  # folders of terms, as REUSE has one
     r"([^/]*[-_])?((UN)?LICEN[CS]E|NOTICE|COPYING|COPYRIGHT|POLICY|TERMS|EULA|ACCEPTABLE_USE|ATTRIBUTION)[^./]*"
     r"(\.(txt|md|pdf|rst|html?|rtf|(apache|mit|bsd|mpl|gpl)[-.\d]*))?",
     re.IGNORECASE,
@@ -74,14 +75,14 @@ def copy_side_files(source: Path, folder: Path, *, own: Collection[str]) -> list
     for file in sorted(source.iterdir()):
         if file.name.startswith(".") or file.name in own:
             continue
-        if file.name == TEMPLATES and file.is_dir():
-            (folder / TEMPLATES).mkdir(exist_ok=True)
-            for template in sorted(file.glob("*.jinja")):
-                shutil.copy2(template, folder / TEMPLATES)
-        elif file.is_file() and travels(file.name):
-            shutil.copy2(file, folder / file.name)
-        else:
-            left_out.append(f"{file.name}/" if file.is_dir() else file.name)
+        parts = [p for p in sorted(file.rglob("*")) if not p.is_dir()] if file.is_dir() else [file]
+        for part in parts:
+            name = part.relative_to(source).as_posix()
+            if part.is_file() and travels(name):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(part, folder / name)
+            elif f"{file.name}/" not in left_out:
+                left_out.append(f"{file.name}/" if file.is_dir() else file.name)
     mend_copy(source, folder)
     spell_tokenizer(folder)
     if left_out:

@@ -248,7 +248,8 @@ def _at_all_writers(edit: Edit, writers: tuple[Site, ...]) -> tuple[Edit, ...]:
         embed = Site(0, "embed")
         rest = [(edit.sites[0], site) for site in writers if site != embed]
         return edit.at_sites([(edit.sites[0], embed)]), edit.without_shift().at_sites(rest)
-    assert isinstance(edit, (Clamp, Erase))
+    if not isinstance(edit, (Clamp, Erase)):  # of a kind that `_is_projection` does not know
+        raise ExportError(f"{edit!r} on the residual stream has no form at every writer")
     value = edit.values[0] if isinstance(edit, Erase) else edit.amounts[0]
     values = [value if site == Site(0, "embed") else 0.0 for site in writers]
     return (Erase(edit.vectors[0], edit.vectors[-1], writers, value=values, label=edit.label),)

@@ -394,6 +394,8 @@ def test_templates_come_along_and_secrets_do_not(tmp_path: Path) -> None:
         *((n, True) for n in ("LICENSE.Apache-2.0", "UNLICENSE", "EULA.txt", "COPYRIGHT", "ACCEPTABLE_USE.md")),
         *((n, True) for n in ("LICENSE", "LICENCE.md", "NOTICE", "USE_POLICY.md", "GEMMA_TERMS.html")),
         *((n, False) for n in ("LICENSE.bin", "LICENSE.pt", "terms.gguf", "policy.safetensors", "eula.npz")),
+        *((n, True) for n in ("LICENSES/MIT.txt", "licenses/a/b/LICENSE", "Legal/terms.md", "notices/third_party")),
+        *((n, False) for n in ("licenses/model.safetensors", "other/MIT.txt", "legal/weights.bin", "notices/.env")),
     ],
 )  # fmt: skip
 def test_terms_of_use_travel_and_weights_of_their_name_do_not(name: str, yes: bool) -> None:
@@ -403,7 +405,7 @@ def test_terms_of_use_travel_and_weights_of_their_name_do_not(name: str, yes: bo
 OTHERS = (
     "flax_model.msgpack", "rust_model.ot", "tf_model.h5", "model.onnx", "model-q4.gguf", "last.ckpt", "a.npz",
     "consolidated.00.pth", "pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_config.json",
-    "adapter_model.safetensors", "weights.of-tomorrow", "original/model.pt",
+    "adapter_model.safetensors", "weights.of-tomorrow", "legal/weights.bin", "original/model.pt",
 )  # fmt: skip
 TAKEN = (
     "LICENSE",
@@ -411,6 +413,8 @@ TAKEN = (
     "modeling_own.py",
     "vocab.json",
     "additional_chat_templates/rag.jinja",
+    "LICENSES/Apache-2.0.txt",
+    "licenses/third_party/NOTICE",
 )
 
 
@@ -419,16 +423,16 @@ def test_nothing_unedited_travels_and_it_is_said(tmp_path: Path, how: str) -> No
     source, out = save_source(tmp_path / "source"), tmp_path / "out"
     model = load_model(source)
     for name in (*OTHERS, *TAKEN, ".env"):
-        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).parent.mkdir(exist_ok=True, parents=True)
         (source / name).write_bytes(b"{}")
     if how == "never loaded":
         export_folder(source, PLAN, out)
     else:
         export_checkpoint(model, PLAN if "plan" in how else None, out, prompts=ROWS)
     assert all((out / name).read_bytes() == b"{}" for name in TAKEN)
-    assert not [name for name in (*OTHERS, ".env", "original") if (out / name).exists()]
+    assert not [name for name in (*OTHERS, ".env", "legal", "original") if (out / name).exists()]
     left_out = json.loads((out / "interp_ablate.json").read_text())["left_out"]
-    assert sorted(left_out) == sorted([*OTHERS[:-1], "original/"])
+    assert sorted(left_out) == sorted([*OTHERS[:-2], "legal/", "original/"])
     assert "`flax_model.msgpack`" in (out / "README.md").read_text()
     plan = PLAN if how != "memory" else Plan()
     assert not audit(AuditSource.of_folder(source), plan, out).problems
