@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from interp_ablate.directions.direction import Direction
 from interp_ablate.edits.kinds import Ablate, Erase
@@ -30,6 +30,28 @@ FIT_ROUNDS = ((14, 120.0), (10, 160.0), (8, 160.0), (8, 160.0), (8, 160.0))
 
 Step: TypeAlias = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
 """Opens a part of the work with a name and a number of steps; gives what advances it."""
+
+
+class Rounds(Protocol):
+    """How many of its rounds a fit gets."""
+
+    def more(self, name: str, done: int) -> bool:
+        """Whether the fit of that name goes on, or begins, after so many rounds."""
+        ...
+
+    def keep(self, name: str, done: int) -> None:
+        """Told how many rounds a fit had, before the edit is kept."""
+        ...
+
+
+class AllRounds:
+    """Every fit gets all of FIT_ROUNDS."""
+
+    def more(self, name: str, done: int) -> bool:
+        return True
+
+    def keep(self, name: str, done: int) -> None:
+        pass
 
 
 def load_fitted_edits(folder: Path) -> dict[str, Ablate | Erase]:
@@ -125,8 +147,13 @@ class EditFitter:
     folder: Path
     step: Step
 
-    def fit(self, source: DirectionKey, start: Direction) -> str:
-        """The name of the edit fitted from a direction on; fitted unless it is there already.
+    def fit(
+        self, source: DirectionKey, start: Direction, rounds: Rounds | None = None
+    ) -> str | None:
+        """The name of the edit fitted from a direction on; fitted unless it is there already. None where it got no round.
+
+        Args:
+            rounds: decides how many the fit gets; all by default.
 
         Raises:
             NothingToFitError: no answer expresses the behaviour, or the fit ends where it changes nothing.
@@ -134,16 +161,25 @@ class EditFitter:
         self._expressions  # noqa: B018  (without any, nothing is fitted)
         name = fit_name(source, start)
         path = self.folder / f"{name}.json"
-        if not path.exists():
-            *_, edit = fitted_in_rounds(
+        if path.exists():
+            return name
+        rounds, done, edit = rounds or AllRounds(), 0, None
+        if rounds.more(name, done):
+            for edit in fitted_in_rounds(  # noqa: B007
                 self.prompts, self._data, self._expressions, start, self.step
+            ):
+                done += 1
+                if not rounds.more(name, done):
+                    break
+        rounds.keep(name, done)
+        if edit is None:
+            return None
+        if not any(edit.amounts):
+            raise NothingToFitError(
+                f"the fit from {start.name} ended where it changes nothing: whatever makes the "
+                "behaviour less likely costs more elsewhere"
             )
-            if not any(edit.amounts):
-                raise NothingToFitError(
-                    f"the fit from {start.name} ended where it changes nothing: whatever makes the "
-                    "behaviour less likely costs more elsewhere"
-                )
-            Plan((edit,)).save(path)
+        Plan((edit,)).save(path)
         return name
 
     @property

@@ -33,8 +33,8 @@ def recipe_of(folder: str | Path) -> dict[str, Any] | None:
         "search": search,
         # the draws depend on how many there are in a round
         "round_size": kept.get("round_size"),
-        # as what is searched depends on whether there was time for a fit
-        "time_to_fit": kept.get("time_to_fit"),
+        # as what is searched depends on what there was time to fit
+        "fit_rounds": kept.get("fit_rounds"),
         "objectives": digest(kept["objectives"]) if "objectives" in kept else None,
         "machine": machine(),
     }

@@ -18,6 +18,7 @@ from interp_ablate.runs.run_folder import Run, read_selected
 from interp_ablate.runs.search_settings import SearchSettings
 from interp_ablate.runs.stages import do_stage
 from interp_ablate.search.objective_scores import ObjectiveScores
+from interp_ablate.storage.json_shapes import misfit
 
 _WHAT = {
     "interp-ablate": "the version of this package",
@@ -53,7 +54,7 @@ def repeat_run(recipe: Mapping[str, Any], out: str | Path, places: Mapping[str, 
 
         if recipe.get("round_size"):
             run.state["search"] = {"round_size": recipe["round_size"]}
-        run_search(run, search, objectives)
+        run_search(run, search, objectives, recipe.get("fit_rounds"))
     else:
         do_stage(run, "evaluate")
     plan = read_selected(out)["plan"]
@@ -72,12 +73,15 @@ def _search(recipe: Mapping[str, Any]) -> SearchSettings | None:
             k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()
         }
         search = replace(SearchSettings(**texts), minutes=_FOREVER)
-        if recipe.get("time_to_fit") is False:
-            search = replace(search, fits=False)
     except (TypeError, AttributeError) as error:
         raise RunError(f"the manifest's search cannot be read: {error}") from error
     if size is not None and (type(size) is not int or size < 1):
         raise RunError(f"the manifest's round_size must be a whole number above 0; it is {size!r}")
+    rounds = recipe.get("fit_rounds")
+    if rounds is not None and misfit(rounds, {"*": int}) is not None:
+        raise RunError(
+            f"the manifest's fit_rounds must name fits with numbers; it is {rounds!r:.80}"
+        )
     return search
 
 

@@ -7,7 +7,7 @@ means, how trials survive a kill, or flags.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -18,6 +18,7 @@ from interp_ablate.runs.configuration import MAIN_METHOD
 from interp_ablate.runs.final_test import choose_and_test
 from interp_ablate.runs.fits import load_fitted_edits
 from interp_ablate.runs.kept_plans import plans_of_trials
+from interp_ablate.runs.rounds_in_time import RoundsInTime
 from interp_ablate.runs.run_folder import Run
 from interp_ablate.runs.search_objectives import identity_of, objective_scores
 from interp_ablate.runs.search_settings import SearchSettings
@@ -48,15 +49,21 @@ from interp_ablate.search.trials import Trial
 from interp_ablate.settings import DECODED_ROWS
 from interp_ablate.sites import Site
 
+MOST_RACED = 12  # layers that are raced: the search draws others between them
+RUNGS = ((3, MOST_RACED), (12, 6), (32, 3))  # prompts a side, and how many layers come so far
 N_SOURCES = 3  # promising layers that bands start at
 N_FRONT = 24  # finalists of the front, at most
 N_STRONG = 6  # finalists beside the front
 AT_ONCE = 3  # trials whose answers are written in one batch
 LEAST_SECONDS = 60.0  # of trials, whatever the preparation took
-FIT_BEGINS_WITHIN = 0.3  # of a search's minutes; later, trials get its time
 
 
-def run_search(run: Run, search: SearchSettings, objectives: ObjectiveScores | None = None) -> None:
+def run_search(
+    run: Run,
+    search: SearchSettings,
+    objectives: ObjectiveScores | None = None,
+    fit_rounds: Mapping[str, int] | None = None,
+) -> None:
     """Search plans and test the best; the same call again goes on where it was.
 
     A call with more trials or minutes goes on after the last one of the calls before, with the draws that one long
@@ -64,6 +71,7 @@ def run_search(run: Run, search: SearchSettings, objectives: ObjectiveScores | N
 
     Args:
         objectives: those of the settings, where they are made already (`objective_scores`).
+        fit_rounds: of a search that is repeated, how many rounds each of its fits had.
 
     Raises:
         RunError: a search of other settings in this folder, another process that works in it, or no plan that
@@ -77,7 +85,7 @@ def run_search(run: Run, search: SearchSettings, objectives: ObjectiveScores | N
         run.bench.score_by(objectives)
         settings = {"control": search.control, "sampler": search.sampler}
         _check_same_search(session, settings | {"objectives": identity_of(objectives)})
-        screened, layers = _prepared(session, search, begin)
+        screened, layers = _prepared(session, search, begin, fit_rounds)
         fits = load_fitted_edits(run.out / "fits") if search.fits else {}
         _check_same_search(session, {"fits": sorted(fits)})
         session.space.fits = fits
@@ -214,7 +222,10 @@ def _check_same_search(session: TrialSession, settings: dict[str, Any]) -> None:
 
 
 def _prepared(
-    session: TrialSession, search: SearchSettings, begin: float
+    session: TrialSession,
+    search: SearchSettings,
+    begin: float,
+    fit_rounds: Mapping[str, int] | None,
 ) -> tuple[pd.DataFrame | None, list[float]]:
     """The screening's table and the best layers first; the fitted edits are in the folder, if there is time for them.
 
@@ -226,33 +237,28 @@ def _prepared(
     sources: list[DirectionKey] = [(middle, POINT, session.space.position)]
     layers = [0.5 * depth, 0.7 * depth, 0.9 * depth]
     if search.control is None:
-        screened = race_directions(run.bench.n_prompts, _screening(session), session.score)
+        screened = race_directions(
+            run.bench.n_prompts, _screening(session), session.score, rungs=RUNGS
+        )
         sources = rank_directions(screened)
         layers = [float(layer) for layer, _, _ in sources[:N_SOURCES]]
-    fits = search.fits and _has_time_to_fit(session, search, begin)
-    for source in layers_apart(sources) if fits else ():
+    rounds = RoundsInTime(run, search.minutes, begin, _decided(session, fit_rounds))
+    for source in layers_apart(sources) if search.fits else ():
         try:
-            run.fitter.fit(source, _start(session, source))
+            run.fitter.fit(source, _start(session, source), rounds)
         except NothingToFitError as error:
             run.note(str(error))
     return screened, layers
 
 
-def _has_time_to_fit(session: TrialSession, search: SearchSettings, begin: float) -> bool:
-    """Whether a fit begins early enough in the search's minutes; what was so when trials began stays so."""
-    run, state = session.run, session.run.state["search"]
-    if "time_to_fit" not in state or not _has_begun(session):
-        spent = time.monotonic() - begin
-        there = any((run.out / "fits").glob("*.json"))
-        state["time_to_fit"] = there or spent <= FIT_BEGINS_WITHIN * 60 * search.minutes
-        run.save()
-        if not state["time_to_fit"]:
-            run.note(
-                f"no edit was fitted: {spent:.0f} s of {search.minutes:g} minutes had gone before a fit could begin, "
-                f"and it begins within {FIT_BEGINS_WITHIN:.0%} of them or not at all. In another folder, more "
-                "--minutes fit one"
-            )
-    return bool(state["time_to_fit"])
+def _decided(session: TrialSession, given: Mapping[str, int] | None) -> Callable[[str], int | None]:
+    """From the name of a fit to its rounds, where they are decided: given, or kept, for good once trials have begun."""
+    kept = session.run.state["search"].get("fit_rounds", {})
+    if given is not None:
+        return given.get
+    if _has_begun(session):
+        return lambda name: kept.get(name, 0)
+    return lambda name: kept.get(name) or None
 
 
 def _has_begun(session: TrialSession) -> bool:
@@ -269,12 +275,13 @@ def _start(session: TrialSession, source: DirectionKey) -> Any:
 
 
 def _screening(session: TrialSession) -> list[Trial]:
-    """The layers a plan of the search may take, at full strength."""
+    """Some of the layers a plan of the search may take, evenly apart, at full strength: neighbours are much alike."""
     from_layer = LAYERS[0] * (session.run.model.n_layers - 1)
     main = session.run.directions.of(MAIN_METHOD)
     at_point = [d for d in main if d.site.point == POINT]
     deep = [d for d in at_point if d.site.layer >= from_layer]
-    return screening_trials(deep or at_point)
+    some = sorted(deep or at_point, key=lambda d: d.site.layer)
+    return screening_trials(some[:: -(-len(some) // MOST_RACED)])
 
 
 def _finalists(

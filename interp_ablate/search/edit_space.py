@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import zip_longest
 from typing import Any, TypeAlias
 
 import torch
@@ -288,22 +289,26 @@ def _scaled_by_component(edit: Ablate | Erase, params: Mapping[str, Any]) -> Pla
 
 
 def initial_params(space: EditSpace, layers: Sequence[float]) -> list[dict[str, Any]]:
-    """Where a search begins: every fitted edit as it is and weaker, wide bands at promising layers."""
-    params: list[dict[str, Any]] = []
-    for scale in (1.0, 0.85, 0.7):
-        for name in space.fits:
-            params.append({"edit": "fitted", "fit": name, **dict.fromkeys(COMPONENT_SCALES, scale)})
-    for layer in layers:
-        params.append(
-            {
-                "edit": "band",
-                "method": ORTHOGONAL,
-                "layer": _nearest_layer(space, layer),
-                "attention_strength": 1.0,
-                "attention_layer": _depth(space, 0.7),
-                "mlp_strength": 0.5,
-                "mlp_layer": _depth(space, 0.7),
-                "width": _depth(space, 0.6),
-            }
-        )
-    return params
+    """Where a search begins: fitted edits as they are, weaker and stronger, and wide bands at promising layers, in turn.
+
+    In turn, as a search of few minutes gets no further, and either kind may be the one that helps.
+    """
+    fitted = [
+        {"edit": "fitted", "fit": name, **dict.fromkeys(COMPONENT_SCALES, scale)}
+        for scale in (1.0, 0.7, 1.2, 0.85)
+        for name in space.fits
+    ]
+    bands = [
+        {
+            "edit": "band",
+            "method": ORTHOGONAL,
+            "layer": _nearest_layer(space, layer),
+            "attention_strength": 1.0,
+            "attention_layer": _depth(space, 0.7),
+            "mlp_strength": 0.5,
+            "mlp_layer": _depth(space, 0.7),
+            "width": _depth(space, 0.6),
+        }
+        for layer in layers
+    ]
+    return [params for pair in zip_longest(fitted, bands) for params in pair if params is not None]

@@ -49,7 +49,8 @@ _PLAN = optional({"edits": [{"sites": [str]}]})
 # Of what a run leaves in its folder, by the file's name: the parts that its readers look into.
 LEFT_BY_A_RUN: dict[str, Any] = {
     "run.json": {
-        **dict.fromkeys(("model", "contrast", "directions", "search", "search_settings"), optional(OBJECT)),
+        **dict.fromkeys(("model", "contrast", "directions", "search_settings"), optional(OBJECT)),
+        "search": optional({"fit_rounds": optional({"*": int})}),
         **dict.fromkeys(("configuration", "made_of", "stages"), optional(OBJECT)),
         "notes": optional([str]),
         "versions": optional(_VERSIONS),

@@ -252,27 +252,3 @@ def test_more_trials_and_other_minutes_go_on_and_another_control_begins(
     lines = (out / "trials.jsonl").read_text().splitlines(keepends=True)
     (out / "trials.jsonl").write_text("".join(line for line in lines if '"search"' not in line))
     assert searched("--trials", "2", "--sampler", "random") in (0, 1)
-
-
-def test_a_fit_that_could_only_begin_late_leaves_its_time_to_trials(
-    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A search of two minutes spent them on a fit. What was decided once holds for a call with more minutes."""
-    out = tmp_path / "run"
-
-    def searched(*more: str) -> dict[str, Any]:
-        assert main(["--quiet", "search", *flags, "--out", str(out), *more]) in (0, 1)
-        return json.loads((out / "run.json").read_text())
-
-    state = searched("--trials", "2", "--minutes", "1e-5")
-    assert state["search"]["time_to_fit"] is False and state["search"]["fits"] == []
-    assert any("no edit was fitted" in note for note in state["notes"])
-    first = [line for line in logged(out) if line["stage"] == "search"]
-    state = searched("--trials", "4", "--minutes", "60")
-    assert not (out / "fits").exists()
-    assert [line for line in logged(out) if line["stage"] == "search"][:2] == first
-    lines = (out / "trials.jsonl").read_text().splitlines(keepends=True)
-    (out / "trials.jsonl").write_text("".join(line for line in lines if '"search"' not in line))
-    assert (
-        searched("--trials", "2", "--minutes", "60")["search"]["time_to_fit"] is True
-    )  # none began

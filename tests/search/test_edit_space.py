@@ -418,9 +418,18 @@ def test_priors_are_in_the_space(n_layers: int, control: str | None) -> None:
 
 def test_priors_begin_with_every_fitted_edit_as_it_is() -> None:
     ground = ground_of()
+    found = initial_params(ground, [3, 4])
+    assert [p["edit"] for p in found[:6]] == [
+        "fitted",
+        "band",
+        "fitted",
+        "band",
+        "fitted",
+        "fitted",
+    ]
     found = initial_params(ground, [])
     assert [p["fit"] for p in found[:2]] == ["a", "b"]
-    assert {p["edit"] for p in found} == {"fitted"} and len(found) == 6
+    assert {p["edit"] for p in found} == {"fitted"} and len(found) == 8
     for params in found[:2]:
         plan, edit = plan_of(params, ground), FITS[params["fit"]]
         amounts = {site: amount for e in plan for site, amount in zip(e.sites, e.amounts)}
