@@ -25,8 +25,8 @@ from interp_ablate.budget.counted_pass import ATTENTION, CountedPass, counted_at
 from interp_ablate.budget.experts import Experts, experts_of
 from interp_ablate.errors import InterpAblateError
 from interp_ablate.models.architectures import text_config
-from interp_ablate.models.checkpoint_names import without_data
 from interp_ablate.models.embedding_anatomy import unembedding_of
+from interp_ablate.models.hf_classes import without_data
 from interp_ablate.training.lora_targets import linear_modules
 
 # Tokens of the first pass; where recurrences are padded to chunks, a multiple of the second number.

@@ -23,9 +23,9 @@ from interp_ablate.errors import ExportError
 from interp_ablate.evaluation.metrics import kl_divergence
 from interp_ablate.jobs.bars import quiet_libraries, waiting
 from interp_ablate.models.anatomy import find_blocks
+from interp_ablate.models.hf_classes import from_folder, widened
 from interp_ablate.models.load import from_hf
 from interp_ablate.models.model import Model, check_model
-from interp_ablate.models.model_files import auto_class, dequantizing, widened
 from interp_ablate.models.module_calls import stream_argument, stream_of
 from interp_ablate.models.sources import ModelSource, read_hf_config
 from interp_ablate.prompts.prompt import PromptLike
@@ -360,7 +360,7 @@ def load_in_blocks(folder: str | Path, device: torch.device, **options: Any) -> 
 
     try:
         config = AutoConfig.from_pretrained(folder)
-        hf: Any = auto_class(config).from_pretrained(folder, config=dequantizing(config), **options)
+        hf: Any = from_folder(folder, config, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ExportError(f"transformers cannot load the export {folder}: {error}") from error
     hf = widened(hf, options["dtype"]) if "dtype" in options else hf

@@ -49,7 +49,8 @@ from interp_ablate.models.model_files import check_loadable, read_config
 from interp_ablate.models.sources import ModelSource
 from interp_ablate.prompts.prompt import PromptLike
 from interp_ablate.storage.atomic_files import folder_made, remove_left_overs, temporary_folder
-from interp_ablate.storage.dequantized_checkpoint import DequantizedCheckpoint, DequantizedTensor
+from interp_ablate.storage.dequantized_checkpoint import DequantizedCheckpoint
+from interp_ablate.storage.dequantized_tensor import DequantizedTensor
 from interp_ablate.storage.output_folder import (
     StreamedFolder,
     check_output_path,
@@ -360,13 +361,13 @@ def _write_streamed(source: Checkpoint, weights: WeightPlan, folder: StreamedFol
 
 
 def _dequantized(tensor: DequantizedTensor, edit: TensorEditor | None) -> NewTensor:
-    """A tensor in place of the two that stand for it, edited or not."""
+    """A tensor in place of those that stand for it, edited or not."""
     info = tensor.info
 
     def content() -> Iterable[Tensor]:
         return edit(tensor) if edit else (block for _, block in tensor.blocks())
 
-    return NewTensor(info.name, info.dtype, info.shape, tensor.values.info.name, content)
+    return NewTensor(info.name, info.dtype, info.shape, tensor.parts[0].info.name, content)
 
 
 def _edit(edit: TensorEdit) -> TensorEditor:

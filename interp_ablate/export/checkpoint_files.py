@@ -16,7 +16,8 @@ from torch import Tensor
 from interp_ablate.export.older_transformers import config_for_both
 from interp_ablate.export.side_files import copy_side_files, spell_tokenizer
 from interp_ablate.models.architectures import Architecture, is_tied
-from interp_ablate.models.checkpoint_names import NamesError, in_checkpoint_names, without_data
+from interp_ablate.models.checkpoint_names import NamesError, in_checkpoint_names
+from interp_ablate.models.hf_classes import without_data
 from interp_ablate.models.model import Model
 from interp_ablate.models.model_files import QUANTIZATION, read_config
 from interp_ablate.storage.safetensors_reader import INDEX

@@ -35,9 +35,9 @@ from interp_ablate.export.checkpoint_files import write_json
 from interp_ablate.export.lora_adapter import Adapter, lora_adapter
 from interp_ablate.export.model_card import export_manifest, write_documents
 from interp_ablate.jobs.bars import waiting
+from interp_ablate.models.hf_classes import auto_class
 from interp_ablate.models.load import from_hf
 from interp_ablate.models.model import Model, check_model
-from interp_ablate.models.model_files import auto_class
 from interp_ablate.prompts.prompt import PromptLike
 from interp_ablate.storage.incoming_files import incoming_object
 from interp_ablate.weights.plan_to_weights import Tied, WeightPlan, check_tie, weight_plan

@@ -9,14 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from interp_ablate.models.architectures import Architecture, declared_architecture
 from interp_ablate.models.checkpoint_names import (
     declared_in_files,
     in_checkpoint_names,
-    without_data,
 )
+from interp_ablate.models.hf_classes import without_data
 from interp_ablate.models.model_files import QUANTIZATION, check_folder, read_config
 from interp_ablate.models.sources import read_hf_config
 from interp_ablate.models.stand_in import measured_without_data
@@ -105,7 +103,9 @@ def said_of_quantization(checkpoint: Checkpoint) -> str | None:
     """What became of a quantized source, as `as_written` gives it, in one sentence; None for any other."""
     if not isinstance(checkpoint, DequantizedCheckpoint):
         return None
-    n, to = len(checkpoint.dequantized), str(torch.bfloat16).removeprefix("torch.")
+    n = len(checkpoint.dequantized)
+    dtypes = {str(each.info.dtype) for each in checkpoint.dequantized.values()}
+    to = " and ".join(sorted(each.removeprefix("torch.") for each in dtypes))
     kept = sum(
         info.dtype.itemsize == 1 and info.dtype.is_floating_point
         for info in checkpoint.tensors.values()

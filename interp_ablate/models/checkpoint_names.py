@@ -22,7 +22,6 @@ from interp_ablate.errors import ExportError
 from interp_ablate.models.anatomy import Branch, Part
 from interp_ablate.models.architectures import Architecture, Layout, text_config
 from interp_ablate.models.measured_architecture import MeasuredArchitecture
-from interp_ablate.models.model_files import auto_class
 from interp_ablate.models.written_parameters import AXIS, Norm
 from interp_ablate.sites import EMBEDDING_POINTS, Site
 
@@ -38,16 +37,6 @@ _FEW = 2  # experts, and entries of an axis, of the tensors on which a conversio
 
 class NamesError(ExportError):
     """What writes to the stream has no tensor of its own in a checkpoint."""
-
-
-def without_data(hf_config: Any) -> Any:
-    """The model of a config with parameters of no memory."""
-    own_code = type(hf_config).__module__.startswith("transformers_modules")  # which was asked for
-    with torch.device("meta"):
-        kind, config = auto_class(hf_config), copy.deepcopy(hf_config)
-        if not hasattr(kind, "from_config"):
-            return kind(config)
-        return kind.from_config(config, trust_remote_code=own_code)
 
 
 def in_checkpoint_names(entry: Architecture, hf: Any, shapes: Shapes) -> Architecture:

@@ -53,7 +53,8 @@ def load_model(
     """Load a decoder by hub name, local Hugging Face folder, GGUF file, or bundled alias (`smollm2`).
 
     Weights are loaded raw: nothing is folded, centred or refactored. Folders of bitsandbytes' 4 and 8 bit run
-    quantized, on backend "hf"; what they write with is measured on the numbers that their codes stand for.
+    quantized, on backend "hf"; what they write with is measured on the numbers that their codes stand for. FP8 in
+    blocks, MXFP4, GPTQ, AWQ and compressed-tensors are loaded dequantized.
 
     Args:
         backend: "auto" (the default) takes a Bridge where its logits and its writers are the checkpoint's, and plain

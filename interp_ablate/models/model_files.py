@@ -69,7 +69,8 @@ def check_folder(folder: str | Path, *, trust_remote_code: bool = False) -> None
     Raises:
         ModelError: naming the file or the tensors, what is wrong, and what to do.
     """
-    from interp_ablate.storage.safetensors_reader import INDEX, SINGLE, Checkpoint  # needs torch
+    from interp_ablate.storage.dequantized_checkpoint import PACKED, method_of  # needs torch
+    from interp_ablate.storage.safetensors_reader import INDEX, SINGLE, Checkpoint
 
     folder = Path(folder)
     config = read_config(folder)
@@ -91,7 +92,8 @@ def check_folder(folder: str | Path, *, trust_remote_code: bool = False) -> None
     _check_quantization(config, folder)
     with transformers_reads(f"{folder}/{GENERATION}"):
         _check_generation(folder)
-    if not config.get("quantization_config"):  # only its own quantizer knows those tensors
+    if not (about := config.get(QUANTIZATION)) or method_of(about) in PACKED:
+        # of others only their own quantizers know the tensors
         _load_without_data(folder, config, trust_remote_code)
 
 
@@ -203,34 +205,6 @@ def _check_quantization(config: Mapping[str, Any], folder: Path) -> None:
         )
 
 
-def dequantizing(config: Any) -> Any:
-    """A config of transformers under which FP8 and MXFP4 weights are loaded dequantized, on every device."""
-    from interp_ablate.storage.dequantized_checkpoint import METHODS
-
-    about = getattr(config, QUANTIZATION, None)
-    if isinstance(about, dict) and about.get("quant_method") in METHODS:
-        setattr(config, QUANTIZATION, {**about, "dequantize": True})
-    return config
-
-
-def widened(model: Any, dtype: Any) -> Any:
-    """The model, with parameters that transformers left in a narrower dtype than it was asked for in that one.
-
-    Some of what it dequantizes comes in bfloat16, whatever the dtype of the rest.
-    """
-    from interp_ablate.models.quantized_modules import packed_parameters  # needs torch
-
-    codes = packed_parameters(model)
-    for parameter in model.parameters():
-        if (
-            id(parameter) not in codes
-            and parameter.is_floating_point()
-            and parameter.dtype.itemsize < dtype.itemsize
-        ):
-            parameter.data = parameter.data.to(dtype)
-    return model
-
-
 def _check_pickles(folder: Path) -> tuple[int, int]:
     """Whole torch files, which transformers reads without running their code; tensors and bytes in them."""
     from interp_ablate.storage.safetensors_reader import is_plain
@@ -309,43 +283,19 @@ def _without_adapter(folder: Path) -> Iterator[Path]:
         yield Path(place)
 
 
-def auto_class(config: Any) -> Any:
-    """The class of transformers that loads a config's decoder, wrapped with other towers or not.
-
-    An automatic one where there is one for the config; else the class that the config names (the text part of
-    some wrapped models has none).
-    """
-    import transformers
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    )
-
-    kind, named = type(config), config.architectures or ()
-    wrapping: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    takes = getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None), "config_class", None)
-    inner = {name for name, each in getattr(kind, "sub_configs", {}).items() if each is takes}
-    # MusicGen's class for text takes the config of its inner decoder alone
-    decodes = kind in MODEL_FOR_CAUSAL_LM_MAPPING and inner <= {"text_config"}
-    # of a type with both classes, the one that the folder names: the other would leave the towers behind
-    if kind in wrapping and (wrapping[kind].__name__ in named or not decodes):
-        return transformers.AutoModelForImageTextToText
-    if decodes or not kind.__module__.startswith("transformers."):
-        return transformers.AutoModelForCausalLM
-    own: Any = getattr(transformers, named[0], None) if named else None
-    of_kind = own is not None and isinstance(config, getattr(own, "config_class", None) or ())
-    return own if of_kind else transformers.AutoModelForCausalLM
-
-
 def _load_without_data(folder: Path, config: Mapping[str, Any], trust_remote_code: bool) -> None:
     from transformers import AutoConfig
+
+    from interp_ablate.models.hf_classes import from_folder  # needs torch
 
     with transformers_reads(str(folder)), _without_adapter(folder) as place:
         parsed = AutoConfig.from_pretrained(
             str(place), local_files_only=True, trust_remote_code=trust_remote_code
         )
-        loaded: Any = auto_class(parsed).from_pretrained(
-            str(place),
+        loaded: Any = from_folder(
+            place,
+            parsed,
+            data=False,
             device_map="meta",
             ignore_mismatched_sizes=True,
             output_loading_info=True,

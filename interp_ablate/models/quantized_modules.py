@@ -24,6 +24,7 @@ from interp_ablate.storage.dequantized_checkpoint import (
     BITSANDBYTES,
     EXPORT_INSTEAD,
     METHODS,
+    PACKED,
     method_of,
 )
 
@@ -37,7 +38,7 @@ def quantization_of(config: Any) -> str | None:
 
 
 def check_quantization(config: Any, name: str) -> None:
-    """Refuse weights that would be loaded as codes of which nothing here can be measured, and a missing library.
+    """Refuse weights that are held as codes of which nothing here can be measured, and a missing library.
 
     Raises:
         ModelError: a method that is neither dequantized on loading (FP8, MXFP4) nor bitsandbytes'.
@@ -49,7 +50,8 @@ def check_quantization(config: Any, name: str) -> None:
         raise ModelError(
             f"{name} is quantized ({method}): what its packed codes write to the residual stream cannot be measured "
             "here. Load the weights before quantization; where they do not fit, quantize them with bitsandbytes (its 4 "
-            "and 8 bit are measured, pip install 'interp-ablate[quantized]'). FP8 in blocks and MXFP4 are read too"
+            "and 8 bit are measured, pip install 'interp-ablate[quantized]'). Folders of FP8 in blocks, MXFP4, "
+            f"{', '.join(PACKED)} are read from their name or path"
         )
     if importlib.util.find_spec(BITSANDBYTES) is None:
         raise ModelError(

@@ -19,14 +19,11 @@ from interp_ablate.models.converted_gguf import converted_folder, is_whole, keep
 from interp_ablate.models.model_files import (
     ADAPTER,
     CONFIG,
-    auto_class,
     check_folder,
     check_gguf,
     check_report,
-    dequantizing,
     read_config,
     transformers_reads,
-    widened,
 )
 
 if TYPE_CHECKING:
@@ -249,6 +246,18 @@ def _forget_quantization(model: Any) -> None:
         model.is_quantized = False  # else a trainer refuses it
 
 
+def _downloaded(source: ModelSource, **options: Any) -> str:
+    """The folder of a source whose codes are read here: that of a hub name is downloaded whole, and checked."""
+    if source.kind != "hub":
+        return source.path or ""
+    from huggingface_hub import snapshot_download
+
+    kinds = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
+    folder = snapshot_download(source.name, revision=source.revision, allow_patterns=kinds)
+    check_folder(folder, **options)
+    return folder
+
+
 @quiet_libraries()
 def load_hf(
     source: ModelSource,
@@ -307,7 +316,9 @@ def _read(
     """The model as transformers loads it, all of it checked, and its tokenizer."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from interp_ablate.models.quantized_modules import check_quantization, prepare  # needs torch
+    from interp_ablate.models.hf_classes import from_folder, widened  # needs torch
+    from interp_ablate.models.quantized_modules import check_quantization, prepare, quantization_of
+    from interp_ablate.storage.dequantized_checkpoint import PACKED
 
     where: dict[str, Any] = {"pretrained_model_name_or_path": source.path or source.name}
     where |= {"revision": source.revision} if source.revision else {}
@@ -327,15 +338,23 @@ def _read(
     quick = _quick_gguf() if source.kind == "gguf" else nullcontext()
     with transformers_reads(f"{source.name!r} ({source.kind})", _WHERE), quick:
         config = AutoConfig.from_pretrained(**where, trust_remote_code=trust_remote_code)
-        check_quantization(config, source.name)
+        if quantization_of(config) in PACKED:
+            where = {
+                "pretrained_model_name_or_path": _downloaded(
+                    source, trust_remote_code=trust_remote_code
+                )
+            }
+        else:
+            check_quantization(config, source.name)
         mended = {"fix_mistral_regex": True} if config.model_type in MISTRAL_TYPES else {}
         tokenizer = AutoTokenizer.from_pretrained(
             **where, **mended, trust_remote_code=trust_remote_code
         )
-        loaded: Any = auto_class(config).from_pretrained(
+        loaded: Any = from_folder(
+            where.pop("pretrained_model_name_or_path"),
+            config,
             **where,
             dtype=dtype,
-            config=dequantizing(config),
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             **_placed(config, device),

@@ -19,8 +19,8 @@ import torch
 from interp_ablate.errors import ExportError, InterpAblateError
 from interp_ablate.models.anatomy import Anatomy, BlockAnatomy, Branch
 from interp_ablate.models.backends.hf import HFBackend, measured_anatomy
+from interp_ablate.models.hf_classes import auto_class
 from interp_ablate.models.measured_architecture import MeasuredArchitecture, architecture_from
-from interp_ablate.models.model_files import auto_class
 
 _SMALL = 20_000_000  # parameters of a model that stands for itself
 _N_LAYERS = 16

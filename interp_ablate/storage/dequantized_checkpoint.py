@@ -1,16 +1,17 @@
-"""Dequantized checkpoints: a folder of block-scaled FP8 or MXFP4 weights, read as the bfloat16 ones that they stand for.
+"""Dequantized checkpoints: a folder of quantized weights, read as the ones of 16 bits that they stand for.
 
 FP8 is DeepSeek's and Qwen's: `NAME` in float8 and `NAME_scale_inv`, one factor a block. MXFP4 is gpt-oss': `NAME_blocks`
 has two 4-bit floats a byte, 16 bytes to an exponent of `NAME_scales`
-(https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf).
+(https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf). GPTQ, AWQ and compressed-tensors
+are read by `packed_weights.py`.
 
-Knows: both formats, tensor by tensor. Does not know: transformers, models, or which tensor means what.
+Knows: FP8 and MXFP4, tensor by tensor; what a folder is without the parts of its tensors. Does not know:
+transformers, models, or which tensor means what.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -20,11 +21,18 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from interp_ablate.errors import ExportError
-from interp_ablate.storage.safetensors_header import TensorInfo
-from interp_ablate.storage.safetensors_reader import BLOCK, Checkpoint, TensorSource
+from interp_ablate.storage.dequantized_tensor import (
+    DTYPE,
+    DequantizedTensor,
+    block_of,
+    dequantized_tensor,
+    scaled,
+)
+from interp_ablate.storage.packed_weights import READERS
+from interp_ablate.storage.safetensors_reader import Checkpoint, TensorSource
 
-DTYPE = torch.bfloat16
-METHODS = ("fp8", "mxfp4")
+METHODS = ("fp8", "mxfp4")  # transformers dequantizes these itself
+PACKED = tuple(READERS)
 BITSANDBYTES = "bitsandbytes"
 EXPORT_INSTEAD = (
     "Export from the folder of the weights before quantization, under the same plan: interp-ablate export --source "
@@ -37,43 +45,13 @@ _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass(frozen=True)
-class DequantizedTensor(TensorSource):
-    """One tensor that two of a file stand for; `info` says its name, dtype and shape, not where its bytes are."""
-
-    values: TensorSource
-    scales: TensorSource
-    dequantize: Callable[[Tensor, Tensor], Tensor]
-    """From values and scales, whole or some rows of both, to the weights."""
-
-    def read(self) -> Shaped[Tensor, "*shape"]:
-        return torch.cat([block for _, block in self.blocks(max_bytes=0)])
-
-    def blocks(self, *, max_bytes: int = BLOCK) -> Iterator[tuple[slice, Shaped[Tensor, "*shape"]]]:
-        n_rows = self.info.shape[0]
-        step = max(1, max_bytes // (self.info.nbytes // n_rows))
-        if len(self.info.shape) < 3:
-            whole = self.dequantize(self.values.read(), self.scales.read())
-            yield from (
-                (slice(i, min(i + step, n_rows)), whole[i : i + step])
-                for i in range(0, n_rows, step)
-            )
-            return
-        parts = (
-            part.blocks(max_bytes=step * part.info.nbytes // n_rows)
-            for part in (self.values, self.scales)
-        )  # experts are dequantized a few at a time
-        for (place, values), (_, scales) in zip(*parts, strict=True):
-            yield place, self.dequantize(values, scales)
-
-
-@dataclass(frozen=True)
 class DequantizedCheckpoint(Checkpoint):
     """A quantized folder as its weights; `tensors` has those that stand for others, without their parts."""
 
     stored: Checkpoint
     """The folder's own tensors."""
     method: str
-    """One of `METHODS`."""
+    """One of `METHODS` or `PACKED`."""
     dequantized: Mapping[str, DequantizedTensor] = field(default_factory=dict)
     parts: Mapping[str, Collection[str]] = field(default_factory=dict)
     """The stored tensors of each dequantized one."""
@@ -104,21 +82,28 @@ def dequantized(stored: Checkpoint, quantization: Mapping[str, Any]) -> Dequanti
     """A checkpoint as the weights that it stands for, by its config's `quantization_config`.
 
     Raises:
-        ExportError: another method than FP8 in blocks and MXFP4; tensors that do not fit each other.
+        ExportError: a method or a variant that is not read here; tensors that do not fit each other.
     """
     method = method_of(quantization)
-    if method not in METHODS:
+    if method not in METHODS + PACKED:
         raise ExportError(
             f"{stored.folder} is quantized ({method}): an edit of its tensors would be rounded away. "
             + EXPORT_INSTEAD
         )
-    found = dict(_fp8(stored, quantization) if method == "fp8" else _mxfp4(stored))
+    readers = {"fp8": _fp8, "mxfp4": _mxfp4, **READERS}
+    try:
+        found = dict(readers[method](stored, quantization))
+    except (AttributeError, IndexError, TypeError) as error:  # values and axes of other kinds
+        raise ExportError(
+            f"{stored.folder} is quantized ({method}), and its tensors or its quantization_config are none of that: "
+            "give the weights before quantization"
+        ) from error
     parts = {
         name: [
-            *(tensor.values.info.name, tensor.scales.info.name),
+            *(part.info.name for part in tensor.parts),
             *(
                 n
-                for n in (f"{name.removesuffix('weight')}{end}" for end in _ACTIVATIONS)
+                for n in (f"{name.removesuffix('weight')}{end}" for end in _BESIDE)
                 if n in stored.tensors
             ),
         ]
@@ -127,8 +112,15 @@ def dequantized(stored: Checkpoint, quantization: Mapping[str, Any]) -> Dequanti
     taken = {part for each in parts.values() for part in each}
     tensors = {name: info for name, info in stored.tensors.items() if name not in taken}
     left = [
-        n for n, info in tensors.items() if info.dtype.itemsize == 1 and info.dtype != torch.bool
+        name
+        for name, info in tensors.items()
+        if (info.dtype.itemsize == 1 and info.dtype != torch.bool) or name in found
     ]
+    if not found and method in PACKED:
+        raise ExportError(
+            f"{stored.folder} is quantized ({method}), and none of its tensors is: give the weights before "
+            "quantization, or take quantization_config out of its config.json"
+        )
     if left:
         raise ExportError(
             f"{stored.folder} is quantized ({method}), and {left[0]} is stored as {tensors[left[0]].dtype}, which is no "
@@ -140,8 +132,11 @@ def dequantized(stored: Checkpoint, quantization: Mapping[str, Any]) -> Dequanti
     )
 
 
-# Scales of activations, which weights in bfloat16 do without.
-_ACTIVATIONS = ("activation_scale", "input_scale")
+# Beside a weight: what the weight of 16 bits does without, scales of activations above all.
+_BESIDE = (
+    *("activation_scale", "input_scale", "input_zero_point", "output_scale", "output_zero_point"),
+    "weight_shape",
+)
 
 
 def _fp8(
@@ -154,28 +149,14 @@ def _fp8(
         scales = stored.tensors.get(f"{name}_scale_inv")
         if scales is None:
             raise ExportError(f"{info.file} has {name} in FP8, but no {name}_scale_inv")
-        block = _block(info, scales, size)
-        yield name, _tensor(stored, name, info.shape, info, scales, partial(from_fp8, block=block))
+        block = block_of(info, info.shape, scales, size)
+        numbers = partial(scaled, block=block)
+        yield name, dequantized_tensor(name, info.shape, (info, scales), numbers)
 
 
-def _block(info: TensorInfo, scales: TensorInfo, size: Any) -> tuple[int, int]:
-    """The rows and columns that share one scale: the config's, or what the shapes say."""
-    rows, columns = info.shape[-2:]
-    grid = (1, 1, *scales.shape)[-2:]
-    sizes = size if isinstance(size, list) and len(size) == 2 else [0, 0]
-    if all(isinstance(n, int) and n > 0 for n in sizes):
-        fitting = tuple(math.ceil(n / each) for n, each in zip((rows, columns), sizes))
-        if grid == fitting:
-            return sizes[0], sizes[1]
-    if rows % grid[0] or columns % grid[1]:
-        raise ExportError(
-            f"{info.file} has {info.name} {list(info.shape)} with scales {list(scales.shape)}, and its config says "
-            f"weight_block_size = {size!r}: they do not fit each other"
-        )
-    return rows // grid[0], columns // grid[1]
-
-
-def _mxfp4(stored: Checkpoint) -> Iterator[tuple[str, DequantizedTensor]]:
+def _mxfp4(
+    stored: Checkpoint, quantization: Mapping[str, Any]
+) -> Iterator[tuple[str, DequantizedTensor]]:
     for name, info in stored.tensors.items():
         if not name.endswith("_blocks"):
             continue
@@ -194,32 +175,7 @@ def _mxfp4(stored: Checkpoint) -> Iterator[tuple[str, DequantizedTensor]]:
             )
         n_experts, n_out, groups, n_bytes = info.shape
         shape = (n_experts, groups * n_bytes * 2, n_out)
-        yield whole, _tensor(stored, whole, shape, info, scales, from_mxfp4)
-
-
-def _tensor(
-    stored: Checkpoint,
-    name: str,
-    shape: tuple[int, ...],
-    values: TensorInfo,
-    scales: TensorInfo,
-    dequantize: Callable[[Tensor, Tensor], Tensor],
-) -> DequantizedTensor:
-    nbytes = math.prod(shape) * DTYPE.itemsize
-    info = TensorInfo(name, DTYPE, shape, values.file, values.offset, nbytes)
-    return DequantizedTensor(info, TensorSource(values), TensorSource(scales), dequantize)
-
-
-def from_fp8(
-    values: Shaped[Tensor, "*experts rows columns"], scales: Tensor, block: tuple[int, int]
-) -> Float[Tensor, "*experts rows columns"]:
-    """Each block times its scale, in float32, rounded to bfloat16. Scales in bytes are exponents of two."""
-    factors = (scales.float() - 127).exp2() if scales.dtype == torch.uint8 else scales.float()
-    if factors.ndim < 2:
-        factors = factors.reshape(1, -1)
-    rows, columns = values.shape[-2:]
-    factors = factors.repeat_interleave(block[0], -2)[..., :rows, :]
-    return (values.float() * factors.repeat_interleave(block[1], -1)[..., :columns]).to(DTYPE)
+        yield whole, dequantized_tensor(whole, shape, (info, scales), from_mxfp4)
 
 
 def from_mxfp4(

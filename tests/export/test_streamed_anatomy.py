@@ -18,7 +18,7 @@ from interp_ablate import Plan
 from interp_ablate.edits.kinds import Ablate
 from interp_ablate.export.auditing import AuditSource, audit
 from interp_ablate.export.checkpoint import export_checkpoint, export_folder
-from interp_ablate.models.checkpoint_names import without_data
+from interp_ablate.models.hf_classes import without_data
 from interp_ablate.models.load import from_hf, load_model
 from interp_ablate.models.stand_in import measured_without_data
 from interp_ablate.sites import Site

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.packed import packed_folder
 from tiny import folder_of
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -30,6 +31,8 @@ first, second = (load_model("owner/name", revision=name) for name in ("one", "b"
 assert first.fingerprint != second.fingerprint
 assert first.source.to_dict()["commit"] == "a" * 40 and second.source.commit == "b" * 40
 assert (first.source.revision, second.source.to_dict()["revision"]) == ("one", "b" * 40)
+packed = load_model("owner/name", revision="packed", backend="hf")
+assert packed.source.commit == "c" * 40 and not hasattr(packed.hf_config, "quantization_config")
 try:
     load_model("owner/name", revision="none")
 except ModelError as error:
@@ -38,11 +41,14 @@ except ModelError as error:
 
 
 def test_a_revision_of_a_hub_name_is_what_is_loaded(tmp_path: Path) -> None:
-    """Two commits in a cache as the hub's own library writes it, read without a network."""
+    """Commits in a cache as the hub's own library writes it, one of them quantized, read without a network."""
     repository = tmp_path / "models--owner--name"
     for commit, kind in (("a" * 40, "llama_gqa"), ("b" * 40, "qwen2")):
         folder_of(repository / "snapshots" / commit, kind)
+    folder, _ = packed_folder(tmp_path / "made", "gptq")
+    folder.rename(repository / "snapshots" / ("c" * 40))
     (repository / "refs").mkdir()
+    (repository / "refs" / "packed").write_text("c" * 40)
     (repository / "refs" / "one").write_text("a" * 40)
     env = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", SCRIPT]
