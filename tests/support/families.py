@@ -4,6 +4,7 @@
 generates, exports an ablation at all writers, and checks the export in plain transformers (`hand_hooked.py`).
 Types with tied and untied embeddings go both ways; those that wrap a text model go as that too. It prints a
 table and a JSON line; without types, all of them (`make families`), written to docs/families.json.
+Of some types, only `--out` writes anything: their rows replace those of its file.
 """
 
 from __future__ import annotations
@@ -218,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("types", nargs="*", help="model types; all by default")
     parser.add_argument(
-        "--out", type=Path, default=TABLE, help="outcomes of some types are put into it"
+        "--out", type=Path, help="of all types docs/families.json; those of some are put into it"
     )
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     options = parser.parse_args(argv)
@@ -235,15 +236,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                 form: {key: value for key, value in asdict(result).items() if value}
                 for form, result in results.items()
             }
-    if options.types and options.out.is_file():
-        before = json.loads(options.out.read_text(encoding="utf-8"))
+    out = options.out or (None if options.types else TABLE)
+    if options.types and out and out.is_file():
+        before = json.loads(out.read_text(encoding="utf-8"))
         rows = dict(sorted({**before["outcomes"], **rows}.items()))
     outcomes = [(form, each["outcome"]) for forms in rows.values() for form, each in forms.items()]
     first = Counter(outcome for form, outcome in outcomes if form == AS_IT_IS)
     others = Counter(outcome for form, outcome in outcomes if form != AS_IT_IS)
     counts = {"types": dict(first), "other_forms": dict(others)}
     table = {"transformers": transformers.__version__, **counts, "outcomes": rows}
-    options.out.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    if out:
+        out.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({"benchmark": "families", **counts}))
     return int(any(outcome in ("wrong", "raw", "late") for _, outcome in outcomes))
 
