@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from interp_ablate.directions.direction import Direction, as_directions
-from interp_ablate.edits.conditional import Condition, Pooled, Similarity
+from interp_ablate.edits.conditional import CONDITION_POINTS, Condition, Pooled, Similarity
 from interp_ablate.errors import DirectionError, PlanError
 from interp_ablate.models.batches import Batch
 from interp_ablate.models.forward import Capture
@@ -76,18 +76,21 @@ def best_condition(
     The positive prompts are those that shall meet it. Thresholds lie half-way between neighbouring similarities; of
     equal F1 the one with the widest gap around it is taken, relative to the spread. This is the grid search of the
     paper, over all thresholds that differ. The directions must come from other prompts, and how good the condition is
-    must be measured on a third set: its numbers here are of the prompts that chose it.
+    must be measured on a third set: its numbers here are of the prompts that chose it. Directions at resid_mid are left
+    out where there are others, as no condition is read there.
     Source: Lee et al. 2024, https://arxiv.org/abs/2409.05907, appendix C.2.
 
     Raises:
         DirectionError: no direction; similarities that are all the same, or not finite.
-        PlanError: a direction at another site than resid_pre or resid_post, or at one where an applied plan writes.
+        PlanError: no direction at resid_pre or resid_post, or one at a site where an applied plan writes.
         ModelError: a site that the model lacks.
     """
     check_model(model)
     given = as_directions(directions)
     options: dict[str, Any] = {"threshold": 0.0, "similarity": similarity, "pooled": pooled}
-    conditions = [Condition(direction, **options) for direction in given]
+    # of several those where a condition can be read; where none is, the first one says why
+    readable = [each for each in given if each.site.point in CONDITION_POINTS] or given
+    conditions = [Condition(direction, **options) for direction in readable]
     if not conditions:
         raise DirectionError("best_condition needs one or more directions; got none")
     if written := [str(each.site) for each in conditions if each.site in model.plans.sites]:

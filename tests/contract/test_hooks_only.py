@@ -338,6 +338,15 @@ def test_no_condition_is_chosen_where_a_plan_writes() -> None:
 # --------------------------------------------------------------------------------- choosing one
 
 
+def test_of_all_directions_those_are_tried_where_a_condition_can_be_read() -> None:
+    """`collect` records resid_mid too; its directions, as they come, were refused at the first of these."""
+    contrast = ContrastSet.from_texts(["a b", "c d"], ["e f", "g h"])
+    mid, post = (Direction(unit(1), 1.0, Site(1, point)) for point in ("resid_mid", "resid_post"))
+    assert best_condition(make("llama_gqa"), contrast, [mid, post]).condition.site == post.site
+    with pytest.raises(PlanError, match="resid_pre or resid_post; got blocks.1.hook_resid_mid"):
+        best_condition(make("llama_gqa"), contrast, mid)
+
+
 def test_the_best_condition_is_the_one_of_highest_f1() -> None:
     model = make("llama_gqa")
     contrast = ContrastSet.from_texts(
