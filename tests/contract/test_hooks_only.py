@@ -343,7 +343,7 @@ def test_of_all_directions_those_are_tried_where_a_condition_can_be_read() -> No
     contrast = ContrastSet.from_texts(["a b", "c d"], ["e f", "g h"])
     mid, post = (Direction(unit(1), 1.0, Site(1, point)) for point in ("resid_mid", "resid_post"))
     assert best_condition(make("llama_gqa"), contrast, [mid, post]).condition.site == post.site
-    with pytest.raises(PlanError, match="resid_pre or resid_post; got blocks.1.hook_resid_mid"):
+    with pytest.raises(PlanError, match=r"got .*resid_mid"):
         best_condition(make("llama_gqa"), contrast, mid)
 
 
