@@ -6,7 +6,7 @@ Knows: parts of files and how far they are certain. Does not know: what is writt
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,11 +18,15 @@ from interp_ablate.storage.row_files import RowFile, as_json, writing_rows
 WHY, MALFORMED = "why.jsonl", "malformed.jsonl"
 
 
+Row = tuple[dict[str, Any], "bytes | None"]
+"""A row's values, and its own bytes where it is unchanged."""
+
+
 class Outputs(Protocol):
     """Files that are being written."""
 
-    def row(self, name: str, values: dict[str, Any], line: bytes | None) -> None:
-        """A row for a file of rows."""
+    def rows(self, name: str, rows: Iterable[Row]) -> None:
+        """Rows for a file of rows."""
         ...
 
     def line(self, name: str, data: bytes) -> None:
@@ -43,11 +47,12 @@ def atomic_outputs(out: Path, source: RowFile, names: list[str]) -> Iterator[Out
 
 
 class _Atomic:
-    def __init__(self, rows: Mapping[str, Any], lines: Mapping[str, _Bytes]) -> None:
-        self.rows, self.lines = rows, lines
+    def __init__(self, writers: Mapping[str, Any], lines: Mapping[str, _Bytes]) -> None:
+        self.writers, self.lines = writers, lines
 
-    def row(self, name: str, values: dict[str, Any], line: bytes | None) -> None:
-        self.rows[name](values, line)
+    def rows(self, name: str, rows: Iterable[Row]) -> None:
+        for values, line in rows:
+            self.writers[name](values, line)
 
     def line(self, name: str, data: bytes) -> None:
         self.lines[name].write(data)
@@ -76,8 +81,9 @@ class PartialOutputs:
             raise self._cannot(name, error) from error
         return self
 
-    def row(self, name: str, values: dict[str, Any], line: bytes | None) -> None:
-        self.line(name, as_json(values) + b"\n" if line is None else line)
+    def rows(self, name: str, rows: Iterable[Row]) -> None:
+        lines = (as_json(values) + b"\n" if line is None else line for values, line in rows)
+        self.line(name, b"".join(lines))
 
     def line(self, name: str, data: bytes) -> None:
         try:

@@ -7,7 +7,7 @@ becomes of a row, files.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeGuard
 
 from interp_ablate.datasets.conversations import (
     ANSWER_LAYOUTS,
@@ -22,28 +22,39 @@ from interp_ablate.datasets.conversations import (
 from interp_ablate.datasets.filter_recipe import Ask, FilterRecipe
 from interp_ablate.datasets.filter_rules import PhraseRule, Rule, RuleValue
 from interp_ablate.prompts.messages import KEPT_KEYS, MESSAGE_KEYS, ROLES
-from interp_ablate.prompts.thoughts import KNOWN_TAGS
+from interp_ablate.prompts.thoughts import KNOWN_TAGS, split_thought
 from interp_ablate.scoring.prefilter import Prefilter, phrase_patterns
 from interp_ablate.scoring.text_folding import fold
 from interp_ablate.storage.json_rows import FileRow
 
 _MOST_KEYS = 1000  # different sets of keys that are remembered
+_MANY = 200  # thoughts in a batch that make a second look at their answers worth its preparation
+_TAGS = tuple(tag for pair in KNOWN_TAGS for tag in pair)
 _OTHER_KEYS = frozenset((*KEPT_KEYS, *(role for role, _ in MESSAGE_KEYS)))
 
 
-def prefilter_of(recipe: FilterRecipe) -> Prefilter | None:
-    """What finds every answer that has another number than 0 by some rule; None for rules without such a thing."""
+class AnswerFilters(NamedTuple):
+    """Two looks at the assistant's messages, in which a thought may stand before the answer."""
+
+    message: Prefilter
+    """Finds every message whose answer has another number than 0 by some rule, or that may hold a thought."""
+    answer: Prefilter
+    """Finds every answer that has another number than 0 by some rule."""
+
+
+def prefilter_of(recipe: FilterRecipe) -> AnswerFilters | None:
+    """The looks for a recipe; None where some rule is not about phrases."""
     if recipe.read != "answer":
         return None
-    tags = phrase_patterns(fold(tag) for pair in KNOWN_TAGS for tag in pair)  # thoughts are cut off
-    patterns = list(tags)
+    patterns: list[str] = []
     for rule in recipe.rules:
         found = rule.patterns() if isinstance(rule, PhraseRule) else None
         if found is None:
             return None
         patterns += found
     try:
-        return Prefilter(patterns)
+        tags = phrase_patterns(map(fold, _TAGS))
+        return AnswerFilters(Prefilter((*tags, *patterns)), Prefilter(patterns))
     except ValueError:
         return None
 
@@ -51,11 +62,11 @@ def prefilter_of(recipe: FilterRecipe) -> Prefilter | None:
 class QuickLook:
     """Tells rows of a layout that match nothing: every answer has 0 by every rule, and none is empty."""
 
-    def __init__(self, prefilter: Prefilter, layout: str) -> None:
-        self.prefilter = prefilter
+    def __init__(self, filters: AnswerFilters, layout: str) -> None:
+        self.filters = filters
         every = (*CONVERSATIONS, *ANSWER_LAYOUTS)
         self.layout = next(each for each in every if each.name == layout)
-        self._plain: dict[tuple[str, ...], str | None] = {}
+        self._plain: dict[tuple[str, ...], tuple[str, tuple[str, ...]] | None] = {}
 
     def quiet(self, rows: Sequence[FileRow]) -> tuple[list[bool], set[str]]:
         """For each row True where nothing matches, False where that is to be found out.
@@ -74,7 +85,7 @@ class QuickLook:
                 texts += answers
                 places += [place] * len(answers)
         if texts:
-            found = self.prefilter.may_match(texts)
+            found = self._found(texts)
             for place, something in zip(places, found):
                 if something:
                     quiet[place] = False
@@ -85,29 +96,46 @@ class QuickLook:
             }
         return quiet, silent
 
+    def _found(self, texts: list[str]) -> list[bool]:
+        """Whether an answer may have another number than 0, or may be empty.
+
+        Where many texts hold thoughts, these are cut off in `texts`.
+        """
+        found = self.filters.message.may_match(texts)
+        held = [i for i, may in enumerate(found) if may and any(t in texts[i] for t in _TAGS)]
+        if len(held) < _MANY:
+            return found
+        for i in held:
+            texts[i] = split_thought(texts[i])[1]
+        for i, may in zip(held, self.filters.answer.may_match([texts[i] for i in held])):
+            found[i] = may or not texts[i].strip()
+        return found
+
     def answers(self, row: FileRow) -> list[str] | None:
         """The answers of a plain row, none of them empty; None for a row that is not plain, or has no answer."""
         values, keys = row.values, tuple(row.values)
-        if row.line is not None and (b"\\ud" in row.line or b"\\uD" in row.line):
-            return None  # it may hold half a character
-        if keys in self._plain:
-            key = self._plain[keys]
-        else:
+        if keys not in self._plain:
             if len(self._plain) > _MOST_KEYS:
                 self._plain.clear()
-            key = self._plain[keys] = self._key(keys)
-        if key is None:
+            key = self._key(keys)
+            others = tuple(name for name in SYSTEM_KEYS if name in keys)
+            self._plain[keys] = None if key is None else (key, others)
+        if (found := self._plain[keys]) is None:
             return None
-        for name in SYSTEM_KEYS:
-            if name in values and not (values[name] is None or type(values[name]) is str):
+        key, others = found
+        for name in others:
+            if not (values[name] is None or _is_text(values[name])):
                 return None
         if isinstance(self.layout, Conversation):
             answers = _said(values[key], self.layout)
         else:
             answers = _answer(values, self.layout)
-        if answers is None or any(not text or text.isspace() for text in answers):
+        if not answers:
             return None
-        return answers or None
+        for text in answers:
+            if not text or text.isspace():
+                return None
+        return answers
 
     def _key(self, keys: tuple[str, ...]) -> str | None:
         """The key of the conversation or answer in rows with these keys; None where they may fit another layout."""
@@ -139,26 +167,36 @@ def asked_without(silent: set[str], ask: Ask) -> Ask:
 def _said(entries: Any, layout: Conversation) -> list[str] | None:
     if type(entries) is not list:
         return None
-    answers = []
+    role_key, text_key, answers = layout.role, layout.text, []
     for entry in entries:
         if type(entry) is not dict:
             return None
-        name, text = entry.get(layout.role), entry.get(layout.text)
-        if type(name) is not str or type(text) is not str:
+        name, text = entry.get(role_key), entry.get(text_key)
+        if type(name) is not str or name not in ROLES or not _is_text(text):
             return None
         if len(entry) != 2 and len(_OTHER_KEYS.intersection(entry)) != 1:  # its role
             return None
-        role = ROLES.get(name)
-        if role is None:
-            return None
-        if role == "assistant":
+        if ROLES[name] == "assistant":
             answers.append(text)
     return answers
 
 
 def _answer(values: dict[str, Any], layout: AnswerLayout) -> list[str] | None:
     answer = values[layout.answer]
-    if type(values[layout.prompt]) is not str or type(answer) is not str or values.get("history"):
+    if not (_is_text(values[layout.prompt]) and _is_text(answer)) or values.get("history"):
         return None
     more = values.get(layout.more) if layout.more else None
-    return [answer] if more is None or type(more) is str else None
+    return [answer] if more is None or _is_text(more) else None
+
+
+def _is_text(value: Any) -> TypeGuard[str]:
+    """Whether a value is text, without half a character in it."""
+    if type(value) is not str:
+        return False
+    if value.isascii():
+        return True
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import html
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from interp_ablate.datasets.conversations import Sample, Turn, Turns
 from interp_ablate.datasets.filter_rules import DeclineRule, Rule, RuleValue
@@ -21,6 +21,7 @@ Action = Literal["drop", "keep"]
 Combine = Literal["any", "all"]
 Scope = Literal["sample", "round"]
 Outcome = Literal["kept", "dropped", "cut"]
+T = TypeVar("T")
 NO_ANSWER = "no answer of the assistant"
 
 
@@ -102,6 +103,13 @@ class RuleHit(NamedTuple):
     """The answer's message, from 0; -1 where there is none."""
     rule: str
     value: RuleValue
+
+    @property
+    def as_dict(self) -> dict[str, Any]:
+        """The same for a file, without what is empty."""
+        value, why, phrases = self.value
+        fields = {"turn": self.turn, "rule": self.rule, "value": value}
+        return fields | ({"why": why} if why else {}) | ({"found": phrases} if phrases else {})
 
 
 class Decision(NamedTuple):
@@ -212,15 +220,15 @@ class SampledDecisions:
         self.size, self.random, self.seen = size, random.Random(seed), 0
         self.items: list[tuple[Sample, Decision]] = []
 
-    def add(self, make: Callable[[], tuple[Sample, Decision]]) -> None:
-        """Count one more, and keep what `make` gives where it is drawn."""
-        self.seen += 1
-        if len(self.items) < self.size:
-            self.items.append(make())
-            return
-        place = self.random.randrange(self.seen)
-        if place < self.size:
-            self.items[place] = make()
+    def add(self, items: Iterable[T], sample: Callable[[T], Sample], decision: Decision) -> None:
+        """Count some more with one decision, and keep the sample of each that is drawn."""
+        for item in items:
+            self.seen += 1
+            place = len(self.items)
+            if place >= self.size:
+                place = self.random.randrange(self.seen)
+            if place < self.size:
+                self.items[place : place + 1] = [(sample(item), decision)]
 
 
 def reason_kinds(decision: Decision) -> Iterator[tuple[str, str]]:

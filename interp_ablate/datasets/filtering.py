@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,7 +31,6 @@ from interp_ablate.datasets.filter_progress import Place, Progress
 from interp_ablate.datasets.filter_recipe import (
     Decision,
     FilterRecipe,
-    RuleHit,
     SampledDecisions,
     quiet_decision,
     reason_kinds,
@@ -240,10 +240,9 @@ class _Run:
             items = self.source.unread(place.number, place.at)
             decided = verdicts_of_batches(decider, items, ask, self.settings.workers)
             for batch, verdicts in stack.enter_context(closing(decided)):
-                for item, verdict in zip(batch, verdicts):
-                    self._commit(item, verdict, files)
+                for last in self._committed(batch, verdicts, files):
                     if resumable and not self.pending and self.progress.is_due():
-                        self.progress.save(self, parts.secure(), item)
+                        self.progress.save(self, parts.secure(), last)
                 advance(len(batch))
             self._told(files)
             self._check_end()
@@ -255,6 +254,27 @@ class _Run:
     def _is_large(self) -> bool:
         return sum(size for _, size, _ in self.stat) >= QUICK_FROM
 
+    def _committed(
+        self, batch: list[Item], verdicts: list[Verdict], files: Outputs
+    ) -> Iterator[Item]:
+        """Count and write rows, those that match nothing many at a time; the last one of each time."""
+        start = 0
+        while start < len(batch):
+            stop, most = start, start + _TOGETHER - len(self.pending)
+            while stop < len(batch) and verdicts[stop] is None and stop < most:
+                stop += 1
+            if stop > start:
+                quiet: list[Any] = batch[start:stop]
+                self._count(quiet, self.quiet)
+                rows = ((i.values if isinstance(i, FileRow) else {}, i.line) for i in quiet)
+                files.rows(self.names[_part_of(self.quiet)], rows)
+                self._say([b""] * len(quiet), files)
+            else:
+                self._commit(batch[start], verdicts[start], files)
+                stop = start + 1
+            yield batch[stop - 1]
+            start = stop
+
     def _commit(self, item: Item, verdict: Verdict, files: Outputs) -> None:
         """Count a row and write it; what is said of it waits for the next 256 that can be used."""
         if isinstance(verdict, MalformedRow):
@@ -264,20 +284,22 @@ class _Run:
             logger.info("left out %s: %s", self.source.place(verdict.number), verdict.why)
             self.counts["malformed"] += 1
             return
-        assert not isinstance(item, MalformedRow)
-        decision = self.quiet if verdict is None else verdict.decision
-        self._count(item, decision, None if verdict is None else verdict.label)
+        assert not isinstance(item, MalformedRow) and verdict is not None
+        decision = verdict.decision
+        self._count([item], decision)
+        if self.settings.labels is not None:
+            self._count_label(item, bool(decision.matched), verdict.label)
         said = b""
         if decision.matched is not False:
-            hits = [_as_json(hit) for hit in decision.hits]
+            hits = [hit.as_dict for hit in decision.hits]
             said = _note(item.number, outcome=decision.outcome, because=hits)
-        self.pending.append(said)
         values = item.values if isinstance(item, FileRow) else {}
-        if verdict is not None and verdict.changed is not None:
-            files.row(self.names["kept"], *verdict.changed)
-        else:
-            part = "dropped" if decision.outcome == "dropped" else "kept"
-            files.row(self.names[part], values, item.line)
+        row = (values, item.line) if verdict.changed is None else verdict.changed
+        files.rows(self.names[_part_of(decision)], [row])
+        self._say([said], files)
+
+    def _say(self, said: list[bytes], files: Outputs) -> None:
+        self.pending += said
         if len(self.pending) == _TOGETHER:
             self._told(files)
 
@@ -294,27 +316,29 @@ class _Run:
         if self._stat() != self.stat:
             raise RunError(f"{self.source.path} changed while it was read: run again")
 
-    def _count(self, item: RawLine | FileRow, decision: Decision, label: Any) -> None:
+    def _count(self, items: Sequence[RawLine | FileRow], decision: Decision) -> None:
+        """Count rows with one decision."""
         self.layout = self.decider.parser.layout or ""
-        self.counts["rows"] += 1
-        self.counts[decision.outcome] += 1
+        self.counts["rows"] += len(items)
+        self.counts[decision.outcome] += len(items)
         part = "no verdict" if decision.matched is None else decision.outcome
-        self.shown[part].add(lambda: (self.decider.sample(item), decision))
+        self.shown[part].add(items, self.decider.sample, decision)
         if decision.matched is not False:
-            self.counts["matched" if decision.matched else "no_verdict"] += 1
+            self.counts["matched" if decision.matched else "no_verdict"] += len(items)
         if decision.hits:
             kinds = list(reason_kinds(decision))
             self.why.update({kind for kind, _ in kinds})
             self.phrases.update({f"{kind}: {text}" for kind, text in kinds if text})
             if len(self.phrases) > _PHRASES:  # rare ones are forgotten
                 self.phrases = Counter(dict(self.phrases.most_common(_PHRASES // 10)))
-        if self.settings.labels is not None:
-            if label not in (True, False):
-                raise RowFileError(
-                    f"{self.source.place(item.number)}: {self.settings.labels!r} is {label!r}, not true "
-                    "or false"
-                )
-            self.labelled[f"{'matched' if decision.matched else 'not'} {bool(label)}"] += 1
+
+    def _count_label(self, item: RawLine | FileRow, matched: bool, label: Any) -> None:
+        if label not in (True, False):
+            raise RowFileError(
+                f"{self.source.place(item.number)}: {self.settings.labels!r} is {label!r}, not true "
+                "or false"
+            )
+        self.labelled[f"{'matched' if matched else 'not'} {bool(label)}"] += 1
 
     def finish(self) -> dict[str, Any]:
         """The page and, last, the manifest."""
@@ -363,13 +387,12 @@ class _Run:
 _PARTS = ("dropped", "cut", "no verdict", "kept")
 
 
+def _part_of(decision: Decision) -> str:
+    """The file that a row goes to."""
+    return "dropped" if decision.outcome == "dropped" else "kept"
+
+
 def _note(number: int, **values: Any) -> bytes:
     """A line of JSON about a row."""
     text = json_text({"number": number, **values}, ensure_ascii=False)
     return text.encode(errors="backslashreplace") + b"\n"  # half a character as JSON's escape of it
-
-
-def _as_json(hit: RuleHit) -> dict[str, Any]:
-    value, why, phrases = hit.value
-    fields = {"turn": hit.turn, "rule": hit.rule, "value": value}
-    return fields | ({"why": why} if why else {}) | ({"found": phrases} if phrases else {})

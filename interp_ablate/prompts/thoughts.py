@@ -32,7 +32,10 @@ def thought_places(
     Args:
         opened: the prompt has opened a thought: without a second tag the whole text is it.
     """
+    first = len(text) - len(text.lstrip())
     for start, end in tags:
+        if end not in text and not text.startswith(start, first):
+            continue
         head, closed, tail = text.partition(end)
         lead = len(head) - len(head.lstrip())
         begins = head.startswith(start, lead)

@@ -21,6 +21,7 @@ REASONS: tuple[Reason, ...] = ("declines", "moralizes", "says_it_is_an_ai")
 LANGUAGES = ("en", "es", "de", "fr", "it", "pt", "zh", "ru")
 OPENING = 240  # folded characters in which an answer's opening is looked for
 WORD = re.compile(r"[^\W_]+")
+_BETWEEN_WORDS = {code: " " for code in range(128) if not WORD.match(chr(code))}
 UNSPACED = " "  # stands for a word of a language that puts no spaces between words
 
 
@@ -46,15 +47,15 @@ class PhrasePattern:
     def _then(self) -> re.Pattern[str]:
         return re.compile(self.then if self._stems else rf"(?![^\W_]){self.then}")
 
-    def gate(self, start: str) -> str:
-        """A word that every text with this start holds, as `WORD` reads it: the longest, likely the rarest.
+    def words(self, start: str) -> list[str]:
+        """The words that every text with this start holds, as `WORD` reads them, the longest first.
 
-        "" where there is none; UNSPACED for a language without spaces between words.
+        UNSPACED for a language without spaces between words.
         """
         if self.language == "zh":
-            return UNSPACED
+            return [UNSPACED]
         words = WORD.findall(start)[: -1 if self._stems else None]
-        return max(words, key=len, default="")
+        return sorted(words, key=len, reverse=True)
 
     def find(self, text: str, start: str) -> str | None:
         """The first phrase with this start in a folded text, or None."""
@@ -130,12 +131,14 @@ class RefusalDetector:
         )
 
     @cached_property
-    def _by_gate(self) -> dict[str, list[tuple[int, int, str]]]:
-        """Index from a rare word to the starts that hold it: (number of the pattern, of the start, start)."""
-        index: dict[str, list[tuple[int, int, str]]] = {}
+    def _by_word(self) -> dict[str, list[tuple[int, int, str, frozenset[str]]]]:
+        """Index from a rare word to the starts that hold it: (number of the pattern, of the start, start, words)."""
+        index: dict[str, list[tuple[int, int, str, frozenset[str]]]] = {}
         for number, pattern in enumerate(self.patterns):
             for place, start in enumerate(pattern.starts):
-                index.setdefault(pattern.gate(start), []).append((number, place, start))
+                words = pattern.words(start) or [""]
+                entry = (number, place, start, frozenset(words))
+                index.setdefault(words[0], []).append(entry)  # the longest is likely the rarest
         return index
 
     def find(self, text: str) -> list[RefusalMatch]:
@@ -146,12 +149,14 @@ class RefusalDetector:
 
     def _matches(self, folded: str) -> list[RefusalMatch]:
         # one pass for the words, so that few of the thousand starts are looked for
-        words = {*WORD.findall(folded), ""}
-        if not folded.isascii():
-            words.add(UNSPACED)
-        candidates = [each for gate in self._by_gate.keys() & words for each in self._by_gate[gate]]
+        if folded.isascii():  # the same words, several times faster
+            words = {*folded.translate(_BETWEEN_WORDS).split(), ""}
+        else:
+            words = {*WORD.findall(folded), "", UNSPACED}
+        index = self._by_word
+        candidates = [e for word in index.keys() & words for e in index[word] if e[3] <= words]
         matches: dict[int, RefusalMatch] = {}
-        for number, _, start in sorted(candidates):
+        for number, _, start, _ in sorted(candidates):
             if number in matches:
                 continue
             pattern = self.patterns[number]

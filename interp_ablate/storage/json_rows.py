@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from interp_ablate.errors import InterpAblateError
 
@@ -23,8 +23,7 @@ class RowFileError(InterpAblateError):
     """Rows that cannot be read, understood or written."""
 
 
-@dataclass(frozen=True)
-class FileRow:
+class FileRow(NamedTuple):
     """One object of a file."""
 
     number: int
@@ -34,8 +33,7 @@ class FileRow:
     """Its own bytes, if it comes from JSON and is unchanged."""
 
 
-@dataclass(frozen=True)
-class RawLine:
+class RawLine(NamedTuple):
     """A line that is to be one object, not yet read."""
 
     number: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import random
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from interp_ablate.datasets import filter_batches, filter_progress, filtering
+from interp_ablate.datasets import filter_batches, filter_progress, filter_quick, filtering
 from interp_ablate.datasets.filter_outputs import PartialOutputs
 from interp_ablate.datasets.filter_quick import prefilter_of
 from interp_ablate.datasets.filter_recipe import FilterRecipe
@@ -29,10 +30,10 @@ from interp_ablate.errors import RunError
 from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.scoring.prefilter import Prefilter, expression_superset
 from interp_ablate.scoring.text_folding import fold
-from interp_ablate.storage.json_rows import RowFileError
+from interp_ablate.storage.json_rows import RawLine, RowFileError
 
 # ASCII of both cases, spaces of every kind, what folds to several characters, composes, or is no letter's twin
-LETTERS = "abSsk'` \n\t\"\u2019\u201c\u00a0\u2028\u3000\x85\x1c\u00df\u1e9e\u0130\u212a\u017f\ufb01\u2026\uff21e\u0301\u00e9\u00b4\u6211,."
+LETTERS = "abSsk'` \n\t\"\u2019\u201c\u00a0\u2028\u3000\x85\x1c\u00df\u1e9e\u0130\u212a\u017f\ufb01\u2026\uff21e\u0301\u00e9\u00b4\u6211,.\U0001f600"
 TAGS = ("<think>", "</think>", "[THINK]")
 
 
@@ -140,6 +141,14 @@ def row(draw: random.Random, layout: str, words: list[str]) -> bytes:
     return line.encode(errors="surrogatepass")
 
 
+def is_whole(line: bytes) -> bool:
+    try:
+        RawLine(1, line).read()
+    except ValueError:
+        return False
+    return True
+
+
 def recipe_of(draw: random.Random) -> tuple[FilterRecipe, list[str]]:
     words = [phrase(draw) for _ in range(draw.randint(1, 5))]
     options: dict[str, Any] = {
@@ -179,12 +188,19 @@ def test_quick_and_slow_are_the_same_bytes(
     draw = random.Random(seed)
     recipe, words = recipe_of(draw)
     layout = draw.choice(["sharegpt", "messages", "alpaca"])
-    source = tmp_path / "rows.jsonl"
-    source.write_bytes(b"\n".join(row(draw, layout, words) for _ in range(600)))
+    lines = [row(draw, layout, words) for _ in range(600)]
+    source = tmp_path / f"rows{('.jsonl', '.jsonl', '.jsonl.gz', '.json')[seed % 4]}"
+    if source.suffix == ".json":
+        lines = [line for line in lines if is_whole(line)]
+        source.write_bytes(b"[" + b",".join(lines) + b"]")
+    else:
+        with gzip.open(source, "wb") if source.suffix == ".gz" else source.open("wb") as file:
+            file.write(b"\n".join(lines))
     settings = FilterSettings(layout=layout, skip_malformed=True, shown=3, seed=seed)
     filter_file(source, tmp_path / "slow", recipe, settings=settings)
     monkeypatch.setattr(filtering, "QUICK_FROM", 0)
-    monkeypatch.setattr(filter_batches, "QUICK_ROWS", 100)
+    monkeypatch.setattr(filter_batches, "QUICK_ROWS", draw.choice((100, 599)))
+    monkeypatch.setattr(filter_quick, "_MANY", draw.choice((0, 200)))
     filter_file(source, tmp_path / "quick", recipe, settings=settings)
     assert files_of(tmp_path / "quick") == files_of(tmp_path / "slow")
 
@@ -205,6 +221,28 @@ def test_most_rows_take_the_quick_way(tmp_path: Path, monkeypatch: pytest.Monkey
     manifest = filter_file(source, tmp_path / "out")
     assert manifest["counts"]["dropped"] == 10
     assert sum(decided) <= 16 + 10
+
+
+def test_thoughts_before_every_answer_take_the_quick_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decided: list[int] = []
+    real = filter_batches.decide
+    monkeypatch.setattr(filtering, "QUICK_FROM", 0)
+    monkeypatch.setattr(
+        filter_batches, "decide", lambda s, *a: decided.append(len(s)) or real(s, *a)
+    )
+    answers = ["<think>I'm sorry, but I can't help with that.</think>Yes."] * 990
+    answers += ["<think>Hm.</think>I'm sorry, but I can't help with that."] * 10
+    answers += ["<think>Yes.</think>\n", "<think>Yes."]  # no answer
+    source = tmp_path / "rows.jsonl"
+    source.write_text(
+        "\n".join(json.dumps({"prompt": "q", "completion": answer}) for answer in answers),
+        encoding="utf-8",
+    )
+    manifest = filter_file(source, tmp_path / "out")
+    assert manifest["counts"] == manifest["counts"] | {"dropped": 10, "no_verdict": 2}
+    assert sum(decided) == 16 + 10 + 2
 
 
 def test_rules_that_phrases_say_nothing_of_have_no_quick_look() -> None:
