@@ -14,11 +14,16 @@ from interp_ablate.models.checkpoint_names import (
     declared_in_files,
     in_checkpoint_names,
 )
-from interp_ablate.models.hf_classes import without_data
+from interp_ablate.models.hf_classes import weights_in, without_data
 from interp_ablate.models.model_files import QUANTIZATION, check_folder, read_config
 from interp_ablate.models.sources import read_hf_config
 from interp_ablate.models.stand_in import measured_without_data
-from interp_ablate.storage.dequantized_checkpoint import DequantizedCheckpoint, dequantized
+from interp_ablate.storage.dequantized_checkpoint import (
+    PACKED,
+    DequantizedCheckpoint,
+    dequantized,
+    method_of,
+)
 from interp_ablate.storage.safetensors_reader import Checkpoint
 from interp_ablate.weights.plan_to_weights import WeightPlan
 
@@ -32,7 +37,11 @@ def opened(folder: str | Path) -> Checkpoint:
     """
     checkpoint = Checkpoint.open(folder)
     quantization = read_config(folder).get(QUANTIZATION) if _has_config(folder) else None
-    return dequantized(checkpoint, quantization) if quantization else checkpoint
+    if not quantization:
+        return checkpoint
+    if method_of(quantization) in PACKED:
+        return weights_in(checkpoint.folder, read_hf_config(folder))
+    return dequantized(checkpoint, quantization)
 
 
 def _has_config(folder: str | Path) -> bool:

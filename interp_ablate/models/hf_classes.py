@@ -18,7 +18,12 @@ from torch import Tensor
 
 from interp_ablate.errors import ExportError, ModelError
 from interp_ablate.models.quantized_modules import packed_parameters, quantization_of
-from interp_ablate.storage.dequantized_checkpoint import METHODS, PACKED, dequantized, method_of
+from interp_ablate.storage.dequantized_checkpoint import (
+    METHODS,
+    PACKED,
+    DequantizedCheckpoint,
+    dequantized,
+)
 from interp_ablate.storage.safetensors_reader import Checkpoint
 
 
@@ -117,26 +122,60 @@ def from_folder(name: str | Path, config: Any, *, data: bool = True, **options: 
         raise ModelError(str(error)) from error
 
 
+def weights_in(folder: Path, config: Any) -> DequantizedCheckpoint:
+    """The tensors of a folder of packed codes as weights, by its config of transformers.
+
+    Older makers of GPTQ give every linear map a bias: those of zeros that the model does not have are left out.
+
+    Raises:
+        ExportError: packed codes of a variant that is not read.
+    """
+    about = config.quantization_config
+    about = about if isinstance(about, dict) else about.to_dict()
+    checkpoint = dequantized(Checkpoint.open(folder), about)
+    packed = checkpoint.dequantized.keys()
+    biases = {n for n in checkpoint.tensors if n.endswith(".bias") and _weight_of(n) in packed}
+    if not biases:
+        return checkpoint
+    options = {"device_map": "meta", "ignore_mismatched_sizes": True, "output_loading_info": True}
+    unknown = _taking(checkpoint, without_data(_plain(config)), data=False, **options)[1]
+    surplus = sorted(biases & {*unknown["unexpected_keys"]})
+    return checkpoint.with_parts(
+        {_weight_of(name): name for name in surplus if not checkpoint.read(name).any()}
+    )
+
+
+def _weight_of(bias: str) -> str:
+    return f"{bias.removesuffix('bias')}weight"
+
+
+def _plain(config: Any) -> Any:
+    config = copy.deepcopy(config)
+    del config.quantization_config
+    return config
+
+
+def _taking(checkpoint: Checkpoint, empty: Any, *, data: bool, **options: Any) -> Any:
+    """What `from_pretrained` of an empty model's class makes of tensors."""
+    options.setdefault("dtype", empty.config.dtype or torch.float32)
+    state = {name: _Unread(checkpoint, name, data) for name in checkpoint.tensors}
+    return type(empty).from_pretrained(None, config=empty.config, state_dict=state, **options)
+
+
 def _handed_over(folder: Path, config: Any, *, data: bool, **options: Any) -> Any:
     from transformers import GenerationConfig
     from transformers.pytorch_utils import Conv1D
     from transformers.utils import GENERATION_CONFIG_NAME
 
-    about = config.quantization_config
-    about = about if isinstance(about, dict) else about.to_dict()
-    checkpoint = dequantized(Checkpoint.open(folder), about)
-    del config.quantization_config
-    empty = without_data(config)
+    checkpoint, empty = weights_in(folder, config), without_data(_plain(config))
     if any(isinstance(module, Conv1D) for module in empty.modules()):
         raise ModelError(
-            f"{folder} is quantized ({method_of(about)}), and its {config.model_type} has linear maps of [in, out], "
+            f"{folder} is quantized ({checkpoint.method}), and its {config.model_type} has linear maps of [in, out], "
             "which are not read from codes: give the weights before quantization"
         )
     if data and (folder / GENERATION_CONFIG_NAME).exists():
         options["generation_config"] = GenerationConfig.from_pretrained(str(folder))
-    options.setdefault("dtype", config.dtype or torch.float32)
-    state = {name: _Unread(checkpoint, name, data) for name in checkpoint.tensors}
-    loaded = type(empty).from_pretrained(None, config=empty.config, state_dict=state, **options)
+    loaded = _taking(checkpoint, empty, data=data, **options)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     model.name_or_path = model.config.name_or_path = str(folder)
     return loaded

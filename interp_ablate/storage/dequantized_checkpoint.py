@@ -70,6 +70,13 @@ class DequantizedCheckpoint(Checkpoint):
             parts={n: p for n, p in self.parts.items() if n not in names},
         )
 
+    def with_parts(self, names: Mapping[str, str]) -> DequantizedCheckpoint:
+        """The same, with one more stored tensor as a part of each dequantized one that is named."""
+        parts = {name: [*self.parts[name], part] for name, part in names.items()}
+        taken = {*names.values()}
+        tensors = {name: info for name, info in self.tensors.items() if name not in taken}
+        return replace(self, tensors=tensors, parts={**self.parts, **parts})
+
 
 def method_of(quantization: Mapping[str, Any]) -> str:
     """The method that a `quantization_config` names; old ones of bitsandbytes name their bits alone."""

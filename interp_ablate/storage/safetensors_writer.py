@@ -137,7 +137,7 @@ def copy_checkpoint(
     """Write the source's weight files again, tensor by tensor: some edited, some new, all else copied.
 
     The files have the source's names, tensors, order and metadata; so has the index. A header is made
-    anew only for a file that gets new tensors. Files that the folder's journal names are left alone.
+    anew only for a file that gets new tensors; one that loses all its tensors is left out. Files that the folder's journal names are left alone.
 
     Args:
         edit: for a tensor's name, a function that reads it (whole or in blocks, in any number of passes)
@@ -154,11 +154,15 @@ def copy_checkpoint(
         OSError: the disk is full or broken (`streamed_folder` makes it an ExportError).
     """
     _check_names(source, edit, extra, without)
-    files = [file for file in source.files if file.name not in folder.whole]
-    _check_room(folder.path, files, extra)
     homes: dict[Path, list[NewTensor]] = {}
     for new in extra:
         homes.setdefault(source.tensors[new.beside].file, []).append(new)
+    # a file of which nothing is left would be one that the index does not name
+    left = [
+        f for f in source.files if f.path in homes or not f.tensors or f.tensors.keys() - {*without}
+    ]
+    files = [file for file in left if file.name not in folder.whole]
+    _check_room(folder.path, files, extra)
     with _Writer(folder) as writer:
         for file in files:
             pieces = _pieces(source, file, edit, homes.get(file.path, ()), without)

@@ -94,6 +94,55 @@ def test_a_quantized_unembedding_tied_or_not(tmp_path: Path) -> None:
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("model_type", ("llama", "qwen2"))  # the second has some biases of its own
+def test_biases_that_older_makers_of_gptq_add(model_type: str, tmp_path: Path) -> None:
+    packed, plain = packed_folder(tmp_path, "gptq", model_type)
+    tensors = load_file(packed / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(".scales")]:
+        bias = name.replace("scales", "bias")
+        tensors.setdefault(bias, torch.zeros(tensors[name].shape[1]).half())
+    save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
+    model = load_model(packed)
+    assert torch.equal(model.logits(ROWS), load_model(plain).logits(ROWS))
+    _, plan = everywhere(model)
+    for folder in (packed, plain):
+        export_folder(folder, plan, tmp_path / "out" / folder.name)
+    one, other = (
+        load_file(tmp_path / "out" / n / "model.safetensors") for n in ("packed", "plain")
+    )
+    assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+    assert audit(AuditSource.of_folder(packed), plan, tmp_path / "out" / "packed").passed
+    tensors["model.layers.1.mlp.up_proj.bias"] += 1
+    save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ModelError, match=r"unknown to its model model\.layers\.1\.mlp\.up_proj\.bias"
+    ):
+        load_model(packed)
+
+
+def test_parts_of_one_weight_in_two_files(tmp_path: Path) -> None:
+    packed, _ = packed_folder(tmp_path, "gptq")
+    tensors = load_file(packed / "model.safetensors")
+    (packed / "model.safetensors").unlink()
+    files = {
+        name: f"model-0000{1 + name.endswith(('scales', 'g_idx'))}-of-00002.safetensors"
+        for name in tensors
+    }
+    for file in set(files.values()):
+        save_file(
+            {name: tensors[name] for name in files if files[name] == file},
+            packed / file,
+            metadata={"format": "pt"},
+        )
+    index = {"metadata": {}, "weight_map": files}
+    (packed / "model.safetensors.index.json").write_text(json.dumps(index))
+    _, plan = everywhere(load_model(packed))
+    export_folder(packed, plan, tmp_path / "out")
+    assert len([*(tmp_path / "out").glob("*.safetensors")]) == 1  # of the other, nothing is left
+    assert audit(AuditSource.of_folder(packed), plan, tmp_path / "out").passed
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
 def test_linear_maps_stored_the_other_way_round_are_refused(tmp_path: Path) -> None:
     packed, _ = packed_folder(tmp_path, "gptq", "gpt2")
     assert "transformer.h.0.attn.c_proj.qweight" in load_file(
