@@ -5,6 +5,7 @@ Knows: flags and what is printed. Does not know: formats, or how anything is com
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,8 @@ def run(args: Namespace) -> int:
         raise RunError("no model: give --model (loaded and certified) or --source DIR (streamed)")
     begins = chosen.begins
     ours = None if begins is None else lambda beginning: beginning.startswith(begins)
+    if settings.source:  # threads that spin while they wait for work take the core that writes
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported, below
     check_new(settings.out, settings.force, ours=ours, source=settings.source)
     _check_before_loading(settings)
     request = ExportRequest(

@@ -33,6 +33,7 @@ from interp_ablate.storage.strict_json import json_text
 logger = logging.getLogger(__name__)
 
 COPY = 64 << 20  # bytes asked of the kernel at once
+OPEN = 4  # files that may wait for their last bytes
 # What the kernel says when it cannot copy between these two files, and reading and writing can.
 _NO_KERNEL_COPY = {
     errno.EXDEV,
@@ -299,6 +300,8 @@ class _Writer:
 
     def write(self, file: TensorFile, pieces: Iterable[_Piece]) -> None:
         """One file; it gets its name when every byte of it has reached the disk."""
+        if len(self._open) >= OPEN:
+            self.finish()
         temporary = self._folder.path / f"{file.name}.partial"
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         self._open.add(handle)
@@ -311,7 +314,10 @@ class _Writer:
             else:
                 _write_blocks(handle, size, piece, self._writing)
             size += piece.nbytes
-        self._writing.finish()
+        self._writing.put(self._hand_on, handle, file, temporary, size)
+
+    def _hand_on(self, handle: int, file: TensorFile, temporary: Path, size: int) -> None:
+        """In the writing thread, when all of a file is written: the next one is begun meanwhile."""
         self._closing.finish()
         self._closing.put(self._close, handle, file, temporary, size)
 

@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -691,6 +692,10 @@ def test_a_kill_leaves_nothing_that_looks_finished_and_a_second_run_completes(
 
 def interrupted_in(name: str, source: Checkpoint, out: Path, fingerprint: str = "plan") -> None:
     def interrupt(_: TensorSource) -> Iterator[Tensor]:
+        for _ in range(1000):  # the first file is on its way to the disk, in other threads
+            if (out.with_name(f".{out.name}.partial") / SHARDS[0]).exists():
+                break
+            time.sleep(0.01)
         raise KeyboardInterrupt
         yield
 
@@ -730,6 +735,40 @@ def test_a_second_run_keeps_what_is_whole_only_if_nothing_changed(
     expected = (values["embed"].float() * 2).bfloat16() if kept else torch.zeros(37, 8).bfloat16()
     assert raw(found) == raw(expected)
     assert set(contents(tmp_path / "out")) == {*SHARDS, INDEX}
+
+
+@pytest.mark.parametrize("fails", [None, "pwrite", "fsync"])
+def test_more_files_than_wait_for_the_disk_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str | None
+) -> None:
+    (tmp_path / "in").mkdir()
+    names = [f"model-{i:05}-of-00011.safetensors" for i in range(1, 12)]
+    for i, name in enumerate(names):
+        tensors = {f"{i}.a": torch.full((9, 8), float(i)), f"{i}.b": torch.randn(9, 8)}
+        save_file(tensors, tmp_path / "in" / name)
+    weight_map = {f"{i}.{part}": name for i, name in enumerate(names) for part in "ab"}
+    index = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (tmp_path / "in" / INDEX).write_text(index)
+    edit = {f"{i}.a": doubled for i in range(11)}
+    if fails is None:
+        run_copy(tmp_path / "in", tmp_path / "out", edit=edit)
+        for i, name in enumerate(names):
+            before, after = load_file(tmp_path / "in" / name), load_file(tmp_path / "out" / name)
+            assert torch.equal(after[f"{i}.a"], torch.full((9, 8), 2.0 * i))
+            assert torch.equal(after[f"{i}.b"], before[f"{i}.b"])
+        return
+    real, left = getattr(os, fails), [6]
+
+    def full(*arguments: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*arguments)
+
+    monkeypatch.setattr(os, fails, full)
+    with pytest.raises(ExportError, match="No space left on device"):
+        run_copy(tmp_path / "in", tmp_path / "out", edit=edit)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_a_whole_file_that_was_changed_is_written_again(tmp_path: Path) -> None:

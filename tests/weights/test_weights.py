@@ -26,12 +26,19 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BloomConfig
 
 from interp_ablate import Ablate, Add, Clamp, Plan, Site, everywhere, export_checkpoint, sites_of
+from interp_ablate.edits.affine import Affine
 from interp_ablate.errors import ExportError
 from interp_ablate.models.architectures import ARCHITECTURES, architecture_of
 from interp_ablate.models.load import from_hf
 from interp_ablate.models.model import Model
 from interp_ablate.sites import RESIDUAL_POINTS, WRITER_POINTS
-from interp_ablate.weights.plan_to_weights import WeightPlan, edited_state_dict, weight_plan
+from interp_ablate.weights.plan_to_weights import (
+    TensorEdit,
+    WeightPlan,
+    edited_state_dict,
+    edited_tensor,
+    weight_plan,
+)
 from interp_ablate.weights.weight_form import writers_only_form
 
 TOLERANCE = 1e-5  # fp32, logits of size 1
@@ -488,3 +495,19 @@ def test_skipping_a_tied_embedding_must_leave_something() -> None:
     plan = Plan((Ablate(unit(), Site(0, "embed")),))
     with pytest.raises(ExportError, match=r"edits the embedding only"):
         planned(source_of("llama_gqa", True), plan, tied="skip-embedding")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_values_that_are_not_finite_are_refused_and_large_ones_are_not(dtype: torch.dtype) -> None:
+    one = torch.eye(4, dtype=torch.float64)[:, :1]
+    half = TensorEdit("embedding", Affine(-one / 2, one, torch.zeros(4).double()), False, "embed")
+    largest = torch.full((8, 4), torch.finfo(dtype).max).to(dtype)
+    assert not largest.sum().isfinite()
+    expected = largest.double()
+    expected[:, 0] /= 2
+    assert torch.equal(edited_tensor(largest, half), expected.to(dtype))
+    largest[3] = torch.nan  # a row that nothing reads
+    assert edited_tensor(largest, half)[4:].isfinite().all()
+    grown = TensorEdit("embedding", Affine(one, one, torch.zeros(4).double()), False, "embed")
+    with pytest.raises(ExportError, match="not finite at embed"):
+        edited_tensor(largest, grown)
