@@ -20,17 +20,23 @@ from tiny import N_LAYERS, folder_of, unit
 
 import interp_ablate
 from interp_ablate import Ablate, Plan, collect, everywhere, load_model
+from interp_ablate.activations.token_activations import TokenActivations
 from interp_ablate.cli.main import main
 from interp_ablate.cli.options import chosen_in_run
+from interp_ablate.datasets import filter_journal, screening_measure
 from interp_ablate.directions.direction import Direction
 from interp_ablate.directions.direction_set import Directions
 from interp_ablate.directions.foreign_files import read_directions
 from interp_ablate.errors import InterpAblateError
+from interp_ablate.evaluation import compare
 from interp_ablate.export.auditing import AuditSource, audit
 from interp_ablate.export.checkpoint import export_folder
 from interp_ablate.export.hub import push_to_hub
 from interp_ablate.export.model_card import add_to_card
-from interp_ablate.persona.persona import load_persona
+from interp_ablate.league import journal as league_journal
+from interp_ablate.league.journal import LeagueJournal, Record
+from interp_ablate.persona import rollouts
+from interp_ablate.persona.persona import FORMAT, load_persona
 from interp_ablate.persona.rollouts import read_answers
 from interp_ablate.runs import run_folder
 from interp_ablate.runs.report import write_report
@@ -38,6 +44,8 @@ from interp_ablate.scoring.expressions import expression_scorer
 from interp_ablate.search.trial_table import read_trials
 from interp_ablate.search.trials import Trial, TrialLog
 from interp_ablate.sites import Site
+from interp_ablate.storage.json_shapes import ROLLOUTS
+from interp_ablate.storage.jsonl_log import JsonlLog
 from interp_ablate.storage.row_files import RowFile
 from interp_ablate.training.healing.case import read_plan
 
@@ -195,7 +203,17 @@ RUN: dict[str, str] = {
     "trials.jsonl": json.dumps({"format": "interp_ablate.trials/1"}) + "\n",
     "generations.jsonl": json.dumps({"prompt": "a", "text": "b"}) + "\n",
     "trials.csv": "trial,stage\n0,finalist\n",
-    "persona.json": json.dumps({"format": "x", "site": "3.resid_post"}),
+    "persona.json": json.dumps(
+        {
+            "format": FORMAT,
+            "model": "m",
+            "trait": "t",
+            "trait_fingerprint": "f",
+            "site": "3.resid_post",
+            "position": "-1",
+            "coefficient": 1.0,
+        }
+    ),
     "rollouts.jsonl": json.dumps({"format": "x"}) + "\n",
     "directions.json": json.dumps({"format": "x", "directions": []}),
 }
@@ -226,7 +244,7 @@ LEFT_READERS: dict[str, tuple[Callable[[Path], object], ...]] = {
 }
 
 
-def _opened(log: TrialLog) -> None:
+def _opened(log: TrialLog | JsonlLog | LeagueJournal) -> None:
     with log.open():
         pass
 
@@ -252,6 +270,9 @@ def test_what_a_run_left(file: str, name: str, tmp_path: Path) -> None:
                 assert torn or part_of_report, f"{read} took {file}, {name}"
 
 
+LOOK_INSIDE = {"export/certificate.json": slice(0, 3, 2), "export/interp_ablate.json": slice(2, 3)}
+
+
 @pytest.mark.parametrize(
     ("file", "changed"),
     [
@@ -263,16 +284,152 @@ def test_what_a_run_left(file: str, name: str, tmp_path: Path) -> None:
         ("selected.json", {"test": {"controls": [None]}}),
         ("selected.json", {"test": {"perplexity_after": 10**400}}),
         ("selected.json", {"plan": {"edits": [{"sites": 10**30}]}}),
+        ("run.json", {"configuration": {"model": "x", "device": {}}}),
+        ("run.json", {"target_tokens": [{"text": "a", "p_positive": "0.1", "p_negative": 0.2}]}),
+        ("run.json", {"contrast": {"n_positive": 2.5}}),
+        ("run.json", {"versions": {"torch": float("nan")}}),
+        ("selected.json", {"test": {"intervals": {"behaviour_after": ["", 1.0]}}}),
+        ("selected.json", {"test": {"controls": [{"name": "random 0"}]}}),
+        ("selected.json", {"test": {"behaviour_after": float("nan")}}),
+        ("selected.json", {"test": {"n": {"positive": 10**30}}}),
+        ("selected.json", {"limits": {"removed": []}}),
+        ("persona.json", {"coefficient": "1"}),
+        ("persona.json", {"site": 3}),
+        ("export/certificate.json", {"limits": {"kl": [None]}}),
+        ("export/certificate.json", {"prompts": 2.5}),
+        ("export/certificate.json", {"compared": {"hooked": [None]}}),
+        ("export/interp_ablate.json", {"test": {"intervals": {"repetition_before": [0.0, ""]}}}),
+        (
+            "export/interp_ablate.json",
+            {"test": {"intervals": {"behaviour_after": [0.0, float("nan")]}}},
+        ),
+        ("export/interp_ablate.json", {"versions": [3]}),
+        ("export/interp_ablate.json", {"edited": "all"}),
     ],
 )
 def test_parts_of_another_kind(file: str, changed: dict[str, object], tmp_path: Path) -> None:
-    for i, read in enumerate(LEFT_READERS[file][:2]):
+    for i, read in enumerate(LEFT_READERS[file][LOOK_INSIDE.get(file, slice(2))]):
         run = tmp_path / str(i)
         for other, content in RUN.items():
             (run / other).parent.mkdir(parents=True, exist_ok=True)
             (run / other).write_text(content)
         (run / file).write_text(json.dumps({**json.loads(RUN[file]), **changed}))
         refused(partial(read, run))
+
+
+LINES: dict[str, str] = {
+    "league": '{"key": ["fit", "a"], "values": {}, "seconds": 0.5, "failed": ""}',
+    "answers": '{"answer": 0, "key": {"a": 1}, "system": null, "question": "a", "text": "b", "tokens": [1], "finished": true}',
+    "verdicts": '{"by": "score:1", "scored": [0], "values": [50.0]}',
+    "screening": '{"start": 0, "number": [1], "projection": [0.5], "own": [null]}',
+    "measured": '{"part": "text", "key": null, "value": [1]}',
+    "filter": '{"rule": "a", "readings": [[0, 0, 0.5, ""]]}',
+}
+
+
+def journal(kind: str, path: Path) -> None:
+    """Open a journal of the package as its owner does."""
+    shape = {
+        "league": league_journal._LINE,
+        "answers": ROLLOUTS,
+        "verdicts": ROLLOUTS,
+        "screening": screening_measure._PART,
+        "measured": compare.PART,
+        "filter": filter_journal.LINE,
+    }[kind]
+    with JsonlLog(
+        path, {}, kind="journal", format="x", lost="it is done again", shape=shape
+    ).open():
+        pass
+
+
+@pytest.mark.parametrize("kind", LINES)
+@pytest.mark.parametrize("value", [None, "text", -1.5, 10**30, float("nan"), [], {}, [[]], ...])
+def test_lines_of_journals_are_of_their_shape(kind: str, value: object, tmp_path: Path) -> None:
+    """A part that is gone, or something else: the line is named, or what it says is what was there."""
+    path, line = tmp_path / "log.jsonl", json.loads(LINES[kind])
+    with JsonlLog(path, {}, kind="journal", format="x", lost="it is done again").open():
+        pass
+    head = json.dumps({"format": "x", "interp-ablate": interp_ablate.__version__})
+    path.write_text(f"{head}\n{json.dumps(line)}\n")
+    journal(kind, path)
+    for part, before in line.items():
+        if (
+            before is None
+            or part in ("key", "value", "values", "failed")
+            or type(value) is type(before)
+        ):
+            continue
+        changed = {k: v for k, v in {**line, part: value}.items() if v is not ...}
+        path.write_text(f"{head}\n{json.dumps(line)}\n{json.dumps(changed)}\n")
+        said = refused(lambda: journal(kind, path))
+        # a line that lacks the part which tells its kind may be named by a part of the other kind
+        assert "line 3" in said and (part in said or value is ... or "not JSON" in said)
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("plan", {}),
+        ("plan", {"rate": [0.5], "kl": [None], "kl_answers": [0.1], "repetition": [0.0]}),
+        ("fit", {"site": "a", "position": "-1", "scores": ["0.5"], "pairs": ["a"], "about": {}}),
+        ("fit", {"site": "a", "position": "-1", "scores": [], "pairs": [], "about": {}, "plans": {"removal": [{"share": 1}]}}),
+        ("unedited", {"removal": [1.0], "induction": [0.0], "prompts": {"removal": [3], "induction": []}}),
+    ],
+)  # fmt: skip
+def test_numbers_of_a_league_are_of_their_shape(key: str, values: object, tmp_path: Path) -> None:
+    path = tmp_path / "league.jsonl"
+    with LeagueJournal(path, {}).open() as opened:
+        opened.finish(Record((key, "b"), {}, 0.1, failed="it was not tried"))  # is taken
+    with LeagueJournal(path, {}).open() as opened:
+        opened.finish(Record((key, "b"), values, 0.1))  # type: ignore[arg-type]
+    said = refused(lambda: _opened(LeagueJournal(path, {})))
+    assert "line 3: its " in said and "its work is done again" in said
+
+
+def test_scores_of_a_file_of_answers_are_from_0_to_100(tmp_path: Path) -> None:
+    path = tmp_path / "rollouts.jsonl"
+    for score in (-1, 100.5, 1e308):
+        head, line = (
+            {"format": rollouts.FORMAT},
+            {**json.loads(LINES["verdicts"]), "values": [score]},
+        )
+        path.write_text(f"{json.dumps(head)}\n{json.dumps(line)}\n")
+        said = refused(lambda: read_answers(path, scorer={}, coherence={}))
+        assert "line 2" in said and "0 to 100" in said
+
+
+def test_a_line_cut_short_that_is_nested_deep(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    log = JsonlLog(path, {}, kind="journal", format="x", lost="it is done again")
+    head = json.dumps({"format": "x", "interp-ablate": interp_ablate.__version__})
+    path.write_text(f'{head}\n{{"a": {hostile.DEEP[:100_000]}')
+    assert "line 2" in refused(lambda: _opened(log))
+
+
+def test_a_link_to_itself_is_no_part_that_was_left_out(tmp_path: Path) -> None:
+    for name in ("selected.json", "generations.jsonl", "run.json"):
+        run = tmp_path / name
+        run.mkdir()
+        (run / name).symlink_to(name)
+        refused(partial(write_report, run))
+
+
+def test_stored_tokens_are_of_their_shape(sound: Path, tmp_path: Path) -> None:
+    collect(load_model(sound / "a"), ["one two"], positions="all").save(tmp_path / "t")
+    path = tmp_path / "t" / "tokens.json"
+    index = json.loads(path.read_text())
+    row = index["tokens"][0]
+    for changed in (
+        {"indices": [[2.5, *index["indices"][0][1:]]]},
+        {"tokens": [{**row, "id": [10**30, *row["id"][1:]]}]},
+        {"tokens": [{**row, "part": [0, *row["part"][1:]]}]},
+        {"tokens": [{**row, "text": [[None], *row["text"][1:]]}]},
+        {"labels": [1]},
+        {"prompts": [3]},
+    ):
+        path.write_text(json.dumps({**index, **changed}))
+        assert "not of the kind" in refused(lambda: TokenActivations.load(tmp_path / "t"))
 
 
 @pytest.mark.parametrize("value", ["high", None, [0.1], 10**400, float("nan")])

@@ -15,10 +15,10 @@ from interp_ablate.datasets.conversations import Sample, Turn
 from interp_ablate.datasets.filter_recipe import read_now
 from interp_ablate.datasets.filter_rules import Rule, RuleValue, ScoreRule
 from interp_ablate.scoring.exchange import UNANSWERED
-from interp_ablate.storage.json_shapes import NONE, NUMBER, misfit
+from interp_ablate.storage.json_shapes import NONE, NUMBER
 from interp_ablate.storage.jsonl_log import JsonlLog
 
-_LINE = {"rule": str, "readings": [[int, int, (NONE, *NUMBER), str]]}
+LINE = {"rule": str, "readings": [[int, int, (NONE, *NUMBER), str]]}
 _STORED = 16  # answers that are scored between two writes to the journal
 
 
@@ -32,9 +32,7 @@ class StoredValues:
         self.journal, self.lock = journal, threading.RLock()
         self.names: dict[int, str] = {}  # of rules
         self.values: dict[tuple[str, int, int], RuleValue] = {}
-        for number, line in enumerate(lines, 2):
-            if (place := misfit(line, _LINE)) is not None:
-                raise journal.corrupt(number, f"{place} is not there, or another thing")
+        for line in lines:
             for at, turn, value, why in line["readings"]:
                 self.values[line["rule"], at, turn] = RuleValue(value, why)
 

@@ -19,7 +19,7 @@ from typing import Any
 from interp_ablate import __version__
 from interp_ablate.datasets.chat_reader import check_layout
 from interp_ablate.datasets.filter_batches import BatchDecider, Item, Verdict, verdicts_of_batches
-from interp_ablate.datasets.filter_journal import StoredValues
+from interp_ablate.datasets.filter_journal import LINE, StoredValues
 from interp_ablate.datasets.filter_outputs import (
     MALFORMED,
     WHY,
@@ -123,6 +123,7 @@ def filter_file(
         kind="journal of verdicts",
         format=FORMAT,
         lost="its answers are scored again",
+        shape=LINE,
         replace=settings.force,
     )
     with journal.open() as lines:

@@ -27,6 +27,7 @@ from interp_ablate.models.rendering import rendering
 from interp_ablate.prompts.chat_format import ReadPart
 from interp_ablate.prompts.prompt import Prompt
 from interp_ablate.scoring.exchange import PromptResponse
+from interp_ablate.storage.json_shapes import NONE, NUMBER
 from interp_ablate.storage.jsonl_log import JsonlLog
 from interp_ablate.storage.row_files import RowFile
 
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "interp_ablate.screening/1"
 COLUMNS = ("number", "projection", "own", "difference")
+_VALUES = [(NONE, *NUMBER)]
+_PART = {"start": int, "number": [int], "projection": _VALUES, "own": _VALUES}
 FEWEST_FITTED = 10  # samples with a value, for a slope
 
 
@@ -129,8 +132,8 @@ def measure_samples(
     with lines.open() as done, bar(f"samples of {Path(data).name}", total) as advance:
         parts: dict[int, dict[str, Any]] = {}
         for place, part in enumerate(done, 2):
-            if not {"start", *COLUMNS[:3]} <= set(part):
-                raise lines.corrupt(place, "not a batch of samples")
+            if len({len(part[name]) for name in COLUMNS[:3]}) > 1:
+                raise lines.corrupt(place, "its columns have several lengths")
             parts[part["start"]] = part
         start = 0
         for samples in _chunks(read_samples(data, layout=layout), settings.rows):
@@ -167,7 +170,7 @@ def _store(
         "settings": {k: v for k, v in asdict(settings).items() if k not in _FREE},
     }
     lost = "its samples are measured again"
-    return JsonlLog(path, identity, kind="screening", format=FORMAT, lost=lost)
+    return JsonlLog(path, identity, kind="screening", format=FORMAT, lost=lost, shape=_PART)
 
 
 _FREE = ("batch_size",)  # a setting that no number depends on

@@ -38,6 +38,7 @@ from interp_ablate.stats.intervals import AT_LEAST_0, Estimate, mean_estimate
 from interp_ablate.storage.jsonl_log import JsonlLog
 
 logger = logging.getLogger(__name__)
+PART = {"part": str, "key": object, "value": object}  # a line of what is measured
 
 
 def evaluate(
@@ -107,6 +108,7 @@ def _opened(
         kind="record of what is measured",
         format=FORMAT,
         lost="its part is measured again",
+        shape=PART,
     )
     with log.open() as lines:
         yield MeasuredParts(log, lines, on_part)

@@ -24,8 +24,16 @@ from interp_ablate.models.model import Model, model_of
 from interp_ablate.models.rendering import rendering, require_room
 from interp_ablate.models.thinking import Generation
 from interp_ablate.prompts.prompt import Prompt
+from interp_ablate.storage.json_shapes import NONE, NUMBER, misfit
 from interp_ablate.storage.jsonl_log import JsonlLog
 from interp_ablate.storage.strict_json import as_read_back
+
+# Shapes of what parts have measured: of a window of text, of an answer, of a number a prompt.
+_LOSS: Any = {"document": int, "tokens": int, "nats": NUMBER, "bytes": (NONE, int)}
+_ANSWER: Any = {
+    **dict.fromkeys(("text", "thought"), str), "tokens": [int], "lead": [int], "finished": bool, "answer": (NONE, str),
+}  # fmt: skip
+_VALUE: Any = (NONE, bool, *NUMBER)
 
 
 class MeasuredParts:
@@ -44,9 +52,19 @@ class MeasuredParts:
                 return line
         return None
 
-    def of(self, name: str, measure: Callable[[], Any], key: Any = None) -> Any:
-        """The part's value as plain data: the stored one, else what `measure` returns."""
+    def of(
+        self, name: str, measure: Callable[[], Any], key: Any = None, *, shape: Any = object
+    ) -> Any:
+        """The part's value as plain data: the stored one, else what `measure` returns.
+
+        Raises:
+            RunError: a stored one of another shape (see `json_shapes`), with its line.
+        """
         line = self.stored(name, key)
+        place = misfit(line["value"], shape, "value") if line is not None else None
+        if line is not None and place is not None and self.log is not None:
+            number = self.lines.index(line) + 2
+            raise self.log.corrupt(number, f"its {place} is not there, or of another kind")
         if line is None:
             self.on_part(name)
             line = as_read_back({"part": name, "key": key, "value": measure()})
@@ -132,7 +150,7 @@ class Side:
             )
             return [asdict(loss) for loss in losses]
 
-        lines = parts.of(f"text, {self.which}", measure, [context, stride])
+        lines = parts.of(f"text, {self.which}", measure, [context, stride], shape=[_LOSS])
         self.losses = [WindowLoss(**line) for line in lines]
 
     def measure_answers(
@@ -147,13 +165,19 @@ class Side:
             outputs = self._answered(parts, name, prompts)
             for scorer in self.config.scorers:
                 part = f"{scorer.name} of the answers to {name}, {self.which}"
-                scores = parts.of(part, lambda s=scorer, o=outputs: s(o.exchanges), scorer.identity)  # type: ignore[misc]
+                scores = parts.of(
+                    part,
+                    lambda s=scorer, o=outputs: s(o.exchanges),  # type: ignore[misc]
+                    scorer.identity,
+                    shape=[_VALUE] * len(prompts),
+                )
                 self.scores[scorer.name, name] = scores
             if reference is not None:
                 before = reference.outputs[name]
                 self.kls[name] = parts.of(
                     _kl_part(name),
                     lambda a=outputs, b=before: _divergences(a, b),  # type: ignore[misc]
+                    shape={"*": [_VALUE] * len(prompts)},
                 )
             self.outputs[name] = outputs
             if self._load is not None:
@@ -172,7 +196,9 @@ class Side:
             outputs.first_logprobs  # noqa: B018  (what is generated from NaN looks like text)
             return [asdict(generation) for generation in outputs.generations]
 
-        answers = parts.of(f"answers to {name}, {self.which}", measure)
+        answers = parts.of(
+            f"answers to {name}, {self.which}", measure, shape=[_ANSWER] * len(prompts)
+        )
         outputs.generations = [
             Generation(**{**each, "tokens": tuple(each["tokens"]), "lead": tuple(each["lead"])})
             for each in answers

@@ -19,7 +19,7 @@ from interp_ablate.models.sources import ModelSource
 from interp_ablate.sites import Site
 from interp_ablate.storage.atomic_files import atomic_path
 from interp_ablate.storage.incoming_files import incoming_object, incoming_text
-from interp_ablate.storage.json_shapes import LEFT_BY_A_RUN, NUMBER, misfit
+from interp_ablate.storage.json_shapes import NUMBER, misfit
 from interp_ablate.storage.provenance import MANIFEST, versions, weight_digests
 from interp_ablate.storage.strict_json import json_text
 from interp_ablate.weights.plan_to_weights import WeightPlan
@@ -147,9 +147,7 @@ def add_run(folder: str | Path, run: Mapping[str, Any]) -> None:
 def _write_again(folder: Path, certificate: dict[str, Any] | None = None, **changes: Any) -> None:
     try:
         manifest = {**incoming_object(folder / MANIFEST), **changes}
-        certificate = certificate or incoming_object(
-            folder / CERTIFICATE, fields=("passed",), shape=LEFT_BY_A_RUN[CERTIFICATE]
-        )
+        certificate = certificate or incoming_object(folder / CERTIFICATE, fields=("passed",))
         numbers = {"limits": {"*": NUMBER}} | dict.fromkeys(certificate.get("limits") or {}, NUMBER)
         if certificate["passed"] is not None and misfit(certificate, numbers):
             raise ValueError(f"{CERTIFICATE} lacks a number that has a limit")
@@ -409,8 +407,8 @@ def _results(test: Mapping[str, Any] | None) -> list[str]:
     return lines
 
 
-def _interval(low_high: Sequence[float] | None) -> str:
-    return f"{low_high[0]:.3g} to {low_high[1]:.3g}" if low_high else ""
+def _interval(low_high: Sequence[float | None] | None) -> str:
+    return " to ".join("?" if end is None else f"{end:.3g}" for end in low_high or ())
 
 
 def _certificate(certificate: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:

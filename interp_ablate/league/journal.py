@@ -13,11 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from interp_ablate.search.trials import KILLS, together
+from interp_ablate.storage.json_shapes import NONE, NUMBER, OBJECT, misfit, optional
 from interp_ablate.storage.jsonl_log import JsonlLog
 from interp_ablate.storage.strict_json import as_read_back
 
 FORMAT = "interp_ablate.league/1"
 Key = tuple[str, ...]
+_RECORD = {"key": [str], "values": OBJECT, "seconds": NUMBER, "failed": str}
+_LINE = ({"begun": [[str]]}, {"released": [[str]]}, _RECORD)
+_EACH: Any = [(NONE, *NUMBER)]  # a number a prompt
+# The values of what did not fail, by the first word of its key.
+_VALUES: dict[str, Any] = {
+    "unedited": {"removal": _EACH, "induction": _EACH, "prompts": {"removal": [str], "induction": [str]}},
+    "fit": {
+        "site": str, "position": str, "scores": [NUMBER], "pairs": [str], "about": OBJECT,
+        "plans": optional({"*": [{"strength": NUMBER, "share": NUMBER}]}),
+    },
+    "plan": {"rate": _EACH, "kl": [NUMBER], "kl_answers": _EACH, "repetition": _EACH},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,12 @@ class LeagueJournal:
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
         self._lines = JsonlLog(
-            path, identity, kind="journal of a league", format=FORMAT, lost="its work is done again"
+            path,
+            identity,
+            kind="journal of a league",
+            format=FORMAT,
+            lost="its work is done again",
+            shape=_LINE,
         )
         self.done: dict[Key, Record] = {}
         self._kills: Counter[Key] = Counter()
@@ -54,10 +72,16 @@ class LeagueJournal:
         with self._lines.open() as lines:
             self.done, self._kills = {}, Counter()
             for number, line in enumerate(lines, 2):
-                try:
-                    self._take(line)
-                except (TypeError, KeyError, ValueError) as error:
-                    raise self._lines.corrupt(number, error) from error
+                shape = (
+                    _VALUES.get("".join(line.get("key", ())[:1]))
+                    if not line.get("failed")
+                    else None
+                )
+                if shape is not None and (place := misfit(line["values"], shape)) is not None:
+                    raise self._lines.corrupt(
+                        number, f"its {place} is not there, or of another kind"
+                    )
+                self._take(line)
             yield self
 
     def _take(self, line: dict[str, Any]) -> None:
@@ -67,7 +91,7 @@ class LeagueJournal:
             self._kills.subtract(map(tuple, line["released"]))
         else:
             record = Record(
-                tuple(line["key"]), dict(line["values"]), float(line["seconds"]), line["failed"]
+                tuple(line["key"]), line["values"], float(line["seconds"]), line["failed"]
             )
             self.done[record.key] = record
 

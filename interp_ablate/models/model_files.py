@@ -35,6 +35,7 @@ from interp_ablate.storage.incoming_files import (
     incoming_text,
     shortened,
 )
+from interp_ablate.storage.json_shapes import optional
 
 if TYPE_CHECKING:
     from interp_ablate.storage.safetensors_reader import Checkpoint
@@ -59,6 +60,7 @@ _SIZES = re.compile(
 _FREE = re.compile(r"position|context_length|_ids?$|_ind(ex|ices)$|_idx$|_type$")
 _SMALL = 1_000_000  # a size that any machine can make room for
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
+_GENERATION = {"eos_token_id": optional((int, [int]))}
 
 
 def check_folder(folder: str | Path, *, trust_remote_code: bool = False) -> None:
@@ -169,7 +171,8 @@ def _check_files(folder: Path) -> None:
         if (folder / name).exists():
             # a vocabulary may name a token twice: what that means is its reader's affair
             unique = name not in ("tokenizer.json", "vocab.json")
-            content = incoming_object(folder / name, error=ModelError, unique=unique)
+            shape = _GENERATION if name == GENERATION else None
+            content = incoming_object(folder / name, error=ModelError, unique=unique, shape=shape)
             template = content.get("chat_template")
             if name != "vocab.json" and not isinstance(template, str | list | dict | None):
                 raise ModelError(

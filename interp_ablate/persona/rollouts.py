@@ -38,6 +38,7 @@ from interp_ablate.scoring.exchange import (
     verdicts_of,
 )
 from interp_ablate.storage.incoming_files import MAX_LOG, incoming_bytes, parse_json
+from interp_ablate.storage.json_shapes import ROLLOUTS, misfit
 from interp_ablate.storage.jsonl_log import JsonlLog
 
 logger = logging.getLogger(__name__)
@@ -98,17 +99,19 @@ def take_line(
     verdicts: dict[tuple[str, int], float | None],
 ) -> int | None:
     """Add a line's answer, whose number is returned, to `written`, or its verdicts to `verdicts`."""
+    if (place := misfit(line, ROLLOUTS)) is not None:
+        raise ValueError(f"its {place} is not there, or of another kind")
     if "answer" not in line:
         for number, value in zip(line["scored"], line["values"], strict=True):
+            if value is not None and not 0 <= value <= 100:
+                raise ValueError(f"the score {value} is none from 0 to 100")
             verdicts[line["by"], number] = value
         return None
-    number = int(line["answer"])
-    prompt, tokens = Prompt(line["question"], line["system"]), tuple(line["tokens"])
-    written[number] = Rollout(
-        line["key"], prompt, tokens, line["text"], line["finished"],
+    written[line["answer"]] = Rollout(
+        line["key"], Prompt(line["question"], line["system"]), tuple(line["tokens"]), line["text"], line["finished"],
         thought=line.get("thought", ""), lead=tuple(line.get("lead", ())),
     )  # fmt: skip
-    return number
+    return int(line["answer"])
 
 
 def read_answers(
@@ -129,7 +132,7 @@ def read_answers(
     verdicts: dict[tuple[str, int], float | None] = {}
     for number, text in enumerate(lines, 1):
         try:
-            line = parse_json(text)
+            line = parse_json(text, finite=True)
             if number > 1:
                 take_line(line, written, verdicts)
             elif line["format"] != FORMAT:

@@ -22,7 +22,6 @@ from interp_ablate.settings import SPLIT_SIZES
 from interp_ablate.sites import Site
 from interp_ablate.storage.atomic_files import folder_made, remove_left_overs, write_atomic
 from interp_ablate.storage.incoming_files import incoming_object
-from interp_ablate.storage.json_shapes import LEFT_BY_A_RUN
 from interp_ablate.storage.output_folder import check_output_path
 from interp_ablate.storage.strict_json import as_read_back, json_text
 
@@ -438,7 +437,7 @@ def read_run(out: str | Path) -> dict[str, Any] | None:
             )
         return None
     try:
-        saved = incoming_object(path, shape=LEFT_BY_A_RUN[path.name])
+        saved = incoming_object(path)
         version = saved["format"]
         if version == FORMAT:
             saved["configuration"], saved["made_of"], saved["stages"], saved["notes"]
@@ -462,8 +461,7 @@ def read_selected(out: str | Path) -> dict[str, Any]:
     """
     path = Path(out) / "selected.json"
     advice = f"delete it, and run `interp-ablate run --out {out}` again"
-    shape = LEFT_BY_A_RUN[path.name]
-    selected = incoming_object(path, advice=advice, fields=("plan", "limits"), shape=shape)
+    selected = incoming_object(path, advice=advice, fields=("plan", "limits"))
     if selected["plan"] is not None:
         incoming_object(path, advice=advice, fields=("trial", "test"))
     return selected

@@ -97,7 +97,7 @@ def _require(frame: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
         raise RunError(
             f"cannot select: {'no rows' if not missing else 'no column ' + ', '.join(missing)}; "
             f"needed are {', '.join(columns)} (or the published names {', '.join(PUBLISHED_COLUMNS)}); "
-            f"there are {', '.join(map(str, frame.columns)) or 'none'}"
+            f"there are {shortened(', '.join(map(str, frame.columns)), 400) or 'none'}"
         )
     for column in columns:
         if not pd.api.types.is_numeric_dtype(renamed[column]):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from interp_ablate.errors import InterpAblateError, RunError
-from interp_ablate.storage.json_shapes import misfit
+from interp_ablate.storage.json_shapes import LEFT_BEHIND, misfit
 
 MAX_BYTES = 1 << 28  # of a file that is read whole; the largest tokenizers have a tenth of it
 MAX_LOG = 1 << 34  # bytes of a file that this package wrote line by line
@@ -104,12 +104,14 @@ def incoming_json(
     error: type[InterpAblateError] = RunError,
     limit: int = MAX_BYTES,
     unique: bool = True,
+    finite: bool = False,
     advice: str = WHOLE,
 ) -> Any:
     """The content of a JSON file.
 
     Args:
         unique: refuse a key that stands twice in one object, of which readers take different ones.
+        finite: refuse NaN and Infinity, which are no JSON.
         advice: what to do about a broken file.
 
     Raises:
@@ -117,24 +119,26 @@ def incoming_json(
     """
     text = incoming_text(path, error=error, limit=limit)
     try:
-        return parse_json(text, unique=unique)
+        return parse_json(text, unique=unique, finite=finite)
     except ValueError as failure:
         raise error(f"{path} is not whole JSON: {failure}; {advice}") from failure
 
 
 def incoming_object(
-    path: str | Path, *, fields: Sequence[str] = (), shape: Any = object, **options: Any
+    path: str | Path, *, fields: Sequence[str] = (), shape: Any = None, **options: Any
 ) -> dict[str, Any]:
     """The object in a JSON file, with all of `fields`; `options` are those of `incoming_json`.
 
     Args:
-        shape: what its parts are (see `json_shapes`).
+        shape: what its parts are (see `json_shapes`); by default what a run or an export left under that name.
+            What has one is ours, and has no NaN.
 
     Raises:
         InterpAblateError: of the kind `error`: see `incoming_json`; no object, one that lacks a field or has
             another shape.
     """
-    content = incoming_json(path, **options)
+    shape = LEFT_BEHIND.get(Path(path).name) if shape is None else shape
+    content = incoming_json(path, **options, finite=shape is not None)
     error, advice = options.get("error", RunError), options.get("advice", WHOLE)
     if not isinstance(content, dict):
         raise error(
@@ -142,7 +146,7 @@ def incoming_object(
         )
     if lacking := [name for name in fields if name not in content]:
         raise error(f"{path} lacks {', '.join(lacking)}; {advice}")
-    if (place := misfit(content, shape)) is not None:
+    if shape is not None and (place := misfit(content, shape)) is not None:
         raise error(
             f"{path} is cut or was changed: {place} is not there, or not of the kind that belongs there; "
             f"{advice}"

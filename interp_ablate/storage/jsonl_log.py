@@ -19,6 +19,7 @@ from interp_ablate import __version__
 from interp_ablate.errors import RunError
 from interp_ablate.storage.atomic_files import folder_made
 from interp_ablate.storage.incoming_files import check_file, parse_json
+from interp_ablate.storage.json_shapes import misfit
 from interp_ablate.storage.strict_json import as_read_back, json_text
 
 
@@ -31,6 +32,7 @@ class JsonlLog:
         kind: what a message calls the file ("journal").
         identity: what the lines are of; a file with another identity is refused.
         lost: what happens to a line that is deleted by hand ("its trial is run again").
+        shape: of a line (see `json_shapes`).
         any_version: lines may be of another version of this package; by default the version is identity.
         replace: lines of other work give way when the first of this one is written.
 
@@ -47,10 +49,12 @@ class JsonlLog:
         kind: str,
         format: str,
         lost: str,
+        shape: Any = object,
         any_version: bool = False,
         replace: bool = False,
     ) -> None:
         self.path, self.kind, self.format, self.lost = Path(path), kind, format, lost
+        self._shape = shape
         made_by = {} if any_version else {"interp-ablate": __version__}
         # as it will be read back: JSON makes lists of tuples
         self.identity: dict[str, Any] = as_read_back({**made_by, **identity})
@@ -155,7 +159,11 @@ class JsonlLog:
             self._file.truncate(len(data) - len(last))
         elif last:
             self._file.write(b"\n")
-        return list(values.values())[1:]
+        lines = list(values.items())[1:]
+        for number, value in lines:
+            if (place := misfit(value, self._shape)) is not None:
+                raise self.corrupt(number, f"its {place} is not there, or of another kind")
+        return [value for _, value in lines]
 
     def _is_torn(self, line: bytes, *, first: bool) -> bool:
         """Whether the end of a file is the beginning of a line that was never finished."""
@@ -173,7 +181,7 @@ class JsonlLog:
 
     def _parse(self, line: bytes, number: int) -> dict[str, Any]:
         try:
-            value = parse_json(line)
+            value = parse_json(line, finite=True)
         except ValueError as error:
             several = getattr(error, "msg", "") == "Extra data"
             why = "its line breaks are gone: put one after each object" if several else error

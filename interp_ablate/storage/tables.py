@@ -6,6 +6,7 @@ Knows: columns and rows. Does not know: what they mean.
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from interp_ablate.storage.incoming_files import (
     incoming_text,
     parse_json,
 )
-from interp_ablate.storage.json_shapes import LEFT_BY_A_RUN
+from interp_ablate.storage.json_shapes import LEFT_BEHIND, misfit
 
 _AGAIN = "delete it and run the stage that wrote it again"
 _WHOLE = ("layer", "trial")  # whole numbers of a table
@@ -91,8 +92,7 @@ def read_json(path: str | Path) -> dict[str, Any] | None:
         RunError: the file is not JSON, with its line, not an object, or one of another shape.
     """
     path = Path(path)
-    shape = LEFT_BY_A_RUN.get(path.name, object)
-    return incoming_object(path, advice=_AGAIN, shape=shape) if path.exists() else None
+    return incoming_object(path, advice=_AGAIN) if os.path.lexists(path) else None
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]] | None:
@@ -102,7 +102,7 @@ def read_lines(path: str | Path) -> list[dict[str, Any]] | None:
         RunError: a line that is not a JSON object, with its number.
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     lines = incoming_text(path).split("\n")
     records = []
@@ -110,10 +110,12 @@ def read_lines(path: str | Path) -> list[dict[str, Any]] | None:
         if not line.strip():
             continue
         try:
-            record = parse_json(line)
+            record = parse_json(line, finite=True)
         except ValueError as error:
             raise RunError(f"{path} is corrupt at line {number}: {error}") from error
         if not isinstance(record, dict):
             raise RunError(f"{path} is corrupt at line {number}: expected a JSON object")
+        if (place := misfit(record, LEFT_BEHIND.get(path.name, object))) is not None:
+            raise RunError(f"{path} is corrupt at line {number}: {place} is of another kind")
         records.append(record)
     return records

@@ -621,3 +621,27 @@ def test_a_task_whose_items_are_not_told_has_no_interval_without_an_error() -> N
     for found in (row(0.0, 0.0), row(None, 0.1)):
         assert found.before and found.before.to_list() == [1.0, None, None]
     assert row(0.1, 0.1).after.to_list() == pytest.approx([1.0, 0.804, 1.196])  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("answers to ", [{"tokens": [1], "text": "a", "finished": True, "thought": "", "lead": 2.5, "answer": "a"}]),
+        ("answers to ", []),
+        ("KL divergences on ", {"kl_first_token": [[]]}),
+        ("text, ", [{"document": 0, "tokens": 3, "nats": "1.5", "bytes": None}]),
+    ],
+)  # fmt: skip
+def test_what_is_stored_is_of_its_shape(part: str, value: Any, tmp_path: Path) -> None:
+    """A line that was changed is named, with what is wrong, before a number is made of it."""
+    model, path = tiny.shared(), tmp_path / "measured.jsonl"
+    small = replace(SMALL, scorers=())
+    evaluate(model, plan=plan_of(model), measures=small, out=tmp_path)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    number, line = next(
+        (n, each) for n, each in enumerate(lines, 1) if each.get("part", "").startswith(part)
+    )
+    line["value"] = value
+    path.write_text("".join(f"{json.dumps(each)}\n" for each in lines))
+    with pytest.raises(RunError, match=rf"line {number}: its value.*measured again"):
+        evaluate(model, plan=plan_of(model), measures=small, out=tmp_path)

@@ -92,7 +92,7 @@ def test_answers_that_the_unedited_model_lacks_are_not_called_a_concept_of_promp
 
 def test_only_the_plan_at_fault_is_given_up(tmp_path: Path) -> None:
     """A batch is killed again and again by one of its plans, which dies alone from the second time on."""
-    keys: list[Key] = [("plan", name) for name in "abcd"]
+    keys: list[Key] = [("piece", name) for name in "abcd"]
     killer, kills = keys[2], 0
     for _ in range(20):
         journal = LeagueJournal(tmp_path / "log.jsonl", {})

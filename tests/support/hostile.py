@@ -343,6 +343,8 @@ SIDE_FILES: dict[str, Breaker] = {
     "generation config is nested deep": nested(GENERATION),
     "generation config is a FIFO": fifo(GENERATION),
     "temperature is text": values(GENERATION, temperature="hot"),
+    "the end's token is a float": values(GENERATION, eos_token_id=1e308),
+    "the end's tokens are text": values(GENERATION, eos_token_id=["a"]),
 }
 
 
