@@ -397,8 +397,8 @@ def _results(test: Mapping[str, Any] | None) -> list[str]:
         ]
     for control in test.get("controls", ()):
         value, span = control["behaviour_after"], _interval(control.get("interval"))
-        kl = f"{control['kl_first_token']:.3g}" if "kl_first_token" in control else ""
-        lines.append(f"| {_line(control['name'])} | {value:.3g} | {span} | {kl} |")
+        kl = control.get("kl_first_token", "")
+        lines.append(f"| {_line(control['name'])} | {_short(value)} | {span} | {_short(kl)} |")
     if isinstance(test.get("kl_floor"), (int, float)):
         lines += [
             "",
@@ -408,7 +408,12 @@ def _results(test: Mapping[str, Any] | None) -> list[str]:
 
 
 def _interval(low_high: Sequence[float | None] | None) -> str:
-    return " to ".join("?" if end is None else f"{end:.3g}" for end in low_high or ())
+    return " to ".join(map(_short, low_high or ()))
+
+
+def _short(value: float | str | None) -> str:
+    """A number with three digits; "?" for one that is not finite, which JSON has as null."""
+    return "?" if value is None else f"{value:.3g}" if not isinstance(value, str) else value
 
 
 def _certificate(certificate: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:

@@ -82,8 +82,8 @@ _TEST = optional(
                 {
                     "*": object,
                     "name": str,
-                    "behaviour_after": NUMBER,
-                    "kl_first_token": (ABSENT, *NUMBER),
+                    "behaviour_after": (NONE, *NUMBER),
+                    "kl_first_token": optional(NUMBER),
                     "interval": _ENDS,
                 }
             ]
@@ -127,7 +127,7 @@ LEFT_BEHIND: dict[str, Any] = {
         "addition_plan": _PLAN,
         "objectives": optional([str]),
         **dict.fromkeys(("trial", "optimism", "validation_baseline"), optional(OBJECT)),
-        "limits": optional({"removed": optional({"*": int}), "relax": optional(str), "considered": optional(int), "kept": optional(int)}),
+        "limits": optional({"removed": optional(OBJECT), "relax": optional(str), "considered": optional(int), "kept": optional(int)}),
         "test": _TEST,
     },
     "certificate.json": {
@@ -146,8 +146,8 @@ LEFT_BEHIND: dict[str, Any] = {
         **dict.fromkeys(("kind", "dtype", "tied"), optional(str)),
     },
     "persona.json": {
-        **dict.fromkeys(("format", "model", "trait", "trait_fingerprint", "site", "position"), str),
-        "coefficient": NUMBER,
+        **dict.fromkeys(("format", "model", "trait", "trait_fingerprint", "site", "position"), optional(str)),
+        "coefficient": optional(NUMBER),
         "readout": optional({"site": optional(str), "layers": optional([OBJECT])}),
         "layers": optional([OBJECT]),
         **dict.fromkeys(("made_of", "counts", "unsteered"), optional(OBJECT)),
