@@ -127,7 +127,7 @@ LEFT_BEHIND: dict[str, Any] = {
         "addition_plan": _PLAN,
         "objectives": optional([str]),
         **dict.fromkeys(("trial", "optimism", "validation_baseline"), optional(OBJECT)),
-        "limits": optional({"removed": optional(OBJECT), "relax": optional(str), "considered": optional(int), "kept": optional(int)}),
+        "limits": optional({"removed": optional(OBJECT)}),
         "test": _TEST,
     },
     "certificate.json": {

@@ -266,9 +266,9 @@ def test_every_text_is_escaped_wherever_it_comes_from(run):
     (run / "run.json").write_text(json.dumps(run_info))
     plan = {"edits": [{"op": EVIL, "strength": EVIL, "sites": [EVIL], "label": EVIL}]}
     limits = {"considered": EVIL, "removed": {EVIL: EVIL}, "kept": EVIL, "relax": EVIL}
-    test = {**TEST, "behaviour_after": EVIL, "controls": [{"name": EVIL, "behaviour_after": EVIL}]}
+    test = {**TEST, "kl_dtype": EVIL, "controls": [{"name": EVIL, "behaviour_after": 0.5}]}
     edit(run / "selected.json", plan=plan, limits=limits, test=test, rule=EVIL)
-    edit(run / "export" / "certificate.json", kl=EVIL, limits={EVIL: EVIL})
+    edit(run / "export" / "certificate.json", kl=EVIL, limits={EVIL: 1.0})
     (run / "trials.csv").write_text(TRIALS.replace("no direction here", "<script>no</script>"))
     record = {"label": EVIL, "prompt": EVIL, "condition": EVIL, "text": EVIL, "expressed": True}
     (run / "generations.jsonl").write_text(json.dumps(record))
@@ -446,7 +446,7 @@ def test_nulls_in_the_test_report(run):
     assert "–" in read(run).text
     half = {**TEST, "kl_first_token": None, "intervals": {"behaviour_after": [None, 0.1]}}
     edit(run / "selected.json", test=half)
-    assert "KL of – nats" in read(run).text
+    assert "–" in read(run).text
 
 
 @pytest.mark.parametrize("test", [None, {}])
