@@ -494,6 +494,14 @@ def test_a_line_that_is_too_long_is_not_read(tmp_path: Path) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 700_000  # kilobytes
 
 
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_a_number_of_thousands_of_digits_is_one_message(name: str, tmp_path: Path) -> None:
+    row = f'{{"prompt": "a", "completion": "b", "n": {"9" * 6000}}}'
+    (tmp_path / name).write_text(f"[{row}]" if name.endswith(".json") else f"{row}\n")
+    arguments = ["filter", str(tmp_path / name), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--drop", "--expressions", "declining"]) == 2
+
+
 @pytest.mark.parametrize("place", [1, 8, 100, -4])
 def test_a_parquet_file_cut_short(place: int, tmp_path: Path) -> None:
     table = pyarrow.table({"prompt": ["a" * 50] * 3000, "completion": ["b" * 50] * 3000})

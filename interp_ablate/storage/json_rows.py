@@ -70,15 +70,11 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
         again = next(name for name in names if names.count(name) > 1)
-        raise _RepeatedKey(
+        raise ValueError(
             f"the key {again!r} is there twice in one object: readers differ in which one they take; "
             "remove one"
         )
     return values
-
-
-class _RepeatedKey(ValueError):
-    """An object has a key twice."""
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_without_repeats)
@@ -174,10 +170,10 @@ class _Text:
                 raise RowFileError(
                     f"{self.place(error.pos)} is not JSON ({error.msg}){cut}"
                 ) from error
-            except _RepeatedKey as error:
-                raise self.fault(str(error)) from error
             except RecursionError as error:
                 raise self.fault("nested too deeply") from error
+            except ValueError as error:  # a key twice, a number of thousands of digits
+                raise self.fault(str(error)) from error
             if end == len(self.buffer) and not isinstance(value, (dict, list, str)) and self.more():
                 continue  # a number may go on
             text, self.at = self.buffer[self.at : end], end
