@@ -304,6 +304,7 @@ LOOK_INSIDE = {"export/certificate.json": slice(0, 3, 2), "export/interp_ablate.
             {"test": {"intervals": {"behaviour_after": [0.0, float("nan")]}}},
         ),
         ("export/interp_ablate.json", {"versions": [3]}),
+        ("export/interp_ablate.json", {"run": {"search": {"sampler": {}}}}),
         ("export/interp_ablate.json", {"edited": "all"}),
     ],
 )

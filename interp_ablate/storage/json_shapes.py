@@ -96,8 +96,9 @@ _TEST = optional(
         ),
     }
 )
+_SETTINGS = optional({"*": (NONE, str, bool, *NUMBER, [str])})
 _RUN = {
-    "configuration": optional({"*": (NONE, str, bool, *NUMBER, [str])}),
+    "configuration": _SETTINGS,
     "made_of": optional(OBJECT),
 }
 # A line of answers, or of verdicts on some of them.
@@ -113,7 +114,8 @@ ROLLOUTS = (
 LEFT_BEHIND: dict[str, Any] = {
     "run.json": {
         **_RUN,
-        **dict.fromkeys(("directions", "search_settings", "stages"), optional(OBJECT)),
+        "search_settings": _SETTINGS,
+        **dict.fromkeys(("directions", "stages"), optional(OBJECT)),
         **dict.fromkeys(("model", "contrast"), _NAMED),
         "search": optional({"fit_rounds": optional({"*": int})}),
         "notes": optional([str]),
@@ -141,7 +143,7 @@ LEFT_BEHIND: dict[str, Any] = {
         "source": optional({"*": (str, bool, NONE, [str]), "name": str}),
         "versions": _VERSIONS,
         "test": _TEST,
-        "run": optional({**_RUN, "machine": optional(OBJECT)}),
+        "run": optional({**_RUN, "machine": optional(OBJECT), "search": _SETTINGS, "time_to_fit": optional(bool)}),
         **dict.fromkeys(("edited", "unchanged", "added", "left_out"), optional([str])),
         **dict.fromkeys(("kind", "dtype", "tied"), optional(str)),
     },
