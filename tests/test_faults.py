@@ -42,9 +42,15 @@ def test_checks_see_what_is_wrong(tmp_path: Path) -> None:
 
 
 def test_killed_or_out_of_disk_the_result_is_that_of_an_undisturbed_command() -> None:
-    program = [sys.executable, faults.__file__, "--sample", "--only", "run,export,filter,disk"]
+    program = [
+        sys.executable,
+        faults.__file__,
+        "--sample",
+        "--only",
+        "run,search,export,filter,disk",
+    ]
     done = subprocess.run(program, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     counts = json.loads(done.stdout.splitlines()[-1])["faults"]
-    assert {"run", "export", "filter", "lora"} == {each["command"] for each in counts}
+    assert {"run", "search", "export", "filter", "lora"} == {each["command"] for each in counts}
     assert all(each["disturbed"] and not each["faults"] for each in counts)

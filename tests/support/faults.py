@@ -39,7 +39,7 @@ KILLS = {"run": 25, "search": 10, "export": 15, "filter": 8}
 SAMPLED = {"run": 2, "search": 1, "export": 3, "filter": 2}
 OWN_MOUNTS = "INTERP_ABLATE_FAULTS_MOUNTS"
 # Lines of JSON that say when something was done, or was begun; the rest must be the same.
-_TIMES = re.compile(r'"seconds": [\d.e+-]+')
+_TIMES = re.compile(r'"\w*seconds": [\d.e+-]+')
 
 
 @dataclass
@@ -454,7 +454,7 @@ def main_program() -> int:
 
 
 def row(outcome: Outcome) -> str:
-    faults = "; ".join(outcome.faults[:8]) or "same result, nothing twice, nothing left"
+    faults = "; ".join(outcome.faults) or "same result, nothing twice, nothing left"
     return f"{outcome.command:<16} {outcome.disturbed:>3} x {outcome.by:<10} {faults}"
 
 
