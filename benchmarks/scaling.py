@@ -1,27 +1,30 @@
-"""How the cost of a sweep grows with candidates and with prompts: 1x, 2x and 4x of each.
+"""How costs grow: candidates and prompts of a sweep, layers of a model, prompts of `lint`, at 1x, 4x and 16x.
 
-A candidate is an ablation everywhere, scored as the screening scores it (own words, KL, addition). Time per
-candidate and prompt should not rise; with prompts it falls a little, for their shared prefix is run
-once a candidate.
+A candidate is an ablation everywhere, scored as the screening scores it (own words, KL, addition). Models of more
+layers are random ones of SmolLM2's kind, 64 wide; each is loaded, collected from, edited and exported. The exponent is
+that of the last step, from 4x to 16x: 1 is linear, less is better, as what is done once then counts for less. All of it
+with one thread and with two. How a filter grows with its file is in `filtering.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import shutil
 import statistics
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import common
 
-TIMES = (1, 2, 4)
-
-
-def base_of(args: argparse.Namespace) -> tuple[int, int]:
-    """Candidates and prompts a side at 1x."""
-    return (1, 2) if args.smoke else (4, 8)
+TIMES = [1, 4, 16]
+THREADS = [1, 2]
+Work = dict[int, Callable[[], Any]]
 
 
 def bench_of(model: Any, split: Any) -> Any:
@@ -41,61 +44,138 @@ def bench_of(model: Any, split: Any) -> Any:
     )
 
 
-def swept(bench: Any, planned: Sequence[Any]) -> float:
-    from interp_ablate.search.trials import score_trial
-
-    start = time.perf_counter()
-    for each in planned:
-        score_trial(bench, each)
-    return time.perf_counter() - start
-
-
-def main() -> None:
-    args = common.arguments(__doc__)
+def sweeps(smoke: bool) -> Iterator[tuple[str, Work]]:
+    """More candidates on as many prompts, and more prompts of as many candidates."""
     from interp_ablate import ContrastSet, collect, estimate_directions, load_model
     from interp_ablate.search.edit_space import EditSpace
     from interp_ablate.search.race import screening_trials
-    from interp_ablate.search.trials import planned_trial
+    from interp_ablate.search.trials import planned_trial, score_trial
 
     model = load_model("smollm2")
-    candidates, prompts = base_of(args)
-    split = ContrastSet.load("declining").split(args.prompts, TIMES[-1] * prompts, 1)
+    each = 1 if smoke else 4
+    split = ContrastSet.load("declining").split(32, TIMES[-1] * each, 1)
     bench = bench_of(model, split)
     train = collect(model, split.train)
     directions = estimate_directions(train)
     space = EditSpace(train, model.writers, saved=directions)
     trials = screening_trials(directions)
     every = [planned_trial(trial, space) for trial in trials]
-    # from the middle on: where the direction was read does not matter for the time
-    some = every[len(every) // 2 :]
-    sizes = [("candidates", k * candidates, prompts) for k in TIMES]
-    sizes += [("prompts", candidates, k * prompts) for k in TIMES]
-    seconds: dict[tuple[str, int, int], list[float]] = {size: [] for size in sizes}
-    swept(bench, some[:1])  # warm-up
-    for _ in range(args.rounds):
-        for size in sizes:
-            seconds[size].append(swept(bench.head(size[2]), some[: size[1]]))
-    print("\nscaling of a sweep")
-    print("  grows        candidates  prompts a side   seconds  ms a candidate-prompt   x 1x")
-    rows = []
-    for size, values in seconds.items():
-        what, n, each = size
-        first = seconds[what, candidates, prompts]
-        ratio = statistics.median(value / one for value, one in zip(values, first))
-        middle = statistics.median(values)
-        # a candidate's prompts: positive, negative, and negative under addition
-        share = 1000 * middle / (n * 3 * each)
-        print(f"  {what:<12} {n:10d} {each:15d} {middle:9.2f} {share:22.1f} {ratio:6.2f}")
-        rows.append(
-            {
-                "grows": what,
-                "candidates": n,
-                "prompts": each,
-                "seconds": round(middle, 3),
-                "ms_per_candidate_prompt": round(share, 2),
-                "ratio": round(ratio, 3),
-            }
+
+    def swept(candidates: int, prompts: int) -> Callable[[], Any]:
+        head, some = bench.head(prompts), every[-candidates:]
+        return lambda: [score_trial(head, one) for one in some]
+
+    yield "candidates of a sweep", {k: swept(k * (1 if smoke else 2), each) for k in TIMES}
+    yield "prompts of a sweep", {k: swept(2, k * each) for k in TIMES}
+
+
+def depths(place: Path, smoke: bool) -> Iterator[tuple[str, Work]]:
+    """Models of 4, 16 and 64 layers, from a folder to a certified export."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from interp_ablate import ContrastSet, Plan, collect, estimate_directions, load_model
+    from interp_ablate.edits import Ablate
+    from interp_ablate.export import export_checkpoint
+    from interp_ablate.models.sources import load_hf, resolve
+
+    bare, tokenizer = load_hf(resolve("smollm2"), dtype=torch.float32, device=torch.device("cpu"))
+    config = bare.config
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16}
+    whole, n = ContrastSet.load("declining"), 4 if smoke else 32
+    contrast = ContrastSet.from_texts(whole.positive[:n], whole.negative[:n])
+    models: dict[int, Any] = {}
+    for k in TIMES:
+        config.update({**sizes, "num_key_value_heads": 2, "num_hidden_layers": 4 * k})
+        for part in (AutoModelForCausalLM.from_config(config), tokenizer):
+            part.save_pretrained(place / str(k))
+        models[k] = load_model(str(place / str(k)))
+    read = {k: collect(model, contrast) for k, model in models.items()}
+    plans = {
+        k: Plan((Ablate(estimate_directions(read[k])["blocks.2.hook_resid_post"], model.writers),))
+        for k, model in models.items()
+    }
+
+    def edited(k: int) -> Any:
+        with models[k].applied(plans[k]):
+            return models[k].logits(list(contrast.positive))
+
+    def exported(k: int) -> Any:
+        shutil.rmtree(place / "out", ignore_errors=True)
+        return export_checkpoint(models[k], plans[k], place / "out")
+
+    parts: dict[str, Callable[[int], Any]] = {
+        "load": lambda k: load_model(str(place / str(k))),
+        "collect": lambda k: collect(models[k], contrast),
+        "directions": lambda k: estimate_directions(read[k]),
+        "a pass under a plan": edited,
+        "export": exported,
+    }
+    for name, part in parts.items():
+        yield (
+            f"layers: {name}",
+            {k: lambda k=k, part=part: part(k) for k in TIMES},  # type: ignore[misc]
         )
+
+
+def linted(smoke: bool) -> Iterator[tuple[str, Work]]:
+    """Sets of prompts that differ in a few words each."""
+    from interp_ablate import ContrastSet
+    from interp_ablate.prompts import lint
+
+    def of(n: int) -> Callable[[], Any]:
+        sides = (
+            [f"{verb} the {i % 997} of {i // 997} and {i * 7919 % 10007} now" for i in range(n)]
+            for verb in ("order", "name")
+        )
+        contrast = ContrastSet.from_texts(*sides)
+        return lambda: lint(contrast)
+
+    yield "prompts of lint", {k: of(k * (20 if smoke else 2000)) for k in TIMES}
+
+
+def measured(work: Work, rounds: int) -> dict[int, float]:
+    """Median seconds at each size, in turn, after one warm-up at the smallest."""
+    work[TIMES[0]]()
+    seconds: dict[int, list[float]] = {k: [] for k in work}
+    for _ in range(rounds):
+        for k, do in work.items():
+            start = time.perf_counter()
+            do()
+            seconds[k].append(time.perf_counter() - start)
+    return {k: statistics.median(values) for k, values in seconds.items()}
+
+
+def rows_of(args: argparse.Namespace, place: Path) -> Iterator[dict[str, Any]]:
+    import torch
+
+    parts = sweeps(args.smoke), depths(place, args.smoke), linted(args.smoke)
+    for what, work in chain.from_iterable(parts):
+        for threads in THREADS:
+            torch.set_num_threads(threads)
+            seconds = measured(work, args.rounds)
+            one, four, sixteen = (seconds[k] for k in TIMES)
+            yield {
+                "grows": what,
+                "threads": threads,
+                "seconds": [round(each, 4) for each in seconds.values()],
+                "times": [round(four / one, 2), round(sixteen / one, 2)],
+                "exponent": round(math.log(sixteen / four, TIMES[2] / TIMES[1]), 2),
+            }
+
+
+def main() -> None:
+    args = common.arguments(__doc__)
+    if args.smoke:
+        TIMES[:], THREADS[:] = (1, 2, 3), (2,)
+    print("\ngrowth")
+    print(f"  what grows, {TIMES[0]}x, {TIMES[1]}x and {TIMES[2]}x       threads    seconds                      ratios          exponent")  # fmt: skip
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        for row in rows_of(args, Path(name)):
+            one, four, sixteen = row["seconds"]
+            print(f"  {row['grows']:<28}{row['threads']:7d}{one:16.3f}{four:8.3f}{sixteen:8.3f}{row['times'][0]:8.2f}{row['times'][1]:8.2f}{row['exponent']:10.2f}", flush=True)  # fmt: skip
+            rows.append(row)
     print(json.dumps({"benchmark": "scaling", "rows": rows}))
 
 
