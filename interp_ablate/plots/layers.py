@@ -63,8 +63,11 @@ def layer_effects(
             layers, line["shuffled_low"], line["shuffled_high"], color=colour, alpha=0.55, linewidth=3,
             linestyle=(0, (1, 0.6)),
         )  # fmt: skip
+        for end in ("shuffled_low", "shuffled_high"):  # a bar of one direction has no height
+            ax.plot(layers, line[end], "_", color=colour, markersize=9, markeredgewidth=2)
     count, controls = int(rows["n"].min()), int(rows["n_shuffled"].max())
-    bars = f"; dotted bars: {controls} directions of shuffled labels" if controls else ""
+    of = "a direction" if controls == 1 else f"{controls} directions"
+    bars = f"; dotted bars: {of} of shuffled labels" if controls else ""
     style.finish_axes(
         ax,
         f"{score}: each layer's direction, {_DID[edit]} {rows['on'].iloc[0]} prompts",

@@ -136,6 +136,11 @@ def test_the_plot_shows_the_changes(frame: pd.DataFrame) -> None:
     )
     said = " ".join((ax.texts[0].get_text() + ax.get_ylabel()).split())
     assert "n = 6" in said and "nats" in said and "2 directions of shuffled labels" in said
+    one = frame.assign(shuffled_low=frame["shuffled_high"], n_shuffled=1)
+    ax = layer_effects(one, Figure().add_subplot(), score="kl_first_token", edit="ablate")
+    ends = [line for line in ax.lines if line.get_marker() == "_"]  # a bar without height is no bar
+    assert len(ends) == 2 * rows["where"].nunique()
+    assert "a direction of shuffled labels" in " ".join(ax.texts[0].get_text().split())
     with pytest.raises(RunError, match="no rows of nothing"):
         layer_effects(frame, Figure().add_subplot(), score="nothing")
     with pytest.raises(RunError, match="lack"):
