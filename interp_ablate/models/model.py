@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
-from types import FunctionType, MethodType
+from functools import cached_property
 from typing import Any
 from uuid import uuid4
 
@@ -445,13 +444,13 @@ def check_model(given: object, *, loaders: bool = False) -> None:
     Raises:
         ModelError: what came, and how a Model is made.
     """
-    if isinstance(given, Model) or (
-        loaders and isinstance(given, (FunctionType, MethodType, partial))
-    ):
+    # Hugging Face's models and tokenizers can be called too, and load nothing
+    other = isinstance(given, type) or any(hasattr(given, name) for name in ("forward", "encode"))
+    if isinstance(given, Model) or (loaders and callable(given) and not other):
         return
     raise ModelError(
-        "a Model is needed, as load_model(name or folder), from_hf(model, tokenizer) or Model.wrap(transformer_lens "
-        f"object) gives one; got {shortened(repr(given))} ({type(given).__name__})"
+        f"a Model{', or a function that loads one,' if loaders else ''} is needed, as load_model(name or folder), "
+        f"from_hf(model, tokenizer) or Model.wrap(transformer_lens object) gives one; got {shortened(repr(given))} ({type(given).__name__})"
     )
 
 
