@@ -444,8 +444,10 @@ def check_model(given: object, *, loaders: bool = False) -> None:
     Raises:
         ModelError: what came, and how a Model is made.
     """
-    # Hugging Face's models and tokenizers can be called too, and load nothing
-    other = isinstance(given, type) or any(hasattr(given, name) for name in ("forward", "encode"))
+    # what these packages' objects are called for loads nothing
+    packages = {kind.__module__.partition(".")[0] for kind in type(given).__mro__}
+    known = {"torch", "transformers", "transformer_lens", __name__.partition(".")[0]}
+    other = isinstance(given, type) or packages & known
     if isinstance(given, Model) or (loaders and callable(given) and not other):
         return
     raise ModelError(
