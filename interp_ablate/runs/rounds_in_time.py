@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from interp_ablate.runs.fits import FIT_ROUNDS
 from interp_ablate.runs.run_folder import Run
 
-FITS_WITHIN = 0.6  # of a search's minutes; no fit and no round of one begins later
+# Of a search's minutes: a fit's first round is to end within the one, its later rounds begin within the other.
+FIRST_WITHIN, LATER_WITHIN = 0.8, 0.6
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,20 +22,25 @@ class RoundsInTime:
 
     Args:
         begin: when the search's call began.
+        first: seconds that the first round may take.
         decided: from the name of a fit to its rounds; None where the time decides.
     """
 
     run: Run
     minutes: float
     begin: float
+    first: float
     decided: Callable[[str], int | None]
 
     def more(self, name: str, done: int) -> bool:
-        """Whether the next round is to be, or begins early enough."""
+        """Whether the next round is to be, or comes early enough."""
         rounds = self.decided(name)
         if rounds is not None:
             return done < rounds
-        return time.monotonic() - self.begin <= FITS_WITHIN * 60 * self.minutes
+        gone = time.monotonic() - self.begin
+        if done:
+            return gone <= LATER_WITHIN * 60 * self.minutes
+        return gone + self.first <= FIRST_WITHIN * 60 * self.minutes
 
     def keep(self, name: str, done: int) -> None:
         """Keep the number, and note what there was no time for."""
@@ -43,6 +49,6 @@ class RoundsInTime:
         if done < len(FIT_ROUNDS) and self.decided(name) is None:
             what = f"has {done} of {len(FIT_ROUNDS)} rounds" if done else "was not made"
             self.run.note(
-                f"the fit {name} {what}: a round begins within the first {FITS_WITHIN:.0%} of {self.minutes:g} minutes "
-                "or not at all. In another folder, more --minutes give it all of them"
+                f"the fit {name} {what}: its first round is to end within {FIRST_WITHIN:.0%} of {self.minutes:g} minutes, "
+                f"and later ones begin within {LATER_WITHIN:.0%}. In another folder, more --minutes give it all of them"
             )

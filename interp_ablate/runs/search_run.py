@@ -16,7 +16,7 @@ import pandas as pd
 from interp_ablate.errors import RunError
 from interp_ablate.runs.configuration import MAIN_METHOD
 from interp_ablate.runs.final_test import choose_and_test
-from interp_ablate.runs.fits import load_fitted_edits
+from interp_ablate.runs.fits import FIT_ROUNDS, load_fitted_edits
 from interp_ablate.runs.kept_plans import plans_of_trials
 from interp_ablate.runs.rounds_in_time import RoundsInTime
 from interp_ablate.runs.run_folder import Run
@@ -242,13 +242,26 @@ def _prepared(
         )
         sources = rank_directions(screened)
         layers = [float(layer) for layer, _, _ in sources[:N_SOURCES]]
-    rounds = RoundsInTime(run, search.minutes, begin, _decided(session, fit_rounds))
+    rounds = RoundsInTime(
+        run, search.minutes, begin, _first_round(screened), _decided(session, fit_rounds)
+    )
     for source in layers_apart(sources) if search.fits else ():
         try:
             run.fitter.fit(source, _start(session, source), rounds)
         except NothingToFitError as error:
             run.note(str(error))
     return screened, layers
+
+
+def _first_round(screened: pd.DataFrame | None) -> float:
+    """Seconds that the first round of a fit may take: a step takes about as long as a direction on the most prompts.
+
+    A quarter more, for the answers to training prompts. 0 where nothing was screened.
+    """
+    if screened is None:
+        return 0.0
+    last = screened[screened["prompts"] == screened["prompts"].max()]
+    return 1.25 * FIT_ROUNDS[0][0] * float(last["seconds"].median())
 
 
 def _decided(session: TrialSession, given: Mapping[str, int] | None) -> Callable[[str], int | None]:

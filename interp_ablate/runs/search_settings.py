@@ -34,7 +34,7 @@ class SearchSettings:
     minutes: float = setting(
         10.0,
         "wall time of the whole search: race, fits and trials together, over all calls (a minute of trials at least; "
-        "a fit, or a round of one, begins within the first 60% or not at all); "
+        "no fit whose first round could not end within 80% of it); "
         "the test follows",
     )
     trials: int | None = setting(None, "of the whole search, at most")

@@ -51,7 +51,7 @@ def test_a_fit_has_the_rounds_that_there_is_time_for(
     state = searched("--trials", "2", "--minutes", "1e-5")
     assert list(state["fit_rounds"].values()) == [0] and state["fits"] == []
     notes = json.loads((out / "run.json").read_text())["notes"]
-    assert any("was not made: a round begins within" in note for note in notes)
+    assert any("was not made: its first round is to end within" in note for note in notes)
     first = tried(out)
     state = searched("--trials", "4", "--minutes", "60")
     assert not (out / "fits").exists()
@@ -81,3 +81,19 @@ def fits_of_few_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(fits, "fit_edit", short)
     return made
+
+
+@pytest.mark.parametrize(("first", "made"), [(40.0, 1), (60.0, 0)])
+def test_a_first_round_that_could_not_end_in_time_is_not_begun(first: float, made: int) -> None:
+    """Of two minutes 50 seconds have gone: one that takes 40 ends within 80% of them, one that takes 60 does not."""
+    rounds = rounds_in_time.RoundsInTime(
+        None,
+        2.0,
+        time.monotonic() - 50,
+        first,
+        lambda _: None,  # type: ignore[arg-type]
+    )
+    assert rounds.more("fit", 0) == bool(made)
+    assert rounds.more("fit", 1)  # a later one, by when it begins
+    given = rounds_in_time.RoundsInTime(None, 2.0, 0.0, first, {"fit": 3}.get)  # type: ignore[arg-type]
+    assert [given.more("fit", done) for done in range(4)] == [True, True, True, False]
