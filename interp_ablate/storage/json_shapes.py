@@ -143,7 +143,7 @@ LEFT_BEHIND: dict[str, Any] = {
         "source": optional({"*": (str, bool, NONE, [str]), "name": str}),
         "versions": _VERSIONS,
         "test": _TEST,
-        "run": optional({**_RUN, "machine": optional(OBJECT), "search": _SETTINGS, "time_to_fit": optional(bool)}),
+        "run": optional({**_RUN, "machine": optional(OBJECT), "search": _SETTINGS, "fit_rounds": optional({"*": int})}),
         **dict.fromkeys(("edited", "unchanged", "added", "left_out"), optional([str])),
         **dict.fromkeys(("kind", "dtype", "tied"), optional(str)),
     },
