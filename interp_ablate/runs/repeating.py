@@ -113,11 +113,16 @@ def _configuration(recipe: Mapping[str, Any], places: Mapping[str, Any]) -> Conf
 
 
 def _require_same(run: Run, made_of: Mapping[str, Any]) -> None:
-    now = digests(run.state["made_of"])
-    for name, before in digests(made_of).items():
-        if name in now and now[name] != before:
+    before = digests(made_of)
+    for name, now in digests(run.state["made_of"]).items():
+        if name not in before:
             raise RunError(
-                f"{_WHAT.get(name, name)} differ from the export's: {_short(before)} there, {_short(now[name])} now. "
+                f"the manifest's made_of has no {name!r}, the fingerprint of {_WHAT.get(name, name)}: what the run "
+                "was made of cannot be held against what is here. Take the manifest that the export wrote"
+            )
+        if before[name] != now:
+            raise RunError(
+                f"{_WHAT.get(name, name)} differ from the export's: {_short(before[name])} there, {_short(now)} now. "
                 f"Say where they are: {', '.join('--' + each for each in NAMES if each != 'template')}"
             )
 

@@ -275,7 +275,11 @@ def _refused(
     own.write_text(f"open({str(ran)!r}, 'w').close()\ndef f(answer):\n    return 1.0\n")
     code = manifest["run"]["search"] | {"objective": [f"own={own}:f", "kl"]}
     path, last = place / "interp_ablate.json", place / "refused"
+    made_of = manifest["run"]["made_of"]
+    without_rendering = {k: v for k, v in made_of.items() if k != "rendering"}
     for change, said in (
+        ({"made_of": {"interp-ablate": made_of["interp-ablate"]}}, "made_of has no 'contrast'"),
+        ({"made_of": without_rendering}, "made_of has no 'rendering'"),
         ({"search": code}, "only where a person names it"),
         ({"objectives": "0" * 64}, "what scores the search's objectives differs"),
     ):
