@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import os
 import resource
 import shutil
@@ -15,6 +16,8 @@ import hostile
 import pyarrow
 import pyarrow.parquet
 import pytest
+import safetensors
+import torch
 from hostile import time_limit
 from tiny import N_LAYERS, folder_of, unit
 
@@ -293,6 +296,9 @@ LOOK_INSIDE = {"export/certificate.json": slice(0, 3, 2), "export/interp_ablate.
         ("selected.json", {"test": {"behaviour_after": float("nan")}}),
         ("selected.json", {"test": {"n": {"positive": 10**30}}}),
         ("selected.json", {"limits": {"removed": []}}),
+        ("run.json", {"configuration": None}),
+        ("persona.json", {"made_of": {"settings": True}}),
+        ("persona.json", {"unsteered": {"score": "50"}}),
         ("persona.json", {"coefficient": "1"}),
         ("persona.json", {"site": 3}),
         ("export/certificate.json", {"limits": {"kl": [None]}}),
@@ -431,6 +437,31 @@ def test_stored_tokens_are_of_their_shape(sound: Path, tmp_path: Path) -> None:
     ):
         path.write_text(json.dumps({**index, **changed}))
         assert "not of the kind" in refused(lambda: TokenActivations.load(tmp_path / "t"))
+    for changed in ({"tokens": [{**row, "part": ["answer", *row["part"][1:]]}]}, {"labels": []},
+                    {"indices": [index["indices"][0][::-1]]}):  # fmt: skip
+        path.write_text(json.dumps({**index, **changed}))
+        assert "corrupt index" in refused(lambda: TokenActivations.load(tmp_path / "t"))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, None])
+def test_stored_activations_are_finite_numbers(
+    value: float | None, sound: Path, tmp_path: Path
+) -> None:
+    """One value of one site; None: whole numbers in place of all."""
+    from safetensors.torch import load_file, save_file
+
+    kept = collect(load_model(sound / "a"), ["one two"], "1.resid_post", positions="all")
+    kept.save(tmp_path / "t")
+    (shard,) = (tmp_path / "t").glob("shard-*")
+    with safetensors.safe_open(shard, "pt") as file:
+        about = file.metadata()
+    ((name, values),) = load_file(shard).items()
+    if value is not None:
+        values[2, 3] = value
+    save_file({name: values if value is not None else values.int()}, shard, about)
+    again = TokenActivations.load(tmp_path / "t")
+    for read in (lambda: again.at("1.resid_post"), again.mean, again.to_frame):
+        assert "NaN, infinity or whole numbers at blocks.1" in refused(read)
 
 
 @pytest.mark.parametrize("value", ["high", None, [0.1], 10**400, float("nan")])
@@ -477,8 +508,11 @@ def test_a_cache_of_activations_that_is_another(sound: Path, tmp_path: Path) -> 
     collect(model, ["one", "two", "three"], cache=tmp_path)
     (path,) = tmp_path.iterdir()
     tensors = load_file(path)
-    save_file({**tensors, "values": tensors["values"][:2].clone()}, path)
-    refused(lambda: collect(model, ["one", "two", "three"], cache=tmp_path))
+    values, infinite = tensors["values"], torch.full_like(tensors["mean"], math.inf)
+    spoiled = values.index_fill(0, torch.tensor([1]), math.nan)
+    for other in ({"values": values[:2].clone()}, {"values": spoiled}, {"mean": infinite}, {"values": values.int()}):  # fmt: skip
+        save_file({**tensors, **other}, path)
+        refused(lambda: collect(model, ["one", "two", "three"], cache=tmp_path))
     path.unlink()
     os.mkfifo(path)
     refused(lambda: collect(model, ["one", "two", "three"], cache=tmp_path))

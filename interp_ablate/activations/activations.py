@@ -17,7 +17,7 @@ from torch import Tensor
 from interp_ablate.display import html_table
 from interp_ablate.errors import InterpAblateError, ModelError
 from interp_ablate.models.batches import Batch
-from interp_ablate.precision import to_float64
+from interp_ablate.precision import all_finite, to_float64
 from interp_ablate.sites import Site, SiteLike
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def check_finite(
     values: Tensor, place: str = "", *, error: type[InterpAblateError] = ModelError
 ) -> None:
     """Refuse NaN and infinity in activations, as `error`; `place` says where they are."""
-    if not torch.isfinite(values).all():
+    if not all_finite(values):
         raise error(
             f"NaN or infinity in the activations{place}: float16 overflows on many models; use --dtype "
             "bfloat16 or float32"

@@ -44,6 +44,7 @@ from interp_ablate.activations.token_shards import Shards
 from interp_ablate.errors import InterpAblateError
 from interp_ablate.models.batches import Batch
 from interp_ablate.models.model import Model, check_model
+from interp_ablate.precision import all_finite
 from interp_ablate.prompts.chat_template import suffix_length
 from interp_ablate.prompts.contrast_set import ContrastSet
 from interp_ablate.prompts.prompt import PromptLike, text_of_prompt
@@ -284,8 +285,7 @@ def differ_by_prompt(positions: Any) -> bool:
 def _check_positions(
     model: Model, positions: Position | Sequence[Position], rows: list[list[int]]
 ) -> tuple[str, ...]:
-    each = list_of(positions)
-    if not each:
+    if not (each := list_of(positions)):
         raise InterpAblateError("no positions: give offsets such as -1, or 'response_mean'")
     reach = min(map(len, rows))
     names: list[str] = []
@@ -309,9 +309,8 @@ def _check_positions(
 
 def _suffix_length(model: Model) -> int:
     """The number of the template's tokens behind the user's text."""
-    if model.tokenizer is None:
-        return 1
-    return suffix_length(model.tokenizer, template=model.chat_format)
+    tokenizer = model.tokenizer
+    return 1 if tokenizer is None else suffix_length(tokenizer, template=model.chat_format)
 
 
 def _reader(positions: tuple[str, ...], starts: Sequence[int]) -> Callable[[Tensor, Batch], Tensor]:
@@ -358,9 +357,8 @@ def _blocks(
     )
     for batch, _, captured in stream:
         block = stacked(captured, request.sites, 2)
-        bad = (~torch.isfinite(block)).nonzero()
-        if len(bad):
-            row, position, site, _ = bad[0].tolist()
+        if not all_finite(block):
+            row, position, site, _ = (~block.isfinite()).nonzero()[0].tolist()
             place = f"{request.sites[site]}[{request.positions[position]}]"
             check_finite(block, f" at {place}, first for prompt {batch.index[row]}")
         yield batch, block
@@ -392,6 +390,8 @@ def _read_cache(path: Path, request: _Request, labels: Tensor | None) -> Activat
         expected = (len(request.rows), len(request.positions), len(request.sites))
         if values.shape[:3] != expected or not values.shape[1:] == mean.shape == squares.shape:
             raise KeyError(f"shape {tuple(values.shape)}")
+        if not all(t.is_floating_point() and all_finite(t) for t in (values, mean, squares)):
+            raise KeyError("NaN, infinity or whole numbers among its values")
         moments = Moments(len(values), mean, squares)
     except (SafetensorError, KeyError, OSError) as error:
         raise InterpAblateError(

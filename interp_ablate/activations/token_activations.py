@@ -267,6 +267,12 @@ class TokenActivations:
             lengths = [len(row) for row in tokens]
             if lengths != [len(row) for row in indices] or len(prompts) != len(tokens):
                 raise ValueError("tokens, indices and prompts do not belong together")
+            if labels is not None and len(labels) != len(tokens):
+                raise ValueError(f"there are {len(labels)} labels for {len(tokens)} prompts")
+            if any(sorted({*row}) != [*row] for row in indices):
+                raise ValueError("the indices of a prompt do not ascend")
+            if other := {token.part for row in tokens for token in row} - {*get_args(TokenPart)}:
+                raise ValueError(f"unknown parts {', '.join(sorted(other))}")
         except (KeyError, TypeError, ValueError) as error:
             raise InterpAblateError(f"corrupt index {folder / INDEX}: {error}; {advice}") from error
         blocks = read_shards(folder, index["request"], sites, lengths, strict=True)

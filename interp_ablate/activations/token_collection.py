@@ -35,6 +35,7 @@ from interp_ablate.errors import InterpAblateError
 from interp_ablate.models.batches import Batch
 from interp_ablate.models.model import Model
 from interp_ablate.models.sources import free_memory
+from interp_ablate.precision import all_finite
 from interp_ablate.prompts.contrast_set import ContrastSet
 from interp_ablate.prompts.prompt import PromptLike, text_of_prompt
 from interp_ablate.sites import Site
@@ -222,9 +223,9 @@ def _run(
 
 
 def _check_finite(part: Tensor, site: Site, prompt: int, places: Sequence[int]) -> None:
-    bad = (~torch.isfinite(part)).any(-1).nonzero()
-    if len(bad):
-        check_finite(part, f" at {site}, first for prompt {prompt}, token {places[int(bad[0])]}")
+    if not all_finite(part):
+        first = int((~part.isfinite()).any(-1).nonzero()[0])
+        check_finite(part, f" at {site}, first for prompt {prompt}, token {places[first]}")
 
 
 def _reader(

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp_ablate.errors import InterpAblateError
+from interp_ablate.precision import all_finite
 from interp_ablate.settings import FloatDtype
 from interp_ablate.sites import Site
 from interp_ablate.storage.atomic_files import atomic_path
@@ -61,9 +62,12 @@ class TokenBlock:
 
         try:
             with safe_open(self.values, "pt") as file:
-                return file.get_tensor(str(site))
+                values = file.get_tensor(str(site))
         except (SafetensorError, OSError) as error:
             raise _damaged(self.values, error) from error
+        if not (values.is_floating_point() and all_finite(values)):
+            raise _damaged(self.values, f"NaN, infinity or whole numbers at {site}")
+        return values
 
 
 def _damaged(path: Path, error: object) -> InterpAblateError:

@@ -14,7 +14,7 @@ from interp_ablate.league.results import COLUMNS, FORMAT, GRID
 from interp_ablate.storage.incoming_files import incoming_object
 from interp_ablate.storage.json_shapes import NONE, NUMBER, misfit
 
-_ESTIMATE = (NONE, [NUMBER, (NONE, *NUMBER), (NONE, *NUMBER)])
+_ESTIMATE = (NONE, [NUMBER, NONE, NONE], [NUMBER, NUMBER, NUMBER])
 _COLUMNS = dict.fromkeys(COLUMNS, _ESTIMATE)
 _CURVES = {"*": (NONE, [[NUMBER, NUMBER]])}
 _METHOD = {
@@ -70,7 +70,9 @@ def _uneven(results: dict[str, Any]) -> str | None:
         return "methods" if behaviours else "behaviours"
     judged = [name for name, row in behaviours.items() if row["rates"] or row["failed"]]
     for name, row in results["methods"].items():
-        curves = [curve for side in SIDES for curve in row["curves"][side].values() if curve]
+        curves = [
+            curve for side in SIDES for curve in row["curves"][side].values() if curve is not None
+        ]
         ranked = [c for c in COLUMNS if row["overall"][c] is not None and not row["control"]]
         whole = {
             "by_behaviour": list(row["by_behaviour"]) == list(behaviours),

@@ -6,6 +6,7 @@ Knows: how the tables of a persona folder are drawn. Does not know: models, or h
 from __future__ import annotations
 
 from collections.abc import Mapping
+from os.path import lexists
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -63,6 +64,7 @@ def steering_by_layer(
     style.require_columns(frame, _LAYER_COLUMNS, "layers")
     rows = frame[frame["score"].notna()]
     style.require_rows(rows, "layers with a score")
+    style.require_whole(rows, ("layer", "answers"), "layers")
     for place, (coefficient, some) in enumerate(rows.groupby("coefficient")):
         line = some.sort_values("layer")
         _layer_line(
@@ -121,6 +123,7 @@ def readout_by_layer(frame: pd.DataFrame, ax: Axes | None = None, *, trait: str 
     style.require_columns(frame, _READOUT_COLUMNS, "readout")
     rows = frame[frame["r"].notna()].sort_values("layer")
     style.require_rows(rows, "layers with a correlation")
+    style.require_whole(rows, ("layer", "answers", "questions"), "readout")
     ax.fill_between(
         rows["layer"], rows["r_low"], rows["r_high"], color=style.POSITIVE, alpha=0.15, linewidth=0
     )
@@ -162,6 +165,7 @@ def steering_curve(
     style.require_columns(frame, _CURVE_COLUMNS, "curve")
     rows = frame[frame[value].notna()]
     style.require_rows(rows[rows["condition"] == "persona"], f"{value}s of the persona's direction")
+    style.require_whole(rows, ("questions",), "curve")
     title, ylabel, colour = _VALUES[value]
     zero = rows[(rows["condition"] == "persona") & (rows["coefficient"] == 0)]
     drawn = False
@@ -220,7 +224,7 @@ def save_figures(folder: str | Path, *, form: str = "png", dpi: int | None = Non
         ("curve", _CURVE_COLUMNS, _draw_curve),
     ):
         has_readout = (persona.get("readout") or {}).get("layers")
-        if (folder / f"{name}.csv").exists() and (name != "readout" or has_readout):
+        if lexists(folder / f"{name}.csv") and (name != "readout" or has_readout):
             numbers = [column for column in columns if column not in ("condition", "chosen")]
             frame = read_table(folder / f"{name}.csv", columns, numbers=numbers)
             figure = style.new_figure(height=3.9)

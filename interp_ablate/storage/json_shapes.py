@@ -98,7 +98,7 @@ _TEST = optional(
 )
 _SETTINGS = optional({"*": (NONE, str, bool, *NUMBER, [str])})
 _RUN = {
-    "configuration": _SETTINGS,
+    "configuration": (_SETTINGS[0], ABSENT),
     "made_of": optional(OBJECT),
 }
 # A line of answers, or of verdicts on some of them.
@@ -152,7 +152,9 @@ LEFT_BEHIND: dict[str, Any] = {
         "coefficient": optional(NUMBER),
         "readout": optional({"site": optional(str), "layers": optional([OBJECT])}),
         "layers": optional([OBJECT]),
-        **dict.fromkeys(("made_of", "counts", "unsteered"), optional(OBJECT)),
+        "counts": optional(OBJECT),
+        "made_of": optional({"*": object, "settings": optional({"*": object, "min_coherence": optional(NUMBER)})}),
+        "unsteered": optional({"*": object, "score": optional(NUMBER)}),
         "questions": optional({"*": [str]}),
     },
     "tokens.json": {

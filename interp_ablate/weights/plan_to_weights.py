@@ -26,6 +26,7 @@ from interp_ablate.models.architectures import (
 )
 from interp_ablate.models.measured_architecture import MeasuredArchitecture
 from interp_ablate.models.written_parameters import gain_of
+from interp_ablate.precision import all_finite
 from interp_ablate.sites import EMBEDDING_POINTS, Site
 from interp_ablate.storage.dequantized_checkpoint import EXPORT_INSTEAD
 from interp_ablate.weights.weight_form import split_edit, writers_only_form
@@ -398,10 +399,9 @@ def _edited_rows(block: Tensor, edit: TensorEdit) -> Tensor:
 
 def _finite(new: Tensor, old: Tensor, edit: TensorEdit) -> Tensor:
     """The new values, which must be finite; a row that was not before, and that nothing reads, may stay so."""
-    if new.sum().isfinite():  # 40 times as fast as a look at each value, and none can be amiss
+    if all_finite(new):
         return new
-    sound = new.isfinite()
-    if not sound.all() and bool((~sound & old.isfinite().all(-1, keepdim=True)).any()):
+    if bool((~new.isfinite() & old.isfinite().all(-1, keepdim=True)).any()):
         raise ExportError(
             f"the plan writes values that are not finite at {edit.point} in {old.dtype}: its numbers are too "
             "large for this dtype, or the weights hold NaN where they are read"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -176,6 +177,13 @@ def test_any_cut_or_foreign_file_of_results_is_one_message(tmp_path: Path, capsy
         if path == ["format"]:
             continue
         broken += [changed(good, path, remove=True), changed(good, path, remove=False)]
+    first = next(iter(good["methods"].values()))
+    for row, ends in itertools.product((first["overall"], *first["by_behaviour"].values()), ([0.5, 0.4, None], [0.5, None, 0.6])):  # fmt: skip
+        kept, row["detection"] = row["detection"], ends
+        broken.append(copy.deepcopy(good))
+        row["detection"] = kept
+    curves = first["curves"]["removal"]
+    broken.append(changed(good, ["methods", next(iter(good["methods"])), "curves", "removal", next(iter(curves))], remove=False, other=[]))  # fmt: skip
     for content in broken:
         file.write_text(json.dumps(content))
         assert main(command) == 2, content.keys()
@@ -199,7 +207,9 @@ def paths(value: Any, at: tuple[Any, ...] = ()) -> list[list[Any]]:
     return inside + [path for key, one in value.items() for path in paths(one, (*at, key))]
 
 
-def changed(content: dict[str, Any], path: list[Any], *, remove: bool) -> dict[str, Any]:
+def changed(
+    content: dict[str, Any], path: list[Any], *, remove: bool, other: Any = ({"x": []},)
+) -> dict[str, Any]:
     """A copy in which one part is gone, or an object of something else."""
     copied = copy.deepcopy(content)
     holder: Any = copied
@@ -208,5 +218,5 @@ def changed(content: dict[str, Any], path: list[Any], *, remove: bool) -> dict[s
     if remove:
         del holder[path[-1]]
     else:
-        holder[path[-1]] = [{"x": []}]
+        holder[path[-1]] = list(other)
     return copied
