@@ -46,6 +46,7 @@ def attribution_bars(frame: pd.DataFrame, ax: Axes | None = None, *, top: int = 
     ax = style.axes_or_new(ax, height=6.2)
     style.require_columns(frame, ATTRIBUTION_COLUMNS, "attribution")
     style.require_rows(frame, "terms")
+    style.require_whole(frame, ("n",), "attribution")
     name = _value_column(frame)
     order = frame[name].abs().sort_values(ascending=False, kind="stable").index
     rows = frame.loc[order].head(top)
@@ -84,6 +85,8 @@ def attribution_map(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     rows = frame[frame["layer"].notna()]
     style.require_rows(rows, "terms of layers")
     heads = rows[rows["kind"] == "head"]
+    style.require_whole(rows, ("n", "layer"), "attribution")
+    style.require_whole(heads, ("index",), "attribution")
     n_layers, n_heads = (
         int(rows["layer"].max()) + 1,
         int(heads["index"].max()) + 1 if len(heads) else 0,

@@ -62,6 +62,7 @@ def projections(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     rows = held_out_rows(frame)
     rows = rows[np.isfinite(rows["projection"].astype(float))]
     style.require_rows(rows, "projections with finite values")
+    style.require_whole(rows, ("layer",), "projections")
     layers = sorted(rows["layer"].unique())
     half_width = 0.46 * min(np.diff(layers), default=1)
     everything = []

@@ -7,6 +7,7 @@ number was measured.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from os.path import lexists
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +105,7 @@ def save_evaluation(folder: str | Path, *, form: str = "png", dpi: int | None = 
         RunError: no such table, a corrupt one, nothing in it to draw, or a place that cannot be written.
     """
     path = Path(folder) / "evaluation.csv"
-    if not path.exists():
+    if not lexists(path):
         raise RunError(
             f"{path} is not there: run `interp-ablate evaluate A B --out {folder}` first"
         )

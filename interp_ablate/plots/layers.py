@@ -49,6 +49,7 @@ def layer_effects(
     if rows.empty:
         there = sorted({f"{s} under {e}" for s, e in zip(frame["score"], frame["edit"])})
         raise RunError(f"no rows of {score} under {edit}: there are {', '.join(there)}")
+    style.require_whole(rows, ("layer", "n", "n_shuffled"), "layer sweep")
     ax = style.axes_or_new(ax, height=3.6)
     ax.axhline(0, color=style.CONTROL, linewidth=0.9, linestyle=(0, (4, 3)))
     for place, line in rows.groupby("where", sort=False):

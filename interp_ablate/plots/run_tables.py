@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pandas as pd
 from interp_ablate.directions.direction import Direction
 from interp_ablate.directions.direction_set import Directions
 from interp_ablate.directions.estimators import CONTROL_COLUMNS
+from interp_ablate.plots import style
 from interp_ablate.plots.attribution import ATTRIBUTION_COLUMNS
 from interp_ablate.plots.directions import BESIDE_COLUMNS, PROJECTION_COLUMNS
 from interp_ablate.plots.tokens import TOKEN_COLUMNS
@@ -71,7 +73,7 @@ def read_choice(folder: Path) -> Choice:
 def read_projections(folder: Path) -> pd.DataFrame | None:
     """projections.csv of a run folder; None where there is none, or no row in it."""
     path = folder / "projections.csv"
-    if not path.exists():
+    if not lexists(path):
         return None
     frame = read_table(path, PROJECTION_COLUMNS, numbers=("layer", "projection"), complete=True)
     return frame if len(frame) else None
@@ -83,7 +85,7 @@ def read_directions(folder: Path) -> list[Direction]:
     Beside each plain one stands its variant orthogonalized to the negative mean.
     """
     path = folder / "directions.safetensors"
-    if not path.exists():
+    if not lexists(path):
         return []
     directions = Directions.load(path)
     return list(directions.of("difference_in_means") or directions)
@@ -92,7 +94,7 @@ def read_directions(folder: Path) -> list[Direction]:
 def read_controls(folder: Path) -> pd.DataFrame | None:
     """separation_controls.csv of a run folder; None where there is none."""
     path = folder / "separation_controls.csv"
-    if not path.exists():
+    if not lexists(path):
         return None
     numbers = [name for name in CONTROL_COLUMNS if name not in ("point", "position")]
     return read_table(path, CONTROL_COLUMNS, numbers=numbers)
@@ -101,36 +103,38 @@ def read_controls(folder: Path) -> pd.DataFrame | None:
 def read_attribution(folder: Path) -> pd.DataFrame | None:
     """attribution.csv of a run folder; None where there is none, or no term of a layer in it."""
     path = folder / "attribution.csv"
-    if not path.exists():
+    if not lexists(path):
         return None
     numbers = ("index", "difference", "low", "high", "n")
     frame = read_table(path, ATTRIBUTION_COLUMNS, numbers=numbers)
-    frame["layer"] = pd.to_numeric(frame["layer"], errors="coerce")  # embeddings have none
+    of_layer = frame["layer"].fillna("").str.strip() != ""  # embeddings have none
+    style.require_whole(frame[of_layer], ("layer",), f"rows of {path}")
+    frame["layer"] = pd.to_numeric(frame["layer"].where(of_layer))
     return frame if frame["layer"].notna().any() else None
 
 
 def read_layer_effects(folder: Path) -> pd.DataFrame | None:
     """layer_effects.csv of a run folder; None where there is none."""
     path = folder / "layer_effects.csv"
-    return read_table(path, COLUMNS, numbers=("layer", *COLUMNS[6:])) if path.exists() else None
+    return read_table(path, COLUMNS, numbers=("layer", *COLUMNS[6:])) if lexists(path) else None
 
 
 def read_tokens(folder: Path) -> pd.DataFrame | None:
     """tokens.csv of a run folder; None where there is none."""
     path, numbers = folder / "tokens.csv", ("index", "layer", "projection")
     return (
-        read_table(path, TOKEN_COLUMNS, numbers=numbers, complete=True) if path.exists() else None
+        read_table(path, TOKEN_COLUMNS, numbers=numbers, complete=True) if lexists(path) else None
     )
 
 
 def read_comparable_trials(folder: Path) -> pd.DataFrame | None:
     """trials.csv of a run folder; None where there is none, or none that says what the unedited model scored."""
     path = folder / "trials.csv"
-    trials = read_trials(path) if path.exists() else None
+    trials = read_trials(path) if lexists(path) else None
     return trials if trials is not None and is_comparable(trials) else None
 
 
 def read_beside(folder: Path) -> pd.DataFrame | None:
     """circuit/beside.csv of a run folder, the cosines with other directions; None where there is none."""
     path, numbers = folder / "circuit" / "beside.csv", BESIDE_COLUMNS[2:]
-    return read_table(path, BESIDE_COLUMNS, numbers=numbers) if path.exists() else None
+    return read_table(path, BESIDE_COLUMNS, numbers=numbers) if lexists(path) else None

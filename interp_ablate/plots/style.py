@@ -14,6 +14,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakSet
 
 import matplotlib
 import numpy as np
@@ -25,6 +26,7 @@ from matplotlib.font_manager import findfont, get_font
 from interp_ablate.display import shortened
 from interp_ablate.errors import RunError
 from interp_ablate.storage.atomic_files import atomic_path
+from interp_ablate.storage.tables import MAX_LAYERS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,6 +50,7 @@ LINE_STYLES = ("-", "--", ":", "-.")
 _DPI, _WIDTH = 150, 7.8
 Place = tuple[int, str, str]  # layer, point, position
 FORMATS = ("png", "svg", "pdf")
+_unfinished: WeakSet[Any] = WeakSet()
 MAX_DPI = 1200  # more is no sharper in print, and a page of it takes gigabytes
 
 
@@ -60,12 +63,15 @@ def drawable(text: str) -> str:
 
 
 def axes_or_new(ax: Axes | None, *, height: float, width: float = _WIDTH) -> Axes:
-    """The axes, or those of a new figure of pyplot's, which a notebook shows; sizes in inches."""
+    """The axes, or those of a new figure, which pyplot has once they are finished (`finish_axes`); sizes in inches.
+
+    So a notebook shows it, and no figure stays open of a plot that refuses its data.
+    """
     if ax is not None:
         return ax
-    from matplotlib import pyplot
-
-    return pyplot.subplots(figsize=(width, height), layout="constrained")[1]
+    figure = Figure(figsize=(width, height), layout="constrained")
+    _unfinished.add(figure)
+    return figure.subplots()
 
 
 def add_colour_bar(image: Any, ax: Axes, label: str, **options: Any) -> Any:
@@ -120,6 +126,21 @@ def require_rows(frame: pd.DataFrame, what: str) -> None:
         raise RunError(f"there are no {what} to draw")
 
 
+def require_whole(frame: pd.DataFrame, columns: Sequence[str], what: str) -> None:
+    """Raise a RunError for a value of these columns, as far as they are there, that is no layer and no count."""
+    for column in [name for name in columns if name in frame]:
+        numbers = pd.to_numeric(frame[column], errors="coerce")
+        if len(
+            bad := frame[column][
+                ~numbers.between(-1, MAX_LAYERS if column in ("layer", "index") else 10**6)
+                | (numbers % 1 != 0)
+            ]
+        ):
+            raise RunError(
+                f"the {what} have {shortened(repr(bad.iloc[0]))} under {column}, where a whole number belongs"
+            )
+
+
 def same_place(place: Place) -> Place:
     """resid_pre of a layer as what it is too: resid_post of the layer before, which is -1 before layer 0."""
     layer, point, position = place
@@ -141,6 +162,7 @@ def drawn_places(places: Iterable[Place]) -> dict[Place, Place | None]:
 
 def distinct_rows(frame: pd.DataFrame) -> pd.DataFrame:
     """A table by layer and point (and position), each place of the stream once: see `drawn_places`."""
+    require_whole(frame, ("layer",), "rows of layers")
     positions = frame["position"].astype(str) if "position" in frame else [""] * len(frame)
     keys = list(zip(frame["layer"].astype(int), frame["point"].astype(str), positions))
     drawn = drawn_places(keys)
@@ -224,6 +246,11 @@ def finish_axes(
     if grid:
         ax.grid(visible=True, axis=grid, color="#E8E8E8", linewidth=0.7)
         ax.set_axisbelow(True)
+    if (figure := ax.get_figure()) in _unfinished:
+        from matplotlib import pyplot
+
+        _unfinished.remove(figure)
+        pyplot.figure(FigureClass=lambda **_: figure)  # type: ignore[arg-type]
 
 
 def _line_length(ax: Axes) -> int:

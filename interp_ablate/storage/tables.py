@@ -20,11 +20,14 @@ from interp_ablate.storage.incoming_files import (
     incoming_object,
     incoming_text,
     parse_json,
+    shortened,
 )
 from interp_ablate.storage.json_shapes import LEFT_BEHIND, misfit
 
 _AGAIN = "delete it and run the stage that wrote it again"
 _WHOLE = ("layer", "trial")  # whole numbers of a table
+MAX_LAYERS = 1000
+"""No model has more of them, nor of heads in one; a figure has room for so many."""
 
 
 def read_table(
@@ -62,9 +65,11 @@ def read_table(
         absent = text.str.lower().isin(("", "nan", "none", "null"))
         needed = complete or name in _WHOLE
         bad = ~np.isfinite(values) if needed else values.isna() & ~absent
+        if name == "layer":
+            bad |= ~values.between(-1, MAX_LAYERS)
         if bad.any():
             row = int(np.flatnonzero(bad)[0])
-            raise corrupt_row(path, row, f"{name} is {text.iloc[row]!r}, not a number")
+            raise corrupt_row(path, row, f"{name} is {shortened(text.iloc[row])!r}, no such number")
         whole = name in _WHOLE and (values % 1 == 0).all()  # a search draws between layers
         frame[name] = values.astype(int) if whole else values
     return frame

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import interp_ablate.plots as door
+from interp_ablate.errors import RunError
 from interp_ablate.plots import style
 from interp_ablate.plots.run_figures import RUN_FIGURES, save_figures
 from interp_ablate.runs.report_charts import RunTables, alt_texts
@@ -197,6 +199,42 @@ def test_a_plot_without_axes_makes_its_own() -> None:
         ax = getattr(door, name)(data, **options)
         assert isinstance(ax, Axes) and pyplot.fignum_exists(ax.get_figure().number), name
         pyplot.close("all")
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_plot_that_fails_leaves_no_figure_open(name: str) -> None:
+    """Whatever it is given: nothing, no rows, text or infinities for numbers; what is said of a table is ours."""
+    from matplotlib import pyplot
+
+    data, options = EXAMPLES[name]
+    bad: list[Any] = [None, 3, {}, pd.DataFrame()]
+    if isinstance(data, pd.DataFrame):
+        numbers = list(data.select_dtypes("number"))
+        bad += [data.assign(**dict.fromkeys(numbers, value)) for value in ("x", math.inf, math.nan)]
+    failed = 0
+    for given in bad:
+        try:
+            getattr(door, name)(given, **options)
+        except Exception:
+            failed += 1
+            assert not pyplot.get_fignums()
+        pyplot.close("all")
+    assert failed
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, 10**20, 1.5, "x"])
+def test_layers_and_counts_are_whole_numbers(value: Any) -> None:
+    for name, column in (
+        ("attribution_bars", "n"), ("attribution_map", "layer"), ("attribution_map", "index"),
+        ("layer_effects", "layer"), ("readout_by_layer", "layer"), ("steering_by_layer", "layer"),
+        ("steering_curve", "questions"), ("sweep_heatmap", "layer"), ("projections", "layer"),
+    ):  # fmt: skip
+        data, options = EXAMPLES[name]
+        changed = data.assign(**{column: value})
+        if name == "attribution_map" and column == "layer" and value != value:
+            continue  # an embedding's
+        with pytest.raises(RunError, match=f"under {column}, where a whole number belongs"):
+            getattr(door, name)(changed, Figure().add_subplot(), **options)
 
 
 def test_every_figure_of_the_report_says_what_is_seen(tmp_path: Path) -> None:
