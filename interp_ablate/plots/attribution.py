@@ -52,7 +52,7 @@ def attribution_bars(frame: pd.DataFrame, ax: Axes | None = None, *, top: int = 
     rows = frame.loc[order].head(top)
     colours = [style.POSITIVE if value > 0 else style.NEGATIVE for value in rows[name]]
     ax.barh(range(len(rows)), rows[name], color=colours, alpha=0.8)
-    if "low" in rows:
+    if {"low", "high"} <= {*rows}:
         ends = rows[["low", "high"]].astype(float).to_numpy()
         for row, (low, high) in enumerate(ends):
             if np.isfinite([low, high]).all():

@@ -240,6 +240,7 @@ def _control_band(ax: Axes, controls: pd.DataFrame, measure: Measure, layers: se
         ends.index, ends["min"], ends["max"], color=style.CONTROL, alpha=0.22, linewidth=0,
         label=f"{count} shuffles of the labels",
     )  # fmt: skip
+    style.require_whole(controls, ("positive", "negative"), "controls of the separation")
     sides = [int(controls[name].max()) for name in ("positive", "negative")]
     return (
         f" on n = {sides[0]} positive + {sides[1]} negative prompts; grey: {count} directions of shuffled labels, "

@@ -50,6 +50,10 @@ def layer_effects(
         there = sorted({f"{s} under {e}" for s, e in zip(frame["score"], frame["edit"])})
         raise RunError(f"no rows of {score} under {edit}: there are {', '.join(there)}")
     style.require_whole(rows, ("layer", "n", "n_shuffled"), "layer sweep")
+    if unknown := {*map(str, rows["where"])} - {*_LOOKS} | {str(edit)} - {*_DID}:
+        raise RunError(
+            f"the layer sweep names {', '.join(sorted(unknown))}: known are {', '.join((*_LOOKS, *_DID))}"
+        )
     ax = style.axes_or_new(ax, height=3.6)
     ax.axhline(0, color=style.CONTROL, linewidth=0.9, linestyle=(0, (4, 3)))
     for place, line in rows.groupby("where", sort=False):

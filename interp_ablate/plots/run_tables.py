@@ -11,6 +11,7 @@ from os.path import lexists
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from interp_ablate.directions.direction import Direction
@@ -110,13 +111,15 @@ def read_attribution(folder: Path) -> pd.DataFrame | None:
     of_layer = frame["layer"].fillna("").str.strip() != ""  # embeddings have none
     style.require_whole(frame[of_layer], ("layer",), f"rows of {path}")
     frame["layer"] = pd.to_numeric(frame["layer"].where(of_layer))
-    return frame if frame["layer"].notna().any() else None
+    return _rows_with(frame, "difference") if frame["layer"].notna().any() else None
 
 
 def read_layer_effects(folder: Path) -> pd.DataFrame | None:
     """layer_effects.csv of a run folder; None where there is none."""
     path = folder / "layer_effects.csv"
-    return read_table(path, COLUMNS, numbers=("layer", *COLUMNS[6:])) if lexists(path) else None
+    if not lexists(path):
+        return None
+    return _rows_with(read_table(path, COLUMNS, numbers=("layer", *COLUMNS[6:])), "change")
 
 
 def read_tokens(folder: Path) -> pd.DataFrame | None:
@@ -137,4 +140,12 @@ def read_comparable_trials(folder: Path) -> pd.DataFrame | None:
 def read_beside(folder: Path) -> pd.DataFrame | None:
     """circuit/beside.csv of a run folder, the cosines with other directions; None where there is none."""
     path, numbers = folder / "circuit" / "beside.csv", BESIDE_COLUMNS[2:]
-    return read_table(path, BESIDE_COLUMNS, numbers=numbers) if lexists(path) else None
+    if not lexists(path):
+        return None
+    return _rows_with(read_table(path, BESIDE_COLUMNS, numbers=numbers), "cosine")
+
+
+def _rows_with(frame: pd.DataFrame, column: str) -> pd.DataFrame | None:
+    """The rows that have a finite number in this column; None where none has. All rows without the column."""
+    kept = frame[np.isfinite(frame[column])] if column in frame else frame
+    return kept if len(kept) else None

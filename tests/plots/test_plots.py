@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from interp_ablate.directions.direction import Direction, Separation
 from interp_ablate.directions.direction_set import Directions
 from interp_ablate.errors import InterpAblateError, RunError
-from interp_ablate.plots import style
+from interp_ablate.plots import run_figures, style
 from interp_ablate.plots.directions import (
     PROJECTION_COLUMNS,
     cosine_similarity,
@@ -813,3 +813,34 @@ def test_a_run_folder_in_several_formats(tmp_path):
     assert not (run / "figures").exists()
     written = save_figures(run, formats=("svg", "png"), dpi=20)
     assert len(written) == 2 * len(ALL_FIGURES) and {p.suffix for p in written} == {".svg", ".png"}
+
+
+@pytest.mark.parametrize(
+    ("file", "column", "value", "said"),
+    [
+        ("layer_effects.csv", "where", "there", "names there"),
+        ("layer_effects.csv", "edit", "bend", "names bend"),
+        ("layer_effects.csv", "layer", "1e9", "layer is '1e9'"),
+        ("layer_effects.csv", "n", "inf", "under n"),
+        ("layer_effects.csv", "change", "", ""),
+        ("attribution.csv", "layer", "inf", "under layer"),
+        ("attribution.csv", "index", "10000000000", "under index"),
+        ("attribution.csv", "difference", "", ""),
+    ],
+)
+def test_tables_of_a_run_that_were_changed(
+    file: str, column: str, value: str, said: str, tmp_path: Path
+) -> None:
+    """One message that names the column; what has no numbers is not drawn."""
+    from tests.plots.test_every_plot import attribution, layer_sweep_rows
+
+    run = make_run(tmp_path / "run", 3)
+    layer_sweep_rows().to_csv(run / "layer_effects.csv", index=False)
+    attribution().to_csv(run / "attribution.csv", index=False)
+    pd.read_csv(run / file).assign(**{column: value}).to_csv(run / file, index=False)
+    draw = {"layer_effects.csv": run_figures._draw_layer_effects, "attribution.csv": run_figures._draw_attribution}[file]  # fmt: skip
+    if not said:
+        assert draw(run) == {}
+        return
+    with pytest.raises(RunError, match=said):
+        draw(run)
