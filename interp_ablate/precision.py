@@ -1,10 +1,14 @@
-"""float64 where a device has it, and whether numbers are finite.
+"""float64 where a device has it, whether numbers are finite, and products of the same bits in any number of threads.
 
 Knows: which devices lack float64. Does not know: what is computed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -22,3 +26,14 @@ def all_finite(x: Float[Tensor, ...]) -> bool:
     A sum shows it, 20 times as fast as a look at each value; where the sum alone overflows, each is looked at.
     """
     return bool(x.sum().isfinite()) or bool(x.isfinite().all())
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside the block the caller's thread computes alone: the order of a sum is not that of several threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -26,7 +26,7 @@ from interp_ablate.models.architectures import (
 )
 from interp_ablate.models.measured_architecture import MeasuredArchitecture
 from interp_ablate.models.written_parameters import gain_of
-from interp_ablate.precision import all_finite
+from interp_ablate.precision import all_finite, one_thread
 from interp_ablate.sites import EMBEDDING_POINTS, Site
 from interp_ablate.storage.dequantized_checkpoint import EXPORT_INSTEAD
 from interp_ablate.weights.weight_form import split_edit, writers_only_form
@@ -99,6 +99,7 @@ class WeightPlan:
         return [name for name, edit in self.edits.items() if edit.changes]
 
 
+@one_thread()
 def weight_plan(
     plan: Plan,
     hf_config: Any,
@@ -339,7 +340,9 @@ BLOCK = 1 << 19
 def edited_tensor(tensor: Tensor, edit: TensorEdit) -> Tensor:
     """The whole tensor changed; the same bits as its blocks."""
     if edit.layout == "bias":
-        return _finite(edit.affine(tensor.detach().cpu().double()).to(tensor), tensor, edit)
+        with one_thread():
+            changed = edit.affine(tensor.detach().cpu().double())
+        return _finite(changed.to(tensor), tensor, edit)
     blocks = edited_blocks(lambda start, stop: tensor[start:stop].detach(), tensor.shape, edit)
     return torch.cat(list(blocks)).to(tensor.device)
 
@@ -349,7 +352,8 @@ def edited_blocks(
 ) -> Iterator[Tensor]:
     """A changed weight in blocks along its first axis, from a function that reads rows start to stop.
 
-    Computed in float64, or in float32 for 16-bit sources, and rounded once to the source's dtype. A
+    Computed in float64, or in float32 for 16-bit sources, and rounded once to the source's dtype: the same bits in
+    any number of threads. A
     [d_model, in] weight is read twice, everything else once; memory is some blocks, and with
     `keeps_norm` one weight.
     """
@@ -369,7 +373,8 @@ def edited_blocks(
     if edit.keeps_norm:
         whole = rows(0, first)
         eps = torch.finfo(whole.dtype).eps
-        rescaled = rescale_rows(_wide(whole).T, edit.affine, eps=eps)[0].T.contiguous()
+        with one_thread():
+            rescaled = rescale_rows(_wide(whole).T, edit.affine, eps=eps)[0].T.contiguous()
         yield _finite(rescaled.to(whole.dtype), whole, edit)
         return
     left = right = along = None
@@ -377,21 +382,25 @@ def edited_blocks(
         block = _wide(rows(start, stop))
         if left is None or right is None:
             left, right = edit.affine.left.to(block), edit.affine.right.to(block)
-        part = right[start:stop].T @ block
+        with one_thread():
+            part = right[start:stop].T @ block
         along = part if along is None else along + part
     assert left is not None and along is not None
     for start, stop in spans:
-        block = rows(start, stop)
-        yield _finite(_own(block).addmm_(left[start:stop], along).to(block.dtype), block, edit)
+        wide = _own(block := rows(start, stop))
+        with one_thread():
+            wide.addmm_(left[start:stop], along)
+        yield _finite(wide.to(block.dtype), block, edit)
 
 
 def _edited_rows(block: Tensor, edit: TensorEdit) -> Tensor:
     """Rows that are outputs themselves: embeddings, and weights stored [in, d_model]."""
     wide, affine = _own(block), edit.affine
-    if edit.keeps_norm:
-        wide = rescale_rows(wide, affine, eps=torch.finfo(block.dtype).eps)[0]
-    else:
-        wide.addmm_(wide @ affine.right.to(wide), affine.left.to(wide).T)
+    with one_thread():
+        if edit.keeps_norm:
+            wide = rescale_rows(wide, affine, eps=torch.finfo(block.dtype).eps)[0]
+        else:
+            wide.addmm_(wide @ affine.right.to(wide), affine.left.to(wide).T)
     if edit.layout == "embedding" and not affine.is_linear:
         wide += affine.shift.to(wide)
     return _finite(wide.to(block.dtype), block, edit)

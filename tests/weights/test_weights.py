@@ -511,3 +511,23 @@ def test_values_that_are_not_finite_are_refused_and_large_ones_are_not(dtype: to
     grown = TensorEdit("embedding", Affine(one, one, torch.zeros(4).double()), False, "embed")
     with pytest.raises(ExportError, match="not finite at embed"):
         edited_tensor(largest, grown)
+
+
+@pytest.mark.parametrize("layout", ["embedding", "linear", "conv1d"])
+@pytest.mark.parametrize("keeps_norm", [False, True])
+def test_edited_weights_are_the_same_bits_in_any_number_of_threads(
+    layout: Any, keeps_norm: bool
+) -> None:
+    torch.manual_seed(0)
+    rows, d_model, before = 1000, 2048, torch.get_num_threads()
+    axes = torch.linalg.qr(torch.randn(d_model, 3, dtype=torch.float64))[0]
+    affine = Affine(-axes, axes, torch.zeros(d_model, dtype=torch.float64))
+    wide = torch.randn(*((d_model, rows) if layout == "linear" else (rows, d_model)))
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        edit, found = TensorEdit(layout, affine, keeps_norm), []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(edited_tensor(wide.to(dtype), edit))
+            assert torch.get_num_threads() == threads
+        torch.set_num_threads(before)
+        assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2]), dtype
