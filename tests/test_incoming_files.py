@@ -164,6 +164,22 @@ def test_the_command_line_ends_with_2_and_one_message(
     assert len(lines) == 1 and lines[0].startswith("interp-ablate export: ")
 
 
+@pytest.mark.parametrize("side", ["a", "b"])
+def test_verify_tells_a_list_as_generation_config(
+    side: str, sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the source it is bad input; of the export it is a difference, and a folder that cannot be loaded."""
+    for name in ("a", "b"):
+        shutil.copytree(sound / name, tmp_path / name)
+    (tmp_path / side / "generation_config.json").write_text("[]")
+    command = ["--quiet", "verify", str(tmp_path / "a"), str(tmp_path / "b")]
+    command += ["--plan", str(sound / "plan.json")]
+    for more, status in (["--tensors-only"], 2 if side == "a" else 1), ([], 2):
+        assert main([*command, *more]) == status
+        said = capsys.readouterr()
+        assert "generation_config.json" in said.err + said.out and "Traceback" not in said.err
+
+
 def test_a_pickle_of_tensors_is_taken(sound: Path, tmp_path: Path) -> None:
     shutil.copytree(sound / "a", tmp_path / "m")
     hostile.pickled(tmp_path / "m")

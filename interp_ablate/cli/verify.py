@@ -45,6 +45,7 @@ def run(args: Namespace) -> int:
     from interp_ablate.export.auditing import audit
     from interp_ablate.export.certification import certify, coarsest_dtype
     from interp_ablate.export.model_card import write_certificate
+    from interp_ablate.models.model_files import check_folder
     from interp_ablate.storage.safetensors_reader import Checkpoint
 
     plan = Plan.load(plan_path)
@@ -55,6 +56,7 @@ def run(args: Namespace) -> int:
         "passed": report.passed,
     }  # fmt: skip
     if model is not None:
+        check_folder(folder)
         certificate = certify(
             model,
             report.weights.plan,

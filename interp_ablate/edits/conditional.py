@@ -37,7 +37,8 @@ class Condition:
     two signs of the direction apart), or cos(h, direction) ("cosine").
     Source: CAST, Lee et al. 2024, https://arxiv.org/abs/2409.05907.
 
-    Where a text has no prompt and answer, all of it counts as the prompt.
+    Where a text has no prompt and answer, all of it counts as the prompt. It is read before anything is written at its
+    site, by plans or by hooks of your own: what they write there moves no condition, what is written below does.
 
     Raises:
         PlanError: a threshold that is no finite number; another similarity or pooling; a site that is not resid_pre or

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tiny import make, rows_of, unit
 from torch.testing import assert_close
 
 from interp_ablate import Ablate, Add, Plan, Site
+from interp_ablate.edits.conditional import Condition, Conditional
 from interp_ablate.errors import InterpAblateError, PlanError
 from interp_ablate.evaluation.metrics import TargetLogOdds
 from interp_ablate.evaluation.outputs import ModelOutputs, generate_outputs_together
@@ -186,3 +188,36 @@ def test_a_plan_without_edits_leaves_the_model_as_it_is(backend: str, nothing: P
         inside = model.logits(ROWS)
         outside.first_logprobs  # noqa: B018  (begun outside, and nothing is applied here)
     assert torch.equal(inside, model.logits(ROWS))
+
+
+def test_a_condition_is_read_before_hooks_of_others_write_at_its_site(backend: str) -> None:
+    """Added before the plan is applied or after it; a hook below the site is read through."""
+    model, below = make(backend=backend), Site(0, "resid_pre")
+    condition = Condition(unit(5), SITE, threshold=0.0, similarity="cosine")
+    plan = Plan((Conditional(Add(3 * unit(1), Site(2, "resid_pre")), condition),))
+
+    def decide(site: Site | None, early: bool) -> list[bool]:
+        decided: list[bool] = []
+        original = Condition.is_met
+
+        def is_met(self: Condition, pooled: torch.Tensor) -> torch.Tensor:
+            decided.extend(original(self, pooled).tolist())
+            return original(self, pooled)
+
+        def hook() -> Any:
+            point = model.plans._site_map.hook_point(site)
+            return point.register_forward_hook(lambda _, __, x: x + 100 * unit(5).to(x))
+
+        handles = [hook()] if site and early else []
+        with pytest.MonkeyPatch.context() as patch, model.applied(plan):
+            patch.setattr(Condition, "is_met", is_met)
+            handles += [hook()] if site and not early else []
+            model.logits([[5] * 9])
+        for handle in handles:
+            handle.remove()
+        return decided
+
+    met = decide(None, True)
+    for early in (True, False):
+        assert decide(SITE, early) == met and decide(below, early) == [True]
+    assert met == [False]
