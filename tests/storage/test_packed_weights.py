@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from support.packed import KINDS, gptq, int_quantized, pack_quantized, words
 
 from interp_ablate.errors import ExportError
@@ -44,6 +44,22 @@ def test_numbers_are_those_of_the_library(case: str, tmp_path: Path) -> None:
     assert hashlib.sha256(read.view(torch.uint8).numpy().tobytes()).hexdigest() == made["sha256"]
     blocks = [block for _, block in checkpoint.blocks("l.weight", max_bytes=100)]
     assert len(blocks) > 1 and torch.equal(torch.cat(blocks), read)
+
+
+def test_a_zero_point_of_nothing_borrows_from_the_next_in_a_word(tmp_path: Path) -> None:
+    """The first version of GPTQ takes one off every zero point of a word at once: 0 is stored as the highest code."""
+    for case in (case for case in BY_LIBRARIES if "GPTQ" in case and "zero points" in case):
+        file = load(zlib.decompress(base64.b85decode(BY_LIBRARIES[case]["file"])))
+        bits = BY_LIBRARIES[case]["quantization_config"]["bits"]
+        assert (
+            unpacked(file["l.qzeros"], bits) == 2**bits - 1
+        ).any()  # the library's digest is of such
+    weight = WEIGHT.abs()
+    weight[::2] *= -1  # every other output has its zero point at one end
+    parts, numbers = gptq(sym=False)(weight)
+    about = {**KINDS["gptq"][0], "sym": False}
+    assert (unpacked(parts["qzeros"], 4) == 15).any()
+    assert torch.equal(stored(tmp_path, parts, about).read("a.weight"), numbers)
 
 
 @pytest.mark.parametrize("bits", (2, 4, 8))
