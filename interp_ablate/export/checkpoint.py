@@ -26,6 +26,7 @@ from interp_ablate.export.certification import PROBES, certify, coarsest_dtype, 
 from interp_ablate.export.checkpoint_files import (
     float_dtype_of,
     published,
+    untied_or_not,
     write_config,
     write_side_files,
     write_source_files,
@@ -37,17 +38,19 @@ from interp_ablate.export.source_folder import (
     architecture_in,
     as_written,
     opened,
+    said_of_loaded,
     said_of_quantization,
     weights_config,
 )
 from interp_ablate.jobs.bars import waiting
-from interp_ablate.models.architectures import Architecture, is_tied
+from interp_ablate.models.architectures import Architecture
 from interp_ablate.models.backends.hooked_to_hf import CONVERTIBLE
 from interp_ablate.models.checkpoint_names import NamesError
 from interp_ablate.models.model import Model, check_model
 from interp_ablate.models.model_files import check_loadable, read_config
 from interp_ablate.models.sources import ModelSource
 from interp_ablate.prompts.prompt import PromptLike
+from interp_ablate.sites import Site
 from interp_ablate.storage.atomic_files import folder_made, remove_left_overs, temporary_folder
 from interp_ablate.storage.dequantized_checkpoint import DequantizedCheckpoint
 from interp_ablate.storage.dequantized_tensor import DequantizedTensor
@@ -157,20 +160,22 @@ def export_checkpoint(
             entry = architecture_in(source, model.hf_config, model.architecture)
     if source is not None and entry is not None:
         weights = _streamed_plan(source, plan, model.hf_config, tied, entry)
-        _check_unchanged(model, source)
+        _check_unchanged(model, source, entry)
         with streamed_folder(
             out, source=source, fingerprint=_fingerprint(weights), overwrite=overwrite
         ) as folder:
             written = _write_streamed(source, weights, folder)
             return _certified(model, weights, written, folder.path, prompts, report)
-    state, entry = published(model, _untied_or_not(model))
+    state, entry = published(model, untied_or_not(model))
     weights = weight_plan(plan, model.hf_config, state, state.__getitem__, tied=tied, entry=entry)
     state, _ = edited_state_dict(state, weights)
     with atomic_folder(out, overwrite=overwrite, source=model.source) as place:
         write_weights(state, place)
         write_config(model, state, weights, place)
         left_out = write_side_files(model, place, own=_own_files(_opened(model.source)))
-        written = Written(tuple(state), float_dtype_of(state.values()), left_out)
+        dtype = float_dtype_of(state.values())
+        said = said_of_loaded(model.source, dtype)
+        written = Written(tuple(state), dtype, left_out, said)
         return _certified(model, weights, written, place, prompts, report)
 
 
@@ -232,15 +237,6 @@ def _manifest(
 
 def _said(written: Written) -> dict[str, Any]:
     return {"dequantized": written.dequantized} if written.dequantized else {}
-
-
-def _untied_or_not(model: Model) -> dict[str, Tensor]:
-    """The model's tensors; the unembedding only where it is not the embedding itself."""
-    state = model.hf_state_dict()
-    embed, unembed = model.architecture.embed, model.architecture.unembed
-    if is_tied(model.hf_config) and unembed in state and torch.equal(state[embed], state[unembed]):
-        del state[unembed]
-    return state
 
 
 @waiting("export")
@@ -312,15 +308,23 @@ def _streamed_plan(
     )
 
 
-def _check_unchanged(model: Model, source: Checkpoint) -> None:
+def _check_unchanged(model: Model, source: Checkpoint, entry: Architecture) -> None:
     """Refuse a model in memory that is no longer what the folder, which gets streamed, holds."""
     if model.backend == "hooked" and model.hf_config.model_type not in CONVERTIBLE:
         return
     state, _ = published(model, model.hf_state_dict())
+    parts = [*entry.writers(Site(0, "embed"), source.tensors, model.hf_config)]
     for name in source.tensors:
-        if name not in state:
+        if name not in state or name in parts[1:]:
             continue
         stored, value = source.read(name), state[name]
+        if (
+            name == parts[0] and len(parts) > 1
+        ):  # transformers divides the rows anew, into equal parts
+            stored, value = (
+                torch.cat([*map(source.read, parts)]),
+                torch.cat([state[n] for n in parts]),
+            )
         if isinstance(source, DequantizedCheckpoint) and name in source.dequantized:
             value = value.to(stored.dtype)  # transformers dequantizes to the model's dtype
         if not _same(stored.to(value), value):

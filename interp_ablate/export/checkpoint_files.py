@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from interp_ablate.export.older_transformers import config_for_both
@@ -44,6 +45,15 @@ def _write_config_file(folder: Path, config: Mapping[str, Any]) -> None:
     """config.json as transformers reads it: some configs hold infinity (Falcon H1's `time_step_limit`)."""
     text = json.dumps(config_for_both(dict(config)), indent=1)
     (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def untied_or_not(model: Model) -> dict[str, Tensor]:
+    """The model's tensors; the unembedding only where it is not the embedding itself."""
+    state = model.hf_state_dict()
+    embed, unembed = model.architecture.embed, model.architecture.unembed
+    if is_tied(model.hf_config) and unembed in state and torch.equal(state[embed], state[unembed]):
+        del state[unembed]
+    return state
 
 
 def published(model: Model, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Architecture]:

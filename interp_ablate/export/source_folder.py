@@ -16,7 +16,7 @@ from interp_ablate.models.checkpoint_names import (
 )
 from interp_ablate.models.hf_classes import weights_in, without_data
 from interp_ablate.models.model_files import QUANTIZATION, check_folder, read_config
-from interp_ablate.models.sources import read_hf_config
+from interp_ablate.models.sources import ModelSource, config_folder, read_hf_config
 from interp_ablate.models.stand_in import measured_without_data
 from interp_ablate.storage.dequantized_checkpoint import (
     PACKED,
@@ -106,6 +106,15 @@ def as_written(checkpoint: Checkpoint, weights: WeightPlan) -> tuple[Checkpoint,
     listed = [*(about.get("modules_to_not_convert") or ()), *plain]
     about = {**about, "modules_to_not_convert": list(dict.fromkeys(listed))}
     return written, replace(weights, config={**weights.config, QUANTIZATION: about})
+
+
+def said_of_loaded(source: ModelSource, dtype: str) -> str | None:
+    """What became of a quantized source whose model was written from memory, in a sentence; None for any other."""
+    folder = config_folder(source)
+    about = read_config(folder).get(QUANTIZATION) if folder and _has_config(folder) else None
+    if not about:
+        return None
+    return f"The source is quantized ({method_of(about)}): its weights were dequantized, and written in {dtype}."
 
 
 def said_of_quantization(checkpoint: Checkpoint) -> str | None:

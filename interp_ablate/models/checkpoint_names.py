@@ -20,7 +20,7 @@ from torch import Tensor
 
 from interp_ablate.errors import ExportError
 from interp_ablate.models.anatomy import Branch, Part
-from interp_ablate.models.architectures import Architecture, Layout, text_config
+from interp_ablate.models.architectures import Architecture, Layout, is_tied, text_config
 from interp_ablate.models.measured_architecture import MeasuredArchitecture
 from interp_ablate.models.written_parameters import AXIS, Norm
 from interp_ablate.sites import EMBEDDING_POINTS, Site
@@ -52,6 +52,7 @@ def in_checkpoint_names(entry: Architecture, hf: Any, shapes: Shapes) -> Archite
     if not entry.discovered:
         return declared_in_files(entry, hf.config)
     names, bias = _CheckpointNames(hf, shapes), getattr(entry, "embed_bias", None)
+    embed, *more_embed = names.embedding(entry.embed)
     branches = {}
     for site, group in _branches(entry, hf):
         branches[site] = tuple(
@@ -71,12 +72,13 @@ def in_checkpoint_names(entry: Architecture, hf: Any, shapes: Shapes) -> Archite
     return MeasuredArchitecture(
         **{
             **{f: getattr(entry, f) for f in Architecture.__dataclass_fields__},
-            "embed": names.only(entry.embed),
+            "embed": embed,
             "unembed": names.unembed(entry.unembed),
             "pos_embed": entry.pos_embed and names.only(entry.pos_embed),
             "prefix": "",
         },
         branches=branches,
+        more_embed=tuple(more_embed),
         shared=names.shared({entry.embed, entry.unembed}),
         embed_norms=names.norms(getattr(entry, "embed_norms", ())),
         embed_bias=bias and names.only(bias),
@@ -161,6 +163,15 @@ class _CheckpointNames:
                 f"{': ' + ', '.join(name for name, _ in group[:3]) if group else ''}: {_LOAD_IT}"
             )
         return group[0][0]
+
+    def embedding(self, parameter: str) -> list[str]:
+        """The tensors whose rows are those of the embedding: one where it is the unembedding too."""
+        if (
+            is_tied(self._hf.config)
+            or len(self._groups.get(self._group_of.get(parameter, ""), ())) < 2
+        ):
+            return [self.only(parameter)]
+        return [*self.layouts({parameter: "embedding"})]
 
     def norms(self, norms: Iterable[Norm]) -> tuple[Norm, ...]:
         """Norms under their names in the checkpoint."""

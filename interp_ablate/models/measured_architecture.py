@@ -26,6 +26,8 @@ class MeasuredArchitecture(Architecture):
     """The norms between the embeddings and the stream, the last one first."""
     embed_bias: str | None = None
     """The bias of the last of them, where it has one."""
+    more_embed: tuple[str, ...] = ()
+    """The other tensors of an embedding whose rows a checkpoint keeps in several."""
     shared: Mapping[str, str] = field(default_factory=dict)
     """Tensors beside the unembedding that a tied checkpoint leaves out, each with the tensor that it is."""
 
@@ -37,6 +39,8 @@ class MeasuredArchitecture(Architecture):
         """
         embedding = {"embed": self.embed, "pos_embed": self.pos_embed}.get(site.point)
         layouts: dict[str, Layout] = {embedding: "embedding"} if embedding else {}
+        if site.point == "embed":
+            layouts |= dict.fromkeys(self.more_embed, "embedding")
         if site.point == "embed_bias" and self.embed_bias:
             layouts[self.embed_bias] = "bias"
         for branch in self.branches.get(site.output, ()):

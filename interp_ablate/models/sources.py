@@ -136,15 +136,24 @@ def _bundled(alias: str) -> ModelSource:
 
 def at_commit(source: ModelSource) -> ModelSource:
     """A source that has just been read, with the commit that its branch or tag stood for."""
-    from huggingface_hub import try_to_load_from_cache
-
     if source.kind != "hub":
         return source
-    path = try_to_load_from_cache(source.name, CONFIG, revision=source.revision)
-    # in a cache, files lie in snapshots/<commit>/
-    found = Path(path).parts if isinstance(path, str) else ()
+    folder = config_folder(source)  # in a cache, files lie in snapshots/<commit>/
+    found = folder.parts if folder else ()
     commit = found[found.index("snapshots") + 1] if "snapshots" in found else None
     return replace(source, commit=commit)
+
+
+def config_folder(source: ModelSource) -> Path | None:
+    """The local folder with a source's config.json: of a hub name, the one in the hub's cache; None if there is none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if source.kind == "hub":
+        path = try_to_load_from_cache(
+            source.name, CONFIG, revision=source.commit or source.revision
+        )
+        return Path(path).parent if isinstance(path, str) else None
+    return Path(source.path) if source.kind == "folder" and source.path else None
 
 
 def torch_dtype(name: str | torch.dtype) -> torch.dtype:

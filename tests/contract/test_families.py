@@ -23,7 +23,7 @@ from interp_ablate.models.load import from_hf
     [
         "falcon_h1",
         "qwen3_vl_moe",  # experts whose files have other axes, which transformers tells by their shapes
-        "molmo2",  # an embedding of two tensors in files: the export has the names in memory
+        "molmo2",  # an embedding of two tensors in files
         "gpt_oss",
         "granitemoeshared",
         "mamba",

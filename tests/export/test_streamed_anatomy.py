@@ -16,6 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from interp_ablate import Plan
 from interp_ablate.edits.kinds import Ablate
+from interp_ablate.errors import ExportError
 from interp_ablate.export.auditing import AuditSource, audit
 from interp_ablate.export.checkpoint import export_checkpoint, export_folder
 from interp_ablate.models.hf_classes import without_data
@@ -60,6 +61,34 @@ def test_streamed_and_from_memory_are_the_same_bytes(model_type: str, tmp_path: 
     assert any(not torch.equal(before[name], streamed[name]) for name in before)
     assert left_along(tmp_path / "streamed", plan.edits[0].vectors[0], ROWS) < 1e-5
     assert audit(AuditSource.of_folder(source), plan, tmp_path / "streamed").passed
+
+
+@pytest.mark.parametrize("rows", (400, 214))  # as published, and as transformers saves it
+def test_an_embedding_of_two_tensors_is_edited_in_both(rows: int, tmp_path: Path) -> None:
+    """Molmo 2's new tokens have a tensor of their own: such folders could not be streamed."""
+    source = folder_of("molmo2", tmp_path / "a")
+    before = load_file(source / "model.safetensors")
+    old, new = (f"model.transformer.wte.{name}" for name in ("embedding", "new_embedding"))
+    whole = torch.cat([before[old], before[new]])
+    before |= {old: whole[:rows].clone(), new: whole[rows:].clone()}
+    save_file(before, source / "model.safetensors", {"format": "pt"})
+    model = load_model(source)
+    plan = Plan((Ablate(direction(model.d_model), model.writers),))
+    export_folder(source, plan, tmp_path / "b")
+    assert export_checkpoint(model, plan, tmp_path / "c", prompts=ROWS)["passed"]
+    streamed, certified = (load_file(tmp_path / n / "model.safetensors") for n in "bc")
+    assert streamed.keys() == certified.keys() == before.keys()
+    assert all(torch.equal(streamed[name], tensor) for name, tensor in certified.items())
+    unit = direction(model.d_model) / direction(model.d_model).norm()
+    for name in (old, new):
+        assert streamed[name].shape == before[name].shape
+        assert (streamed[name] @ unit).abs().max() < 1e-5 < (before[name] @ unit).abs().max()
+    assert left_along(tmp_path / "b", plan.edits[0].vectors[0], ROWS) < 1e-5
+    assert audit(AuditSource.of_folder(source), plan, tmp_path / "b").passed
+    with torch.no_grad():  # a row of the second tensor
+        model.tl.hf.get_input_embeddings().weight[-1] += 1
+    with pytest.raises(ExportError, match=r"embedding in memory is not what"):
+        export_checkpoint(model, plan, tmp_path / "d", prompts=ROWS)
 
 
 def test_every_expert_of_a_published_folder_is_edited_under_its_own_name(tmp_path: Path) -> None:

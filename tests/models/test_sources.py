@@ -26,6 +26,7 @@ SCRIPT = """
 import sys
 from interp_ablate import load_model
 from interp_ablate.errors import ModelError
+from interp_ablate.export.checkpoint import export_checkpoint
 
 first, second = (load_model("owner/name", revision=name) for name in ("one", "b" * 40))
 assert first.fingerprint != second.fingerprint
@@ -33,6 +34,8 @@ assert first.source.to_dict()["commit"] == "a" * 40 and second.source.commit == 
 assert (first.source.revision, second.source.to_dict()["revision"]) == ("one", "b" * 40)
 packed = load_model("owner/name", revision="packed", backend="hf")
 assert packed.source.commit == "c" * 40 and not hasattr(packed.hf_config, "quantization_config")
+said = export_checkpoint(packed, None, "out", prompts=[[3, 4, 5]])["dequantized"]
+assert said.startswith("The source is quantized (gptq): its weights were dequantized") and said in open("out/README.md").read()
 try:
     load_model("owner/name", revision="none")
 except ModelError as error:
