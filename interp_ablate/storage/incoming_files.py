@@ -27,11 +27,12 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 WHOLE = "download it again into its folder (hf download OWNER/MODEL), or copy it again"
 
 
-def check_file(path: Path, error: type[InterpAblateError]) -> int:
+def check_file(path: Path, error: type[InterpAblateError], *, limit: int | None = None) -> int:
     """The size of a regular file, after it was found to be one and no git-lfs pointer; bytes.
 
     Raises:
-        InterpAblateError: of the kind `error`: no file, something else than a file, a pointer.
+        InterpAblateError: of the kind `error`: no file, something else than a file, a pointer, more bytes than
+            `limit`.
     """
     try:
         state = path.stat()
@@ -46,6 +47,10 @@ def check_file(path: Path, error: type[InterpAblateError]) -> int:
             raise
         reason = getattr(failure, "strerror", None) or failure
         raise error(f"cannot read {path}: {reason}") from failure
+    if limit is not None and state.st_size > limit:
+        raise error(
+            f"{path} has {state.st_size} bytes, and such a file at most {limit}: is it the right one?"
+        )
     return state.st_size
 
 
@@ -69,11 +74,7 @@ def incoming_bytes(
         InterpAblateError: of the kind `error`: see `check_file`; or a file that is longer.
     """
     path = Path(path)
-    size = check_file(path, error)
-    if size > limit:
-        raise error(
-            f"{path} has {size} bytes, and such a file at most {limit}: is it the right one?"
-        )
+    check_file(path, error, limit=limit)
     try:
         return path.read_bytes()
     except OSError as failure:

@@ -26,6 +26,7 @@ from interp_ablate.storage.json_shapes import LEFT_BEHIND, misfit
 
 _AGAIN = "delete it and run the stage that wrote it again"
 _WHOLE = ("layer", "trial")  # whole numbers of a table
+_MAX_TABLE = 1 << 31  # bytes
 MAX_LAYERS = 1000
 """No model has more of them, nor of heads in one; a figure has room for so many."""
 
@@ -45,7 +46,7 @@ def read_table(
         RunError: not a CSV, missing columns, or a value that is not a number: with its line.
     """
     path = Path(path)
-    check_file(path, RunError)
+    check_file(path, RunError, limit=_MAX_TABLE)
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
     except (OSError, ValueError) as error:  # ParserError and EmptyDataError are ValueErrors

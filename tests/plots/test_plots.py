@@ -844,3 +844,11 @@ def test_tables_of_a_run_that_were_changed(
         return
     with pytest.raises(RunError, match=said):
         draw(run)
+
+
+def test_a_table_of_many_gigabytes_is_not_read(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 3)
+    with (run / "projections.csv").open("r+b") as file:
+        file.truncate(1 << 33)
+    with pytest.raises(RunError, match="has 8589934592 bytes, and such a file at most"):
+        run_figures._draw_projections(run)
