@@ -313,6 +313,7 @@ LOOK_INSIDE = {"export/certificate.json": slice(0, 3, 2), "export/interp_ablate.
         ("selected.json", {"test": {"n": {"positive": 10**30}}}),
         ("selected.json", {"limits": {"removed": []}}),
         ("run.json", {"configuration": None}),
+        ("run.json", {"search": {"trial_seconds": [[]]}}),
         ("persona.json", {"made_of": {"settings": True}}),
         ("persona.json", {"unsteered": {"score": "50"}}),
         ("persona.json", {"coefficient": "1"}),

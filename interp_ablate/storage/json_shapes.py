@@ -117,7 +117,13 @@ LEFT_BEHIND: dict[str, Any] = {
         "search_settings": _SETTINGS,
         **dict.fromkeys(("directions", "stages"), optional(OBJECT)),
         **dict.fromkeys(("model", "contrast"), _NAMED),
-        "search": optional({"fit_rounds": optional({"*": int})}),
+        "search": optional(
+            {
+                "*": object,
+                "fit_rounds": optional({"*": int}),
+                **dict.fromkeys(("seconds", "trial_seconds", "round_size"), (ABSENT, *NUMBER)),
+            }
+        ),
         "notes": optional([str]),
         "versions": _VERSIONS,
         "target_tokens": optional([{"*": object, "text": str, "p_positive": NUMBER, "p_negative": NUMBER}]),
