@@ -5,7 +5,7 @@ Knows: the parameters, their ranges, how they become a plan. Does not know: who 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import zip_longest
@@ -32,7 +32,9 @@ DirectionKey: TypeAlias = tuple[int, str, str]
 """Layer, point and position of a direction."""
 
 PLAIN, ORTHOGONAL = "difference_in_means", "difference_in_means_orthogonalized"
-METHODS = (PLAIN, ORTHOGONAL, "winsorized", "pca", "subspace", "leace")
+# Bands whose every layer has its own orthogonalized direction; the drawn layer is where an addition's comes from.
+BY_LAYER = "orthogonalized_by_layer"
+METHODS = (PLAIN, ORTHOGONAL, "winsorized", "pca", "subspace", "leace", BY_LAYER)
 POINT: Point = "resid_post"
 COMPONENT_SCALES = ("attention_scale", "mlp_scale", "embed_scale")
 KERNEL = ("attention_strength", "attention_layer", "mlp_strength", "mlp_layer", "width")
@@ -140,16 +142,23 @@ class EditSpace:
     def direction(self, params: Mapping[str, Any]) -> Direction:
         """The direction of an ablation or a band; of methods of more than one vector the plain one.
 
+        Of a band with a direction at each layer it is that of the drawn layer.
+
         Raises:
             DirectionError: none at this place.
         """
         method, layer = params["method"], params["layer"]
-        method = PLAIN if method in ("subspace", "leace") else method
+        method = {"subspace": PLAIN, "leace": PLAIN, BY_LAYER: ORTHOGONAL}.get(method, method)
         point, position = params.get("point", POINT), params.get("position", self.position)
         is_saved = method in (PLAIN, ORTHOGONAL) and layer == int(layer)
         if self.control is None and self.saved is not None and is_saved:
             return self.saved[Site(int(layer), point), position, method]
         return interpolated(self.directions(method), layer, point, method=None)
+
+    def own(self, layer: int) -> Direction:
+        """The orthogonalized direction of a layer, or of the nearest one that has a direction."""
+        nearest = min(self.layers, key=lambda each: abs(each - layer))
+        return self.directions(ORTHOGONAL)[Site(nearest, POINT)]
 
     def source(self, params: Mapping[str, Any]) -> Direction:
         """The plain saved direction that a plan comes from, or that is nearest to it: what is added.
@@ -260,10 +269,18 @@ def plan_of(params: Mapping[str, Any], space: EditSpace) -> Plan:
         points=(attention, mlp),
     )
     method = params["method"]
+    if method == BY_LAYER:
+        return Plan(tuple(each for edit in kernel for each in _each_its_own(edit, space)))
     if method not in ("subspace", "leace"):
         return kernel
     vectors = space.at(method, direction.site, params.get("rank", 1))
     return Plan(tuple(_along(vectors, method, edit) for edit in kernel))
+
+
+def _each_its_own(edit: Any, space: EditSpace) -> Iterator[Ablate]:
+    """A kernel's strengths, each along its own layer's direction."""
+    for site, amount in zip(edit.sites, edit.amounts):
+        yield Ablate(space.own(site.layer), site, strength=amount)
 
 
 def _along(vectors: Any, method: str, edit: Any) -> Ablate | Erase:
@@ -289,26 +306,50 @@ def _scaled_by_component(edit: Ablate | Erase, params: Mapping[str, Any]) -> Pla
 
 
 def initial_params(space: EditSpace, layers: Sequence[float]) -> list[dict[str, Any]]:
-    """Where a search begins: fitted edits as they are, weaker and stronger, and wide bands at promising layers, in turn.
+    """Where a search begins: fitted edits as they are, weaker and stronger, and bands, in turn.
 
-    In turn, as a search of few minutes gets no further, and either kind may be the one that helps.
+    In turn, as a search of few minutes gets no further, and either kind may be the one that helps. Bands are
+    narrow ones with a direction at each layer, and wide ones along the directions of promising layers.
     """
     fitted = [
         {"edit": "fitted", "fit": name, **dict.fromkeys(COMPONENT_SCALES, scale)}
         for scale in (1.0, 0.7, 1.2, 0.85)
         for name in space.fits
     ]
-    bands = [
-        {
-            "edit": "band",
-            "method": ORTHOGONAL,
-            "layer": _nearest_layer(space, layer),
-            "attention_strength": 1.0,
-            "attention_layer": _depth(space, 0.7),
-            "mlp_strength": 0.5,
-            "mlp_layer": _depth(space, 0.7),
-            "width": _depth(space, 0.6),
-        }
-        for layer in layers
+    wide = [_band(space, ORTHOGONAL, layer, 1.0, 0.5, 0.7, 0.6) for layer in layers]
+    narrow = [
+        _band(space, BY_LAYER, layers[0], attention, mlp, centre, WIDTH[0])
+        for attention, mlp, centre in ((1.0, 1.25, 0.66), (1.0, 0.9, 0.7), (1.2, 1.3, 0.72))
+        if layers and BY_LAYER in space.methods
     ]
-    return [params for pair in zip_longest(fitted, bands) for params in pair if params is not None]
+    bands = [params for pair in zip_longest(narrow, wide) for params in pair]
+    return [
+        params for pair in zip_longest(fitted, filter(None, bands)) for params in pair if params
+    ]
+
+
+def _band(
+    space: EditSpace,
+    method: str,
+    layer: float,
+    attention: float,
+    mlp: float,
+    centre: float,
+    width: float,
+) -> dict[str, Any]:
+    """A band's parameters; the centre and the width are shares of the depth, held inside the space."""
+
+    def held(name: str, share: float) -> float:
+        low, high = kernel_ranges(space.n_layers)[name]
+        return min(max(_depth(space, share), low), high)
+
+    return {
+        "edit": "band",
+        "method": method,
+        "layer": _nearest_layer(space, layer),
+        "attention_strength": attention,
+        "attention_layer": held("attention_layer", centre),
+        "mlp_strength": mlp,
+        "mlp_layer": held("mlp_layer", centre),
+        "width": held("width", width),
+    }

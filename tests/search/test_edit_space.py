@@ -26,6 +26,7 @@ from interp_ablate.scoring.expressions import ExpressionScorer
 from interp_ablate.search.bench import ValidationBench
 from interp_ablate.search.derived_edits import scaled
 from interp_ablate.search.edit_space import (
+    BY_LAYER,
     METHODS,
     ORTHOGONAL,
     PLAIN,
@@ -101,7 +102,7 @@ def test_every_draw_is_a_plan(control: str | None, edges: bool) -> None:
     """Inside its space, of the model's width, at its writers; each draw survives JSON."""
     ground = ground_of(control=control)
     space, seen = parameter_space(ground), set()
-    for seed in range(60):
+    for seed in range(120):
         params = space.suggest(Drawing(seed, edges=edges))
         assert space.admit(params) == params
         seen.add(params.get("method", params["edit"]))
@@ -219,13 +220,19 @@ def strengths(plan: Plan) -> list[tuple[tuple[Site, ...], tuple[float, ...]]]:
     return [(edit.sites, edit.amounts) for edit in plan]
 
 
+def _by_site(plan: Plan) -> list[tuple[Site, float]]:
+    return [pair for sites, amounts in strengths(plan) for pair in zip(sites, amounts)]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_strengths_are_the_bands(method: str) -> None:
     """Of the edit at each site, whatever is edited there."""
     ground = ground_of()
     plan = plan_of(PARAMS | {"method": method, "rank": 3}, ground)
     want = band(ground.directions(PLAIN)[SITES[1]], N_LAYERS, **KERNEL)
-    assert strengths(plan) == strengths(want)
+    assert _by_site(plan) == _by_site(want)
+    if method == BY_LAYER:
+        return
     assert [edit.sites[0].point for edit in plan] == ["attn_out", "mlp_out"]
     # by hand: a triangle of half width 1.5 around layer 1.4
     attention = dict(zip(plan.edits[0].sites, plan.edits[0].amounts))
@@ -245,6 +252,27 @@ def test_directions_are_those_of_a_fractional_layer(layer: float) -> None:
     for edit in plan:
         assert isinstance(edit, Ablate)
         torch.testing.assert_close(edit.vectors[0], vector / vector.norm(), rtol=0, atol=1e-10)
+
+
+def test_a_band_by_layer_has_each_layers_own_direction() -> None:
+    """By hand: layer 0, which no search draws, included; a layer without a direction takes the nearest one's."""
+    found = estimate_directions(activations(), orthogonalized_too=True).of(ORTHOGONAL)
+    params = PARAMS | {"method": BY_LAYER}
+    plan = plan_of(params, ground_of())
+    assert len(plan) > 3
+    for edit in plan:
+        (site,) = edit.sites
+        torch.testing.assert_close(
+            edit.vectors[0], found[Site(site.layer, POINT), "-1"].vector, rtol=0, atol=1e-10
+        )
+    every = activations()
+    some = replace(every, sites=every.sites[1:], values=every.values[:, :, 1:])
+    first = next(iter(plan_of(params, EditSpace(some, WRITERS))))
+    assert first.sites[0].layer == 0
+    torch.testing.assert_close(
+        first.vectors[0], found[Site(1, POINT), "-1"].vector, rtol=0, atol=1e-10
+    )
+    assert BY_LAYER not in ground_of(control="random").methods
 
 
 @pytest.mark.parametrize("method", (PLAIN, ORTHOGONAL, "winsorized", "pca"))
@@ -382,7 +410,7 @@ def test_a_shuffled_control_estimates_everything_from_shuffled_labels(method: st
     truth = unit(20 + 1) + unit(19)  # what was put in at layer 1
 
     def along(ground: EditSpace) -> float:
-        edit = plan_of(params, ground).edits[0]
+        edit = next(e for e in plan_of(params, ground) if any(s.layer == 1 for s in e.sites))
         vectors = edit.vectors if isinstance(edit, Ablate) else edit.write[None]
         return float((vectors @ truth).norm() / truth.norm())
 
@@ -412,8 +440,11 @@ def test_priors_are_in_the_space(n_layers: int, control: str | None) -> None:
         assert space.admit(params) == params
         assert plan_of(params, ground).sites
     bands = [params for params in found if params["edit"] == "band"]
-    assert len(bands) == len(layers)
-    assert bands[1]["layer"] == n_layers // 2 and bands[2]["layer"] == n_layers - 1
+    narrow = [params for params in bands if params["method"] == BY_LAYER]
+    assert len(narrow) == (0 if control else 3)
+    wide = [params for params in bands if params["method"] != BY_LAYER]
+    assert len(wide) == len(layers)
+    assert wide[1]["layer"] == n_layers // 2 and wide[2]["layer"] == n_layers - 1
 
 
 def test_priors_begin_with_every_fitted_edit_as_it_is() -> None:
@@ -425,7 +456,7 @@ def test_priors_begin_with_every_fitted_edit_as_it_is() -> None:
         "fitted",
         "band",
         "fitted",
-        "fitted",
+        "band",
     ]
     found = initial_params(ground, [])
     assert [p["fit"] for p in found[:2]] == ["a", "b"]
