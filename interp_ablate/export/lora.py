@@ -6,7 +6,6 @@ or how good the plan is.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,7 +34,7 @@ from interp_ablate.export.checkpoint_files import write_json
 from interp_ablate.export.lora_adapter import Adapter, lora_adapter
 from interp_ablate.export.model_card import export_manifest, write_documents
 from interp_ablate.jobs.bars import waiting
-from interp_ablate.models.hf_classes import auto_class
+from interp_ablate.models.hf_classes import of_config
 from interp_ablate.models.load import from_hf
 from interp_ablate.models.model import Model, check_model
 from interp_ablate.prompts.prompt import PromptLike
@@ -263,7 +262,7 @@ def _skeleton(model: Model) -> Any:
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
-        return auto_class(model.hf_config).from_config(copy.deepcopy(model.hf_config))
+        return of_config(model.hf_config)
 
 
 def _plain(model: Model, *, own: Collection[str]) -> Any:

@@ -9,6 +9,7 @@ Knows: classes, dtypes, and how transformers takes tensors. Does not know: what 
 from __future__ import annotations
 
 import copy
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ from interp_ablate.storage.safetensors_reader import Checkpoint
 def auto_class(config: Any) -> Any:
     """The class of transformers that loads a config's decoder, wrapped with other towers or not.
 
-    An automatic one where there is one for the config; else the class that the config names (the text part of
-    some wrapped models has none).
+    An automatic one where there is one for the config; else the class that the config names, or the only class that
+    writes text from such a config (the text part of some wrapped models has no automatic one).
     """
     import transformers
     from transformers.models.auto.modeling_auto import (
@@ -50,19 +51,40 @@ def auto_class(config: Any) -> Any:
         return transformers.AutoModelForImageTextToText
     if decodes or not kind.__module__.startswith("transformers."):
         return transformers.AutoModelForCausalLM
-    own: Any = getattr(transformers, named[0], None) if named else None
+    own: Any = getattr(transformers, named[0], None) if named else _only_writer(kind)
     of_kind = own is not None and isinstance(config, getattr(own, "config_class", None) or ())
     return own if of_kind else transformers.AutoModelForCausalLM
+
+
+def _only_writer(kind: type) -> Any:
+    """The only class of transformers that writes text from a kind of config; None where there are several, or none."""
+    try:
+        code = importlib.import_module(kind.__module__.replace(".configuration_", ".modeling_"))
+    except ImportError:
+        return None
+    writing = [
+        each
+        for each in vars(code).values()
+        if getattr(each, "config_class", None) is kind
+        and each.__module__ == code.__name__
+        and getattr(each, "can_generate", bool)()
+    ]
+    return writing[0] if len(writing) == 1 else None
 
 
 def without_data(hf_config: Any) -> Any:
     """The model of a config with parameters of no memory."""
     own_code = type(hf_config).__module__.startswith("transformers_modules")  # which was asked for
     with torch.device("meta"):
-        kind, config = auto_class(hf_config), copy.deepcopy(hf_config)
-        if not hasattr(kind, "from_config"):
-            return kind(config)
-        return kind.from_config(config, trust_remote_code=own_code)
+        return of_config(hf_config, trust_remote_code=own_code)
+
+
+def of_config(hf_config: Any, **options: Any) -> Any:
+    """A new model of a config, by the class that loads it; the config is left as it is."""
+    kind, config = auto_class(hf_config), copy.deepcopy(hf_config)
+    if hasattr(kind, "from_config"):
+        return kind.from_config(config, **options)
+    return kind._from_config(config, **{n: v for n, v in options.items() if n == "dtype"})
 
 
 def dequantizing(config: Any) -> Any:

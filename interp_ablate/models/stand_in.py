@@ -19,7 +19,7 @@ import torch
 from interp_ablate.errors import ExportError, InterpAblateError
 from interp_ablate.models.anatomy import Anatomy, BlockAnatomy, Branch
 from interp_ablate.models.backends.hf import HFBackend, measured_anatomy
-from interp_ablate.models.hf_classes import auto_class
+from interp_ablate.models.hf_classes import of_config
 from interp_ablate.models.measured_architecture import MeasuredArchitecture, architecture_from
 
 _SMALL = 20_000_000  # parameters of a model that stands for itself
@@ -122,7 +122,7 @@ def _random_model(config: Any) -> Any:
     """A model of random weights: none is zero or one, so that nothing is missed and no norm looks like none."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = auto_class(config).from_config(copy.deepcopy(config), dtype=torch.float32).eval()
+        model = of_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():

@@ -27,7 +27,7 @@ from interp_ablate.sites import Site
 ROWS = [[*range(5, 17)], [3, 4, 5]]
 TYPES = (
     "llama", "gemma3", "gpt_oss", "falcon_h1", "qwen2_moe", "granitemoe", "opt", "mamba", "olmoe", "mistral3",
-    "deepseek_v3", "qwen3_next", "ernie4_5_vl_moe",
+    "deepseek_v3", "qwen3_next", "ernie4_5_vl_moe", "evolla",
 )  # fmt: skip
 
 
