@@ -313,18 +313,13 @@ def _check_unchanged(model: Model, source: Checkpoint, entry: Architecture) -> N
     if model.backend == "hooked" and model.hf_config.model_type not in CONVERTIBLE:
         return
     state, _ = published(model, model.hf_state_dict())
-    parts = [*entry.writers(Site(0, "embed"), source.tensors, model.hf_config)]
+    embed = [*entry.writers(Site(0, "embed"), source.tensors, model.hf_config)]
     for name in source.tensors:
-        if name not in state or name in parts[1:]:
+        if name not in state or name in embed[1:]:
             continue
-        stored, value = source.read(name), state[name]
-        if (
-            name == parts[0] and len(parts) > 1
-        ):  # transformers divides the rows anew, into equal parts
-            stored, value = (
-                torch.cat([*map(source.read, parts)]),
-                torch.cat([state[n] for n in parts]),
-            )
+        # rows of an embedding in several tensors are compared together: transformers divides them anew
+        parts = embed if name in embed else [name]
+        stored, value = (_rows([*map(read, parts)]) for read in (source.read, state.__getitem__))
         if isinstance(source, DequantizedCheckpoint) and name in source.dequantized:
             value = value.to(stored.dtype)  # transformers dequantizes to the model's dtype
         if not _same(stored.to(value), value):
@@ -333,6 +328,11 @@ def _check_unchanged(model: Model, source: Checkpoint, entry: Architecture) -> N
                 "loaded. Write those weights first (export_checkpoint(model, None, out)) and export the "
                 "plan from there"
             )
+
+
+def _rows(parts: Sequence[Tensor]) -> Tensor:
+    """All rows of tensors; of one it is that tensor itself, and no copy."""
+    return parts[0] if len(parts) == 1 else torch.cat([*parts])
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

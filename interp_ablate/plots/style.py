@@ -130,12 +130,9 @@ def require_whole(frame: pd.DataFrame, columns: Sequence[str], what: str) -> Non
     """Raise a RunError for a value of these columns, as far as they are there, that is no layer and no count."""
     for column in [name for name in columns if name in frame]:
         numbers = pd.to_numeric(frame[column], errors="coerce")
-        if len(
-            bad := frame[column][
-                ~numbers.between(-1, MAX_LAYERS if column in ("layer", "index") else 10**6)
-                | (numbers % 1 != 0)
-            ]
-        ):
+        most = MAX_LAYERS if column in ("layer", "index") else 10**6
+        bad = frame[column][~numbers.between(-1, most) | (numbers % 1 != 0)]
+        if len(bad):
             raise RunError(
                 f"the {what} have {shortened(repr(bad.iloc[0]))} under {column}, where a whole number belongs"
             )

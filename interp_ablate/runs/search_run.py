@@ -233,7 +233,7 @@ def _prepared(
     """
     run, depth = session.run, session.run.model.n_layers - 1
     screened = None
-    middle = min(session.space.layers, key=lambda layer: abs(layer - 0.7 * depth))
+    middle = session.space.nearest_layer(0.7 * depth)
     sources: list[DirectionKey] = [(middle, POINT, session.space.position)]
     layers = [0.5 * depth, 0.7 * depth, 0.9 * depth]
     if search.control is None:

@@ -155,10 +155,9 @@ class EditSpace:
             return self.saved[Site(int(layer), point), position, method]
         return interpolated(self.directions(method), layer, point, method=None)
 
-    def own(self, layer: int) -> Direction:
-        """The orthogonalized direction of a layer, or of the nearest one that has a direction."""
-        nearest = min(self.layers, key=lambda each: abs(each - layer))
-        return self.directions(ORTHOGONAL)[Site(nearest, POINT)]
+    def nearest_layer(self, layer: float) -> int:
+        """Of the layers at whose end there is a direction, the one nearest to a depth in layers."""
+        return min(self.layers, key=lambda each: abs(each - layer))
 
     def source(self, params: Mapping[str, Any]) -> Direction:
         """The plain saved direction that a plan comes from, or that is nearest to it: what is added.
@@ -230,7 +229,7 @@ def _layer_parameter(space: EditSpace) -> Float | Choice:
     return Float("layer", start, layers[-1], when=("edit", "band"))
 
 
-def _nearest_layer(space: EditSpace, layer: float) -> float:
+def _drawn_layer(space: EditSpace, layer: float) -> float:
     """The drawn layer that is nearest to one."""
     parameter = _layer_parameter(space)
     if isinstance(parameter, Choice):
@@ -278,9 +277,10 @@ def plan_of(params: Mapping[str, Any], space: EditSpace) -> Plan:
 
 
 def _each_its_own(edit: Any, space: EditSpace) -> Iterator[Ablate]:
-    """A kernel's strengths, each along its own layer's direction."""
+    """A kernel's strengths, each along its own layer's orthogonalized direction, or the nearest one that there is."""
     for site, amount in zip(edit.sites, edit.amounts):
-        yield Ablate(space.own(site.layer), site, strength=amount)
+        own = Site(space.nearest_layer(site.layer), POINT)
+        yield Ablate(space.directions(ORTHOGONAL)[own], site, strength=amount)
 
 
 def _along(vectors: Any, method: str, edit: Any) -> Ablate | Erase:
@@ -318,14 +318,16 @@ def initial_params(space: EditSpace, layers: Sequence[float]) -> list[dict[str, 
     ]
     wide = [_band(space, ORTHOGONAL, layer, 1.0, 0.5, 0.7, 0.6) for layer in layers]
     narrow = [
-        _band(space, BY_LAYER, layers[0], attention, mlp, centre, WIDTH[0])
+        _band(space, BY_LAYER, layer, attention, mlp, centre, WIDTH[0])
+        for layer in (layers[:1] if BY_LAYER in space.methods else ())
         for attention, mlp, centre in ((1.0, 1.25, 0.66), (1.0, 0.9, 0.7), (1.2, 1.3, 0.72))
-        if layers and BY_LAYER in space.methods
     ]
-    bands = [params for pair in zip_longest(narrow, wide) for params in pair]
-    return [
-        params for pair in zip_longest(fitted, filter(None, bands)) for params in pair if params
-    ]
+    return _in_turn(fitted, _in_turn(narrow, wide))
+
+
+def _in_turn(*kinds: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One of each kind, then the next of each, as long as there are any."""
+    return [params for row in zip_longest(*kinds) for params in row if params is not None]
 
 
 def _band(
@@ -339,14 +341,16 @@ def _band(
 ) -> dict[str, Any]:
     """A band's parameters; the centre and the width are shares of the depth, held inside the space."""
 
+    ranges = kernel_ranges(space.n_layers)
+
     def held(name: str, share: float) -> float:
-        low, high = kernel_ranges(space.n_layers)[name]
+        low, high = ranges[name]
         return min(max(_depth(space, share), low), high)
 
     return {
         "edit": "band",
         "method": method,
-        "layer": _nearest_layer(space, layer),
+        "layer": _drawn_layer(space, layer),
         "attention_strength": attention,
         "attention_layer": held("attention_layer", centre),
         "mlp_strength": mlp,
